@@ -1,0 +1,77 @@
+"""One job at a time per run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kempnerforge.checkpoint.manifest import CheckpointError
+from kempnerforge.checkpoint.ranks import from_rank0
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked child (a loader worker) shares the lock and would hold it on after its parent was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class RunLock:
+    """Holds ``run_dir/.lock`` from construction until ``release``, the end of a ``with`` block, or the end of the process, however it ends.
+
+    Rank 0 takes it (``flock``); with a process group all ranks construct one and learn the same outcome.
+
+    Raises:
+        CheckpointError: another process has it; the message names its pid.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = Path(run_dir) / ".lock"
+        self._descriptor: int | None = None
+        from_rank0(self._acquire)
+
+    def _acquire(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{self.path.parent} is in use by another job (pid {holder}); wait for it or choose another run.dir"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        _held.add(descriptor)
+        self._descriptor = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Lets go of it; doing so twice is fine."""
+        if self._descriptor is not None and self._descriptor in _held:
+            _held.remove(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()

@@ -1,0 +1,162 @@
+"""What a checkpoint directory says about itself: ``manifest.json``, written last, with the size and CRC-32 of every other file.
+
+A directory without a manifest that verifies is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+FORMAT = 1
+NAME = "manifest.json"
+METADATA = ".metadata"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or trusted. The message names the path and the reason."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: ``size`` in bytes and the CRC-32 of its content."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``; ``manifest.step`` and ``manifest["step"]`` are the same.
+
+    Attributes:
+        format: version of the directory's layout.
+        step: optimizer steps that were done when it was written.
+        world_size: ranks that wrote it; any number may read it.
+        torch_version: that wrote it.
+        state: the JSON object given to ``save``.
+        files: every other file, by its path relative to the directory.
+    """
+
+    format: int
+    step: int
+    world_size: int
+    torch_version: str
+    state: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def __getitem__(self, key: str) -> Any:
+        return asdict(self)[key]
+
+    def encode(self) -> bytes:
+        """As the bytes of ``manifest.json``, which carry a CRC-32 of their own.
+
+        Raises:
+            CheckpointError: ``state`` does not survive JSON unchanged (tuples, keys that are not strings, NaN, objects).
+        """
+        body = asdict(self)
+        try:
+            if json.loads(json.dumps(self.state, allow_nan=False)) != self.state:
+                raise ValueError("keys must be strings and sequences lists")
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"state is not plain JSON: {error}") from None
+        return json.dumps({**body, "crc32": _digest(body)}, indent=1).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> Manifest:
+        """The inverse of ``encode``.
+
+        Raises:
+            CheckpointError: it is not a manifest, is of another format, or was altered.
+        """
+        try:
+            body = json.loads(data)
+            crc = body.pop("crc32")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(f"{NAME} is not a manifest ({len(data)} bytes)") from None
+        if body.get("format") != FORMAT:
+            raise CheckpointError(f"{NAME} has format {body.get('format')!r}; this version reads format {FORMAT}")
+        if crc != _digest(body):
+            raise CheckpointError(f"{NAME} is corrupt (checksum mismatch)")
+        if set(body) != {f.name for f in fields(Manifest)}:
+            raise CheckpointError(f"{NAME} has the keys {sorted(body)}")
+        try:
+            files = {check_name(name): FileEntry(**entry) for name, entry in body.pop("files").items()}
+        except (TypeError, AttributeError):
+            raise CheckpointError(f"{NAME} does not list files with size and crc32") from None
+        return Manifest(files=files, **body)
+
+
+def _digest(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def check_name(name: str) -> str:
+    """``name`` if it is a relative path that stays inside its directory.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{name!r} is no file name for a checkpoint: it must be relative and stay inside")
+    return name
+
+
+def checksum(path: Path) -> FileEntry:
+    """Size and CRC-32 of the file at ``path``."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return FileEntry(size, crc)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is named or built like a checkpoint directory; it may still be a broken one."""
+    return path.is_dir() and ((path / NAME).exists() or re.fullmatch(r"step-\d{8,}", path.name) is not None)
+
+
+def verify(path: Path) -> Manifest:
+    """Reads the manifest of the checkpoint directory ``path`` and every file it lists. No collective: the calling process alone.
+
+    Raises:
+        CheckpointError: something is missing, altered or truncated.
+    """
+    path = Path(path)
+    try:
+        manifest = Manifest.decode((path / NAME).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {NAME}; the checkpoint was not finished") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    named = re.fullmatch(r"step-(\d{8,})", path.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{path}: holds step {manifest.step}")
+    if METADATA not in manifest.files:
+        raise CheckpointError(f"{path}: {NAME} does not list {METADATA}")
+    for name, expected in manifest.files.items():
+        _verify_file(path, name, expected)
+    return manifest
+
+
+def _verify_file(path: Path, name: str, expected: FileEntry) -> None:
+    try:
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            raise CheckpointError(f"{path}: {name} is a link to the outside")
+        size = (path / name).stat().st_size
+        found = checksum(path / name) if size == expected.size else FileEntry(size, -1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if found.size != expected.size:
+        raise CheckpointError(f"{path}: {name} has {found.size} bytes instead of {expected.size}")
+    if found != expected:
+        raise CheckpointError(f"{path}: {name} is corrupt (checksum mismatch)")

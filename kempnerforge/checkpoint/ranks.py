@@ -1,0 +1,84 @@
+"""The few things ranks tell each other around a checkpoint. Without a process group the calling process is rank 0 of 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from kempnerforge.checkpoint.manifest import CheckpointError
+
+T = TypeVar("T")
+
+
+def in_group() -> bool:
+    """Whether there is a process group to talk to."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if in_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if in_group() else 1
+
+
+def gather(value: T) -> list[T]:
+    """``value`` of every rank, in the order of ranks, on every rank."""
+    if not in_group():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why, also for DCP's exception, whose own text is a page of tracebacks."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {r}: {reason(e)}" if world_size() > 1 else reason(e) for r, (e, _) in sorted(error.failures.items()))
+    if isinstance(error, CheckpointError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def agreed(what: str) -> Iterator[None]:
+    """Runs a block without collectives on every rank, then lets all ranks learn whether it went well everywhere.
+
+    Raises:
+        CheckpointError: on every rank, when the block failed on any; so none is left alone in a later collective.
+    """
+    error: str | None = None
+    try:
+        yield
+    except (Exception, CheckpointException) as caught:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        error = reason(caught)
+    errors = [(r, e) for r, e in enumerate(gather(error)) if e is not None]
+    if errors:
+        first, text = errors[0]
+        same = world_size() == 1 or len({e for _, e in errors}) == 1 and len(errors) == world_size()
+        raise CheckpointError(f"{what}: {text}" if same else f"{what}: rank {first}: {text}")
+
+
+def from_rank0(decide: Callable[[], T], what: str = "") -> T:
+    """What ``decide()`` returns on rank 0, on every rank; only rank 0 calls it.
+
+    Raises:
+        CheckpointError: on every rank, when it raised.
+    """
+    box: list[Any] = [None, None]  # value, error
+    if rank() == 0:
+        try:
+            box[0] = decide()
+        except Exception as caught:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+            box[1] = f"{what}: {reason(caught)}" if what else reason(caught)
+    if in_group():
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise CheckpointError(box[1])
+    return box[0]

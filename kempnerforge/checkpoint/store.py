@@ -1,0 +1,264 @@
+"""Checkpoint directories that are complete or not there at all, and finding the newest of them.
+
+``root/step-%08d`` is written as ``.tmp-...`` beside it: tensors through ``torch.distributed.checkpoint`` (one file per rank), small extra
+files, then ``manifest.json`` with a checksum of each file. All is flushed to disk before the directory gets its name, so a process that is
+killed at any moment leaves either the whole step or a directory that nobody mistakes for one. ``latest`` names the newest step for people
+and scripts; nothing here reads it.
+
+All functions but ``verify`` are collective: with a process group every rank calls them, rank 0 decides, and an error on one rank is raised on
+all. Without a process group they work on the calling process alone. One job at a time may write to a root: see ``RunLock``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import uuid
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from kempnerforge.checkpoint.manifest import (
+    FORMAT,
+    METADATA,
+    NAME,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    check_name,
+    checksum,
+    is_checkpoint,
+    verify,
+)
+from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, rank, world_size
+from kempnerforge.checkpoint.reader import load, tensor_info
+
+__all__ = ["CheckpointError", "Manifest", "find", "load", "resolve", "save", "tensor_info", "verify"]
+
+log = logging.getLogger("kempnerforge")
+
+_STEP = re.compile(r"(\.old-)?step-(\d{8,})")
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, whose errors on a full disk say so: torch's serializer reports a lost position and hides the cause."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    files: dict[str, bytes],
+    keep: int,
+) -> Path:
+    """Writes the checkpoint ``root/step-%08d`` and removes all but the newest ``keep`` of those up to it. A step that is there is replaced.
+
+    Args:
+        root: the folder of checkpoints; made when it is not there.
+        step: optimizer steps done.
+        tensors: plain tensors (the same on every rank) and DTensors, by name; every rank gives the same names.
+        state: plain JSON, kept in the manifest; rank 0's is written.
+        files: small extra files by relative name, such as ``config.toml``; rank 0's are written.
+        keep: at least 1.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints are as they were and no half directory is left.
+    """
+    assert keep >= 1 and step >= 0, (keep, step)
+    root = Path(root)
+    final = root / f"step-{step:08d}"
+    what = f"cannot save {final}"
+    tmp = from_rank0(lambda: _start(root, step), what)
+    try:
+        written = _write(tmp, tensors, files, what)
+        from_rank0(lambda: _finish(tmp, final, Manifest(FORMAT, step, world_size(), str(torch.__version__), state, written)), what)
+    except CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    from_rank0(lambda: _tidy(root, step, keep))
+    return final
+
+
+def _start(root: Path, step: int) -> Path:
+    """An empty directory to write in. What interrupted saves left behind goes first: it may be what fills the disk."""
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root, ".tmp-*", ".trash-*")
+    tmp = root / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+    tmp.mkdir()
+    return tmp
+
+
+def _write(tmp: Path, tensors: dict[str, Tensor], files: dict[str, bytes], what: str) -> dict[str, FileEntry]:
+    """Tensors and extra files, on disk. Returns every file with its checksum."""
+    with agreed(what):
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{key!r} is a {type(tensor).__name__}; only tensors are stored as such")
+        if rank() == 0:
+            _write_files(tmp, files)
+    if len(set(gather(zlib.crc32("\n".join(sorted(tensors)).encode())))) > 1:
+        raise CheckpointError(f"{what}: ranks give tensors of different names")
+    with agreed(what), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_save(
+            {key: tensor.detach() for key, tensor in tensors.items()},
+            storage_writer=_Writer(tmp, overwrite=False),
+            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=not in_group(),
+        )
+    own: dict[str, FileEntry] = {}
+    with agreed(what):
+        paths = list(tmp.glob(f"__{rank()}_*.distcp"))
+        if rank() == 0:
+            paths += [tmp / METADATA, *(tmp / name for name in files)]
+        own = {path.relative_to(tmp).as_posix(): checksum(path) for path in paths}
+    return {name: entry for part in gather(own) for name, entry in sorted(part.items())}
+
+
+def _write_files(tmp: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        path = tmp / check_name(name)
+        if name in (NAME, METADATA) or name.endswith(".distcp"):
+            raise CheckpointError(f"{name!r} is a name that the checkpoint itself uses")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(path, data)
+    for folder in {parent for name in files for parent in (tmp / name).parents if parent.is_relative_to(tmp)}:
+        _sync_directory(folder)
+
+
+def _finish(tmp: Path, final: Path, manifest: Manifest) -> None:
+    """The manifest, then the name. A complete step of the same name stays findable until the new one is there."""
+    _write_file(tmp / NAME, manifest.encode())
+    _sync_directory(tmp)
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        _remove(old)
+        final.rename(old)
+    try:
+        tmp.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    _sync_directory(final.parent)
+
+
+def _tidy(root: Path, step: int, keep: int) -> None:
+    """Prunes. The new checkpoint is safe already, so what goes wrong here is a warning.
+
+    Later steps (broken ones that the run went back behind) are neither counted nor removed: the step just saved always stays.
+    """
+    try:
+        hint = root / ".latest.tmp"
+        _write_file(hint, f"step-{step:08d}\n".encode())
+        hint.replace(root / "latest")
+        for _, path in [c for c in _candidates(root) if c[0] <= step and not c[1].name.startswith(".old-")][keep:]:
+            _remove(path)
+        _remove_leftovers(root, ".old-step-*", ".trash-*")
+    except OSError as error:
+        log.warning("checkpoint step-%08d is saved, but tidying up failed: %s", step, error)
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first: a directory that is half deleted must not look like a checkpoint."""
+    if path.exists():
+        trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}")
+        path.rename(trash)
+        shutil.rmtree(trash)
+
+
+def _remove_leftovers(root: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            _remove(path)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _candidates(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory), newest first; one that was being replaced comes behind the one that replaces it."""
+    found = [(int(m[2]), m[1] is None, path) for path in root.iterdir() if (m := _STEP.fullmatch(path.name)) and path.is_dir()]
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def find(root: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint under ``root`` that verifies; None where there is none at all. Broken ones are reported and passed over.
+
+    Raises:
+        CheckpointError: on all ranks, when there are checkpoints and every one is broken: starting afresh must be somebody's decision.
+    """
+    return from_rank0(lambda: _find(Path(root)))
+
+
+def _find(root: Path) -> tuple[Path, Manifest] | None:
+    candidates = _candidates(root) if root.is_dir() else []
+    errors = []
+    for _, path in candidates:
+        try:
+            return path, verify(path)
+        except CheckpointError as error:
+            errors.append(str(error))
+            log.warning("skipping a broken checkpoint: %s", error)
+    if errors:
+        raise CheckpointError(f"none of the {len(errors)} checkpoints in {root} can be used; the newest: {errors[0]}")
+    return None
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint directory that ``path`` means: itself, or the newest valid one of a folder of checkpoints or of a run directory.
+
+    Raises:
+        CheckpointError: on all ranks, when there is none, or when ``path`` is one and is broken.
+    """
+    return from_rank0(lambda: _resolve(Path(path)))
+
+
+def _resolve(path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}; a checkpoint is a directory")
+    if is_checkpoint(path):
+        verify(path)
+        return path
+    for root in (path, path / "checkpoints"):
+        if (found := _find(root)) is not None:
+            return found[0]
+    raise CheckpointError(f"{path}: no checkpoint here; give a step-* directory, a folder of them, or a run directory")

@@ -1,0 +1,43 @@
+"""``kempnerforge train``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from kempnerforge.config import load_config, to_toml
+
+HELP = """Train what a TOML file describes, with evaluation, checkpoints and a report.
+
+The run's directory (run.dir) gets config.toml, checkpoints/, metrics.jsonl, events/ and report.html. The same command continues a run
+that was stopped, bitwise as if it had not been; --fresh moves it aside first. Under torchrun, or with --nproc, all processes train one
+model; the batch size does not depend on how many there are."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the TOML file")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over; nothing is deleted")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take one batch through the model, write nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved TOML and exit")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N processes on this machine (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    job = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_toml(job), end="")
+        return 0
+    if args.nproc > 1 and "RANK" not in os.environ:
+        from kempnerforge.distributed.launch import launch
+
+        return launch([word for word in sys.argv[1:] if word], args.nproc)
+    if args.dry_run:
+        from kempnerforge.training.plan import dry_run
+
+        for line in dry_run(job):
+            print(line, file=sys.stderr)
+        return 0
+    from kempnerforge.training.run import train
+
+    return 0 if train(job, fresh=args.fresh) else 130

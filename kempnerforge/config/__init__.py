@@ -1,0 +1,56 @@
+"""L0: what a job is. Dataclasses for the sections of a TOML file, the strict loader, the registries. Imports no torch."""
+
+from __future__ import annotations
+
+from kempnerforge.config import registry
+from kempnerforge.config.adapter import AdapterConfig
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.dump import diff, to_dict, to_toml
+from kempnerforge.config.errors import ConfigError
+from kempnerforge.config.job import JobConfig
+from kempnerforge.config.loader import load_config
+from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.config.stages import Stage, StageConfig
+from kempnerforge.config.training import (
+    CheckpointConfig,
+    DistributedConfig,
+    EvalConfig,
+    MetricsConfig,
+    OptimizerConfig,
+    RunConfig,
+    SchedulerConfig,
+    TrainConfig,
+)
+from kempnerforge.config.vision import VisionEncoderConfig
+from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoTConfig, VLMConfig
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "CrossAttentionConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "FreezeSpec",
+    "FreezeStage",
+    "JobConfig",
+    "JointDecoderConfig",
+    "MetricsConfig",
+    "MoTConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SchedulerConfig",
+    "Stage",
+    "StageConfig",
+    "TrainConfig",
+    "VLMConfig",
+    "VisionEncoderConfig",
+    "diff",
+    "load_config",
+    "registry",
+    "to_dict",
+    "to_toml",
+]

@@ -1,0 +1,91 @@
+"""``[adapter]``: from vision features to the width of the language model. One dataclass per type."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kempnerforge.config import registry
+from kempnerforge.config.checks import at_least
+
+
+@dataclass
+class AdapterConfig:
+    """What every adapter has. Subclasses register with ``@registry.register_adapter_config``.
+
+    Attributes:
+        type: which adapter.
+        hidden_dim: 0 makes the projection one linear layer, more makes it linear, GELU, linear with this width in between.
+        bias: whether the projection's layers have biases.
+    """
+
+    type: str = "mlp_2layer"
+    hidden_dim: int = 0
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "hidden_dim")
+
+    def num_tokens(self, num_features: int) -> int:
+        """Tokens that leave the adapter when ``num_features`` enter it.
+
+        Raises:
+            ValueError: this adapter cannot take so many.
+        """
+        return num_features
+
+
+@registry.register_adapter_config
+@dataclass
+class LinearAdapterConfig(AdapterConfig):
+    """One linear layer (PaliGemma)."""
+
+    type: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_dim:
+            raise ValueError(f"hidden_dim = {self.hidden_dim}: type 'linear' has no hidden layer; take 'mlp_2layer'")
+
+
+@registry.register_adapter_config
+@dataclass
+class MLPAdapterConfig(AdapterConfig):
+    """Linear, GELU, linear (LLaVA-1.5). ``hidden_dim`` 0 means the language model's width."""
+
+    type: str = "mlp_2layer"
+
+
+@dataclass
+class GridAdapterConfig(AdapterConfig):
+    """An adapter that joins ``factor`` x ``factor`` neighbours of a square grid of features."""
+
+    factor: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "factor")
+
+    def num_tokens(self, num_features: int) -> int:
+        side = math.isqrt(num_features)
+        if side * side != num_features:
+            raise ValueError(f"type = {self.type!r}: needs a square grid of features, the vision encoder gives {num_features}")
+        if side % self.factor:
+            raise ValueError(f"factor = {self.factor}: does not divide the grid of {side} x {side} vision features")
+        return (side // self.factor) ** 2
+
+
+@registry.register_adapter_config
+@dataclass
+class PixelShuffleConfig(GridAdapterConfig):
+    """Space to depth, then a projection (Shi et al. 2016; Idefics3, nanoVLM)."""
+
+    type: str = "pixel_shuffle"
+
+
+@registry.register_adapter_config
+@dataclass
+class AvgPoolConfig(GridAdapterConfig):
+    """The mean of each ``factor`` x ``factor`` window, then a projection."""
+
+    type: str = "avg_pool"

@@ -1,0 +1,264 @@
+"""Tables -> dataclasses, strictly: unknown keys and wrong types are problems, nothing is cast but an integer literal for a float."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from kempnerforge.config import registry
+from kempnerforge.config.adapter import AdapterConfig
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import Key, Problems, kind, place, show
+from kempnerforge.config.vision import VisionEncoderConfig
+from kempnerforge.config.vlm import VLMConfig
+
+INVALID: Any = type("Invalid", (), {"__repr__": lambda self: "INVALID"})()
+"""Stands for a value that has a problem, which is in the list already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+    """A section whose class is selected by one of its own keys, the discriminator."""
+
+    key: str
+    class_for: Callable[[str], type]
+
+
+UNIONS: dict[type, Discriminator] = {
+    VLMConfig: Discriminator("arch", VLMConfig.class_for),
+    VisionEncoderConfig: Discriminator("type", registry.vision_configs.get),
+    AdapterConfig: Discriminator("type", registry.adapter_configs.get),
+    DataConfig: Discriminator("source", registry.data_configs.get),
+}
+
+
+class Argument:
+    """A value from the command line: TOML, or, where a string is wanted or it is no TOML, its bare text.
+
+    Args:
+        text: as given.
+        value: what ``text`` is as TOML, or ``text`` again.
+    """
+
+    def __init__(self, text: str, value: Any) -> None:
+        self.text, self.value = text, value
+
+    def resolve(self, wanted: Any) -> Any:
+        return self.text if wanted is str and not isinstance(self.value, str) else self.value
+
+
+@functools.cache
+def fields_of(cls: type) -> dict[str, Any]:
+    """The keys of a section: name -> type."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def required(cls: type) -> list[str]:
+    """The keys of a section that have no default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.default is missing and f.default_factory is missing]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for an unknown name."""
+    options = list(names)
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(options)}"
+
+
+def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:
+    """An instance of ``cls`` (for a union: of the subclass that ``table`` selects) from ``table``, or ``INVALID``."""
+    if not isinstance(table, dict):
+        problems.add(key, f" = {show(table)}: must be a table, not {kind(table)}")
+        return INVALID
+    union = UNIONS.get(cls)
+    if union is None:
+        return construct(cls, cls, convert_fields(cls, table, key, problems), table, key, problems)
+    name = table.get(union.key, getattr(cls, union.key))
+    name = convert(str, name, (*key, union.key), problems)
+    if name is INVALID:
+        return INVALID
+    chosen = class_named(union, name, key, problems)
+    if chosen is None:
+        return INVALID
+    values = convert_fields(chosen, table, key, problems) | {union.key: name}
+    return construct(chosen, chosen, values, table, key, problems)
+
+
+def class_named(union: Discriminator, name: str, key: Key, problems: Problems) -> type | None:
+    """The class that ``name`` selects, or None with a problem."""
+    try:
+        return union.class_for(name)
+    except (ValueError, NotImplementedError) as error:
+        text = str(error)
+        problems.add_message(key, text[text.find(f"{union.key} = ") :] if f"{union.key} = " in text else text)
+        return None
+
+
+def convert_fields(
+    cls: type, table: dict[str, Any], key: Key, problems: Problems, allowed: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The keys of ``table`` that ``cls`` knows (and ``allowed`` names), as the types of its fields; ``INVALID`` where there is a problem."""
+    known = fields_of(cls)
+    names = [name for name in known if allowed is None or name in allowed]
+    values = {}
+    for name, value in table.items():
+        if name in names:
+            values[name] = convert(known[name], value, (*key, name), problems)
+        elif key:
+            value = value.value if isinstance(value, Argument) else value
+            problems.add((*key, name), f" = {show(value)}: unknown key; {nearest(name, names)}")
+        else:
+            problems.add((name,), f": unknown section; {nearest(name, names)}")
+    return values
+
+
+def construct(
+    cls: type,
+    make: Callable[..., Any],
+    values: dict[str, Any],
+    given: Collection[str],
+    key: Key,
+    problems: Problems,
+    complete: bool = False,
+) -> Any:
+    """``make(**values)``, or ``INVALID``.
+
+    A section's own check stops at the first bad value. To find the others it is tried again without that value; a later complaint counts
+    only if every key that it mentions was given and is fine so far, since it could be an after-effect otherwise.
+
+    Args:
+        cls: the section's class, for its keys.
+        make: the class, or what else makes an instance of it from keywords.
+        values: of ``convert_fields``.
+        given: the keys that the user wrote.
+        complete: ``make`` has values for everything already, so that no key is required.
+    """
+    needed = [] if complete else required(cls)
+    missing = [name for name in needed if name not in given]
+    for name in missing:
+        problems.add((*key, name), ": missing, it has no default")
+    left_out = {name for name, value in values.items() if value is INVALID} | (set(given) - set(values))
+    if missing or any(name in left_out for name in needed):
+        return INVALID
+    names = list(fields_of(cls))
+    while True:
+        try:
+            made = make(**{name: value for name, value in values.items() if name not in left_out})
+        except (ValueError, NotImplementedError) as error:
+            message = str(error)
+            mentioned = [name for name in re.findall(r"\w+", message) if name in names]
+            if left_out and not set(mentioned) <= set(values) - left_out:
+                return INVALID
+            problems.add_message(key, message)
+            culprit = next((name for name in mentioned if name in values), None)
+            if culprit is None or culprit in needed:
+                return INVALID
+            left_out.add(culprit)
+        else:
+            return INVALID if left_out else made
+
+
+def convert(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
+    """``value`` as the annotated type ``wanted``, or ``INVALID`` with a problem."""
+    if isinstance(value, Argument):
+        value = value.resolve(wanted)
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return plain(value)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union([a for a in args if a is not types.NoneType], value, key, problems)
+    if origin is typing.Literal:
+        if any(type(value) is type(option) and value == option for option in args):
+            return value
+        problems.add(key, f" = {show(value)}: allowed are {', '.join(show(a) for a in args)}")
+        return INVALID
+    if origin in (list, tuple):
+        return _convert_array(origin, args, value, key, problems)
+    if origin is dict:
+        return _convert_table(args[1], value, key, problems)
+    if dataclasses.is_dataclass(wanted):
+        return build(typing.cast(type, wanted), value, key, problems)
+    return _convert_scalar(wanted, value, key, problems)
+
+
+def plain(value: Any) -> Any:
+    """``value`` without ``Argument`` inside, for tables that are read later."""
+    if isinstance(value, Argument):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems) -> Any:
+    if len(options) == 1:
+        return convert(options[0], value, key, problems)
+    for option in options:
+        result = convert(option, value, key, trial := Problems())
+        if not trial.lines:
+            return result
+    problems.add(key, f" = {show(value)}: must be {' or '.join(_name(o) for o in options)}, not {kind(value)}")
+    return INVALID
+
+
+def _convert_array(origin: type, args: tuple[Any, ...], value: Any, key: Key, problems: Problems) -> Any:
+    if not isinstance(value, list):
+        problems.add(key, f" = {show(value)}: must be an array, not {kind(value)}")
+        return INVALID
+    fixed = origin is tuple and args[-1] is not Ellipsis
+    if fixed and len(value) != len(args):
+        problems.add(key, f" = {show(value)}: must have {len(args)} entries, not {len(value)}")
+        return INVALID
+    wanted = args if fixed else (args[0],) * len(value)
+    entries = [convert(w, v, (*key, i), problems) for i, (w, v) in enumerate(zip(wanted, value, strict=True))]
+    return INVALID if any(entry is INVALID for entry in entries) else origin(entries)
+
+
+def _convert_table(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
+    if not isinstance(value, dict):
+        problems.add(key, f" = {show(value)}: must be a table, not {kind(value)}")
+        return INVALID
+    entries = {name: convert(wanted, v, (*key, name), problems) for name, v in value.items()}
+    return INVALID if any(entry is INVALID for entry in entries.values()) else entries
+
+
+def _convert_scalar(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
+    if wanted not in _SCALARS:
+        raise TypeError(f"{place(key)}: a config field cannot have the type {wanted!r}")
+    if wanted is float and type(value) is int and abs(value) <= 2**53:
+        return float(value)
+    why = _objection(wanted, value)
+    if why:
+        problems.add(key, f" = {show(value)}: {why}")
+    return INVALID if why else value
+
+
+def _objection(wanted: type, value: Any) -> str:
+    """Why ``value`` is no ``wanted``, or nothing."""
+    if type(value) is not wanted:
+        return f"must be {_name(wanted)}, not {kind(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "must fit into 64 bits"
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        return "must be UTF-8 text without NUL"
+    return ""
+
+
+_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _name(wanted: Any) -> str:
+    if typing.get_origin(wanted) in (list, tuple):
+        return "an array"
+    return _SCALARS.get(wanted, "a table")

@@ -1,0 +1,121 @@
+"""Checks between sections. Each is a function of the job that yields the table and what is wrong there; it runs when a job is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kempnerforge.config.errors import Key
+
+if TYPE_CHECKING:
+    from kempnerforge.config.job import JobConfig
+
+Found = Iterator[tuple[Key, str]]
+
+
+class CrossCheck(NamedTuple):
+    """A check and the sections that it reads; it is left out when one of them could not be built."""
+
+    run: Callable[[JobConfig], Found]
+    reads: frozenset[str]
+
+
+CROSS_CHECKS: list[CrossCheck] = []
+
+
+def _reads(*sections: str) -> Callable[[Callable[[JobConfig], Found]], Callable[[JobConfig], Found]]:
+    def register(check: Callable[[JobConfig], Found]) -> Callable[[JobConfig], Found]:
+        CROSS_CHECKS.append(CrossCheck(check, frozenset(sections)))
+        return check
+
+    return register
+
+
+@_reads("train", "stages")
+def some_steps(job: JobConfig) -> Found:
+    """There is something to train."""
+    if not job.stages and not job.train.max_steps:
+        yield ("train",), "max_steps = 0: there are no [[stages]] either, so nothing would be trained; set it, or add a stage"
+
+
+@_reads("stages")
+def stage_names(job: JobConfig) -> Found:
+    """No two stages have the same name."""
+    names = [stage.name for stage in job.stages]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("stages", index), f"name = {name!r}: stage #{names.index(name) + 1} has this name, too"
+
+
+@_reads("model", "train")
+def rows_fit(job: JobConfig) -> Found:
+    """A row is not longer than the model reads."""
+    if job.train.seq_len > job.model.max_seq_len:
+        yield ("train",), f"seq_len = {job.train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
+
+
+@_reads("vision_encoder", "adapter", "vlm", "model", "train")
+def sequence_fits(job: JobConfig) -> Found:
+    """The adapter takes the encoder's features, and image and text fit into model and row, as far as is known without the encoder."""
+    try:
+        tokens = job.image_tokens()
+    except ValueError as error:
+        yield ("adapter",), str(error)
+        return
+    if tokens is None:
+        return
+    try:
+        job.check_sequence(tokens)
+    except ValueError as error:
+        yield ("vlm",), str(error)
+
+
+@_reads("model", "vlm")
+def arch_fits(job: JobConfig) -> Found:
+    """What the arch itself demands of the other sections."""
+    if job.vlm is not None:
+        try:
+            job.vlm.check(job)
+        except (ValueError, NotImplementedError) as error:
+            yield ("vlm",), str(error)
+
+
+@_reads("vlm", "stages")
+def one_way_to_freeze(job: JobConfig) -> Found:
+    """Freezing over time is said in one place."""
+    frozen = [stage.name for stage in job.stages if stage.freeze is not None]
+    if job.vlm is not None and job.vlm.freeze_schedule and frozen:
+        yield ("vlm",), f"freeze_schedule: stage {frozen[0]!r} has a freeze of its own; use one of the two forms"
+
+
+@_reads("vlm", "train", "stages")
+def schedule_is_reached(job: JobConfig) -> Found:
+    """Every step of the freeze schedule exists, unless ``train.max_steps`` makes a short run of longer stages."""
+    planned = sum(stage.steps for stage in job.stages) or job.train.max_steps
+    for index, stage in enumerate(job.vlm.freeze_schedule if job.vlm is not None else ()):
+        if stage.start_step >= planned > 0:
+            yield ("vlm", "freeze_schedule", index), f"start_step = {stage.start_step}: the last step is {planned - 1}, counted from 0"
+
+
+@_reads("vlm", "data", "stages")
+def source_fits(job: JobConfig) -> Found:
+    """A pure text run does not read a source that is about images. (Stages have their own data, see ``stage_fits``.)"""
+    if job.vlm is None and not job.stages and job.data.needs_images:
+        yield ("data",), _needs_images(job.data.source)
+
+
+def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
+    """Stage ``index`` is long enough for its warm-up, and a pure text run does not read images in it.
+
+    Args:
+        sections: the resolved ones of the stage, by name; some may be missing.
+    """
+    scheduler, data, steps = sections.get("scheduler"), sections.get("data"), job.stages[index].steps
+    if scheduler is not None and scheduler.warmup_steps > steps:
+        yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
+    if data is not None and text_only and data.needs_images:
+        yield ("stages", index, "data"), _needs_images(data.source)
+
+
+def _needs_images(source: str) -> str:
+    return f"source = {source!r}: is about images, and without [vlm] this is a pure text run; add [vlm], or take source = 'text' or 'jsonl'"

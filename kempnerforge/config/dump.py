@@ -1,0 +1,58 @@
+"""A job back to TOML, and what differs between two jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tomli_w
+
+from kempnerforge.config.job import JobConfig
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A job or a section as plain tables, arrays and scalars, defaults included. None has no TOML and is left out."""
+    table = _plain(section)
+    assert isinstance(table, dict), f"{type(section).__name__} is no section"
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def to_toml(job: JobConfig) -> str:
+    """The resolved job; ``load_config`` reads an equal one from it."""
+    return tomli_w.dumps(to_dict(job))
+
+
+def diff(old: JobConfig, new: JobConfig) -> list[str]:
+    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset" in the other."""
+    before, after = _flat(to_dict(old), ""), _flat(to_dict(new), "")
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        a, b = (_show(flat, key) for flat in (before, after))
+        if a != b:
+            lines.append(f"{key}: {a} -> {b}")
+    return lines
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "unset"
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    """Leaves by dotted key. Arrays of tables count as tables, other arrays and empty tables as leaves."""
+    if isinstance(value, dict) and value:
+        parts = [(f"{key}.{name}" if key else name, entry) for name, entry in value.items()]
+    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        parts = [(f"{key}[{index}]", entry) for index, entry in enumerate(value)]
+    else:
+        return {key: value}
+    return {name: leaf for part, entry in parts for name, leaf in _flat(entry, part).items()}

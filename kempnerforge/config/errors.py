@@ -1,0 +1,99 @@
+"""What is wrong with a config, collected so that all of it is reported at once."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+Key = tuple[str | int, ...]
+"""Where a value stands: ``("model", "dim")``, ``("stages", 0, "steps")``."""
+
+
+class ConfigError(ValueError):
+    """The config cannot be used. ``problems`` has one line for each thing that is wrong, with file, key, value and what is allowed."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+
+class Problems:
+    """Collects lines for a ``ConfigError``.
+
+    Args:
+        origin: where values come from when nothing else is known of them: the file; empty for a config made by a program.
+        origins: where single keys come from. The longest prefix of a key that is listed counts.
+    """
+
+    def __init__(self, origin: str = "", origins: dict[Key, str] | None = None) -> None:
+        self.origin, self.origins = origin, origins if origins is not None else {}
+        self.lines: list[str] = []
+
+    def add(self, key: Key, text: str) -> None:
+        """One more problem, with the value at ``key``; ``text`` goes on after the key: " = 3: must be even"."""
+        self._add(self.origin_of(key), place(key) + text)
+
+    def add_message(self, table: Key, message: str) -> None:
+        """One more problem, with the table at ``table``; ``message`` may start with a key of it: "n_heads = 3: ..."."""
+        found = re.match(r"(\w+)( =|:)", message)
+        key = (*table, found[1]) if found else table
+        glue = "" if not table else " " if len(table) <= (2 if is_stage(table) else 1) else "." if found else ": "
+        self._add(self.origin_of(key), place(table) + glue + message)
+
+    def _add(self, origin: str, text: str) -> None:
+        line = f"{origin}: {text}" if origin else text
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def origin_of(self, key: Key) -> str:
+        """The file that ``key`` stands in, or "command line"."""
+        return next((self.origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.origins), self.origin)
+
+    def raise_if_any(self) -> None:
+        if self.lines:
+            raise ConfigError(self.lines)
+
+
+def is_stage(key: Key) -> bool:
+    return len(key) > 1 and key[0] == "stages" and isinstance(key[1], int)
+
+
+def place(key: Key) -> str:
+    """``key`` as people read it: ``[model] dim``, ``[vlm] freeze[0].module``, ``[[stages]] #1 optimizer.lr``."""
+    if not key:
+        return ""
+    if is_stage(key):
+        head, rest = f"[[stages]] #{int(key[1]) + 1}", key[2:]
+    else:
+        head, rest = str(key[0]) if key[0] in ("plugins", "stages") else f"[{key[0]}]", key[1:]
+    tail = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest).removeprefix(".")
+    return head + ("" if not tail or tail.startswith("[") else " ") + tail
+
+
+def show(value: Any) -> str:
+    """``value`` as TOML has it, cut where it is long."""
+    if isinstance(value, dict):
+        return "{...}" if value else "{}"
+    if isinstance(value, str | bool):
+        text = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, list | tuple):
+        text = f"[{', '.join(show(v) for v in value)}]"
+    else:
+        text = str(value)
+    return text if len(text) <= 80 else text[:76] + " ..."
+
+
+def kind(value: Any) -> str:
+    """The TOML type of ``value``, for messages."""
+    if isinstance(value, bool):
+        return "a boolean"
+    names = {int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
+    if isinstance(value, datetime.date | datetime.time):
+        return "a date or time"
+    return next((name for cls, name in names.items() if isinstance(value, cls)), type(value).__name__)

@@ -1,0 +1,216 @@
+"""From files and arguments to one merged table: reading TOML, ``extends``, and ``--section.key=value``."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.config.build import Argument, Discriminator, fields_of
+from kempnerforge.config.errors import ConfigError, Key, Problems, show
+
+COMMAND_LINE = "command line"
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One TOML file, without its ``extends``."""
+
+    path: Path
+    table: dict[str, Any]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in the file ``path``.
+
+    Raises:
+        ConfigError: it cannot be read or is no TOML, in one line with file and line number.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{show(str(path))}: cannot be read: {error}"]) from None
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError([f"{path}: line 1: starts with a byte order mark; save it as UTF-8 without one"])
+    if b"\0" in raw:
+        raise ConfigError([f"{path}: line {_line(raw, raw.index(0))}: contains a NUL byte; a config is UTF-8 text"])
+    try:
+        table = tomllib.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise ConfigError([f"{path}: line {_line(raw, error.start)}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"]) from None
+    except RecursionError:
+        table = None
+    except ValueError as error:
+        raise ConfigError([f"{path}: {_syntax_error(str(error))}"]) from None
+    if table is None or _deeper_than(table, MAX_DEPTH):
+        raise ConfigError([f"{path}: is nested more than {MAX_DEPTH} levels deep"])
+    return table
+
+
+def _deeper_than(table: dict[str, Any], levels: int) -> bool:
+    here: list[Any] = [table]
+    for _ in range(levels):
+        here = [
+            child for value in here for child in (value.values() if isinstance(value, dict) else value) if isinstance(child, dict | list)
+        ]
+    return bool(here)
+
+
+def _line(raw: bytes, position: int) -> int:
+    return raw.count(b"\n", 0, position) + 1
+
+
+def _syntax_error(message: str) -> str:
+    """tomllib's message with the line first, and in other words where a key or table is given twice."""
+    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|(end of document))\)", message, re.DOTALL)
+    text, where = (message, "") if found is None else (found[1], f"line {found[2]}, column {found[3]}: " if found[2] else "at the end: ")
+    if text.startswith(("Cannot overwrite a value", "Cannot declare", "Duplicate", "Cannot mutate immutable namespace")):
+        text = f"a key or table is given twice ({text})"
+    return f"{where}not valid TOML: {text}"
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """``path`` and the files that it extends, the most basic one first.
+
+    Raises:
+        ConfigError: one of them cannot be read, ``extends`` is no string, or the files extend each other in a circle.
+    """
+    layers: list[Layer] = []
+    seen: list[Path] = []
+    while True:
+        try:
+            table = read_toml(path)
+        except ConfigError as error:
+            raise ConfigError([f"{line} (extended by {layers[-1].path})" if layers else line for line in error.problems]) from None
+        if path.resolve() in seen:
+            raise ConfigError([f"{layers[-1].path}: extends = {show(str(path))}: the files extend each other in a circle"])
+        seen.append(path.resolve())
+        parent = table.pop("extends", None)
+        layers.append(Layer(path, table))
+        if parent is None:
+            return layers[::-1]
+        if not isinstance(parent, str) or not parent:
+            raise ConfigError([f"{path}: extends = {show(parent)}: must be the name of one TOML file, relative to this one"])
+        path = path.parent / parent
+
+
+def merge(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -> tuple[dict[str, Any], dict[Key, str]]:
+    """All layers as one table, and the file that each key comes from. Tables merge deeply, all else replaces.
+
+    Args:
+        layers: the most basic one first.
+        unions: sections whose class depends on a key. When a layer changes it, keys of the layers below that the new class lacks are
+            dropped.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[Key, str] = {}
+    for layer in layers:
+        for section, union in unions.items():
+            _drop_foreign(merged.get(section), layer.table.get(section), union)
+        _overlay(merged, layer.table, str(layer.path), origins, ())
+    return merged, origins
+
+
+def _drop_foreign(below: Any, above: Any, union: Discriminator) -> None:
+    if not isinstance(below, dict) or not isinstance(above, dict) or not isinstance(above.get(union.key), str):
+        return
+    if above[union.key] == below.get(union.key):
+        return
+    try:
+        known = fields_of(union.class_for(above[union.key]))
+    except (ValueError, NotImplementedError):
+        return  # an unknown name is reported when the section is built
+    for name in [name for name in below if name not in known]:
+        del below[name]
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any], origin: str, origins: dict[Key, str], key: Key) -> None:
+    for name, value in above.items():
+        here = (*key, name)
+        if not isinstance(value, dict):
+            below[name] = value
+        else:
+            if not isinstance(below.get(name), dict):
+                below[name] = {}
+            _overlay(below[name], value, origin, origins, here)
+        origins[here] = origin
+
+
+def parse_overrides(arguments: Sequence[str], problems: Problems) -> list[tuple[Key, Argument]]:
+    """``--section.key=value`` or ``--section.key value``, in order. The key is a dotted TOML key, the value TOML or bare text."""
+    found: list[tuple[Key, Argument]] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name.strip():
+            problems.add((), f"{show(argument)}: must look like --section.key=value")
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                problems.add((), f"--{name}: needs a value, as in --{name}=...")
+                continue
+            text = rest.pop(0)
+        key = _dotted(name)
+        if key is None:
+            problems.add((), f"--{name}: must look like --section.key=value")
+            continue
+        found.append((key, Argument(text, _toml_value(text))))
+    return found
+
+
+def _dotted(name: str) -> Key | None:
+    try:
+        table: Any = tomllib.loads(f"{name} = 0")
+    except ValueError:
+        return None
+    key: list[str] = []
+    while isinstance(table, dict) and len(table) == 1:
+        part, table = next(iter(table.items()))
+        key.append(part)
+    return tuple(key) if table == 0 else None
+
+
+def _toml_value(text: str) -> Any:
+    """``text`` as a TOML value, or itself where it is none."""
+    try:
+        table = tomllib.loads(f"value = [{text}]")
+    except (ValueError, RecursionError):
+        return text
+    return table["value"][0] if list(table) == ["value"] and len(table["value"]) == 1 else text
+
+
+def assign(table: dict[str, Any], key: Key, value: Argument, problems: Problems) -> None:
+    """``table[key] = value``, making tables on the way; where there is an array, a part of ``key`` is an index from 0."""
+    here: Any = table
+    parts: list[Any] = list(key)
+    for depth, part in enumerate(parts):
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                array = ".".join(map(str, key[:depth]))
+                problems.add((), f"--{'.'.join(map(str, key))}: {array} has {len(here)} entries, counted from 0; there is no {part!r}")
+                return
+            parts[depth] = part = int(part)
+        if depth == len(key) - 1:
+            here[part] = value
+            break
+        below = here[part] if isinstance(here, list) else here.get(part)
+        below = below.value if isinstance(below, Argument) else below
+        if not isinstance(below, dict | list):
+            below = {}
+            problems.origins[tuple(parts[: depth + 1])] = COMMAND_LINE
+        here[part] = below
+        here = below
+    path: Key = tuple(parts)
+    for known in [known for known in problems.origins if known[: len(path)] == path]:
+        del problems.origins[known]
+    problems.origins[path] = COMMAND_LINE

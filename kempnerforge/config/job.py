@@ -1,0 +1,170 @@
+"""A whole job: every section, the stages, and the checks that no section can do alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
+from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
+from kempnerforge.config.data import DataConfig, EasyVQAConfig
+from kempnerforge.config.errors import Problems
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
+from kempnerforge.config.training import (
+    CheckpointConfig,
+    DistributedConfig,
+    EvalConfig,
+    MetricsConfig,
+    OptimizerConfig,
+    RunConfig,
+    SchedulerConfig,
+    TrainConfig,
+)
+from kempnerforge.config.vision import VisionEncoderConfig, ViTConfig
+from kempnerforge.config.vlm import FreezeSpec, VLMConfig
+
+
+@dataclass
+class JobConfig:
+    """A resolved job. ``vision_encoder`` and ``adapter`` are read only when ``vlm`` is there; without it this is a pure text run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vision_encoder: VisionEncoderConfig = field(default_factory=ViTConfig)
+    adapter: AdapterConfig = field(default_factory=MLPAdapterConfig)
+    vlm: VLMConfig | None = None
+    data: DataConfig = field(default_factory=EasyVQAConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the run: those of the stages, capped by ``train.max_steps``."""
+        planned, cap = sum(stage.steps for stage in self.stages), self.train.max_steps
+        return min(planned, cap or planned) if self.stages else cap
+
+    def resolved_stages(self) -> list[Stage]:
+        """The stages that will run, in order, without gaps, from step 0 to ``total_steps()``. Without ``[[stages]]`` there is one, "train".
+
+        Raises:
+            ConfigError: an override of a stage is wrong.
+        """
+        total, base = self.total_steps(), self.base_freeze()
+        if not self.stages:
+            return [Stage("train", 0, 0, total, self.data, self.train, self.optimizer, self.scheduler, base)] if total else []
+        problems, found, start = Problems(), [], 0
+        for index, stage in enumerate(self.stages):
+            sections = self._override(index, problems)
+            freeze = base if stage.freeze is None else tuple(stage.freeze)
+            end = min(start + stage.steps, total)
+            if end > start:
+                found.append(Stage(stage.name, index, start, end, freeze=freeze, **sections))
+            start = end
+        problems.raise_if_any()
+        return found
+
+    def base_freeze(self) -> tuple[FreezeSpec, ...]:
+        """``[vlm].freeze``."""
+        return tuple(self.vlm.freeze) if self.vlm else ()
+
+    def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
+        """The freeze specs in force at optimizer step ``step``: a pure function of it. Of specs that match a parameter the last one counts.
+
+        The ``freeze`` of a stage replaces ``[vlm].freeze``; the directives of ``[vlm].freeze_schedule`` come behind ``[vlm].freeze``, those
+        with the latest ``start_step`` that has been reached. Past the end of the run the last stage goes on.
+        """
+        freeze, end = self.base_freeze(), 0
+        for stage in self.stages:
+            if step < end:
+                break
+            freeze = self.base_freeze() if stage.freeze is None else tuple(stage.freeze)
+            end += stage.steps
+        active = [s for s in self.vlm.freeze_schedule if s.start_step <= step] if self.vlm else []
+        return freeze + tuple(active[-1].specs) if active else freeze
+
+    def image_tokens(self) -> int | None:
+        """Tokens of one image behind the adapter: 0 without ``[vlm]``, None when only the built encoder knows.
+
+        Raises:
+            ValueError: the adapter cannot take as many features as the encoder gives.
+        """
+        if self.vlm is None:
+            return 0
+        features = self.vision_encoder.num_tokens()
+        return None if features is None else self.adapter.num_tokens(features)
+
+    def check_sequence(self, num_image_tokens: int) -> None:
+        """The stream of a sample, one image and a text of full length, fits into the model and into a row.
+
+        Args:
+            num_image_tokens: of one image, behind the adapter; ``image_tokens()``, or what the built encoder says.
+
+        Raises:
+            ValueError: it does not fit; the message names every number.
+        """
+        if self.vlm is None:
+            return
+        image, text = self.vlm.residual_stream_image_tokens(num_image_tokens), self.vlm.max_text_len
+        model, row = self.model.max_seq_len, self.train.seq_len
+        if image + text > min(model, row):
+            raise ValueError(
+                f"max_text_len = {text}: with {image} image tokens in the stream that is {image + text} positions, but "
+                f"model.max_seq_len = {model} and train.seq_len = {row}; both must be at least {image + text}"
+            )
+
+    def warnings(self) -> list[str]:
+        """What is allowed but may not be meant: parts of the config that never come into force."""
+        total, lines = self.total_steps(), []
+        planned = sum(stage.steps for stage in self.stages)
+        if self.stages and total < self.train.max_steps:
+            lines.append(f"train.max_steps = {self.train.max_steps}: the stages end at step {planned}")
+        cap, start = f"train.max_steps = {self.train.max_steps}", 0
+        for stage in self.stages:
+            if start >= total:
+                lines.append(f"stage {stage.name!r} starts at step {start} and never runs, {cap}")
+            start += stage.steps
+        for stage in self.resolved_stages():
+            if stage.scheduler.warmup_steps > stage.steps:
+                lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {stage.scheduler.warmup_steps} warm-up steps, {cap}")
+        for change in self.vlm.freeze_schedule if self.vlm else ():
+            if change.start_step >= total:
+                lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")
+        return lines
+
+    def validate(self) -> None:
+        """Runs every check between sections. ``load_config`` has done it; for jobs made by a program.
+
+        Raises:
+            ConfigError: with one line for each thing that is wrong.
+        """
+        self.check(problems := Problems())
+        problems.raise_if_any()
+
+    def check(self, problems: Problems, broken: Collection[str] = ()) -> None:
+        """Collects what is wrong between sections.
+
+        Args:
+            problems: where to.
+            broken: sections that could not be built; checks that read one of them are left out.
+        """
+        for check in CROSS_CHECKS:
+            if not check.reads & set(broken):
+                for table, message in check.run(self):
+                    problems.add_message(table, message)
+        for index in range(len(self.stages)):
+            sections = self._override(index, problems, broken)
+            for table, message in stage_fits(self, index, sections, self.vlm is None and "vlm" not in broken):
+                problems.add_message(table, message)
+
+    def _override(self, index: int, problems: Problems, broken: Collection[str] = ()) -> dict[str, Any]:
+        """The sections of stage ``index`` by name, those with a problem left out."""
+        sections = {name: getattr(self, name) for name in STAGED}
+        return override(self.stages[index], sections, ("stages", index), problems, broken)

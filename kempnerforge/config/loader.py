@@ -1,0 +1,73 @@
+"""One TOML file and command-line overrides -> a checked ``JobConfig``.
+
+defaults < ``extends = "other.toml"`` < the TOML < ``--section.key=value``
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.config.build import INVALID, UNIONS, convert, convert_fields, fields_of, plain
+from kempnerforge.config.errors import ConfigError, Problems
+from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers
+from kempnerforge.config.job import JobConfig
+from kempnerforge.config.plugins import load_plugins
+from kempnerforge.config.stages import STAGED, StageConfig
+from kempnerforge.config.vlm import VLMConfig
+
+_UNION_SECTIONS = {name: UNIONS[cls] for name, cls in fields_of(JobConfig).items() if cls in UNIONS} | {"vlm": UNIONS[VLMConfig]}
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads, merges, builds and checks a job.
+
+    Args:
+        path: the TOML file; None takes the defaults.
+        overrides: "--section.key=value", or "--section.key" and "value" after each other. Values are TOML; where a string is wanted, or
+            where it is no TOML, the bare text counts. An entry of an array goes by its index: "--stages.0.steps=10".
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    origin = COMMAND_LINE if path is None else str(path)
+    layers = [] if path is None else read_layers(Path(path))
+    arguments = Problems(COMMAND_LINE)
+    given = parse_overrides(overrides, arguments)
+    plugins = _load_plugins(layers, given)
+    table, origins = merge(layers, _UNION_SECTIONS)
+    arguments.origins = origins
+    for key, value in given:
+        assign(table, key, value, arguments)
+    problems = Problems(origin, origins)
+    problems.lines = arguments.lines
+    sections = convert_fields(JobConfig, table | {"plugins": plugins}, (), problems)
+    broken = {name for name, section in sections.items() if section is INVALID}
+    job = JobConfig(**{name: section for name, section in sections.items() if name not in broken})
+    if "stages" in broken:
+        job.stages = _overrides_alone(table["stages"])
+    job.check(problems, broken)
+    problems.raise_if_any()
+    return job
+
+
+def _overrides_alone(stages: Any) -> list[StageConfig]:
+    """Stages that could not be built, with nothing but their overrides, so that what is wrong with those is reported, too."""
+    tables = [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []
+    staged = [{name: plain(table[name]) for name in STAGED if isinstance(table.get(name), dict)} for table in tables]
+    return [StageConfig("unreadable", sys.maxsize, **overrides) for overrides in staged]
+
+
+def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]) -> list[str]:
+    """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer."""
+    found: list[tuple[Any, Path, str]] = [
+        (layer.table["plugins"], layer.path.parent, str(layer.path)) for layer in layers if "plugins" in layer.table
+    ]
+    found += [(value, Path(), COMMAND_LINE) for key, value in given if key == ("plugins",)]
+    value, folder, origin = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path))
+    names = convert(list[str], value, ("plugins",), problems := Problems(origin))
+    if names is INVALID:
+        raise ConfigError(problems.lines)
+    return load_plugins(names, folder, origin)

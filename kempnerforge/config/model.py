@@ -1,0 +1,100 @@
+"""``[model]``: the text backbone, with the knobs that the Llama, SmolLM2, Qwen and Gemma families need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kempnerforge.config.checks import at_least, more_than, one_of
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """``[model.rope_scaling]``: longer contexts by slower rotation.
+
+    Attributes:
+        type: "linear" divides every frequency by ``factor`` (Chen et al. 2023); "llama3" only the low ones (Llama 3.1's rule).
+        factor: by how much.
+        low_freq_factor, high_freq_factor, original_max_seq_len: read by "llama3" alone.
+    """
+
+    type: str = "linear"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        one_of(self, "type", ("linear", "llama3"))
+        at_least(self, 1, "factor", "original_max_seq_len")
+        more_than(self, self.low_freq_factor, "high_freq_factor")
+
+
+@dataclass
+class ModelConfig:
+    """The text backbone.
+
+    Attributes:
+        dim: width of the residual stream.
+        n_layers, n_heads: depth, query heads.
+        n_kv_heads: key/value heads: 0 means ``n_heads``, 1 is multi-query (Shazeer 2019), between is grouped-query (Ainslie et al. 2023).
+        head_dim: 0 means ``dim / n_heads``; otherwise free of ``dim``.
+        ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up to 32 for the gated ones.
+        activation: "swiglu", "geglu" (Shazeer 2020; tanh GELU) or "gelu" (not gated).
+        vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, a smaller one is an error.
+        max_seq_len: positions that RoPE is meant for; longer streams are refused.
+        norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight`` (Gemma).
+        qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
+        rope_theta, rope_scaling: rotary positions (Su et al. 2021).
+        tie_embeddings: the output head is the embedding.
+        embed_scale: embeddings times ``sqrt(dim)`` (Gemma).
+        attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
+        attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` (Gemma 2); 0 is off.
+        init_std: normal init of all matrices; 0 keeps PyTorch's default for linear layers, the embedding has 0.02 then.
+    """
+
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 0
+    head_dim: int = 0
+    ffn_dim: int = 0
+    activation: str = "swiglu"
+    vocab_size: int = 0
+    max_seq_len: int = 2048
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = True
+    embed_scale: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    init_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len")
+        at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
+        at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap")
+        more_than(self, 0, "norm_eps", "rope_theta")
+        one_of(self, "activation", ("swiglu", "geglu", "gelu"))
+        if not self.head_dim and self.dim % self.n_heads:
+            raise ValueError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim = {self.head_width}: rotary positions need an even one")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim or (4 * self.dim if self.activation == "gelu" else -(-8 * self.dim // 3 // 32) * 32)

@@ -1,0 +1,103 @@
+"""Names in a TOML file -> the classes behind them. Everything that a plugin may add is registered here.
+
+There are two kinds of registry. A *config* registry maps the discriminator of a section (``[vlm].arch``, ``[vision_encoder].type``,
+``[adapter].type``, ``[data].source``) to the dataclass that holds the section. A *builder* registry maps the same name to the class that
+is built from it. They are apart because this layer imports no torch: a config can be read, checked and printed without the model code.
+
+Registering is a decorator; the bare form takes the name from the discriminator's default::
+
+    @registry.register_vlm_config
+    @dataclass
+    class MyArchConfig(VLMConfig):
+        arch: str = "my_arch"
+
+    @registry.register_arch("my_arch")
+    class MyArch(VLM): ...
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Registry:
+    """One kind of thing, by name.
+
+    Args:
+        kind: what an entry is, for messages ("vlm arch").
+        key: the config key that selects an entry ("vlm.arch"), for messages and for the bare decorator.
+    """
+
+    def __init__(self, kind: str, key: str) -> None:
+        self.kind, self.key = kind, key
+        self._entries: dict[str, type] = {}
+
+    def register(self, name: str | type) -> Any:
+        """Decorator: ``@register("name")``, or bare ``@register``, which reads the name off the class.
+
+        Raises:
+            ValueError: the name is taken by another class.
+        """
+        if isinstance(name, str):
+            return lambda cls: self._add(name, cls)
+        return self._add(getattr(name, self.key.split(".")[-1]), name)
+
+    def _add(self, name: str, cls: type) -> type:
+        there = self._entries.get(name)
+        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{self.kind} {name!r} is already registered by {there.__module__}.{there.__qualname__}")
+        self._entries[name] = cls
+        return cls
+
+    def get(self, name: str) -> type:
+        """The class called ``name``.
+
+        Raises:
+            ValueError: there is none; the message lists what is there.
+        """
+        if name not in self._entries:
+            raise ValueError(f"{self.key} = {name!r}: no such {self.kind}; {self.known(name)}")
+        return self._entries[name]
+
+    def known(self, near: str = "") -> str:
+        """What is registered, for messages, with the name nearest to ``near``."""
+        close = difflib.get_close_matches(str(near), self._entries, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"registered: {', '.join(sorted(self._entries)) or 'none'}{hint}"
+
+    def name_of(self, cls: type) -> str | None:
+        """The name that ``cls`` is registered under, or None."""
+        return next((n for n, c in self._entries.items() if c is cls), None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+
+vlm_configs = Registry("vlm arch", "vlm.arch")
+vision_configs = Registry("vision encoder", "vision_encoder.type")
+adapter_configs = Registry("adapter", "adapter.type")
+data_configs = Registry("data source", "data.source")
+
+archs = Registry("vlm arch", "vlm.arch")
+vision_encoders = Registry("vision encoder", "vision_encoder.type")
+adapters = Registry("adapter", "adapter.type")
+sources = Registry("data source", "data.source")
+
+Decorator = Callable[[str | type], Any]
+register_vlm_config: Decorator = vlm_configs.register
+register_vision_config: Decorator = vision_configs.register
+register_adapter_config: Decorator = adapter_configs.register
+register_data_config: Decorator = data_configs.register
+register_arch: Decorator = archs.register
+register_vision_encoder: Decorator = vision_encoders.register
+register_adapter: Decorator = adapters.register
+register_source: Decorator = sources.register
+
+registry = sys.modules[__name__]
+"""This module: ``from kempnerforge.config.registry import registry`` and ``from kempnerforge.config import registry`` are the same."""

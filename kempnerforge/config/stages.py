@@ -1,0 +1,137 @@
+"""``[[stages]]``: what changes while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+from kempnerforge.config.build import INVALID, UNIONS, class_named, construct, convert, convert_fields, fields_of
+from kempnerforge.config.checks import at_least
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import Key, Problems
+from kempnerforge.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
+from kempnerforge.config.vlm import FreezeSpec
+
+_FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",)}
+"""Keys that hold for the whole run."""
+_TRAIN_KEYS = ("batch_size", "grad_accum_steps")
+STAGED = ("data", "train", "optimizer", "scheduler")
+
+
+@dataclass
+class StageConfig:
+    """One ``[[stages]]`` table. ``data``, ``train``, ``optimizer`` and ``scheduler`` hold overrides of those sections as written; each key
+    replaces the section's. ``freeze`` replaces ``[vlm].freeze`` for this stage when it is given.
+    """
+
+    name: str
+    steps: int
+    freeze: list[FreezeSpec] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError(f"name = {self.name!r}: a stage needs one")
+        at_least(self, 1, "steps")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with its overrides resolved. It covers optimizer steps ``start <= step < end``.
+
+    Attributes:
+        index: of the ``[[stages]]`` table.
+        freeze: without ``[vlm].freeze_schedule``, see ``JobConfig.freeze_at``.
+    """
+
+    name: str
+    index: int
+    start: int
+    end: int
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    freeze: tuple[FreezeSpec, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
+
+
+def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems: Problems, broken: Collection[str] = ()) -> dict[str, Any]:
+    """``sections`` as ``stage`` changes them.
+
+    Args:
+        stage: with overrides as written.
+        sections: those of ``STAGED`` that could be built, by name.
+        key: where the stage stands.
+        problems: collects what is wrong with the overrides.
+        broken: names of sections that could not be built and are there with defaults: only keys and types of their overrides are checked.
+
+    Returns:
+        The changed sections by name, without those that have a problem.
+    """
+    changed = {}
+    for name, section in sections.items():
+        table = getattr(stage, name)
+        if name in broken:
+            # which source a broken [data] was meant to have is not known, so its keys are not either
+            result = INVALID if name == "data" else _replace(section, table, (*key, name), problems, keys_only=True)
+        else:
+            result = _override_section(section, table, (*key, name), problems)
+        if result is not INVALID:
+            changed[name] = result
+    return changed
+
+
+def _override_section(section: Any, table: dict[str, Any], key: Key, problems: Problems) -> Any:
+    if isinstance(section, DataConfig) and UNIONS[DataConfig].key in table:
+        return _other_source(section, table, key, problems)
+    return _replace(section, table, key, problems)
+
+
+def _convert(cls: type, table: dict[str, Any], key: Key, problems: Problems) -> dict[str, Any]:
+    """The overrides in ``table`` as the types of ``cls``'s fields; ``INVALID`` where a stage may not change the key."""
+    section = str(key[-1])
+    fixed = {part: INVALID for part in table if part in _FIXED.get(section, ())}
+    for part in fixed:
+        problems.add((*key, part), ": holds for the whole run, a stage cannot change it")
+    allowed = _TRAIN_KEYS if section == "train" else [part for part in fields_of(cls) if part not in _FIXED.get(section, ())]
+    return convert_fields(cls, {part: value for part, value in table.items() if part not in fixed}, key, problems, allowed) | fixed
+
+
+def _replace(section: Any, table: dict[str, Any], key: Key, problems: Problems, keys_only: bool = False) -> Any:
+    values = _convert(type(section), table, key, problems)
+    if keys_only:
+        return INVALID
+    return construct(type(section), partial(replace, section), values, table, key, problems, complete=True)
+
+
+def _other_source(section: DataConfig, table: dict[str, Any], key: Key, problems: Problems) -> Any:
+    """The section for the stage's own ``source``; keys of the job's [data] that the new source knows, too, stay."""
+    union = UNIONS[DataConfig]
+    name = convert(str, table[union.key], (*key, union.key), problems)
+    chosen = None if name is INVALID else class_named(union, name, key, problems)
+    if chosen is None:
+        return INVALID
+    if chosen is type(section):
+        return _replace(section, table, key, problems)
+    kept = {part: value for part, value in _not_default(section).items() if part in fields_of(chosen)}
+    values = kept | _convert(chosen, table, key, problems) | {union.key: name}
+    return construct(chosen, chosen, values, kept.keys() | table.keys(), key, problems)
+
+
+def _not_default(section: Any) -> dict[str, Any]:
+    """The values of ``section`` that differ from its class's defaults."""
+    values = {}
+    for f in fields(section):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if getattr(section, f.name) != default:
+            values[f.name] = getattr(section, f.name)
+    return values

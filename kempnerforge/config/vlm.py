@@ -1,0 +1,244 @@
+"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, and what is frozen when.
+
+``arch`` selects the subclass: from TOML the loader does it, programs call ``VLMConfig.for_arch("mot", max_text_len=1024)``.
+When ``[vlm]`` is absent the job is a pure text run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from kempnerforge.config import registry
+from kempnerforge.config.checks import at_least, one_of
+
+if TYPE_CHECKING:
+    from kempnerforge.config.job import JobConfig
+
+DEFAULT_MODULE_PATTERNS: dict[str, list[str]] = {
+    "transformer": ["transformer.*"],
+    "vision_encoder": ["vision_encoder.*"],
+    "adapter": ["adapter.*"],
+}
+"""Aliases of freeze specs and learning-rate scales: name -> fnmatch patterns over parameter names."""
+
+MASKS = ("causal", "image_bidirectional", "prefix")
+
+_RESERVED_ARCHS: frozenset[str] = frozenset({"moma"})
+"""Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
+
+
+@dataclass(frozen=True)
+class FreezeSpec:
+    """One freeze directive.
+
+    Attributes:
+        module: an alias of ``module_patterns``, or a raw fnmatch pattern over full parameter names.
+        frozen: False thaws what an earlier spec froze; of all specs that match a parameter the last one counts.
+    """
+
+    module: str
+    frozen: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.module:
+            raise ValueError("module = '': a freeze spec needs an alias or a pattern")
+
+
+@dataclass(frozen=True)
+class FreezeStage:
+    """Freeze directives that apply from optimizer step ``start_step`` onward, until the next stage."""
+
+    start_step: int
+    specs: tuple[FreezeSpec, ...]
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "start_step")
+
+
+@dataclass
+class VLMConfig:
+    """What every architecture has. Subclasses register with ``@registry.register_vlm_config`` and set ``arch``'s default.
+
+    Attributes:
+        arch: the discriminator.
+        max_text_len: text tokens of one sample at most, and the padded length of ``data.batching = "pad"``.
+        freeze: applied when the model is built.
+        freeze_schedule: changes of it at optimizer steps; ``start_step`` strictly increasing.
+        module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
+        attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
+            other: PaliGemma, Beyer et al. 2024).
+
+    Raises:
+        ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
+    """
+
+    arch: str = "joint_decoder"
+    max_text_len: int = 512
+    freeze: list[FreezeSpec] = field(default_factory=list)
+    freeze_schedule: list[FreezeStage] = field(default_factory=list)
+    module_patterns: dict[str, list[str]] = field(default_factory=lambda: {k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()})
+    attention_mask: str = field(default="causal", kw_only=True)
+
+    def __post_init__(self) -> None:
+        cls = self.class_for(self.arch)
+        if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
+            raise ValueError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
+        patterns = next(f.default_factory for f in fields(self) if f.name == "module_patterns")
+        assert callable(patterns), "module_patterns has a default_factory in every class"
+        self.module_patterns = {**patterns(), **self.module_patterns}
+        at_least(self, 1, "max_text_len")
+        one_of(self, "attention_mask", MASKS)
+        starts = [stage.start_step for stage in self.freeze_schedule]
+        if any(b <= a for a, b in pairwise(starts)):
+            raise ValueError(f"freeze_schedule: start_step must increase strictly, got {starts}")
+
+    @staticmethod
+    def class_for(arch: str) -> type[VLMConfig]:
+        """The config class of ``arch``.
+
+        Raises:
+            ValueError: ``arch`` is not registered.
+            NotImplementedError: ``arch`` is reserved for later.
+        """
+        if arch in _RESERVED_ARCHS and arch not in registry.vlm_configs:
+            raise NotImplementedError(f"arch = {arch!r}: reserved, not built yet; {registry.vlm_configs.known()}")
+        return registry.vlm_configs.get(arch)
+
+    @classmethod
+    def for_arch(cls, arch: str, **kwargs: Any) -> VLMConfig:
+        """The config of ``arch`` with ``kwargs`` as its fields.
+
+        Raises:
+            ValueError: ``arch`` is not registered, or a field has a bad value.
+            NotImplementedError: ``arch`` is reserved for later.
+        """
+        return cls.class_for(arch)(arch=arch, **kwargs)
+
+    def residual_stream_image_tokens(self, num_tokens: int) -> int:
+        """How many of an image's ``num_tokens`` tokens this arch places in the residual stream."""
+        return num_tokens
+
+    def check(self, job: JobConfig) -> None:
+        """What must hold between this section and the others; called when a job is loaded.
+
+        Raises:
+            ValueError: it does not hold.
+        """
+
+
+@registry.register_vlm_config
+@dataclass
+class JointDecoderConfig(VLMConfig):
+    """Image tokens in one stream with the text (LLaVA: Liu et al. 2023)."""
+
+    arch: str = "joint_decoder"
+
+
+@registry.register_vlm_config
+@dataclass
+class CrossAttentionConfig(VLMConfig):
+    """Image keys and values flow into gated cross-attention blocks (Flamingo: Alayrac et al. 2022).
+
+    Attributes:
+        cross_attention_every_n_layers: one such block before every n-th layer.
+        cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see ``resolved_heads``.
+    """
+
+    arch: str = "cross_attention"
+    module_patterns: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
+            "cross_attention": ["transformer.layers.*.cross_attention.*"],
+        }
+    )
+    cross_attention_every_n_layers: int = 4
+    cross_attention_n_heads: int = 0
+    cross_attention_n_kv_heads: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "cross_attention_every_n_layers")
+        at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads")
+        if self.attention_mask == "image_bidirectional":
+            raise ValueError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
+        heads, kv = self.cross_attention_n_heads, self.cross_attention_n_kv_heads
+        if heads and kv and heads % kv:
+            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide cross_attention_n_heads = {heads}")
+
+    def residual_stream_image_tokens(self, num_tokens: int) -> int:
+        """0: the residual stream carries text only."""
+        return 0
+
+    def resolved_heads(self, model_n_heads: int) -> tuple[int, int]:
+        """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from the heads.
+
+        Raises:
+            ValueError: the key/value heads do not divide the heads.
+        """
+        heads = self.cross_attention_n_heads or model_n_heads
+        kv = self.cross_attention_n_kv_heads or heads
+        if heads % kv:
+            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention")
+        return heads, kv
+
+    def check(self, job: JobConfig) -> None:
+        every, model = self.cross_attention_every_n_layers, job.model
+        if every > model.n_layers:
+            raise ValueError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
+        heads, _ = self.resolved_heads(model.n_heads)
+        if not model.head_dim and model.dim % heads:
+            raise ValueError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
+
+
+@registry.register_vlm_config
+@dataclass
+class MoTConfig(VLMConfig):
+    """Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights per modality, one global attention.
+
+    Attributes:
+        mot_modalities: names of the towers, in any order, "image" and "text" among them.
+        mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see ``resolved_image_heads``.
+        mot_warm_start_from_text: copy the text tower into the image tower when a fresh run starts.
+        mot_warm_start_path: a checkpoint to take the text tower from.
+    """
+
+    arch: str = "mot"
+    module_patterns: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
+            "mot": ["transformer.layers.*"],
+        }
+    )
+    mot_modalities: tuple[str, ...] = ("image", "text")
+    mot_image_n_heads: int = 0
+    mot_image_n_kv_heads: int = 0
+    mot_warm_start_from_text: bool = False
+    mot_warm_start_path: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = list(self.mot_modalities)
+        if len(set(names)) != len(names) or not {"image", "text"} <= set(names):
+            raise ValueError(f"mot_modalities = {names}: needs at least 'image' and 'text', each name once")
+        at_least(self, 0, "mot_image_n_heads", "mot_image_n_kv_heads")
+        heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
+        if heads and kv and heads % kv:
+            raise ValueError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
+        if self.mot_warm_start_path and not self.mot_warm_start_from_text:
+            raise ValueError(f"mot_warm_start_path = {self.mot_warm_start_path!r}: is only read with mot_warm_start_from_text = true")
+
+    def resolved_image_heads(self, model_n_heads: int, model_n_kv_heads: int = 0) -> tuple[int, int]:
+        """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's."""
+        heads = self.mot_image_n_heads or model_n_heads
+        return heads, self.mot_image_n_kv_heads or model_n_kv_heads or heads
+
+    def check(self, job: JobConfig) -> None:
+        text = (job.model.n_heads, job.model.kv_heads)
+        image = self.resolved_image_heads(*text)
+        if image != text:
+            raise ValueError(
+                f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}: one attention over both "
+                f"modalities needs the text tower's head counts, model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
+            )

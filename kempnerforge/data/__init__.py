@@ -1,0 +1,33 @@
+"""Data: sources of samples, tokenizer, encoding, sampling, batches."""
+
+from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.encode import Encoded, Encoder, Layout, collate, prompt_batch
+from kempnerforge.data.images import ImageError, load_image
+from kempnerforge.data.loader import build_loader
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
+from kempnerforge.data.sampler import StepSampler
+from kempnerforge.data.sources import build_source, text_corpus
+from kempnerforge.data.tokenizer import Tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Encoded",
+    "Encoder",
+    "ImageError",
+    "ImageSource",
+    "Kind",
+    "Layout",
+    "Sample",
+    "SampleError",
+    "Source",
+    "StepSampler",
+    "Text",
+    "Tokenizer",
+    "build_loader",
+    "build_source",
+    "collate",
+    "load_image",
+    "prompt_batch",
+    "text_corpus",
+]

@@ -1,0 +1,82 @@
+"""The one batch that every arch and every batching mode uses.
+
+Shapes: B rows, S positions, N images, M placements of an image in a row, T trained positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that is not trained."""
+
+
+class Kind(IntEnum):
+    """What stands at a position. ``ANSWER`` includes the EOS behind it."""
+
+    PAD = 0
+    IMAGE = 1
+    PROMPT = 2
+    ANSWER = 3
+
+
+@dataclass
+class Batch:
+    """Rows of samples.
+
+    Attributes:
+        input_ids: (B, S) int64; positions of images and padding hold the pad id.
+        labels: (B, S) int64, shifted: ``labels[b, t]`` is token t + 1 of the row if that token is trained, else ``IGNORE``.
+        positions: (B, S) int64 for RoPE; each text restarts behind the shared part of its sample; 0 on padding.
+        sample_ids: (B, S) int64; which sample of the row; -1 is padding.
+        text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text. A token sees its own text and the shared part
+            of its own sample.
+        kinds: (B, S) uint8, ``Kind``.
+        targets: (T,) int64, flat positions ``b * S + s`` that have a label.
+        images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.
+        image_index: (M,) int64, which image stands at each placement.
+        image_rows: (M,) int64, its row.
+        image_starts: (M,) int64, its first position in that row.
+        has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the ids matter.
+        skipped: (sample id, reason) of samples that could not be used and were replaced.
+        sample_names: ids of the samples in the rows.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    sample_ids: Tensor
+    text_ids: Tensor
+    kinds: Tensor
+    targets: Tensor
+    images: Tensor | None
+    image_index: Tensor
+    image_rows: Tensor
+    image_starts: Tensor
+    has_documents: bool
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    sample_names: list[str] = field(default_factory=list)
+
+    @property
+    def num_targets(self) -> int:
+        """Trained positions, T."""
+        return len(self.targets)
+
+    @property
+    def useful_tokens(self) -> int:
+        """Positions that are not padding. Reads ``kinds``: ask before the batch moves to an accelerator."""
+        return int(torch.count_nonzero(self.kinds))
+
+    @property
+    def num_images(self) -> int:
+        """Images, N."""
+        return 0 if self.images is None else len(self.images)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with all tensors on ``device``."""
+        moved = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)

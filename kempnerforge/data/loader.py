@@ -1,0 +1,140 @@
+"""Source -> encoder -> batches, in this process or in workers; the stream is the same either way."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.training import TrainConfig
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.encode import Encoded, Encoder, Layout, collate
+from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sampler import StepSampler
+
+MAX_TRIES = 20
+"""Candidates in place of one unusable sample before the data are judged unusable."""
+
+
+class DataError(ValueError):
+    """The data cannot be used at all."""
+
+
+class EncodedSamples(Dataset["Encoded | DataError"]):
+    """Encoded samples by ``(index, step)``. An unusable sample is replaced by another one, the same one on every run.
+
+    Args:
+        source: the samples.
+        encoder: makes rows of them.
+        seed: of replacements.
+    """
+
+    def __init__(self, source: Source, encoder: Encoder, seed: int) -> None:
+        self.source, self.encoder, self.seed = source, encoder, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Encoded | DataError:
+        """The row for ``(index, step)``, or what is wrong when ``MAX_TRIES`` candidates in its place were unusable, too. The error is
+        returned: raised in a worker, it would reach the user inside a traceback.
+        """
+        index, step = key
+        skipped: list[tuple[str, str]] = []
+        candidates: np.ndarray | None = None
+        candidate = index
+        while True:
+            try:
+                encoded = self.encoder.encode(self.source[candidate], step * 1_000_003 + index)
+                encoded.skipped = skipped
+                return encoded
+            except SampleError as error:
+                skipped.append((f"{self.source.cfg.source}/{self.source.split}[{candidate}]", str(error)))
+            if len(skipped) > MAX_TRIES:
+                reasons = "; ".join(reason for _, reason in skipped[-3:])
+                return DataError(f"data: {len(skipped)} samples in a row cannot be used, the last because: {reasons}")
+            if candidates is None:
+                candidates = np.random.default_rng((self.seed, step, index)).integers(len(self.source), size=MAX_TRIES)
+            candidate = int(candidates[len(skipped) - 1])
+
+
+class Loader:
+    """Batches without end. Each iteration begins at the first step anew.
+
+    Args:
+        inner: what makes them; an item may be an error to raise here.
+    """
+
+    def __init__(self, inner: Iterable[Batch | DataError]) -> None:
+        self._inner = inner
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._inner:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+
+def _collate(rows: list[Encoded | DataError], pad_id: int, pad_to: int | None) -> Batch | DataError:
+    error = next((row for row in rows if isinstance(row, DataError)), None)
+    return error or collate([row for row in rows if isinstance(row, Encoded)], pad_id, pad_to)
+
+
+def build_loader(
+    source: Source,
+    encoder: Encoder,
+    *,
+    cfg: DataConfig,
+    layout: Layout,
+    train_cfg: TrainConfig,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+) -> Loader:
+    """Batches without end, ``train_cfg.grad_accum_steps`` of them for each optimizer step, beginning with ``start_step``.
+
+    Iterating leaves torch's global random state alone. The position is the step, so nothing else has to be saved.
+
+    Args:
+        source: the samples.
+        encoder: makes rows of them.
+        cfg: batching and workers.
+        layout: row length of ``batching = "pad"``.
+        train_cfg: batch size, accumulation, seed.
+        rank, world: this process and how many there are.
+        start_step: the first optimizer step.
+
+    Raises:
+        ValueError: no samples, or a batch size that cannot be shared out; ``DataError`` while iterating.
+    """
+    group = cfg.batching == "group"
+    sampler = StepSampler(
+        [source.length(i) for i in range(len(source))] if group else len(source),
+        train_cfg.batch_size,
+        rank,
+        world,
+        train_cfg.grad_accum_steps,
+        train_cfg.seed,
+        start_step,
+        cfg.batching,
+    )
+    if cfg.num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its threads warn about the fork
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata calls it
+        inner = StatefulDataLoader(
+            EncodedSamples(source, encoder, train_cfg.seed),
+            batch_sampler=sampler,
+            num_workers=cfg.num_workers,
+            collate_fn=partial(_collate, pad_id=encoder.tokenizer.pad_id, pad_to=None if group else layout.pad_to),
+            generator=torch.Generator().manual_seed(train_cfg.seed),
+            snapshot_every_n_steps=2**30,  # the step says it all: no states of workers
+        )
+    return Loader(inner)

@@ -1,0 +1,36 @@
+"""A source from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kempnerforge.config import registry
+from kempnerforge.config.data import DataConfig
+from kempnerforge.data.sample import Source
+from kempnerforge.data.tokenizer import Tokenizer
+
+
+def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None, seq_len: int = 0) -> Source | None:
+    """The samples of ``split``; None when ``cfg`` names none.
+
+    Args:
+        cfg: the ``[data]`` section.
+        split: "train" or "test".
+        tokenizer: cuts running text into windows; without it a source still serves ``text_corpus``.
+        seq_len: tokens of a window.
+
+    Raises:
+        ValueError: unknown source; data that are missing or not what ``cfg`` says.
+    """
+    kind: type[Source] = registry.sources.get(cfg.source)
+    if not kind.has(cfg, split):
+        return None
+    source = kind(cfg, split)
+    if len(source) < 1:
+        raise ValueError(f"data.source = {cfg.source!r}: no samples in split {split!r}")
+    return source if tokenizer is None else source.tokenised(tokenizer, seq_len)
+
+
+def text_corpus(source: Source) -> Iterator[str]:
+    """The text of ``source`` to train a tokenizer on: prompts and answers after the templates."""
+    return source.corpus()

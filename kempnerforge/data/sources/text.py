@@ -1,0 +1,106 @@
+"""Plain text: one file, one stream of tokens, cut into windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kempnerforge.config import registry
+from kempnerforge.config.data import TextConfig
+from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.tokenizer import Tokenizer
+
+BLOCK_CHARACTERS = 2**16
+
+
+@registry.register_source("text")
+class PlainText(Source):
+    """A UTF-8 file. EOS stands behind its last token; window k holds tokens ``k * seq_len .. (k + 1) * seq_len`` inclusive, so that each
+    token but the first is predicted once. The last window may be shorter.
+
+    Before ``tokenised`` it serves as a corpus for a tokenizer, with its blocks as samples.
+
+    Raises:
+        ValueError: no such file, empty, not UTF-8.
+    """
+
+    cfg: TextConfig
+
+    def __init__(self, cfg: TextConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        key = "path" if split == "train" else "eval_path"
+        self.path = Path(getattr(cfg, key))
+        try:
+            content = self.path.read_bytes()
+            text = content.decode("utf-8-sig")
+        except OSError as error:
+            raise ValueError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.{key} = {str(self.path)!r}: not UTF-8: byte {error.start}: {error.reason}") from None
+        if not text.strip():
+            raise ValueError(f"data.{key} = {str(self.path)!r}: empty")
+        self._blocks = list(_blocks(text))
+
+    @classmethod
+    def has(cls, cfg: Any, split: str) -> bool:
+        return split == "train" or bool(cfg.eval_path)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"{self.path.name}[{index}]", (), (Text("", self._blocks[index]),))
+
+    def corpus(self) -> Iterator[str]:
+        yield from self._blocks
+
+    def tokenised(self, tokenizer: Tokenizer, seq_len: int) -> Windows:
+        ids = [id_ for block in self._blocks for id_ in tokenizer.encode(block)]
+        return Windows(self, np.array([*ids, tokenizer.eos_id], dtype=np.int32), seq_len)
+
+
+class Windows(Source):
+    """Windows of ``seq_len`` tokens and the one behind them.
+
+    Args:
+        text: the text that the tokens are of.
+        ids: (tokens,) the stream.
+        seq_len: tokens that a row reads.
+    """
+
+    def __init__(self, text: PlainText, ids: np.ndarray, seq_len: int) -> None:
+        super().__init__(text.cfg, text.split)
+        assert seq_len > 0
+        self._text, self._ids, self.seq_len = text, ids, seq_len
+
+    def __len__(self) -> int:
+        return math.ceil((len(self._ids) - 1) / self.seq_len)
+
+    def __getitem__(self, index: int) -> Sample:
+        begin = range(len(self))[index] * self.seq_len
+        window = tuple(self._ids[begin : begin + self.seq_len + 1].tolist())
+        return Sample(f"{self._text.path.name}[tokens {begin}..]", (), (Text("", window),))
+
+    def length(self, index: int) -> int:
+        return min(self.seq_len, len(self._ids) - 1 - index * self.seq_len)
+
+    def corpus(self) -> Iterator[str]:
+        return self._text.corpus()
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """``text`` in pieces of about ``BLOCK_CHARACTERS``. They end at line ends that no white space follows: there no token reaches across."""
+    begin = 0
+    while begin < len(text):
+        end = begin + BLOCK_CHARACTERS
+        while end < len(text):
+            end = text.find("\n", end - 1) + 1 or len(text)
+            if end >= len(text) or not text[end].isspace():
+                break
+            end += 1
+        yield text[begin:end]
+        begin = end

@@ -1,0 +1,172 @@
+"""Text <-> token ids, on top of ``tokenizers``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CACHED_CHARACTERS = 1024  # longer strings are rarely seen twice
+# classes of transformers that add nothing to tokenizer.json
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` with the ids that training needs.
+
+    Args:
+        backend: the tokenizer. Its truncation and padding are switched off, and names of special tokens inside a text are encoded as text.
+        eos: the token that ends an answer.
+        bos: the token that a text starts with, if there is one.
+        pad: the token on padding; None takes ``eos``.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        bos_id, eos_id, pad_id: ids of the above.
+        fingerprint: hex digest of everything that decides which ids a text gets.
+
+    Raises:
+        ValueError: a named token is not in the vocabulary.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.eos, self.bos, self.pad = eos, bos, pad or eos
+        vocab = backend.get_vocab(with_added_tokens=True)
+        missing = [token for token in (self.eos, self.bos, self.pad) if token is not None and token not in vocab]
+        if missing:
+            raise ValueError(f"data.tokenizer: special token {missing[0]!r} is not in the vocabulary")
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.eos_id: int = vocab[self.eos]
+        self.pad_id: int = vocab[self.pad]
+        self.bos_id: int | None = None if self.bos is None else vocab[self.bos]
+        self.fingerprint = self._fingerprint(vocab)
+        self._cached = lru_cache(maxsize=65536)(self._encode)
+
+    def _fingerprint(self, vocab: dict[str, int]) -> str:
+        parts = json.loads(self.backend.to_str())
+        deciding = [
+            sorted(vocab.items()),
+            parts["normalizer"],
+            parts["pre_tokenizer"],
+            parts["model"].get("merges"),
+            parts["model"]["type"],
+        ]
+        specials = [self.bos_id, self.eos_id, self.pad_id]
+        return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            # the binding refuses strings that are not Unicode text
+            if not isinstance(text, str):
+                raise
+            bad = next((i for i, char in enumerate(text) if 0xD800 <= ord(char) <= 0xDFFF), 0)
+            raise ValueError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other.
+
+        Raises:
+            ValueError: ``text`` holds a lone surrogate.
+        """
+        return list(self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; special tokens are left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write a directory that ``from_pretrained`` and ``transformers.AutoTokenizer`` read."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        config = {
+            "tokenizer_class": PLAIN_CLASSES[0],
+            "clean_up_tokenization_spaces": False,
+            **{key: token for key, token in names.items() if token is not None},
+        }
+        (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-level BPE (Radford et al. 2019, section 2.2) over ``texts``; the same texts give the same tokenizer.
+
+        Args:
+            texts: the training text.
+            vocab_size: entries at most: three special tokens, 256 bytes, then merges.
+        """
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, eos=EOS, bos=BOS, pad=PAD)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path) -> Tokenizer:
+        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the repository is run.
+
+        Raises:
+            ValueError: it cannot be read, has no fast implementation, or has no EOS.
+        """
+        plain = _read_plain(Path(path_or_id))
+        if plain is not None:
+            return plain
+        names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
+        if names_a_path and not Path(path_or_id).is_dir():
+            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: no such directory")
+        from transformers import AutoTokenizer
+
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: cannot be loaded: {reason}") from None
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
+        if loaded.eos_token is None:
+            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
+        # a copy: transformers keeps its own
+        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), eos=loaded.eos_token, bos=loaded.bos_token, pad=loaded.pad_token)
+
+
+def _rebuild(serialised: str, eos: str, bos: str | None, pad: str | None) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(serialised), eos=eos, bos=bos, pad=pad)
+
+
+def _read_plain(path: Path) -> Tokenizer | None:
+    """The tokenizer of a directory whose ``tokenizer.json`` says it all: read without importing transformers, which takes seconds."""
+    files = path / "tokenizer.json", path / "tokenizer_config.json"
+    if not all(file.is_file() for file in files):
+        return None
+    try:
+        config = json.loads(files[1].read_text(encoding="utf-8"))
+        names = {key: _content(config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
+        if config.get("tokenizer_class") not in PLAIN_CLASSES or names["eos"] is None:
+            return None
+        backend = tokenizers.Tokenizer.from_file(str(files[0]))
+    except Exception as error:  # noqa: BLE001 (the binding raises nothing narrower)
+        raise ValueError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
+    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"])
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token

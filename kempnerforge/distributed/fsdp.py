@@ -1,0 +1,50 @@
+"""FSDP2 (Zhao et al. 2023; ``fully_shard``) over the units that a model names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from kempnerforge.distributed.world import World
+
+
+def prepare(
+    model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
+) -> None:
+    """Recomputation, compilation and sharding, in this order, unit by unit. Parameter names stay as they are.
+
+    Args:
+        units: modules that do not overlap; the root takes what is left.
+        dtype: of compute; master weights and gradient reduction are fp32.
+        reshard: free gathered weights after the forward pass.
+        recompute: activation checkpointing.
+        compile_units: ``torch.compile`` each unit.
+
+    NOTE: a world of one shards the root alone and keeps it unsharded: each unit costs 1.5 ms a step there and brings nothing. Gradients are
+    summed, not averaged: the loss is already divided by the count of targets over all ranks.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+    for unit in units:
+        if recompute:
+            _recompute(unit)
+        if compile_units:
+            unit.compile(dynamic=True)
+        if world.size > 1:
+            fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The sharded modules of ``model``, root first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _recompute(unit: nn.Module) -> None:
+    forward = unit.forward
+    unit.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)  # an attribute of the instance: no name moves

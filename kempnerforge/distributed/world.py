@@ -1,0 +1,81 @@
+"""The processes of a job: one a device, started by ``torchrun``, ``--nproc`` or alone. Alone is a world of one, not another code path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from kempnerforge.config import DistributedConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank, size: of this process, of all.
+        device: that it computes on.
+        mesh: one axis over all ranks.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Adds ``values`` over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(cfg: DistributedConfig) -> World:
+    """Joins the process group that the environment describes, or makes one of this process alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=cfg.timeout_s)
+    if size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that ``train.mixed_precision`` means on ``device``; "auto" is bf16 where the hardware multiplies it natively."""
+    if mixed_precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[mixed_precision]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        native = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,1 @@
+"""Generation and scores of generated answers."""

@@ -1,0 +1,199 @@
+"""Exact match of generated answers, with the images and without them ("blind"): a model that does not look is visible at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kempnerforge.config import EvalConfig
+from kempnerforge.data.encode import Encoder, prompt_batch
+from kempnerforge.data.images import load_image
+from kempnerforge.data.sample import ImageSource, SampleError, Source
+from kempnerforge.eval.generate import Sampling, generate
+
+BLANK = 128
+"""The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
+
+
+class Ranks(Protocol):
+    """What evaluation must know of the processes it is spread over."""
+
+    rank: int
+    size: int
+
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """One text of a held-out sample."""
+
+    sample_id: str
+    images: tuple[ImageSource, ...]
+    prompt: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the model wrote."""
+
+    question: Question
+    text: str
+
+    @property
+    def right(self) -> bool:
+        return _plain(self.text) == _plain(self.question.truth)
+
+
+@dataclass
+class Score:
+    """Counts over all ranks; ``answers`` are this rank's alone."""
+
+    right: int
+    total: int
+    by_truth: dict[str, tuple[int, int]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def exact_match(self) -> float:
+        return self.right / max(1, self.total)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tuple[str, str]]]:
+    """The texts of ``source``, at most ``limit`` (0: all) spread evenly over it, and (sample id, reason) of what could not be read."""
+    found, skipped = [], []
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except SampleError as error:
+            skipped.append((str(index), str(error)))
+            continue
+        for text in sample.texts:
+            if isinstance(text.answer, str):
+                found.append(Question(sample.id, sample.images, text.prompt, text.answer))
+    if limit and len(found) > limit:
+        found = [found[i * len(found) // limit] for i in range(limit)]
+    return found, skipped
+
+
+def evaluate(
+    model: torch.nn.Module,
+    asked: Sequence[Question],
+    encoder: Encoder,
+    cfg: EvalConfig,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    blind: bool = False,
+) -> Score:
+    """Generates an answer to every question and compares it with the truth, both with their white space normalised.
+
+    With ``blind`` all images are the same grey, so every distinct prompt is answered once.
+    """
+    mine = list(asked[ranks.rank :: ranks.size])
+    work = list({q.prompt: q for q in mine}.values()) if blind else mine
+    chunks = [list(work[i : i + cfg.batch_size]) for i in range(0, len(work), cfg.batch_size)]
+    rounds = int(max(_gather(len(chunks), ranks)))
+    texts: dict[Question | str, str] = {}
+    skipped: list[tuple[str, str]] = []
+    was_training = model.training
+    model.eval()
+    for chunk in islice(_padded(chunks, asked), rounds):
+        texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, skipped))
+    model.train(was_training)
+    answers = [Answer(q, texts[q.prompt if blind else q]) for q in mine if (q.prompt if blind else q) in texts]
+    return _score(answers, ranks, skipped)
+
+
+def _gather(value: float, ranks: Ranks) -> list[float]:
+    """``value`` of every rank, in rank order."""
+    return ranks.sum([value if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
+
+
+def _padded(chunks: list[list[Question]], asked: Sequence[Question]) -> Iterator[list[Question]]:
+    """The chunks, then single questions without end: ranks that are done keep calling the model along with the others."""
+    yield from chunks
+    while True:
+        yield [asked[0]]
+
+
+def _answer(
+    model: torch.nn.Module,
+    chunk: list[Question],
+    encoder: Encoder,
+    cfg: EvalConfig,
+    ranks: Ranks,
+    device: torch.device,
+    blind: bool,
+    skipped: list[tuple[str, str]],
+) -> dict[Question | str, str]:
+    size = encoder.layout.image_size
+    prompts, rows, places = [], [], []
+    pictures = _Pictures(size)
+    for question in chunk:
+        try:
+            ids = encoder.encode_prompt(question.prompt)
+            places.append([pictures.place(None if blind else image) for image in question.images] if size else [])
+        except (SampleError, UnicodeError) as error:
+            skipped.append((question.sample_id, str(error)))
+            continue
+        prompts.append(ids)
+        rows.append(question)
+    if not rows:
+        raise ValueError(f"eval: none of {len(chunk)} held-out questions can be read; the first: {skipped[-1][1]}")
+    batch = prompt_batch(prompts, pictures.stack(), places, encoder.layout, encoder.tokenizer.pad_id).to(device)
+    made = generate(
+        model,
+        batch,
+        max_new_tokens=cfg.max_new_tokens,
+        eos_id=encoder.tokenizer.eos_id,
+        sampling=Sampling(),
+        all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
+    )
+    decoded = [encoder.tokenizer.decode(ids) for ids in made]
+    return {(q.prompt if blind else q): text for q, text in zip(rows, decoded, strict=True)}
+
+
+class _Pictures:
+    """The distinct images of a chunk, each decoded once; None is the blank one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._places: dict[ImageSource | None, int] = {}
+        self._pixels: list[np.ndarray] = []
+
+    def place(self, image: ImageSource | None) -> int:
+        """Index of ``image`` in ``stack``."""
+        if image not in self._places:
+            blank = np.full((self.size, self.size, 3), BLANK, np.uint8)
+            self._pixels.append(blank if image is None else load_image(image, self.size))
+            self._places[image] = len(self._pixels) - 1
+        return self._places[image]
+
+    def stack(self) -> torch.Tensor | None:
+        """(N, 3, H, W) uint8; None where the job has no images."""
+        if not self.size:
+            return None
+        shape = (0, self.size, self.size, 3)
+        return torch.from_numpy(np.stack(self._pixels) if self._pixels else np.zeros(shape, np.uint8)).permute(0, 3, 1, 2)
+
+
+def _score(answers: list[Answer], ranks: Ranks, skipped: list[tuple[str, str]]) -> Score:
+    groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for answer in answers:
+        groups[answer.question.truth][0] += answer.right
+        groups[answer.question.truth][1] += 1
+    right, total = ranks.sum([sum(g[0] for g in groups.values()), sum(g[1] for g in groups.values())])
+    return Score(int(right), int(total), {k: (r, n) for k, (r, n) in sorted(groups.items())}, answers, skipped)

@@ -1,0 +1,1 @@
+"""The text backbone, vision encoders and adapters. Nothing here knows an architecture."""

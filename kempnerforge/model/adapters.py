@@ -1,0 +1,156 @@
+"""Adapters: from the vision encoder's features to tokens of the language model's width.
+
+Shapes: N images, F features of one image, s ``factor``, Di ``in_dim``, Do ``out_dim``, T tokens that leave.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from kempnerforge.config import registry
+from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, hidden_dim, bias=bias)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, out_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_dim) -> (..., out_dim)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Module:
+    """One linear layer when ``hidden_dim`` is 0, otherwise an ``MLP`` of that hidden width."""
+    return MLP(in_dim, hidden_dim, out_dim, bias) if hidden_dim else nn.Linear(in_dim, out_dim, bias=bias)
+
+
+class Adapter(nn.Module):
+    """What every adapter is: it says how many tokens leave, and projects.
+
+    Subclasses register with ``@registry.register_adapter(type)``.
+
+    Args:
+        cfg: the ``[adapter]`` section.
+        in_dim: width of the features.
+        out_dim: width of the language model.
+        num_features: features per image.
+
+    Raises:
+        ValueError: the adapter cannot take ``num_features``.
+    """
+
+    def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__()
+        self.num_tokens = cfg.num_tokens(num_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, T, Do)."""
+        raise NotImplementedError
+
+
+@registry.register_adapter("linear")
+class LinearAdapter(Adapter):
+    """One linear layer (PaliGemma, Beyer et al. 2024)."""
+
+    def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.proj = projection(in_dim, 0, out_dim, cfg.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+@registry.register_adapter("mlp_2layer")
+class MLPAdapter(Adapter):
+    """Linear, GELU, linear (LLaVA-1.5, Liu et al. 2023b); the hidden width is ``out_dim`` unless the config says another."""
+
+    def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.proj = projection(in_dim, cfg.hidden_dim or out_dim, out_dim, cfg.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+class GridAdapter(Adapter):
+    """The base of those that join ``factor`` x ``factor`` neighbours of a square grid, which is given row by row."""
+
+    def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.factor, self.side = cfg.factor, math.isqrt(num_features) // cfg.factor
+
+    def windows(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, rows of windows, s rows in one, columns of windows, s columns in one, Di)."""
+        n, _, dim = features.shape
+        return features.reshape(n, self.side, self.factor, self.side, self.factor, dim)
+
+
+@registry.register_adapter("pixel_shuffle")
+class PixelShuffleAdapter(GridAdapter):
+    """Space to depth (the inverse of Shi et al. 2016, eq. 4), then a projection.
+
+    A token is a window; its channels are the window's features one after the other, row by row: the order of Idefics3, SmolVLM, nanoVLM.
+    """
+
+    def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.proj = projection(in_dim * cfg.factor**2, cfg.hidden_dim, out_dim, cfg.bias)
+
+    def shuffle(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, F / s^2, s^2 * Di)."""
+        x = self.windows(features).transpose(2, 3)  # (N, rows, columns, s, s, Di)
+        return x.reshape(len(x), self.num_tokens, self.factor**2 * features.shape[-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(self.shuffle(features))
+
+
+@registry.register_adapter("avg_pool")
+class AvgPoolAdapter(GridAdapter):
+    """The mean of each window, then a projection."""
+
+    def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, F / s^2, Di)."""
+        return self.windows(features).mean(dim=(2, 4)).flatten(1, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(self.pool(features))
+
+
+def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:
+    """The adapter that ``cfg.type`` names.
+
+    Args:
+        cfg: the ``[adapter]`` section.
+        in_dim: width of the vision features.
+        out_dim: width of the language model.
+        num_features: vision features per image.
+
+    Raises:
+        NotImplementedError: the type has a config but no model.
+        ValueError: the adapter cannot take ``num_features``, for instance because a CLS token is among them.
+    """
+    if cfg.type not in registry.adapters:
+        raise NotImplementedError(f"adapter.type = {cfg.type!r}: has a config but no model; {registry.adapters.known(cfg.type)}")
+    try:
+        adapter = registry.adapters.get(cfg.type)(cfg, in_dim, out_dim, num_features)
+    except ValueError as error:
+        grid = math.isqrt(num_features - 1)
+        if num_features > 1 and grid**2 == num_features - 1:
+            hint = f"that is {grid} x {grid} and one more: leave out the CLS token, or take an adapter that needs no grid"
+            raise ValueError(f"{error} ({hint})") from error
+        raise
+    assert isinstance(adapter, Adapter), f"{type(adapter).__name__} is not an Adapter"
+    return adapter

@@ -1,0 +1,229 @@
+"""Vision towers of transformers: SigLIP, SigLIP 2, CLIP and DINOv2. The library is imported when a tower is built, not before.
+
+Shapes: N images, H x H pixels, F patches of one image, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.config import registry
+from kempnerforge.config.vision import HFTowerConfig
+from kempnerforge.model.vision import VisionEncoder
+
+Normalisation = tuple[list[float], list[float]]
+"""Mean and std of RGB values in [0, 1]."""
+
+
+class HFTower(VisionEncoder):
+    """A vision tower of transformers, cut down to what its features need. Patches only: CLS and register tokens are dropped.
+
+    ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (behind the final norm of SigLIP and
+    DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k + 1. Layers behind it, norms that the patches do not
+    pass, pooling heads and mask tokens are left out, so every parameter gets a gradient. Parameter names are those in transformers.
+
+    The weights are fp32, whatever the file holds; on the meta device they are not read. Code beside a checkpoint is never run.
+
+    Raises:
+        ValueError: no such model, another family, weights that are missing or do not fit, a layer that does not exist.
+    """
+
+    models: ClassVar[dict[str, str]]
+    """``model_type`` in ``config.json`` -> class in transformers."""
+    final_norm: ClassVar[str]
+    """Name of the norm behind the last layer."""
+    patches_pass_norm: ClassVar[bool] = True
+    normalisation: ClassVar[Normalisation]
+    """For a checkpoint without an image processor's config."""
+    tower: Any
+
+    def __init__(self, cfg: HFTowerConfig) -> None:
+        tower = self._load(cfg)
+        self.check_geometry(cfg, tower.config)
+        mean, std = _read_normalisation(cfg.path) or self.normalisation
+        side = self.grid(tower.config)
+        pixels = getattr(
+            tower.config, "image_size", side * tower.config.patch_size
+        )  # may be more than the patches cover: 384 = 27 * 14 + 6
+        super().__init__(num_tokens=side**2, dim=tower.config.hidden_size, image_size=pixels, mean=mean, std=std)
+        if cfg.feature_layer < -1 or not self.patches_pass_norm:
+            setattr(tower, self.final_norm, nn.Identity())
+        # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward runs, with its own names.
+        self.__dict__["tower"] = tower
+        for name, child in tower.named_children():
+            self.add_module(name, child)
+        assert {id(p) for p in self.parameters()} == {id(p) for p in tower.parameters()}, "a parameter belongs to no child"
+        self.train()
+
+    def _load(self, cfg: HFTowerConfig) -> Any:
+        """The model of transformers with the layers up to the feature layer, without a pooling head."""
+        import transformers
+
+        kind = _read_config(cfg.path).get("model_type")
+        if kind not in self.models:
+            raise ValueError(f"path = {cfg.path!r}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+        model_class = getattr(transformers, self.models[kind])
+        config = model_class.config_class.from_pretrained(cfg.path)
+        layers = config.num_hidden_layers
+        if -cfg.feature_layer > layers:
+            raise ValueError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path!r} has only {layers} layers")
+        config.num_hidden_layers = layers + 1 + cfg.feature_layer
+        config.vision_use_head = False
+        if not cfg.pretrained or torch.get_default_device().type == "meta":
+            return model_class(config)
+        return _load_weights(model_class, config, cfg.path)
+
+    def grid(self, config: Any) -> int:
+        """Patches along one side of an image."""
+        return config.image_size // config.patch_size
+
+    def check_geometry(self, cfg: HFTowerConfig, config: Any) -> None:
+        """Refuses towers for anything but square RGB images."""
+        if not isinstance(config.patch_size, int) or not isinstance(getattr(config, "image_size", 0), int) or config.num_channels != 3:
+            raise ValueError(f"path = {cfg.path!r}: only towers for square images with 3 channels can be used")
+
+    @property
+    def units(self) -> list[nn.Module]:
+        return list(next(m for m in self.tower.encoder.children() if isinstance(m, nn.ModuleList)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, H) uint8 -> (N, F, D)."""
+        # transformers cannot run on nothing; one image, thrown away, gives every parameter a gradient of zero
+        features = self.features(self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:])))
+        first = features.shape[1] - self.num_tokens  # behind CLS and registers
+        return features[: len(images), first:].clone()  # (N, F, D); FSDP's hooks do not want a view
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (N, 3, H, H) -> all tokens of the tower, the patches last."""
+        return self.tower(pixel_values=pixels).last_hidden_state
+
+
+@registry.register_vision_encoder("siglip")
+class Siglip(HFTower):
+    """SigLIP (Zhai et al. 2023)."""
+
+    models: ClassVar = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+    final_norm = "post_layernorm"
+    normalisation = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+
+
+@registry.register_vision_encoder("siglip2")
+class Siglip2(Siglip):
+    """SigLIP 2 (Tschannen et al. 2025): SigLIP towers of one resolution, and the NaFlex checkpoints on a square grid."""
+
+    models: ClassVar = Siglip.models | {"siglip2": "Siglip2VisionModel", "siglip2_vision_model": "Siglip2VisionModel"}
+
+    def grid(self, config: Any) -> int:
+        return math.isqrt(config.num_patches) if hasattr(config, "num_patches") else super().grid(config)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        if self.tower.config.model_type != "siglip2_vision_model":
+            return super().features(pixels)
+        n, channels = pixels.shape[:2]
+        side, patch = self.grid(self.tower.config), self.tower.config.patch_size
+        x = pixels.view(n, channels, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1)  # (N, side, side, patch, patch, 3)
+        x = x.reshape(n, self.num_tokens, patch * patch * channels)
+        shapes = torch.full((n, 2), side, device="cpu")  # read as Python numbers: on the CPU nothing waits for them
+        return self.tower(pixel_values=x, pixel_attention_mask=None, spatial_shapes=shapes).last_hidden_state
+
+
+@registry.register_vision_encoder("clip")
+class Clip(HFTower):
+    """CLIP (Radford et al. 2021)."""
+
+    models: ClassVar = {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"}
+    final_norm = "post_layernorm"
+    patches_pass_norm = False
+    normalisation = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+
+
+@registry.register_vision_encoder("dinov2")
+class Dinov2(HFTower):
+    """DINOv2 (Oquab et al. 2023), with or without registers (Darcet et al. 2023)."""
+
+    models: ClassVar = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+    final_norm = "layernorm"
+    normalisation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    def _load(self, cfg: HFTowerConfig) -> Any:
+        tower = super()._load(cfg)
+        tower.embeddings.mask_token = None  # only its pre-training reads it
+        return tower
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """``config.json`` of a directory or of a model on the hub."""
+    from transformers import PretrainedConfig
+
+    looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ValueError(f"path = {path!r}: no such directory")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"path = {path!r}: this directory has no config.json")
+    try:
+        return PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path = {path!r}: neither a directory nor a hub model that can be read; {_first_line(error)}") from error
+
+
+def _read_normalisation(path: str) -> Normalisation | None:
+    """What the image processor beside the weights does, or None when there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        processor = ImageProcessingMixin.get_image_processor_dict(path)[0]
+    except OSError:  # there is no such file
+        return None
+    if processor.get("do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if mean is None or std is None:
+        return None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(
+            f"path = {path!r}: its image processor has image_mean = {mean}, image_std = {std}; three numbers each, std above 0"
+        )
+    return list(mean), list(std)
+
+
+def _load_weights(model_class: Any, config: Any, path: str) -> Any:
+    """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"path = {path!r}: its weights cannot be loaded; {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"path = {path!r}: weights are missing: {', '.join(missing[:3])}{more}")
+    return tower
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of weights that were passed over, and without its progress bar."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,45 @@
+"""Rotary position embeddings (Su et al. 2021), with the scalings of longer contexts. Tables are fp32.
+
+Shapes: B rows, S positions, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kempnerforge.config.model import ModelConfig, RopeScaling
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, each (B, 1, S, E) fp32."""
+
+
+def inverse_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """(E / 2,) fp32 radians per position."""
+    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_width, 2, device=device, dtype=torch.float32) / cfg.head_width)
+    return freqs if cfg.rope_scaling is None else _scale(freqs, cfg.rope_scaling)
+
+
+def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    if scaling.type == "linear":
+        return freqs / scaling.factor
+    # Llama 3.1: keep fast frequencies, divide slow ones, go smoothly from one to the other
+    turns = scaling.original_max_seq_len * freqs / (2 * math.pi)
+    smooth = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - smooth) * freqs / scaling.factor + smooth * freqs
+
+
+def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
+    """Tables for ``positions`` (B, S)."""
+    angles = positions[:, None, :, None].float() * inverse_frequencies(cfg, positions.device)  # (B, 1, S, E / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turns ``x`` (B, H, S, E) by its positions; first half against second half, as Llama does."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

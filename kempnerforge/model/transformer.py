@@ -1,0 +1,187 @@
+"""The text backbone that every architecture is built around. It knows nothing about images.
+
+Shapes: B rows, S positions, D ``dim``, H query heads, G key/value heads, E head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.model.attention import Segments, attend
+from kempnerforge.model.rope import Rope, rotate
+
+
+class Cache:
+    """Keys and values of the positions so far, one entry per layer, and the structure they belong to."""
+
+    def __init__(self) -> None:
+        self.segments: Segments | None = None
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends ``k`` and ``v`` (B, G, S, E) of ``layer``; returns all of them, (B, G, K, E)."""
+        if layer in self._layers:
+            past_k, past_v = self._layers[layer]
+            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        self._layers[layer] = k, v
+        return k, v
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block may read besides the residual stream. An arch subclasses it to say more.
+
+    Attributes:
+        rope: tables of the stream's positions.
+        mask: (B, 1, S, K) additive; None is plain causal.
+        cache: keys and values of earlier positions, when generating.
+    """
+
+    rope: Rope
+    mask: Tensor | None = None
+    cache: Cache | None = None
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in fp32 (Zhang and Sennrich 2019, eq. 4); ``plus_one`` scales by ``1 + weight`` with weights that start at 0 (Gemma).
+
+    NOTE: written out, as ``torch.nn.RMSNorm`` takes more than twice as long in bf16 on a CPU.
+    """
+
+    def __init__(self, dim: int, eps: float, plus_one: bool = False) -> None:
+        super().__init__()
+        self.eps, self.plus_one = eps, plus_one
+        self.weight = nn.Parameter(torch.zeros(dim) if plus_one else torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:  # Gemma multiplies before it casts back
+            return (x32 * (1.0 + self.weight.float())).to(x.dtype)
+        return x32.to(x.dtype) * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, plus_one={self.plus_one}"
+
+
+class Attention(nn.Module):
+    """Projections of self-attention; the product itself is ``attend``."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_width
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
+            self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E), q and k rotated."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H or G, E)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Feed-forward: SwiGLU or GeGLU (Shazeer 2020, eq. 6), or two layers with a tanh GELU."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.activation = F.silu if cfg.activation == "swiglu" else _gelu
+        self.gate_proj = None if cfg.activation == "gelu" else nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class Block(nn.Module):
+    """One pre-norm layer in two halves, so that an arch can put something else between them."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale, self.softcap = cfg.attention_scale or None, cfg.attention_softcap
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.attention = Attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.mlp = MLP(cfg)
+
+    def pre(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm and projections: (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E)."""
+        return self.attention.qkv(self.attention_norm(x), rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """Attention with the cache and the mask of ``ctx`` -> (B, S, H * E)."""
+        if ctx.cache is not None:
+            k, v = ctx.cache.update(self.layer, k, v)
+        return attend(q, k, v, ctx.mask, scale=self.scale, softcap=self.softcap)
+
+    def post(self, x: Tensor, o: Tensor) -> Tensor:
+        """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S, D)."""
+        x = x + self.attention.o_proj(o)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.post(x, self.attend(*self.pre(x, ctx.rope), ctx))
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model: ``embed``, ``run`` through the layers, ``unembed``.
+
+    Args:
+        cfg: with ``vocab_size`` set.
+        block: makes layer i; an arch passes its own.
+    """
+
+    def __init__(self, cfg: ModelConfig, block: Callable[[ModelConfig, int], Block] = Block) -> None:
+        super().__init__()
+        assert cfg.vocab_size > 0, "the vocabulary size is resolved from the tokenizer before the model is built"
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.output_head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=cfg.init_std or 0.02)
+        if cfg.init_std:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=cfg.init_std)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        x = self.token_embedding(ids)
+        return x * torch.tensor(self.cfg.dim**0.5, dtype=x.dtype, device=x.device) if self.cfg.embed_scale else x
+
+    def run(self, x: Tensor, ctx: Context) -> Tensor:
+        """All layers: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return x
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Final norm and head: (..., D) -> (..., V) in fp32."""
+        x = self.norm(x)
+        logits = F.linear(x, self.token_embedding.weight) if self.output_head is None else self.output_head(x)
+        logits = logits.float()
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits

@@ -1,0 +1,82 @@
+"""Vision encoders: the contract, and the way from a config to a built one.
+
+Shapes: N images, H x H pixels, F features (tokens) of one image, D ``dim``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.config import registry
+from kempnerforge.config.vision import VisionEncoderConfig
+
+
+class VisionEncoder(nn.Module):
+    """What every vision encoder is: uint8 pixels in, one sequence of features per image out.
+
+    Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their only argument, and implement
+    ``forward`` and ``units``.
+
+    Args:
+        num_tokens: features per image.
+        dim: their width.
+        image_size: pixels along each side of the images that it takes.
+        mean, std: normalisation of RGB values in [0, 1], three numbers each.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, num_tokens: int, dim: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.num_tokens, self.dim, self.image_size = num_tokens, dim, image_size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """Modules, disjoint and called one after the other, that may each be sharded, compiled or recomputed on its own."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of ``images``.
+
+        Args:
+            images: (N, 3, H, H) uint8 RGB; N may be 0.
+
+        Returns:
+            (N, F, D) in the dtype of the weights.
+        """
+        raise NotImplementedError
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, 3, H, H) uint8 -> ``(images / 255 - mean) / std`` of the same shape, computed in fp32, in the dtype of the weights."""
+        assert images.dtype == torch.uint8, f"images come as uint8, got {images.dtype}"
+        assert images.shape[1:] == (3, self.image_size, self.image_size), f"image shape {tuple(images.shape)}, size {self.image_size}"
+        pixels = images.float().div_(255).sub_(self.mean.float()).div_(self.std.float())
+        return pixels.to(next(self.parameters()).dtype)
+
+
+def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:
+    """The encoder that ``cfg.type`` names, with fresh or pretrained weights as ``cfg`` says.
+
+    Raises:
+        NotImplementedError: the type has a config but no model.
+        ValueError: the model refuses the config, for instance a tower that is not where ``path`` points.
+    """
+    if cfg.type not in registry.vision_encoders:
+        known = registry.vision_encoders.known(cfg.type)
+        raise NotImplementedError(f"vision_encoder.type = {cfg.type!r}: has a config but no model; {known}")
+    encoder = registry.vision_encoders.get(cfg.type)(cfg)
+    assert isinstance(encoder, VisionEncoder), f"{type(encoder).__name__} is not a VisionEncoder"
+    assert cfg.num_tokens() in (None, encoder.num_tokens), f"{cfg.type}: config and encoder disagree on the number of tokens"
+    return encoder
+
+
+# NOTE: importing these registers the encoders of this package. It stands last because they import VisionEncoder from here.
+for _name in ("vit", "hf_towers"):
+    importlib.import_module(f"kempnerforge.model.{_name}")

@@ -1,0 +1,1 @@
+"""When and how often: stages, steps, hooks. Nothing here names an architecture."""

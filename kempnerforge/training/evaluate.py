@@ -1,0 +1,50 @@
+"""Evaluation of a checkpoint, outside of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kempnerforge.eval.exact_match import evaluate, questions
+from kempnerforge.eval.loss import held_out_loss
+from kempnerforge.training.restore import restore
+
+
+class OneProcess:
+    """The ranks of a process that is alone."""
+
+    rank, size = 0, 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
+    """Scores a checkpoint on its held-out split.
+
+    Args:
+        path: checkpoint or run directory.
+        limit: questions at most; 0 asks all.
+
+    Returns:
+        Values by name, and (right, total) by true answer.
+
+    Raises:
+        ValueError: there is nothing held out.
+    """
+    restored = restore(path, overrides, data=True)
+    assembly, device, ranks = restored.assembly, restored.device, OneProcess()
+    source, cfg, encoder = assembly.held_out, assembly.job.eval, assembly.encoder(assembly.stages[-1])
+    if source is None:
+        raise ValueError(f"data.eval_path = '': {path} has no held-out data")
+    values: dict[str, object] = {"checkpoint": str(restored.path), "step": restored.manifest.step}
+    asked, skipped = questions(source, limit)
+    if not asked:
+        rows = assembly.job.train.batch_size
+        values["loss"] = held_out_loss(assembly.model, source, encoder, ranks, device, rows=rows, limit=limit)
+        return values, {}
+    seeing = evaluate(assembly.model, asked, encoder, cfg, ranks, device)
+    values |= {"exact_match": seeing.exact_match, "questions": seeing.total, "unreadable": len(skipped) + len(seeing.skipped)}
+    if cfg.blind and assembly.model.has_images:
+        values["exact_match_blind"] = evaluate(assembly.model, asked, encoder, cfg, ranks, device, blind=True).exact_match
+    return values, seeing.by_truth

@@ -1,0 +1,69 @@
+"""What trains at which step: from freeze specs to the exact set of parameter names, and the change of it under FSDP2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch.nn as nn
+
+from kempnerforge.config import FreezeSpec
+from kempnerforge.distributed.fsdp import fsdp_modules
+
+
+def match_names(names: Sequence[str], module: str, patterns: Mapping[str, Sequence[str]], key: str) -> list[str]:
+    """The names that ``module`` means: an alias of ``patterns``, or a raw fnmatch pattern over full parameter names.
+
+    Raises:
+        ValueError: nothing matches; the message lists near names.
+    """
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns.get(module, [module]))]
+    if not found:
+        prefixes = sorted({".".join(name.split(".")[: depth + 1]) for name in names for depth in range(name.count(".") + 1)})
+        near = difflib.get_close_matches(module, [*patterns, *prefixes], n=4, cutoff=0.4)
+        raise ValueError(
+            f"{key} = {module!r}: matches no parameter; aliases: {', '.join(patterns) or 'none'}; near names: {', '.join(near) or 'none'}"
+            ' (a raw pattern matches full parameter names, for example "transformer.layers.0.*")'
+        )
+    return found
+
+
+def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """The names that train under ``specs``: all, less what is frozen; of the specs that match a name the last one counts.
+
+    Raises:
+        ValueError: a spec matches nothing, or nothing is left to train.
+    """
+    all_names = list(names)
+    frozen: set[str] = set()
+    for spec in specs:
+        hit = match_names(all_names, spec.module, patterns, "freeze.module")
+        frozen = frozen | set(hit) if spec.frozen else frozen - set(hit)
+    if len(frozen) == len(all_names):
+        raise ValueError("freeze: everything is frozen, nothing would train")
+    return frozenset(all_names) - frozen
+
+
+def apply_freeze(model: nn.Module, trainable: frozenset[str]) -> list[str]:
+    """Makes exactly ``trainable`` require gradients; called between optimizer steps, by all ranks. Returns the names that changed.
+
+    NOTE: three traps of FSDP2 lie here. While a module is unsharded (after an evaluation, say) a flip lands on a temporary tensor and is
+    lost, so everything is resharded first. A pending gradient of a frozen parameter would still be stepped, so it is dropped. The dtype of
+    reductions is fixed at a group's first forward from what trains then, so a change runs that set-up again (unshard, reshard).
+    """
+    modules = fsdp_modules(model)
+    for module in modules:
+        module.reshard()
+    changed = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (name in trainable):
+            parameter.requires_grad_(name in trainable)
+            changed.append(name)
+        if name not in trainable:
+            parameter.grad = None
+    if changed:
+        for module in modules:
+            module.unshard()
+            module.reshard()
+    return changed

@@ -1,0 +1,28 @@
+"""Everything periodic, one file each. ``default_hooks`` is the order in which they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kempnerforge.training.hooks.bad_samples import BadSamples
+from kempnerforge.training.hooks.checkpoints import Checkpoints
+from kempnerforge.training.hooks.console import ConsoleProgress
+from kempnerforge.training.hooks.evaluation import Evaluation
+from kempnerforge.training.hooks.metrics import Metrics
+from kempnerforge.training.hooks.report import Report
+from kempnerforge.training.hooks.signals import Signals
+from kempnerforge.training.hooks.tensorboard import TensorBoard
+from kempnerforge.training.setup import Assembly
+from kempnerforge.training.trainer import Hook
+
+
+def default_hooks(assembly: Assembly, run_dir: Path) -> tuple[list[Hook], Checkpoints]:
+    """The hooks of a run, and among them the one that restores it. A step is recorded, then evaluated, then saved: a checkpoint never
+    lies ahead of its metrics.
+    """
+    job = assembly.job
+    checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
+    hooks: list[Hook] = [Signals(), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
+    if job.metrics.tensorboard:
+        hooks.append(TensorBoard(run_dir / "events"))
+    return [*hooks, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints

@@ -1,0 +1,53 @@
+"""Saves every ``interval`` steps, at the end, and when the run is interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kempnerforge.checkpoint.state import load_training, save_training
+from kempnerforge.checkpoint.store import find
+from kempnerforge.config import CheckpointConfig, to_toml
+from kempnerforge.training.trainer import Hook, StepResult, Trainer
+
+
+class Checkpoints(Hook):
+    """A checkpoint holds weights, optimizer state, the resolved config and the tokenizer: it can be used without its run directory."""
+
+    def __init__(self, cfg: CheckpointConfig, run_dir: Path) -> None:
+        self.cfg, self.run_dir = cfg, run_dir
+        self._saved_step = -1
+        self._files: dict[str, bytes] = {}
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Puts ``trainer`` where the newest whole checkpoint is; False when there is none. Called before the run starts."""
+        found = find(self.run_dir / "checkpoints")
+        if found is None:
+            return False
+        state = load_training(found[0], trainer.model, trainer.optimizers.all).state
+        trainer.step = self._saved_step = state["step"]
+        trainer.seconds = state["seconds"]
+        trainer.samples_seen, trainer.samples_bad = state["samples_seen"], state["samples_bad"]
+        return True
+
+    def start(self, trainer: Trainer) -> None:
+        tokenizer = self.run_dir / "tokenizer"
+        self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
+        self._files["config.toml"] = to_toml(trainer.job).encode()
+
+    def step(self, trainer: Trainer, result: StepResult) -> None:
+        due = self.cfg.interval and trainer.step % self.cfg.interval == 0
+        if due or trainer.done or trainer.stopping:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.step == self._saved_step:
+            return
+        state = {
+            "step": trainer.step,
+            "seconds": trainer.seconds,
+            "samples_seen": trainer.samples_seen,
+            "samples_bad": trainer.samples_bad,
+        }
+        root = self.run_dir / "checkpoints"
+        save_training(root, trainer.step, trainer.model, trainer.optimizers.all, state, self._files, self.cfg.keep_last_n)
+        self._saved_step = trainer.step

@@ -1,0 +1,68 @@
+"""``summary.json`` and ``report.html`` when the run is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kempnerforge.config import to_toml
+from kempnerforge.data.images import load_image
+from kempnerforge.data.sample import SampleError
+from kempnerforge.eval.exact_match import Answer, Score
+from kempnerforge.training.hooks.evaluation import Evaluation
+from kempnerforge.training.report import Example, write_report
+from kempnerforge.training.trainer import Hook, Trainer
+
+EXAMPLES = 24
+"""Test images in the report."""
+
+
+class Report(Hook):
+    """Writes both files from what the run recorded and the final evaluation found."""
+
+    def __init__(self, run_dir: Path, evaluation: Evaluation) -> None:
+        self.run_dir, self.evaluation = run_dir, evaluation
+
+    def finish(self, trainer: Trainer) -> None:
+        if not trainer.done or not trainer.world.is_main:
+            return
+        job, values = trainer.job, self.evaluation.values
+        summary: dict[str, object] = {
+            "arch": job.vlm.arch if job.vlm is not None else "text_only",
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "steps": trainer.step,
+            "train_s": trainer.seconds,
+            "samples": trainer.samples_seen,
+            "bad_samples": trainer.samples_bad,
+            "world_size": trainer.world.size,
+            **{key.removeprefix("eval/"): value for key, value in values.items()},
+        }
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        seeing, blind = self.evaluation.seeing, self.evaluation.blind
+        write_report(
+            self.run_dir,
+            config_toml=to_toml(job),
+            stages=[(stage.name, stage.start, stage.end) for stage in trainer.stages],
+            examples=examples(seeing, blind, trainer.assembly.layout.image_size) if seeing is not None else [],
+            summary=summary | ({"by_answer": seeing.by_truth} if seeing is not None else {}),
+        )
+
+
+def examples(seeing: Score, blind: Score | None, image_size: int) -> list[Example]:
+    """``EXAMPLES`` answers spread over the split, wrong ones for up to a third of them: a page of right answers teaches little."""
+    wrong = [a for a in seeing.answers if not a.right][: EXAMPLES // 3]
+    right = [a for a in seeing.answers if a.right]
+    count = min(len(right), EXAMPLES - len(wrong))
+    chosen = [right[i * len(right) // count] for i in range(count)] + wrong
+    blind_text = {a.question: a.text for a in blind.answers} if blind is not None else {}
+    return [example for a in chosen if (example := _example(a, blind_text.get(a.question), image_size)) is not None]
+
+
+def _example(answer: Answer, blind: str | None, image_size: int) -> Example | None:
+    if not answer.question.images:
+        return None
+    try:
+        image = load_image(answer.question.images[0], image_size)
+    except SampleError:
+        return None  # counted by the evaluation
+    return Example(image, answer.question.prompt, answer.question.truth, answer.text, blind)

@@ -1,0 +1,31 @@
+"""SIGTERM and SIGINT: finish the step, save, leave. A second SIGINT leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+from kempnerforge.training.trainer import Hook, Trainer
+
+
+class Signals(Hook):
+    """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, object] = {}
+
+    def start(self, trainer: Trainer) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            if trainer.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            trainer.stop_requested = True
+            print(f"{signal.Signals(number).name}: stopping after this step; the run can be continued", file=sys.stderr, flush=True)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, ask)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._before.clear()

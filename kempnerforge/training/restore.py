@@ -1,0 +1,48 @@
+"""A checkpoint as a model to use: for evaluation and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kempnerforge.checkpoint import Manifest, load_weights, resolve
+from kempnerforge.config import load_config
+from kempnerforge.distributed.world import compute_dtype
+from kempnerforge.training.setup import Assembly, assemble, saved_tokenizer
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained model in its compute dtype, in evaluation mode.
+
+    Attributes:
+        path: the checkpoint directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    assembly: Assembly
+    device: torch.device
+
+
+def restore(path: Path, overrides: Sequence[str] = (), *, data: bool) -> Restored:
+    """Loads a checkpoint, or the newest one of a run directory.
+
+    Args:
+        overrides: of the config that the checkpoint holds.
+        data: build its data sources too.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ValueError: the overrides do not fit.
+    """
+    path = resolve(path)
+    job = load_config(path / "config.toml", overrides)
+    assembly = assemble(job, saved_tokenizer(path), data=data)
+    manifest = load_weights(path, assembly.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assembly.model.to(device=device, dtype=compute_dtype(job.train.mixed_precision, device)).eval()
+    return Restored(path, manifest, assembly, device)

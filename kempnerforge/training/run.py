@@ -1,0 +1,107 @@
+"""A run from its config to its report: directory, lock, resume, training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.config import JobConfig, diff, load_config, to_toml
+from kempnerforge.distributed import world as worlds
+from kempnerforge.distributed.world import World
+from kempnerforge.training.hooks import default_hooks
+from kempnerforge.training.setup import assemble, saved_tokenizer
+from kempnerforge.training.trainer import Trainer
+
+LOG = logging.getLogger("kempnerforge")
+
+MAY_CHANGE = ("run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.grad_accum_steps", "data.num_workers")
+"""Keys that a resumed run may have changed: none of them touches what is learned from which samples."""
+
+
+def train(job: JobConfig, *, fresh: bool = False) -> bool:
+    """Trains ``job``, from the newest checkpoint of its run directory if there is one.
+
+    Args:
+        fresh: move an existing run directory aside and start over.
+
+    Returns:
+        Whether the run is complete; False: it was interrupted, and saved.
+
+    Raises:
+        ValueError: the config does not fit the data, the model or the run that is there.
+        CheckpointError: the directory is in use, or none of its checkpoints is whole.
+        TrainingFault: the run cannot go on by itself.
+    """
+    run_dir = Path(job.run.dir)
+    world = worlds.start(job.distributed)
+    try:
+        if fresh:
+            _move_aside(run_dir, world)
+        with RunLock(run_dir):
+            return _train(job, run_dir, world)
+    finally:
+        worlds.stop()
+
+
+def _train(job: JobConfig, run_dir: Path, world: World) -> bool:
+    _check_same_run(job, run_dir)
+    tokenizer = saved_tokenizer(run_dir)
+    assembly = assemble(job, tokenizer)
+    if world.is_main:
+        for line in job.warnings():
+            LOG.warning("%s", line)
+        if tokenizer is None:
+            _write_tokenizer(assembly.tokenizer, run_dir)
+        _write(run_dir / "config.toml", to_toml(job))
+    world.barrier()
+    hooks, checkpoints = default_hooks(assembly, run_dir)
+    trainer = Trainer(assembly, world, hooks)
+    if checkpoints.restore(trainer):
+        LOG.info("%s: continuing at step %d of %d", run_dir, trainer.step, trainer.total_steps)
+    if trainer.done and (run_dir / "report.html").exists():
+        LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / "report.html")
+        return True
+    trainer.fit()
+    return trainer.done
+
+
+def _check_same_run(job: JobConfig, run_dir: Path) -> None:
+    """What is in ``run_dir`` was made by the same config, up to what may change.
+
+    Raises:
+        ValueError: it was not; the message shows the difference.
+    """
+    path = run_dir / "config.toml"
+    if not path.exists() or not (run_dir / "checkpoints").is_dir():
+        return
+    changes = [line for line in diff(load_config(path), job) if not line.startswith(MAY_CHANGE)]
+    if changes:
+        listed = "\n  ".join(changes)
+        raise ValueError(f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\nchange it back, name another directory, or use --fresh")
+
+
+def _write_tokenizer(tokenizer, run_dir: Path) -> None:
+    part = run_dir / f".tokenizer-{os.getpid()}"
+    tokenizer.save(part)
+    part.rename(run_dir / "tokenizer")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _move_aside(run_dir: Path, world: World) -> None:
+    """Renames an existing run; nothing is deleted. A run that another process works on is refused by its lock."""
+    if run_dir.exists():
+        with RunLock(run_dir):
+            if world.is_main:
+                stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime())
+                aside = run_dir.with_name(f"{run_dir.name}.{stamp}")
+                run_dir.rename(aside)
+                LOG.info("moved the run that was there to %s", aside)
+    world.barrier()

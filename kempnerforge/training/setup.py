@@ -1,0 +1,122 @@
+"""From a job to everything that a run, a check or an evaluation needs: tokenizer, data, model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from kempnerforge.config import DataConfig, JobConfig, Stage
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.loader import build_loader
+from kempnerforge.data.sample import Source
+from kempnerforge.data.sources import build_source
+from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.vlm.base import VLM
+from kempnerforge.vlm.build import build_model
+
+
+@dataclass
+class Assembly:
+    """A job put together.
+
+    Attributes:
+        job: with ``model.vocab_size`` resolved.
+        sources: the training data of each stage.
+        held_out: what is evaluated (the last stage's), or None.
+    """
+
+    job: JobConfig
+    stages: list[Stage]
+    tokenizer: Tokenizer
+    model: VLM
+    layout: Layout
+    sources: list[Source]
+    held_out: Source | None
+
+    def encoder(self, stage: Stage) -> Encoder:
+        return Encoder(self.tokenizer, stage.data, self.layout, self.job.train.seed)
+
+    def batches(self, stage: Stage, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The micro-batches of ``rank`` from optimizer step ``step`` of the run on, without end."""
+        loader = build_loader(
+            self.sources[stage.index],
+            self.encoder(stage),
+            cfg=stage.data,
+            layout=self.layout,
+            train_cfg=stage.train,
+            rank=rank,
+            world=world,
+            start_step=step - stage.start,
+        )
+        return iter(loader)
+
+
+def assemble(job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torch.device | str | None = None, data: bool = True) -> Assembly:
+    """Puts ``job`` together.
+
+    Args:
+        tokenizer: of an earlier part of this run; None resolves ``data.tokenizer``.
+        device: where the model is built; "meta" for shapes alone.
+        data: False builds no sources (generation from a checkpoint).
+
+    Raises:
+        ValueError: data, tokenizer and model do not fit together.
+    """
+    stages = job.resolved_stages()
+    sources = [_source(stage.data) for stage in stages] if data else []
+    tokenizer = tokenizer or resolve_tokenizer(job.data, sources)
+    job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
+    model = build_model(job, device)
+    layout = Layout(
+        image_tokens=job.vlm.residual_stream_image_tokens(model.num_image_tokens) if job.vlm is not None else 0,
+        image_size=model.vision_encoder.image_size if model.has_images else 0,
+        max_text_len=job.vlm.max_text_len if job.vlm is not None else job.train.seq_len,
+        seq_len=job.train.seq_len,
+        pad_to=_row_length(job, model),
+    )
+    held_out = None
+    if data:
+        sources = [source.tokenised(tokenizer, job.train.seq_len) for source in sources]
+        held_out = build_source(stages[-1].data, "test", tokenizer, job.train.seq_len)
+    return Assembly(job, stages, tokenizer, model, layout, sources, held_out)
+
+
+def _row_length(job: JobConfig, model: VLM) -> int:
+    if job.vlm is None:
+        return job.train.seq_len
+    return job.vlm.residual_stream_image_tokens(model.num_image_tokens) + job.vlm.max_text_len
+
+
+def _source(cfg: DataConfig) -> Source:
+    source = build_source(cfg, "train")
+    if source is None or not len(source):
+        raise ValueError(f"data.source = {cfg.source!r}: has no training samples")
+    return source
+
+
+def resolve_tokenizer(cfg: DataConfig, sources: list[Source]) -> Tokenizer:
+    """``data.tokenizer``: trained on the text of all stages, or loaded."""
+    if cfg.tokenizer == "train":
+        return Tokenizer.train(chain.from_iterable(source.corpus() for source in sources), cfg.tokenizer_vocab_size)
+    return Tokenizer.from_pretrained(cfg.tokenizer)
+
+
+def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
+    if not job.model.vocab_size:
+        return tokenizer.vocab_size
+    if job.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least as many, or 0 to follow it"
+        )
+    return job.model.vocab_size
+
+
+def saved_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer that a run or a checkpoint keeps, or None."""
+    path = directory / "tokenizer"
+    return Tokenizer.from_pretrained(str(path)) if path.is_dir() else None

@@ -1,0 +1,206 @@
+"""The training loop. Whatever happens every n steps is a hook (``hooks/``); what an arch does is behind ``VLM``."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kempnerforge.config import Stage
+from kempnerforge.data.batch import Batch
+from kempnerforge.distributed.fsdp import prepare
+from kempnerforge.distributed.world import World, compute_dtype
+from kempnerforge.training.freeze import apply_freeze, trainable_names
+from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
+from kempnerforge.training.setup import Assembly
+
+
+class TrainingFault(RuntimeError):
+    """The run cannot go on by itself; a restart continues from the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks.
+
+    Attributes:
+        loss: mean over trained tokens.
+        grad_norm: before clipping.
+        lr: AdamW's, at scale 1.
+        skipped: loss or gradient was not finite; nothing moved.
+        tokens, images, samples: useful tokens, images and rows that went in.
+        seconds: wall-clock time of the step, its data included.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    tokens: int
+    images: int
+    samples: int
+    seconds: float
+
+
+class Hook:
+    """Something periodic. All ranks call all hooks in the same order."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def step(self, trainer: Trainer, result: StepResult) -> None:
+        """After each step; ``trainer.step`` counts the steps that are done."""
+
+    def record(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Numbers that belong to ``trainer.step``."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step, also when interrupted."""
+
+    def close(self) -> None:
+        """At the very end, also after an error: let go of files and screens."""
+
+
+class Trainer:
+    """Trains what ``assembly`` holds.
+
+    Args:
+        assembly: the job put together; its model is sharded in place.
+        world: the processes.
+        hooks: called in this order.
+    """
+
+    def __init__(self, assembly: Assembly, world: World, hooks: Sequence[Hook]) -> None:
+        job = assembly.job
+        self.assembly, self.job, self.world, self.hooks = assembly, job, world, list(hooks)
+        self.stages, self.model = assembly.stages, assembly.model.to(world.device)
+        self.patterns = job.vlm.module_patterns if job.vlm is not None else {}
+        self.names = [name for name, _ in self.model.named_parameters()]
+        schedule = job.vlm.freeze_schedule if job.vlm is not None else []
+        self.boundaries = {stage.start for stage in self.stages} | {change.start_step for change in schedule}
+        for boundary in sorted(self.boundaries):  # a pattern without a hit fails here, not at step 10,000
+            trainable_names(self.names, job.freeze_at(boundary), self.patterns)
+        prepare(
+            self.model,
+            self.model.shard_units(),
+            world,
+            compute_dtype(job.train.mixed_precision, world.device),
+            reshard=job.distributed.reshard_after_forward,
+            recompute=job.train.activation_checkpointing,
+            compile_units=job.train.compile_model,
+        )
+        self.optimizers = Optimizers(self.model, self.stages, self.patterns)
+        self.step = 0
+        self.seconds = 0.0
+        self.samples_seen = self.samples_bad = 0
+        self.skipped_in_a_row = 0
+        self.stop_requested = self.stopping = False
+        self.bad_samples: list[tuple[str, str]] = []
+        self._batches: Iterator[Batch] | None = None
+        self._stage: Stage | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].end
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total_steps
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next step; at the end of the run the last one."""
+        return next((stage for stage in self.stages if self.step < stage.end), self.stages[-1])
+
+    def fit(self) -> None:
+        """Runs from the current step to the end, or until a signal asks to stop."""
+        try:
+            for hook in self.hooks:
+                hook.start(self)
+            self.apply_freeze()
+            while not self.done and not self.stopping:
+                if self.step in self.boundaries:
+                    self.apply_freeze()
+                result = self.train_step()
+                self.step += 1
+                for hook in self.hooks:
+                    hook.step(self, result)
+            for hook in self.hooks:
+                hook.finish(self)
+        finally:
+            for hook in self.hooks:
+                hook.close()
+
+    def record(self, values: dict[str, float]) -> None:
+        """Hands numbers of the current step to all hooks."""
+        for hook in self.hooks:
+            hook.record(self, values)
+
+    def apply_freeze(self) -> None:
+        """Makes exactly what the schedule says for the current step trainable, whatever was before.
+
+        NOTE: only at ``boundaries`` and at the start: between them nothing changes.
+        """
+        apply_freeze(self.model, trainable_names(self.names, self.job.freeze_at(self.step), self.patterns))
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the current step."""
+        if self._batches is None or self._stage is not self.stage:
+            self._stage = self.stage
+            self._batches = self.assembly.batches(self.stage, self.step, self.world.rank, self.world.size)
+        return [next(self._batches) for _ in range(self.stage.train.grad_accum_steps)]
+
+    def train_step(self) -> StepResult:
+        """One optimizer step. The random state is a function of seed, step and rank, so there is none to save.
+
+        Raises:
+            ValueError: no token of the step is trained, or too many samples are bad.
+            TrainingFault: too many steps in a row were not finite.
+        """
+        begin = time.perf_counter()
+        batches = self.next_batches()
+        torch.manual_seed(hash((self.job.train.seed, self.step, self.world.rank)))
+        lr = self.optimizers.set_step(self.stage, self.step)
+        counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped)) for b in batches]
+        targets, tokens, images, samples, bad = (int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)]))
+        self._account(batches, samples, bad)
+        if not targets:
+            raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
+        loss = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(batches):
+            self.model.set_requires_gradient_sync(index == len(batches) - 1)
+            part = self.model(batch.to(self.world.device)).loss
+            (part / targets).backward()
+            loss += part.detach()
+        grads = local_gradients(self.model)
+        total, squared, stop = self.world.sum([loss.item(), squared_norm(grads), float(self.stop_requested)])
+        self.stopping = stop > 0
+        norm = math.sqrt(squared)
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite:
+            clip(grads, norm, self.job.train.grad_clip_norm)
+            self.optimizers.step()
+        self.optimizers.zero_grad()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > self.job.train.max_skipped_steps:
+            raise TrainingFault(
+                f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite,"
+                f" for more than train.max_skipped_steps = {self.job.train.max_skipped_steps} steps in a row"
+            )
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        return StepResult(total / targets, norm, lr, not finite, tokens, images, samples, seconds)
+
+    def _account(self, batches: list[Batch], samples: int, bad: int) -> None:
+        self.bad_samples = [row for batch in batches for row in batch.skipped]
+        self.samples_seen += samples
+        self.samples_bad += bad
+        limit, enough = self.stage.data.max_bad_fraction, min(1000, len(self.assembly.sources[self.stage.index]))
+        if self.samples_seen >= enough and self.samples_bad > limit * self.samples_seen:
+            last = f"; the last: {self.bad_samples[-1][1]}" if self.bad_samples else ""
+            raise ValueError(
+                f"data: {self.samples_bad} of {self.samples_seen} samples could not be used, data.max_bad_fraction = {limit} allows fewer{last}"
+            )

@@ -1,0 +1,46 @@
+"""From a resolved job to its model."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import torch
+
+import kempnerforge.vlm
+from kempnerforge.config import JobConfig, registry
+from kempnerforge.vlm.base import VLM
+from kempnerforge.vlm.text_only import TextOnly
+
+
+def register_archs() -> None:
+    """Imports every module of this package, so that a new arch is one new file."""
+    for module in pkgutil.iter_modules(kempnerforge.vlm.__path__):
+        importlib.import_module(f"{kempnerforge.vlm.__name__}.{module.name}")
+
+
+def arch_class(job: JobConfig) -> type[VLM]:
+    """The class that builds ``job``'s model.
+
+    Raises:
+        NotImplementedError: the arch has a config but no model.
+    """
+    if job.vlm is None:
+        return TextOnly
+    register_archs()
+    if job.vlm.arch not in registry.archs:
+        raise NotImplementedError(f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}")
+    return registry.archs.get(job.vlm.arch)
+
+
+def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM:
+    """Builds the model with fresh weights that depend on ``train.seed`` alone.
+
+    Args:
+        job: ``model.vocab_size`` is set.
+        device: where; "meta" builds shapes without memory.
+    """
+    cls = arch_class(job)
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+        torch.manual_seed(job.train.seed)
+        return cls(job)

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kempnerforge.data.audit import audit, render_rows
+from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.contact_sheet import contact_sheet
+
+PAD, BOS, EOS = 0, 1, 2
+
+
+class Letters:
+    """One token per character."""
+
+    bos_id: int | None = BOS
+    eos_id = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids if i > EOS)
+
+
+def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: int = 2) -> Batch:
+    """Rows of (prompt, answer) texts behind one image each, labels worked out token by token."""
+    columns: dict[str, list[list[int]]] = {name: [] for name in ("ids", "labels", "samples", "texts", "kinds")}
+    width = image_tokens + pad + max(sum(len(p) + len(a) + 2 for p, a in row) for row in rows)
+    for row in rows:
+        tokens = [(PAD, 0, Kind.IMAGE)] * image_tokens
+        for number, (prompt, answer) in enumerate(row, start=1):
+            tokens += [(BOS, number, Kind.PROMPT)] + [(ord(c), number, Kind.PROMPT) for c in prompt]
+            tokens += [(ord(c), number, Kind.ANSWER) for c in answer] + [(EOS, number, Kind.ANSWER)]
+        used = len(tokens)
+        tokens += [(PAD, 0, Kind.PAD)] * (width - used)
+        columns["ids"].append([token for token, _, _ in tokens])
+        columns["texts"].append([text for _, text, _ in tokens])
+        columns["kinds"].append([int(kind) for _, _, kind in tokens])
+        columns["samples"].append([0] * used + [-1] * (width - used))
+        following = [*tokens[1:], (PAD, 0, Kind.PAD)]
+        columns["labels"].append([token if kind == Kind.ANSWER else IGNORE for token, _, kind in following])
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    return Batch(
+        input_ids=tensors["ids"],
+        labels=tensors["labels"],
+        positions=torch.zeros_like(tensors["ids"]),
+        sample_ids=tensors["samples"],
+        text_ids=tensors["texts"],
+        kinds=tensors["kinds"].to(torch.uint8),
+        targets=flat_targets(tensors["labels"]),
+        images=torch.zeros(len(rows), 3, 4, 4, dtype=torch.uint8),
+        image_index=torch.arange(len(rows)),
+        image_rows=torch.arange(len(rows)),
+        image_starts=torch.zeros(len(rows), dtype=torch.int64),
+        has_documents=True,
+        sample_names=[f"s/{row}" for row in range(len(rows))],
+    )
+
+
+def flat_targets(labels: Tensor) -> Tensor:
+    return (labels.flatten() != IGNORE).nonzero().flatten()
+
+
+def window_batch(ids: list[int], pad: int = 0) -> Batch:
+    """Plain text: inputs ``ids[:-1]``, labels ``ids[1:]``."""
+    batch = make_batch([[("", "x" * (len(ids) - 3))]], image_tokens=0, pad=pad)
+    end = len(ids) - 1
+    batch.input_ids[0, :end], batch.labels[0, :end] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
+    batch.kinds[0, :end] = Kind.ANSWER
+    batch.targets = flat_targets(batch.labels)
+    return batch
+
+
+def test_trained_tokens_stand_in_brackets() -> None:
+    batch = make_batch([[("hue?\n", "red"), ("a [b]", "no")], [("q", "a")]])
+    first, second = render_rows(batch, Letters(), color=False)
+    assert first.splitlines() == [
+        "row 0 (s/0): 22 useful tokens, 7 trained, 1 image, 2 texts",
+        "       [image x3]",
+        "    1  <bos>hue?\\n[red<eos>]",
+        "    2  <bos>a \\[b\\][no<eos>]",
+        "       [pad x2]",
+    ]
+    assert second.splitlines()[0] == "row 1 (s/1): 7 useful tokens, 2 trained, 1 image, 1 text"
+    assert "<bos>q[a<eos>]" in second
+
+
+def test_colour_marks_exactly_the_trained_tokens() -> None:
+    (row,) = render_rows(make_batch([[("hue?", "r[d")]]), Letters(), color=True)
+    assert "\x1b[30;42mr[d<eos>\x1b[0m" in row and "\x1b[2m<bos>hue?\x1b[0m" in row and row.count("\x1b[30;42m") == 1
+
+
+def test_rendering_follows_labels_not_kinds() -> None:
+    batch = make_batch([[("hue?", "red")]])
+    batch.kinds[batch.kinds == Kind.ANSWER] = Kind.PROMPT
+    assert "<bos>hue?[red<eos>]" in render_rows(batch, Letters(), color=False)[0]
+    batch = make_batch([[("hue?", "red")]])
+    batch.labels[0, 4] = ord("u")  # position 4 is "h"
+    assert "<bos>h[u]e?[red<eos>]" in render_rows(batch, Letters(), color=False)[0]
+
+
+def test_data_cannot_steer_the_terminal() -> None:
+    (row,) = render_rows(make_batch([[("a\x1b[2J\r", "b\x07")]]), Letters(), color=False)
+    assert "\x1b" not in row and "\\x1b" in row and "\\x07" in row
+
+
+def test_windows_of_plain_text_end_on_a_label_beyond_the_row() -> None:
+    ids = [ord(c) for c in "abcdef"]
+    for pad in (0, 3):
+        batch = window_batch(ids, pad)
+        (row,) = render_rows(batch, Letters(), color=False)
+        assert "a[bcdef]" in row and audit(batch, EOS) == []
+
+
+def test_a_good_batch_has_no_findings() -> None:
+    batch = make_batch([[("hue?", "red"), ("form?", "a b")], [("", "a")]])
+    assert audit(batch, EOS) == [] and audit(batch) == []
+    assert audit(make_batch([[("hue?", "red")]], image_tokens=0, pad=0), EOS) == []
+
+
+def answer_shifted(batch: Batch) -> None:
+    batch.labels = batch.labels.roll(1, dims=1)  # labels that stand on their own token
+
+
+def untrained(batch: Batch) -> None:
+    batch.labels[1] = IGNORE
+
+
+def image_trained(batch: Batch) -> None:
+    batch.labels[0, 0] = PAD
+
+
+def padding_trained(batch: Batch) -> None:
+    batch.labels[0, -1] = PAD
+
+
+def end_of_row_trained_on_padding(batch: Batch) -> None:
+    end = int((batch.sample_ids[1] >= 0).sum())
+    batch.labels[1, end - 1] = batch.input_ids[1, end]
+
+
+def no_eos(batch: Batch) -> None:
+    batch.labels[batch.labels == EOS] = IGNORE
+
+
+def prompt_trained(batch: Batch) -> None:
+    batch.labels[0, 3] = batch.input_ids[0, 4]
+
+
+def into_the_next_text(batch: Batch) -> None:
+    behind = int((batch.text_ids[0] == 2).nonzero()[0])
+    batch.labels[0, behind - 1] = batch.input_ids[0, behind]
+
+
+FAULTS: list[tuple[Callable[[Batch], None], str]] = [
+    (answer_shifted, "label is not the next token"),
+    (untrained, "row 1 (s/1): no trained token"),
+    (image_trained, "row 0 (s/0): trained image position: 1 position, the first is 1"),
+    (padding_trained, "padding has a label"),
+    (end_of_row_trained_on_padding, "trained padding position"),
+    (no_eos, "last trained token of an answer is not EOS"),
+    (prompt_trained, "trained prompt token"),
+    (into_the_next_text, "label reaches beyond its text"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "finding"), FAULTS, ids=[spoil.__name__ for spoil, _ in FAULTS])
+def test_each_fault_is_found(spoil: Callable[[Batch], None], finding: str) -> None:
+    batch = make_batch([[("hue?", "red"), ("form?", "ring")], [("q", "a")]])
+    spoil(batch)
+    batch.targets = flat_targets(batch.labels)
+    assert any(finding in line for line in audit(batch, EOS)), audit(batch, EOS)
+
+
+def test_every_changed_label_is_found() -> None:
+    good = make_batch([[("hue?", "red"), ("form?", "ring")], [("q", "a")]])
+    for row, at in np.ndindex(*good.labels.shape):
+        for value in (IGNORE, ord("Z"), int(good.input_ids[row, at])):
+            batch = make_batch([[("hue?", "red"), ("form?", "ring")], [("q", "a")]])
+            if int(batch.labels[row, at]) == value:
+                continue
+            batch.labels[row, at] = value
+            batch.targets = flat_targets(batch.labels)
+            assert audit(batch, EOS), (row, at, value)
+
+
+def test_targets_must_be_the_positions_with_a_label() -> None:
+    batch = make_batch([[("hue?", "red")]])
+    batch.targets = batch.targets[1:]
+    assert any(line.startswith("targets: ") for line in audit(batch, EOS))
+
+
+def test_contact_sheet_places_every_image() -> None:
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9], [250, 200, 10]], dtype=torch.uint8)
+    images = colours[:, :, None, None].expand(5, 3, 16, 16)
+    sheet = contact_sheet(images, ["a"] * 5, columns=2, tile=32)
+    assert sheet.mode == "RGB" and sheet.width == 12 + 2 * 44
+    pixels = np.asarray(sheet)
+    centres = [tuple(pixels[y, x]) for y, x in zip(*np.nonzero((pixels != 255).any(-1)), strict=True)]
+    assert all(tuple(colour) in set(centres) for colour in colours.tolist())
+    assert tuple(pixels[12 + 16, 12 + 16]) == (255, 0, 0) and tuple(pixels[12 + 16, 12 + 44 + 16]) == (0, 255, 0)
+    as_array = contact_sheet(images.numpy(), ["a"] * 5, columns=2, tile=32)
+    assert np.array_equal(np.asarray(as_array), pixels)
+
+
+@pytest.mark.parametrize("caption", ["", "word " * 50, "x" * 500, "日本語 العربية \U0001f600", "\ud800 \x00\x1b\t", "a\n\nb", "é" * 300])
+def test_any_caption_can_be_drawn_and_stays_inside(caption: str) -> None:
+    sheet = contact_sheet(np.zeros((1, 3, 8, 8), np.uint8), [caption], tile=64)
+    pixels = np.asarray(sheet)
+    assert sheet.width == 64 + 24 and (pixels[:, -10:] == 255).all() and (pixels[-8:] == 255).all()
+
+
+def test_long_captions_make_a_sheet_taller_up_to_a_limit() -> None:
+    images = np.zeros((1, 3, 8, 8), np.uint8)
+    heights = [contact_sheet(images, ["word " * count], tile=64).height for count in (1, 4, 500, 5000)]
+    assert heights[0] < heights[1] < heights[2] == heights[3]
+
+
+def test_small_images_keep_sharp_pixels_and_tall_ones_their_shape() -> None:
+    board = np.indices((4, 4)).sum(0) % 2 * 255
+    sheet = np.asarray(contact_sheet(np.broadcast_to(board, (1, 3, 4, 4)).astype(np.uint8), [""], tile=64))
+    assert set(np.unique(sheet[12:76, 12:76])) == {0, 255}
+    tall = np.asarray(contact_sheet(np.zeros((1, 3, 200, 50), np.uint8), [""], tile=64))[12:76, 12:76]
+    assert (tall == 0).all(-1).any(0).sum() == 16
+
+
+def test_empty_and_wrong_input() -> None:
+    assert isinstance(contact_sheet(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), []), Image.Image)
+    for images, captions in ((np.zeros((1, 3, 4, 4), np.float32), [""]), (np.zeros((1, 4, 4, 3), np.uint8), [""])):
+        with pytest.raises(ValueError, match="uint8"):
+            contact_sheet(images, captions)
+    with pytest.raises(ValueError, match="captions"):
+        contact_sheet(np.zeros((1, 3, 4, 4), np.uint8), [])

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kempnerforge.config.training import TrainConfig
+from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
+
+MakeEncoder = Callable[..., Encoder]
+
+
+def loader(source: Any, encoder: Encoder, *, batch_size: int = 8, accum: int = 1, **kwargs: Any) -> Iterable[Batch]:
+    train_cfg = TrainConfig(batch_size=batch_size, grad_accum_steps=accum, seed=3)
+    return build_loader(source, encoder, cfg=encoder.cfg, layout=encoder.layout, train_cfg=train_cfg, **kwargs)
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for f in fields(Batch):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, f.name
+
+
+@pytest.fixture
+def flawed(pictures: list[Sample]) -> list[Sample | None]:
+    """Pictures with rows that cannot be used: no row, no image, no answer; and texts that do not all fit."""
+    broken = Sample("broken", (b"zz",), (Text("", "red"),))
+    mute = Sample("mute", pictures[0].images, (Text("what?", ""),))
+    return [*pictures, None, broken, mute]
+
+
+@pytest.mark.parametrize("batching", ["pad", "group"])
+def test_workers_and_resume_give_the_same_stream(
+    list_source: Any, make_encoder: MakeEncoder, flawed: list[Sample | None], batching: str
+) -> None:
+    source = list_source(flawed)
+    reference = list(islice(loader(source, make_encoder(batching=batching), accum=2), 20))
+    assert any(batch.skipped for batch in reference)
+    for workers, start in ((0, 4), (2, 0), (2, 7)):
+        encoder = make_encoder(batching=batching, num_workers=workers)
+        resumed = list(islice(loader(source, encoder, accum=2, start_step=start), 20 - 2 * start))
+        assert len(resumed) == 20 - 2 * start
+        for expected, batch in zip(reference[2 * start :], resumed, strict=True):
+            assert_equal(expected, batch)
+
+
+@pytest.mark.parametrize(("world", "accum"), [(2, 1), (2, 2), (4, 1), (1, 4)])
+def test_sharing_keeps_the_rows_of_a_step(
+    list_source: Any, make_encoder: MakeEncoder, flawed: list[Sample | None], world: int, accum: int
+) -> None:
+    def rows(world: int, accum: int) -> list[list[Any]]:
+        ranks = [iter(loader(list_source(flawed), make_encoder(), accum=accum, rank=r, world=world)) for r in range(world)]
+        steps = []
+        for _ in range(6):
+            batches = [next(rank) for _ in range(accum) for rank in ranks]
+            names = [name for batch in batches for name in batch.sample_names]
+            tokens = [row[row_ids >= 0].tolist() for b in batches for row, row_ids in zip(b.input_ids, b.sample_ids, strict=True)]
+            steps.append([names, tokens, [bad for batch in batches for bad in batch.skipped]])
+        return steps
+
+    assert rows(world, accum) == rows(1, 1)
+
+
+def test_unusable_samples_are_replaced_and_reported(list_source: Any, make_encoder: MakeEncoder, flawed: list[Sample | None]) -> None:
+    source = list_source(flawed)
+    steps = 27  # 8 epochs of 27 rows
+    batches = list(islice(loader(source, make_encoder()), steps))
+    skipped = [bad for batch in batches for bad in batch.skipped]
+    reasons = {name: reason for name, reason in skipped}
+    assert set(reasons) == {"list/train[24]", "list/train[25]", "list/train[26]"}
+    assert reasons["list/train[24]"] == "row 24 is broken"
+    assert "sample broken: image 2 bytes: not an image" in reasons["list/train[25]"]
+    assert reasons["list/train[26]"] == "sample mute: empty answer"
+    assert len(skipped) >= 3 * 8
+    assert all(len(batch.sample_names) == 8 for batch in batches)
+
+
+def test_nothing_usable_is_an_error(list_source: Any, make_encoder: MakeEncoder) -> None:
+    with pytest.raises(ValueError, match="data: 21 samples in a row cannot be used, the last because: row . is broken; "):
+        next(iter(loader(list_source([None] * 8), make_encoder())))
+
+
+def test_padding_modes(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:
+    widths = {}
+    for batching in ("pad", "group"):
+        encoder = make_encoder(max_text_len=200, seq_len=202, pad_to=202, batching=batching)
+        batches = list(islice(loader(list_source(pictures), encoder, batch_size=4), 6))
+        widths[batching] = [batch.input_ids.shape[1] for batch in batches]
+        assert sum(batch.useful_tokens for batch in batches) == sum(encoder.encode(s, 0).table.shape[1] for s in pictures)
+    assert set(widths["pad"]) == {202}
+    assert max(widths["group"]) < 202
+    assert len(set(widths["group"])) > 1
+
+
+def test_few_samples_fill_a_large_batch(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:
+    batch = next(iter(loader(list_source(pictures[:8]), make_encoder(), batch_size=32)))
+    assert sorted(batch.sample_names) == sorted(s.id for s in pictures[:8] for _ in range(4))
+
+
+def test_global_random_state_is_left_alone(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:
+    before = torch.get_rng_state()
+    list(islice(loader(list_source(pictures), make_encoder(num_workers=1)), 2))
+    list(islice(loader(list_source(pictures), make_encoder()), 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_in_a_worker_arrives(list_source: Any, make_encoder: MakeEncoder) -> None:
+    with pytest.raises(ValueError, match="^data: 21 samples in a row cannot be used"):
+        next(iter(loader(list_source([None] * 8), make_encoder(num_workers=1))))
+
+
+def test_slow_libraries_are_not_imported() -> None:
+    code = "import sys, kempnerforge.data; print([m for m in ('transformers', 'datasets', 'pandas', 'easy_vqa') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kempnerforge.data import Tokenizer
+from kempnerforge.data.tokenizer import BOS, EOS, PAD
+
+UNICODE = st.text(st.characters(exclude_categories=("Cs",)))
+
+
+@given(a=UNICODE, b=UNICODE)
+@settings(max_examples=300, deadline=None)
+def test_decode_inverts_encode_and_parts_join(tokenizer: Tokenizer, a: str, b: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(a)) == a
+    assert tokenizer.decode(tokenizer.encode(a) + tokenizer.encode(b)) == a + b
+
+
+@pytest.mark.parametrize("name", [PAD, BOS, EOS, f"say {EOS} now"])
+def test_names_of_special_tokens_are_text(tokenizer: Tokenizer, name: str) -> None:
+    ids = tokenizer.encode(name)
+    assert not {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode(ids) == name
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == name  # type: ignore[list-item]
+
+
+def test_special_tokens_come_first(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
+def test_training_is_deterministic_and_bounded() -> None:
+    texts = [f"{a} {b} of the {c}" for a in "abcdef" for b in ("sea", "sand") for c in ("hill", "valley")]
+    first, second = Tokenizer.train(texts, 270), Tokenizer.train(iter(texts), 270)
+    assert first.vocab_size == 270
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != Tokenizer.train(texts, 271).fingerprint
+
+
+def test_frequent_words_become_one_token(tokenizer: Tokenizer) -> None:
+    assert [len(tokenizer.encode(word)) for word in ("yes", "no", "red", "blue")] == [1, 1, 1, 1]
+
+
+def test_lone_surrogate_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="lone surrogate U\\+D800 at character 2"):
+        tokenizer.encode("ab\ud800c")
+
+
+def test_save_load_pickle_keep_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    for copy in (Tokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert (copy.vocab_size, copy.pad_id, copy.bos_id, copy.eos_id) == (tokenizer.vocab_size, 0, 1, 2)
+        assert copy.encode(f"what {EOS} is 🙂") == tokenizer.encode(f"what {EOS} is 🙂")
+
+
+def test_transformers_reads_what_is_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "what is  the colour? 🙂 "
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+
+
+def saved_without(tokenizer: Tokenizer, path: Path, *keys: str) -> Path:
+    tokenizer.save(path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in keys}))
+    return path
+
+
+def test_pad_falls_back_to_eos_and_bos_may_be_absent(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    loaded = Tokenizer.from_pretrained(saved_without(tokenizer, tmp_path, "pad_token", "bos_token"))
+    assert (loaded.pad_id, loaded.bos_id) == (loaded.eos_id, None)
+
+
+def test_missing_eos_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="has no EOS"):
+        Tokenizer.from_pretrained(saved_without(tokenizer, tmp_path, "eos_token"))
+
+
+def test_unreadable_directories_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}')
+    with pytest.raises(ValueError, match="cannot be read"):
+        Tokenizer.from_pretrained(tmp_path)
