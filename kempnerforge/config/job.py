@@ -59,14 +59,14 @@ class JobConfig:
         """
         total, base = self.total_steps(), self.base_freeze()
         if not self.stages:
-            return [Stage("train", 0, 0, total, self.data, self.train, self.optimizer, self.scheduler, base)] if total else []
+            return [Stage("train", 0, 0, total, total, self.data, self.train, self.optimizer, self.scheduler, base)] if total else []
         problems, found, start = Problems(), [], 0
         for index, stage in enumerate(self.stages):
             sections = self._override(index, problems)
             freeze = base if stage.freeze is None else tuple(stage.freeze)
             end = min(start + stage.steps, total)
             if end > start:
-                found.append(Stage(stage.name, index, start, end, freeze=freeze, **sections))
+                found.append(Stage(stage.name, index, start, end, stage.steps, freeze=freeze, **sections))
             start = end
         problems.raise_if_any()
         return found

@@ -46,6 +46,8 @@ class Stage:
 
     Attributes:
         index: of the ``[[stages]]`` table.
+        planned_steps: what the learning rate is a function of: ``steps`` unless ``train.max_steps`` cuts the stage short. A run that is cut
+            short and then allowed to go on is the same as one that never was.
         freeze: without ``[vlm].freeze_schedule``, see ``JobConfig.freeze_at``.
     """
 
@@ -53,6 +55,7 @@ class Stage:
     index: int
     start: int
     end: int
+    planned_steps: int
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig

@@ -44,6 +44,7 @@ class Batch:
         has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the ids matter.
         skipped: (sample id, reason) of samples that could not be used and were replaced.
         sample_names: ids of the samples in the rows.
+        texts_left_out: texts of these samples that did not fit into their rows; other visits take others.
     """
 
     input_ids: Tensor
@@ -60,6 +61,7 @@ class Batch:
     has_documents: bool
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
+    texts_left_out: int = 0
 
     @property
     def num_targets(self) -> int:

@@ -230,6 +230,7 @@ def collate(encoded: list[Encoded], pad_id: int, pad_to: int | None) -> Batch:
         has_documents=any(e.num_texts > 1 for e in encoded),
         skipped=[bad for e in encoded for bad in e.skipped],
         sample_names=[e.id for e in encoded],
+        texts_left_out=sum(e.left_out for e in encoded),
     )
 
 

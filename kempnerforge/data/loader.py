@@ -19,6 +19,9 @@ from kempnerforge.data.encode import Encoded, Encoder, Layout, collate
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.data.sampler import StepSampler
 
+CHARACTERS_PER_TOKEN = 4
+CLASS_POSITIONS = 16
+"""Positions by which rows of one length class differ at most, about."""
 MAX_TRIES = 20
 """Candidates in place of one unusable sample before the data are judged unusable."""
 
@@ -87,6 +90,16 @@ def _collate(rows: list[Encoded | DataError], pad_id: int, pad_to: int | None) -
     return error or collate([row for row in rows if isinstance(row, Encoded)], pad_id, pad_to)
 
 
+def row_classes(source: Source, layout: Layout) -> list[int]:
+    """Roughly how long each sample's row is, in steps of ``CLASS_POSITIONS``: rows of one class may stand in one batch.
+
+    NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill whole batches, and a model that
+    sees one text at a time learns far more slowly: 94 % instead of 99 % on the quickstart.
+    """
+    image = layout.image_tokens if layout.image_size else 0
+    return [(image + source.length(index) // CHARACTERS_PER_TOKEN) // CLASS_POSITIONS for index in range(len(source))]
+
+
 def build_loader(
     source: Source,
     encoder: Encoder,
@@ -116,7 +129,7 @@ def build_loader(
     """
     group = cfg.batching == "group"
     sampler = StepSampler(
-        [source.length(i) for i in range(len(source))] if group else len(source),
+        row_classes(source, layout) if group else len(source),
         train_cfg.batch_size,
         rank,
         world,

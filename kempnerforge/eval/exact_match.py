@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,6 +115,19 @@ def evaluate(
     model.train(was_training)
     answers = [Answer(q, texts[q.prompt if blind else q]) for q in mine if (q.prompt if blind else q) in texts]
     return _score(answers, ranks, skipped)
+
+
+def question_only_prior(train: Sequence[Question], asked: Sequence[Question]) -> float:
+    """Exact match of the best guess without an image: for each prompt the answer it has most often in training, else the most frequent of all."""
+    by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        by_prompt[question.prompt][_plain(question.truth)] += 1
+    overall = Counter(_plain(question.truth) for question in train)
+    if not overall or not asked:
+        return 0.0
+    guess = {prompt: answers.most_common(1)[0][0] for prompt, answers in by_prompt.items()}
+    fallback = overall.most_common(1)[0][0]
+    return sum(guess.get(q.prompt, fallback) == _plain(q.truth) for q in asked) / len(asked)
 
 
 def _gather(value: float, ranks: Ranks) -> list[float]:

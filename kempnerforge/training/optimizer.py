@@ -69,7 +69,7 @@ class Optimizers:
     def set_step(self, stage: Stage, step: int) -> float:
         """Writes the hyper-parameters of ``step`` into all groups; returns AdamW's learning rate at scale 1."""
         cfg = stage.optimizer
-        factor = lr_factor(stage.scheduler, step - stage.start, stage.steps)
+        factor = lr_factor(stage.scheduler, step - stage.start, stage.planned_steps)
         for optimizer in self.all:
             muon = isinstance(optimizer, Muon)
             for group in optimizer.param_groups:

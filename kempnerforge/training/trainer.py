@@ -32,6 +32,7 @@ class StepResult:
         lr: AdamW's, at scale 1.
         skipped: loss or gradient was not finite; nothing moved.
         tokens, images, samples: useful tokens, images and rows that went in.
+        texts_left_out: texts that did not fit into their rows.
         seconds: wall-clock time of the step, its data included.
     """
 
@@ -42,6 +43,7 @@ class StepResult:
     tokens: int
     images: int
     samples: int
+    texts_left_out: int
     seconds: float
 
 
@@ -164,8 +166,8 @@ class Trainer:
         batches = self.next_batches()
         torch.manual_seed(hash((self.job.train.seed, self.step, self.world.rank)))
         lr = self.optimizers.set_step(self.stage, self.step)
-        counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped)) for b in batches]
-        targets, tokens, images, samples, bad = (int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)]))
+        counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches]
+        targets, tokens, images, samples, bad, left_out = (int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)]))
         self._account(batches, samples, bad)
         if not targets:
             raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
@@ -192,7 +194,7 @@ class Trainer:
             )
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        return StepResult(total / targets, norm, lr, not finite, tokens, images, samples, seconds)
+        return StepResult(total / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
 
     def _account(self, batches: list[Batch], samples: int, bad: int) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.eval.exact_match import Question, Score, evaluate, questions
+from kempnerforge.eval.exact_match import Question, Score, evaluate, question_only_prior, questions
 from kempnerforge.eval.loss import held_out_loss
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
@@ -17,6 +17,7 @@ class Evaluation(Hook):
 
     Attributes:
         seeing, blind: the final scores, once ``finish`` has run.
+        prior: exact match of guessing from the question alone, by what the last stage's training data answer most often.
     """
 
     def __init__(self, cfg: EvalConfig) -> None:
@@ -24,6 +25,7 @@ class Evaluation(Hook):
         self.seeing: Score | None = None
         self.blind: Score | None = None
         self.values: dict[str, float] = {}
+        self.prior: float | None = None
         self._all: list[Question] = []
 
     def start(self, trainer: Trainer) -> None:
@@ -39,6 +41,9 @@ class Evaluation(Hook):
     def finish(self, trainer: Trainer) -> None:
         if self.cfg.at_end and trainer.done:
             self.seeing, self.blind = self._evaluate(trainer, 0)
+            if self.blind is not None and trainer.world.is_main:
+                known, _ = questions(trainer.assembly.sources[-1])
+                self.prior = question_only_prior(known, self._all)
 
     def _evaluate(self, trainer: Trainer, limit: int) -> tuple[Score | None, Score | None]:
         if trainer.assembly.held_out is None:

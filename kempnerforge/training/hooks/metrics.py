@@ -45,6 +45,7 @@ class Metrics(Hook):
                 "train/skipped_steps": float(sum(r.skipped for r in self._window)),
                 "data/samples": float(trainer.samples_seen),
                 "data/bad_samples": float(trainer.samples_bad),
+                "data/texts_left_out": float(sum(r.texts_left_out for r in self._window)),
             }
         )
         self._window.clear()
@@ -59,22 +60,18 @@ class Metrics(Hook):
             self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of ``path``; one that a kill cut short is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
 def keep_until(path: Path, step: int) -> None:
-    """Drops what lies after ``step``: the steps behind a checkpoint are about to be run, and written, again."""
-    lines = read_metrics(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if path.exists():
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+    """Drops what lies after ``step``, and a line that a kill cut short: the steps behind a checkpoint are about to be written again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

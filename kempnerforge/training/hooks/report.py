@@ -37,6 +37,8 @@ class Report(Hook):
             "world_size": trainer.world.size,
             **{key.removeprefix("eval/"): value for key, value in values.items()},
         }
+        if self.evaluation.prior is not None:
+            summary["question_only_prior"] = self.evaluation.prior
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         seeing, blind = self.evaluation.seeing, self.evaluation.blind
         write_report(

@@ -1,0 +1,183 @@
+"""A dataset of sixteen tiny pictures, a config that trains on it in seconds, and ways to run the command line on them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from kempnerforge.checkpoint import load, resolve, tensor_info
+from kempnerforge.cli.main import run
+from tests.dist import ROOT
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "yellow": (230, 210, 60)}
+TIMING = ("train/tokens_per_s", "train/images_per_s", "train/step_s", "train/elapsed_s")
+"""Keys of metrics.jsonl that differ between two runs of the same job."""
+
+CONFIG = """\
+[run]
+dir = "{folder}/run"
+
+[model]
+dim = 32
+n_layers = 2
+n_heads = 2
+activation = "gelu"
+max_seq_len = 64
+
+[vision_encoder]
+type = "vit"
+image_size = 16
+patch_size = 8
+dim = 32
+n_layers = 2
+n_heads = 2
+
+[adapter]
+type = "linear"
+
+[vlm]
+arch = "joint_decoder"
+max_text_len = 48
+
+[data]
+source = "jsonl"
+path = "{folder}/train.jsonl"
+eval_path = "{folder}/test.jsonl"
+prompt_column = "prompt"
+tokenizer_vocab_size = 300
+
+[train]
+max_steps = 6
+batch_size = 4
+seq_len = 64
+mixed_precision = "fp32"
+
+[optimizer]
+lr = 2e-3
+
+[checkpoint]
+interval = 2
+
+[metrics]
+interval = 1
+tensorboard = false
+"""
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows_of(folder: Path, count: int = 16) -> list[dict[str, Any]]:
+    """``count`` rows, each with a picture of its own: the left half and the right half have a colour, and two questions ask for one of them."""
+    names = list(COLOURS)
+    rows = []
+    for k in range(count):
+        left, right = names[k % 4], names[k // 4 % 4]
+        picture = Image.new("RGB", (16, 16), COLOURS[left])
+        picture.paste(COLOURS[right], (8, 0, 16, 16))
+        picture.putpixel((0, 0), (k, k, k))
+        picture.save(folder / f"{k}.png")
+        side = ("left", "right")[k % 2]
+        rows.append({"image": f"{k}.png", "prompt": f"what is on the {side}?", "answer": (left, right)[k % 2]})
+    return rows
+
+
+def make_job(folder: Path, *, config: str = CONFIG, extra: str = "") -> Path:
+    """Writes the dataset and ``config`` into ``folder``; returns the TOML's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(folder)
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "test.jsonl", rows[::2])
+    return write_config(folder, config=config, extra=extra)
+
+
+def write_config(folder: Path, name: str = "job.toml", *, config: str = CONFIG, extra: str = "") -> Path:
+    path = folder / name
+    path.write_text(config.replace("{folder}", str(folder)) + extra, encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*argv: object) -> Ended:
+    """The command in this process. An exception that the command line lets through comes out here, too."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run([str(word) for word in argv])
+        except SystemExit as stop:  # argparse
+            code = stop.code if isinstance(stop.code, int) else 1
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
+def start(*argv: object, module: Sequence[str] = ("-m", "kempnerforge"), **env: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, as a user starts it."""
+    command = [sys.executable, *module, *map(str, argv)]
+    return subprocess.Popen(command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def spawn(*argv: object, module: Sequence[str] = ("-m", "kempnerforge"), timeout: float = 120, **env: str) -> Ended:
+    """``start``, then wait."""
+    process = start(*argv, module=module, **env)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"{argv} took more than {timeout} s:\n{err[-3000:]}") from None
+    return Ended(process.returncode, out, err)
+
+
+def metrics(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, those keys left out that no two runs share unless ``timing``."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return rows if timing else [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training loss by step."""
+    return [row["train/loss"] for row in metrics(run_dir) if "train/loss" in row]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint (the newest of a run), model and optimizer."""
+    found = resolve(path)
+    values = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensor_info(found).items()}
+    load(found, values)
+    return values
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Bitwise equality, name by name."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
