@@ -58,8 +58,9 @@ def _show(plan) -> None:
     from rich.table import Table
 
     table = Table(title=f"stage {plan.stage.name}: steps {plan.stage.start} to {plan.stage.end}", title_justify="left")
-    for column, justify in (("module", "left"), ("parameters", "right"), ("trainable", "right"), ("lr x", "right"), ("MFLOP/sample", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column("module")
+    for column in ("parameters", "trainable", "lr x", "MFLOP/sample"):
+        table.add_column(column, justify="right")
     for m in plan.cost.modules:
         scale = ", ".join(f"{s:g}" for s in plan.lr_scale.get(m.name, [])) if m.trainable else "frozen" if m.parameters else ""
         table.add_row(m.name, f"{m.parameters:,}", f"{m.trainable:,}", scale, f"{m.flops / 1e6:,.1f}")

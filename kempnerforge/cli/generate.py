@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
     parser.add_argument("images", type=Path, nargs="*", help="image files; each is asked about")
     parser.add_argument("--prompt", default="", help="the question (default: empty, as for captions)")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 64, or what the model has room for)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc > 1 and "RANK" not in os.environ:
         from kempnerforge.distributed.launch import launch
 
-        return launch([word for word in sys.argv[1:] if word], args.nproc)
+        return launch(args.argv, args.nproc)
     if args.dry_run:
         from kempnerforge.training.plan import dry_run
 

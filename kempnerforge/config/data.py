@@ -60,7 +60,7 @@ class EasyVQAConfig(DataConfig):
 
     Attributes:
         form: "questions", all of an image together; or "captions", what the training answers say of an image ("circle red").
-        with_captions: with "questions", the caption rides along as one more text of its image.
+        with_captions: with "questions", the caption rides along in training as one more text of its image.
     """
 
     needs_images: ClassVar[bool] = True

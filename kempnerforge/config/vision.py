@@ -39,6 +39,7 @@ class ViTConfig(VisionEncoderConfig):
         patch_size: kernel of the patch convolution.
         stride: its stride; 0 means ``patch_size``. A smaller stride makes overlapping patches (padding keeps the grid ``image_size/stride``).
         dim, n_layers, n_heads, mlp_dim: widths; ``mlp_dim`` 0 means ``4 * dim``.
+        bias: whether the linear layers have biases (SigLIP's do).
         cls_token: prepend a learned token, which stays among the features.
         mean, std: normalisation of RGB values in [0, 1].
     """
@@ -52,6 +53,7 @@ class ViTConfig(VisionEncoderConfig):
     n_heads: int = 6
     mlp_dim: int = 0
     norm_eps: float = 1e-6
+    bias: bool = True
     cls_token: bool = False
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])

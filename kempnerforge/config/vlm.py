@@ -68,7 +68,7 @@ class VLMConfig:
         freeze_schedule: changes of it at optimizer steps; ``start_step`` strictly increasing.
         module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
-            other: PaliGemma, Beyer et al. 2024).
+            other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
 
     Raises:
         ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.

@@ -51,7 +51,7 @@ class EncodedSamples(Dataset["Encoded | DataError"]):
         """
         index, step = key
         skipped: list[tuple[str, str]] = []
-        candidates: np.ndarray | None = None
+        candidates: list[int] | None = None
         candidate = index
         while True:
             try:
@@ -60,12 +60,18 @@ class EncodedSamples(Dataset["Encoded | DataError"]):
                 return encoded
             except SampleError as error:
                 skipped.append((f"{self.source.cfg.source}/{self.source.split}[{candidate}]", str(error)))
-            if len(skipped) > MAX_TRIES:
+            if candidates is None:
+                candidates = self._others(index, step)
+            if len(skipped) > len(candidates):
                 reasons = "; ".join(reason for _, reason in skipped[-3:])
                 return DataError(f"data: {len(skipped)} samples in a row cannot be used, the last because: {reasons}")
-            if candidates is None:
-                candidates = np.random.default_rng((self.seed, step, index)).integers(len(self.source), size=MAX_TRIES)
-            candidate = int(candidates[len(skipped) - 1])
+            candidate = candidates[len(skipped) - 1]
+
+    def _others(self, index: int, step: int) -> list[int]:
+        """``MAX_TRIES`` samples, none of them ``index`` and none twice: each is counted as bad once at most."""
+        others = len(self) - 1
+        drawn = np.random.default_rng((self.seed, step, index)).choice(others, min(MAX_TRIES, others), replace=False) if others else []
+        return [int(k) + (k >= index) for k in drawn]
 
 
 class Loader:

@@ -116,7 +116,8 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
-        backend.train_from_iterator(texts, trainer)
+        unicode = (text.encode("utf-8", "ignore").decode() for text in texts)  # a lone surrogate makes its sample unusable, not the run
+        backend.train_from_iterator(unicode, trainer)
         return cls(backend, eos=EOS, bos=BOS, pad=PAD)
 
     @classmethod

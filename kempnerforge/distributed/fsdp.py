@@ -38,11 +38,18 @@ def prepare(
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """The sharded modules of ``model``, root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sync_gradients(model: nn.Module, sync: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks; False adds them up on this rank."""
+    for module in fsdp_modules(model):
+        module.set_requires_gradient_sync(sync, recurse=False)
 
 
 def _recompute(unit: nn.Module) -> None:

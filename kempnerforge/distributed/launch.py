@@ -1,8 +1,10 @@
-"""``--nproc``: several processes of this command on one machine, as ``torchrun`` would start them, with the exit code of the one that failed."""
+"""``--nproc``: several processes of this command on one machine, as ``torchrun`` starts them, and the exit code of the first to fail."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import uuid
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,8 +18,16 @@ def launch(argv: Sequence[str], processes: int) -> int:
     Args:
         argv: the command line of this process, ``--nproc`` included: where ``RANK`` is set it is not read again.
     """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+        run_id=uuid.uuid4().hex,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "kempnerforge", *argv)

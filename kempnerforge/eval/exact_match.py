@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +24,11 @@ BLANK = 128
 class Ranks(Protocol):
     """What evaluation must know of the processes it is spread over."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def sum(self, values: Sequence[float]) -> list[float]: ...
 
@@ -100,7 +103,10 @@ def evaluate(
 ) -> Score:
     """Generates an answer to every question and compares it with the truth, both with their white space normalised.
 
-    With ``blind`` all images are the same grey, so every distinct prompt is answered once.
+    With ``blind`` all images are the same grey, so every distinct prompt is answered once. What cannot be read is skipped and counted.
+
+    Raises:
+        ValueError: nothing can be read.
     """
     mine = list(asked[ranks.rank :: ranks.size])
     work = list({q.prompt: q for q in mine}.values()) if blind else mine
@@ -110,15 +116,19 @@ def evaluate(
     skipped: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
-    for chunk in islice(_padded(chunks, asked), rounds):
+    for chunk in islice(chain(chunks, repeat([])), rounds):
         texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, skipped))
     model.train(was_training)
     answers = [Answer(q, texts[q.prompt if blind else q]) for q in mine if (q.prompt if blind else q) in texts]
-    return _score(answers, ranks, skipped)
+    score = _score(answers, ranks, skipped)
+    if asked and not score.total:
+        reason = f"; the first: {skipped[0][1]}" if skipped else ""
+        raise ValueError(f"eval: none of {len(asked)} held-out questions can be read{reason}")
+    return score
 
 
 def question_only_prior(train: Sequence[Question], asked: Sequence[Question]) -> float:
-    """Exact match of the best guess without an image: for each prompt the answer it has most often in training, else the most frequent of all."""
+    """Exact match of the best guess without an image: for each prompt its most frequent answer in training, else that of all prompts."""
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         by_prompt[question.prompt][_plain(question.truth)] += 1
@@ -135,13 +145,6 @@ def _gather(value: float, ranks: Ranks) -> list[float]:
     return ranks.sum([value if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
 
 
-def _padded(chunks: list[list[Question]], asked: Sequence[Question]) -> Iterator[list[Question]]:
-    """The chunks, then single questions without end: ranks that are done keep calling the model along with the others."""
-    yield from chunks
-    while True:
-        yield [asked[0]]
-
-
 def _answer(
     model: torch.nn.Module,
     chunk: list[Question],
@@ -152,6 +155,9 @@ def _answer(
     blind: bool,
     skipped: list[tuple[str, str]],
 ) -> dict[Question | str, str]:
+    """What the model writes to the questions of ``chunk`` that can be read. Without any it is asked nothing, about a blank image, as all
+    ranks must call it equally often.
+    """
     size = encoder.layout.image_size
     prompts, rows, places = [], [], []
     pictures = _Pictures(size)
@@ -165,7 +171,7 @@ def _answer(
         prompts.append(ids)
         rows.append(question)
     if not rows:
-        raise ValueError(f"eval: none of {len(chunk)} held-out questions can be read; the first: {skipped[-1][1]}")
+        prompts, places = [encoder.encode_prompt("")], [[pictures.place(None)] if size else []]
     batch = prompt_batch(prompts, pictures.stack(), places, encoder.layout, encoder.tokenizer.pad_id).to(device)
     made = generate(
         model,
@@ -176,7 +182,7 @@ def _answer(
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
     decoded = [encoder.tokenizer.decode(ids) for ids in made]
-    return {(q.prompt if blind else q): text for q, text in zip(rows, decoded, strict=True)}
+    return {(q.prompt if blind else q): text for q, text in zip(rows, decoded, strict=bool(rows))}
 
 
 class _Pictures:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from kempnerforge.data.encode import Encoder, collate
+from kempnerforge.data.encode import Encoded, Encoder, collate
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.eval.exact_match import Ranks
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, source: Source, encoder: Encoder, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> float:
+def held_out_loss(
+    model: torch.nn.Module, source: Source, encoder: Encoder, ranks: Ranks, device: torch.device, *, rows: int, limit: int
+) -> float:
     """Mean cross-entropy in nats per trained token over ``source``.
 
     Args:
@@ -41,7 +43,7 @@ def held_out_loss(model: torch.nn.Module, source: Source, encoder: Encoder, rank
     return loss / max(1.0, tokens)
 
 
-def _any_sample(source: Source, encoder: Encoder):
+def _any_sample(source: Source, encoder: Encoder) -> Encoded:
     for index in range(len(source)):
         try:
             return encoder.encode(source[index], seed=index)

@@ -78,10 +78,10 @@ def attend(
     NOTE: on a CPU the fused kernel's backward is slow for short sequences, in bf16 by far: 5.7 ms against 0.5 ms written out for 64
     tokens, 42 against 14 for 196; they meet near 512. Elsewhere the fused kernel wins. ``benchmarks/`` measures both.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     short = q.device.type == "cpu" and k.shape[2] <= (512 if q.dtype == torch.bfloat16 else 64)
     if softcap or short:
-        return _written_out(q, k, v, mask, scale, softcap, causal)
+        return written_out(q, k, v, mask, scale, softcap, causal)
     aligned = causal and mask is None and q.shape[2] != k.shape[2]
     if aligned:  # SDPA's causal mask starts at the upper left, a cache needs the lower right
         mask = _causal_bias(q, k)
@@ -96,7 +96,7 @@ def _causal_bias(q: Tensor, k: Tensor) -> Tensor:
     return additive(visible, q.dtype)
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool) -> Tensor:
     batch, heads, queries, _ = q.shape
     groups = k.shape[1]
     if groups != heads:  # each key/value head serves heads / groups query heads: fold them into the query axis

@@ -13,7 +13,7 @@ from torch import Tensor
 from kempnerforge.config.model import ModelConfig, RopeScaling
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each (B, 1, S, E) fp32."""
+"""cos and sin, each (B, 1, S, E / 2) fp32."""
 
 
 def inverse_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -34,12 +34,11 @@ def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
     """Tables for ``positions`` (B, S)."""
     angles = positions[:, None, :, None].float() * inverse_frequencies(cfg, positions.device)  # (B, 1, S, E / 2)
-    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns ``x`` (B, H, S, E) by its positions; first half against second half, as Llama does."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -62,7 +62,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x32.shape[-1]
+        x32 = x32 * torch.rsqrt(mean_square + self.eps)
         if self.plus_one:  # Gemma multiplies before it casts back
             return (x32 * (1.0 + self.weight.float())).to(x.dtype)
         return x32.to(x.dtype) * self.weight

@@ -18,13 +18,13 @@ from kempnerforge.model.vision import VisionEncoder
 class ViTAttention(nn.Module):
     """Multi-head self-attention in which every token sees every other (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, dim: int, n_heads: int, bias: bool) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(dim, dim, bias=bias)
+        self.v_proj = nn.Linear(dim, dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, D) -> (N, F, D)."""
@@ -36,10 +36,10 @@ class ViTAttention(nn.Module):
 class ViTMLP(nn.Module):
     """Two layers with a tanh GELU (Hendrycks and Gimpel 2016) between them."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, D) -> (N, F, D)."""
@@ -52,9 +52,9 @@ class ViTBlock(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.attention = ViTAttention(cfg.dim, cfg.n_heads)
+        self.attention = ViTAttention(cfg.dim, cfg.n_heads, cfg.bias)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.mlp = ViTMLP(cfg.dim, cfg.mlp_dim or 4 * cfg.dim)
+        self.mlp = ViTMLP(cfg.dim, cfg.mlp_dim or 4 * cfg.dim, cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, D) -> (N, F, D)."""

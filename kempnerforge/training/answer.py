@@ -13,6 +13,8 @@ from kempnerforge.data.images import load_image
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.training.restore import restore
 
+MAX_NEW_TOKENS = 64
+
 
 class Answerer:
     """A checkpoint that can be asked.
@@ -29,15 +31,16 @@ class Answerer:
         self.has_images = self.assembly.model.has_images
 
     def answer(
-        self, prompt: str, image: Path | None, max_new_tokens: int, sampling: Sampling, stream: Callable[[str], None] | None = None
+        self, prompt: str, image: Path | None, max_new_tokens: int | None, sampling: Sampling, stream: Callable[[str], None] | None = None
     ) -> str:
         """The model's answer to ``prompt`` about ``image``.
 
         Args:
-            stream: called with each new piece of text.
+            max_new_tokens: None: ``MAX_NEW_TOKENS``, or as many as there is room for.
+            stream: called with each new piece of text; together the pieces are the answer.
 
         Raises:
-            ValueError: the image cannot be read, or the model takes none.
+            ValueError: the image cannot be read, the model takes none, or there is no room for prompt and answer.
         """
         if image is not None and not self.has_images:
             raise ValueError(f"{image}: this model was trained on text alone and takes no image")
@@ -51,9 +54,12 @@ class Answerer:
             images, places = pixels, [[0] if image is not None else []]
         ids = self.encoder.encode_prompt(prompt)
         start = len(ids) + (layout.image_tokens if image is not None else 0)
-        if start + max_new_tokens > self.assembly.job.model.max_seq_len:
+        room = self.assembly.job.model.max_seq_len - start
+        wanted = max_new_tokens if max_new_tokens is not None else max(1, min(MAX_NEW_TOKENS, room))
+        if not 1 <= wanted <= room:
             raise ValueError(
-                f"{start} positions of prompt and --max-new-tokens = {max_new_tokens}: more than model.max_seq_len = {self.assembly.job.model.max_seq_len}"
+                f"--max-new-tokens = {wanted}: must be at least 1, and with the prompt's {start} positions"
+                f" at most model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )
         batch = prompt_batch([ids], images, places, layout, tokenizer.pad_id).to(self.device)
         written: list[int] = []
@@ -67,7 +73,8 @@ class Answerer:
                 stream(text[len(shown) :])
                 shown = text
 
-        made = generate(
-            self.assembly.model, batch, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, sampling=sampling, on_token=on_token
-        )
-        return tokenizer.decode(made[0])
+        made = generate(self.assembly.model, batch, max_new_tokens=wanted, eos_id=tokenizer.eos_id, sampling=sampling, on_token=on_token)
+        text = tokenizer.decode(made[0])
+        if stream is not None and text.startswith(shown):
+            stream(text[len(shown) :])  # what was held back and never became whole
+        return text

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch.nn as nn
 
-from kempnerforge.config import FreezeSpec
+from kempnerforge.config import FreezeSpec, JobConfig
 from kempnerforge.distributed.fsdp import fsdp_modules
 
 
@@ -43,6 +43,20 @@ def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns:
     if len(frozen) == len(all_names):
         raise ValueError("freeze: everything is frozen, nothing would train")
     return frozenset(all_names) - frozen
+
+
+def freeze_boundaries(job: JobConfig, names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> frozenset[int]:
+    """The steps at which what trains may change. All of them are resolved here, so that a pattern without a hit fails at the start.
+
+    Raises:
+        ValueError: as ``trainable_names``.
+    """
+    starts = {stage.start for stage in job.resolved_stages()}
+    if job.vlm is not None:
+        starts |= {change.start_step for change in job.vlm.freeze_schedule}
+    for start in sorted(starts):
+        trainable_names(names, job.freeze_at(start), patterns)
+    return frozenset(starts)
 
 
 def apply_freeze(model: nn.Module, trainable: frozenset[str]) -> list[str]:

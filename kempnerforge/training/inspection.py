@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kempnerforge.config import JobConfig
 from kempnerforge.data.audit import audit, render_rows
 from kempnerforge.data.contact_sheet import contact_sheet
@@ -50,6 +52,6 @@ def inspect_stages(job: JobConfig, samples: int, step: int, out: Path, *, color:
         if pictures:
             out.mkdir(parents=True, exist_ok=True)
             sheet = out / f"contact-sheet-{stage.name}.png"
-            contact_sheet(pictures, captions).save(sheet)
+            contact_sheet(np.stack(pictures), captions).save(sheet)
         summary = f"{useful / positions:.0%} of positions useful, {trained} of {useful} tokens trained"
         yield Inspection(stage.name, summary, rows, findings, skipped, sheet)

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Moves every parameter that has a gradient."""
         assert closure is None, "Muon takes no closure"
-        shapes: dict[torch.Size, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
+        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -66,20 +66,30 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             grads = [_local(p.grad) for p in params]
             buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-            for p, update in zip(params, updates, strict=True):
-                shapes[p.shape].append((p, update, group))
-        for shape, members in shapes.items():
-            self._apply(shape, members)
+            FOREACH["lerp_"](buffers, grads, 1 - group["momentum"])
+            for p, update in zip(params, FOREACH["lerp"](grads, buffers, group["momentum"]), strict=True):
+                shapes[p.shape].append((p, update))
+        updates: dict[Tensor, Tensor] = {}
+        for members in shapes.values():
+            whole = orthogonalise(torch.stack([_gather(update, p) for p, update in members])).float()  # (N, R, C)
+            updates |= {p: _shard(direction, p) for (p, _), direction in zip(members, whole.unbind(), strict=True)}
+        for group in self.param_groups:
+            for stretch, params in _by_stretch(p for p in group["params"] if p in updates).items():
+                weights = [_local(p) for p in params]
+                FOREACH["mul_"](weights, 1 - group["lr"] * group["weight_decay"])
+                FOREACH["add_"](weights, [updates[p] for p in params], alpha=-group["lr"] * stretch)
 
-    def _apply(self, shape: torch.Size, members: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
-        whole = orthogonalise(torch.stack([_gather(update, p) for p, update, _ in members]))  # (N, R, C)
-        stretch = max(1.0, shape[0] / shape[1]) ** 0.5
-        for (p, _, group), direction in zip(members, whole.unbind(), strict=True):
-            local = _local(p)
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(_shard(direction, p), alpha=-group["lr"] * stretch)
+
+FOREACH: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in ("lerp_", "lerp", "mul_", "add_")}
+"""One call for a list of tensors: a small model has dozens, and each call costs more than its arithmetic."""
+
+
+def _by_stretch(params: Iterable[Tensor]) -> dict[float, list[Tensor]]:
+    """Parameters by the factor on their learning rate."""
+    found: dict[float, list[Tensor]] = defaultdict(list)
+    for p in params:
+        found[max(1.0, p.shape[0] / p.shape[1]) ** 0.5].append(p)
+    return found
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
+from torch.nn.utils import get_total_norm
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.config import OptimizerConfig, Stage
@@ -96,11 +97,12 @@ def local_gradients(model: nn.Module) -> list[torch.Tensor]:
 
 def squared_norm(grads: Sequence[torch.Tensor]) -> float:
     """Of this rank's shards; summed over ranks it is the square of the global gradient norm."""
-    return torch.stack(torch._foreach_norm(grads)).square().sum().item() if grads else 0.0
+    return get_total_norm(grads).square().item() if grads else 0.0
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
     """Scales ``grads`` in place so that the global norm ``norm`` becomes at most ``max_norm`` (Pascanu et al. 2013); 0 is off."""
     if max_norm and norm > max_norm:
-        torch._foreach_mul_(list(grads), max_norm / norm)
+        for grad in grads:
+            grad.mul_(max_norm / norm)
 

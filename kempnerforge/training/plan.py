@@ -9,7 +9,7 @@ import torch
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.accounting import Cost, cost, part_of
-from kempnerforge.training.freeze import trainable_names
+from kempnerforge.training.freeze import freeze_boundaries, trainable_names
 from kempnerforge.training.optimizer import lr_scales, muon_names
 from kempnerforge.training.setup import Assembly, assemble
 
@@ -47,8 +47,22 @@ def plan(job: JobConfig) -> Plan:
         ValueError: something does not fit; as training would say.
     """
     assembly = assemble(job, device="meta")
+    _check_patterns(assembly)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
+
+
+def _check_patterns(assembly: Assembly) -> None:
+    """
+    Raises:
+        ValueError: a pattern of a freeze spec or a learning-rate scale matches nothing, or nothing would train.
+    """
+    job = assembly.job
+    patterns = job.vlm.module_patterns if job.vlm is not None else {}
+    names = [name for name, _ in assembly.model.named_parameters()]
+    freeze_boundaries(job, names, patterns)
+    for stage in assembly.stages:
+        lr_scales(names, stage.optimizer, patterns)
 
 
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
@@ -68,13 +82,16 @@ def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePl
 
 
 def dry_run(job: JobConfig) -> list[str]:
-    """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines to show."""
+    """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
     assembly = assemble(job)
+    _check_patterns(assembly)
     lines = [f"warning: {line}" for line in job.warnings()]
     for stage in assembly.stages:
         batch = next(assembly.batches(stage, stage.start))
         with torch.no_grad():
             loss = float(assembly.model(batch).loss) / max(1, batch.num_targets)
         rows, length = batch.input_ids.shape
-        lines.append(f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, fresh weights)")
+        lines.append(
+            f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, fresh weights)"
+        )
     return [*lines, "nothing was written"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.config import JobConfig, diff, load_config, to_toml
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
@@ -31,7 +33,7 @@ def train(job: JobConfig, *, fresh: bool = False) -> bool:
         Whether the run is complete; False: it was interrupted, and saved.
 
     Raises:
-        ValueError: the config does not fit the data, the model or the run that is there.
+        ValueError: the config does not fit the data, the model or the run that is there, or the directory cannot be written to.
         CheckpointError: the directory is in use, or none of its checkpoints is whole.
         TrainingFault: the run cannot go on by itself.
     """
@@ -40,15 +42,30 @@ def train(job: JobConfig, *, fresh: bool = False) -> bool:
     try:
         if fresh:
             _move_aside(run_dir, world)
+        _make_run_dir(run_dir)
         with RunLock(run_dir):
             return _train(job, run_dir, world)
     finally:
         worlds.stop()
 
 
+def _make_run_dir(run_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}") from None
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be written to")
+
+
 def _train(job: JobConfig, run_dir: Path, world: World) -> bool:
     _check_same_run(job, run_dir)
-    tokenizer = saved_tokenizer(run_dir)
+    begun = (run_dir / "checkpoints").is_dir()  # otherwise the data may have been mended since, and the tokenizer is of the old ones
+    tokenizer = saved_tokenizer(run_dir) if begun else None
     assembly = assemble(job, tokenizer)
     if world.is_main:
         for line in job.warnings():
@@ -80,12 +97,17 @@ def _check_same_run(job: JobConfig, run_dir: Path) -> None:
     changes = [line for line in diff(load_config(path), job) if not line.startswith(MAY_CHANGE)]
     if changes:
         listed = "\n  ".join(changes)
-        raise ValueError(f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\nchange it back, name another directory, or use --fresh")
+        raise ValueError(
+            f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\n"
+            "change it back, name another directory, or use --fresh"
+        )
 
 
 def _write_tokenizer(tokenizer, run_dir: Path) -> None:
     part = run_dir / f".tokenizer-{os.getpid()}"
     tokenizer.save(part)
+    if (run_dir / "tokenizer").exists():
+        shutil.rmtree(run_dir / "tokenizer")
     part.rename(run_dir / "tokenizer")
 
 
@@ -97,7 +119,7 @@ def _write(path: Path, text: str) -> None:
 
 def _move_aside(run_dir: Path, world: World) -> None:
     """Renames an existing run; nothing is deleted. A run that another process works on is refused by its lock."""
-    if run_dir.exists():
+    if from_rank0(run_dir.is_dir):
         with RunLock(run_dir):
             if world.is_main:
                 stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -56,7 +56,9 @@ class Assembly:
         return iter(loader)
 
 
-def assemble(job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torch.device | str | None = None, data: bool = True) -> Assembly:
+def assemble(
+    job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torch.device | str | None = None, data: bool = True
+) -> Assembly:
     """Puts ``job`` together.
 
     Args:
@@ -69,7 +71,8 @@ def assemble(job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torc
     """
     stages = job.resolved_stages()
     sources = [_source(stage.data) for stage in stages] if data else []
-    tokenizer = tokenizer or resolve_tokenizer(job.data, sources)
+    if tokenizer is None:
+        tokenizer = resolve_tokenizer(job.data, chain(sources, (_source(stage.data) for stage in _cut_off(job, stages))))
     job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
     model = build_model(job, device)
     layout = Layout(
@@ -92,6 +95,13 @@ def _row_length(job: JobConfig, model: VLM) -> int:
     return job.vlm.residual_stream_image_tokens(model.num_image_tokens) + job.vlm.max_text_len
 
 
+def _cut_off(job: JobConfig, stages: list[Stage]) -> list[Stage]:
+    """The stages that ``train.max_steps`` keeps from running. The tokenizer is trained on their text, too: a run that is cut short and then
+    allowed to go on is the same as one that never was.
+    """
+    return replace(job, train=replace(job.train, max_steps=0)).resolved_stages()[len(stages) :] if job.stages else []
+
+
 def _source(cfg: DataConfig) -> Source:
     source = build_source(cfg, "train")
     if source is None or not len(source):
@@ -99,7 +109,7 @@ def _source(cfg: DataConfig) -> Source:
     return source
 
 
-def resolve_tokenizer(cfg: DataConfig, sources: list[Source]) -> Tokenizer:
+def resolve_tokenizer(cfg: DataConfig, sources: Iterable[Source]) -> Tokenizer:
     """``data.tokenizer``: trained on the text of all stages, or loaded."""
     if cfg.tokenizer == "train":
         return Tokenizer.train(chain.from_iterable(source.corpus() for source in sources), cfg.tokenizer_vocab_size)
@@ -111,7 +121,8 @@ def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
         return tokenizer.vocab_size
     if job.model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least as many, or 0 to follow it"
+            f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens;"
+            " use at least as many, or 0 to follow it"
         )
     return job.model.vocab_size
 

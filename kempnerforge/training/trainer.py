@@ -11,9 +11,9 @@ import torch
 
 from kempnerforge.config import Stage
 from kempnerforge.data.batch import Batch
-from kempnerforge.distributed.fsdp import prepare
+from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
-from kempnerforge.training.freeze import apply_freeze, trainable_names
+from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, trainable_names
 from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
 from kempnerforge.training.setup import Assembly
 
@@ -27,6 +27,7 @@ class StepResult:
     """One optimizer step, over all ranks.
 
     Attributes:
+        stage: that it belonged to; ``trainer.stage`` is that of the next step.
         loss: mean over trained tokens.
         grad_norm: before clipping.
         lr: AdamW's, at scale 1.
@@ -36,6 +37,7 @@ class StepResult:
         seconds: wall-clock time of the step, its data included.
     """
 
+    stage: Stage
     loss: float
     grad_norm: float
     lr: float
@@ -81,10 +83,7 @@ class Trainer:
         self.stages, self.model = assembly.stages, assembly.model.to(world.device)
         self.patterns = job.vlm.module_patterns if job.vlm is not None else {}
         self.names = [name for name, _ in self.model.named_parameters()]
-        schedule = job.vlm.freeze_schedule if job.vlm is not None else []
-        self.boundaries = {stage.start for stage in self.stages} | {change.start_step for change in schedule}
-        for boundary in sorted(self.boundaries):  # a pattern without a hit fails here, not at step 10,000
-            trainable_names(self.names, job.freeze_at(boundary), self.patterns)
+        self.boundaries = freeze_boundaries(job, self.names, self.patterns)
         prepare(
             self.model,
             self.model.shard_units(),
@@ -173,7 +172,7 @@ class Trainer:
             raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
         loss = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
-            self.model.set_requires_gradient_sync(index == len(batches) - 1)
+            sync_gradients(self.model, index == len(batches) - 1)
             part = self.model(batch.to(self.world.device)).loss
             (part / targets).backward()
             loss += part.detach()
@@ -194,7 +193,7 @@ class Trainer:
             )
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        return StepResult(total / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
+        return StepResult(self.stage, total / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
 
     def _account(self, batches: list[Batch], samples: int, bad: int) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]

@@ -81,8 +81,12 @@ class VLM(nn.Module):
 
     def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
         """Positions and mask of a stream that is laid out as ``batch`` says. Without documents, groups and cache the mask is None."""
-        groups = self._bidirectional_groups(batch)
-        segments = Segments(batch.sample_ids, batch.text_ids, groups)
+        kind = self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
+        text_ids = batch.text_ids
+        if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
+            text_ids = text_ids * (text_ids.amax(dim=1, keepdim=True) > 1)
+        groups = _bidirectional_groups(kind, batch, text_ids)
+        segments = Segments(batch.sample_ids, text_ids, groups)
         rope = rope_tables(batch.positions, self.job.model)
         if cache is not None:
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
@@ -91,16 +95,6 @@ class VLM(nn.Module):
         if groups is None and not batch.has_documents:
             return Context(rope)
         return Context(rope, additive(segments.visible(), dtype))
-
-    def _bidirectional_groups(self, batch: Batch) -> Tensor | None:
-        kind = self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
-        if kind == "causal":
-            return None
-        if kind == "prefix":
-            return ((batch.kinds == Kind.IMAGE) | (batch.kinds == Kind.PROMPT)).long() * (1 + batch.text_ids)
-        starts = torch.zeros_like(batch.text_ids)
-        starts[batch.image_rows, batch.image_starts] = 1
-        return starts.cumsum(1) * (batch.kinds == Kind.IMAGE)  # the n-th image of a row is group n
 
     # ---- the same for every arch -----------------------------------------------------------------------------------
 
@@ -135,3 +129,14 @@ class VLM(nn.Module):
         if self.has_images:
             yield from self.vision_encoder.units
         yield from self.transformer.layers
+
+
+def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor | None:
+    """(B, S): positions with the same number above 0 see each other in both directions."""
+    if kind == "causal":
+        return None
+    if kind == "prefix":
+        return ((batch.kinds == Kind.IMAGE) | (batch.kinds == Kind.PROMPT)) * (1 + text_ids)
+    starts = torch.zeros_like(text_ids)
+    starts[batch.image_rows, batch.image_starts] = 1
+    return starts.cumsum(1) * (batch.kinds == Kind.IMAGE)  # the n-th image of a row is group n

@@ -8,16 +8,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import load, resolve, tensor_info
+from kempnerforge.checkpoint import load, model_tensors, resolve, tensor_info
 from kempnerforge.cli.main import run
+from kempnerforge.config import JobConfig
+from kempnerforge.distributed import world as worlds
+from kempnerforge.training.setup import assemble
+from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from tests.dist import ROOT
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "yellow": (230, 210, 60)}
@@ -80,7 +85,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def rows_of(folder: Path, count: int = 16) -> list[dict[str, Any]]:
-    """``count`` rows, each with a picture of its own: the left half and the right half have a colour, and two questions ask for one of them."""
+    """``count`` rows, each with a picture of its own whose halves have a colour each; a question asks for one of them."""
     names = list(COLOURS)
     rows = []
     for k in range(count):
@@ -181,3 +186,49 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+@contextlib.contextmanager
+def a_trainer(job: JobConfig, hooks: Sequence[Hook] = ()) -> Iterator[Trainer]:
+    """A trainer of ``job`` in a world of one, without a run directory."""
+    world = worlds.start(job.distributed)
+    try:
+        yield Trainer(assemble(job), world, hooks)
+    finally:
+        worlds.stop()
+
+
+class Recorder(Hook):
+    """Keeps what the trainer tells its hooks.
+
+    Args:
+        prepare: called before the first step.
+    """
+
+    def __init__(self, prepare: Callable[[Trainer], object] | None = None) -> None:
+        self.prepare = prepare
+        self.results: list[StepResult] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.closed = False
+
+    def start(self, trainer: Trainer) -> None:
+        if self.prepare is not None:
+            self.prepare(trainer)
+        self.weights.append(weights_of(trainer))
+
+    def step(self, trainer: Trainer, result: StepResult) -> None:
+        self.results.append(result)
+        self.weights.append(weights_of(trainer))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, whole."""
+    return {name.removeprefix("model."): plain(value).clone() for name, value in model_tensors(trainer.model).items()}
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor; in a world of one that is all of it."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

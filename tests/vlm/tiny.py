@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -12,17 +13,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import JobConfig, ModelConfig, Stage, TrainConfig, VLMConfig
 from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.encode import Encoded, Encoder, collate, prompt_batch
 from kempnerforge.data.images import load_image
-from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.sample import ImageSource, Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.distributed.fsdp import prepare
+from kempnerforge.distributed.world import World
 from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import VLM
 
@@ -45,7 +50,9 @@ def picture(seed: int) -> bytes:
 
 
 ONE = Sample("one image, one text", (picture(0),), (Text("what colour is it?", "red"),))
-THREE = Sample("one image, three texts", (picture(1),), (Text("what colour?", "blue"), Text("is it red?", "no"), Text("is there a circle?", "yes")))
+THREE = Sample(
+    "one image, three texts", (picture(1),), (Text("what colour?", "blue"), Text("is it red?", "no"), Text("is there a circle?", "yes"))
+)
 TWO_IMAGES = Sample("two images", (picture(2), picture(3)), (Text("what colour is it?", "blue red"),))
 NO_IMAGE = Sample("no image, two texts", (), (Text("what?", "no"), Text("", "yes yes")))
 SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE)
@@ -93,13 +100,15 @@ class Tiny:
         """One row a sample, as in training."""
         return collate([self.encode(sample) for sample in samples], tokenizer().pad_id, pad_to)
 
-    def prompts(self, rows: Iterable[tuple[str, Sequence[int]]], images: Sequence[bytes]) -> Batch:
+    def prompts(self, rows: Iterable[tuple[str, Sequence[int]]], images: Sequence[ImageSource]) -> Batch:
         """A batch to generate from: each row has a prompt and indices into ``images``."""
         asked = list(rows)
-        pixels = [torch.from_numpy(load_image(image, SIZE).copy()).permute(2, 0, 1) for image in images]
+        pixels = torch.empty(len(images), 3, SIZE, SIZE, dtype=torch.uint8)
+        for k, image in enumerate(images):
+            pixels[k] = torch.from_numpy(load_image(image, SIZE).copy()).permute(2, 0, 1)
         return prompt_batch(
             [self.encoder.encode_prompt(prompt) for prompt, _ in asked],
-            torch.stack(pixels) if self.model.has_images else None,
+            pixels if self.model.has_images else None,
             [list(which) for _, which in asked],
             self.encoder.layout,
             tokenizer().pad_id,
@@ -122,7 +131,7 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
 def shake(model: nn.Module, noise: float) -> None:
     """Adds noise that depends on a parameter's name and shape alone."""
     for name, parameter in model.named_parameters():
-        parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
+        parameter += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 def everywhere(batch: Batch) -> Batch:
@@ -145,3 +154,54 @@ def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tens
         part.backward()
         loss += part.detach()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def install(it: Tiny, world: World, dtype: torch.dtype = torch.float32, *, recompute: bool = False, compile_units: bool = False) -> None:
+    """Shards as the trainer does."""
+    prepare(it.model, it.model.shard_units(), world, dtype, reshard=True, recompute=recompute, compile_units=compile_units)
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """All weights as they are now."""
+    return {key: value.detach().clone() for key, value in model_tensors(model).items()}
+
+
+def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in tensors.items()}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not bitwise the same."""
+    a, b = full(a), full(b)
+    assert a.keys() == b.keys()
+    return sorted(name for name in a if not torch.equal(a[name], b[name]))
+
+
+def may_see(batch: Batch, mask: str) -> Tensor:
+    """(S, S) bool, [q, k]: whether position q of row 0 may depend on the *word* at k, written down from the rules."""
+    kinds, texts, length = batch.kinds[0].tolist(), batch.text_ids[0].tolist(), batch.kinds.shape[1]
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for q in range(length):
+        for k in range(length):
+            prefix = mask == "prefix" and kinds[k] == Kind.PROMPT
+            ahead = prefix and kinds[q] == Kind.PROMPT
+            allowed[q, k] = texts[q] == texts[k] and (k <= q or ahead)
+            if prefix and kinds[q] == Kind.IMAGE:
+                allowed[q, k] = max(texts) == 1  # several texts must not see each other through the image
+    return allowed
+
+
+def with_answer(prompts: Batch, ids: Tensor) -> Batch:
+    """``prompts`` followed by ``ids`` (B, n), asking for the logits behind the last token of each row."""
+    new = ids.shape[1]
+    longer = {
+        "input_ids": ids,
+        "labels": torch.full_like(ids, IGNORE),
+        "positions": prompts.positions[:, -1:] + torch.arange(1, new + 1),
+        "sample_ids": prompts.sample_ids[:, -1:].expand(-1, new),
+        "text_ids": prompts.text_ids[:, -1:].expand(-1, new),
+        "kinds": torch.full_like(ids, Kind.ANSWER, dtype=torch.uint8),
+    }
+    columns = {name: torch.cat([getattr(prompts, name), value], dim=1) for name, value in longer.items()}
+    rows, length = columns["input_ids"].shape
+    return replace(prompts, **columns, targets=torch.arange(1, rows + 1) * length - 1, has_documents=True)

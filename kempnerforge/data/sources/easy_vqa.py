@@ -33,7 +33,7 @@ class EasyVQA(Source):
         self._samples: list[Sample] = []
         for image in sorted(paths):
             texts = tuple(asked[image]) if cfg.form == "questions" else ()
-            if cfg.form == "captions" or cfg.with_captions:
+            if cfg.form == "captions" or (cfg.with_captions and split == "train"):
                 texts += _caption(asked[image])
             if texts:
                 self._samples.append(Sample(f"easy_vqa/{split}/{image}", (Path(paths[image]),), texts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kempnerforge.config import Stage
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -14,14 +15,26 @@ class BadSamples(Hook):
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "bad_samples.jsonl"
         self._known: set[str] = set()
+        self._trainer: Trainer | None = None
 
     def start(self, trainer: Trainer) -> None:
-        if self.path.exists():
+        self._trainer = trainer
+        if trainer.step and self.path.exists():
             self._known = {json.loads(line)["id"] for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
+        elif trainer.world.is_main:  # what an attempt that got nowhere left; the data may have been mended since
+            self.path.unlink(missing_ok=True)
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
+        self._write(trainer, result.stage)
+
+    def _write(self, trainer: Trainer, stage: Stage) -> None:
         for sample_id, reason in trainer.bad_samples:
             if sample_id not in self._known:
                 self._known.add(sample_id)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": sample_id, "source": trainer.stage.data.source, "reason": reason}) + "\n")
+                    file.write(json.dumps({"id": sample_id, "source": stage.data.source, "reason": reason}) + "\n")
+
+    def close(self) -> None:
+        if self._trainer is not None:  # the step that had too many of them did not end
+            self._write(self._trainer, self._trainer.stage)
+            self._trainer = None

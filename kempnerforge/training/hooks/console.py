@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
@@ -20,7 +21,7 @@ class ConsoleProgress(Hook):
         self.console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = self._smooth_loss = self._tokens = self._images = self._seconds = 0.0
+        self._last_line = self._smooth_loss = self._tokens = self._images = self._seconds = self._steps = 0.0
         self._stage = -1
 
     def start(self, trainer: Trainer) -> None:
@@ -31,26 +32,27 @@ class ConsoleProgress(Hook):
             self._progress = Progress(
                 TextColumn(columns[0]), BarColumn(), *(TextColumn(c) for c in columns[1:]), TimeRemainingColumn(), console=self.console
             )
-            self._task = self._progress.add_task("train", total=trainer.total_steps, completed=trainer.step, stage=trainer.stage.name, text="")
+            self._task = self._progress.add_task(
+                "train", total=trainer.total_steps, completed=trainer.step, stage=trainer.stage.name, text=""
+            )
             self._progress.start()
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
-        self._smooth_loss = result.loss if not self._smooth_loss else 0.9 * self._smooth_loss + 0.1 * result.loss
+        if math.isfinite(result.loss):
+            self._smooth_loss = result.loss if not self._smooth_loss else 0.9 * self._smooth_loss + 0.1 * result.loss
         keep = 0.95 if self._seconds else 0.0  # a moving sum, so that the rates follow what happens now
-        self._tokens, self._images, self._seconds = (
-            keep * old + new
-            for old, new in ((self._tokens, result.tokens), (self._images, result.images), (self._seconds, result.seconds))
-        )
+        moving = ((self._tokens, result.tokens), (self._images, result.images), (self._seconds, result.seconds), (self._steps, 1))
+        self._tokens, self._images, self._seconds, self._steps = (keep * old + new for old, new in moving)
         text = f"loss {self._smooth_loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {self._images / self._seconds:,.0f} images/s"
         if result.skipped:
             self.console.print(f"step {trainer.step}: loss or gradient not finite, step skipped")
         if self._progress is not None:
-            self._progress.update(self._task, completed=trainer.step, stage=trainer.stage.name, text=text)
-        elif time.monotonic() - self._last_line > PLAIN_LINE_S or trainer.done or trainer.stage.index != self._stage:
-            self._last_line, self._stage = time.monotonic(), trainer.stage.index
-            left = (trainer.total_steps - trainer.step) * self._seconds / sum(0.95**i for i in range(min(trainer.step, 200)))
+            self._progress.update(self._task, completed=trainer.step, stage=result.stage.name, text=text)
+        elif time.monotonic() - self._last_line > PLAIN_LINE_S or trainer.done or result.stage.index != self._stage:
+            self._last_line, self._stage = time.monotonic(), result.stage.index
+            left = (trainer.total_steps - trainer.step) * self._seconds / self._steps
             self.console.print(
-                f"{trainer.stage.name} {trainer.step}/{trainer.total_steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True
+                f"{result.stage.name} {trainer.step}/{trainer.total_steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True
             )
 
     def record(self, trainer: Trainer, values: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO
@@ -24,7 +25,7 @@ class Metrics(Hook):
 
     def start(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
-            keep_until(self.path, trainer.step)
+            keep_until(self.path, trainer.step, evaluates_again=trainer.done and trainer.job.eval.at_end)
             self._file = self.path.open("a", encoding="utf-8")
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
@@ -41,7 +42,7 @@ class Metrics(Hook):
                 "train/images_per_s": sum(r.images for r in self._window) / seconds,
                 "train/step_s": seconds / len(self._window),
                 "train/elapsed_s": trainer.seconds,
-                "train/stage": float(trainer.stage.index),
+                "train/stage": float(result.stage.index),
                 "train/skipped_steps": float(sum(r.skipped for r in self._window)),
                 "data/samples": float(trainer.samples_seen),
                 "data/bad_samples": float(trainer.samples_bad),
@@ -52,7 +53,8 @@ class Metrics(Hook):
 
     def record(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": trainer.step, **values}) + "\n")
+            numbers = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+            self._file.write(json.dumps({"step": trainer.step, **numbers}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -60,11 +62,14 @@ class Metrics(Hook):
             self._file.close()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops what lies after ``step``, and a line that a kill cut short: the steps behind a checkpoint are about to be written again."""
+def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
+    """Drops what is about to be written again: the steps behind a checkpoint, a line that a kill cut short, and, when the run is about to
+    repeat its last evaluation, what that one found at ``step``.
+    """
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step - (evaluates_again and '"eval/' in line)]
     part = path.with_suffix(".part")
     part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(part, path)

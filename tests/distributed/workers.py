@@ -1,0 +1,99 @@
+"""What the ranks of these tests run, and the model that they shard."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.config import DistributedConfig
+from kempnerforge.distributed.fsdp import fsdp_modules, prepare, sync_gradients
+from kempnerforge.distributed.world import World, start, stop
+
+
+class Stack(nn.Module):
+    """Three units of awkward shapes, and a root with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, 5)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for _ in range(3))
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.dtypes: set[torch.dtype] = set()  # of activations that were seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.to(self.first.weight.dtype))
+        for layer in self.layers:
+            self.dtypes |= {x.dtype, (change := layer(x)).dtype}
+            x = x + change
+        return (self.scale * x).float().square().sum()
+
+
+def data(rank: int, part: int = 0) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * rank + part))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by name."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+
+
+def install(model: Stack, world: World, dtype: torch.dtype = torch.float32, *, reshard: bool = True, recompute: bool = False) -> None:
+    prepare(model, model.layers, world, dtype, reshard=reshard, recompute=recompute, compile_units=False)
+
+
+def in_world(body: Callable[[World], None]) -> None:
+    """Runs ``body`` and leaves at once: gloo may abort at interpreter exit."""
+    code = 0
+    try:
+        body(start(DistributedConfig(timeout_s=60)))
+        stop()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def two_ranks(out: str) -> None:
+    """Sums of numbers and of gradients, in the ways that FSDP can be set up; rank 0 writes the gradients."""
+
+    def body(world: World) -> None:
+        assert world.size == 2 and world.is_main == (world.rank == 0) and world.mesh.size() == 2
+        assert world.sum([world.rank + 1, 0.5]) == [3, 1]
+        assert world.sum([2.0**53 if world.rank else -1.0]) == [2.0**53 - 1]  # float64
+        assert world.sum([]) == []
+        world.barrier()
+        results = {}
+        for reshard in (True, False):
+            for recompute in (True, False):
+                model = Stack()
+                names = [name for name, _ in model.named_parameters()]
+                install(model, world, reshard=reshard, recompute=recompute)
+                assert [name for name, _ in model.named_parameters()] == names
+                assert len(fsdp_modules(model)) == 4
+                model(data(world.rank)).backward()
+                results[f"{reshard} {recompute}"] = gradients(model)
+        model = Stack()
+        install(model, world)
+        for part in range(3):  # one reduction for three micro-batches
+            sync_gradients(model, part == 2)
+            model(data(world.rank, part)).backward()
+        results["accumulated"] = gradients(model)
+        model = Stack()
+        install(model, world, torch.bfloat16)
+        model(data(world.rank)).backward()
+        assert model.dtypes == {torch.bfloat16}
+        assert {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+        results["bf16"] = gradients(model)
+        if world.is_main:
+            torch.save(results, out)
+
+    in_world(body)

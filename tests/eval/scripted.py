@@ -1,0 +1,147 @@
+"""A model that answers by a rule, and data to ask it about."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kempnerforge.config import DataConfig, DistributedConfig, EvalConfig
+from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.sample import Sample, SampleError, Source, Text
+from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.distributed.world import start, stop
+from kempnerforge.eval.exact_match import Question, evaluate, questions
+from kempnerforge.eval.loss import held_out_loss
+from kempnerforge.model.transformer import Cache
+from kempnerforge.vlm.base import Output
+
+TOKENIZER = Tokenizer.train(["what colour?\n", "red", "blue", "yes", "no"] * 4, 300)
+ENCODER = Encoder(TOKENIZER, DataConfig(), Layout(image_tokens=4, image_size=8, max_text_len=32, seq_len=64, pad_to=36), seed=0)
+TEXT_ENCODER = Encoder(TOKENIZER, DataConfig(), Layout(image_tokens=0, image_size=0, max_text_len=32, seq_len=64, pad_to=32), seed=0)
+DEVICE = torch.device("cpu")
+BROKEN = b"no image"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A world of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+
+class ListSource(Source):
+    """Samples of a list; None stands for one that cannot be used."""
+
+    def __init__(self, samples: Sequence[Sample | None]) -> None:
+        super().__init__(DataConfig(source="list"), "test")
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        if sample is None:
+            raise SampleError(f"row {index} is broken")
+        return sample
+
+
+def grey(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Scripted(nn.Module):
+    """Generates ``answer(prompt, level of the image or None)`` for each row, then EOS; its loss is ``nats`` for each target.
+
+    Attributes:
+        asked: (prompt, level) of everything it was asked, in order.
+    """
+
+    def __init__(self, answer: Callable[[str, int | None], str], nats: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.answer, self.nats = answer, nats
+        self.asked: list[tuple[str, int | None]] = []
+        self.modes: set[bool] = set()
+        self.replies: list[list[int]] = []
+        self.position = 0
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
+        self.modes.add(self.training)
+        if cache is None:
+            assert self.nats is not None
+            labels = batch.labels.flatten()[batch.targets]
+            assert (labels != IGNORE).all()
+            return Output(self.nats(labels).sum(), torch.zeros(len(labels), TOKENIZER.vocab_size))
+        if batch.input_ids.shape[1] > 1 or not self.replies:
+            self.replies, self.position = [self._reply(batch, row) for row in range(len(batch.input_ids))], 0
+        ids = torch.tensor([reply[self.position] if self.position < len(reply) else TOKENIZER.pad_id for reply in self.replies])
+        self.position += 1
+        return Output(torch.zeros(()), nn.functional.one_hot(ids, TOKENIZER.vocab_size).float())
+
+    def _reply(self, batch: Batch, row: int) -> list[int]:
+        prompt = TOKENIZER.decode(batch.input_ids[row][batch.kinds[row] == Kind.PROMPT].tolist()).strip()
+        level = None
+        if batch.images is not None:
+            (placed,) = batch.image_index[batch.image_rows == row].tolist()
+            level = int(batch.images[placed].float().mean())
+        self.asked.append((prompt, level))
+        return [*TOKENIZER.encode(self.answer(prompt, level)), TOKENIZER.eos_id]
+
+
+def shade(prompt: str, level: int | None) -> str:
+    return "red" if level is not None and level < 100 else "blue"
+
+
+def asked_of(samples: Sequence[Sample | None]) -> list[Question]:
+    return questions(ListSource(samples))[0]
+
+
+def held_out(levels: Sequence[int | None]) -> list[Sample]:
+    """One question about each grey image, whose truth is ``shade``; None is an image that cannot be read."""
+    return [
+        Sample(f"s{k}", (BROKEN if level is None else grey(level),), (Text(f"what colour {k % 3}?", shade("", level)),))
+        for k, level in enumerate(levels)
+    ]
+
+
+LEVELS = [10, 200, None, 20, 30, None, 240]
+"""Seven questions; on two ranks with batches of one, the first rank has more to ask, and each meets one that cannot be read."""
+
+
+def two_ranks(out: str) -> None:
+    """Scores and losses over two ranks; rank 0 writes them."""
+    code = 0
+    try:
+        world = start(DistributedConfig(timeout_s=60))
+        model = Scripted(shade, lambda labels: labels.double())
+        score = evaluate(model, asked_of(held_out(LEVELS)), ENCODER, EvalConfig(batch_size=1, max_new_tokens=4), world, DEVICE)
+        calls = world.sum([len(model.asked) if world.rank == rank else 0 for rank in range(2)])
+        loss = held_out_loss(model, ListSource(held_out(LEVELS)), ENCODER, world, DEVICE, rows=1, limit=0)
+        mine = [answer.question.sample_id for answer in score.answers]
+        torch.save((score.right, score.total, calls, loss, mine), f"{out}/{world.rank}.pt")
+        stop()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def written(path: Path) -> tuple[int, int, list[float], float, list[str]]:
+    return torch.load(path, weights_only=True)

@@ -1,0 +1,161 @@
+"""Exact match over a model that answers by a rule, so that every count is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kempnerforge.config import EvalConfig
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.eval.exact_match import BLANK, Answer, Question, evaluate, question_only_prior, questions
+from tests.dist import run_ranks
+from tests.eval.scripted import (
+    BROKEN,
+    DEVICE,
+    ENCODER,
+    LEVELS,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Alone,
+    ListSource,
+    Scripted,
+    asked_of,
+    grey,
+    held_out,
+    shade,
+    written,
+)
+from tests.vlm.tiny import ONE, THREE, tiny, tokenizer
+
+CFG = EvalConfig(batch_size=3, max_new_tokens=4)
+
+
+def question(prompt: str, truth: str) -> Question:
+    return Question("s", (), prompt, truth)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_counts(batch_size: int) -> None:
+    model = Scripted(lambda prompt, level: "red")
+    asked = asked_of(held_out([10, 200, 20, 240, 30, 250, 40]))
+    score = evaluate(model, asked, ENCODER, replace(CFG, batch_size=batch_size), Alone(), DEVICE)
+    assert (score.right, score.total) == (4, 7)
+    assert score.exact_match == 4 / 7
+    assert score.by_truth == {"blue": (0, 3), "red": (4, 4)}
+    assert [answer.question for answer in score.answers] == asked
+    assert {answer.text for answer in score.answers} == {"red"}
+    assert score.skipped == []
+    assert sorted(model.asked) == sorted(zip([q.prompt for q in asked], [10, 200, 20, 240, 30, 250, 40], strict=True))
+
+
+def test_each_question_is_asked_about_its_own_image() -> None:
+    """Texts of one sample share its image, of which one copy is in the batch."""
+    samples = [Sample("a", (grey(10),), (Text("one", "red"), Text("two", "red"))), Sample("b", (grey(200),), (Text("one", "blue"),))]
+    model = Scripted(shade)
+    score = evaluate(model, asked_of(samples), ENCODER, CFG, Alone(), DEVICE)
+    assert score.exact_match == 1
+    assert model.asked == [("one", 10), ("two", 10), ("one", 200)]
+
+
+def test_blind_asks_every_prompt_once() -> None:
+    model = Scripted(shade)
+    asked = asked_of(held_out([10, 200, 20, 240, 30, 250, 40]))
+    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE, blind=True)
+    assert sorted(model.asked) == [(f"what colour {k}?", BLANK) for k in range(3)]
+    assert (score.right, score.total) == (3, 7), "a blind model says blue to all"
+
+
+def test_unreadable_images_are_counted_and_not_fatal() -> None:
+    """Also when a whole batch cannot be read; blind, nothing has to be."""
+    asked = asked_of(held_out([None, None, None, 10, 200]))
+    score = evaluate(Scripted(shade), asked, ENCODER, CFG, Alone(), DEVICE)
+    assert (score.right, score.total) == (2, 2)
+    assert [name for name, _ in score.skipped] == ["s0", "s1", "s2"]
+    assert all("not an image" in reason for _, reason in score.skipped)
+    assert evaluate(Scripted(shade), asked, ENCODER, CFG, Alone(), DEVICE, blind=True).total == 5
+
+
+def test_nothing_readable_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"none of 2 held-out questions can be read; the first: .*not an image"):
+        evaluate(Scripted(shade), asked_of(held_out([None, None])), ENCODER, CFG, Alone(), DEVICE)
+    assert evaluate(Scripted(shade), [], ENCODER, CFG, Alone(), DEVICE).total == 0
+
+
+def test_a_job_without_images_asks_about_words_alone() -> None:
+    model = Scripted(lambda prompt, level: "red" if prompt.endswith("0?") else "no")
+    score = evaluate(model, asked_of(held_out([10, 200, 20, 240])), TEXT_ENCODER, CFG, Alone(), DEVICE)
+    assert {level for _, level in model.asked} == {None}
+    assert (score.right, score.total) == (1, 4)
+
+
+def test_white_space_does_not_count() -> None:
+    assert Answer(question("", " dark\nred "), "dark  red").right
+    assert not Answer(question("", "dark red"), "darkred").right
+    assert not Answer(question("", "Red"), "red").right
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_comes_back(training: bool) -> None:
+    model = Scripted(shade).train(training)
+    evaluate(model, asked_of(held_out([10])), ENCODER, CFG, Alone(), DEVICE)
+    assert model.training == training and model.modes == {False}
+
+
+def test_answers_are_cut_at_max_new_tokens() -> None:
+    model = Scripted(lambda prompt, level: "red blue red blue red blue")
+    score = evaluate(model, asked_of(held_out([10])), ENCODER, replace(CFG, max_new_tokens=2), Alone(), DEVICE)
+    assert score.answers[0].text == TOKENIZER.decode(TOKENIZER.encode("red blue red blue red blue")[:2])
+
+
+def test_questions() -> None:
+    samples = [
+        Sample("a", (BROKEN,), (Text("p", "1"), Text("q", "2"))),
+        None,
+        Sample("b", (), (Text("r", "3"), Text("", (1, 2, 3)))),  # a window of plain text is no question
+    ]
+    found, skipped = questions(ListSource(samples))
+    assert [(q.sample_id, q.prompt, q.truth) for q in found] == [("a", "p", "1"), ("a", "q", "2"), ("b", "r", "3")]
+    assert skipped == [("1", "row 1 is broken")]
+
+
+@pytest.mark.parametrize(
+    ("limit", "want"), [(0, range(10)), (99, range(10)), (10, range(10)), (5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (1, [0])]
+)
+def test_a_limit_spreads_over_the_split(limit: int, want: list[int]) -> None:
+    samples = [Sample(str(k), (), (Text("p", "x"),)) for k in range(10)]
+    assert [int(q.sample_id) for q in questions(ListSource(samples), limit)[0]] == list(want)
+
+
+def test_the_prior_of_questions_alone() -> None:
+    train = [question("a", "1"), question("a", "1"), question("a", "2"), question("b", "2"), question("b", "2"), question("b", " 2")]
+    asked = [question("a", "1"), question("a", "2"), question("b", "2"), question("never seen", "2"), question("never seen", "1")]
+    assert question_only_prior(train, asked) == 3 / 5
+    assert question_only_prior(train, []) == question_only_prior([], asked) == 0
+
+
+def test_a_real_model() -> None:
+    """Truths taken from what the model itself writes are all right, in batches of any size."""
+    it = tiny(None, noise=0.3)
+    asked = [Question(s.id, s.images, t.prompt, t.answer) for s in (ONE, THREE) for t in s.texts if isinstance(t.answer, str)]
+    first = evaluate(it.model, asked, it.encoder, CFG, Alone(), DEVICE)
+    assert first.total == 4 and len({a.text for a in first.answers}) > 1
+    own = [replace(a.question, truth=a.text) for a in first.answers]
+    assert evaluate(it.model, own, it.encoder, replace(CFG, batch_size=1), Alone(), DEVICE).exact_match == 1
+    assert tokenizer().vocab_size == it.job.model.vocab_size
+
+
+@pytest.mark.dist
+def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
+    """All are asked once, ranks call the model equally often, and both know the total, whoever has the unreadable ones."""
+    results = run_ranks("tests.eval.scripted:two_ranks", 2, tmp_path, timeout=60)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    one, two = written(tmp_path / "0.pt"), written(tmp_path / "1.pt")
+    assert one[:2] == two[:2] == (5, 5)
+    assert one[2] == [4, 4]
+    assert one[4] == ["s0", "s4", "s6"] and two[4] == ["s1", "s3"]
+    readable = [s for s, level in zip(held_out(LEVELS), LEVELS, strict=True) if level is not None]
+    labels = torch.cat([torch.tensor(ENCODER.encode(s, 0).table[1]) for s in readable])
+    assert one[3] == two[3] == pytest.approx(labels[labels >= 0].double().mean().item())

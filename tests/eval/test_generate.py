@@ -1,0 +1,127 @@
+"""How the next token is chosen, and when a row ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from kempnerforge.data.encode import prompt_batch
+from kempnerforge.eval.generate import Sampling, choose, generate
+from tests.eval.scripted import TEXT_ENCODER, TOKENIZER, Scripted
+from tests.vlm.tiny import tiny
+
+DRAWS = 20_000
+NOTHING = torch.empty(1, 0, dtype=torch.int64)  # the prompt, which these rules do not read
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def frequencies(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(V,) of many draws."""
+    ids = choose(logits.expand(DRAWS, -1), sampling, rng())
+    return torch.bincount(ids, minlength=logits.shape[-1]) / DRAWS
+
+
+# ---- choose -------------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_0_is_the_most_likely() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0], [5.0, 3.0, 2.0]])
+    assert choose(logits, Sampling(), rng()).tolist() == [1, 0]
+    assert choose(logits, Sampling(top_k=2, top_p=0.1), rng()).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 4, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
+def test_draws_follow_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = 2 * torch.randn(1, 12, generator=rng(3))
+    warped = TemperatureLogitsWarper(temperature)(NOTHING, logits)
+    if top_k:
+        warped = TopKLogitsWarper(top_k)(NOTHING, warped)
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(NOTHING, warped)
+    want = warped.softmax(-1)[0]
+    got = frequencies(logits, Sampling(temperature, top_k, top_p))
+    assert not got[want == 0].any()
+    assert (got - want).abs().max() < 0.015
+
+
+def test_top_p_keeps_the_token_that_crosses_it() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3)):
+        assert int((frequencies(logits, Sampling(1.0, top_p=top_p)) > 0).sum()) == kept
+
+
+def test_seeds() -> None:
+    logits = torch.zeros(50, 100)
+    draws = [choose(logits, Sampling(1.0), rng(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_bf16_logits() -> None:
+    assert choose(torch.zeros(3, 5, dtype=torch.bfloat16), Sampling(1.0, top_k=2, top_p=0.9), rng()).shape == (3,)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_bad_settings(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+# ---- generate -----------------------------------------------------------------------------------------------------------
+
+ANSWERS = {"a": "red", "b": "", "c": "blue red blue"}
+
+
+def three_rows(max_new_tokens: int, **kwargs: object) -> tuple[list[list[int]], list[list[int]], Scripted]:
+    """New ids of three prompts, the steps as they were streamed, and the model."""
+    streamed: list[list[int]] = []
+    model = Scripted(lambda prompt, level: ANSWERS[prompt])
+    prompts = [TEXT_ENCODER.encode_prompt(prompt) for prompt in ANSWERS]
+    batch = prompt_batch(prompts, None, None, TEXT_ENCODER.layout, TOKENIZER.pad_id)
+    made = generate(
+        model,
+        batch,
+        max_new_tokens=max_new_tokens,
+        eos_id=TOKENIZER.eos_id,
+        on_token=lambda ids: streamed.append(ids.tolist()),
+        **kwargs,  # type: ignore[arg-type]
+    )
+    return made, streamed, model
+
+
+def test_every_row_ends_at_its_own_eos() -> None:
+    made, streamed, _ = three_rows(50)
+    assert [TOKENIZER.decode(ids) for ids in made] == list(ANSWERS.values())
+    longest = len(TOKENIZER.encode(ANSWERS["c"])) + 1
+    assert len(streamed) == longest, "no step after the last row has ended"
+    eos = TOKENIZER.eos_id
+    assert [step[1] for step in streamed] == [eos] * longest, "a row that has ended repeats EOS"
+    assert [[step[row] for step in streamed][: len(made[row])] for row in range(3)] == made
+
+
+def test_max_new_tokens() -> None:
+    made, streamed, model = three_rows(2)
+    assert made[2] == TOKENIZER.encode(ANSWERS["c"])[:2] and len(streamed) == 2
+    assert model.position == 2, "the token behind the last one is not computed"
+
+
+def test_other_ranks_may_need_more_steps() -> None:
+    asked = []
+    made, streamed, _ = three_rows(20, all_done=lambda done: asked.append(done) or len(asked) == 12)
+    assert len(streamed) == 12
+    assert asked == sorted(asked) and asked[-1]
+    assert [TOKENIZER.decode(ids) for ids in made] == list(ANSWERS.values())
+
+
+def test_a_seed_gives_the_same_text_again() -> None:
+    it = tiny(None)
+    batch = it.prompts([("what?", []), ("is it red?", [])], [])
+    made = [generate(it.model, batch, max_new_tokens=8, eos_id=-1, sampling=Sampling(1.0, seed=seed)) for seed in (0, 0, 1)]
+    assert made[0] == made[1] != made[2]

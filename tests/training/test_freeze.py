@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from kempnerforge.config import FreezeSpec, load_config
+from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS
+from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, match_names, trainable_names
+from tests.dist import run_ranks
+from tests.training.tiny import make_job
+
+NAMES = [
+    "transformer.token_embedding.weight",
+    "transformer.layers.0.mlp.up_proj.weight",
+    "transformer.layers.1.mlp.up_proj.weight",
+    "vision_encoder.layers.0.norm1.weight",
+    "vision_encoder.layers.1.norm1.weight",
+    "adapter.proj.weight",
+]
+
+
+def test_aliases_and_raw_patterns():
+    assert match_names(NAMES, "vision_encoder", DEFAULT_MODULE_PATTERNS, "key") == NAMES[3:5]
+    assert match_names(NAMES, "vision_encoder.layers.1.*", DEFAULT_MODULE_PATTERNS, "key") == [NAMES[4]]
+    assert match_names(NAMES, "*.weight", DEFAULT_MODULE_PATTERNS, "key") == NAMES
+    assert match_names(NAMES, "transformer.layers.?.mlp.*", DEFAULT_MODULE_PATTERNS, "key") == NAMES[1:3]
+    with pytest.raises(ValueError, match="matches no parameter"):  # a pattern is over full names, and their case counts
+        match_names(NAMES, "transformer.layers.0", DEFAULT_MODULE_PATTERNS, "key")
+    with pytest.raises(ValueError, match="matches no parameter"):
+        match_names(NAMES, "Adapter.*", DEFAULT_MODULE_PATTERNS, "key")
+
+
+@pytest.mark.parametrize(
+    ("module", "near"),
+    [("adaptor", "adapter"), ("vision_encoder.layer.1", "vision_encoder.layers.1"), ("transfomer", "transformer")],
+)
+def test_a_pattern_without_a_hit_names_near_ones(module: str, near: str):
+    with pytest.raises(ValueError, match=rf"^freeze.module = '{module}': matches no parameter; aliases: .*near names: .*\b{near}\b"):
+        trainable_names(NAMES, [FreezeSpec(module)], DEFAULT_MODULE_PATTERNS)
+
+
+def test_the_last_match_counts():
+    specs = [
+        FreezeSpec("*"),
+        FreezeSpec("adapter", frozen=False),
+        FreezeSpec("vision_encoder", frozen=False),
+        FreezeSpec("vision_encoder.layers.0.*"),
+    ]
+    assert trainable_names(NAMES, specs, DEFAULT_MODULE_PATTERNS) == {NAMES[4], NAMES[5]}
+    assert trainable_names(NAMES, [], DEFAULT_MODULE_PATTERNS) == set(NAMES)
+
+
+def test_everything_frozen_is_refused():
+    with pytest.raises(ValueError, match="everything is frozen"):
+        trainable_names(NAMES, [FreezeSpec("transformer"), FreezeSpec("adapter"), FreezeSpec("vision_encoder")], DEFAULT_MODULE_PATTERNS)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["transformer", "vision_encoder", "adapter", "*.layers.0.*", NAMES[0]]), st.booleans()), max_size=6)
+)
+def test_equals_one_decision_per_name(directives: list[tuple[str, bool]]):
+    """For each name alone: the last directive that matches it decides."""
+    specs = [FreezeSpec(*directive) for directive in directives]
+    expected = set()
+    for name in NAMES:
+        verdicts = [s.frozen for s in specs if name in match_names(NAMES, s.module, DEFAULT_MODULE_PATTERNS, "key")]
+        if not verdicts or not verdicts[-1]:
+            expected.add(name)
+    if expected:
+        assert trainable_names(NAMES, specs, DEFAULT_MODULE_PATTERNS) == expected
+    else:
+        with pytest.raises(ValueError, match="everything is frozen"):
+            trainable_names(NAMES, specs, DEFAULT_MODULE_PATTERNS)
+
+
+def test_boundaries_resolve_every_change_at_the_start(tmp_path: Path):
+    path = make_job(tmp_path, extra='\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "adapter" }]\n')
+    assert freeze_boundaries(load_config(path), NAMES, DEFAULT_MODULE_PATTERNS) == {0, 4}
+    with pytest.raises(ValueError, match="'adapter': matches no parameter"):
+        freeze_boundaries(load_config(path), NAMES[:5], DEFAULT_MODULE_PATTERNS)
+
+
+# ---- under FSDP2 -----------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+PLAN = [{"first", "second", "head"}, {"head"}, {"head"}, {"first", "head"}, {"second"}, {"first", "second", "head"}]
+"""Which modules train at each step."""
+
+
+def steps(dtype: torch.dtype | None) -> tuple[list[set[str]], list[torch.Tensor]]:
+    """Trains along ``PLAN`` with an evaluation before every change; what moved at each step, and the weights at the end."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Net()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fully_shard(model.first, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    moved = []
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    for plan in PLAN:
+        with torch.no_grad():
+            model(x)  # leaves groups unsharded
+        apply_freeze(model, frozenset(n for n, _ in model.named_parameters() if n.split(".")[0] in plan))
+        before = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        moved.append({n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p.full_tensor(), before[n])})
+    return moved, [p.full_tensor().detach() for p in model.parameters()]
+
+
+def sharded(out: str) -> None:
+    dist.init_process_group("gloo")
+    for dtype in (None, torch.bfloat16):
+        moved, weights = steps(dtype)
+        assert moved == PLAN, (dtype, moved)
+        if dist.get_rank() == 0 and dtype is None:
+            torch.save(weights, out)
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.dist
+def test_flips_after_an_evaluation_take_effect_at_once(tmp_path: Path):
+    """Two ranks move exactly what the plan says, to where a plain process moves it."""
+    results = run_ranks("tests.training.test_freeze:sharded", 2, tmp_path / "weights.pt")
+    assert [r.returncode for r in results] == [0, 0], results
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    for plan in PLAN:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.split(".")[0] in plan)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for ours, theirs in zip(torch.load(tmp_path / "weights.pt"), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pending_gradient_of_a_frozen_parameter_is_dropped():
+    model = Net()
+    model(torch.ones(2, 6)).sum().backward()
+    changed = apply_freeze(model, frozenset({"head.weight", "head.bias"}))
+    assert sorted(changed) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+    assert model.first.weight.grad is None and model.head.weight.grad is not None
+    assert apply_freeze(model, frozenset({"head.weight", "head.bias"})) == []

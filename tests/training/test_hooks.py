@@ -1,0 +1,139 @@
+"""What a run writes beside its checkpoints, and when it evaluates."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kempnerforge.training.hooks.console import ConsoleProgress
+from tests.training.tiny import CONFIG, call, make_job, metrics, write_config
+
+TRAIN_KEYS = {
+    "step", "train/loss", "train/grad_norm", "train/lr", "train/tokens_per_s", "train/images_per_s", "train/step_s", "train/elapsed_s",
+    "train/stage", "train/skipped_steps", "data/samples", "data/bad_samples", "data/texts_left_out",
+}  # fmt: skip
+
+
+@dataclass
+class Line:
+    """Steps of the two kinds of lines in metrics.jsonl."""
+
+    train: list[int] = field(default_factory=list)
+    evaluation: list[int] = field(default_factory=list)
+
+
+def lines_of(run: Path) -> Line:
+    found = Line()
+    for row in metrics(run, timing=True):
+        (found.train if "train/loss" in row else found.evaluation).append(int(row["step"]))
+    return found
+
+
+def test_lines_of_metrics_their_keys_and_when_they_come(tmp_path: Path):
+    ended = call("train", make_job(tmp_path), "--metrics.interval=4", "--eval.interval=3", "--train.max_steps=10", "--eval.samples=3")
+    assert ended.code == 0, ended
+    rows = metrics(tmp_path / "run", timing=True)
+    for row in rows:
+        assert set(row) in (TRAIN_KEYS, {"step", "eval/exact_match", "eval/exact_match_blind", "eval/questions"})
+    assert lines_of(tmp_path / "run") == Line(train=[4, 8, 10], evaluation=[3, 6, 9, 10])
+    assert [row["eval/questions"] for row in rows if "eval/questions" in row] == [3, 3, 3, 8]  # all of them at the end
+    train = [row for row in rows if "train/loss" in row]
+    assert [row["data/samples"] for row in train] == [16, 32, 40]
+    elapsed = [row["train/elapsed_s"] for row in train]
+    assert elapsed == sorted(elapsed) and elapsed[-1] == pytest.approx(
+        4 * train[0]["train/step_s"] + 4 * train[1]["train/step_s"] + 2 * train[2]["train/step_s"]
+    )
+
+
+def test_rates_count_useful_tokens_alone(tmp_path: Path):
+    """With rows padded to their full length, padding is not throughput."""
+    assert call("train", make_job(tmp_path), "--data.batching=pad", "--eval.at_end=false").code == 0
+    for row in metrics(tmp_path / "run", timing=True):
+        assert row["train/images_per_s"] * row["train/step_s"] == pytest.approx(4)
+        tokens = row["train/tokens_per_s"] * row["train/step_s"]
+        assert tokens == pytest.approx(round(tokens)) and 4 * 4 < tokens < 4 * 30  # of 4 x 52 positions
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (("--eval.interval=2", "--eval.at_end=false"), [2, 4, 6]),
+        (("--eval.interval=0", "--eval.at_end=false"), []),
+        (("--eval.interval=6",), [6]),
+        (("--eval.interval=2", "--data.eval_path="), []),
+    ],
+)
+def test_when_it_is_evaluated(overrides: tuple[str, ...], steps: list[int], tmp_path: Path):
+    assert call("train", make_job(tmp_path), *overrides).code == 0
+    assert lines_of(tmp_path / "run").evaluation == steps
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_without_blind_evaluation(tmp_path: Path):
+    assert call("train", make_job(tmp_path), "--eval.blind=false").code == 0
+    assert "eval/exact_match_blind" not in metrics(tmp_path / "run")[-1]
+    assert "exact_match_blind" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_summary_and_report(tmp_path: Path):
+    job = make_job(tmp_path)
+    (tmp_path / "2.png").write_bytes(b"spoiled after it was listed")
+    assert call("train", job, "--data.max_bad_fraction=0.5").code == 0
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    last = [row for row in metrics(run, timing=True) if "train/loss" in row][-1]
+    assert summary["arch"] == "joint_decoder" and summary["steps"] == 6 and summary["world_size"] == 1
+    assert summary["train_s"] == pytest.approx(last["train/elapsed_s"]) and summary["samples"] == 24
+    assert summary["questions"] == 7  # the spoiled one cannot be asked
+    # of the questions about the left side most answers in training are one colour, of the right side likewise
+    assert 0 < summary["question_only_prior"] < 1
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/") >= 7 and "what is on the left?" in page and "max_text_len = 48" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_held_out_loss_where_there_is_nothing_to_ask(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 30)
+    (tmp_path / "held.txt").write_text("the mat sat on the cat.\n" * 5)
+    config = CONFIG.split("[vision_encoder]")[0] + "[data]" + CONFIG.split("[data]")[1]
+    config = config.replace('source = "jsonl"', 'source = "text"').replace('prompt_column = "prompt"\n', "")
+    config = (
+        config.replace("train.jsonl", "text.txt").replace("test.jsonl", "held.txt").replace("seq_len = 64\nmixed", "seq_len = 16\nmixed")
+    )
+    job = write_config(tmp_path, config=config)
+    assert call("train", job, "--eval.interval=2", "--train.max_steps=5").code == 0
+    rows = [row for row in metrics(tmp_path / "run") if "eval/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5] and rows[0]["eval/loss"] < math.log(300) + 0.2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["arch"] == "text_only" and summary["loss"] == rows[-1]["eval/loss"]
+    found = json.loads(call("eval", tmp_path / "run", "--json").out)
+    assert found["loss"] == pytest.approx(summary["loss"], rel=1e-6)
+
+
+def test_console_time_left_after_a_restart_and_a_bad_loss(capsys: pytest.CaptureFixture[str]):
+    """Rates come from this process's own steps, and one loss that is not a number does not stay."""
+    console = ConsoleProgress()
+    stage: Any = SimpleNamespace(name="train", index=0)
+    trainer: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), step=900, total_steps=1000, done=False, stage=stage)
+    console.start(trainer)
+    result: Any = SimpleNamespace(stage=stage, loss=2.0, tokens=100, images=10, seconds=0.5, skipped=False)
+    console.step(trainer, result)
+    console.step(trainer, SimpleNamespace(**{**vars(result), "loss": math.nan, "skipped": True}))  # type: ignore[arg-type]
+    trainer.step, trainer.done = 1000, True
+    console.step(trainer, result)
+    first, bad, last = capsys.readouterr().err.splitlines()
+    assert first == "train 900/1000  loss 2.0000  200 tokens/s  20 images/s  50 s left"
+    assert "not finite" in bad and last == "train 1000/1000  loss 2.0000  200 tokens/s  20 images/s  0 s left"
+
+
+def test_checkpoints_that_stay(tmp_path: Path):
+    assert call("train", make_job(tmp_path), "--checkpoint.keep_last_n=2", "--checkpoint.interval=1", "--eval.at_end=false").code == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000006"]
+    found = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-00000006").iterdir()}
+    assert {"manifest.json", "config.toml", "tokenizer"} <= found

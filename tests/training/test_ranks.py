@@ -1,0 +1,148 @@
+"""Two gloo ranks against one process: the same data, the same losses, and checkpoints that change hands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.dist import free_port
+from tests.training.tiny import Ended, assert_same_tensors, call, checkpoint_steps, losses, make_job, metrics, spawn, start, tensors
+
+pytestmark = pytest.mark.dist
+
+STEPS = 12
+COMMON = ("--checkpoint.interval=6", "--checkpoint.keep_last_n=3", "--train.grad_clip_norm=0")
+STAGES = f"""
+[[stages]]
+name = "all"
+steps = {STEPS}
+"""
+
+
+def torchrun(*argv: object) -> Ended:
+    """As on a cluster: ``torchrun --nproc-per-node 2 -m kempnerforge ARGV``."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "kempnerforge")
+    return spawn(*argv, module=launcher)
+
+
+def relative(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of two curves of one length."""
+    assert len(a) == len(b) == STEPS
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run by one process, by one process with two micro-batches, and by two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    argv = ("train", make_job(folder, extra=STAGES), *COMMON, "--train.max_steps=0")
+    for name, extra in (("one", ()), ("micro", ("--train.grad_accum_steps=2",))):
+        ended = call(*argv, *extra, f"--run.dir={folder}/{name}")
+        assert ended.code == 0, ended
+    ended = torchrun(*argv, f"--run.dir={folder}/two")
+    assert ended.code == 0, ended
+    return folder
+
+
+def test_two_ranks_follow_the_curve_of_one_process(runs: Path):
+    """fp32 AdamW. Another split of the same batch sums in another order: the last bits differ."""
+    assert relative(losses(runs / "two"), losses(runs / "one")) < 1e-5
+    assert losses(runs / "two")[-1] < losses(runs / "two")[0] - 0.3
+
+
+def test_two_ranks_equal_one_process_that_accumulates(runs: Path):
+    """The same micro-batches, and a sum of two gradients has one order only. (The norm is summed by shards, so that clipping by it adds
+    rounding; what is logged is summed in another precision.)
+    """
+    assert_same_tensors(tensors(runs / "two"), tensors(runs / "micro"))
+    assert relative(losses(runs / "two"), losses(runs / "micro")) < 1e-6
+
+
+def test_counts_and_evaluation_are_over_all_ranks(runs: Path):
+    one, two = ([row for row in metrics(runs / name) if "data/samples" in row][-1] for name in ("one", "two"))
+    assert one["data/samples"] == two["data/samples"] == 4 * STEPS
+    for name, world in (("one", 1), ("two", 2)):
+        summary = json.loads((runs / name / "summary.json").read_text())
+        assert summary["world_size"] == world and summary["questions"] == 8
+    assert json.loads((runs / "two" / "checkpoints" / "step-00000012" / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_checkpoints_change_hands(runs: Path):
+    """Two ranks go on where one process stopped, and one where two stopped: step by step the curve of one process."""
+    base = ("train", runs / "job.toml", *COMMON, "--eval.at_end=false")
+    for name, first, second in (("one-two", call, torchrun), ("two-one", torchrun, call)):
+        argv = (*base, f"--run.dir={runs}/{name}")
+        started, went_on = first(*argv, "--train.max_steps=6"), second(*argv, "--train.max_steps=0")
+        assert started.code == went_on.code == 0, (started, went_on)
+        assert relative(losses(runs / name), losses(runs / "one")) < 1e-5
+        six = runs / name / "checkpoints" / "step-00000006"
+        same = "one" if first is call else "two"
+        assert_same_tensors(tensors(six), tensors(runs / same / "checkpoints" / "step-00000006"))
+
+
+def test_two_ranks_with_muon_and_freezing(runs: Path):
+    extra = '\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "vision_encoder" }]\n'
+    path = make_job(runs / "muon", extra=STAGES + extra)
+    argv = (
+        "train",
+        path,
+        "--train.max_steps=0",
+        "--optimizer.name=muon",
+        "--eval.interval=4",
+        "--eval.at_end=false",
+        "--checkpoint.interval=0",
+    )
+    assert call(*argv, "--train.grad_accum_steps=2").code == 0
+    ended = torchrun(*argv, f"--run.dir={runs}/muon/two")
+    assert ended.code == 0, ended
+    assert relative(losses(runs / "muon" / "two"), losses(runs / "muon" / "run")) < 1e-3  # Muon orthogonalises in bf16
+
+
+# ---- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not there():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_nproc_ends_with_0_and_2(tmp_path: Path):
+    job = make_job(tmp_path)
+    ended = spawn("train", job, "--nproc", 2, "--train.max_steps=2", "--data.eval_path", "")
+    assert ended.code == 0 and checkpoint_steps(tmp_path / "run") == [2] and "eval/" not in ended.err, ended
+    (tmp_path / "train.jsonl").write_text("")
+    ended = spawn("train", job, "--nproc", 2, f"--run.dir={tmp_path}/other")
+    assert ended.code == 2 and "no rows" in ended.err and "Traceback" not in ended.err, ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nproc_interrupted_saves_and_ends_with_130(number: signal.Signals, tmp_path: Path):
+    argv = ("train", make_job(tmp_path), "--nproc", 2, "--train.max_steps=500", "--checkpoint.interval=0", "--eval.at_end=false")
+    process = start(*argv)
+    wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses(tmp_path / "run")) >= 5)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    done = len(losses(tmp_path / "run"))
+    assert checkpoint_steps(tmp_path / "run") == [done] and 5 <= done < 500
+
+
+def test_a_rank_that_dies_ends_the_job_with_3(tmp_path: Path):
+    argv = ("train", make_job(tmp_path), "--nproc", 2, "--train.max_steps=2000", "--checkpoint.interval=5", "--eval.at_end=false")
+    process = start(*argv)
+    wait_for(process, lambda: bool(checkpoint_steps(tmp_path / "run")))
+    children = [int(line) for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    ranks = [pid for pid in children if b"-m\0kempnerforge" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 3, err

@@ -1,0 +1,460 @@
+"""What every architecture must keep, whichever it is: each registered one (a plugin's, too) goes through every test here.
+
+Installed plugins are found by themselves; ``pytest -p my_lab.my_arch tests/vlm/test_contract.py`` takes one that is not installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
+from kempnerforge.config import FreezeSpec, ModelConfig, load_config, registry, to_toml
+from kempnerforge.config.plugins import load_plugins
+from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.sample import Sample
+from kempnerforge.distributed.world import World
+from kempnerforge.eval.generate import generate
+from kempnerforge.model.transformer import Cache
+from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
+from kempnerforge.training.optimizer import Optimizers
+from kempnerforge.vlm.build import arch_class, build_model, register_archs
+from tests.dist import run_ranks
+from tests.vlm.tiny import (
+    MODEL,
+    NO_IMAGE,
+    ONE,
+    SAMPLES,
+    THREE,
+    TWO_IMAGES,
+    Tiny,
+    accepted_masks,
+    all_logits,
+    copies,
+    differing,
+    full,
+    gradients,
+    install,
+    may_see,
+    picture,
+    tiny,
+    tiny_job,
+    tokenizer,
+    with_answer,
+)
+
+load_plugins([], Path(), "tests")
+register_archs()
+ARCHS: list[str | None] = [None, *registry.archs]
+MASKED = [(arch, mask) for arch in ARCHS for mask in accepted_masks(arch)]
+
+each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
+each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
+with_images = pytest.mark.parametrize("arch", [a for a in ARCHS if arch_class(tiny_job(a)).has_images], ids=str)
+
+GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False)
+
+
+# ---- names and parts ----------------------------------------------------------------------------------------------------
+
+
+@each_arch
+@pytest.mark.parametrize("model", [MODEL, GQA], ids=["default", "gqa"])
+def test_a_text_checkpoint_loads_with_only_new_names_missing(arch: str | None, model: ModelConfig) -> None:
+    text, it = tiny(None, model=model).model.state_dict(), tiny(arch, model=model, noise=0.3).model
+    missing, unexpected = it.load_state_dict(text, strict=False)
+    assert not unexpected
+    assert set(missing) == set(it.state_dict()) - set(text)
+    assert all(torch.equal(it.state_dict()[name], value) for name, value in text.items())
+
+
+@each_arch
+def test_the_backbone_is_the_same_at_step_0(arch: str | None) -> None:
+    """Architectures are compared from one starting point: the text weights depend on the seed alone."""
+    text, it = tiny(None, noise=0.0).model.state_dict(), tiny(arch, noise=0.0).model.state_dict()
+    assert [name for name in text if not torch.equal(it[name], text[name])] == []
+
+
+@each_arch
+def test_the_state_is_the_parameters(arch: str | None) -> None:
+    """Nothing else is needed to rebuild the model: a fresh one of another seed computes the same with it."""
+    it, other = tiny(arch), tiny(arch, train=replace(tiny_job(arch).train, seed=7), noise=0.0)
+    assert set(it.model.state_dict()) == {name for name, _ in it.model.named_parameters()}
+    batch = it.batch(*SAMPLES)
+    assert not torch.equal(all_logits(other.model, batch), all_logits(it.model, batch))
+    other.model.load_state_dict(it.model.state_dict())
+    assert torch.equal(all_logits(other.model, batch), all_logits(it.model, batch))
+
+
+@each_arch
+def test_building_leaves_the_random_state_alone(arch: str | None) -> None:
+    job = tiny(arch).job
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    build_model(job)
+    assert torch.equal(torch.rand(3), want)
+
+
+@each_arch
+def test_units_cover_every_parameter_once(arch: str | None) -> None:
+    model = tiny(arch).model
+    units = list(model.shard_units())
+    inside = [id(p) for unit in units for p in unit.parameters()]
+    assert len(inside) == len(set(inside)), "units overlap"
+    assert set(inside) < {id(p) for p in model.parameters()}
+    assert {id(layer) for layer in model.transformer.layers} <= {id(unit) for unit in units}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in set(inside))
+    assert rest + sum(p.numel() for unit in units for p in unit.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@with_images
+def test_every_alias_hits(arch: str) -> None:
+    it = tiny(arch)
+    assert {"transformer", "vision_encoder", "adapter"} <= it.patterns.keys()
+    names = [name for name, _ in it.model.named_parameters()]
+    hits = {alias: match_names(names, alias, it.patterns, "alias") for alias in it.patterns}
+    assert set(names) == {name for found in hits.values() for name in found}
+
+
+@each_mask
+def test_toml_round_trip(arch: str | None, mask: str, tmp_path: Path) -> None:
+    job = tiny(arch, mask).job
+    (tmp_path / "job.toml").write_text(to_toml(job), encoding="utf-8")
+    assert load_config(tmp_path / "job.toml") == job
+
+
+# ---- how it is run changes nothing --------------------------------------------------------------------------------------
+
+
+@each_arch
+def test_activation_checkpointing_changes_nothing(arch: str | None, world: World) -> None:
+    results, calls = [], []
+    for recompute in (False, True):
+        it = tiny(arch)
+        units = list(it.model.shard_units())
+        install(it, world, recompute=recompute)
+        count = [0]
+        for unit in units:
+            next(m for m in unit.modules() if isinstance(m, nn.Linear)).register_forward_hook(
+                lambda *_, c=count: c.__setitem__(0, c[0] + 1)
+            )
+        results.append(gradients(it.model, it.batch(*SAMPLES)))
+        calls.append(count[0] / len(units))
+    assert calls == [1, 2]
+    assert torch.equal(results[0][0], results[1][0])
+    assert differing(results[0][1], results[1][1]) == []
+
+
+@pytest.mark.slow
+@each_arch
+def test_compile_changes_nothing(arch: str | None, world: World) -> None:
+    """Layers of one kind share their graphs, with and without a mask."""
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    for compile_units in (False, True):
+        it = tiny(arch, model=replace(MODEL, n_layers=12))
+        install(it, world, compile_units=compile_units)
+        results.append([gradients(it.model, it.batch(*samples)) for samples in ((ONE, ONE), SAMPLES)])
+    for (loss, grads), (compiled_loss, compiled_grads) in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(full(compiled_grads), full(grads), rtol=1e-4, atol=1e-6)
+    kinds = {type(unit) for unit in it.model.shard_units()}
+    assert 0 < counters["stats"]["unique_graphs"] <= 3 * len(kinds)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.dist
+def test_two_ranks_are_one_process_that_accumulates(tmp_path: Path) -> None:
+    """Each rank has its own micro-batch, one of them without any image; all archs in one go, as starting ranks takes seconds."""
+    cases = [f"{arch or ''}:{mask}" for arch, mask in MASKED]
+    results = run_ranks("tests.vlm.workers:two_ranks", 2, tmp_path, *cases, timeout=120)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    for (arch, mask), case in zip(MASKED, cases, strict=True):
+        it = tiny(arch, mask)
+        optimizer = torch.optim.SGD(it.model.parameters(), lr=0.5)
+        for step in range(2):
+            loss, grads = gradients(it.model, it.batch(ONE, THREE, TWO_IMAGES), it.batch(NO_IMAGE))
+            got = torch.load(tmp_path / f"{case}-{step}.pt", weights_only=True)
+            torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, grads, rtol=1e-4, atol=1e-6)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@each_mask
+def test_bf16_is_near_fp32(arch: str | None, mask: str, world: World) -> None:
+    it = tiny(arch, mask)
+    batch = it.batch(*SAMPLES)
+    want = it.model(batch).loss
+    install(it, world, torch.bfloat16)
+    loss, grads = gradients(it.model, batch)
+    torch.testing.assert_close(loss * batch.num_targets, want, rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in it.model.parameters())
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in full(grads).values())
+
+
+@each_mask
+def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str) -> None:
+    counts = []
+    for device in ("meta", "cpu"):
+        it = tiny(arch, mask, device=device)
+        with FlopCounterMode(display=False) as counter:
+            it.model(it.batch(ONE, THREE).to(device)).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+# ---- what learns, and what is saved -------------------------------------------------------------------------------------
+
+
+@with_images
+def test_the_loss_reaches_adapter_and_encoder(arch: str) -> None:
+    it = tiny(arch)
+    _, grads = gradients(it.model, it.batch(ONE))
+    names = [name for name, p in it.model.named_parameters() if name.startswith(("adapter.", "vision_encoder.")) and p.ndim > 1]
+    assert len(names) > 5
+    assert [name for name in names if name not in grads or not grads[name].any()] == []
+
+
+def schedule(it: Tiny) -> list[list[FreezeSpec]]:
+    """What is frozen at each of four steps: a pattern that every arch has, every alias but the first after each other, nothing."""
+    aliases = list(it.patterns)[1:2] or ["transformer.layers.1.*"]
+    return [[], [FreezeSpec("transformer.layers.0.*")], [FreezeSpec(alias) for alias in aliases], []]
+
+
+def train_steps(it: Tiny, optimizers: Optimizers, start: int, end: int) -> None:
+    names = [name for name, _ in it.model.named_parameters()]
+    for step in range(start, end):
+        apply_freeze(it.model, trainable_names(names, schedule(it)[step], it.patterns))
+        optimizers.set_step(it.stages[0], step)
+        gradients(it.model, it.batch(SAMPLES[step], THREE))
+        optimizers.step()
+        optimizers.zero_grad()
+
+
+@each_arch
+def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path: Path) -> None:
+    """Bitwise, from every step, with parts frozen and thawed on the way."""
+
+    def fresh(seed: int) -> tuple[Tiny, Optimizers]:
+        it = tiny(arch, train=replace(tiny_job(arch).train, seed=seed))
+        install(it, world)
+        return it, Optimizers(it.model, it.stages, it.patterns)
+
+    def everything(it: Tiny, optimizers: Optimizers) -> dict[str, Tensor]:
+        return {**model_tensors(it.model), **optimizer_tensors(it.model, optimizers.all)}
+
+    it, optimizers = fresh(0)
+    paths = []
+    for step in range(4):
+        paths.append(save_training(tmp_path, step, it.model, optimizers.all, {}, {}, keep=9))
+        train_steps(it, optimizers, step, step + 1)
+    for step, path in enumerate(paths):
+        other, its = fresh(1)
+        assert differing(model_tensors(other.model), model_tensors(it.model))
+        load_training(path, other.model, its.all)
+        train_steps(other, its, step, 4)
+        assert differing(everything(it, optimizers), everything(other, its)) == [], f"resumed at step {step}"
+
+
+@each_arch
+def test_a_frozen_stage_moves_exactly_what_it_says(arch: str | None, world: World) -> None:
+    """Also when an evaluation ran right before the change, and when the momentum of what is frozen now would go on."""
+    it = tiny(arch)
+    batch = it.batch(*SAMPLES)
+    learning = {name for name, grad in gradients(it.model, batch)[1].items() if grad.any()}
+    it.model.zero_grad()
+    names = [name for name, _ in it.model.named_parameters()]
+    install(it, world)
+    optimizers = Optimizers(it.model, it.stages, it.patterns)
+    optimizers.set_step(it.stages[0], 0)
+    aliases = list(it.patterns) or ["transformer.layers.*"]
+    for specs in [[], *([FreezeSpec(a)] for a in aliases), [FreezeSpec("*"), FreezeSpec(aliases[-1], frozen=False)], []]:
+        with torch.no_grad():
+            it.model(batch)
+        trainable = trainable_names(names, specs, it.patterns)
+        apply_freeze(it.model, trainable)
+        before = copies(it.model)
+        for _ in range(2):
+            gradients(it.model, batch)
+            optimizers.step()
+            optimizers.zero_grad()
+        moved = {name.removeprefix("model.") for name in differing(before, copies(it.model))}
+        assert moved <= trainable, f"{specs}: moved, though frozen: {sorted(moved - trainable)}"
+        assert trainable & learning <= moved, f"{specs}: did not move: {sorted(trainable & learning - moved)}"
+
+
+# ---- what sees what -----------------------------------------------------------------------------------------------------
+
+
+def changes(a: Tensor, b: Tensor) -> Tensor:
+    """(B, S): the largest difference of the logits at each position."""
+    return (a - b).abs().amax(-1)
+
+
+@each_mask
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
+def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
+    """Changing the word at t changes no logits before t, nor those of another text; it does change all that may see it."""
+    it = tiny(arch, mask)
+    one = it.batch(sample)
+    words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
+    batch = it.batch(*[sample] * (len(words) + 1))  # row j has its j-th word changed, the last row none
+    rows = torch.arange(len(words))
+    batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % tokenizer().vocab_size
+    logits = all_logits(it.model, batch)
+    moved = changes(logits[:-1], logits[-1:]) > 1e-5  # (words, S)
+    assert torch.equal(moved, may_see(one, mask)[:, words].T)
+
+
+@with_images
+def test_no_image_leaks(arch: str) -> None:
+    """Changing an image changes all words behind it, and nothing that stands before its first position."""
+    for mask in accepted_masks(arch):
+        it = tiny(arch, mask)
+        batch = it.batch(TWO_IMAGES)
+        want = all_logits(it.model, batch)
+        words = batch.kinds[0] >= Kind.PROMPT
+        for image, start in enumerate(batch.image_starts.tolist()):
+            assert batch.images is not None
+            images = batch.images.clone()
+            images[image] = 255 - images[image]
+            moved = changes(all_logits(it.model, replace(batch, images=images)), want)[0] > 1e-5
+            assert moved[words].all()
+            assert mask == "prefix" or not moved[:start].any()
+
+
+@each_mask
+def test_a_row_is_alone(arch: str | None, mask: str) -> None:
+    """Other rows, padding and the order of rows make no difference: every image goes into its own row."""
+    it = tiny(arch, mask)
+    batch = it.batch(*SAMPLES, pad_to=50)
+    batch.input_ids[batch.kinds == Kind.PAD] = 5
+    together = all_logits(it.model, batch)
+    for row, sample in enumerate(SAMPLES):
+        alone = all_logits(it.model, it.batch(sample))
+        torch.testing.assert_close(together[row, : alone.shape[1]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@each_mask
+def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str) -> None:
+    """A prefix mask lets an image see the prompt where there is one alone, so there rows of two are compared with the row of all."""
+    it = tiny(arch, mask)
+    size = 2 if mask == "prefix" else 1
+    together = it.batch(THREE)
+    apart = it.batch(*(replace(THREE, texts=texts) for texts in combinations(THREE.texts, size)))
+    assert together.num_targets * size == apart.num_targets
+    torch.testing.assert_close(it.model(together).loss * size, it.model(apart).loss, rtol=1e-5, atol=0)
+
+
+@with_images
+def test_the_image_matters(arch: str) -> None:
+    it = tiny(arch)
+    batch = it.batch(ONE)
+    assert batch.images is not None
+    logits = [all_logits(it.model, replace(batch, images=images)) for images in (batch.images, torch.full_like(batch.images, 128))]
+    logits.append(all_logits(it.model, it.batch(replace(ONE, images=(picture(9),)))))
+    words = batch.kinds[0] >= Kind.PROMPT
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (changes(logits[a], logits[b])[0, words] > 1e-3).all()
+
+
+@with_images
+def test_a_batch_without_images_keeps_the_encoder_in_the_graph(arch: str) -> None:
+    """Ranks that wait for each other's gradients need one, be it zero; the loss is that of the words alone."""
+    it = tiny(arch)
+    batch = it.batch(NO_IMAGE)
+    assert batch.images is not None and len(batch.images) == 0
+    loss, grads = gradients(it.model, batch)
+    names = {name for name, _ in it.model.named_parameters() if name.startswith(("adapter.", "vision_encoder."))}
+    assert names <= grads.keys()
+    assert not any(grads[name].any() for name in names)
+    mixed = it.batch(NO_IMAGE, ONE)
+    only = replace(mixed, targets=mixed.targets[mixed.targets < mixed.input_ids.shape[1]])
+    torch.testing.assert_close(it.model(only).loss / only.num_targets, loss, rtol=1e-5, atol=1e-6)
+
+
+@each_arch
+def test_nothing_trained_is_loss_zero(arch: str | None) -> None:
+    it = tiny(arch)
+    batch = it.batch(*SAMPLES)
+    batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), targets=batch.targets[:0])
+    output = it.model(batch)
+    assert output.loss.item() == 0 and output.logits.shape == (0, it.job.model.vocab_size)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in it.model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None or grad.any()] == []
+
+
+@each_arch
+def test_the_loss_is_a_sum_over_targets(arch: str | None) -> None:
+    it = tiny(arch)
+    batch = it.batch(*SAMPLES)
+    output, logits = it.model(batch), all_logits(it.model, batch)
+    kept = batch.labels != IGNORE
+    assert int(kept.sum()) == batch.num_targets
+    torch.testing.assert_close(output.logits, logits[kept], rtol=1e-5, atol=1e-5)
+    want = -logits[kept].log_softmax(-1).gather(-1, batch.labels[kept][:, None]).sum()
+    torch.testing.assert_close(output.loss, want, rtol=1e-5, atol=0)
+
+
+# ---- generation ---------------------------------------------------------------------------------------------------------
+
+
+def some_prompts(it: Tiny) -> Batch:
+    """Unequal prompts with one, two, no images, and one image shared by two rows."""
+    rows = [("what colour is it?", [0]), ("", [1]), ("is there a circle? is it red?", [1]), ("red?", [0, 2]), ("what?", [])]
+    return it.prompts(rows if it.model.has_images else [(prompt, []) for prompt, _ in rows], [picture(k) for k in range(3)])
+
+
+@each_mask
+@pytest.mark.parametrize("model", [MODEL, GQA], ids=["default", "gqa"])
+def test_the_cache_is_the_full_forward_pass(arch: str | None, mask: str, model: ModelConfig) -> None:
+    it = tiny(arch, mask, model=model, noise=0.3)
+    prompts = some_prompts(it)
+    made = torch.tensor(generate(it.model, prompts, max_new_tokens=6, eos_id=-1))
+    assert made.shape == (5, 6) and len(made.unique()) > 5
+    with torch.no_grad():
+        for step in range(6):
+            logits = it.model(with_answer(prompts, made[:, :step])).logits
+            assert torch.equal(logits.argmax(-1), made[:, step])
+        torch.testing.assert_close(
+            it.model(prompts, Cache()).logits, it.model(with_answer(prompts, made[:, :0])).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+@each_mask
+def test_prompts_together_are_prompts_one_by_one(arch: str | None, mask: str) -> None:
+    it = tiny(arch, mask, noise=0.3)
+    images = [picture(k) for k in range(3)]
+    rows = [("what colour is it?", [0]), ("", [1]), ("is there a circle? is it red?", [1]), ("red?", [0, 2]), ("what?", [])]
+    rows = rows if it.model.has_images else [(prompt, []) for prompt, _ in rows]
+    together = it.prompts(rows, images)
+    made = generate(it.model, together, max_new_tokens=5, eos_id=-1)
+    with torch.no_grad():
+        logits = it.model(together, Cache()).logits
+        for row, (prompt, which) in enumerate(rows):
+            alone = it.prompts([(prompt, range(len(which)))], [images[k] for k in which])
+            torch.testing.assert_close(it.model(alone, Cache()).logits[0], logits[row], rtol=1e-4, atol=1e-5)
+            assert generate(it.model, alone, max_new_tokens=5, eos_id=-1) == [made[row]]
+
+
+@each_mask
+def test_generation_reads_what_training_reads(arch: str | None, mask: str) -> None:
+    """The prompt of a training row and the same prompt to generate from give the same next token."""
+    it = tiny(arch, mask)
+    batch = it.batch(ONE)
+    first = batch.targets[:1]  # the position that predicts the first token of the answer
+    with torch.no_grad():
+        want = it.model(replace(batch, targets=first)).logits
+        got = it.model(it.prompts([(ONE.texts[0].prompt, [0] if it.model.has_images else [])], ONE.images), Cache()).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
