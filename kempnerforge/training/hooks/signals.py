@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
 
 from kempnerforge.training.trainer import Hook, Trainer
@@ -20,7 +20,8 @@ class Signals(Hook):
             if trainer.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             trainer.stop_requested = True
-            print(f"{signal.Signals(number).name}: stopping after this step; the run can be continued", file=sys.stderr, flush=True)
+            # past Python's buffers: a handler that finds one half written would raise
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step; the run can be continued\n".encode())
 
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, ask)
