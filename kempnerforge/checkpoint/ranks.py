@@ -60,12 +60,12 @@ def agreed(what: str) -> Iterator[None]:
     error: str | None = None
     try:
         yield
-    except (Exception, CheckpointException) as caught:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+    except (Exception, CheckpointException) as caught:
         error = reason(caught)
     errors = [(r, e) for r, e in enumerate(gather(error)) if e is not None]
     if errors:
         first, text = errors[0]
-        same = world_size() == 1 or len({e for _, e in errors}) == 1 and len(errors) == world_size()
+        same = world_size() == 1 or (len({e for _, e in errors}) == 1 and len(errors) == world_size())
         raise CheckpointError(f"{what}: {text}" if same else f"{what}: rank {first}: {text}")
 
 
@@ -79,7 +79,7 @@ def from_rank0(decide: Callable[[], T], what: str = "") -> T:
     if rank() == 0:
         try:
             box[0] = decide()
-        except Exception as caught:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        except Exception as caught:
             box[1] = f"{what}: {reason(caught)}" if what else reason(caught)
     if in_group():
         dist.broadcast_object_list(box, src=0)

@@ -63,7 +63,7 @@ def _read_metadata(path: Path) -> Metadata:
             metadata = _SafeUnpickler(file).load()
     except (CheckpointError, OSError):
         raise
-    except Exception as error:  # noqa: BLE001 - a damaged pickle may raise anything
+    except Exception as error:
         raise CheckpointError(f"{METADATA} is damaged ({type(error).__name__}: {error})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{METADATA} does not describe a checkpoint")
@@ -96,8 +96,7 @@ def tensor_info(path: Path) -> dict[str, TensorInfo]:
     """
     path, info = Path(path), {}
     with agreed(f"cannot read {path}"):
-        info = _info(_read_metadata(path))
-    return info
+        return _info(_read_metadata(path))
 
 
 def load(path: Path, tensors: dict[str, Tensor], *, prefix: str = "") -> None:

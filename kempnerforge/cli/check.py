@@ -66,9 +66,16 @@ def _show(plan) -> None:
         table.add_row(m.name, f"{m.parameters:,}", f"{m.trainable:,}", scale, f"{m.flops / 1e6:,.1f}")
     total = plan.cost.modules
     table.add_row(
-        "total", f"{sum(m.parameters for m in total):,}", f"{sum(m.trainable for m in total):,}", "", f"{plan.cost.flops / 1e6:,.1f}", style="bold"
+        "total",
+        f"{sum(m.parameters for m in total):,}",
+        f"{sum(m.trainable for m in total):,}",
+        "",
+        f"{plan.cost.flops / 1e6:,.1f}",
+        style="bold",
     )
     console = Console(width=100)
     console.print(table)
-    memory = f"weights, gradients, optimizer {plan.cost.state_bytes / 2**20:,.1f} MiB; activations {plan.cost.activation_bytes / 2**20:,.1f} MiB"
+    memory = (
+        f"weights, gradients, optimizer {plan.cost.state_bytes / 2**20:,.1f} MiB; activations {plan.cost.activation_bytes / 2**20:,.1f} MiB"
+    )
     console.print(f"{memory}; rows of {plan.row_length} positions, {plan.useful:.0%} of them useful\n", highlight=False)

@@ -33,12 +33,12 @@ def load_plugins(names: Sequence[str], folder: Path, origin: str) -> list[str]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+        except Exception as error:
             problems.append(f"{origin}: entry point {entry.name!r} of {ENTRY_POINTS!r} ({entry.value}): {_describe(error)}")
     for name in names:
         try:
             resolved.append(_load(name, folder))
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+        except Exception as error:
             problems.append(f"{origin}: plugins: {name!r} cannot be imported: {_describe(error)}")
     if problems:
         raise ConfigError(problems)

@@ -72,7 +72,7 @@ def _decode(data: bytes, size: int) -> np.ndarray:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise ImageError(f"exceeds {MAX_PIXELS} pixels") from None
-    except Exception as error:  # noqa: BLE001 (hostile bytes make parsers raise anything)
+    except Exception as error:
         raise ImageError(f"not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -87,7 +87,7 @@ def _decode(data: bytes, size: int) -> np.ndarray:
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)  # (H, W, 3)
-    except Exception as error:  # noqa: BLE001 (as above)
+    except Exception as error:
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {str(error)[:80]})") from None
 
 

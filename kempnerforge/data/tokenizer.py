@@ -164,7 +164,7 @@ def _read_plain(path: Path) -> Tokenizer | None:
         if config.get("tokenizer_class") not in PLAIN_CLASSES or names["eos"] is None:
             return None
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
-    except Exception as error:  # noqa: BLE001 (the binding raises nothing narrower)
+    except Exception as error:
         raise ValueError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
     return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"])
 

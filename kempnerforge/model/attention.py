@@ -35,9 +35,7 @@ class Segments:
         if self.groups is not None or later.groups is not None:
             parts = [s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)]
             groups = torch.cat(parts, dim=1)
-        return Segments(
-            torch.cat([self.sample_ids, later.sample_ids], dim=1), torch.cat([self.text_ids, later.text_ids], dim=1), groups
-        )
+        return Segments(torch.cat([self.sample_ids, later.sample_ids], dim=1), torch.cat([self.text_ids, later.text_ids], dim=1), groups)
 
     def visible(self, num_queries: int | None = None) -> Tensor:
         """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look."""

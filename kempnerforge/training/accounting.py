@@ -88,7 +88,11 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
     root = type(model).__name__
     modules, counted = [], 0.0
     for part, names in parts(list(parameters)).items():
-        flops = sum(count for name, count in by_module.items() if name == f"{root}.{part}" or (part == "transformer.layers" and _is_layer(name, root)))
+        flops = sum(
+            count
+            for name, count in by_module.items()
+            if name == f"{root}.{part}" or (part == "transformer.layers" and _is_layer(name, root))
+        )
         counted += flops
         size = {n: parameters[n].numel() for n in names}
         modules.append(ModuleCost(part, sum(size.values()), sum(size[n] for n in names if n in trainable), flops / rows))

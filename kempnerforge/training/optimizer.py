@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
-from torch.nn.utils import get_total_norm
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from kempnerforge.config import OptimizerConfig, Stage
 from kempnerforge.training.freeze import match_names
@@ -105,4 +105,3 @@ def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
     if max_norm and norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)
-

@@ -166,7 +166,9 @@ class Trainer:
         torch.manual_seed(hash((self.job.train.seed, self.step, self.world.rank)))
         lr = self.optimizers.set_step(self.stage, self.step)
         counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches]
-        targets, tokens, images, samples, bad, left_out = (int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)]))
+        targets, tokens, images, samples, bad, left_out = (
+            int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)])
+        )
         self._account(batches, samples, bad)
         if not targets:
             raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")

@@ -29,7 +29,9 @@ def arch_class(job: JobConfig) -> type[VLM]:
         return TextOnly
     register_archs()
     if job.vlm.arch not in registry.archs:
-        raise NotImplementedError(f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}")
+        raise NotImplementedError(
+            f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}"
+        )
     return registry.archs.get(job.vlm.arch)
 
 

@@ -28,7 +28,7 @@ def _in_group(body: Callable[[], None]) -> None:
         dist.init_process_group("gloo")
         body()
         dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 - reported through the exit code
+    except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

@@ -73,7 +73,7 @@ def test_unusable_samples_are_replaced_and_reported(list_source: Any, make_encod
     steps = 27  # 8 epochs of 27 rows
     batches = list(islice(loader(source, make_encoder()), steps))
     skipped = [bad for batch in batches for bad in batch.skipped]
-    reasons = {name: reason for name, reason in skipped}
+    reasons = dict(skipped)
     assert set(reasons) == {"list/train[24]", "list/train[25]", "list/train[26]"}
     assert reasons["list/train[24]"] == "row 24 is broken"
     assert "sample broken: image 2 bytes: not an image" in reasons["list/train[25]"]

@@ -71,7 +71,7 @@ def _load(path: str, split: str) -> Any:
             return datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
         else:
             table = datasets.load_dataset(path)
-    except Exception as error:  # noqa: BLE001 (from Arrow, fsspec, the hub: each means that this path cannot be read)
+    except Exception as error:
         raise ValueError(
             f"data: cannot read the dataset {path!r}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
         ) from None
