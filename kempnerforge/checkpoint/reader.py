@@ -94,7 +94,7 @@ def tensor_info(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: on all ranks, when the metadata is missing, damaged or unsafe on any.
     """
-    path, info = Path(path), {}
+    path = Path(path)
     with agreed(f"cannot read {path}"):
         return _info(_read_metadata(path))
 

@@ -142,7 +142,7 @@ def kill_at_random(folder: Path, kills: int, seed: int) -> None:
     for _ in range(kills):
         lines = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
         process = start(*argv)
-        wait_for_lines(process, run, lines + rng.randint(0, 8))
+        wait_for_lines(process, run, lines + rng.randint(0, 6))
         time.sleep(rng.random() * 0.06)  # in a step, in the middle of a checkpoint, in an evaluation
         process.kill()
         _, err = process.communicate()
