@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
     for truth, (right, total) in sorted(by_answer.items(), key=lambda row: -row[1][1]):
         print(f"  {truth:24s} {right:6d} / {total:<6d} {right / total:7.2%}", file=sys.stderr)
     for key, value in values.items():
-        print(f"{key:24s} {value}")
+        print(f"{key:24s} {value:.4f}" if isinstance(value, float) else f"{key:24s} {value}")
     return 0
