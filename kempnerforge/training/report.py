@@ -265,7 +265,7 @@ def _examples(examples: Sequence[Example]) -> str:
         )
     right = sum(one.right for one in examples)
     return (
-        f'<section><h2>Held-out examples</h2><p class="note">{right} of the {len(examples)} shown are right.</p>'
+        f'<section><h2>Held-out examples</h2><p class="note">{right} of the {len(examples)} shown are right; mistakes are picked first.</p>'
         f'<div class="grid">{"".join(cards)}</div></section>'
     )
 

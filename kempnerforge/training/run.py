@@ -39,6 +39,8 @@ def train(job: JobConfig, *, fresh: bool = False) -> bool:
     """
     run_dir = Path(job.run.dir)
     world = worlds.start(job.distributed)
+    if not world.is_main:
+        LOG.setLevel(logging.WARNING)  # what all ranks know, one says
     try:
         if fresh:
             _move_aside(run_dir, world)
