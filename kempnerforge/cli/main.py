@@ -113,7 +113,7 @@ def tune_process() -> None:
 
     OpenMP threads that spin while they wait slow everything on shared cores by a factor of four, so they are told to give up early. And
     freed memory is kept: by default glibc hands each large tensor back to the system and takes new, zeroed pages for the next one, which
-    costs an eighth of all CPU time.
+    cost about an eighth of the CPU time where it was measured.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:

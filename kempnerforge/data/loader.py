@@ -100,7 +100,7 @@ def row_classes(source: Source, layout: Layout) -> list[int]:
     """Roughly how long each sample's row is, in steps of ``CLASS_POSITIONS``: rows of one class may stand in one batch.
 
     NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill whole batches, and a model that
-    sees one text at a time learns far more slowly: 94 % instead of 99 % on the quickstart.
+    sees one text at a time learns far more slowly: 94.4 % against 99.5 % in one pair of quickstart runs.
     """
     image = layout.image_tokens if layout.image_size else 0
     return [(image + source.length(index) // CHARACTERS_PER_TOKEN) // CLASS_POSITIONS for index in range(len(source))]
