@@ -96,6 +96,7 @@ def one_rank_in_trouble(root: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         dist.barrier()
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001"], list(folder.iterdir())
+        dist.barrier()  # the next save may make its directory only after both ranks have looked
         expect("state is not plain JSON", lambda: save(folder, 2, tensors, {"x": {1}}, {}, keep=2))
         expect("rank 1: 'a' is a int", lambda: save(folder, 2, {**tensors, "a": 1 if last else tensors["a"]}, {}, {}, keep=2))
         expect("different names", lambda: save(folder, 2, {**tensors, **({"b": tensors["a"]} if last else {})}, {}, {}, keep=2))
