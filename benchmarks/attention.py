@@ -1,6 +1,10 @@
-"""Attention on this machine: the fused kernel against the written-out form that ``attend`` takes for short rows on a CPU.
+"""Attention on this machine, forward and backward: kernels, and forms of the mask.
 
-Usage: python benchmarks/attention.py [--repeats 15]
+First the fused kernel against the written-out form that ``attend`` takes for short rows on a CPU, both causal. Then an image whose tokens
+see each other in front of words: one product with an additive mask against ``Prefix``, two products on slices. Times are CPU time of
+the process, so that others disturb them less: run it with one thread. The candidates take turns; the median is shown.
+
+Usage: OMP_NUM_THREADS=1 python benchmarks/attention.py [--repeats 15]
 """
 
 from __future__ import annotations
@@ -18,9 +22,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from kempnerforge.model.attention import written_out  # noqa: E402
+from kempnerforge.model.attention import Prefix, Segments, additive, attend, written_out  # noqa: E402
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SHAPES = [(32, 3, 64, 32), (16, 4, 136, 32), (16, 12, 196, 64), (4, 9, 512, 64), (2, 9, 1024, 64)]
+ROWS = [(48, 20, 16, 1), (48, 24, 16, 1), (24, 77, 16, 8), (16, 72, 64, 1), (8, 192, 128, 8), (8, 260, 196, 1)]
+"""B, S, image tokens, texts behind them; the first three are the quickstart's batches. Four heads of 32."""
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,26 +39,45 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return written_out(q, k, v, None, q.shape[-1] ** -0.5, 0.0, causal=True)
 
 
-def measure(attention: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> float:
-    """Median milliseconds of forward and backward."""
+def measure(candidates: list[Attention], shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[float]:
+    """Median CPU milliseconds of forward and backward of each."""
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
-    times = []
+    times: list[list[float]] = [[] for _ in candidates]
     for _ in range(repeats + 3):
-        begin = time.perf_counter()
-        attention(q, k, v).sum().backward()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[3:]) * 1e3
+        for attention, taken in zip(candidates, times, strict=True):
+            begin = time.process_time()
+            attention(q, k, v).sum().backward()
+            taken.append(time.process_time() - begin)
+    return [statistics.median(taken[3:]) * 1e3 for taken in times]
+
+
+def structure(batch: int, length: int, image: int, texts: int) -> Segments:
+    """Rows of one image and ``texts`` texts that do not see each other."""
+    sample_ids = torch.zeros(batch, length, dtype=torch.int64)
+    text_ids, groups = sample_ids.clone(), sample_ids.clone()
+    text_ids[:, image:] = 1 + torch.arange(length - image) * texts // (length - image)
+    groups[:, :image] = 1
+    return Segments(sample_ids, text_ids, groups, has_documents=texts > 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
-    print(f"{'B, heads, S, head_dim':24s} {'dtype':8s} {'fused ms':>9s} {'written out ms':>15s} {'ratio':>6s}")
+    print(f"{'B, heads, S, head_dim':24s} {'dtype':8s} {'fused ms':>12s} {'written out ms':>15s} {'ratio':>6s}")
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
-            a, b = measure(fused, shape, dtype, repeats), measure(ours, shape, dtype, repeats)
-            print(f"{shape!s:24s} {str(dtype)[6:]:8s} {a:9.2f} {b:15.2f} {b / a:6.2f}", flush=True)
+            a, b = measure([fused, ours], shape, dtype, repeats)
+            print(f"{shape!s:24s} {str(dtype)[6:]:8s} {a:12.2f} {b:15.2f} {b / a:6.2f}", flush=True)
+    print(f"\n{'B, S, image, texts':24s} {'dtype':8s} {'additive ms':>12s} {'prefix ms':>15s} {'ratio':>6s}")
+    for batch, length, image, texts in ROWS:
+        for dtype in (torch.bfloat16, torch.float32):
+            found = structure(batch, length, image, texts)
+            dense = additive(found.visible(), dtype)
+            prefix = Prefix(image, additive(found.visible(length - image), dtype) if found.has_documents else None)
+            forms: list[Attention] = [lambda q, k, v, mask=mask: attend(q, k, v, mask) for mask in (dense, prefix)]
+            a, b = measure(forms, (batch, 4, length, 32), dtype, repeats)
+            print(f"{(batch, length, image, texts)!s:24s} {str(dtype)[6:]:8s} {a:12.2f} {b:15.2f} {b / a:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,3 +89,31 @@ class AvgPoolConfig(GridAdapterConfig):
     """The mean of each ``factor`` x ``factor`` window, then a projection."""
 
     type: str = "avg_pool"
+
+
+@registry.register_adapter_config
+@dataclass
+class PerceiverConfig(AdapterConfig):
+    """The Perceiver resampler (Flamingo: Alayrac et al. 2022): any number of features become a fixed number of tokens.
+
+    Attributes:
+        latents: learned queries, and tokens that leave.
+        depth: layers of attention and feed-forward, at the width of the vision features.
+        heads, head_dim: of its attention; their product is free of the width.
+        ff_mult: hidden width of the feed-forward, in widths of the vision features.
+    """
+
+    type: str = "perceiver"
+    latents: int = 64
+    depth: int = 6
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "latents", "depth", "heads", "head_dim", "ff_mult")
+
+    def num_tokens(self, num_features: int) -> int:
+        """``latents``, whatever ``num_features`` is."""
+        return self.latents

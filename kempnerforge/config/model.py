@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, more_than, one_of
 
@@ -41,6 +41,8 @@ class ModelConfig:
         ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up to 32 for the gated ones.
         activation: "swiglu", "geglu" (Shazeer 2020; tanh GELU) or "gelu" (not gated).
         vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, a smaller one is an error.
+        new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a module of their own,
+            ``transformer.new_tokens``, so that they can train while the rest of the embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.
         norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight`` (Gemma).
         qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
@@ -49,6 +51,7 @@ class ModelConfig:
         embed_scale: embeddings times ``sqrt(dim)`` (Gemma).
         attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
         attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` (Gemma 2); 0 is off.
+        dropout: on what attention and feed-forward add to the stream, in training (Srivastava et al. 2014).
         init_std: normal init of all matrices; 0 keeps PyTorch's default for linear layers, the embedding has 0.02 then.
     """
 
@@ -72,7 +75,9 @@ class ModelConfig:
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    dropout: float = 0.0
     init_std: float = 0.0
+    new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len")
@@ -80,6 +85,10 @@ class ModelConfig:
         at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap")
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", ("swiglu", "geglu", "gelu"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
+        if "" in self.new_tokens or len(set(self.new_tokens)) != len(self.new_tokens):
+            raise ValueError(f"new_tokens = {self.new_tokens}: needs names, each once")
         if not self.head_dim and self.dim % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
         if self.n_heads % self.kv_heads:

@@ -1,16 +1,18 @@
 """Adapters: from the vision encoder's features to tokens of the language model's width.
 
-Shapes: N images, F features of one image, s ``factor``, Di ``in_dim``, Do ``out_dim``, T tokens that leave.
+Shapes: N images, F features of one image, s ``factor``, Di ``in_dim``, Do ``out_dim``, T tokens that leave, H heads, E head width.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig
+from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig, PerceiverConfig
+from kempnerforge.model.attention import attend
 
 
 class MLP(nn.Module):
@@ -127,6 +129,54 @@ class AvgPoolAdapter(GridAdapter):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(self.pool(features))
+
+
+class PerceiverLayer(nn.Module):
+    """Latents read the features and themselves, then a feed-forward, each added to them (Alayrac et al. 2022, figure 5)."""
+
+    def __init__(self, cfg: PerceiverConfig, dim: int) -> None:
+        super().__init__()
+        inner = cfg.heads * cfg.head_dim
+        self.head_dim = cfg.head_dim
+        self.media_norm, self.latents_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q_proj = nn.Linear(dim, inner, bias=False)
+        self.k_proj = nn.Linear(dim, inner, bias=False)
+        self.v_proj = nn.Linear(dim, inner, bias=False)
+        self.o_proj = nn.Linear(inner, dim, bias=False)
+        self.mlp = MLP(dim, cfg.ff_mult * dim, dim, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(N, L, H * E) -> (N, H, L, E)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
+        """(N, T, Di), (N, F, Di) -> (N, T, Di)."""
+        queries = self.latents_norm(latents)
+        media = torch.cat([self.media_norm(features), queries], dim=1)  # (N, F + T, Di)
+        q, k, v = self.heads(self.q_proj(queries)), self.heads(self.k_proj(media)), self.heads(self.v_proj(media))
+        latents = latents + self.o_proj(attend(q, k, v, causal=False))
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+@registry.register_adapter("perceiver")
+class PerceiverAdapter(Adapter):
+    """The Perceiver resampler (Alayrac et al. 2022, section 2.1): learned latents take in any number of features, in any order.
+
+    It works at the width of the vision features, as Flamingo's does; a projection to the language model's width follows.
+    """
+
+    def __init__(self, cfg: PerceiverConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, out_dim, num_features)
+        self.latents = nn.Parameter(torch.randn(cfg.latents, in_dim))
+        self.layers = nn.ModuleList(PerceiverLayer(cfg, in_dim) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(in_dim)
+        self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.latents.expand(len(features), -1, -1)  # (N, T, Di)
+        for layer in self.layers:
+            x = layer(x, features)
+        return self.proj(self.norm(x))
 
 
 def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:

@@ -5,11 +5,41 @@ Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, S positions
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+FLEX_FROM = 1024
+"""Keys from which FlexAttention is taken on CUDA: it skips the blocks that nobody sees and needs no (Q, K) mask in memory."""
+PREFIX_FROM = 64
+"""Length from which a ``Prefix`` is taken on CUDA, where a kernel without a mask is the fast one.
+
+NOTE: never on a CPU. There two products on slices take 1.3 to 1.7 times as long as one with a mask for 16 positions, and 0.9 (fp32) to 1.1
+(bf16) times for 128 and 196. ``benchmarks/attention.py`` measures it.
+"""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first positions of every row see exactly each other, in both directions.
+
+    Attention is then two products on slices, and the first one needs no mask; with ``rest`` None neither does.
+
+    Attributes:
+        length: how many, the same in every row.
+        rest: (B, 1, S - length, K) additive, what the positions behind them see; None is plain causal.
+    """
+
+    length: int
+    rest: Tensor | None = None
+
+
+Mask = Tensor | Prefix | BlockMask
+"""Any form of "who sees whom" that ``attend`` takes; a tensor is additive, (B, 1, Q, K)."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +53,105 @@ class Segments:
         sample_ids: (B, K) int64; -1 is padding.
         text_ids: (B, K) int64; 0 is the shared part of a sample.
         groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None: there are no such groups.
+        order: (B, K) int64, where each key stands in the stream. None: as it is stored.
+        has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
     """
 
     sample_ids: Tensor
     text_ids: Tensor
     groups: Tensor | None = None
+    order: Tensor | None = None
+    has_documents: bool = True
+
+    @property
+    def num_keys(self) -> int:
+        return self.sample_ids.shape[1]
+
+    def take(self, index: Tensor) -> Segments:
+        """The structure of the stream stored in another order.
+
+        Args:
+            index: (B, S') int64, the position that comes to stand at each place; -1 makes the place padding.
+        """
+        padding, place = index < 0, index.clamp(min=0)
+
+        def taken(ids: Tensor, nothing: int) -> Tensor:
+            return ids.gather(1, place).masked_fill(padding, nothing)
+
+        order = index if self.order is None else taken(self.order, -1)
+        groups = None if self.groups is None else taken(self.groups, 0)
+        return Segments(taken(self.sample_ids, -1), taken(self.text_ids, 0), groups, order)
 
     def extend(self, later: Segments) -> Segments:
-        """These keys followed by ``later`` ones."""
-        groups = None
+        """These keys followed by ``later`` ones, which come behind all of these in the stream."""
+        groups = order = None
         if self.groups is not None or later.groups is not None:
-            parts = [s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)]
-            groups = torch.cat(parts, dim=1)
-        return Segments(torch.cat([self.sample_ids, later.sample_ids], dim=1), torch.cat([self.text_ids, later.text_ids], dim=1), groups)
+            groups = torch.cat([s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)], dim=1)
+        if self.order is not None or later.order is not None:
+            earlier = self._order()
+            order = torch.cat([earlier, later._order() + earlier.amax(dim=1, keepdim=True) + 1], dim=1)
+        ids = [torch.cat(pair, dim=1) for pair in ((self.sample_ids, later.sample_ids), (self.text_ids, later.text_ids))]
+        return Segments(ids[0], ids[1], groups, order)
+
+    def _order(self) -> Tensor:
+        """(B, K)."""
+        if self.order is not None:
+            return self.order
+        return torch.arange(self.num_keys, device=self.sample_ids.device).expand_as(self.sample_ids)
+
+    def rule(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """``rule(row, head, query, key) -> bool``, all index tensors that broadcast; the form that FlexAttention takes."""
+        samples, texts, groups, order = self.sample_ids, self.text_ids, self.groups, self.order
+
+        def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            text = texts[row, key]
+            own = (samples[row, query] == samples[row, key]) & ((text == 0) | (text == texts[row, query]))
+            reached = query >= key if order is None else order[row, query] >= order[row, key]
+            if groups is not None:
+                group = groups[row, query]
+                reached = reached | ((group == groups[row, key]) & (group > 0))
+            return own & reached
+
+        return may_look
 
     def visible(self, num_queries: int | None = None) -> Tensor:
         """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look."""
-        keys = self.sample_ids.shape[1]
-        first = keys - (keys if num_queries is None else num_queries)
-        pair = lambda ids: (ids[:, first:, None], ids[:, None, :])  # (B, Q, 1), (B, 1, K)
-        sample_q, sample_k = pair(self.sample_ids)
-        text_q, text_k = pair(self.text_ids)
-        order = torch.arange(keys, device=self.sample_ids.device)
-        earlier = order[first:, None] >= order[None, :]  # (Q, K)
-        if self.groups is not None:
-            group_q, group_k = pair(self.groups)
-            earlier = earlier | ((group_q == group_k) & (group_q > 0))
-        return ((sample_q == sample_k) & ((text_k == 0) | (text_k == text_q)) & earlier)[:, None]
+        device = self.sample_ids.device
+        row = torch.arange(self.sample_ids.shape[0], device=device)[:, None, None]
+        key = torch.arange(self.num_keys, device=device)
+        query = key if num_queries is None else key[self.num_keys - num_queries :]
+        return self.rule()(row, row, query[:, None], key)[:, None]
+
+    def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | None:
+        """What the last ``num_queries`` positions may see, in the cheapest form on this device; None is plain causal.
+
+        Args:
+            num_queries: Q.
+            dtype: of the scores.
+            leading: that many positions at the start of every row form one bidirectional group and see nothing else, and there is no
+                other group where ``has_documents`` is False; 0 makes no such promise.
+        """
+        whole = num_queries == self.num_keys
+        plain = whole and not self.has_documents and self.order is None
+        if plain and self.groups is None:
+            return None
+        fast = whole and on_cuda(self.sample_ids)
+        prefix = fast and leading >= PREFIX_FROM
+        if plain and prefix:
+            return Prefix(leading)
+        if fast and num_queries >= FLEX_FROM:
+            return self.blocks()
+        if prefix:
+            return Prefix(leading, additive(self.visible(num_queries - leading), dtype))
+        return additive(self.visible(num_queries), dtype)
+
+    def blocks(self) -> BlockMask:
+        """All positions against all, for FlexAttention (Dong et al. 2024)."""
+        return create_block_mask(self.rule(), self.sample_ids.shape[0], None, self.num_keys, self.num_keys, device=self.sample_ids.device)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,14 +160,14 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None, softcap: float = 0.0, causal: bool = True
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None = None, softcap: float = 0.0, causal: bool = True
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), grouped-query when k and v have fewer heads.
 
     Args:
         q: (B, H, Q, E).
         k, v: (B, G, K, E); G divides H.
-        mask: (B, 1, Q, K) additive; it says everything, ``causal`` is not read then.
+        mask: it says everything, ``causal`` is not read then.
         scale: of the scores; None means ``E ** -0.5``.
         softcap: ``cap * tanh(scores / cap)`` before the mask (Gemma 2); 0 is off.
         causal: without a mask: query i sees keys up to K - Q + i; False sees all.
@@ -77,6 +179,10 @@ def attend(
     tokens, 42 against 14 for 196; they meet near 512. Elsewhere the fused kernel wins. ``benchmarks/`` measures both.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    if isinstance(mask, Prefix):
+        return _attend_prefix(q, k, v, mask, scale, softcap)
+    if isinstance(mask, BlockMask):
+        return _attend_blocks(q, k, v, mask, scale, softcap)
     short = q.device.type == "cpu" and k.shape[2] <= (512 if q.dtype == torch.bfloat16 else 64)
     if softcap or short:
         return written_out(q, k, v, mask, scale, softcap, causal)
@@ -89,12 +195,40 @@ def attend(
     return o.transpose(1, 2).flatten(2)
 
 
+def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Prefix, scale: float, softcap: float) -> Tensor:
+    length = mask.length
+    assert q.shape[2] == k.shape[2] > length, "a prefix is part of the stream, and something follows it"
+    first = attend(q[:, :, :length], k[:, :, :length], v[:, :, :length], scale=scale, softcap=softcap, causal=False)  # (B, length, H * E)
+    if mask.rest is None and on_cuda(q) and not softcap:  # the causal kernel needs no mask; its first rows are thrown away
+        rest = attend(q, k, v, scale=scale)[:, length:]
+    else:
+        rest = attend(q[:, :, length:], k, v, mask.rest, scale=scale, softcap=softcap)  # (B, S - length, H * E)
+    return torch.cat([first, rest], dim=1)
+
+
+_compiled_flex: Callable[..., Tensor] | None = None
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float) -> Tensor:
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    kernel: Callable[..., Tensor] = flex_attention
+    if on_cuda(q) and not torch.compiler.is_compiling():  # uncompiled it would write out all scores
+        global _compiled_flex
+        _compiled_flex = _compiled_flex or torch.compile(flex_attention)
+        kernel = _compiled_flex
+    o = kernel(q, k, v, score_mod=capped if softcap else None, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).flatten(2)
+
+
 def _causal_bias(q: Tensor, k: Tensor) -> Tensor:
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     return additive(visible, q.dtype)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool) -> Tensor:
+    """``attend`` as matrix products, with a mask that is additive."""
     batch, heads, queries, _ = q.shape
     groups = k.shape[1]
     if groups != heads:  # each key/value head serves heads / groups query heads: fold them into the query axis

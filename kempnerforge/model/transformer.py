@@ -5,8 +5,11 @@ Shapes: B rows, S positions, D ``dim``, H query heads, G key/value heads, E head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,15 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.model.attention import Segments, attend
+from kempnerforge.model.attention import Mask, Segments, attend
 from kempnerforge.model.rope import Rope, rotate
 
 
 class Cache:
-    """Keys and values of the positions so far, one entry per layer, and the structure they belong to."""
+    """Keys and values of the positions so far, one entry per layer, and the structure they belong to.
+
+    Attributes:
+        segments: that structure.
+        kept: what an arch computes once, with the prompt, under names of its own.
+    """
 
     def __init__(self) -> None:
         self.segments: Segments | None = None
+        self.kept: dict[str, Any] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,13 +49,33 @@ class Context:
 
     Attributes:
         rope: tables of the stream's positions.
-        mask: (B, 1, S, K) additive; None is plain causal.
+        mask: who sees whom; None is plain causal.
         cache: keys and values of earlier positions, when generating.
     """
 
     rope: Rope
-    mask: Tensor | None = None
+    mask: Mask | None = None
     cache: Cache | None = None
+
+
+@contextmanager
+def aside(name: str = "") -> Iterator[None]:
+    """Random draws in here leave the stream of draws alone: what an arch adds to a layer does not change the text weights behind it.
+
+    Args:
+        name: the seed depends on it and on where the stream stands; two asides between the same two draws need two names.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + zlib.crc32(name.encode()))
+        yield
+
+
+def init_weights(module: nn.Module, cfg: ModelConfig) -> None:
+    """Gives all linear layers of ``module`` the standard deviation ``init_std``; 0 leaves them as they are."""
+    if cfg.init_std:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=cfg.init_std)
 
 
 class RMSNorm(nn.Module):
@@ -82,6 +111,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+        self.dropout = nn.Dropout(cfg.dropout)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
             self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
@@ -94,6 +124,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
         return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
 
+    def out(self, o: Tensor) -> Tensor:
+        """What the heads read, projected: (B, S, H * E) -> (B, S, D)."""
+        return self.dropout(self.o_proj(o))
+
 
 class MLP(nn.Module):
     """Feed-forward: SwiGLU or GeGLU (Shazeer 2020, eq. 6), or two layers with a tanh GELU."""
@@ -104,11 +138,12 @@ class MLP(nn.Module):
         self.gate_proj = None if cfg.activation == "gelu" else nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=False)
+        self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x)
+        hidden = self.activation(hidden) if self.gate_proj is None else self.activation(hidden) * self.up_proj(x)
+        return self.dropout(self.down_proj(hidden))
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -126,6 +161,7 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
         self.mlp = MLP(cfg)
+        init_weights(self, cfg)
 
     def pre(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Norm and projections: (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E)."""
@@ -139,18 +175,46 @@ class Block(nn.Module):
 
     def post(self, x: Tensor, o: Tensor) -> Tensor:
         """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S, D)."""
-        x = x + self.attention.o_proj(o)
+        x = x + self.attention.out(o)
         return x + self.mlp(self.mlp_norm(x))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.post(x, self.attend(*self.pre(x, ctx.rope), ctx))
 
 
+class NewTokens(nn.Module):
+    """Embeddings of tokens behind the base vocabulary, apart from it: they can train while the rest of the embedding is frozen (Flamingo,
+    Alayrac et al. 2022, trains those of its special tokens alone).
+
+    Args:
+        count: n, how many.
+        dim: D.
+        tied: the output head reads the embedding, too.
+        std: of fresh embeddings.
+    """
+
+    def __init__(self, count: int, dim: int, tied: bool, std: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(count, dim)
+        self.output_head = None if tied else nn.Linear(dim, count, bias=False)
+        nn.init.normal_(self.embedding.weight, std=std)
+
+    def embed(self, ids: Tensor, base: nn.Embedding) -> Tensor:
+        """``ids`` (B, S) of both vocabularies -> (B, S, D)."""
+        first = base.num_embeddings
+        is_new = (ids >= first)[..., None]  # (B, S, 1)
+        return torch.where(is_new, self.embedding((ids - first).clamp(min=0)), base(ids.clamp(max=first - 1)))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., n)."""
+        return F.linear(x, self.embedding.weight) if self.output_head is None else self.output_head(x)
+
+
 class Transformer(nn.Module):
     """Decoder-only language model: ``embed``, ``run`` through the layers, ``unembed``.
 
     Args:
-        cfg: with ``vocab_size`` set.
+        cfg: with ``vocab_size`` set; V is that and the new tokens.
         block: makes layer i; an arch passes its own.
     """
 
@@ -158,19 +222,22 @@ class Transformer(nn.Module):
         super().__init__()
         assert cfg.vocab_size > 0, "the vocabulary size is resolved from the tokenizer before the model is built"
         self.cfg = cfg
+        std = cfg.init_std or 0.02
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
         self.output_head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        nn.init.normal_(self.token_embedding.weight, std=cfg.init_std or 0.02)
-        if cfg.init_std:
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=cfg.init_std)
+        nn.init.normal_(self.token_embedding.weight, std=std)
+        if self.output_head is not None:
+            init_weights(self.output_head, cfg)
+        self.new_tokens = None
+        if cfg.new_tokens:
+            with aside():
+                self.new_tokens = NewTokens(len(cfg.new_tokens), cfg.dim, cfg.tie_embeddings, std)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) -> (B, S, D)."""
-        x = self.token_embedding(ids)
+        x = self.token_embedding(ids) if self.new_tokens is None else self.new_tokens.embed(ids, self.token_embedding)
         return x * torch.tensor(self.cfg.dim**0.5, dtype=x.dtype, device=x.device) if self.cfg.embed_scale else x
 
     def run(self, x: Tensor, ctx: Context) -> Tensor:
@@ -183,6 +250,8 @@ class Transformer(nn.Module):
         """Final norm and head: (..., D) -> (..., V) in fp32."""
         x = self.norm(x)
         logits = F.linear(x, self.token_embedding.weight) if self.output_head is None else self.output_head(x)
+        if self.new_tokens is not None:
+            logits = torch.cat([logits, self.new_tokens.logits(x)], dim=-1)
         logits = logits.float()
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge.config.adapter import AvgPoolConfig, GridAdapterConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
+from kempnerforge.config.adapter import (
+    AvgPoolConfig,
+    GridAdapterConfig,
+    LinearAdapterConfig,
+    MLPAdapterConfig,
+    PerceiverConfig,
+    PixelShuffleConfig,
+)
 from kempnerforge.config.vision import ViTConfig
 
 GRIDS = [PixelShuffleConfig, AvgPoolConfig]
@@ -32,6 +39,22 @@ def test_each_token_stands_for_a_window(cls: type[GridAdapterConfig], side: int,
 
 def test_projections_keep_the_count() -> None:
     assert [cls().num_tokens(50) for cls in (LinearAdapterConfig, MLPAdapterConfig)] == [50, 50]
+
+
+@given(features=st.integers(1, 5000), latents=st.integers(1, 100))
+def test_a_resampler_gives_its_latents(features: int, latents: int) -> None:
+    assert PerceiverConfig(latents=latents).num_tokens(features) == latents
+
+
+def test_a_resampler_by_default_is_flamingos() -> None:
+    cfg = PerceiverConfig()
+    assert (cfg.latents, cfg.depth, cfg.heads, cfg.head_dim, cfg.ff_mult) == (64, 6, 8, 64, 4)
+
+
+@pytest.mark.parametrize("key", ["latents", "depth", "heads", "head_dim", "ff_mult"])
+def test_a_resampler_without_something(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} = 0: must be >= 1"):
+        PerceiverConfig(**{key: 0})
 
 
 def test_bad_values() -> None:

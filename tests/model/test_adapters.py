@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import IdeficsConfig
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from kempnerforge.config import registry
-from kempnerforge.config.adapter import AdapterConfig, AvgPoolConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
-from kempnerforge.model.adapters import Adapter, AvgPoolAdapter, PixelShuffleAdapter, build_adapter
+from kempnerforge.config.adapter import (
+    AdapterConfig,
+    AvgPoolConfig,
+    LinearAdapterConfig,
+    MLPAdapterConfig,
+    PerceiverConfig,
+    PixelShuffleConfig,
+)
+from kempnerforge.model.adapters import Adapter, AvgPoolAdapter, PerceiverAdapter, PixelShuffleAdapter, build_adapter
 
-ALL = [LinearAdapterConfig(), MLPAdapterConfig(), PixelShuffleConfig(), AvgPoolConfig()]
+PERCEIVER = PerceiverConfig(latents=5, depth=2, heads=3, head_dim=4)
+ALL = [LinearAdapterConfig(), MLPAdapterConfig(), PixelShuffleConfig(), AvgPoolConfig(), PERCEIVER]
 by_type = pytest.mark.parametrize("cfg", ALL, ids=lambda c: c.type)
 
 
@@ -117,6 +128,50 @@ def test_grids_that_do_not_fit(config: type[PixelShuffleConfig]) -> None:
         build_adapter(config(factor=3), 6, 10, 16)
     with pytest.raises(ValueError, match=r"factor = 2: does not divide the grid of 1 x 1 vision features$"):
         build_adapter(config(), 6, 10, 1)
+
+
+def idefics_resampler(cfg: PerceiverConfig, dim: int) -> IdeficsPerceiverResampler:
+    """Transformers' own, with GELU for its ReLU."""
+    whole = IdeficsConfig()
+    whole.vision_config.embed_dim = dim
+    it = IdeficsPerceiverResampler(whole, dim, cfg.depth, cfg.heads, cfg.head_dim, cfg.latents)
+    for module in it.modules():
+        if hasattr(module, "act"):
+            module.act = nn.GELU()
+    return it
+
+
+@pytest.mark.parametrize("features", [1, 9, 100])
+def test_perceiver_is_that_of_transformers(features: int) -> None:
+    ours = build_adapter(PERCEIVER, 6, 10, 16)
+    assert isinstance(ours, PerceiverAdapter)
+    theirs = idefics_resampler(PERCEIVER, 6)
+    ordered = [ours.latents]
+    for layer in ours.layers:
+        attention = (layer.media_norm, layer.latents_norm, layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+        ordered += chain.from_iterable(part.parameters() for part in (*attention, layer.mlp_norm, layer.mlp))
+    ordered += ours.norm.parameters()
+    with torch.no_grad():
+        for mine, other in zip(ordered, theirs.parameters(), strict=True):
+            other.copy_(mine.add_(0.3 * torch.randn_like(mine)))
+    x = torch.randn(2, features, 6)
+    torch.testing.assert_close(ours(x), ours.proj(theirs(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_perceiver_by_default_is_flamingos() -> None:
+    """64 latents, 6 layers of 8 heads of 64, feed-forward 4 times as wide: counted by hand."""
+    with torch.device("meta"):
+        adapter = build_adapter(PerceiverConfig(), 1024, 2048, 256)
+    layer = 3 * 1024 * 512 + 512 * 1024 + 8 * 1024**2 + 3 * 2 * 1024
+    assert sum(p.numel() for p in adapter.parameters()) == 64 * 1024 + 6 * layer + 2 * 1024 + 1024 * 2048 + 2048
+
+
+def test_perceiver_takes_features_in_any_number_and_order() -> None:
+    adapter = build_adapter(PERCEIVER, 6, 10, 16)
+    x = torch.randn(2, 17, 6)  # with a CLS token, no square grid
+    assert adapter(x).shape == adapter(x[:, :3]).shape == (2, 5, 10)
+    assert build_adapter(PERCEIVER, 6, 10, 17).num_tokens == 5
+    torch.testing.assert_close(adapter(x), adapter(x[:, torch.randperm(17)]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_config_without_a_model_says_so() -> None:

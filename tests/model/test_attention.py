@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
-from kempnerforge.model.attention import Segments, additive, attend
+from kempnerforge.model import attention
+from kempnerforge.model.attention import FLEX_FROM, Mask, Prefix, Segments, additive, attend
 
 SHORT, LONG = 9, 70
 """Lengths in fp32 on both sides of where the fused kernel takes over on a CPU."""
@@ -201,3 +205,234 @@ def test_never_another_sample_never_another_text(row: list[tuple[int, int, int]]
                 assert bool(visible[q, k]) == (grouped and groups[q] == groups[k] > 0)
             else:
                 assert visible[q, k]
+
+
+# ---- a stream in another order ------------------------------------------------------------------------------------------
+
+
+def test_taking_another_order_permutes_the_mask() -> None:
+    """Image tokens first, words behind them: everybody sees whom they saw before."""
+    index = torch.tensor([[5, 2, 0, 7, 1, 6, 4, 3]])
+    for groups in (None, GROUPS):
+        whole = segments(SAMPLE, TEXT, groups)
+        assert torch.equal(whole.take(index).visible()[0, 0], whole.visible()[0, 0][index[0]][:, index[0]])
+        again = torch.randperm(8, generator=torch.Generator().manual_seed(0))[None]
+        twice = whole.take(index).take(again)
+        assert torch.equal(twice.visible()[0, 0], whole.visible()[0, 0][index[0, again[0]]][:, index[0, again[0]]])
+
+
+def test_taking_makes_padding_and_leaves_out() -> None:
+    """Rows with fewer images are padded; padding sees padding alone, wherever it stands."""
+    taken = segments(SAMPLE, TEXT, GROUPS).take(torch.tensor([[-1, 1, 0, -1, 3]]))
+    assert taken.order is not None and taken.order.tolist() == [[-1, 1, 0, -1, 3]]
+    assert torch.equal(taken.visible()[0, 0], drawn("x..x. .xx.. .xx.. x..x. .xx.x"))
+    causal = segments(SAMPLE, TEXT).take(torch.tensor([[-1, 1, 0, -1, 3]]))
+    assert torch.equal(causal.visible()[0, 0], drawn("x..x. .xx.. ..x.. x..x. .xx.x"))
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_a_cache_extends_another_order(groups: list[int] | None) -> None:
+    """The prompt is stored in another order, what follows it is not."""
+    whole = segments(SAMPLE[:7], TEXT[:7], groups and groups[:7])
+    first = segments(SAMPLE[:5], TEXT[:5], groups and groups[:5]).take(torch.tensor([[2, 3, 4, 1, 0]]))
+    joined = first.extend(segments(SAMPLE[5:6], TEXT[5:6], groups and groups[5:6])).extend(
+        segments(SAMPLE[6:7], TEXT[6:7], groups and groups[6:7])
+    )
+    order = torch.tensor([2, 3, 4, 1, 0, 5, 6])
+    assert joined.order is not None and joined.order.tolist() == [order.tolist()]
+    assert torch.equal(joined.visible()[0, 0], whole.visible()[0, 0][order][:, order])
+    assert torch.equal(joined.visible(1), joined.visible()[:, :, -1:])
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids, st.booleans(), st.randoms(use_true_random=False))
+def test_order_of_storage_does_not_matter(row: list[tuple[int, int, int]], grouped: bool, random: object) -> None:
+    samples, texts, groups = (list(column) for column in zip(*row, strict=True))
+    order = list(range(len(row)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    whole = segments(samples, texts, groups if grouped else None)
+    want = whole.visible()[0, 0][order][:, order]
+    assert torch.equal(whole.take(torch.tensor([order])).visible()[0, 0], want)
+
+
+# ---- forms of a mask ----------------------------------------------------------------------------------------------------
+
+
+def prefixed(length: int, prefix: int, texts: int = 1, batch: int = 2) -> Segments:
+    """Rows of ``prefix`` image tokens and ``texts`` texts behind them."""
+    sample = torch.zeros(batch, length, dtype=torch.int64)
+    text = sample.clone()
+    text[:, prefix:] = 1 + torch.arange(length - prefix) * texts // (length - prefix)
+    group = sample.clone()
+    group[:, :prefix] = 1
+    if texts > 1:
+        sample[1, -3:], text[1, -3:] = -1, 0
+    return Segments(sample, text, group, has_documents=texts > 1)
+
+
+def gradients(inputs: tuple[Tensor, Tensor, Tensor], mask: Mask | None, softcap: float) -> list[Tensor]:
+    q, k, v = (x.clone().requires_grad_() for x in inputs)
+    o = attend(q, k, v, mask, softcap=softcap)
+    (o.float() * torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o)).sum().backward()
+    return [o.detach().float(), *(x.grad.float() for x in (q, k, v) if x.grad is not None)]
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize(("length", "prefix"), [(SHORT, 4), (96, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_is_its_dense_mask(dtype: torch.dtype, length: int, prefix: int, groups: int, softcap: float, texts: int) -> None:
+    structure = prefixed(length, prefix, texts)
+    rest = additive(structure.visible(length - prefix), dtype) if texts > 1 else None
+    inputs = qkv(4, groups, length, length, dtype)
+    got = gradients(inputs, Prefix(prefix, rest), softcap)
+    want = gradients(inputs, additive(structure.visible(), dtype), softcap)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_the_form_on_a_cpu() -> None:
+    plain = Segments(torch.zeros(2, 80, dtype=torch.int64), torch.ones(2, 80, dtype=torch.int64), has_documents=False)
+    assert plain.mask(80, torch.float32) is None
+    others = (prefixed(80, 70), prefixed(80, 70, texts=3), plain.extend(plain), plain.take(torch.arange(80).flip(0).expand(2, -1)))
+    for structure in others:
+        for leading in (0, 70):
+            got = structure.mask(structure.num_keys, torch.float32, leading)
+            assert isinstance(got, Tensor) and torch.equal(got, additive(structure.visible(), torch.float32))
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_form_on_cuda(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "on_cuda", lambda tensor: cuda)
+    dtype, seen = torch.bfloat16, []
+    for length, texts, leading in [(80, 1, 16), (80, 1, 70), (80, 3, 70), (FLEX_FROM, 1, 70), (FLEX_FROM, 3, 70), (FLEX_FROM, 1, 0)]:
+        structure = prefixed(length, leading or 70, texts)
+        mask = structure.mask(length, dtype, leading)
+        seen.append(type(mask))
+        if isinstance(mask, Prefix):
+            assert mask.length == leading and (mask.rest is None) == (texts == 1)
+            assert mask.rest is None or torch.equal(mask.rest, additive(structure.visible()[:, :, leading:], dtype))
+        step = structure.extend(structure).mask(3, dtype, leading)
+        assert isinstance(step, Tensor) and step.shape == (2, 1, 3, 2 * length)
+    assert seen == ([Tensor, Prefix, Prefix, Prefix, BlockMask, BlockMask] if cuda else [Tensor] * 6)
+
+
+@pytest.mark.parametrize("form", ["prefix", "dense", "none"])
+def test_on_meta(form: str) -> None:
+    with torch.device("meta"):
+        structure = prefixed(96, 70, texts=1)
+        q, k, v = (torch.empty(2, h, 96, 8, requires_grad=True) for h in (4, 2, 2))
+        index = torch.zeros(2, 96, dtype=torch.int64)
+    mask = {
+        "prefix": Prefix(70, additive(structure.visible(26), q.dtype)),
+        "dense": structure.take(index).extend(structure.take(index)).mask(96, q.dtype),
+    }.get(form)
+    if form == "dense":
+        k, v = torch.cat([k, k], dim=2), torch.cat([v, v], dim=2)
+    assert isinstance(mask, {"prefix": Prefix, "dense": Tensor, "none": type(None)}[form])
+    o = attend(q, k, v, mask)
+    o.sum().backward()
+    assert o.shape == (2, 96, 32) and q.grad is not None and q.grad.is_meta
+
+
+class Layer(torch.nn.Module):
+    """Takes the mask inside a frozen dataclass, as a block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(32, 3 * 32)
+
+    def forward(self, x: Tensor, holder: Holder) -> Tensor:
+        q, k, v = self.proj(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)  # (B, H, S, E)
+        return x + attend(q, k, v, holder.mask)
+
+
+@dataclass(frozen=True)
+class Holder:
+    mask: Mask | None
+
+
+def forms(length: int, prefix: int) -> list[Mask | None]:
+    structure = prefixed(length, prefix, texts=3)
+    dense = additive(structure.visible(), torch.float32)
+    return [dense, Prefix(prefix, additive(structure.visible(length - prefix), torch.float32)), Prefix(prefix), None]
+
+
+def test_compiled_without_breaks_and_checkpointed() -> None:
+    torch.manual_seed(0)
+    layer = Layer()
+    seen = []
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=lambda graph, _: seen.append(1) or graph.forward)
+    for length in (12, 15):
+        x = torch.randn(2, length, 32)
+        for mask in forms(length, 5):
+            holder = Holder(mask)
+            want = layer(x, holder)
+            torch.testing.assert_close(compiled(x, holder), want, rtol=1e-5, atol=1e-6)
+            again = checkpoint(layer, x, holder, use_reentrant=False)
+            assert torch.equal(again, want)
+            a, b = (torch.autograd.grad(y.square().sum(), layer.proj.weight)[0] for y in (again, want))
+            assert torch.equal(a, b)
+    assert len(seen) <= 8, "one graph or two for each form, not one for each length"
+    torch._dynamo.reset()
+
+
+# ---- FlexAttention ------------------------------------------------------------------------------------------------------
+
+
+def documents(length: int, order: bool) -> Segments:
+    """Two samples a row, two texts each, a bidirectional image first; padding at the end; permuted if ``order``."""
+    g = torch.Generator().manual_seed(3)
+    half = length // 2
+    place = torch.arange(length) % half
+    sample = (torch.arange(length) // half).expand(2, -1).clone()
+    text = ((place > half // 4).long() + (place > half // 2).long()).expand(2, -1).clone()
+    group = ((text == 0) * (1 + sample)).clone()
+    for ids, nothing in ((sample, -1), (text, 0), (group, 0)):
+        ids[1, -length // 8 :] = nothing
+    structure = Segments(sample, text, group)
+    return structure.take(torch.stack([torch.randperm(length, generator=g) for _ in range(2)])) if order else structure
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_blocks_are_the_dense_mask(groups: int, softcap: float, order: bool) -> None:
+    structure = documents(200, order)
+    q, k, v = qkv(4, groups, 200, 200, width=16)
+    want = attend(q, k, v, additive(structure.visible(), q.dtype), softcap=softcap)
+    torch.testing.assert_close(attend(q, k, v, structure.blocks(), softcap=softcap), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_prefix_on_cuda() -> None:
+    structure = prefixed(200, 140)
+    structure = Segments(structure.sample_ids.cuda(), structure.text_ids.cuda(), structure.groups.cuda(), has_documents=False)  # type: ignore[union-attr]
+    inputs = tuple(x.cuda() for x in qkv(4, 2, 200, 200, torch.bfloat16, width=32))
+    mask = structure.mask(200, torch.bfloat16, 140)
+    assert mask == Prefix(140)
+    got = gradients(inputs, mask, 0.0)  # type: ignore[arg-type]
+    want = gradients(inputs, additive(structure.visible(), torch.bfloat16), 0.0)  # type: ignore[arg-type]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03 * float(b.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_blocks_on_cuda(groups: int, softcap: float, order: bool) -> None:
+    for length in (FLEX_FROM, FLEX_FROM + 200):
+        structure = documents(length, order)
+        moved = {f.name: getattr(structure, f.name) for f in fields(structure)}
+        structure = Segments(**{name: x.cuda() if isinstance(x, Tensor) else x for name, x in moved.items()})
+        inputs = tuple(x.cuda() for x in qkv(4, groups, length, length, torch.bfloat16, width=32))
+        mask = structure.mask(length, torch.bfloat16)
+        assert isinstance(mask, BlockMask)
+        got = gradients(inputs, mask, softcap)  # type: ignore[arg-type]
+        want = gradients(inputs, additive(structure.visible(), torch.bfloat16), softcap)  # type: ignore[arg-type]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.03, atol=0.03 * float(b.abs().max()))
