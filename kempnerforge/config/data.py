@@ -20,6 +20,9 @@ class DataConfig:
         tokenizer_vocab_size: size of the trained one at most.
         prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and "{answer}" stand for the
             sample's. BOS goes before the prompt, EOS behind the answer; the loss is on answer and EOS.
+        image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text is the sample's image k. A
+            sample whose texts have none has its images in front; else each of its texts needs as many as there are images. Images that
+            lead all texts stand in front, once. In a job without images placeholders are left out.
         batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads to the full length.
         num_workers: loader processes; 0 loads in the training process.
         max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run.
@@ -34,6 +37,7 @@ class DataConfig:
     tokenizer_vocab_size: int = 512
     prompt_template: str = "{prompt}\n"
     answer_template: str = "{answer}"
+    image_placeholder: str = "<image>"
     batching: str = "group"
     num_workers: int = 0
     max_bad_fraction: float = 0.01
@@ -44,6 +48,8 @@ class DataConfig:
         at_least(self, 0, "num_workers", "image_cache_mib")
         at_least(self, 300, "tokenizer_vocab_size")
         fraction(self, "max_bad_fraction")
+        if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
+            raise ValueError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
         for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
             try:
                 found = [part for _, part, _, _ in Formatter().parse(getattr(self, key)) if part is not None]

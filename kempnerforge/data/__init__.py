@@ -1,8 +1,9 @@
 """Data: sources of samples, tokenizer, encoding, sampling, batches."""
 
 from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.encode import Encoded, Encoder, Layout, collate, prompt_batch
+from kempnerforge.data.encode import Encoded, Encoder, collate, prompt_batch
 from kempnerforge.data.images import ImageError, load_image
+from kempnerforge.data.interleave import Layout, Prompt
 from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
 from kempnerforge.data.sampler import StepSampler
@@ -18,6 +19,7 @@ __all__ = [
     "ImageSource",
     "Kind",
     "Layout",
+    "Prompt",
     "Sample",
     "SampleError",
     "Source",

@@ -33,6 +33,7 @@ class _Row:
     labels: list[int]
     kinds: list[int]
     owners: list[tuple[int, int]]  # (sample, text) of each position; sample -1 is padding, text 0 the shared part
+    images: list[tuple[int, tuple[int, int]]]  # (start, owner) of each, in the order of the row
 
     def segments(self) -> Iterator[tuple[tuple[int, int], int, int]]:
         """(owner, first position, position behind the last)."""
@@ -56,12 +57,31 @@ class _Row:
         start = next(start for _, start, end in self.segments() if end == position)
         return not self.is_window(start, position)
 
+    @property
+    def images_take_positions(self) -> bool:
+        return Kind.IMAGE in self.kinds
+
+    def image_number(self, position: int) -> int:
+        """Images that have begun at ``position``."""
+        return sum(start <= position for start, _ in self.images)
+
+    def is_image(self, position: int) -> bool:
+        """Whether ``position`` is one of an image, or of the token that stands for one."""
+        if self.kinds[position] == Kind.IMAGE:
+            return True
+        stands_for_one = any(start == position and text > 0 for start, (_, text) in self.images)
+        return not self.images_take_positions and stands_for_one and self.kinds[position] == Kind.PROMPT
+
 
 def _rows(batch: Batch) -> list[_Row]:
     columns = (batch.input_ids, batch.labels, batch.kinds, batch.sample_ids, batch.text_ids)
-    plain = [column.tolist() for column in columns]
+    images: list[list[tuple[int, tuple[int, int]]]] = [[] for _ in batch.input_ids]
+    placements = (batch.image_rows, batch.image_starts, batch.image_sample_ids, batch.image_text_ids)
+    for row, start, sample, text in zip(*(column.tolist() for column in placements), strict=True):
+        images[row].append((start, (sample, text)))
     return [
-        _Row(ids, labels, kinds, list(zip(samples, texts, strict=True))) for ids, labels, kinds, samples, texts in zip(*plain, strict=True)
+        _Row(ids, labels, kinds, list(zip(samples, texts, strict=True)), images[row])
+        for row, (ids, labels, kinds, samples, texts) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
     ]
 
 
@@ -85,7 +105,8 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool) -> list[str]:
             bracket of the text itself as ``\\[``.
 
     Returns:
-        One string per row: a line of counts, then a line for each text (and for the images and the padding), numbered as in ``text_ids``.
+        One string per row: a line of counts, then a line for each text (and for the shared images and the padding), numbered as in
+        ``text_ids``. An image is ``[image x16]`` with its positions, or ``[image]`` where it takes none.
     """
     return [_render_row(batch, index, row, tokenizer, color) for index, row in enumerate(_rows(batch))]
 
@@ -93,12 +114,17 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool) -> list[str]:
 def _render_row(batch: Batch, index: int, row: _Row, tokenizer: Decoder, color: bool) -> str:
     useful = sum(kind != Kind.PAD for kind in row.kinds)
     trained = sum(label != IGNORE for label in row.labels)
-    images = sum(at == index for at in batch.image_rows.tolist())
     texts = len({owner for owner in row.owners if owner[0] >= 0 and owner[1] > 0})
-    counts = [_count(useful, "useful token"), f"{trained} trained", _count(images, "image"), _count(texts, "text")]
+    counts = [_count(useful, "useful token"), f"{trained} trained", _count(len(row.images), "image"), _count(texts, "text")]
     lines = [f"{_row_name(batch, index)}: {', '.join(counts)}"]
     several = len({sample for sample, _ in row.owners if sample >= 0}) > 1
+    shared = (
+        [] if row.images_take_positions else [owner[0] for _, owner in row.images if not owner[1]]
+    )  # samples of images without positions
     for (sample, text), start, end in row.segments():
+        if text > 0 and sample in shared:
+            lines.append(f"  {'':>3}  {_paint('[image]' * shared.count(sample), False, True, color)}")
+            shared = [other for other in shared if other != sample]
         name = "" if sample < 0 or not text else f"{sample}.{text}" if several else str(text)
         lines.append(f"  {name:>3}  {_render_segment(row, start, end, tokenizer, color)}")
     return "\n".join(lines)
@@ -109,21 +135,33 @@ def _count(number: int, noun: str) -> str:
 
 
 def _render_segment(row: _Row, start: int, end: int, tokenizer: Decoder, color: bool) -> str:
-    tokens = [(row.trained(at), row.kinds[at], row.ids[at]) for at in range(start, end)]
+    parts: list[tuple[bool, bool, str]] = []  # (trained, image or padding, text)
+    for (trained, shown), group in groupby(_tokens(row, start, end), key=lambda token: token[:2]):
+        ids = [token[2] for token in group]
+        text = shown.split("#")[0].format(len(ids)) if shown else _decode(ids, tokenizer, color)
+        parts.append((trained, bool(shown), text))
+    if color:
+        return "".join(_paint(text, trained, plain, color) for trained, plain, text in parts)
+    merged = [(trained, "".join(text for _, _, text in group)) for trained, group in groupby(parts, key=lambda part: part[0])]
+    return "".join(_paint(text, trained, False, color) for trained, text in merged)
+
+
+def _tokens(row: _Row, start: int, end: int) -> Iterator[tuple[bool, str, int]]:
+    """(trained, what to show instead of the token, id) over a segment; what is shown differs from image to image behind a "#"."""
+    for at in range(start, end):
+        if not row.images_take_positions:
+            count = sum(begin == at and owner == row.owners[at] for begin, owner in row.images)
+            yield from [(False, "[image]" * count, 0)] * bool(count)
+        instead = {Kind.IMAGE: f"[image x{{}}]#{row.image_number(at)}", Kind.PAD: "[pad x{}]"}.get(Kind(row.kinds[at]), "")
+        yield row.trained(at), instead, row.ids[at]
     if row.is_window(start, end):
-        tokens.append((True, int(Kind.ANSWER), row.labels[end - 1]))
-    parts = []
-    for trained, marked in groupby(tokens, key=lambda token: token[0]):
-        text, plain_kind = "", False
-        for kind, group in groupby(marked, key=lambda token: token[1] if token[1] in (Kind.IMAGE, Kind.PAD) else None):
-            ids = [token[2] for token in group]
-            plain_kind = kind is not None
-            text += _decode(ids, tokenizer, color) if kind is None else f"[{'image' if kind == Kind.IMAGE else 'pad'} x{len(ids)}]"
-        if color:
-            parts.append(f"{TRAINED if trained else IMAGE if plain_kind else DIM}{text}{RESET}")
-        else:
-            parts.append(f"[{text}]" if trained else text)
-    return "".join(parts)
+        yield True, "", row.labels[end - 1]
+
+
+def _paint(text: str, trained: bool, plain: bool, color: bool) -> str:
+    if color:
+        return f"{TRAINED if trained else IMAGE if plain else DIM}{text}{RESET}"
+    return f"[{text}]" if trained else text
 
 
 def _decode(ids: list[int], tokenizer: Decoder, color: bool) -> str:
@@ -145,8 +183,9 @@ def audit(batch: Batch, eos_id: int | None = None) -> list[str]:
     """What is wrong with the labels of a batch; nothing, if all is well.
 
     Found are: rows without a trained token; trained positions of images, padding or prompts; answers with untrained tokens; labels that
-    are not the next token, or that reach out of their text; answers whose last trained token is not EOS; ``targets`` that are not the
-    positions with a label. Windows of plain text, where each position is trained, need no EOS and end on a token beyond the row.
+    are not the next token, or that reach out of their text; answers whose last trained token is not EOS; images that do not stand where the
+    positions of images are; ``targets`` that are not the positions with a label. Windows of plain text, where each position is trained, need
+    no EOS and end on a token beyond the row.
 
     Args:
         batch: as training gets it.
@@ -173,6 +212,12 @@ def audit(batch: Batch, eos_id: int | None = None) -> list[str]:
 def _faults(row: _Row, eos_id: int | None) -> Iterator[tuple[str, int]]:
     """(what is wrong, position) over one row. A position is that of the trained token, where there is one."""
     length = len(row.ids)
+    if row.images_take_positions:
+        starts = {start for start, _ in row.images}
+        for at in range(length):
+            begins = row.kinds[at] == Kind.IMAGE and (at == 0 or row.kinds[at - 1] != Kind.IMAGE)
+            if (at in starts) > (row.kinds[at] == Kind.IMAGE) or begins > (at in starts):
+                yield "image positions without an image, or the other way round", at
     for (sample, text), start, end in row.segments():
         window = row.is_window(start, end)
         for at in range(start, end):
@@ -183,7 +228,7 @@ def _faults(row: _Row, eos_id: int | None) -> Iterator[tuple[str, int]]:
                 yield "answer token is not trained", at
             if label == IGNORE or (last and window):
                 continue
-            if eos_id is not None and label != eos_id and (last or row.labels[at + 1] == IGNORE):
+            if eos_id is not None and label != eos_id and not _goes_on(row, at, end):
                 yield "last trained token of an answer is not EOS", at + 1
             follows_shared = last and text == 0 and end < length and row.owners[end][0] == sample
             if last and not follows_shared:
@@ -196,3 +241,11 @@ def _faults(row: _Row, eos_id: int | None) -> Iterator[tuple[str, int]]:
                 yield "label is not the next token", at + 1
             if row.kinds[at + 1] == Kind.PROMPT:
                 yield "trained prompt token", at + 1
+
+
+def _goes_on(row: _Row, at: int, end: int) -> bool:
+    """Whether another trained token follows the one that ``at`` predicts, with at most images between them."""
+    before = at + 1
+    while before + 1 < end and row.is_image(before + 1):
+        before += 1
+    return before < end and row.labels[before] != IGNORE

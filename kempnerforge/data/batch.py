@@ -38,10 +38,18 @@ class Batch:
         kinds: (B, S) uint8, ``Kind``.
         targets: (T,) int64, flat positions ``b * S + s`` that have a label.
         images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.
-        image_index: (M,) int64, which image stands at each placement.
+        image_index: (M,) int64, which image stands at each placement. One image may stand at several.
         image_rows: (M,) int64, its row.
-        image_starts: (M,) int64, its first position in that row.
+        image_starts: (M,) int64, its first position in that row. Where images take no position: that of the token behind it, or the length
+            of the row if there is none; either way an image comes before the token at q if its start is at most q.
+        image_text_ids: (M,) int64, the text that it stands in; 0 is the shared part.
+        image_sample_ids: (M,) int64, its sample.
+        image_slots: (M,) int64, its number within the row, from 0 in the order of the stream.
         has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the ids matter.
+        row_images: placements in the row that has most.
+        row_words: positions of the row that has most, images and padding not counted.
+        leading_images: n if every row begins, in its first column, with exactly n images and holds no other; else 0. Always 0 where images
+            take no position.
         skipped: (sample id, reason) of samples that could not be used and were replaced.
         sample_names: ids of the samples in the rows.
         texts_left_out: texts of these samples that did not fit into their rows; other visits take others.
@@ -58,7 +66,13 @@ class Batch:
     image_index: Tensor
     image_rows: Tensor
     image_starts: Tensor
+    image_text_ids: Tensor
+    image_sample_ids: Tensor
+    image_slots: Tensor
     has_documents: bool
+    row_images: int
+    row_words: int
+    leading_images: int
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
     texts_left_out: int = 0

@@ -77,6 +77,10 @@ class Source(ABC):
         except SampleError:
             return 0
 
+    def num_images(self, index: int) -> int:
+        """Images of a sample, as far as that can be told without reading it: 1 where it cannot."""
+        return 1
+
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
         """Whether ``cfg`` names data for ``split``."""
@@ -87,16 +91,16 @@ class Source(ABC):
         return self
 
     def corpus(self) -> Iterator[str]:
-        """Training text for a tokenizer: prompts and answers after the templates."""
+        """Training text for a tokenizer: prompts and answers after the templates, without placeholders."""
         for index in range(len(self)):
             try:
                 texts = self[index].texts
             except SampleError:
                 continue
             for text in texts:
-                yield render_prompt(self.cfg, text.prompt)
+                yield from render_prompt(self.cfg, text.prompt).split(self.cfg.image_placeholder)
                 if isinstance(text.answer, str):
-                    yield render_answer(self.cfg, text.answer)
+                    yield from render_answer(self.cfg, text.answer).split(self.cfg.image_placeholder)
 
 
 def render_prompt(cfg: DataConfig, prompt: str) -> str:

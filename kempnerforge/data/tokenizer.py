@@ -26,9 +26,12 @@ class Tokenizer:
         eos: the token that ends an answer.
         bos: the token that a text starts with, if there is one.
         pad: the token on padding; None takes ``eos``.
+        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put behind the others; it may be asked for them again.
 
     Attributes:
         vocab_size: one more than the largest id.
+        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they stand in a text.
+        base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
         fingerprint: hex digest of everything that decides which ids a text gets.
 
@@ -36,7 +39,9 @@ class Tokenizer:
         ValueError: a named token is not in the vocabulary.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None, appended: Sequence[str] = ()
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -46,12 +51,59 @@ class Tokenizer:
         missing = [token for token in (self.eos, self.bos, self.pad) if token is not None and token not in vocab]
         if missing:
             raise ValueError(f"data.tokenizer: special token {missing[0]!r} is not in the vocabulary")
-        self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[self.eos]
         self.pad_id: int = vocab[self.pad]
         self.bos_id: int | None = None if self.bos is None else vocab[self.bos]
+        self.new_tokens: tuple[str, ...] = ()
+        self._appended = tuple(appended)
+        self._changed(vocab)
+
+    def _changed(self, vocab: dict[str, int]) -> None:
+        self.vocab_size: int = max(vocab.values()) + 1
         self.fingerprint = self._fingerprint(vocab)
         self._cached = lru_cache(maxsize=65536)(self._encode)
+
+    @property
+    def base_vocab_size(self) -> int:
+        return self.vocab_size - len(self.new_tokens)
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """Ids of ``new_tokens``."""
+        return list(range(self.base_vocab_size, self.vocab_size))
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token called ``name``, if there is one."""
+        return self.backend.token_to_id(name)
+
+    def add_tokens(self, names: Sequence[str]) -> None:
+        """Puts tokens behind the vocabulary. Those that it was given before, here or before it was saved, may be named again.
+
+        Args:
+            names: all new tokens, in the order of their ids; the ones that are there already first.
+
+        Raises:
+            ValueError: a name is empty, given twice, or in the vocabulary otherwise.
+        """
+        names = tuple(names)
+        there = self._appended
+        if not names:
+            return
+        if names[: len(there)] != there:
+            raise ValueError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(there)}")
+        known = self.backend.get_vocab(with_added_tokens=True)
+        for name in (added := names[len(there) :]):
+            if not name or names.count(name) > 1:
+                raise ValueError(f"model.new_tokens = {list(names)}: needs names, each once")
+            if name in known:
+                raise ValueError(f"model.new_tokens: {name!r} is in the tokenizer's vocabulary already; take another name, or leave it out")
+        # NOTE: special ones would not be recognised inside a text, as no special token's name is
+        self.backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in added])
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self.new_tokens = self._appended = names
+        self._changed(vocab)
+        if [vocab[name] for name in names] != self.new_token_ids:
+            raise ValueError(f"model.new_tokens = {list(names)}: the tokenizer's ids have gaps, so new ones cannot follow them")
 
     def _fingerprint(self, vocab: dict[str, int]) -> str:
         parts = json.loads(self.backend.to_str())
@@ -66,7 +118,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad)
+        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad, self._appended, self.new_tokens)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         try:
@@ -79,7 +131,7 @@ class Tokenizer:
             raise ValueError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other.
+        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
 
         Raises:
             ValueError: ``text`` holds a lone surrogate.
@@ -87,7 +139,7 @@ class Tokenizer:
         return list(self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens are left out."""
+        """The text of ``ids``; special tokens are left out, new ones are not."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
@@ -99,6 +151,7 @@ class Tokenizer:
             "tokenizer_class": PLAIN_CLASSES[0],
             "clean_up_tokenization_spaces": False,
             **{key: token for key, token in names.items() if token is not None},
+            **({"new_tokens": list(self._appended)} if self._appended else {}),
         }
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -149,8 +202,10 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(backend.to_str()), eos=loaded.eos_token, bos=loaded.bos_token, pad=loaded.pad_token)
 
 
-def _rebuild(serialised: str, eos: str, bos: str | None, pad: str | None) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(serialised), eos=eos, bos=bos, pad=pad)
+def _rebuild(serialised: str, eos: str, bos: str | None, pad: str | None, appended: tuple[str, ...], new: tuple[str, ...]) -> Tokenizer:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialised), eos=eos, bos=bos, pad=pad, appended=appended)
+    tokenizer.add_tokens(new)
+    return tokenizer
 
 
 def _read_plain(path: Path) -> Tokenizer | None:
@@ -163,10 +218,11 @@ def _read_plain(path: Path) -> Tokenizer | None:
         names = {key: _content(config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
         if config.get("tokenizer_class") not in PLAIN_CLASSES or names["eos"] is None:
             return None
+        appended = [str(name) for name in config.get("new_tokens", ())]
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
     except Exception as error:
         raise ValueError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
-    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"])
+    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"], appended=appended)
 
 
 def _content(token: Any) -> Any:

@@ -14,8 +14,10 @@ import torch
 from kempnerforge.config import EvalConfig
 from kempnerforge.data.encode import Encoder, prompt_batch
 from kempnerforge.data.images import load_image
-from kempnerforge.data.sample import ImageSource, SampleError, Source
+from kempnerforge.data.interleave import Prompt
+from kempnerforge.data.sample import ImageSource, SampleError, Source, render_answer
 from kempnerforge.eval.generate import Sampling, generate
+from kempnerforge.eval.mode import mode
 
 BLANK = 128
 """The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
@@ -41,6 +43,12 @@ class Question:
     images: tuple[ImageSource, ...]
     prompt: str
     truth: str
+    written: str = ""
+
+    @property
+    def unseen(self) -> tuple[str, int]:
+        """What is left of the question when nobody looks: the prompt, and how many images there are."""
+        return self.prompt, len(self.images)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        return _plain(self.text) == _plain(self.question.truth)
+        return _plain(self.text) == _plain(self.question.written or self.question.truth)
 
 
 @dataclass
@@ -75,7 +83,9 @@ def _plain(text: str) -> str:
 
 
 def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The texts of ``source``, at most ``limit`` (0: all) spread evenly over it, and (sample id, reason) of what could not be read."""
+    """The texts of ``source``, at most ``limit`` (0: all) spread evenly over it, and (sample id, reason) of what cannot be asked: samples that
+    cannot be read, and answers with images in them, which no model here writes.
+    """
     found, skipped = [], []
     for index in range(len(source)):
         try:
@@ -84,8 +94,11 @@ def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tupl
             skipped.append((str(index), str(error)))
             continue
         for text in sample.texts:
-            if isinstance(text.answer, str):
-                found.append(Question(sample.id, sample.images, text.prompt, text.answer))
+            if isinstance(text.answer, str) and source.cfg.image_placeholder in text.answer:
+                skipped.append((sample.id, "the answer holds images, which cannot be generated"))
+            elif isinstance(text.answer, str):
+                written = render_answer(source.cfg, text.answer)
+                found.append(Question(sample.id, sample.images, text.prompt, text.answer, written))
     if limit and len(found) > limit:
         found = [found[i * len(found) // limit] for i in range(limit)]
     return found, skipped
@@ -103,23 +116,22 @@ def evaluate(
 ) -> Score:
     """Generates an answer to every question and compares it with the truth, both with their white space normalised.
 
-    With ``blind`` all images are the same grey, so every distinct prompt is answered once. What cannot be read is skipped and counted.
+    With ``blind`` all images are the same grey, so every distinct prompt is answered once for each number of images. What cannot be read
+    is skipped and counted.
 
     Raises:
         ValueError: nothing can be read.
     """
     mine = list(asked[ranks.rank :: ranks.size])
-    work = list({q.prompt: q for q in mine}.values()) if blind else mine
+    work = list({q.unseen: q for q in mine}.values()) if blind else mine
     chunks = [list(work[i : i + cfg.batch_size]) for i in range(0, len(work), cfg.batch_size)]
     rounds = int(max(_gather(len(chunks), ranks)))
-    texts: dict[Question | str, str] = {}
+    texts: dict[Question | tuple[str, int], str] = {}
     skipped: list[tuple[str, str]] = []
-    was_training = model.training
-    model.eval()
-    for chunk in islice(chain(chunks, repeat([])), rounds):
-        texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, skipped))
-    model.train(was_training)
-    answers = [Answer(q, texts[q.prompt if blind else q]) for q in mine if (q.prompt if blind else q) in texts]
+    with mode(model, training=False):
+        for chunk in islice(chain(chunks, repeat([])), rounds):
+            texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, skipped))
+    answers = [Answer(q, texts[q.unseen if blind else q]) for q in mine if (q.unseen if blind else q) in texts]
     score = _score(answers, ranks, skipped)
     if asked and not score.total:
         reason = f"; the first: {skipped[0][1]}" if skipped else ""
@@ -128,16 +140,18 @@ def evaluate(
 
 
 def question_only_prior(train: Sequence[Question], asked: Sequence[Question]) -> float:
-    """Exact match of the best guess without an image: for each prompt its most frequent answer in training, else that of all prompts."""
-    by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
+    """Exact match of the best guess without an image: for each prompt (and number of images) its most frequent answer in training, else
+    that of all prompts.
+    """
+    by_prompt: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for question in train:
-        by_prompt[question.prompt][_plain(question.truth)] += 1
+        by_prompt[question.unseen][_plain(question.truth)] += 1
     overall = Counter(_plain(question.truth) for question in train)
     if not overall or not asked:
         return 0.0
     guess = {prompt: answers.most_common(1)[0][0] for prompt, answers in by_prompt.items()}
     fallback = overall.most_common(1)[0][0]
-    return sum(guess.get(q.prompt, fallback) == _plain(q.truth) for q in asked) / len(asked)
+    return sum(guess.get(q.unseen, fallback) == _plain(q.truth) for q in asked) / len(asked)
 
 
 def _gather(value: float, ranks: Ranks) -> list[float]:
@@ -154,7 +168,7 @@ def _answer(
     device: torch.device,
     blind: bool,
     skipped: list[tuple[str, str]],
-) -> dict[Question | str, str]:
+) -> dict[Question | tuple[str, int], str]:
     """What the model writes to the questions of ``chunk`` that can be read. Without any it is asked nothing, about a blank image, as all
     ranks must call it equally often.
     """
@@ -163,15 +177,15 @@ def _answer(
     pictures = _Pictures(size)
     for question in chunk:
         try:
-            ids = encoder.encode_prompt(question.prompt)
+            prompt = encoder.encode_prompt(question.prompt, len(question.images))
             places.append([pictures.place(None if blind else image) for image in question.images] if size else [])
-        except (SampleError, UnicodeError) as error:
+        except ValueError as error:
             skipped.append((question.sample_id, str(error)))
             continue
-        prompts.append(ids)
+        prompts.append(prompt)
         rows.append(question)
     if not rows:
-        prompts, places = [encoder.encode_prompt("")], [[pictures.place(None)] if size else []]
+        prompts, places = [Prompt([encoder.tokenizer.eos_id], (0,) if size else ())], [[pictures.place(None)] if size else []]
     batch = prompt_batch(prompts, pictures.stack(), places, encoder.layout, encoder.tokenizer.pad_id).to(device)
     made = generate(
         model,
@@ -182,7 +196,7 @@ def _answer(
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
     decoded = [encoder.tokenizer.decode(ids) for ids in made]
-    return {(q.prompt if blind else q): text for q, text in zip(rows, decoded, strict=bool(rows))}
+    return {(q.unseen if blind else q): text for q, text in zip(rows, decoded, strict=bool(rows))}
 
 
 class _Pictures:

@@ -116,4 +116,10 @@ def _following(batch: Batch, ids: Tensor) -> Batch:
         image_index=nothing,
         image_rows=nothing,
         image_starts=nothing,
+        image_text_ids=nothing,
+        image_sample_ids=nothing,
+        image_slots=nothing,
+        row_images=0,
+        row_words=1,
+        leading_images=0,
     )

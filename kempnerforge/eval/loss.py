@@ -7,6 +7,7 @@ import torch
 from kempnerforge.data.encode import Encoded, Encoder, collate
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.eval.exact_match import Ranks
+from kempnerforge.eval.mode import mode
 
 
 @torch.no_grad()
@@ -22,23 +23,21 @@ def held_out_loss(
     count = min(limit, len(source)) if limit else len(source)
     indices = [i * len(source) // count for i in range(count)]
     step = rows * ranks.size
-    was_training = model.training
-    model.eval()
     loss = tokens = 0.0
-    for start in range(0, count, step):
-        encoded = []
-        for index in indices[start : start + step][ranks.rank :: ranks.size]:
-            try:
-                encoded.append(encoder.encode(source[index], seed=index))
-            except SampleError:
-                continue
-        fill = [] if encoded else [_any_sample(source, encoder)]  # every rank calls the model equally often
-        batch = collate(encoded or fill, encoder.tokenizer.pad_id, None).to(device)
-        batch_loss = float(model(batch).loss)
-        if encoded:
-            loss += batch_loss
-            tokens += batch.num_targets
-    model.train(was_training)
+    with mode(model, training=False):
+        for start in range(0, count, step):
+            encoded = []
+            for index in indices[start : start + step][ranks.rank :: ranks.size]:
+                try:
+                    encoded.append(encoder.encode(source[index], seed=index))
+                except SampleError:
+                    continue
+            fill = [] if encoded else [_any_sample(source, encoder)]  # every rank calls the model equally often
+            batch = collate(encoded or fill, encoder.tokenizer.pad_id, None).to(device)
+            batch_loss = float(model(batch).loss)
+            if encoded:
+                loss += batch_loss
+                tokens += batch.num_targets
     loss, tokens = ranks.sum([loss, tokens])
     return loss / max(1.0, tokens)
 

@@ -44,7 +44,8 @@ def inspect_stages(job: JobConfig, samples: int, step: int, out: Path, *, color:
             skipped += batch.skipped
             useful, trained, positions = useful + batch.useful_tokens, trained + batch.num_targets, positions + batch.input_ids.numel()
             if batch.images is not None:
-                for picture, row in zip(batch.image_index.tolist(), batch.image_rows.tolist(), strict=True):
+                placements = zip(batch.image_index.tolist(), batch.image_rows.tolist(), strict=True)
+                for picture, row in dict.fromkeys(placements):  # an image that several texts hold is shown once
                     if row < wanted:
                         pictures.append(batch.images[picture].numpy())
                         captions.append(batch.sample_names[row])

@@ -53,8 +53,16 @@ def list_source() -> type[ListSource]:
 
 @pytest.fixture
 def make_encoder(tokenizer: Tokenizer) -> Callable[..., Encoder]:
+    plain = tokenizer
+
     def make(
-        image_tokens: int = 2, image_size: int = 8, max_text_len: int = 32, seq_len: int = 64, pad_to: int = 40, **cfg: object
+        image_tokens: int = 2,
+        image_size: int = 8,
+        max_text_len: int = 32,
+        seq_len: int = 64,
+        pad_to: int = 40,
+        tokenizer: Tokenizer = plain,
+        **cfg: object,
     ) -> Encoder:
         layout = Layout(image_tokens, image_size, max_text_len, seq_len, pad_to)
         return Encoder(tokenizer, DataConfig(**cfg), layout, seed=0)  # type: ignore[arg-type]

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kempnerforge.config.data import DataConfig
+from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.audit import audit, render_rows
 from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.contact_sheet import contact_sheet
+from tests.data.conftest import png
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -58,7 +61,13 @@ def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: in
         image_index=torch.arange(len(rows)),
         image_rows=torch.arange(len(rows)),
         image_starts=torch.zeros(len(rows), dtype=torch.int64),
+        image_text_ids=torch.zeros(len(rows), dtype=torch.int64),
+        image_sample_ids=torch.zeros(len(rows), dtype=torch.int64),
+        image_slots=torch.zeros(len(rows), dtype=torch.int64),
         has_documents=True,
+        row_images=1,
+        row_words=width - image_tokens - pad,
+        leading_images=int(image_tokens > 0),
         sample_names=[f"s/{row}" for row in range(len(rows))],
     )
 
@@ -122,6 +131,64 @@ def test_a_good_batch_has_no_findings() -> None:
     batch = make_batch([[("hue?", "red"), ("form?", "a b")], [("", "a")]])
     assert audit(batch, EOS) == [] and audit(batch) == []
     assert audit(make_batch([[("hue?", "red")]], image_tokens=0, pad=0), EOS) == []
+
+
+def interleaved(image_tokens: int, tokenizer: Tokenizer) -> Batch:
+    """Two texts about two images, one of which leads both."""
+    layout = Layout(image_tokens, 8, 100, 200, 0)
+    encoder = Encoder(tokenizer, DataConfig(), layout, seed=0)
+    texts = (Text("<image>is it <image> so?", "no"), Text("<image><image>?", "a "))
+    return collate([encoder.encode(Sample("s", (png((9, 9, 9)), png((0, 0, 0))), texts), 0)], 0, pad_to=None)
+
+
+def test_images_are_shown_where_they_stand(tokenizer: Tokenizer) -> None:
+    batch = interleaved(3, tokenizer)
+    (row,) = render_rows(batch, tokenizer, color=False)
+    lines = row.splitlines()
+    assert ", 3 images, 2 texts" in lines[0]
+    assert lines[1:] == [
+        "       [image x3]",
+        "    1  <bos>is it [image x3] so?\\n[no<eos>]",
+        "    2  [image x3]<bos>?\\n[a <eos>]",
+    ]
+    assert audit(batch, tokenizer.eos_id) == []
+    (coloured,) = render_rows(batch, tokenizer, color=True)
+    assert "\x1b[2m<bos>is it \x1b[0m\x1b[36m[image x3]\x1b[0m\x1b[2m so?\\n\x1b[0m\x1b[30;42mno<eos>\x1b[0m" in coloured
+
+
+def test_images_without_positions_are_shown_where_they_are_seen(tokenizer: Tokenizer) -> None:
+    lines = render_rows(interleaved(0, tokenizer), tokenizer, color=False)[0].splitlines()
+    assert lines[1:] == ["       [image]", "    1  <bos>is it [image] so?\\n[no<eos>]", "    2  [image]<bos>?\\n[a <eos>]"]
+    named = Tokenizer.train(["what?"], 300)
+    named.add_tokens(["<image>"])
+    batch = interleaved(0, named)
+    lines = render_rows(batch, named, color=False)[0].splitlines()
+    assert lines[1:] == [
+        "    1  <bos>[image]<image>is it [image]<image> so?\\n[no<eos>]",
+        "    2  <bos>[image]<image>[image]<image>?\\n[a <eos>]",
+    ]
+    assert audit(batch, named.eos_id) == []
+
+
+def test_an_answer_goes_on_behind_its_images(tokenizer: Tokenizer) -> None:
+    encoder = Encoder(tokenizer, DataConfig(), Layout(2, 8, 100, 200, 0), seed=0)
+    sample = Sample("s", (png((9, 9, 9)), png((0, 0, 0))), (Text("", "a<image><image>no"),))
+    batch = collate([encoder.encode(sample, 0)], 0, pad_to=None)
+    assert "[a][image x2][image x2][no<eos>]" in render_rows(batch, tokenizer, color=False)[0]
+    assert audit(batch, tokenizer.eos_id) == []
+    behind = int((batch.kinds[0] == Kind.IMAGE).nonzero()[-1])
+    for at, finding in ((behind, "answer token is not trained"), (behind - 1, "trained image position")):
+        spoilt = collate([encoder.encode(sample, 0)], 0, pad_to=None)
+        spoilt.labels[0, at] = IGNORE if at == behind else PAD
+        spoilt.targets = flat_targets(spoilt.labels)
+        assert any(finding in line for line in audit(spoilt, tokenizer.eos_id))
+
+
+def test_images_that_stand_elsewhere_are_found(tokenizer: Tokenizer) -> None:
+    for shift in (-1, 1, 7):
+        batch = interleaved(3, tokenizer)
+        batch.image_starts[1] += shift
+        assert any("image positions without an image" in line for line in audit(batch, tokenizer.eos_id)), shift
 
 
 def answer_shifted(batch: Batch) -> None:

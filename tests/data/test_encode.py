@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kempnerforge.data import IGNORE, Encoder, Kind, Layout, Sample, SampleError, Text, Tokenizer, collate, prompt_batch
-from kempnerforge.data.encode import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS
+from kempnerforge.data import IGNORE, Encoder, Kind, Layout, Prompt, Sample, SampleError, Text, Tokenizer, collate, prompt_batch
+from kempnerforge.data.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS
 
 MakeEncoder = Callable[..., Encoder]
 Png = Callable[..., bytes]
@@ -105,18 +105,17 @@ def test_templates(make_encoder: MakeEncoder, tokenizer: Tokenizer) -> None:
     encoder = make_encoder(prompt_template="Q: {prompt} A:", answer_template=" {answer}.")
     table = encoder.encode(Sample("s", (), (Text("{x}?", "red"),)), 0).table
     assert tokenizer.decode(table[INPUT_IDS]) == "Q: {x}? A: red."
-    prompt = encoder.encode_prompt("{x}?")
+    prompt, _ = encoder.encode_prompt("{x}?", 0)
     assert prompt == table[INPUT_IDS, : len(prompt)].tolist()
     assert table[KINDS, len(prompt) - 1 : len(prompt) + 1].tolist() == [Kind.PROMPT, Kind.ANSWER]
 
 
 def test_empty_prompt_without_bos_starts_with_eos(tokenizer: Tokenizer, make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder(prompt_template="{prompt}")
-    encoder.tokenizer = Tokenizer(tokenizer.backend, eos=tokenizer.eos)
+    encoder = make_encoder(tokenizer=Tokenizer(tokenizer.backend, eos=tokenizer.eos), prompt_template="{prompt}")
     table = encoder.encode(Sample("s", (), (Text("", "red"),)), 0).table
     assert table[INPUT_IDS, 0] == tokenizer.eos_id
     assert table[LABELS].tolist() == [*tokenizer.encode("red"), tokenizer.eos_id, IGNORE]
-    assert encoder.encode_prompt("red") == tokenizer.encode("red")
+    assert encoder.encode_prompt("red", 0) == Prompt(tokenizer.encode("red"))
 
 
 def test_window_of_token_ids(make_encoder: MakeEncoder) -> None:
@@ -190,7 +189,7 @@ def test_names_of_special_tokens_stay_text(make_encoder: MakeEncoder, tokenizer:
 def test_prompt_batch_pads_on_the_left() -> None:
     layout = Layout(image_tokens=2, image_size=4, max_text_len=8, seq_len=16, pad_to=10)
     images = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
-    batch = prompt_batch([[1, 5, 6], [1], [1, 9]], images, [0, 1, 0], layout, pad_id=7)
+    batch = prompt_batch([Prompt([1, 5, 6], (0,)), Prompt([1], (0,)), Prompt([1, 9], (0,))], images, [0, 1, 0], layout, pad_id=7)
     assert batch.input_ids.tolist() == [[7, 7, 1, 5, 6], [7, 7, 7, 7, 1], [7, 7, 7, 1, 9]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 0, 1, 2, 3]]
     assert batch.sample_ids.tolist() == [[0] * 5, [-1, -1, 0, 0, 0], [-1, 0, 0, 0, 0]]
@@ -207,11 +206,11 @@ def test_prompt_batch_pads_on_the_left() -> None:
 
 def test_prompt_batch_without_images_or_with_several() -> None:
     layout = Layout(image_tokens=2, image_size=4, max_text_len=8, seq_len=16, pad_to=10)
-    plain = prompt_batch([[1, 5], [1, 6]], None, None, layout, pad_id=0)
+    plain = prompt_batch([Prompt([1, 5]), Prompt([1, 6])], None, None, layout, pad_id=0)
     assert plain.input_ids.tolist() == [[1, 5], [1, 6]]
     assert plain.images is None
     assert not plain.has_documents
-    two = prompt_batch([[1]], torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [(1, 0)], layout, pad_id=0)
+    two = prompt_batch([Prompt([1], (0, 0))], torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [(1, 0)], layout, pad_id=0)
     assert two.input_ids.shape == (1, 5)
     assert two.image_index.tolist() == [1, 0]
     assert two.image_starts.tolist() == [0, 2]
@@ -220,7 +219,7 @@ def test_prompt_batch_without_images_or_with_several() -> None:
 def test_prompt_row_equals_the_training_row_up_to_the_answer(make_encoder: MakeEncoder, png: Png) -> None:
     encoder = make_encoder()
     trained = collate([encoder.encode(Sample("s", (png((9, 9, 9)),), (Text("what?", "red"),)), 0)], pad_id=0, pad_to=None)
-    asked = prompt_batch([encoder.encode_prompt("what?")], trained.images, None, encoder.layout, pad_id=0)
+    asked = prompt_batch([encoder.encode_prompt("what?", 1)], trained.images, None, encoder.layout, pad_id=0)
     length = asked.input_ids.shape[1]
     assert trained.kinds[0, length] == Kind.ANSWER
     for name in ("input_ids", "positions", "sample_ids", "text_ids", "kinds"):

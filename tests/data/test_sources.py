@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig, JsonlConfig, TextConfig
-from kempnerforge.data import Sample, SampleError, Source, Text, Tokenizer, build_source, load_image, text_corpus
+from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image, text_corpus
+from kempnerforge.data.audit import audit
+from kempnerforge.data.loader import row_classes
 from kempnerforge.data.sources.table import resolve_image
 
 Png = Callable[..., bytes]
@@ -151,6 +153,48 @@ def test_jsonl_several_texts_and_root(root: Path, tmp_path: Path) -> None:
     assert source[0].texts == (Text("a?", "b"), Text("", "c"))
     assert source[0].images == (root / "sub" / "red.png",)
     assert source.length(0) == 4
+
+
+INTERLEAVED = [
+    {
+        "image": ["sub/red.png", "sub/red.png"],
+        "texts": [{"prompt": "<image>a<image>", "answer": "b"}, {"prompt": "<image>", "answer": "c<image>"}],
+    },
+    {"image": "sub/red.png", "texts": [{"prompt": "see <image>", "answer": "b"}]},
+    {"image": None, "texts": [{"prompt": "a", "answer": "b"}]},
+    {"image": ["sub/red.png"], "texts": [{"prompt": "<image><image>", "answer": "b"}]},
+]
+
+
+def starts(source: Source, encoder: Encoder) -> list[list[int]]:
+    """Where the images of each row begin that can be encoded."""
+    encoded = [encoder.encode(source[index], 0) for index in range(3)]
+    batch = collate(encoded, 0, None)
+    assert audit(batch, encoder.tokenizer.eos_id) == []
+    with pytest.raises(SampleError, match="2 of '<image>' in a text and 1 images"):
+        encoder.encode(source[3], 0)
+    return [batch.image_starts[batch.image_rows == row].tolist() for row in range(3)]
+
+
+def test_interleaved_rows_of_a_file(root: Path, make_encoder: Callable[..., Encoder]) -> None:
+    source = built(JsonlConfig(path=write_lines(root / "rows.jsonl", *INTERLEAVED), texts_column="texts"))
+    assert [source.num_images(index) for index in range(4)] == [2, 1, 0, 1]
+    assert starts(source, make_encoder(image_tokens=4)) == [[0, 6, 16], [5], []]
+    layout = make_encoder(image_tokens=4).layout
+    assert row_classes(source, layout) == [(8 + 24 // 4) // 16, 0, 0, 0]
+    assert row_classes(source, Layout(32, 8, 100, 100, 0)) == [4, 2, 0, 2]
+    corpus = list(text_corpus(source))
+    assert not any("<image>" in text for text in corpus) and "see " in corpus
+
+
+def test_interleaved_rows_of_a_dataset(hf: Any, root: Path, make_encoder: Callable[..., Encoder]) -> None:
+    red = (root / "sub" / "red.png").read_bytes()
+    listed = [value if isinstance(value, list) else [value] if value else [] for value in (row["image"] for row in INTERLEAVED)]
+    rows = {"image": [[{"bytes": red, "path": None} for _ in entry] for entry in listed], "texts": [row["texts"] for row in INTERLEAVED]}
+    features = hf.Features({"image": hf.List(hf.Image()), "texts": hf.List({"prompt": hf.Value("string"), "answer": hf.Value("string")})})
+    hf.Dataset.from_dict(rows, features=features).save_to_disk(str(root / "set"))
+    source = built(HFDatasetConfig(path=str(root / "set"), texts_column="texts"))
+    assert starts(source, make_encoder(image_tokens=4)) == [[0, 6, 16], [5], []]
 
 
 def test_jsonl_splits(tmp_path: Path) -> None:

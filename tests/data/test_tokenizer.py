@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,3 +94,85 @@ def test_unreadable_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}')
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# ---- new tokens ------------------------------------------------------------------------------------------------------
+
+NEW = ["<image>", "<|end|>", "<e>"]
+
+
+def fresh() -> Tokenizer:
+    return Tokenizer.train(["what is the colour?\n", "red"] * 4, 300)
+
+
+def test_new_tokens_follow_the_base_vocabulary() -> None:
+    made, plain = fresh(), fresh()
+    made.add_tokens(NEW)
+    base = plain.vocab_size
+    assert made.base_vocab_size == base and made.vocab_size == base + 3
+    assert made.new_token_ids == [base, base + 1, base + 2] == [made.token_id(name) for name in NEW]
+    assert (plain.base_vocab_size, plain.new_token_ids, plain.token_id("<image>")) == (base, [], None)
+    assert made.fingerprint != plain.fingerprint
+
+
+def test_new_tokens_are_recognised_wherever_they_stand() -> None:
+    made, plain = fresh(), fresh()
+    text = "red<image> is<|end|>r<e><eos>"
+    before = made.encode(text)  # a cached result must not outlive the change
+    made.add_tokens(NEW)
+    image, end, letter = made.new_token_ids
+    pieces = [plain.encode(piece) for piece in ("red", " is", "r", "<eos>")]
+    assert made.encode(text) == [*pieces[0], image, *pieces[1], end, *pieces[2], letter, *pieces[3]] != before == plain.encode(text)
+    assert made.decode(made.encode(text)) == text
+    assert made.eos_id not in made.encode(text)
+
+
+def test_new_tokens_outlive_saving_and_pickling(tmp_path: Path) -> None:
+    made = fresh()
+    made.add_tokens(NEW)
+    copy = pickle.loads(pickle.dumps(made))
+    assert (copy.new_tokens, copy.new_token_ids, copy.fingerprint) == (made.new_tokens, made.new_token_ids, made.fingerprint)
+    made.save(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.fingerprint == made.fingerprint and loaded.encode("<image>") == made.encode("<image>")
+    assert (loaded.new_tokens, loaded.base_vocab_size) == ((), made.vocab_size), "nobody has asked for them yet"
+    for _ in range(2):
+        loaded.add_tokens(NEW)
+        assert (loaded.new_token_ids, loaded.fingerprint) == (made.new_token_ids, made.fingerprint)
+    loaded.add_tokens([*NEW, "<more>"])
+    assert loaded.new_token_ids == [*made.new_token_ids, made.vocab_size]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs("red<image> <e>", add_special_tokens=False).input_ids == made.encode("red<image> <e>")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["<image>", "<eos>"], "'<eos>' is in the tokenizer's vocabulary already"),
+        (["a"], "'a' is in the tokenizer's vocabulary already"),
+        (["<image>", "<image>"], "needs names, each once"),
+        ([""], "needs names, each once"),
+    ],
+)
+def test_names_that_cannot_be_new(names: list[str], message: str) -> None:
+    made = fresh()
+    with pytest.raises(ValueError, match=message):
+        made.add_tokens(names)
+    assert made.new_tokens == () and made.fingerprint == fresh().fingerprint
+
+
+def test_new_tokens_keep_their_order(tmp_path: Path) -> None:
+    made = fresh()
+    made.add_tokens(NEW)
+    made.add_tokens([])
+    assert made.new_tokens == tuple(NEW)
+    for names in (NEW[:2], NEW[::-1], ["<other>"]):
+        with pytest.raises(ValueError, match="begin with"):
+            made.add_tokens(names)
+
+
+def test_a_vocabulary_with_gaps_takes_no_new_tokens() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="<eos>"))
+    with pytest.raises(ValueError, match="ids have gaps"):
+        Tokenizer(backend, eos="<eos>").add_tokens(["<image>"])

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,6 +31,8 @@ ENCODER = Encoder(TOKENIZER, DataConfig(), Layout(image_tokens=4, image_size=8, 
 TEXT_ENCODER = Encoder(TOKENIZER, DataConfig(), Layout(image_tokens=0, image_size=0, max_text_len=32, seq_len=64, pad_to=32), seed=0)
 DEVICE = torch.device("cpu")
 BROKEN = b"no image"
+Level = int | tuple[int, ...] | None
+"""Brightness of the image of a question; of several; None: it has none, or there are none in the job."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,16 @@ def grey(level: int) -> bytes:
 
 
 class Scripted(nn.Module):
-    """Generates ``answer(prompt, level of the image or None)`` for each row, then EOS; its loss is ``nats`` for each target.
+    """Generates ``answer(prompt, Level of its images)`` for each row, then EOS; its loss is ``nats`` for each target.
 
     Attributes:
         asked: (prompt, level) of everything it was asked, in order.
     """
 
-    def __init__(self, answer: Callable[[str, int | None], str], nats: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, answer: Callable[[str, Any], str], nats: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.answer, self.nats = answer, nats
-        self.asked: list[tuple[str, int | None]] = []
+        self.asked: list[tuple[str, Level]] = []
         self.modes: set[bool] = set()
         self.replies: list[list[int]] = []
         self.position = 0
@@ -96,10 +99,10 @@ class Scripted(nn.Module):
 
     def _reply(self, batch: Batch, row: int) -> list[int]:
         prompt = TOKENIZER.decode(batch.input_ids[row][batch.kinds[row] == Kind.PROMPT].tolist()).strip()
-        level = None
+        level: Level = None
         if batch.images is not None:
-            (placed,) = batch.image_index[batch.image_rows == row].tolist()
-            level = int(batch.images[placed].float().mean())
+            levels = tuple(int(batch.images[k].float().mean()) for k in batch.image_index[batch.image_rows == row].tolist())
+            level = levels if len(levels) > 1 else levels[0] if levels else None
         self.asked.append((prompt, level))
         return [*TOKENIZER.encode(self.answer(prompt, level)), TOKENIZER.eos_id]
 

@@ -84,6 +84,50 @@ def test_nothing_readable_is_an_error() -> None:
     assert evaluate(Scripted(shade), [], ENCODER, CFG, Alone(), DEVICE).total == 0
 
 
+MIXED = [
+    Sample("one", (grey(10),), (Text("what <image> colour?", "a"), Text("<image>what colour?", "b"))),
+    Sample("two", (grey(20), grey(200)), (Text("<image> or <image>?", "c"),)),
+    Sample("front", (grey(20), grey(200)), (Text("what colour?", "d"),)),
+    Sample("none", (), (Text("what colour?", "e"),)),
+    Sample("wrong", (grey(10),), (Text("<image> or <image>?", "f"),)),
+]
+
+
+def test_interleaved_questions() -> None:
+    model = Scripted(lambda prompt, level: "c" if level == (20, 200) else "e" if level is None else "x")
+    asked = asked_of(MIXED)
+    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE)
+    assert model.asked == [
+        ("what  colour?", 10),
+        ("what colour?", 10),
+        (" or ?".strip(), (20, 200)),
+        ("what colour?", (20, 200)),
+        ("what colour?", None),
+    ]
+    assert (score.right, score.total) == (2, 5)
+    assert score.skipped == [("wrong", "2 of '<image>' in the prompt and 1 images: must be as many, or no '<image>'")]
+
+
+def test_blind_tells_numbers_of_images_apart() -> None:
+    model = Scripted(lambda prompt, level: "d" if level == (BLANK, BLANK) else "e" if level is None else "x")
+    asked = asked_of([*MIXED, Sample("front again", (grey(1), grey(2)), (Text("what colour?", "e"),))])
+    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE, blind=True)
+    assert len(model.asked) == 5 and ("what colour?", None) in model.asked and ("what colour?", (BLANK, BLANK)) in model.asked
+    assert [answer.text for answer in score.answers] == ["x", "x", "d", "d", "e", "d"]
+    assert (score.right, score.total) == (2, 6)
+
+
+def test_the_prior_tells_numbers_of_images_apart() -> None:
+    known = [Question("s", (BROKEN,) * count, "q", str(count)) for count in (0, 1, 1, 2)]
+    assert question_only_prior(known, known) == 1
+
+
+def test_answers_with_images_are_not_asked_for() -> None:
+    found, skipped = questions(ListSource([Sample("s", (BROKEN,), (Text("p", "1 <image>"), Text("<image>p", "1")))]))
+    assert [q.prompt for q in found] == ["<image>p"]
+    assert skipped == [("s", "the answer holds images, which cannot be generated")]
+
+
 def test_a_job_without_images_asks_about_words_alone() -> None:
     model = Scripted(lambda prompt, level: "red" if prompt.endswith("0?") else "no")
     score = evaluate(model, asked_of(held_out([10, 200, 20, 240])), TEXT_ENCODER, CFG, Alone(), DEVICE)

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import prompt_batch
 from kempnerforge.eval.generate import Sampling, choose, generate
-from tests.eval.scripted import TEXT_ENCODER, TOKENIZER, Scripted
+from kempnerforge.model.transformer import Cache
+from kempnerforge.vlm.base import Output
+from tests.eval.scripted import ENCODER, TEXT_ENCODER, TOKENIZER, Scripted
 from tests.vlm.tiny import tiny
 
 DRAWS = 20_000
@@ -83,7 +86,7 @@ def three_rows(max_new_tokens: int, **kwargs: object) -> tuple[list[list[int]], 
     """New ids of three prompts, the steps as they were streamed, and the model."""
     streamed: list[list[int]] = []
     model = Scripted(lambda prompt, level: ANSWERS[prompt])
-    prompts = [TEXT_ENCODER.encode_prompt(prompt) for prompt in ANSWERS]
+    prompts = [TEXT_ENCODER.encode_prompt(prompt, 0) for prompt in ANSWERS]
     batch = prompt_batch(prompts, None, None, TEXT_ENCODER.layout, TOKENIZER.pad_id)
     made = generate(
         model,
@@ -118,6 +121,27 @@ def test_other_ranks_may_need_more_steps() -> None:
     assert len(streamed) == 12
     assert asked == sorted(asked) and asked[-1]
     assert [TOKENIZER.decode(ids) for ids in made] == list(ANSWERS.values())
+
+
+def test_later_steps_hold_one_word_a_row_and_no_image() -> None:
+    seen = []
+
+    class Spy(Scripted):
+        def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
+            seen.append(batch)
+            return super().forward(batch, cache)
+
+    prompts = [ENCODER.encode_prompt("what <image> is <image>?", 2), ENCODER.encode_prompt("<image>a", 1), ENCODER.encode_prompt("b", 0)]
+    pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    batch = prompt_batch(prompts, pixels, [[0, 1], [2], []], ENCODER.layout, TOKENIZER.pad_id)
+    generate(Spy(lambda prompt, level: "red"), batch, max_new_tokens=3, eos_id=TOKENIZER.eos_id)
+    assert (seen[0].row_images, seen[0].leading_images) == (2, 0)
+    last = batch.positions[:, -1]
+    for step, later in enumerate(seen[1:], 1):
+        assert (later.row_images, later.row_words, later.leading_images, later.images) == (0, 1, 0, None)
+        tensors = (later.image_index, later.image_rows, later.image_starts, later.image_text_ids, later.image_sample_ids, later.image_slots)
+        assert all(tensor.shape == (0,) and tensor.dtype == torch.int64 for tensor in tensors)
+        assert torch.equal(later.positions[:, 0], last + step) and (later.text_ids == 1).all()
 
 
 def test_a_seed_gives_the_same_text_again() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.data.sample import SampleError
-from kempnerforge.data.sources.table import TableSource, nested_size
+from kempnerforge.data.sources.table import TableSource, count_images, nested_size
 
 BOM = b"\xef\xbb\xbf"
 SHOWN_LINES = 5
@@ -28,7 +28,7 @@ class Jsonl(TableSource):
 
     def __init__(self, cfg: JsonlConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self._offsets, self._lengths, self._numbers = array("q"), array("q"), array("q")
+        self._offsets, self._lengths, self._numbers, self._num_images = array("q"), array("q"), array("q"), array("q")
         bad: list[tuple[int, str]] = []
         lacking: Counter[str] = Counter()
         available: set[str] = set()
@@ -49,6 +49,7 @@ class Jsonl(TableSource):
                     self._offsets.append(begin)
                     self._numbers.append(number)
                     self._lengths.append(sum(nested_size(row.get(column)) for column in self.text_columns))
+                    self._num_images.append(count_images(row.get(cfg.image_column)) if cfg.image_column else 0)
         except OSError as error:
             key = "path" if self.path == cfg.path else "eval_path"
             raise ValueError(f"data.{key} = {self.path!r}: {error.strerror or error}") from None
@@ -67,6 +68,9 @@ class Jsonl(TableSource):
 
     def length(self, index: int) -> int:
         return self._lengths[index]
+
+    def num_images(self, index: int) -> int:
+        return self._num_images[index]
 
     def row_id(self, index: int) -> str:
         return f"{Path(self.path).name}:{self._numbers[index]}"
