@@ -1,0 +1,154 @@
+"""Text weights from a directory that transformers wrote: safetensors only, nothing is unpickled and no code beside them is run.
+
+Names are ours, ``transformer.*``. Reading is strict: every tensor of the files is one of the text model's, or of a kind that is known
+and reported; every tensor of the text model is there, in the shape that ``[model]`` asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
+from kempnerforge.interop.settings import check_facts, check_window, hf_facts
+from kempnerforge.model.transformer import Transformer
+
+log = logging.getLogger("kempnerforge")
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
+    """The text model in the directory ``path``, of the Llama, Mistral, SmolLM2, Qwen2, Qwen2.5, Qwen3 or Gemma family.
+
+    Args:
+        path: a directory with ``config.json`` and safetensors, sharded or not. Of a vision-language model, the text part is read.
+        cfg: ``[model]``, with ``vocab_size`` set.
+
+    Returns:
+        ``transformer.*`` -> tensor on the CPU, in the dtype of the file; new tokens are not among them. An embedding that is the head, too,
+        is there twice when ``cfg`` does not tie them.
+
+    Raises:
+        ValueError: the directory cannot be read, holds another model than ``cfg`` describes, lacks tensors or has unknown ones.
+    """
+    path = Path(path)
+    config = read_config(path)
+    text = config.get("text_config", config)
+    try:
+        check_facts(cfg, hf_facts(text), SETTINGS)
+        check_window(text, cfg)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None
+    files = tensor_files(path)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
+    with torch.device("meta"):
+        wanted = Transformer(replace(cfg, new_tokens=[])).state_dict()
+    names = _match(path, wanted, files, tied)
+    tensors = _read(files, set(names.values()))
+    if cfg.tie_embeddings and (head := _head(files)) and not torch.equal(_read(files, {head})[head], tensors[names[EMBEDDING]]):
+        raise ValueError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
+    for ours, theirs in names.items():
+        _check(path, f"{theirs} (transformer.{ours})", tensors[theirs], wanted[ours])
+    return {f"transformer.{ours}": tensors[theirs] for ours, theirs in names.items()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / CONFIG}: cannot be read; {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG}: holds no JSON object")
+    return config
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it.
+
+    Raises:
+        ValueError: there are no safetensors, or they are not what their index says.
+    """
+    if (path / INDEX).is_file():
+        try:
+            shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {name: path / shard for name, shard in shards.items() if Path(shard).name == shard}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
+        if files.keys() != shards.keys():
+            raise ValueError(f"{path / INDEX}: names files outside its directory")
+    elif (path / WEIGHTS).is_file():
+        files = dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
+    else:
+        raise ValueError(f"{path}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+    for file in sorted(set(files.values())):
+        there = _names(file)
+        if absent := [name for name, place in files.items() if place == file and name not in there]:
+            raise ValueError(f"{file}: lacks {_some(absent)}, which {INDEX} says it has")
+    return files
+
+
+def _names(file: Path) -> set[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read; {error}") from None
+
+
+def _read(files: dict[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
+    tensors = {}
+    for file in {files[name] for name in names}:
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in names if files[name] == file}
+    return tensors
+
+
+def _match(path: Path, wanted: Iterable[str], files: dict[str, Path], tied: bool) -> dict[str, str]:
+    """Our name -> the name in the files, for all that is wanted."""
+    found = [name.removesuffix(HF_EMBEDDING) for name in files if name == HF_EMBEDDING or name.endswith("." + HF_EMBEDDING)]
+    if len(found) != 1:
+        raise ValueError(f"{path}: needs one text model, but {len(found)} tensors are called {HF_EMBEDDING}")
+    prefix, head = found[0], _head(files)
+    names = {ours: prefix + hf_name(ours) for ours in wanted if ours != HEAD}
+    if HEAD in wanted:
+        names[HEAD] = head or (names[EMBEDDING] if tied else HF_HEAD)
+    if missing := [name for name in names.values() if name not in files]:
+        raise ValueError(f"{path}: lacks {_some(missing)}")
+    rest = [name for name in files if name not in names.values() and name != head and not IGNORED.search(name)]
+    if unknown := [name for name in rest if not OTHER_PARTS.match(name)]:
+        raise ValueError(f"{path}: has {len(unknown)} tensors that [model] has no place for: {_some(unknown)}")
+    if rest:
+        log.info("%s: %d tensors that are not of the text model are left aside: %s", path, len(rest), _some(rest))
+    return names
+
+
+def _head(files: dict[str, Path]) -> str | None:
+    return next((name for name in files if name == HF_HEAD or name.endswith("." + HF_HEAD)), None)
+
+
+def _check(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{path}: {name} is {tensor.dtype}; quantised weights are not read")
+    if tensor.shape != wanted.shape:
+        rows = "; model.vocab_size must be the number of rows" if HF_EMBEDDING in name or HF_HEAD in name else ""
+        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}{rows}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

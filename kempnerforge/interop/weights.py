@@ -1,0 +1,129 @@
+"""Weights to start from, wherever they are: a checkpoint or run directory of ours, or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.checkpoint import CheckpointError, load, resolve, tensor_info
+from kempnerforge.checkpoint.state import AVERAGED, MODEL
+from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.interop.huggingface import CONFIG, read_text_weights
+from kempnerforge.interop.names import EMBEDDING, HEAD
+from kempnerforge.interop.settings import check_facts, facts
+
+log = logging.getLogger("kempnerforge")
+
+
+def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
+    """All model tensors at ``path``, by our parameter names. Call it on all ranks; each has all of them, on the CPU.
+
+    Args:
+        path: a checkpoint, a folder of them (the newest is taken), a run directory, or a Hugging Face directory (see ``read_text_weights``).
+        cfg: ``[model]``: what the weights are for.
+
+    Raises:
+        ValueError: nothing usable is there, or its text backbone computes otherwise than ``cfg`` says.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return read_text_weights(path, cfg)
+    try:
+        checkpoint = resolve(path)
+        info = tensor_info(checkpoint)
+        tensors, averaged = (
+            {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
+            for prefix in (MODEL, AVERAGED)
+        )
+        _check_config(checkpoint, cfg)
+        load(checkpoint, tensors, prefix=MODEL)
+        if averaged:
+            load(checkpoint, averaged, prefix=AVERAGED)
+            tensors |= {MODEL + name.removeprefix(AVERAGED): t for name, t in averaged.items()}
+    except CheckpointError as error:
+        raise ValueError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
+    return _with_head({name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}, checkpoint, cfg)
+
+
+def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    """A head for a model that wants one of its own; where it wants none, the head must be the embedding."""
+    embedding, head = (tensors.get(f"transformer.{name}") for name in (EMBEDDING, HEAD))
+    if not cfg.tie_embeddings and head is None and embedding is not None:
+        return tensors | {f"transformer.{HEAD}": embedding}
+    if cfg.tie_embeddings and head is not None and not (embedding is not None and torch.equal(head, embedding)):
+        raise ValueError(f"{checkpoint}: transformer.{HEAD} is not the embedding; set model.tie_embeddings = false")
+    return tensors
+
+
+def _check_config(checkpoint: Path, cfg: ModelConfig) -> None:
+    """Compares ``[model]`` with the one that the checkpoint was trained with, when that is there."""
+    file = checkpoint / "config.toml"
+    if not file.is_file():
+        return
+    try:
+        table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get("model", {})
+        if scaling := table.get("rope_scaling"):
+            table["rope_scaling"] = RopeScaling(**scaling)
+        theirs = facts(ModelConfig(**table))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read; {error}") from None
+    try:
+        check_facts(cfg, theirs, {})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str, optional: tuple[str, ...] = ()) -> set[str]:
+    """Copies ``weights`` into the parameters of ``model`` that have the same names, cast to their dtype.
+
+    Args:
+        model: not sharded.
+        weights: from ``read_weights(source)``; those that the model has no place for are counted in the log.
+        optional: prefixes of names that are passed over where the shape is another.
+
+    Returns:
+        The names that were taken.
+
+    Raises:
+        ValueError: no name matches, or a shape differs; nothing is copied then.
+    """
+    own = dict(model.named_parameters())
+    shared = own.keys() & weights.keys()
+    other_shape = {name for name in shared if own[name].shape != weights[name].shape}
+    passed_over = {name for name in other_shape if name.startswith(optional)} if optional else set()
+    if wrong := sorted(other_shape - passed_over):
+        shapes = [f"{name} has shape {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here" for name in wrong[:3]]
+        rows = "; model.vocab_size must be the number of rows of the embedding" if any("token_embedding" in name for name in wrong) else ""
+        raise ValueError(f"{source}: {'; '.join(shapes)}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}{rows}")
+    taken = shared - passed_over
+    if not taken:
+        raise ValueError(f"{source}: none of its {len(weights)} tensors has a place in the model; it has {', '.join(sorted(weights)[:3])}")
+    for name in taken:
+        own[name].copy_(weights[name])
+    fresh = sorted(own.keys() - taken)
+    log.info(
+        "%s: %d tensors taken, %d have no place here; %d of the model's %d stay as they are%s",
+        source,
+        len(taken),
+        len(weights.keys() - taken),
+        len(fresh),
+        len(own),
+        f": {_groups(fresh)}" if fresh else "",
+    )
+    return taken
+
+
+def _groups(names: list[str]) -> str:
+    """Names by the part of the model that they are in, with counts."""
+    parts: dict[str, int] = {}
+    for name in names:
+        words = name.split(".")
+        part = ".".join(word if not word.isdigit() else "*" for word in words[: 4 if words[0] == "transformer" else 1])
+        parts[part] = parts.get(part, 0) + 1
+    return ", ".join(f"{part} ({count})" for part, count in parts.items())

@@ -1,0 +1,80 @@
+"""Tiny random models of transformers, saved as it saves them, and the ``[model]`` that each of them is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+from kempnerforge.config import ModelConfig, RopeScaling
+
+VOCAB = 97
+OURS: dict[str, Any] = {
+    "dim": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "ffn_dim": 80,
+    "vocab_size": VOCAB,
+    "max_seq_len": 64,
+    "tie_embeddings": False,
+}
+THEIRS: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def rope(theta: float = 1e4, kind: str = "default", **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+# name -> (class in transformers, our knobs, theirs)
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_theta": 5e5, "norm_eps": 1e-5}, {"rms_norm_eps": 1e-5, **rope(5e5)}),
+    "llama 3.1": (
+        "Llama",
+        {"rope_scaling": RopeScaling("llama3", **LLAMA3, original_max_seq_len=32)},
+        rope(kind="llama3", **LLAMA3, original_max_position_embeddings=32),
+    ),
+    "linear scaling": ("Llama", {"rope_scaling": RopeScaling("linear", 4.0)}, rope(kind="linear", factor=4.0)),
+    "smollm2": ("Llama", {"rope_theta": 1e5, "tie_embeddings": True}, {"tie_word_embeddings": True, **rope(1e5)}),
+    "mistral": ("Mistral", {}, {"sliding_window": 64, "head_dim": 12}),
+    "qwen2": ("Qwen2", {"qkv_bias": True, "tie_embeddings": True, "rope_theta": 1e6}, {"tie_word_embeddings": True, **rope(1e6)}),
+    "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 20, "rope_theta": 1e6}, {"head_dim": 20, **rope(1e6)}),
+    "gemma": (
+        "Gemma",
+        {"norm_plus_one": True, "embed_scale": True, "activation": "geglu", "head_dim": 16, "n_kv_heads": 1, "tie_embeddings": True},
+        {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+}
+
+
+def config_of(family: str, **knobs: Any) -> ModelConfig:
+    """Our ``[model]`` for ``family``."""
+    return ModelConfig(**OURS | FAMILIES[family][1] | knobs)
+
+
+def save(family: str, path: Path, shard_size: str = "1GB", dtype: torch.dtype = torch.float32) -> Any:
+    """Writes a random model of ``family`` to ``path``; every tensor of it is away from its usual start."""
+    name, _, knobs = FAMILIES[family]
+    model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**THEIRS | knobs)).to(dtype).eval()
+    draws = torch.Generator().manual_seed(0)
+    for key, p in model.named_parameters():
+        nn.init.normal_(p, mean=float("norm" in key and name != "Gemma"), std=0.1, generator=draws)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    return model
