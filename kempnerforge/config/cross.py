@@ -80,6 +80,13 @@ def arch_fits(job: JobConfig) -> Found:
             yield ("vlm",), str(error)
 
 
+@_reads("train", "optimizer")
+def one_average(job: JobConfig) -> Found:
+    """Only one average of the weights is kept."""
+    if job.train.ema_decay and job.optimizer.name == "schedule_free_adamw":
+        yield ("train",), f"ema_decay = {job.train.ema_decay}: optimizer.name = 'schedule_free_adamw' keeps an average of its own; use 0"
+
+
 @_reads("vlm", "stages")
 def one_way_to_freeze(job: JobConfig) -> Found:
     """Freezing over time is said in one place."""
@@ -111,6 +118,10 @@ def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_onl
         sections: the resolved ones of the stage, by name; some may be missing.
     """
     scheduler, data, steps = sections.get("scheduler"), sections.get("data"), job.stages[index].steps
+    optimizer = sections.get("optimizer")
+    for group in optimizer.groups if optimizer is not None else ():
+        if (group.warmup_steps or 0) > steps:
+            yield ("stages", index, "optimizer"), f"groups: {group.module!r} warms up for {group.warmup_steps} of {steps} steps"
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
     if data is not None and text_only and data.needs_images:

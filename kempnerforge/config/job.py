@@ -96,10 +96,7 @@ class JobConfig:
         Raises:
             ValueError: the adapter cannot take as many features as the encoder gives.
         """
-        if self.vlm is None:
-            return 0
-        features = self.vision_encoder.num_tokens()
-        return None if features is None else self.adapter.num_tokens(features)
+        return 0 if self.vlm is None else self.vlm.image_tokens(self)
 
     def check_sequence(self, num_image_tokens: int) -> None:
         """The stream of a sample, one image and a text of full length, fits into the model and into a row.
@@ -134,6 +131,10 @@ class JobConfig:
         for stage in self.resolved_stages():
             if stage.scheduler.warmup_steps > stage.steps:
                 lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {stage.scheduler.warmup_steps} warm-up steps, {cap}")
+            if stage.optimizer.name == "schedule_free_adamw" and stage.scheduler.name != "constant":
+                lines.append(
+                    f"stage {stage.name!r}: 'schedule_free_adamw' is made for scheduler.name = 'constant', not {stage.scheduler.name!r}"
+                )
         for change in self.vlm.freeze_schedule if self.vlm else ():
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")

@@ -13,11 +13,17 @@ Registering is a decorator; the bare form takes the name from the discriminator'
 
     @registry.register_arch("my_arch")
     class MyArch(VLM): ...
+
+An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
+configs of the first three archs stand in ``config/vlm.py``.)
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,10 +35,11 @@ class Registry:
     Args:
         kind: what an entry is, for messages ("vlm arch").
         key: the config key that selects an entry ("vlm.arch"), for messages and for the bare decorator.
+        package: where an entry that is not there yet may be found, in the module of its name.
     """
 
-    def __init__(self, kind: str, key: str) -> None:
-        self.kind, self.key = kind, key
+    def __init__(self, kind: str, key: str, package: str = "") -> None:
+        self.kind, self.key, self.package = kind, key, package
         self._entries: dict[str, type] = {}
 
     def register(self, name: str | type) -> Any:
@@ -58,12 +65,19 @@ class Registry:
         Raises:
             ValueError: there is none; the message lists what is there.
         """
-        if name not in self._entries:
+        if name not in self:
             raise ValueError(f"{self.key} = {name!r}: no such {self.kind}; {self.known(name)}")
         return self._entries[name]
 
+    def import_all(self) -> None:
+        """Imports every module of the package, so that all entries are there."""
+        if self.package:
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+
     def known(self, near: str = "") -> str:
         """What is registered, for messages, with the name nearest to ``near``."""
+        self.import_all()
         close = difflib.get_close_matches(str(near), self._entries, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"registered: {', '.join(sorted(self._entries)) or 'none'}{hint}"
@@ -73,18 +87,22 @@ class Registry:
         return next((n for n, c in self._entries.items() if c is cls), None)
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._entries and self.package and isinstance(name, str) and name.isidentifier():
+            module = f"{self.package}.{name}"
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
 
-vlm_configs = Registry("vlm arch", "vlm.arch")
+vlm_configs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
 vision_configs = Registry("vision encoder", "vision_encoder.type")
 adapter_configs = Registry("adapter", "adapter.type")
 data_configs = Registry("data source", "data.source")
 
-archs = Registry("vlm arch", "vlm.arch")
+archs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
 sources = Registry("data source", "data.source")

@@ -6,6 +6,7 @@ When ``[vlm]`` is absent the job is a pure text run.
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ DEFAULT_MODULE_PATTERNS: dict[str, list[str]] = {
 
 MASKS = ("causal", "image_bidirectional", "prefix")
 
-_RESERVED_ARCHS: frozenset[str] = frozenset({"moma"})
+_RESERVED_ARCHS: frozenset[str] = frozenset({"hf"})
 """Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
 
 
@@ -120,6 +121,15 @@ class VLMConfig:
         """How many of an image's ``num_tokens`` tokens this arch places in the residual stream."""
         return num_tokens
 
+    def image_tokens(self, job: JobConfig) -> int | None:
+        """Tokens of one image behind the adapter; None when only the built encoder knows.
+
+        Raises:
+            ValueError: the adapter cannot take as many features as the encoder gives.
+        """
+        features = job.vision_encoder.num_tokens()
+        return None if features is None else job.adapter.num_tokens(features)
+
     def check(self, job: JobConfig) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
@@ -144,6 +154,8 @@ class CrossAttentionConfig(VLMConfig):
     Attributes:
         cross_attention_every_n_layers: one such block before every n-th layer.
         cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see ``resolved_heads``.
+        cross_attention_media: which images before it in its own text a word sees: "all" of them, or the "latest" alone. With "latest", of
+            two images in front of the same word only the second is ever seen; Flamingo's data has one image for each stretch of text.
     """
 
     arch: str = "cross_attention"
@@ -156,11 +168,13 @@ class CrossAttentionConfig(VLMConfig):
     cross_attention_every_n_layers: int = 4
     cross_attention_n_heads: int = 0
     cross_attention_n_kv_heads: int = 0
+    cross_attention_media: str = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "cross_attention_every_n_layers")
         at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads")
+        one_of(self, "cross_attention_media", ("all", "latest"))
         if self.attention_mask == "image_bidirectional":
             raise ValueError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
         heads, kv = self.cross_attention_n_heads, self.cross_attention_n_kv_heads
@@ -180,7 +194,8 @@ class CrossAttentionConfig(VLMConfig):
         heads = self.cross_attention_n_heads or model_n_heads
         kv = self.cross_attention_n_kv_heads or heads
         if heads % kv:
-            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention")
+            source = "cross_attention_n_heads" if self.cross_attention_n_heads else "model.n_heads, as cross_attention_n_heads = 0"
+            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention ({source})")
         return heads, kv
 
     def check(self, job: JobConfig) -> None:
@@ -192,6 +207,13 @@ class CrossAttentionConfig(VLMConfig):
             raise ValueError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
 
 
+UNTIE = ("ffn", "attn", "norm")
+"""What the towers of ``mot`` may have apart."""
+
+BLOCK_PARTS = ("attention", "attention_norm", "mlp", "mlp_norm", "layer", "scale", "softcap")
+"""Names inside a block, which no tower can have."""
+
+
 @registry.register_vlm_config
 @dataclass
 class MoTConfig(VLMConfig):
@@ -200,8 +222,11 @@ class MoTConfig(VLMConfig):
     Attributes:
         mot_modalities: names of the towers, in any order, "image" and "text" among them.
         mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see ``resolved_image_heads``.
-        mot_warm_start_from_text: copy the text tower into the image tower when a fresh run starts.
-        mot_warm_start_path: a checkpoint to take the text tower from.
+        mot_warm_start_from_text: copy the text tower into the other towers when a fresh run starts.
+        mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging Face directory.
+        untie: what every tower has for itself: "attn" (projections, with their q and k norms), "ffn", "norm" (the two of a block). The
+            towers share the rest.
+        norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on what they give).
     """
 
     arch: str = "mot"
@@ -216,12 +241,23 @@ class MoTConfig(VLMConfig):
     mot_image_n_kv_heads: int = 0
     mot_warm_start_from_text: bool = False
     mot_warm_start_path: str = ""
+    untie: list[str] = field(default_factory=lambda: list(UNTIE), kw_only=True)
+    norm_placement: str = field(default="pre", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         names = list(self.mot_modalities)
         if len(set(names)) != len(names) or not {"image", "text"} <= set(names):
             raise ValueError(f"mot_modalities = {names}: needs at least 'image' and 'text', each name once")
+        if bad := [
+            name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_") or name in BLOCK_PARTS
+        ]:
+            raise ValueError(
+                f"mot_modalities = {names}: {bad[0]!r} cannot name a tower; use a Python identifier, none of {', '.join(BLOCK_PARTS)}"
+            )
+        if not self.untie or len(set(self.untie)) != len(self.untie) or not set(self.untie) <= set(UNTIE):
+            raise ValueError(f"untie = {self.untie}: needs one or more of {', '.join(repr(part) for part in UNTIE)}, each once")
+        one_of(self, "norm_placement", ("pre", "paper"))
         at_least(self, 0, "mot_image_n_heads", "mot_image_n_kv_heads")
         heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
         if heads and kv and heads % kv:

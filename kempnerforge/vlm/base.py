@@ -1,7 +1,8 @@
 """The contract between an architecture and everything else: trainer, sharding, evaluation, checkpoints see only this class.
 
 An arch overrides ``block`` (which block makes layer i) and ``place`` (what enters the residual stream, and what a block may read besides
-it), seldom more. It *adds* modules and never renames: a text checkpoint fits every arch with only new keys missing.
+it), seldom more. It *adds* modules and never renames: a text checkpoint fits every arch with only new keys missing. What it adds is made
+within ``aside``, so that the text weights of a fresh model are the same in every arch.
 
 Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F tokens of one image, T trained positions, V vocabulary.
 """
@@ -9,7 +10,8 @@ Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn as nn
@@ -18,24 +20,39 @@ from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.model.adapters import build_adapter
-from kempnerforge.model.attention import Segments, additive
+from kempnerforge.model.adapters import Adapter, build_adapter
+from kempnerforge.model.attention import Mask, Segments
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
-from kempnerforge.model.vision import build_vision_encoder
+from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 
 
-@dataclass
-class Output:
+class Output(NamedTuple):
     """What a forward pass gives.
+
+    NOTE: a tuple, as FSDP2 of torch 2.11 looks for outputs to hang its backward pass on in tuples, not in dataclasses.
 
     Attributes:
         loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all ranks and micro-batches.
         logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
+        aux_loss: what the model's parts want minimised besides, times the number of targets; None: nothing.
     """
 
     loss: Tensor
     logits: Tensor
+    aux_loss: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """What is sent backward."""
+        return self.loss if self.aux_loss is None else self.loss + self.aux_loss
+
+
+@runtime_checkable
+class HasAuxLoss(Protocol):
+    """A module with a loss of its own: a scalar, its weight applied, of the last forward pass in training; otherwise None."""
+
+    aux_loss: Tensor | None
 
 
 class VLM(nn.Module):
@@ -48,14 +65,16 @@ class VLM(nn.Module):
     has_images = True
     """Whether the arch reads images; a text-only one builds no encoder and no adapter."""
 
+    causal_in_training: ClassVar[bool] = True
+    """False: in training (never in evaluation) a position may depend on later ones, for instance through expert-choice routing."""
+
     def __init__(self, job: JobConfig) -> None:
         super().__init__()
         self.job = job
         self.transformer = Transformer(job.model, self.block)
         self.num_image_tokens = 0
         if self.has_images:
-            self.vision_encoder = build_vision_encoder(job.vision_encoder)
-            self.adapter = build_adapter(job.adapter, self.vision_encoder.dim, job.model.dim, self.vision_encoder.num_tokens)
+            self.build_vision()
             self.num_image_tokens = self.adapter.num_tokens
             job.check_sequence(self.num_image_tokens)
 
@@ -77,30 +96,71 @@ class VLM(nn.Module):
         """
         raise NotImplementedError
 
+    def build_vision(self) -> None:
+        """Sets ``vision_encoder`` and ``adapter``."""
+        self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
+        self.adapter: Adapter = build_adapter(self.job.adapter, self.vision_encoder.dim, self.job.model.dim, self.vision_encoder.num_tokens)
+
+    def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
+        """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""
+        return x.flatten(0, 1)[batch.targets]
+
+    def last(self, x: Tensor, ctx: Context) -> Tensor:
+        """The stream at the last token of each row, when generating: (B, S, D) -> (B, D)."""
+        return x[:, -1]
+
+    def warm_start(self) -> None:
+        """Replaces fresh weights by better ones; called once at the start of a run, before the model is sharded.
+
+        Raises:
+            ValueError: what the config names cannot be used.
+        """
+
     # ---- what it may use -------------------------------------------------------------------------------------------
 
-    def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
-        """Positions and mask of a stream that is laid out as ``batch`` says. Without documents, groups and cache the mask is None."""
+    def insert(self, words: Tensor, features: Tensor | None, batch: Batch) -> Tensor:
+        """``words`` (B, S, D) with the tokens of each image at its places."""
+        if features is None:
+            return words
+        columns = batch.image_starts[:, None] + torch.arange(features.shape[1], device=words.device)  # (M, F)
+        rows = batch.image_rows[:, None].expand_as(columns)
+        return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))
+
+    def segments(self, batch: Batch) -> Segments:
+        """Who sees whom in a stream that is laid out as ``batch`` says."""
         kind = self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
         text_ids = batch.text_ids
         if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
             text_ids = text_ids * (text_ids.amax(dim=1, keepdim=True) > 1)
         groups = _bidirectional_groups(kind, batch, text_ids)
-        segments = Segments(batch.sample_ids, text_ids, groups)
-        rope = rope_tables(batch.positions, self.job.model)
+        return Segments(batch.sample_ids, text_ids, groups, has_documents=batch.has_documents)
+
+    def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | None:
+        """The mask of a stream with the structure ``segments``, in its cheapest form; None is plain causal."""
+        queries = segments.num_keys
         if cache is not None:
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
-            mask = additive(cache.segments.visible(batch.input_ids.shape[1]), dtype)
-            return Context(rope, mask, cache)
-        if groups is None and not batch.has_documents:
-            return Context(rope)
-        return Context(rope, additive(segments.visible(), dtype))
+            return cache.segments.mask(queries, dtype)
+        one_group = self.job.vlm is not None and self.job.vlm.attention_mask == "image_bidirectional" and batch.leading_images == 1
+        return segments.mask(queries, dtype, self.num_image_tokens if one_group else 0)
+
+    def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
+        """Positions and mask of a stream that is laid out as ``batch`` says."""
+        return Context(rope_tables(batch.positions, self.job.model), self.mask(self.segments(batch), batch, cache, dtype), cache)
 
     # ---- the same for every arch -----------------------------------------------------------------------------------
 
+    @cached_property
+    def with_aux_loss(self) -> list[HasAuxLoss]:
+        """The modules that may have a loss of their own."""
+        return [module for module in self.modules() if isinstance(module, HasAuxLoss)]
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) uint8 -> (N, F, D)."""
-        return self.adapter(self.vision_encoder(images))
+        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass."""
+        learns = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = self.vision_encoder(images)
+        return self.adapter(features)
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
@@ -118,11 +178,13 @@ class VLM(nn.Module):
         x, ctx = self.place(words, features, batch, cache)
         x = self.transformer.run(x, ctx)
         if cache is not None:
-            logits = self.transformer.unembed(x[:, -1])  # (B, V)
+            logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        logits = self.transformer.unembed(x.flatten(0, 1)[batch.targets])  # (T, V): the head runs on trained positions only
+        logits = self.transformer.unembed(self.read(x, ctx, batch))  # (T, V): the head runs on trained positions only
         labels = batch.labels.flatten()[batch.targets]
-        return Output(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), logits)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        extra = [m.aux_loss for m in self.with_aux_loss if m.aux_loss is not None]
+        return Output(loss, logits, torch.stack(extra).sum() * batch.num_targets if extra else None)
 
     def shard_units(self) -> Iterator[nn.Module]:
         """The modules that are sharded, checkpointed and compiled one by one. They do not overlap; the root takes what is left."""
@@ -135,8 +197,19 @@ def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor |
     """(B, S): positions with the same number above 0 see each other in both directions."""
     if kind == "causal":
         return None
+    image = batch.kinds == Kind.IMAGE
     if kind == "prefix":
-        return ((batch.kinds == Kind.IMAGE) | (batch.kinds == Kind.PROMPT)) * (1 + text_ids)
+        return ((image | (batch.kinds == Kind.PROMPT)) & ~_after_an_answer(batch)) * (1 + text_ids)
     starts = torch.zeros_like(text_ids)
     starts[batch.image_rows, batch.image_starts] = 1
-    return starts.cumsum(1) * (batch.kinds == Kind.IMAGE)  # the n-th image of a row is group n
+    return starts.cumsum(1) * image  # the n-th image of a row is group n
+
+
+def _after_an_answer(batch: Batch) -> Tensor:
+    """(B, S) bool: positions behind a word of an answer of the same text. An image there knows what the prompt must not."""
+    answers = (batch.kinds == Kind.ANSWER).long()
+    before = answers.cumsum(1) - answers  # (B, S): words of answers in the row so far
+    begins = torch.ones_like(before, dtype=torch.bool)
+    owner = torch.stack([batch.sample_ids, batch.text_ids], dim=-1)
+    begins[:, 1:] = (owner[:, 1:] != owner[:, :-1]).any(-1)
+    return before > (before * begins).cummax(1).values

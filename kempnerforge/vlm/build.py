@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 import torch
 
-import kempnerforge.vlm
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
-
-
-def register_archs() -> None:
-    """Imports every module of this package, so that a new arch is one new file."""
-    for module in pkgutil.iter_modules(kempnerforge.vlm.__path__):
-        importlib.import_module(f"{kempnerforge.vlm.__name__}.{module.name}")
 
 
 def arch_class(job: JobConfig) -> type[VLM]:
@@ -27,7 +17,6 @@ def arch_class(job: JobConfig) -> type[VLM]:
     """
     if job.vlm is None:
         return TextOnly
-    register_archs()
     if job.vlm.arch not in registry.archs:
         raise NotImplementedError(
             f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}"

@@ -1,6 +1,6 @@
 """What every architecture must keep, whichever it is: each registered one (a plugin's, too) goes through every test here.
 
-Installed plugins are found by themselves; ``pytest -p my_lab.my_arch tests/vlm/test_contract.py`` takes one that is not installed.
+Installed plugins and those in ``recipes/`` are found by themselves; ``pytest -p my_lab.my_arch tests/vlm/test_contract.py`` takes any other.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,22 +19,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
 from kempnerforge.config import FreezeSpec, ModelConfig, load_config, registry, to_toml
 from kempnerforge.config.plugins import load_plugins
-from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batch import IGNORE, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.distributed.world import World
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.optimizer import Optimizers
-from kempnerforge.vlm.build import arch_class, build_model, register_archs
+from kempnerforge.vlm.build import arch_class, build_model
 from tests.dist import run_ranks
 from tests.vlm.tiny import (
+    INTERLEAVED,
+    LATE,
     MODEL,
     NO_IMAGE,
     ONE,
     SAMPLES,
     THREE,
-    TWO_IMAGES,
+    TWICE,
     Tiny,
     accepted_masks,
     all_logits,
@@ -46,12 +49,10 @@ from tests.vlm.tiny import (
     picture,
     tiny,
     tiny_job,
-    tokenizer,
     with_answer,
 )
 
 load_plugins([], Path(), "tests")
-register_archs()
 ARCHS: list[str | None] = [None, *registry.archs]
 MASKED = [(arch, mask) for arch in ARCHS for mask in accepted_masks(arch)]
 
@@ -59,7 +60,14 @@ each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
 each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
 with_images = pytest.mark.parametrize("arch", [a for a in ARCHS if arch_class(tiny_job(a)).has_images], ids=str)
 
-GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False)
+GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False, init_std=0.05, new_tokens=[])
+
+
+def watched(arch: str | None, *args: Any, **kwargs: Any) -> Tiny:
+    """In training mode, unless the arch says that positions may depend on later ones there."""
+    it = tiny(arch, *args, **kwargs)
+    it.model.train(it.model.causal_in_training)
+    return it
 
 
 # ---- names and parts ----------------------------------------------------------------------------------------------------
@@ -76,9 +84,10 @@ def test_a_text_checkpoint_loads_with_only_new_names_missing(arch: str | None, m
 
 
 @each_arch
-def test_the_backbone_is_the_same_at_step_0(arch: str | None) -> None:
+@pytest.mark.parametrize("model", [MODEL, GQA], ids=["default", "gqa"])
+def test_the_backbone_is_the_same_at_step_0(arch: str | None, model: ModelConfig) -> None:
     """Architectures are compared from one starting point: the text weights depend on the seed alone."""
-    text, it = tiny(None, noise=0.0).model.state_dict(), tiny(arch, noise=0.0).model.state_dict()
+    text, it = tiny(None, model=model, noise=0.0).model.state_dict(), tiny(arch, model=model, noise=0.0).model.state_dict()
     assert [name for name in text if not torch.equal(it[name], text[name])] == []
 
 
@@ -118,7 +127,7 @@ def test_units_cover_every_parameter_once(arch: str | None) -> None:
 @with_images
 def test_every_alias_hits(arch: str) -> None:
     it = tiny(arch)
-    assert {"transformer", "vision_encoder", "adapter"} <= it.patterns.keys()
+    assert "transformer" in it.patterns
     names = [name for name, _ in it.model.named_parameters()]
     hits = {alias: match_names(names, alias, it.patterns, "alias") for alias in it.patterns}
     assert set(names) == {name for found in hits.values() for name in found}
@@ -166,7 +175,7 @@ def test_compile_changes_nothing(arch: str | None, world: World) -> None:
         results.append([gradients(it.model, it.batch(*samples)) for samples in ((ONE, ONE), SAMPLES)])
     for (loss, grads), (compiled_loss, compiled_grads) in zip(*results, strict=True):
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(full(compiled_grads), full(grads), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(full(compiled_grads), full(grads), rtol=1e-4, atol=5e-6)
     kinds = {type(unit) for unit in it.model.shard_units()}
     assert 0 < counters["stats"]["unique_graphs"] <= 3 * len(kinds)
     assert not counters["graph_break"]
@@ -182,10 +191,10 @@ def test_two_ranks_are_one_process_that_accumulates(tmp_path: Path) -> None:
         it = tiny(arch, mask)
         optimizer = torch.optim.SGD(it.model.parameters(), lr=0.5)
         for step in range(2):
-            loss, grads = gradients(it.model, it.batch(ONE, THREE, TWO_IMAGES), it.batch(NO_IMAGE))
+            loss, grads = gradients(it.model, it.batch(ONE, THREE, LATE), it.batch(NO_IMAGE))
             got = torch.load(tmp_path / f"{case}-{step}.pt", weights_only=True)
-            torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(got, grads, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6, msg=lambda text, case=case: f"{case}: {text}")
+            torch.testing.assert_close(got, grads, rtol=1e-4, atol=1e-6, msg=lambda text, case=case: f"{case}: {text}")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -194,7 +203,7 @@ def test_two_ranks_are_one_process_that_accumulates(tmp_path: Path) -> None:
 def test_bf16_is_near_fp32(arch: str | None, mask: str, world: World) -> None:
     it = tiny(arch, mask)
     batch = it.batch(*SAMPLES)
-    want = it.model(batch).loss
+    want = it.model(batch).total
     install(it, world, torch.bfloat16)
     loss, grads = gradients(it.model, batch)
     torch.testing.assert_close(loss * batch.num_targets, want, rtol=0.05, atol=0.05)
@@ -208,7 +217,7 @@ def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str) -> None:
     for device in ("meta", "cpu"):
         it = tiny(arch, mask, device=device)
         with FlopCounterMode(display=False) as counter:
-            it.model(it.batch(ONE, THREE).to(device)).loss.backward()
+            it.model(it.batch(ONE, THREE, LATE).to(device)).total.backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
@@ -221,7 +230,7 @@ def test_the_loss_reaches_adapter_and_encoder(arch: str) -> None:
     it = tiny(arch)
     _, grads = gradients(it.model, it.batch(ONE))
     names = [name for name, p in it.model.named_parameters() if name.startswith(("adapter.", "vision_encoder.")) and p.ndim > 1]
-    assert len(names) > 5
+    assert names
     assert [name for name in names if name not in grads or not grads[name].any()] == []
 
 
@@ -236,7 +245,7 @@ def train_steps(it: Tiny, optimizers: Optimizers, start: int, end: int) -> None:
     for step in range(start, end):
         apply_freeze(it.model, trainable_names(names, schedule(it)[step], it.patterns))
         optimizers.set_step(it.stages[0], step)
-        gradients(it.model, it.batch(SAMPLES[step], THREE))
+        gradients(it.model, it.batch(SAMPLES[2 * step], THREE))
         optimizers.step()
         optimizers.zero_grad()
 
@@ -305,39 +314,51 @@ def changes(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
 def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
     """Changing the word at t changes no logits before t, nor those of another text; it does change all that may see it."""
-    it = tiny(arch, mask)
+    it = watched(arch, mask)
     one = it.batch(sample)
     words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
     batch = it.batch(*[sample] * (len(words) + 1))  # row j has its j-th word changed, the last row none
     rows = torch.arange(len(words))
-    batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % tokenizer().vocab_size
+    batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % it.encoder.tokenizer.base_vocab_size
     logits = all_logits(it.model, batch)
     moved = changes(logits[:-1], logits[-1:]) > 1e-5  # (words, S)
     assert torch.equal(moved, may_see(one, mask)[:, words].T)
 
 
 @with_images
-def test_no_image_leaks(arch: str) -> None:
-    """Changing an image changes all words behind it, and nothing that stands before its first position."""
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.images], ids=lambda s: s.id)
+def test_no_image_leaks(arch: str, sample: Sample) -> None:
+    """Changing an image changes all words behind its places that may know of it, and no others."""
     for mask in accepted_masks(arch):
-        it = tiny(arch, mask)
-        batch = it.batch(TWO_IMAGES)
+        it = watched(arch, mask)
+        batch = it.batch(sample)
         want = all_logits(it.model, batch)
-        words = batch.kinds[0] >= Kind.PROMPT
-        for image, start in enumerate(batch.image_starts.tolist()):
-            assert batch.images is not None
+        texts, kinds = batch.text_ids[0], batch.kinds[0]
+        assert batch.images is not None
+        for image in range(len(batch.images)):
             images = batch.images.clone()
             images[image] = 255 - images[image]
             moved = changes(all_logits(it.model, replace(batch, images=images)), want)[0] > 1e-5
-            assert moved[words].all()
-            assert mask == "prefix" or not moved[:start].any()
+            allowed = torch.zeros_like(moved)
+            prompt = may_see(batch, mask)  # under "prefix" whatever sees a word of the prompt behind the image may know of the image
+            for m in (batch.image_index == image).nonzero().flatten().tolist():
+                start, text = int(batch.image_starts[m]), int(batch.image_text_ids[m])
+                behind = (torch.arange(len(moved)) >= start) & ((texts == text) | (text == 0))
+                inside_answer = (kinds[:start][texts[:start] == text] == Kind.ANSWER).any()
+                if mask == "prefix" and not inside_answer:
+                    own = (kinds == Kind.PROMPT) & ((texts == text) | (text == 0))
+                    behind |= own | prompt[:, own].any(1)
+                allowed |= behind
+            words = kinds >= Kind.PROMPT
+            assert torch.equal(moved[words], allowed[words])
+            assert mask == "prefix" or not moved[: int(batch.image_starts[batch.image_index == image].min())].any()
 
 
 @each_mask
 def test_a_row_is_alone(arch: str | None, mask: str) -> None:
     """Other rows, padding and the order of rows make no difference: every image goes into its own row."""
-    it = tiny(arch, mask)
-    batch = it.batch(*SAMPLES, pad_to=50)
+    it = watched(arch, mask)
+    batch = it.batch(*SAMPLES, pad_to=60)
     batch.input_ids[batch.kinds == Kind.PAD] = 5
     together = all_logits(it.model, batch)
     for row, sample in enumerate(SAMPLES):
@@ -346,12 +367,13 @@ def test_a_row_is_alone(arch: str | None, mask: str) -> None:
 
 
 @each_mask
-def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str) -> None:
-    """A prefix mask lets an image see the prompt where there is one alone, so there rows of two are compared with the row of all."""
-    it = tiny(arch, mask)
-    size = 2 if mask == "prefix" else 1
-    together = it.batch(THREE)
-    apart = it.batch(*(replace(THREE, texts=texts) for texts in combinations(THREE.texts, size)))
+@pytest.mark.parametrize("sample", [THREE, TWICE], ids=lambda s: s.id)
+def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str, sample: Sample) -> None:
+    """A prefix mask lets a shared image see the prompt where there is one alone, so there rows of two are compared with the row of all."""
+    it = watched(arch, mask)
+    size = 2 if mask == "prefix" and sample is THREE else 1
+    together = it.batch(sample)
+    apart = it.batch(*(replace(sample, texts=texts) for texts in combinations(sample.texts, size)))
     assert together.num_targets * size == apart.num_targets
     torch.testing.assert_close(it.model(together).loss * size, it.model(apart).loss, rtol=1e-5, atol=0)
 
@@ -374,13 +396,13 @@ def test_a_batch_without_images_keeps_the_encoder_in_the_graph(arch: str) -> Non
     it = tiny(arch)
     batch = it.batch(NO_IMAGE)
     assert batch.images is not None and len(batch.images) == 0
-    loss, grads = gradients(it.model, batch)
+    _, grads = gradients(it.model, batch)
     names = {name for name, _ in it.model.named_parameters() if name.startswith(("adapter.", "vision_encoder."))}
     assert names <= grads.keys()
     assert not any(grads[name].any() for name in names)
     mixed = it.batch(NO_IMAGE, ONE)
     only = replace(mixed, targets=mixed.targets[mixed.targets < mixed.input_ids.shape[1]])
-    torch.testing.assert_close(it.model(only).loss / only.num_targets, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(it.model(only).loss, it.model(batch).loss, rtol=1e-5, atol=1e-6)
 
 
 @each_arch
@@ -389,8 +411,8 @@ def test_nothing_trained_is_loss_zero(arch: str | None) -> None:
     batch = it.batch(*SAMPLES)
     batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), targets=batch.targets[:0])
     output = it.model(batch)
-    assert output.loss.item() == 0 and output.logits.shape == (0, it.job.model.vocab_size)
-    output.loss.backward()
+    assert output.loss.item() == 0 and output.logits.shape == (0, it.encoder.tokenizer.vocab_size)
+    output.total.backward()
     grads = {name: p.grad for name, p in it.model.named_parameters()}
     assert [name for name, grad in grads.items() if grad is None or grad.any()] == []
 
@@ -410,19 +432,31 @@ def test_the_loss_is_a_sum_over_targets(arch: str | None) -> None:
 # ---- generation ---------------------------------------------------------------------------------------------------------
 
 
-def some_prompts(it: Tiny) -> Batch:
-    """Unequal prompts with one, two, no images, and one image shared by two rows."""
-    rows = [("what colour is it?", [0]), ("", [1]), ("is there a circle? is it red?", [1]), ("red?", [0, 2]), ("what?", [])]
-    return it.prompts(rows if it.model.has_images else [(prompt, []) for prompt, _ in rows], [picture(k) for k in range(3)])
+IMAGES = [picture(k) for k in range(4)]
+ROWS: list[tuple[str, list[int]]] = [
+    ("what colour is it?", [0]),
+    ("", [1]),
+    ("is there a circle? is it red?", [1]),
+    ("red?", [0, 2, 3]),
+    ("what?", []),
+    ("is <image> like <image>, <image>?", [3, 0, 0]),
+]
+"""Unequal prompts with no, one and three images, in front or between words, some shared by rows."""
+
+
+def some_rows(it: Tiny) -> list[tuple[str, list[int]]]:
+    return ROWS if it.model.has_images else [(prompt, []) for prompt, _ in ROWS]
 
 
 @each_mask
 @pytest.mark.parametrize("model", [MODEL, GQA], ids=["default", "gqa"])
 def test_the_cache_is_the_full_forward_pass(arch: str | None, mask: str, model: ModelConfig) -> None:
+    """Token for token, and in the logits."""
     it = tiny(arch, mask, model=model, noise=0.3)
-    prompts = some_prompts(it)
+    it.model.eval()
+    prompts = it.prompts(some_rows(it), IMAGES)
     made = torch.tensor(generate(it.model, prompts, max_new_tokens=6, eos_id=-1))
-    assert made.shape == (5, 6) and len(made.unique()) > 5
+    assert made.shape == (len(ROWS), 6) and len(made.unique()) > 5
     with torch.no_grad():
         for step in range(6):
             logits = it.model(with_answer(prompts, made[:, :step])).logits
@@ -435,26 +469,27 @@ def test_the_cache_is_the_full_forward_pass(arch: str | None, mask: str, model: 
 @each_mask
 def test_prompts_together_are_prompts_one_by_one(arch: str | None, mask: str) -> None:
     it = tiny(arch, mask, noise=0.3)
-    images = [picture(k) for k in range(3)]
-    rows = [("what colour is it?", [0]), ("", [1]), ("is there a circle? is it red?", [1]), ("red?", [0, 2]), ("what?", [])]
-    rows = rows if it.model.has_images else [(prompt, []) for prompt, _ in rows]
-    together = it.prompts(rows, images)
+    it.model.eval()
+    together = it.prompts(some_rows(it), IMAGES)
     made = generate(it.model, together, max_new_tokens=5, eos_id=-1)
     with torch.no_grad():
         logits = it.model(together, Cache()).logits
-        for row, (prompt, which) in enumerate(rows):
-            alone = it.prompts([(prompt, range(len(which)))], [images[k] for k in which])
+        for row, (prompt, which) in enumerate(some_rows(it)):
+            alone = it.prompts([(prompt, range(len(which)))], [IMAGES[k] for k in which])
             torch.testing.assert_close(it.model(alone, Cache()).logits[0], logits[row], rtol=1e-4, atol=1e-5)
             assert generate(it.model, alone, max_new_tokens=5, eos_id=-1) == [made[row]]
 
 
 @each_mask
-def test_generation_reads_what_training_reads(arch: str | None, mask: str) -> None:
+@pytest.mark.parametrize("sample", [ONE, INTERLEAVED, LATE], ids=lambda s: s.id)
+def test_generation_reads_what_training_reads(arch: str | None, mask: str, sample: Sample) -> None:
     """The prompt of a training row and the same prompt to generate from give the same next token."""
     it = tiny(arch, mask)
-    batch = it.batch(ONE)
+    it.model.eval()
+    batch = it.batch(sample)
     first = batch.targets[:1]  # the position that predicts the first token of the answer
+    images = range(len(sample.images)) if it.model.has_images else []
     with torch.no_grad():
         want = it.model(replace(batch, targets=first)).logits
-        got = it.model(it.prompts([(ONE.texts[0].prompt, [0] if it.model.has_images else [])], ONE.images), Cache()).logits
+        got = it.model(it.prompts([(sample.texts[0].prompt, images)], sample.images), Cache()).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

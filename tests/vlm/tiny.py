@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import model_tensors
-from kempnerforge.config import JobConfig, ModelConfig, Stage, TrainConfig, VLMConfig
+from kempnerforge.config import JobConfig, ModelConfig, Stage, TrainConfig, VLMConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.data import TextConfig
+from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
 from kempnerforge.data.batch import IGNORE, Batch, Kind
@@ -30,16 +31,21 @@ from kempnerforge.distributed.fsdp import prepare
 from kempnerforge.distributed.world import World
 from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import VLM
+from tests.dist import ROOT
 
+load_plugins(sorted(str(path) for path in ROOT.glob("recipes/*/*.py")), ROOT, "recipes")
+registry.archs.import_all()
 SIZE = 16
 """Pixels of an image's side."""
 VISION = ViTConfig(image_size=SIZE, patch_size=8, dim=16, n_layers=2, n_heads=2)  # 4 tokens
-MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128)
+MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128, new_tokens=["<image>"])
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["what colour is it?\n", "red", "blue", "is there a circle?\n", "yes", "no"] * 4, 300)
+def tokenizer(*new_tokens: str) -> Tokenizer:
+    made = Tokenizer.train(["what colour is it?\n", "red", "blue", "is there a circle?\n", "yes", "no"] * 4, 300)
+    made.add_tokens(new_tokens)
+    return made
 
 
 def picture(seed: int) -> bytes:
@@ -55,7 +61,11 @@ THREE = Sample(
 )
 TWO_IMAGES = Sample("two images", (picture(2), picture(3)), (Text("what colour is it?", "blue red"),))
 NO_IMAGE = Sample("no image, two texts", (), (Text("what?", "no"), Text("", "yes yes")))
-SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE)
+INTERLEAVED = Sample("an image, words, an image", (picture(4), picture(5)), (Text("<image>what colour?<image>is it red?", "no"),))
+LATE = Sample("words before three images", tuple(map(picture, (6, 7, 8))), (Text("is <image> like <image>, <image>?", "yes"),))
+TWICE = Sample("two texts around one image", (picture(9),), (Text("what is <image> here?", "red"), Text("is <image> red?", "no")))
+ANSWERED = Sample("images inside an answer", (picture(10), picture(11)), (Text("what colour?", "red <image> blue <image> yes"),))
+SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE, INTERLEAVED, LATE, TWICE, ANSWERED)
 
 
 def accepted_masks(arch: str | None) -> list[str]:
@@ -98,7 +108,7 @@ class Tiny:
 
     def batch(self, *samples: Sample, pad_to: int | None = None) -> Batch:
         """One row a sample, as in training."""
-        return collate([self.encode(sample) for sample in samples], tokenizer().pad_id, pad_to)
+        return collate([self.encode(sample) for sample in samples], self.encoder.tokenizer.pad_id, pad_to)
 
     def prompts(self, rows: Iterable[tuple[str, Sequence[int]]], images: Sequence[ImageSource]) -> Batch:
         """A batch to generate from: each row has a prompt and indices into ``images``."""
@@ -107,11 +117,11 @@ class Tiny:
         for k, image in enumerate(images):
             pixels[k] = torch.from_numpy(load_image(image, SIZE).copy()).permute(2, 0, 1)
         return prompt_batch(
-            [self.encoder.encode_prompt(prompt) for prompt, _ in asked],
+            [self.encoder.encode_prompt(prompt, len(which)) for prompt, which in asked],
             pixels if self.model.has_images else None,
             [list(which) for _, which in asked],
             self.encoder.layout,
-            tokenizer().pad_id,
+            self.encoder.tokenizer.pad_id,
         )
 
 
@@ -121,7 +131,8 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
     Args:
         noise: added to all parameters, so that gates that start at zero are open and no two weights are the same by accident.
     """
-    assembly = assemble(tiny_job(arch, mask, **sections), tokenizer(), device=device, data=False)
+    job = tiny_job(arch, mask, **sections)
+    assembly = assemble(job, tokenizer(*job.model.new_tokens), device=device, data=False)
     if noise and device != "meta":
         shake(assembly.model, noise)
     return Tiny(assembly.job, assembly.model, assembly.stages, assembly.encoder(assembly.stages[0]))
@@ -150,7 +161,7 @@ def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tens
     targets = max(1, sum(batch.num_targets for batch in batches))
     loss = torch.zeros(())
     for batch in batches:
-        part = model(batch).loss / targets
+        part = model(batch).total / targets
         part.backward()
         loss += part.detach()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -180,13 +191,14 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 def may_see(batch: Batch, mask: str) -> Tensor:
     """(S, S) bool, [q, k]: whether position q of row 0 may depend on the *word* at k, written down from the rules."""
     kinds, texts, length = batch.kinds[0].tolist(), batch.text_ids[0].tolist(), batch.kinds.shape[1]
+    answered = [any(kinds[j] == Kind.ANSWER and texts[j] == texts[q] for j in range(q)) for q in range(length)]
     allowed = torch.zeros(length, length, dtype=torch.bool)
     for q in range(length):
         for k in range(length):
-            prefix = mask == "prefix" and kinds[k] == Kind.PROMPT
-            ahead = prefix and kinds[q] == Kind.PROMPT
+            in_prefix = mask == "prefix" and kinds[k] == Kind.PROMPT and not answered[k]
+            ahead = in_prefix and kinds[q] in (Kind.PROMPT, Kind.IMAGE) and not answered[q]
             allowed[q, k] = texts[q] == texts[k] and (k <= q or ahead)
-            if prefix and kinds[q] == Kind.IMAGE:
+            if in_prefix and kinds[q] == Kind.IMAGE and texts[q] == 0:
                 allowed[q, k] = max(texts) == 1  # several texts must not see each other through the image
     return allowed
 
@@ -204,4 +216,6 @@ def with_answer(prompts: Batch, ids: Tensor) -> Batch:
     }
     columns = {name: torch.cat([getattr(prompts, name), value], dim=1) for name, value in longer.items()}
     rows, length = columns["input_ids"].shape
-    return replace(prompts, **columns, targets=torch.arange(1, rows + 1) * length - 1, has_documents=True)
+    return replace(
+        prompts, **columns, targets=torch.arange(1, rows + 1) * length - 1, has_documents=True, row_words=prompts.row_words + new
+    )

@@ -11,7 +11,7 @@ import torch
 
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.world import World, start, stop
-from tests.vlm.tiny import NO_IMAGE, ONE, THREE, TWO_IMAGES, full, install, tiny
+from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, full, install, tiny
 
 
 def two_ranks(folder: str, *cases: str) -> None:
@@ -34,10 +34,10 @@ def two_steps(arch: str | None, mask: str, world: World, out: Path) -> None:
     it = tiny(arch, mask)
     install(it, world)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.5)
-    batch = it.batch(*[(ONE, THREE, TWO_IMAGES), (NO_IMAGE,)][world.rank])
+    batch = it.batch(*[(ONE, THREE, LATE), (NO_IMAGE,)][world.rank])
     for step in range(2):
         (targets,) = world.sum([batch.num_targets])
-        loss = it.model(batch).loss / targets
+        loss = it.model(batch).total / targets
         loss.backward()
         result = full({name: p.grad for name, p in it.model.named_parameters() if p.grad is not None})
         (result["loss"],) = map(torch.tensor, world.sum([loss.item()]))

@@ -1,0 +1,205 @@
+"""Images stay out of the stream: gated cross-attention blocks read them (Flamingo: Alayrac et al. 2022, section 2.2).
+
+Shapes: B rows, S positions, D ``model.dim``, K placements of a row with the most, F tokens of one image, H query heads, G key/value heads,
+E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.config import ModelConfig, registry
+from kempnerforge.config.vlm import CrossAttentionConfig
+from kempnerforge.data.batch import Batch
+from kempnerforge.model.attention import additive, attend
+from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, aside, init_weights
+from kempnerforge.vlm.base import VLM
+
+NOTHING = -2
+"""Sample id of a slot that holds no image; no position has it."""
+
+
+class Sight(NamedTuple):
+    """What the words of a stream see of its media.
+
+    Attributes:
+        mask: (B, 1, S, K * F) additive; None: whoever sees anything sees all.
+        seeing: (B, S, 1), 1 where a word sees at least one image, else 0.
+
+    NOTE: a word that sees none is not masked, or its softmax would be over nothing (NaN): what it reads is multiplied by 0.
+    """
+
+    mask: Tensor | None
+    seeing: Tensor
+
+
+@dataclass(frozen=True)
+class MediaContext(Context):
+    """A context with the images beside the stream.
+
+    Attributes:
+        media: (B, K * F, D), image after image, zeros where a row has fewer; None: keys and values are in the cache.
+        sight: who sees which.
+    """
+
+    media: Tensor | None = None
+    sight: Sight | None = None
+
+
+class GatedCrossAttention(nn.Module):
+    """``x + tanh(a) * attention(x, media)``, then ``x + tanh(b) * mlp(x)`` (Alayrac et al. 2022, figure 4). Both gates start at 0, so a fresh
+    block changes nothing. Media have no positions.
+
+    Args:
+        cfg: of the text backbone; the head width is its own.
+        n_heads, n_kv_heads: H and G.
+    """
+
+    def __init__(self, cfg: ModelConfig, n_heads: int, n_kv_heads: int) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_width
+        norm = lambda: RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.norm, self.media_norm, self.mlp_norm = norm(), norm(), norm()
+        self.q_proj = nn.Linear(cfg.dim, n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * self.head_dim, cfg.dim, bias=False)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.mlp = MLP(cfg)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.mlp_gate = nn.Parameter(torch.zeros(1))
+        init_weights(self, cfg)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, heads * E) -> (B, heads, L, E)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K * F, D) -> k and v (B, G, K * F, E).
+
+        NOTE: the view makes one gradient of what flows back from this layer, before it is added to that of others. Otherwise the order of the
+        sum, and with it the last bit, depends on how layers are sharded.
+        """
+        media = self.media_norm(media.view_as(media))
+        return self.heads(self.k_proj(media)), self.heads(self.v_proj(media))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        q = self.heads(self.q_proj(self.norm(x)))  # (B, H, S, E)
+        read = self.dropout(self.o_proj(attend(q, k, v, sight.mask, causal=False)))  # (B, S, D)
+        x = x + self.attention_gate.tanh() * sight.seeing * read
+        return x + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(x))
+
+
+class CrossAttentionBlock(Block):
+    """A text block with one more child, which acts in front of it.
+
+    Args:
+        cfg: of the text backbone.
+        layer: i.
+        heads: H and G of the cross-attention.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int, heads: tuple[int, int]) -> None:
+        super().__init__(cfg, layer)
+        with aside():
+            self.cross_attention = GatedCrossAttention(cfg, *heads)
+
+    def media_heads(self, ctx: MediaContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of the media, (B, G, K * F, E) each; with a cache they are computed once, with the prompt."""
+        if ctx.cache is None:
+            assert ctx.media is not None, "without a cache every pass has its media"
+            return self.cross_attention.keys_values(ctx.media)
+        name = f"media.{self.layer}"
+        if ctx.media is not None:
+            ctx.cache.kept[name] = self.cross_attention.keys_values(ctx.media)
+        return ctx.cache.kept[name]
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        assert isinstance(ctx, MediaContext) and ctx.sight is not None
+        return super().forward(self.cross_attention(x, *self.media_heads(ctx), ctx.sight), ctx)
+
+
+@registry.register_arch("cross_attention")
+class CrossAttention(VLM):
+    """A gated block before every n-th layer. The stream holds words alone, so text and its positions are those of a text-only model."""
+
+    @property
+    def config(self) -> CrossAttentionConfig:
+        return cast(CrossAttentionConfig, self.job.vlm)
+
+    def block(self, cfg: ModelConfig, layer: int) -> Block:
+        if (layer + 1) % self.config.cross_attention_every_n_layers:
+            return Block(cfg, layer)
+        return CrossAttentionBlock(cfg, layer, self.config.resolved_heads(cfg.n_heads))
+
+    def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
+        ctx = self.context(batch, cache, words.dtype)
+        if cache is not None and "sight" in cache.kept:  # words made after the prompt: no new media
+            return words, MediaContext(ctx.rope, ctx.mask, cache, sight=cache.kept["sight"])
+        media = lay_out(features, words, batch)  # (B, K, F, D)
+        tokens, latest = media.shape[2], self.config.cross_attention_media == "latest"
+        here = sight(visible(batch, latest), tokens, words.dtype)
+        if cache is not None:
+            cache.kept["sight"] = sight(visible(following(batch), latest)[:, -1:], tokens, words.dtype)
+        return words, MediaContext(ctx.rope, ctx.mask, cache, media.flatten(1, 2), here)
+
+
+def lay_out(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
+    """The images of each row in the order of its stream.
+
+    Args:
+        features: (N, F, D); None: the batch has no image.
+        words: (B, S, D), for type and device.
+
+    Returns:
+        (B, K, F, D); where a row has fewer than K, and for a batch without any image, zeros: all parameters of the blocks take part in
+        every pass, so that ranks with and without images stay in step.
+    """
+    slots = len(words), max(1, batch.row_images)
+    if features is None:
+        return words.new_zeros(*slots, 1, words.shape[-1])
+    media = words.new_zeros(*slots, *features.shape[1:])
+    return media.index_put((batch.image_rows, batch.image_slots), features[batch.image_index].to(words.dtype))
+
+
+def visible(batch: Batch, latest: bool) -> Tensor:
+    """Which images each position sees: those before it, of its own sample, that are shared or belong to its own text.
+
+    Args:
+        latest: only the last of them (Flamingo, Alayrac et al. 2022, section 2.3), instead of all.
+
+    Returns:
+        (B, S, K) bool; False everywhere on padding.
+    """
+
+    def by_slot(values: Tensor, nothing: int) -> Tensor:
+        table = values.new_full((len(batch.input_ids), max(1, batch.row_images)), nothing)
+        return table.index_put((batch.image_rows, batch.image_slots), values)[:, None]  # (B, 1, K)
+
+    texts = by_slot(batch.image_text_ids, 0)
+    steps = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[:, None]  # (S, 1)
+    same_sample = by_slot(batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]  # (B, S, K)
+    seen = same_sample & ((texts == 0) | (texts == batch.text_ids[..., None])) & (by_slot(batch.image_starts, 0) <= steps)
+    if latest:  # those with no other one behind them
+        seen = seen & (seen.flip(-1).cumsum(-1).flip(-1) == 1)
+    return seen
+
+
+def following(batch: Batch) -> Batch:
+    """``batch`` with one more position, which goes on with the last text of each row: an image at the end of a prompt is before it."""
+    more = {name: torch.cat([(ids := getattr(batch, name)), ids[:, -1:]], dim=1) for name in ("input_ids", "sample_ids", "text_ids")}
+    return replace(batch, **more)
+
+
+def sight(seen: Tensor, tokens: int, dtype: torch.dtype) -> Sight:
+    """What blocks need of ``seen`` (B, S, K), for images of ``tokens`` tokens each."""
+    any_seen = seen.any(-1, keepdim=True)  # (B, S, 1)
+    if seen.shape[-1] == 1:
+        return Sight(None, any_seen.to(dtype))
+    mask = additive((seen | ~any_seen).repeat_interleave(tokens, -1)[:, None], dtype)  # (B, 1, S, K * F)
+    return Sight(mask, any_seen.to(dtype))

@@ -1,0 +1,233 @@
+"""Experts per modality (MoMa: Lin et al. 2024): one attention over image tokens and words, feed-forward layers of their own for each.
+
+Shapes: B rows, S positions, D ``model.dim``, E experts of a modality, C tokens that an expert takes of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge.config import ModelConfig, registry
+from kempnerforge.config.checks import at_least, more_than
+from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS, VLMConfig
+from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.model.transformer import MLP, Block, Cache, Context, aside, init_weights
+from kempnerforge.vlm.base import VLM
+
+EARLIER_FIRST = 1e-5
+"""What a position costs when tokens are ranked. Texts of one image begin with the same token in the same place, so equal scores are common:
+without it rounding would say which of them an expert takes, and rounding depends on padding and on the other rows."""
+
+
+@registry.register_vlm_config
+@dataclass
+class MoMaConfig(VLMConfig):
+    """Groups of experts per modality; an expert chooses its tokens (MoMa: Lin et al. 2024).
+
+    Attributes:
+        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the text backbone.
+        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row has of its modality. At 1 the
+            feed-forward layers cost what one dense layer costs; at the number of experts every expert takes every token.
+        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no gradient from it; the weight only
+            says how much these routers count in the gradient's norm.
+    """
+
+    arch: str = "moma"
+    module_patterns: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
+            "experts": ["transformer.layers.*.experts.*"],
+            "routers": ["transformer.layers.*.routers.*", "transformer.layers.*.auxiliary_routers.*"],
+        }
+    )
+    image_experts: int = 2
+    text_experts: int = 2
+    capacity_factor: float = 1.0
+    router_loss_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "image_experts", "text_experts")
+        more_than(self, 0, "capacity_factor", "router_loss_weight")
+
+    def experts(self) -> dict[str, int]:
+        """Modality -> experts in each layer."""
+        return {"text": self.text_experts, "image": self.image_experts}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one modality. Sizes are plain numbers, known without looking at the device.
+
+    Attributes:
+        here: (B, S) bool, where they stand.
+        most: how many the row has that has most.
+        capacity: (B, 1, 1) fp64, how many of its row each expert takes.
+        most_taken: the same for the row that has most.
+    """
+
+    here: Tensor
+    most: int
+    capacity: Tensor
+    most_taken: int
+
+
+@dataclass(frozen=True)
+class MoMaContext(Context):
+    """Which positions belong to which experts.
+
+    Attributes:
+        tokens: by modality.
+    """
+
+    tokens: Mapping[str, Tokens] = field(default_factory=dict, kw_only=True)
+
+
+class Router(nn.Module):
+    """One linear layer in fp32, as half precision would make ties.
+
+    NOTE: no ``nn.Linear``, so that Muon, which is for hidden matrices, leaves it to AdamW.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_dim, in_dim) * in_dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(out_dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, E) logits."""
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class AuxiliaryRouter(nn.Module):
+    """Predicts from a token alone which experts would take it: two layers, a quarter of ``dim`` wide in between."""
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        width = max(1, dim // 4)
+        self.hidden, self.out = Router(dim, width, bias=True), Router(width, experts, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, E) logits of the probability."""
+        return self.out(F.silu(self.hidden(x)))
+
+
+class MoMaBlock(Block):
+    """A layer whose feed-forward part is a group of experts per modality; ``mlp`` is the first text expert.
+
+    Training (expert choice: Zhou et al. 2022): each expert takes the tokens of its modality that its router scores highest, and its output
+    counts with the sigmoid of the score. Evaluation: a token goes to the experts for which the auxiliary router says yes.
+
+    NOTE: both take ``topk`` over the row and gather, with sizes that the host knows: capacity in training, all tokens of the modality in
+    evaluation, those not chosen with weight 0. Evaluation therefore costs E dense layers. Gathering only the chosen ones would cost less,
+    but their number is known on the device alone: a wait in every layer, and a graph break under ``torch.compile``.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int, moma: MoMaConfig) -> None:
+        super().__init__(cfg, layer)
+        self.aux_loss: Tensor | None = None
+        self.router_loss_weight = moma.router_loss_weight
+        experts = moma.experts()
+        chosen = [modality for modality, count in experts.items() if moma.capacity_factor < count]  # elsewhere every expert takes all
+        with aside("moma"):
+            self.experts = nn.ModuleDict(
+                {modality: nn.ModuleList(MLP(cfg) for _ in range(count - (modality == "text"))) for modality, count in experts.items()}
+            )
+            self.routers = nn.ModuleDict({modality: Router(cfg.dim, count, bias=False) for modality, count in experts.items()})
+            self.auxiliary_routers = nn.ModuleDict({modality: AuxiliaryRouter(cfg.dim, experts[modality]) for modality in chosen})
+            init_weights(self.experts, cfg)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        assert isinstance(ctx, MoMaContext), "MoMaBlock reads the context of MoMa"
+        x = x + self.attention.out(self.attend(*self.pre(x, ctx.rope), ctx))
+        h = self.mlp_norm(x)
+        mixed, losses = torch.zeros_like(h), []
+        for modality, tokens in ctx.tokens.items():
+            weights, index, loss = self.route(modality, h, tokens)
+            losses += [] if loss is None else [loss]
+            for number, expert in enumerate(self.group(modality)):
+                at = index[:, number, :, None].expand(-1, -1, h.shape[-1])  # (B, C, D)
+                taken = expert(h.gather(1, at)) * weights[:, number, :, None].to(h.dtype)
+                mixed.scatter_add_(1, at, taken)
+        self.aux_loss = self.router_loss_weight * torch.stack(losses).sum() if losses else None
+        return x + mixed
+
+    def group(self, modality: str) -> list[nn.Module]:
+        """The experts of ``modality``."""
+        added = list(self.experts[modality].children())
+        return [self.mlp, *added] if modality == "text" else added
+
+    def route(self, modality: str, h: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which tokens each expert of ``modality`` takes.
+
+        Args:
+            h: (B, S, D).
+
+        Returns:
+            (B, E, C) weights, 0 where there is no token to take; (B, E, C) positions, different ones for each expert; and in training
+            what the auxiliary router has missed: binary cross-entropy, a mean over tokens and experts.
+        """
+        logits = self.routers[modality](h).transpose(1, 2).masked_fill(~tokens.here[:, None], -math.inf)  # (B, E, S)
+        auxiliary = dict(self.auxiliary_routers.items()).get(modality)
+        if not self.training:
+            if auxiliary is not None:
+                logits = logits.masked_fill(auxiliary(h).transpose(1, 2) <= 0, -math.inf)  # a probability of at most 1/2
+            found = logits.topk(tokens.most, dim=-1)  # (B, E, C)
+            return found.values.sigmoid(), found.indices, None
+        positions = torch.arange(logits.shape[-1], device=h.device)
+        index = (logits - EARLIER_FIRST * positions).topk(tokens.most_taken, dim=-1).indices  # (B, E, C), best first
+        taken = positions[: tokens.most_taken] < tokens.capacity  # (B, 1, C)
+        weights = logits.gather(-1, index).masked_fill(~taken, -math.inf).sigmoid()
+        if auxiliary is None:
+            return weights, index, None
+        want = torch.zeros_like(logits).scatter(-1, index, taken.to(logits.dtype).expand_as(weights))  # (B, E, S)
+        guess = auxiliary(h.detach()).transpose(1, 2)
+        missed = F.binary_cross_entropy_with_logits(guess, want, reduction="none") * tokens.here[:, None]
+        return weights, index, missed.sum() / (tokens.here.sum().clamp(min=1) * missed.shape[1])
+
+
+@registry.register_arch("moma")
+class MoMa(VLM):
+    """Image tokens in the stream as in ``joint_decoder``; the feed-forward layers are experts per modality (Lin et al. 2024).
+
+    In training an expert chooses its tokens, so what happens to a token depends on the later ones of its row, and a little of them leaks
+    through the routing. Evaluation is causal: auxiliary routers predict from a token alone whether an expert would have chosen it. It
+    measures another routing than the one that is trained, then; how well the two agree shows in ``train/aux_loss``.
+
+    What differs from the paper: an expert chooses within a row, not over the batch, so that a row does not depend on its neighbours or on
+    how a batch is split over ranks. Auxiliary routers are trained beside the model, on hidden states without gradient, not afterwards with
+    the model frozen; a token goes where their probability is above 1/2, with the score of the main router. There is no Gumbel noise, no
+    mixture of depths and no upcycling.
+    """
+
+    causal_in_training = False
+
+    def block(self, cfg: ModelConfig, layer: int) -> Block:
+        return MoMaBlock(cfg, layer, self.config)
+
+    @property
+    def config(self) -> MoMaConfig:
+        """The ``[vlm]`` section."""
+        assert isinstance(self.job.vlm, MoMaConfig), "the loader makes the section of the arch's own class"
+        return self.job.vlm
+
+    def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
+        context = self.context(batch, cache, words.dtype)
+        tokens = {
+            "text": self.count("text", batch.kinds >= Kind.PROMPT, batch.row_words),
+            "image": self.count("image", batch.kinds == Kind.IMAGE, batch.row_images * self.num_image_tokens),
+        }
+        return self.insert(words, features, batch), MoMaContext(context.rope, context.mask, context.cache, tokens=tokens)
+
+    def count(self, modality: str, here: Tensor, most: int) -> Tokens:
+        """How many of the tokens at ``here`` (B, S) an expert takes; ``most`` of them stand in the row that has most."""
+        factor, experts = self.config.capacity_factor, self.config.experts()[modality]
+        in_row = here.sum(1, dtype=torch.float64)[:, None, None]  # (B, 1, 1); fp64 rounds as Python does
+        capacity = (factor * in_row / experts).ceil().minimum(in_row)
+        return Tokens(here, most, capacity, min(most, math.ceil(factor * most / experts)))
