@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config import load_config, to_toml
+
+if TYPE_CHECKING:
+    from kempnerforge.training.plan import StagePlan
 
 HELP = """Check a config without training: every cross check, and what each stage trains and costs.
 
 Reads the data, takes the first batch of every stage and runs the model on the meta device, so that a model that does not fit here can be
-checked here. FLOPs are those of one sample, forward and backward; memory is what one process holds for one micro-batch."""
+checked here. FLOPs are counted, not estimated: of one training sample, forward and backward, and of an answer to the stage's first prompt.
+Memory is what one process holds for one micro-batch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +42,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _as_json(plan) -> dict:
-    modules = {m.name: {"parameters": m.parameters, "trainable": m.trainable, "flops_per_sample": m.flops} for m in plan.cost.modules}
+def _as_json(plan: StagePlan) -> dict[str, Any]:
+    from kempnerforge.training.accounting import GenerationCost
+
+    modules = {
+        m.name: {
+            "parameters": m.parameters,
+            "trainable": m.trainable,
+            "flops_per_sample": m.flops,
+            "forward_flops_per_sample": m.forward_flops,
+        }
+        for m in plan.cost.modules
+    }
+    answer = plan.generation if isinstance(plan.generation, GenerationCost) else None
     return {
         "name": plan.stage.name,
         "steps": plan.stage.steps,
@@ -46,6 +62,10 @@ def _as_json(plan) -> dict:
         "parameters": sum(m.parameters for m in plan.cost.modules),
         "trainable": sum(m.trainable for m in plan.cost.modules),
         "flops_per_sample": plan.cost.flops,
+        "forward_flops_per_sample": plan.cost.forward_flops,
+        "prompt_length": answer.prompt_length if answer else None,
+        "prefill_flops": answer.prefill_flops if answer else None,
+        "decode_flops_per_token": answer.decode_flops if answer else None,
         "state_bytes": plan.cost.state_bytes,
         "activation_bytes": plan.cost.activation_bytes,
         "row_length": plan.row_length,
@@ -53,29 +73,37 @@ def _as_json(plan) -> dict:
     }
 
 
-def _show(plan) -> None:
+def _show(plan: StagePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    cost, parts = plan.cost, plan.cost.modules
     table = Table(title=f"stage {plan.stage.name}: steps {plan.stage.start} to {plan.stage.end}", title_justify="left")
-    table.add_column("module")
-    for column in ("parameters", "trainable", "lr x", "MFLOP/sample"):
-        table.add_column(column, justify="right")
-    for m in plan.cost.modules:
-        scale = ", ".join(f"{s:g}" for s in plan.lr_scale.get(m.name, [])) if m.trainable else "frozen" if m.parameters else ""
-        table.add_row(m.name, f"{m.parameters:,}", f"{m.trainable:,}", scale, f"{m.flops / 1e6:,.1f}")
-    total = plan.cost.modules
-    table.add_row(
-        "total",
-        f"{sum(m.parameters for m in total):,}",
-        f"{sum(m.trainable for m in total):,}",
-        "",
-        f"{plan.cost.flops / 1e6:,.1f}",
-        style="bold",
-    )
+    table.add_column("module", overflow="fold")
+    for column in ("parameters", "trainable", "lr", "forward\nMFLOP", "backward\nMFLOP"):
+        table.add_column(column, justify="right", no_wrap=column != "lr")
+    for m in parts:
+        scale = ", ".join(f"{s:g}" for s in plan.lr.get(m.name, [])) if m.trainable else "frozen" if m.parameters else ""
+        table.add_row(m.name, f"{m.parameters:,}", f"{m.trainable:,}", scale, _mega(m.forward_flops), _mega(m.backward_flops))
+    sizes = f"{sum(m.parameters for m in parts):,}", f"{sum(m.trainable for m in parts):,}"
+    table.add_row("total", *sizes, "", _mega(cost.forward_flops), _mega(cost.backward_flops), style="bold")
     console = Console(width=100)
     console.print(table)
-    memory = (
-        f"weights, gradients, optimizer {plan.cost.state_bytes / 2**20:,.1f} MiB; activations {plan.cost.activation_bytes / 2**20:,.1f} MiB"
-    )
-    console.print(f"{memory}; rows of {plan.row_length} positions, {plan.useful:.0%} of them useful\n", highlight=False)
+    for line in (
+        f"training: {_mega(cost.flops)} MFLOP a sample; rows of {plan.row_length} positions, {plan.useful:.0%} of them useful",
+        _generation_line(plan),
+        f"memory: weights, gradients, optimizer {cost.state_bytes / 2**20:,.1f} MiB; activations {cost.activation_bytes / 2**20:,.1f} MiB\n",
+    ):
+        console.print(line, highlight=False, markup=False)
+
+
+def _generation_line(plan: StagePlan) -> str:
+    answer = plan.generation
+    if isinstance(answer, str):
+        return f"generation: {answer}"
+    prompt = f"{_mega(answer.prefill_flops)} MFLOP to read a prompt of {answer.prompt_length} positions"
+    return f"generation: {prompt}, {_mega(answer.decode_flops)} MFLOP a token"
+
+
+def _mega(flops: float) -> str:
+    return f"{flops / 1e6:,.1f}"

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kempnerforge.config import ModelConfig
 from kempnerforge.data.batch import Batch
-from kempnerforge.vlm.base import VLM
+from kempnerforge.eval.generate import generate
+from kempnerforge.eval.mode import mode
+from kempnerforge.model.transformer import Block, Cache
+from kempnerforge.vlm.base import VLM, Output
+
+LAYERS = "transformer.layers"
+REST = ""
+"""The part of products outside of all modules: the head, where it is the embedding's own weight."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +30,18 @@ class ModuleCost:
 
     Attributes:
         parameters, trainable: counts.
-        flops: of one sample, forward and backward.
+        forward_flops, backward_flops: of one sample in training.
     """
 
     name: str
     parameters: int
     trainable: int
-    flops: float
+    forward_flops: float
+    backward_flops: float
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.backward_flops
 
 
 @dataclass(frozen=True)
@@ -42,13 +59,47 @@ class Cost:
     activation_bytes: int
 
     @property
+    def forward_flops(self) -> float:
+        return sum(module.forward_flops for module in self.modules)
+
+    @property
+    def backward_flops(self) -> float:
+        return sum(module.backward_flops for module in self.modules)
+
+    @property
     def flops(self) -> float:
-        return sum(module.flops for module in self.modules)
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """What an answer costs.
+
+    Attributes:
+        prompt_length: positions of the prompt, images included where they stand in the stream.
+        prefill_flops: to read the prompt, images included.
+        decode_flops: of the first token that is made from the cache.
+    """
+
+    prompt_length: int
+    prefill_flops: int
+    decode_flops: int
+
+
+@cache
+def _own_children() -> frozenset[str]:
+    """Children of a layer of the plain text backbone."""
+    with torch.device("meta"):
+        return frozenset(name for name, _ in Block(ModelConfig(), 0).named_children())
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: a child of the model, of the backbone one level deeper."""
+    """The part that a parameter belongs to: a child of the model, of the backbone one level deeper. What an arch adds to the layers of the
+    text backbone is a part as well, the same child of all layers together.
+    """
     words = name.split(".")
+    if len(words) > 4 and name.startswith(f"{LAYERS}.") and words[3] not in _own_children():
+        return f"{LAYERS}.*.{words[3]}"
     return ".".join(words[: 2 if words[0] == "transformer" else 1])
 
 
@@ -58,6 +109,95 @@ def parts(names: Sequence[str]) -> dict[str, list[str]]:
     for name in names:
         found.setdefault(part_of(name), []).append(name)
     return found
+
+
+class Meter:
+    """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product counted once.
+
+    A product belongs to the innermost module that is running. In the backward pass that is the one that was running when its autograd node
+    was made, which the node's sequence number tells.
+
+    NOTE: ``FlopCounterMode`` can tell modules apart as well, but in a backward pass it leaves a module when the gradient of its input is
+    there: a module whose input needs none gets the FLOPs of all that follows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._counter = FlopCounterMode(display=False)
+        self._flops: defaultdict[str, int] = defaultdict(int)
+        self._running = [REST]
+        self._booked = 0
+        self._marks: list[tuple[int, str]] = [(0, REST)]  # from this node on, the part
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, dict[str, int]]:
+        """One pass: what it would send backward, and FLOPs by part."""
+        handles = []
+        for name, module in self.model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(self._enter, part_of(f"{name}.weight"))))
+                handles.append(module.register_forward_hook(self._leave))
+        try:
+            with self._counter:
+                total = self.model(batch, cache).total
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total, self._taken()
+
+    def backward(self, total: Tensor) -> dict[str, int]:
+        """FLOPs by part of the backward pass of the ``forward`` that gave ``total``."""
+        begins = [number for number, _ in self._marks]
+        for node in _nodes(total):
+            _, part = self._marks[bisect_right(begins, node._sequence_nr()) - 1]
+            node.register_prehook(partial(self._at, part))
+        with self._counter:
+            total.backward()
+        return self._taken()
+
+    def _enter(self, part: str, *_: object) -> None:
+        self._book()
+        self._running.append(part)
+        self._mark()
+
+    def _leave(self, *_: object) -> None:
+        self._book()
+        self._running.pop()
+        self._mark()
+
+    def _at(self, part: str, *_: object) -> None:
+        self._book()
+        self._running[-1] = part
+
+    def _mark(self) -> None:
+        self._marks.append((torch.autograd._get_sequence_nr(), self._running[-1]))  # pyright: ignore[reportPrivateImportUsage]
+
+    def _book(self) -> None:
+        """What was counted since the last call belongs to the part that is running."""
+        now = self._counter.get_total_flops()
+        self._flops[self._running[-1]] += now - self._booked
+        self._booked = now
+
+    def _taken(self) -> dict[str, int]:
+        self._book()
+        found = {part: flops for part, flops in self._flops.items() if flops}
+        assert sum(found.values()) == self._counter.get_total_flops(), "every product belongs to one part"
+        self._flops.clear()
+        self._running, self._booked = [REST], 0
+        self._counter = FlopCounterMode(display=False)
+        return found
+
+
+def _nodes(total: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """The autograd graph behind ``total``, without the leaves."""
+    waiting = [total.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or not node.next_functions:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [behind for behind, _ in node.next_functions]
 
 
 def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute_bytes: int) -> Cost:
@@ -75,33 +215,52 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
         parameter.requires_grad_(name in trainable)
     kept: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
             kept[id(tensor.untyped_storage())] = tensor.numel() * compute_bytes
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.to("meta")).loss.backward()
+    meter = Meter(model)
+    with mode(model, training=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, forward = meter.forward(batch.to("meta"))
+        backward = meter.backward(total)
     rows = max(1, len(batch.sample_names))
-    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    modules, counted = [], 0.0
-    for part, names in parts(list(parameters)).items():
-        flops = sum(
-            count
-            for name, count in by_module.items()
-            if name == f"{root}.{part}" or (part == "transformer.layers" and _is_layer(name, root))
-        )
-        counted += flops
-        size = {n: parameters[n].numel() for n in names}
-        modules.append(ModuleCost(part, sum(size.values()), sum(size[n] for n in names if n in trainable), flops / rows))
-    rest = counter.get_total_flops() - counted  # products outside of any part: a tied head
-    if rest > 0:
-        modules.append(ModuleCost("output head (tied)", 0, 0, rest / rows))
+    modules, by_part = [], parts(list(parameters))
+    for part in [*by_part, *(p for p in forward | backward if p not in by_part)]:
+        names = by_part.get(part, [])
+        sizes = [parameters[name].numel() for name in names]
+        train = [parameters[name].numel() for name in names if name in trainable]
+        shown = part or ("output head (tied)" if model.transformer.output_head is None else "outside of modules")
+        modules.append(ModuleCost(shown, sum(sizes), sum(train), forward.get(part, 0) / rows, backward.get(part, 0) / rows))
     state = sum(p.numel() * (4 + compute_bytes % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items())
     return Cost(modules, state, sum(kept.values()))
 
 
-def _is_layer(name: str, root: str) -> bool:
-    return name.startswith(f"{root}.transformer.layers.") and name.count(".") == 3
+class _Metered(nn.Module):
+    """Stands in for a model on the meta device where one is asked for tokens; keeps the FLOPs of each call."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+        self.flops: list[int] = []
+
+    def forward(self, batch: Batch, cache: Cache) -> Output:
+        _, flops = self.meter.forward(batch.to("meta"), cache)
+        self.flops.append(sum(flops.values()))
+        return Output(torch.zeros(()), torch.zeros(len(batch.input_ids), 1))
+
+
+def generation_cost(model: VLM, prompt: Batch) -> GenerationCost:
+    """Counts reading ``prompt``, one row, and one token behind it, with a cache.
+
+    Args:
+        model: on the meta device.
+        prompt: as generation gets it.
+
+    Raises:
+        NotImplementedError: the arch does not generate.
+    """
+    metered = _Metered(Meter(model))
+    with mode(model, training=False):
+        generate(metered, prompt, max_new_tokens=2, eos_id=-1)
+    return GenerationCost(prompt.input_ids.shape[1], *metered.flops)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from kempnerforge.config import JobConfig, Stage
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.encode import prompt_batch
+from kempnerforge.data.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
-from kempnerforge.training.accounting import Cost, cost, part_of
+from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost, part_of
 from kempnerforge.training.freeze import freeze_boundaries, trainable_names
-from kempnerforge.training.optimizer import lr_scales, muon_names
+from kempnerforge.training.optimizer import muon_names, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 
 
@@ -19,16 +22,18 @@ class StagePlan:
     """One stage, as it will run.
 
     Attributes:
-        lr_scale: part -> factors on the learning rate in it.
+        lr: part -> the peak learning rates in it, smallest first.
         row_length: positions in a row of the first batch.
         useful: share of its positions that are no padding.
+        generation: of an answer to the stage's first prompt, or why there is none.
     """
 
     stage: Stage
     cost: Cost
-    lr_scale: dict[str, list[float]]
+    lr: dict[str, list[float]]
     row_length: int
     useful: float
+    generation: GenerationCost | str
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,14 @@ def plan(job: JobConfig) -> Plan:
 def _check_patterns(assembly: Assembly) -> None:
     """
     Raises:
-        ValueError: a pattern of a freeze spec or a learning-rate scale matches nothing, or nothing would train.
+        ValueError: a pattern of a freeze spec, a learning-rate scale or a group matches nothing, or nothing would train.
     """
     job = assembly.job
     patterns = job.vlm.module_patterns if job.vlm is not None else {}
     names = [name for name, _ in assembly.model.named_parameters()]
     freeze_boundaries(job, names, patterns)
     for stage in assembly.stages:
-        lr_scales(names, stage.optimizer, patterns)
+        settings(names, stage.optimizer, patterns)
 
 
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
@@ -70,15 +75,49 @@ def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePl
     patterns = job.vlm.module_patterns if job.vlm is not None else {}
     names = [name for name, _ in model.named_parameters()]
     trainable = trainable_names(names, job.freeze_at(stage.start), patterns)
-    scales = lr_scales(names, stage.optimizer, patterns)
+    own = settings(names, stage.optimizer, patterns)
     to_muon = muon_names(model) if stage.optimizer.name == "muon" else frozenset()
     batch = next(assembly.batches(stage, stage.start))
-    counted = cost(model, batch, trainable, {name: 1 if name in to_muon else 2 for name in names}, dtype.itemsize)
+    counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
     by_part: dict[str, set[float]] = {}
     for name in names:
-        by_part.setdefault(part_of(name), set()).add(scales[name])
-    positions = batch.input_ids.numel()
-    return StagePlan(stage, counted, {k: sorted(v) for k, v in by_part.items()}, batch.input_ids.shape[1], batch.useful_tokens / positions)
+        by_part.setdefault(part_of(name), set()).add(own[name].muon_lr if name in to_muon else own[name].lr)
+    return StagePlan(
+        stage,
+        counted,
+        {k: sorted(v) for k, v in by_part.items()},
+        batch.input_ids.shape[1],
+        batch.useful_tokens / batch.input_ids.numel(),
+        _generation(assembly, stage),
+    )
+
+
+def _generation(assembly: Assembly, stage: Stage) -> GenerationCost | str:
+    try:
+        return generation_cost(assembly.model, _first_prompt(assembly, stage))
+    except NotImplementedError as error:
+        return str(error) or "not possible with this arch"
+
+
+def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
+    """The first prompt of the stage's training data that can be read, alone; a window of running text where the data are that. Images have
+    no memory, only shapes.
+    """
+    encoder, layout = assembly.encoder(stage), assembly.layout
+    source = assembly.sources[stage.index]
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            if not sample.texts:
+                continue
+            text, count = sample.texts[0], len(sample.images) if layout.image_size else 0
+            prompt = Prompt(list(text.answer[:-1])) if isinstance(text.answer, tuple) else encoder.encode_prompt(text.prompt, count)
+        except ValueError:
+            continue
+        size = layout.image_size
+        images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None
+        return prompt_batch([prompt], images, [list(range(count))], layout, encoder.tokenizer.pad_id)
+    raise ValueError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")
 
 
 def dry_run(job: JobConfig) -> list[str]:
