@@ -27,7 +27,9 @@ def prepare(
     NOTE: a world of one shards the root alone and keeps it unsharded: each unit costs 1.5 ms a step there and brings nothing. Gradients are
     summed, not averaged: the loss is already divided by the count of targets over all ranks.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+    # inputs are not cast: FSDP reaches into dataclasses and would round the fp32 rotary tables that a block reads
+    param_dtype = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
         if recompute:
             _recompute(unit)

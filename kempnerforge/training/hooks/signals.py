@@ -14,8 +14,11 @@ class Signals(Hook):
 
     def __init__(self) -> None:
         self._before: dict[int, object] = {}
+        self._trainer: Trainer | None = None
 
     def start(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
         def ask(number: int, frame: FrameType | None) -> None:
             if trainer.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -27,6 +30,9 @@ class Signals(Hook):
             self._before[number] = signal.signal(number, ask)
 
     def close(self) -> None:
+        """NOTE: a run that was asked to stop is about to end; a signal that reaches this rank late must not change its exit code."""
+        if self._trainer is not None and self._trainer.stopping:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._before.clear()
