@@ -3,11 +3,14 @@
 Optimizer state is taken as it lies in ``optimizer.state``: saving runs no hidden step, parameters that never moved have no entry, and
 frozen ones keep theirs. It is restored from the checkpoint's own list of entries, for the same reasons. Hyper-parameters are never stored:
 they belong to the config and to the step.
+
+Where a run keeps an average of its weights, training goes on from ``model.<fqn>``, and who wants to use the model takes
+``averaged.<fqn>`` where there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from kempnerforge.checkpoint.store import save
 
 MODEL = "model."
 OPTIM = "optim."
+AVERAGED = "averaged."
 
 
 def _reshard(model: nn.Module) -> None:
@@ -102,6 +106,18 @@ def _empty_like(parameter: nn.Parameter, group: dict[str, Any], name: str, key: 
     return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
+def _averaged_names(parameters: Mapping[str, Tensor], info: dict[str, TensorInfo]) -> list[str]:
+    """The parameters that a checkpoint has averages of.
+
+    Raises:
+        CheckpointError: one is not among ``parameters``.
+    """
+    names = [entry.removeprefix(AVERAGED) for entry in info if entry.startswith(AVERAGED)]
+    if unknown := sorted(set(names) - parameters.keys()):
+        raise CheckpointError(f"the checkpoint has averages of {len(unknown)} parameters that the model has not, such as {unknown[0]!r}")
+    return names
+
+
 def load_optimizer(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loaded: dict[str, Tensor]) -> None:
     """Makes ``loaded`` (a filled template) the whole state of ``optimizers``; a parameter without entry has none afterwards."""
     for optimizer in optimizers:
@@ -121,20 +137,33 @@ def save_training(
     state: dict[str, Any],
     files: dict[str, bytes],
     keep: int,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """``save`` of a model and its optimizers. Call it on all ranks, between steps; nothing about the training changes."""
+    """``save`` of a model and its optimizers. Call it on all ranks, between steps; nothing about the training changes.
+
+    Args:
+        averages: parameter name -> what is to be used in its place, sharded like it.
+    """
     tensors: dict[str, Tensor] = {}
     with agreed(f"cannot save step {step} in {root}"):
-        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers)}
+        averaged = {AVERAGED + name: value for name, value in (averages or {}).items()}
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers), **averaged}
     return save(root, step, tensors, state, files, keep)
 
 
-def load_training(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], manifest: Manifest | None = None) -> Manifest:
+def load_training(
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    manifest: Manifest | None = None,
+    averages: dict[str, Tensor] | None = None,
+) -> Manifest:
     """Restores what ``save_training`` wrote, on any number of ranks. Call it on all.
 
     Args:
         path: a checkpoint directory.
         manifest: of ``path`` when it was just verified (by ``find``); otherwise it is verified here, before anything changes.
+        averages: takes the averages that the checkpoint has, by parameter name.
 
     Raises:
         CheckpointError: on all ranks, when the checkpoint is broken or does not fit the model and optimizers.
@@ -142,24 +171,36 @@ def load_training(path: Path, model: nn.Module, optimizers: Sequence[torch.optim
     manifest = manifest or from_rank0(lambda: verify(path))
     template: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     info = tensor_info(path)
     with agreed(f"cannot load {path}"):
         tensors = model_tensors(model)
         template = optimizer_template(model, optimizers, info)
-    load(path, {**tensors, **template})
+        parameters = dict(model.named_parameters())
+        found = {name: torch.empty_like(parameters[name], requires_grad=False) for name in _averaged_names(parameters, info)}
+    load(path, {**tensors, **template, **{AVERAGED + name: value for name, value in found.items()}})
     load_optimizer(model, optimizers, template)
+    if averages is not None:
+        averages.update(found)
     return manifest
 
 
 def load_weights(path: Path, model: nn.Module) -> Manifest:
-    """Restores the model alone, strictly: every tensor of the model and no other, same shapes and dtypes. Call it on all ranks.
+    """Restores the model alone, to be used: averages where the checkpoint has them, else what was trained. Call it on all ranks.
+
+    It is strict: every tensor of the model and no other, same shapes and dtypes.
 
     Raises:
         CheckpointError: on all ranks, when the checkpoint is broken or does not fit the model.
     """
     manifest = from_rank0(lambda: verify(path))
     tensors: dict[str, Tensor] = {}
+    averaged: dict[str, Tensor] = {}
+    info = tensor_info(path)
     with agreed(f"cannot load {path}"):
         tensors = model_tensors(model)
+        averaged = {AVERAGED + name: tensors[MODEL + name] for name in _averaged_names(dict(model.named_parameters()), info)}
     load(path, tensors, prefix=MODEL)
+    if averaged:
+        load(path, averaged, prefix=AVERAGED)
     return manifest

@@ -18,6 +18,13 @@ model; the batch size does not depend on how many there are."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the TOML file")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over; nothing is deleted")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key or section that is meant to differ from the run that is there",
+    )
     parser.add_argument("--dry-run", action="store_true", help="build everything, take one batch through the model, write nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved TOML and exit")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N processes on this machine (default: 1)")
@@ -40,4 +47,4 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from kempnerforge.training.run import train
 
-    return 0 if train(job, fresh=args.fresh) else 130
+    return 0 if train(job, fresh=args.fresh, allow=args.allow_change) else 130

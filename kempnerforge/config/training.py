@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, fraction, more_than, one_of
@@ -9,13 +10,25 @@ from kempnerforge.config.checks import at_least, fraction, more_than, one_of
 
 @dataclass
 class RunConfig:
-    """``dir``: everything a run leaves behind lies there; an existing one is resumed."""
+    """Where a run lives, and what its weights begin with.
+
+    Attributes:
+        dir: everything a run leaves behind lies there; an existing one is resumed.
+        init_from: weights (no optimizer state) that a fresh run starts with: a checkpoint, a run directory, or a Hugging Face directory with
+            a text model. With ``data.tokenizer = "train"`` the tokenizer that lies beside them is taken, too.
+        init_allow: fnmatch patterns of parameter names that may be missing there, be there in excess, or have another shape there: such ones
+            stay fresh. All others must match.
+    """
 
     dir: str = "runs/default"
+    init_from: str = ""
+    init_allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise ValueError("dir = '': a run needs a directory")
+        if self.init_allow and not self.init_from:
+            raise ValueError(f"init_allow = {self.init_allow}: is only read with init_from")
 
 
 @dataclass
@@ -32,7 +45,11 @@ class TrainConfig:
         compile_model: torch.compile each shard unit.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         grad_clip_norm: of the global gradient norm; 0 is off.
-        max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite before the run stops.
+        on_nonfinite: what a loss or gradient that is not finite does: "skip" the step, on all ranks; or "stop" the run, to be continued from its
+            last checkpoint.
+        max_skipped_steps: steps in a row that may be skipped before the run stops all the same.
+        ema_decay: of an exponential moving average of the weights, which evaluation and generation then use; 0 is off. In step t it is at
+            most (1 + t) / (10 + t), so that the average soon leaves the first weights behind.
     """
 
     max_steps: int = 0
@@ -44,27 +61,64 @@ class TrainConfig:
     compile_model: bool = False
     activation_checkpointing: bool = False
     grad_clip_norm: float = 1.0
+    on_nonfinite: str = "skip"
     max_skipped_steps: int = 10
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
         at_least(self, 0, "max_steps", "seed", "grad_clip_norm", "max_skipped_steps")
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
+        one_of(self, "on_nonfinite", ("skip", "stop"))
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) for hidden matrices with AdamW for the rest.
+class OptimizerGroup:
+    """One ``[[optimizer.groups]]`` table: what is different for some parameters. A key that is not given stays as it is for them.
 
     Attributes:
-        name: "adamw" or "muon".
-        lr: peak learning rate of AdamW.
+        module: alias or fnmatch pattern of parameter names.
+        lr: peak learning rate, in place of the section's; with "muon" only of what AdamW takes.
+        muon_lr: of the matrices that Muon takes.
+        weight_decay, betas: as in the section.
+        warmup_steps: in place of the scheduler's, at the start of every stage.
+    """
+
+    module: str
+    lr: float | None = None
+    muon_lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("lr", "muon_lr", "weight_decay", "warmup_steps") if getattr(self, key) is not None]
+        at_least(self, 0, *given)
+        if not given and self.betas is None:
+            raise ValueError(f"module = {self.module!r}: the group changes nothing; give lr, muon_lr, weight_decay, betas or warmup_steps")
+        _check_betas(self.betas or ())
+
+
+@dataclass
+class OptimizerConfig:
+    """What moves the weights.
+
+    Attributes:
+        name: "adamw" (Loshchilov and Hutter 2019); "muon" (Jordan et al. 2024) for hidden matrices, with AdamW for the rest; "lion" (Chen et
+            al. 2023: a third of AdamW's learning rate or less, betas 0.9 and 0.99); or "schedule_free_adamw" (Defazio et al. 2024: wants a
+            constant schedule behind its warm-up; evaluation and generation use its average of the weights).
+        lr: peak learning rate of all but Muon.
         muon_lr, muon_momentum: of the matrices that Muon takes.
-        betas, eps: of AdamW.
+        betas: of AdamW and Lion; for "schedule_free_adamw" the first one interpolates between the average and the newest weights.
+        eps: of AdamW, with or without a schedule.
         weight_decay: of matrices; vectors have none.
         lr_scale: alias or fnmatch pattern of parameter names -> factor on the learning rate; the last match counts.
+        groups: what is different for some parameters; of those that give a key for a parameter the last one counts. ``lr_scale`` multiplies.
+        moments: what a stage does at its start with the optimizer's state: "keep", or "reset" to none.
     """
 
     name: str = "adamw"
@@ -75,16 +129,27 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     lr_scale: dict[str, float] = field(default_factory=dict)
+    groups: list[OptimizerGroup] = field(default_factory=list)
+    moments: str = "keep"
 
     def __post_init__(self) -> None:
-        one_of(self, "name", ("adamw", "muon"))
+        one_of(self, "name", ("adamw", "muon", "lion", "schedule_free_adamw"))
+        one_of(self, "moments", ("keep", "reset"))
         at_least(self, 0, "lr", "muon_lr", "weight_decay")
         more_than(self, 0, "eps")
-        if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
-            raise ValueError(f"betas = {list(self.betas)}, muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
+        _check_betas(self.betas)
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
         for pattern, scale in self.lr_scale.items():
             if scale < 0:
                 raise ValueError(f"lr_scale.{pattern} = {scale}: must be >= 0")
+        if self.name == "schedule_free_adamw" and not all(g.betas[0] for g in (self, *self.groups) if g.betas is not None):
+            raise ValueError(f"betas = {list(self.betas)}: the first one must be > 0 for 'schedule_free_adamw', here and in groups")
+
+
+def _check_betas(betas: Iterable[float]) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas = {list(betas)}: must lie in [0, 1)")
 
 
 @dataclass

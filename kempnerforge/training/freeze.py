@@ -62,6 +62,8 @@ def freeze_boundaries(job: JobConfig, names: Sequence[str], patterns: Mapping[st
 def apply_freeze(model: nn.Module, trainable: frozenset[str]) -> list[str]:
     """Makes exactly ``trainable`` require gradients; called between optimizer steps, by all ranks. Returns the names that changed.
 
+    Modules with parameters that are all frozen are put into evaluation mode: they compute as they will be used, without dropout.
+
     NOTE: three traps of FSDP2 lie here. While a module is unsharded (after an evaluation, say) a flip lands on a temporary tensor and is
     lost, so everything is resharded first. A pending gradient of a frozen parameter would still be stepped, so it is dropped. The dtype of
     reductions is fixed at a group's first forward from what trains then, so a change runs that set-up again (unshard, reshard).
@@ -80,4 +82,9 @@ def apply_freeze(model: nn.Module, trainable: frozenset[str]) -> list[str]:
         for module in modules:
             module.unshard()
             module.reshard()
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
     return changed

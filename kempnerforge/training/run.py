@@ -6,15 +6,17 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
 from kempnerforge.checkpoint.ranks import from_rank0
+from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, diff, load_config, to_toml
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
 from kempnerforge.training.hooks import default_hooks
-from kempnerforge.training.setup import assemble, saved_tokenizer
+from kempnerforge.training.setup import assemble, initialise, saved_tokenizer
 from kempnerforge.training.trainer import Trainer
 
 LOG = logging.getLogger("kempnerforge")
@@ -23,11 +25,12 @@ MAY_CHANGE = ("run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train
 """Keys that a resumed run may have changed: none of them touches what is learned from which samples."""
 
 
-def train(job: JobConfig, *, fresh: bool = False) -> bool:
+def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = ()) -> bool:
     """Trains ``job``, from the newest checkpoint of its run directory if there is one.
 
     Args:
         fresh: move an existing run directory aside and start over.
+        allow: keys ("optimizer.lr") or sections ("optimizer") that are meant to differ from those of the run that is there.
 
     Returns:
         Whether the run is complete; False: it was interrupted, and saved.
@@ -46,7 +49,7 @@ def train(job: JobConfig, *, fresh: bool = False) -> bool:
             _move_aside(run_dir, world)
         _make_run_dir(run_dir)
         with RunLock(run_dir):
-            return _train(job, run_dir, world)
+            return _train(job, run_dir, world, allow)
     finally:
         worlds.stop()
 
@@ -64,8 +67,8 @@ def _make_run_dir(run_dir: Path) -> None:
         raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be written to")
 
 
-def _train(job: JobConfig, run_dir: Path, world: World) -> bool:
-    _check_same_run(job, run_dir)
+def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str]) -> bool:
+    _check_same_run(job, run_dir, allow)
     begun = (run_dir / "checkpoints").is_dir()  # otherwise the data may have been mended since, and the tokenizer is of the old ones
     tokenizer = saved_tokenizer(run_dir) if begun else None
     assembly = assemble(job, tokenizer)
@@ -76,9 +79,13 @@ def _train(job: JobConfig, run_dir: Path, world: World) -> bool:
             _write_tokenizer(assembly.tokenizer, run_dir)
         _write(run_dir / "config.toml", to_toml(job))
     world.barrier()
+    found = find(run_dir / "checkpoints")
+    if found is None:
+        initialise(job, assembly.model)
     hooks, checkpoints = default_hooks(assembly, run_dir)
     trainer = Trainer(assembly, world, hooks)
-    if checkpoints.restore(trainer):
+    if found is not None:
+        checkpoints.restore(trainer, *found)
         LOG.info("%s: continuing at step %d of %d", run_dir, trainer.step, trainer.total_steps)
     if trainer.done and (run_dir / "report.html").exists():
         LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / "report.html")
@@ -87,8 +94,8 @@ def _train(job: JobConfig, run_dir: Path, world: World) -> bool:
     return trainer.done
 
 
-def _check_same_run(job: JobConfig, run_dir: Path) -> None:
-    """What is in ``run_dir`` was made by the same config, up to what may change.
+def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None:
+    """What is in ``run_dir`` was made by the same config, up to what may change, and what is meant to.
 
     Raises:
         ValueError: it was not; the message shows the difference.
@@ -96,13 +103,17 @@ def _check_same_run(job: JobConfig, run_dir: Path) -> None:
     path = run_dir / "config.toml"
     if not path.exists() or not (run_dir / "checkpoints").is_dir():
         return
-    changes = [line for line in diff(load_config(path), job) if not line.startswith(MAY_CHANGE)]
+    meant = tuple(f"{key}{end}" for key in allow for end in (".", " ", "[", ":"))
+    lines = [line for line in diff(load_config(path), job) if not line.startswith(MAY_CHANGE)]
+    changes = [line for line in lines if not line.startswith(meant)]
     if changes:
         listed = "\n  ".join(changes)
         raise ValueError(
             f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\n"
-            "change it back, name another directory, or use --fresh"
+            "change it back, name another directory, use --fresh, or say --allow-change=KEY for what is meant to change"
         )
+    for line in lines:
+        LOG.warning("changed, as it is meant to be: %s", line)
 
 
 def _write_tokenizer(tokenizer, run_dir: Path) -> None:

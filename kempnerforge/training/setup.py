@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 
@@ -62,7 +64,7 @@ def assemble(
     """Puts ``job`` together.
 
     Args:
-        tokenizer: of an earlier part of this run; None resolves ``data.tokenizer``.
+        tokenizer: of an earlier part of this run; None takes that of ``run.init_from``, or resolves ``data.tokenizer``.
         device: where the model is built; "meta" for shapes alone.
         data: False builds no sources (generation from a checkpoint).
 
@@ -70,9 +72,12 @@ def assemble(
         ValueError: data, tokenizer and model do not fit together.
     """
     stages = job.resolved_stages()
+    tokenizer = tokenizer or _inherited_tokenizer(job)
     sources = [_source(stage.data) for stage in stages] if data else []
     if tokenizer is None:
         tokenizer = resolve_tokenizer(job.data, chain(sources, (_source(stage.data) for stage in _cut_off(job, stages))))
+    if job.model.new_tokens:
+        tokenizer.add_tokens(job.model.new_tokens)
     job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
     model = build_model(job, device)
     layout = Layout(
@@ -117,14 +122,53 @@ def resolve_tokenizer(cfg: DataConfig, sources: Iterable[Source]) -> Tokenizer:
 
 
 def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
-    if not job.model.vocab_size:
-        return tokenizer.vocab_size
-    if job.model.vocab_size < tokenizer.vocab_size:
+    """Entries of the embedding, without the new tokens: these have one of their own."""
+    asked, there = job.model.vocab_size, tokenizer.base_vocab_size
+    if asked and asked < there:
+        raise ValueError(f"model.vocab_size = {asked}: the tokenizer has {there} tokens; use at least as many, or 0 to follow it")
+    if asked > there and job.model.new_tokens:
         raise ValueError(
-            f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens;"
-            " use at least as many, or 0 to follow it"
+            f"model.vocab_size = {asked}: model.new_tokens follow the tokenizer's {there} tokens without a gap; use 0 or {there}"
         )
-    return job.model.vocab_size
+    return asked or there
+
+
+def _inherited_tokenizer(job: JobConfig) -> Tokenizer | None:
+    """That of the run whose weights this one begins with, unless the config names another."""
+    if not job.run.init_from or job.data.tokenizer != "train":
+        return None
+    path = Path(job.run.init_from)
+    return saved_tokenizer(path) or saved_tokenizer(path.parent.parent)  # a run directory, or one of its checkpoints
+
+
+def initialise(job: JobConfig, model: VLM) -> None:
+    """The weights that a fresh run begins with, beyond random ones. Call it before the model is sharded, on all ranks.
+
+    Raises:
+        ValueError: ``run.init_from`` cannot be used, or its names are not those of the model up to ``run.init_allow``.
+    """
+    if job.run.init_from:
+        weights = read_weights(job.run.init_from, job.model)
+        allowed = lambda name: any(fnmatchcase(name, pattern) for pattern in job.run.init_allow)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        other_shape = {name for name in shapes.keys() & weights.keys() if shapes[name] != weights[name].shape}
+        kinds = {
+            "lacks": shapes.keys() - weights.keys(),
+            "has in excess": weights.keys() - shapes.keys(),
+            "has in another shape": other_shape,
+        }
+        problems = [
+            f"{kind} {len(found)}: {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
+            for kind, names in kinds.items()
+            if (found := sorted(name for name in names if not allowed(name)))
+        ]
+        if problems:
+            raise ValueError(
+                f"run.init_from = {job.run.init_from!r}: of the model's parameters it {'; it '.join(problems)}."
+                " List patterns of what may differ in run.init_allow"
+            )
+        take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, job.run.init_from)
+    model.warm_start()
 
 
 def saved_tokenizer(directory: Path) -> Tokenizer | None:

@@ -29,6 +29,7 @@ class StepResult:
     Attributes:
         stage: that it belonged to; ``trainer.stage`` is that of the next step.
         loss: mean over trained tokens.
+        aux_loss: of the model's parts, as it was added to the loss; 0 if there is none.
         grad_norm: before clipping.
         lr: AdamW's, at scale 1.
         skipped: loss or gradient was not finite; nothing moved.
@@ -39,6 +40,7 @@ class StepResult:
 
     stage: Stage
     loss: float
+    aux_loss: float
     grad_norm: float
     lr: float
     skipped: bool
@@ -93,7 +95,7 @@ class Trainer:
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
         )
-        self.optimizers = Optimizers(self.model, self.stages, self.patterns)
+        self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         self.step = 0
         self.seconds = 0.0
         self.samples_seen = self.samples_bad = 0
@@ -125,6 +127,8 @@ class Trainer:
             while not self.done and not self.stopping:
                 if self.step in self.boundaries:
                     self.apply_freeze()
+                if self.step == self.stage.start and self.stage.optimizer.moments == "reset":
+                    self.optimizers.reset()
                 result = self.train_step()
                 self.step += 1
                 for hook in self.hooks:
@@ -139,6 +143,11 @@ class Trainer:
         """Hands numbers of the current step to all hooks."""
         for hook in self.hooks:
             hook.record(self, values)
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters that do not train at the current step."""
+        return sorted(set(self.names) - trainable_names(self.names, self.job.freeze_at(self.step), self.patterns))
 
     def apply_freeze(self) -> None:
         """Makes exactly what the schedule says for the current step trainable, whatever was before.
@@ -172,30 +181,32 @@ class Trainer:
         self._account(batches, samples, bad)
         if not targets:
             raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
-        loss = torch.zeros((), device=self.world.device)
+        loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(self.model, index == len(batches) - 1)
-            part = self.model(batch.to(self.world.device)).loss
-            (part / targets).backward()
-            loss += part.detach()
+            output = self.model(batch.to(self.world.device))
+            (output.total / targets).backward()
+            loss += output.loss.detach()
+            if output.aux_loss is not None:
+                aux_loss += output.aux_loss.detach()
         grads = local_gradients(self.model)
-        total, squared, stop = self.world.sum([loss.item(), squared_norm(grads), float(self.stop_requested)])
+        total, aux, squared, stop = self.world.sum([loss.item(), aux_loss.item(), squared_norm(grads), float(self.stop_requested)])
         self.stopping = stop > 0
         norm = math.sqrt(squared)
-        finite = math.isfinite(total) and math.isfinite(norm)
+        finite = math.isfinite(total) and math.isfinite(aux) and math.isfinite(norm)
         if finite:
             clip(grads, norm, self.job.train.grad_clip_norm)
             self.optimizers.step()
         self.optimizers.zero_grad()
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row > self.job.train.max_skipped_steps:
-            raise TrainingFault(
-                f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite,"
-                f" for more than train.max_skipped_steps = {self.job.train.max_skipped_steps} steps in a row"
-            )
+        cfg = self.job.train
+        if self.skipped_in_a_row > (cfg.max_skipped_steps if cfg.on_nonfinite == "skip" else 0):
+            limit = f"for more than train.max_skipped_steps = {cfg.max_skipped_steps} steps in a row"
+            policy = limit if cfg.on_nonfinite == "skip" else 'and train.on_nonfinite = "stop"'
+            raise TrainingFault(f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite, {policy}")
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        return StepResult(self.stage, total / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
+        return StepResult(self.stage, total / targets, aux / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
 
     def _account(self, batches: list[Batch], samples: int, bad: int) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]

@@ -12,8 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from kempnerforge.config import load_config
+from kempnerforge.data.sampler import StepSampler
 from tests.dist import free_port
-from tests.training.tiny import Ended, assert_same_tensors, call, checkpoint_steps, losses, make_job, metrics, spawn, start, tensors
+from tests.training.tiny import (
+    Ended,
+    assert_same_tensors,
+    call,
+    checkpoint_steps,
+    losses,
+    make_job,
+    metrics,
+    rows_of,
+    spawn,
+    start,
+    tensors,
+    write_rows,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -89,6 +104,28 @@ def test_checkpoints_change_hands(runs: Path):
         six = runs / name / "checkpoints" / "step-00000006"
         same = "one" if first is call else "two"
         assert_same_tensors(tensors(six), tensors(runs / same / "checkpoints" / "step-00000006"))
+
+
+@pytest.mark.parametrize("arch", ["joint_decoder", "cross_attention", "mot"])
+def test_a_rank_that_sees_only_text_stays_in_step(arch: str, tmp_path: Path):
+    """Rank 1 never gets a picture. The job ends, and gradients and weights are those of one process that accumulates the micro-batches."""
+    steps, size = 4, 4
+    path = make_job(tmp_path)
+    rows = rows_of(tmp_path)
+    sampler = StepSampler(len(rows), size, seed=load_config(path).train.seed)
+    for step in range(steps):
+        for index in sampler.global_indices(step)[size // 2 :]:  # rank 1's half
+            rows[index] = {"image": None, "prompt": "which colour comes to mind?", "answer": rows[index]["answer"]}
+    write_rows(tmp_path / "train.jsonl", rows)
+    argv = ("train", path, *COMMON, f"--vlm.arch={arch}", f"--train.max_steps={steps}", "--data.batching=pad", "--eval.at_end=false")
+    argv = (*argv, "--vlm.cross_attention_every_n_layers=1") if arch == "cross_attention" else argv
+    ended = torchrun(*argv, f"--run.dir={tmp_path}/two")
+    assert ended.code == 0, ended
+    assert call(*argv, "--train.grad_accum_steps=2", f"--run.dir={tmp_path}/one").code == 0
+    ones, twos = ([row for row in metrics(tmp_path / name) if "train/loss" in row] for name in ("one", "two"))
+    for key in ("train/loss", "train/grad_norm"):
+        assert [row[key] for row in twos] == pytest.approx([row[key] for row in ones], rel=1e-6)
+    assert_same_tensors(tensors(tmp_path / "two"), tensors(tmp_path / "one"))
 
 
 def test_two_ranks_with_muon_and_freezing(runs: Path):

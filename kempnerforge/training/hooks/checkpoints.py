@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
+from kempnerforge.checkpoint import Manifest
 from kempnerforge.checkpoint.state import load_training, save_training
-from kempnerforge.checkpoint.store import find
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
@@ -18,16 +20,14 @@ class Checkpoints(Hook):
         self._saved_step = -1
         self._files: dict[str, bytes] = {}
 
-    def restore(self, trainer: Trainer) -> bool:
-        """Puts ``trainer`` where the newest whole checkpoint is; False when there is none. Called before the run starts."""
-        found = find(self.run_dir / "checkpoints")
-        if found is None:
-            return False
-        state = load_training(found[0], trainer.model, trainer.optimizers.all).state
+    def restore(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:
+        """Puts ``trainer`` where the checkpoint at ``path`` is. Called before the run starts."""
+        averages: dict[str, Tensor] = {}
+        state = load_training(path, trainer.model, trainer.optimizers.all, manifest, averages).state
+        trainer.optimizers.load_averages(averages)
         trainer.step = self._saved_step = state["step"]
         trainer.seconds = state["seconds"]
         trainer.samples_seen, trainer.samples_bad = state["samples_seen"], state["samples_bad"]
-        return True
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
@@ -47,7 +47,9 @@ class Checkpoints(Hook):
             "seconds": trainer.seconds,
             "samples_seen": trainer.samples_seen,
             "samples_bad": trainer.samples_bad,
+            "frozen": trainer.frozen,
         }
         root = self.run_dir / "checkpoints"
-        save_training(root, trainer.step, trainer.model, trainer.optimizers.all, state, self._files, self.cfg.keep_last_n)
+        optimizers = trainer.optimizers
+        save_training(root, trainer.step, trainer.model, optimizers.all, state, self._files, self.cfg.keep_last_n, optimizers.averages())
         self._saved_step = trainer.step

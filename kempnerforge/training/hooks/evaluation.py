@@ -36,11 +36,13 @@ class Evaluation(Hook):
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         if self.cfg.interval and trainer.step % self.cfg.interval == 0 and not (trainer.done and self.cfg.at_end):
-            self._evaluate(trainer, self.cfg.samples)
+            with trainer.optimizers.averaged():
+                self._evaluate(trainer, self.cfg.samples)
 
     def finish(self, trainer: Trainer) -> None:
         if self.cfg.at_end and trainer.done:
-            self.seeing, self.blind = self._evaluate(trainer, 0)
+            with trainer.optimizers.averaged():
+                self.seeing, self.blind = self._evaluate(trainer, 0)
             if self.blind is not None and trainer.world.is_main:
                 known, _ = questions(trainer.assembly.sources[-1])
                 self.prior = question_only_prior(known, self._all)

@@ -36,6 +36,7 @@ class Metrics(Hook):
         trainer.record(
             {
                 "train/loss": result.loss,
+                **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,
                 "train/lr": result.lr,
                 "train/tokens_per_s": sum(r.tokens for r in self._window) / seconds,

@@ -1,0 +1,55 @@
+"""What the optimizers here share: lists of local tensors instead of one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+NAMES = ("add_", "addcmul_", "copy_", "div", "div_", "lerp", "lerp_", "mul_", "sign_", "sqrt_")
+
+FOREACH: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in NAMES}
+"""One call for a list of tensors, which must not be empty: a model has hundreds, and each call costs more than a small one's arithmetic."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ForeachOptimizer(torch.optim.Optimizer):
+    """Elementwise updates, so that shards move as the whole would. A subclass says what the state is and how a list of parameters moves.
+
+    Unlike those of the libraries, groups without a gradient (a frozen module) are skipped, and all that changes over time is in the state
+    of the parameter, as tensors: parameters begin to train at different steps, and a checkpoint holds nothing else.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Moves every parameter that has a gradient."""
+        assert closure is None, f"{type(self).__name__} takes no closure"
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = self.first_state(p)
+            if params:
+                states = [self.state[p] for p in params]
+                self.move(group, [local(p) for p in params], [local(p.grad) for p in params], states)
+
+    def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What is kept for ``parameter``, before its first step."""
+        raise NotImplementedError
+
+    def move(self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> None:
+        """One step of ``params``, in place; ``grads`` stay as they are.
+
+        Args:
+            group: hyper-parameters.
+            params, grads: local parts; never empty lists.
+            states: of the whole parameters.
+        """
+        raise NotImplementedError
