@@ -9,6 +9,7 @@ from kempnerforge.config.dump import diff, to_dict, to_toml
 from kempnerforge.config.errors import ConfigError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loader import load_config
+from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.config.stages import Stage, StageConfig
 from kempnerforge.config.training import (
@@ -37,6 +38,7 @@ __all__ = [
     "FreezeStage",
     "JobConfig",
     "JointDecoderConfig",
+    "LoRAConfig",
     "MetricsConfig",
     "MoTConfig",
     "ModelConfig",

@@ -10,6 +10,7 @@ from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.errors import Problems
+from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
 from kempnerforge.config.training import (
@@ -44,6 +45,7 @@ class JobConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     stages: list[StageConfig] = field(default_factory=list)
+    lora: list[LoRAConfig] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)
 
     def total_steps(self) -> int:
@@ -70,6 +72,10 @@ class JobConfig:
             start = end
         problems.raise_if_any()
         return found
+
+    def module_patterns(self) -> dict[str, list[str]]:
+        """Aliases over parameter names: those of ``[vlm]``, and ``lora`` where there are adapters."""
+        return {**(LORA_ALIAS if self.lora else {}), **(self.vlm.module_patterns if self.vlm is not None else {})}
 
     def base_freeze(self) -> tuple[FreezeSpec, ...]:
         """``[vlm].freeze``."""

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch.nn as nn
 
 from kempnerforge.config import FreezeSpec, JobConfig
+from kempnerforge.config.lora import lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
 
 
@@ -30,13 +31,14 @@ def match_names(names: Sequence[str], module: str, patterns: Mapping[str, Sequen
 
 
 def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns: Mapping[str, Sequence[str]]) -> frozenset[str]:
-    """The names that train under ``specs``: all, less what is frozen; of the specs that match a name the last one counts.
+    """The names that train under ``specs``: all, less what is frozen; of the specs that match a name the last one counts. What lies under an
+    adapter is frozen before the first of them.
 
     Raises:
         ValueError: a spec matches nothing, or nothing is left to train.
     """
     all_names = list(names)
-    frozen: set[str] = set()
+    frozen = lora_frozen(all_names)
     for spec in specs:
         hit = match_names(all_names, spec.module, patterns, "freeze.module")
         frozen = frozen | set(hit) if spec.frozen else frozen - set(hit)

@@ -63,7 +63,7 @@ def _check_patterns(assembly: Assembly) -> None:
         ValueError: a pattern of a freeze spec, a learning-rate scale or a group matches nothing, or nothing would train.
     """
     job = assembly.job
-    patterns = job.vlm.module_patterns if job.vlm is not None else {}
+    patterns = job.module_patterns()
     names = [name for name, _ in assembly.model.named_parameters()]
     freeze_boundaries(job, names, patterns)
     for stage in assembly.stages:
@@ -72,7 +72,7 @@ def _check_patterns(assembly: Assembly) -> None:
 
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
     job, model = assembly.job, assembly.model
-    patterns = job.vlm.module_patterns if job.vlm is not None else {}
+    patterns = job.module_patterns()
     names = [name for name, _ in model.named_parameters()]
     trainable = trainable_names(names, job.freeze_at(stage.start), patterns)
     own = settings(names, stage.optimizer, patterns)

@@ -11,12 +11,13 @@ import torch
 from kempnerforge.checkpoint import Manifest, load_weights, resolve
 from kempnerforge.config import load_config
 from kempnerforge.distributed.world import compute_dtype
+from kempnerforge.model.lora import merge
 from kempnerforge.training.setup import Assembly, assemble, saved_tokenizer
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A trained model in its compute dtype, in evaluation mode.
+    """A trained model in its compute dtype, in evaluation mode, LoRA adapters folded into its weights.
 
     Attributes:
         path: the checkpoint directory.
@@ -43,6 +44,7 @@ def restore(path: Path, overrides: Sequence[str] = (), *, data: bool) -> Restore
     job = load_config(path / "config.toml", overrides)
     assembly = assemble(job, saved_tokenizer(path), data=data)
     manifest = load_weights(path, assembly.model)
+    merge(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assembly.model.to(device=device, dtype=compute_dtype(job.train.mixed_precision, device)).eval()
     return Restored(path, manifest, assembly, device)

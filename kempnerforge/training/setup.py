@@ -18,6 +18,7 @@ from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop import read_weights, take_weights
+from kempnerforge.model.lora import fitting_magnitudes
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 
@@ -147,28 +148,29 @@ def initialise(job: JobConfig, model: VLM) -> None:
     Raises:
         ValueError: ``run.init_from`` cannot be used, or its names are not those of the model up to ``run.init_allow``.
     """
-    if job.run.init_from:
-        weights = read_weights(job.run.init_from, job.model)
-        allowed = lambda name: any(fnmatchcase(name, pattern) for pattern in job.run.init_allow)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        other_shape = {name for name in shapes.keys() & weights.keys() if shapes[name] != weights[name].shape}
-        kinds = {
-            "lacks": shapes.keys() - weights.keys(),
-            "has in excess": weights.keys() - shapes.keys(),
-            "has in another shape": other_shape,
-        }
-        problems = [
-            f"{kind} {len(found)}: {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
-            for kind, names in kinds.items()
-            if (found := sorted(name for name in names if not allowed(name)))
-        ]
-        if problems:
-            raise ValueError(
-                f"run.init_from = {job.run.init_from!r}: of the model's parameters it {'; it '.join(problems)}."
-                " List patterns of what may differ in run.init_allow"
-            )
-        take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, job.run.init_from)
-    model.warm_start()
+    with fitting_magnitudes(model):
+        if job.run.init_from:
+            weights = read_weights(job.run.init_from, job.model)
+            allowed = lambda name: any(fnmatchcase(name, pattern) for pattern in job.run.init_allow)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            other_shape = {name for name in shapes.keys() & weights.keys() if shapes[name] != weights[name].shape}
+            kinds = {
+                "lacks": shapes.keys() - weights.keys(),
+                "has in excess": weights.keys() - shapes.keys(),
+                "has in another shape": other_shape,
+            }
+            problems = [
+                f"{kind} {len(found)}: {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}"
+                for kind, names in kinds.items()
+                if (found := sorted(name for name in names if not allowed(name)))
+            ]
+            if problems:
+                raise ValueError(
+                    f"run.init_from = {job.run.init_from!r}: of the model's parameters it {'; it '.join(problems)}."
+                    " List patterns of what may differ in run.init_allow"
+                )
+            take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, job.run.init_from)
+        model.warm_start()
 
 
 def saved_tokenizer(directory: Path) -> Tokenizer | None:

@@ -83,7 +83,7 @@ class Trainer:
         job = assembly.job
         self.assembly, self.job, self.world, self.hooks = assembly, job, world, list(hooks)
         self.stages, self.model = assembly.stages, assembly.model.to(world.device)
-        self.patterns = job.vlm.module_patterns if job.vlm is not None else {}
+        self.patterns = job.module_patterns()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.boundaries = freeze_boundaries(job, self.names, self.patterns)
         prepare(
@@ -164,7 +164,8 @@ class Trainer:
         return [next(self._batches) for _ in range(self.stage.train.grad_accum_steps)]
 
     def train_step(self) -> StepResult:
-        """One optimizer step. The random state is a function of seed, step and rank, so there is none to save.
+        """One optimizer step. The random state is a function of seed, step and rank, so there is none to save. Steps count from the start of
+        their stage, as they do in the data: a stage in a run of its own is the same.
 
         Raises:
             ValueError: no token of the step is trained, or too many samples are bad.
@@ -172,7 +173,7 @@ class Trainer:
         """
         begin = time.perf_counter()
         batches = self.next_batches()
-        torch.manual_seed(hash((self.job.train.seed, self.step, self.world.rank)))
+        torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         lr = self.optimizers.set_step(self.stage, self.step)
         counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches]
         targets, tokens, images, samples, bad, left_out = (

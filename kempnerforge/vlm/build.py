@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kempnerforge.config import JobConfig, registry
+from kempnerforge.model.lora import adapt
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
 
@@ -34,4 +35,6 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     cls = arch_class(job)
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(job.train.seed)
-        return cls(job)
+        model = cls(job)
+        adapt(model, job.lora, job.module_patterns())
+    return model

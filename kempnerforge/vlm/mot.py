@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoTConfig, registry
+from kempnerforge.config.lora import is_adapter
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.rope import Rope, rope_tables
@@ -225,7 +226,7 @@ class MoT(VLM):
     @torch.no_grad()
     def _copy_text(self, keep: set[str]) -> int:
         """Copies the text tower's tensors into those of other towers that are not in ``keep``; returns how many."""
-        own, copied = dict(self.named_parameters()), 0
+        own, copied = {name: p for name, p in self.named_parameters() if not is_adapter(name)}, 0
         for number in range(len(self.transformer.layers)):
             layer = f"transformer.layers.{number}."
             for name in self.modalities[:-1]:

@@ -119,7 +119,7 @@ def poison(trainer: Trainer, bad: set[int], value: float, what: str) -> None:
 
         def spoiled(batch: Batch, *rest: object) -> object:
             out = forward(batch, *rest)
-            return replace(out, loss=out.loss * value) if trainer.step in bad else out
+            return out._replace(loss=out.loss * value) if trainer.step in bad else out
 
         model.forward = spoiled  # type: ignore[method-assign]
 

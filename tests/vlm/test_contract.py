@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
@@ -415,6 +416,14 @@ def test_nothing_trained_is_loss_zero(arch: str | None) -> None:
     output.total.backward()
     grads = {name: p.grad for name, p in it.model.named_parameters()}
     assert [name for name, grad in grads.items() if grad is None or grad.any()] == []
+
+
+@each_arch
+def test_the_loss_is_found_in_the_output(arch: str | None) -> None:
+    """FSDP2 hangs its backward pass on the tensors that it finds in a module's output; before torch 2.13 it does not look into dataclasses."""
+    it = tiny(arch)
+    output = it.model(it.batch(ONE))
+    assert any(leaf is output.loss for leaf in tree_leaves(output))
 
 
 @each_arch
