@@ -89,7 +89,7 @@ class VLM(nn.Module):
 
         Args:
             words: (B, S, D) embedded ``batch.input_ids``.
-            features: (N, F, D) adapted images, or None when there are none in this pass.
+            features: (N, F, D) adapted images; one that stands nowhere if the batch has none; None if this pass has none to encode.
 
         Returns:
             The stream, (B, S, D), and what blocks may read besides it.
@@ -165,16 +165,14 @@ class VLM(nn.Module):
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
 
-        NOTE: a batch whose ``images`` is empty (not None) still runs the encoder, on one blank image times zero: every rank must call the
-        same modules, or sharded ones wait for each other forever.
+        NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which stands nowhere: every rank must call the
+        same modules, forward and backward, or sharded ones wait for each other forever.
         """
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
         features = None
         if self.has_images and batch.images is not None:
-            if len(batch.images):
-                features = self.encode(batch.images)  # (N, F, D)
-            else:
-                words = words + 0 * self.encode(batch.images.new_zeros(1, *batch.images.shape[1:])).sum()
+            images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
+            features = self.encode(images)  # (N, F, D)
         x, ctx = self.place(words, features, batch, cache)
         x = self.transformer.run(x, ctx)
         if cache is not None:

@@ -153,7 +153,7 @@ def lay_out(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
     """The images of each row in the order of its stream.
 
     Args:
-        features: (N, F, D); None: the batch has no image.
+        features: (N, F, D); None: none was encoded.
         words: (B, S, D), for type and device.
 
     Returns:
