@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from kempnerforge.distributed.world import World
 
 
+RECOMPILE_LIMIT = 64
+
+
 def prepare(
     model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
 ) -> None:
@@ -27,6 +30,8 @@ def prepare(
     NOTE: a world of one shards the root alone and keeps it unsharded: each unit costs 1.5 ms a step there and brings nothing. Gradients are
     summed, not averaged: the loss is already divided by the count of targets over all ranks.
     """
+    if compile_units:  # a graph for each way in which parts are frozen; behind the limit a unit runs uncompiled without a word
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     # inputs are not cast: FSDP reaches into dataclasses and would round the fp32 rotary tables that a block reads
     param_dtype = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         if cfg.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
             self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
@@ -138,7 +138,7 @@ class MLP(nn.Module):
         self.gate_proj = None if cfg.activation == "gelu" else nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=False)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x)

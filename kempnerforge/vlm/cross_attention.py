@@ -68,7 +68,7 @@ class GatedCrossAttention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * self.head_dim, cfg.dim, bias=False)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         self.mlp = MLP(cfg)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.mlp_gate = nn.Parameter(torch.zeros(1))
