@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kempnerforge.distributed.world import World
 
-
 RECOMPILE_LIMIT = 64
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kempnerforge.config import DistributedConfig
+from kempnerforge.distributed.watchdog import Watchdog
+
+_watchdog: Watchdog | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,11 @@ class World:
 
 
 def start(cfg: DistributedConfig) -> World:
-    """Joins the process group that the environment describes, or makes one of this process alone."""
+    """Joins the process group that the environment describes, or makes one of this process alone.
+
+    With other ranks a ``Watchdog`` shows all stacks when a collective takes longer than ``timeout_s``.
+    """
+    global _watchdog
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -60,12 +68,19 @@ def start(cfg: DistributedConfig) -> World:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        _watchdog = Watchdog(store, rank, size, cfg.timeout_s)
     return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leaves the process group. In a ``finally`` behind a collective that timed out, all ranks first show where they are."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.close(sys.exception())
+        _watchdog = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

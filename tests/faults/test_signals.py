@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT that do not reach both ranks at the same time, or come twice, or during a save."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Job, Observe
+from tests.faults.ranks import Faults, codes, last_line, newest
+
+pytestmark = pytest.mark.dist
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+def interrupted(job: Job, run: Path, faults: Faults) -> tuple[int, str]:
+    """Both ranks end with 130 at one step, which is saved. Returns it, and what rank 0 said."""
+    with job.ranks(run, faults=faults) as ranks:
+        ended = ranks.wait()
+    assert codes(ended) == [130, 130], ranks.err()
+    assert newest(run) == last_line(run) and "Traceback" not in ended[0].err + ended[1].err, ranks.err()
+    return newest(run), ended[0].err
+
+
+def test_skew(job: Job, tmp_path: Path, observe: Observe):
+    run, found = tmp_path / "run", []
+    for first, skew_ms in ((0, 0), (1, 30), (0, 100), (1, 100)):
+        step = newest(run) + 1
+        faults = {first: [("signals", step, TERM)], 1 - first: [("signal_later", step, TERM, skew_ms / 1000)]}
+        done, _ = interrupted(job, run, faults)
+        assert done == step + 1
+        found.append(f"{skew_ms} ms: step {done}")
+    observe(
+        "SIGTERM to both ranks, 0 to 100 ms apart",
+        f"the step is finished and saved once, by both, exit 130 ({'; '.join(found)})",
+        job.finish(run),
+    )
+
+
+def test_one_rank_alone_and_both_kinds(job: Job, tmp_path: Path, observe: Observe):
+    run = tmp_path / "run"
+    assert interrupted(job, run, {1: [("signals", 3, TERM)]})[0] == 4
+    assert interrupted(job, run, {0: [("signals", 5, INT)]})[0] == 6
+    assert interrupted(job, run, {0: [("signals", 7, TERM, TERM)], 1: [("signals", 7, TERM, TERM)]})[0] == 8
+    done, _ = interrupted(job, run, {rank: [("signal_in_save", 10, TERM)] for rank in (0, 1)})
+    assert done == 11
+    assert interrupted(job, run, {0: [("signals", 12, TERM)], 1: [("signal_behind_the_run", TERM)]})[0] == 13
+    with job.ranks(run, faults={rank: [("signals", 14, INT, INT)] for rank in (0, 1)}) as ranks:
+        ended = ranks.wait()
+    assert set(codes(ended)) <= {130, 3} and 130 in codes(ended), ranks.err()
+    assert newest(run) == 14
+    exact = job.finish(run)
+    observe("SIGTERM to one rank alone; SIGINT; SIGTERM twice", "both finish the step and save it, exit 130", exact)
+    observe("SIGTERM during a save", "the save is finished; the run stops one step later, saved, exit 130", exact)
+    observe("SIGTERM to one rank, to the other when all is saved", "saved, exit 130 on both", exact)
+    observe("a second SIGINT", f"leaves at once without saving, exit codes {codes(ended)}; continues at the newest checkpoint", exact)
