@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from kempnerforge.distributed.world import World
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: threads of parallel tests would spin against each other
+
+settings.register_profile("shared cores", deadline=None)  # a slow machine is no failure
+settings.load_profile("shared cores")
 
 
 @pytest.fixture
