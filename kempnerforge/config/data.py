@@ -43,6 +43,10 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     image_cache_mib: int = 256
 
+    def sections(self) -> list[DataConfig]:
+        """The sections whose samples this one mixes, ``Sample.part`` counts them; a section that mixes nothing is its own only one."""
+        return [self]
+
     def __post_init__(self) -> None:
         one_of(self, "batching", ("group", "pad"))
         at_least(self, 0, "num_workers", "image_cache_mib")

@@ -15,7 +15,7 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     class MyArch(VLM): ...
 
 An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
-configs of the first three archs stand in ``config/vlm.py``.)
+configs of the first three archs stand in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ class Registry:
 vlm_configs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
 vision_configs = Registry("vision encoder", "vision_encoder.type")
 adapter_configs = Registry("adapter", "adapter.type")
-data_configs = Registry("data source", "data.source")
+data_configs = Registry("data source", "data.source", package="kempnerforge.data.sources")
 
 archs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
-sources = Registry("data source", "data.source")
+sources = Registry("data source", "data.source", package="kempnerforge.data.sources")
 
 Decorator = Callable[[str | type], Any]
 register_vlm_config: Decorator = vlm_configs.register

@@ -1,7 +1,8 @@
 """Data: sources of samples, tokenizer, encoding, sampling, batches."""
 
 from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.encode import Encoded, Encoder, collate, prompt_batch
+from kempnerforge.data.collate import collate, prompt_batch
+from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.images import ImageError, load_image
 from kempnerforge.data.interleave import Layout, Prompt
 from kempnerforge.data.loader import build_loader

@@ -37,11 +37,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Sample:
-    """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images: text alone."""
+    """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images: text alone. ``part`` says which of
+    ``DataConfig.sections()`` it is from, and so which templates it has.
+    """
 
     id: str
     images: tuple[ImageSource, ...]
     texts: tuple[Text, ...]
+    part: int = 0
 
 
 class Source(ABC):

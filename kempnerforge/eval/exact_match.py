@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.data.encode import Encoder, prompt_batch
+from kempnerforge.data.collate import prompt_batch
+from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import load_image
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.data.sample import ImageSource, SampleError, Source, render_answer
@@ -44,11 +45,12 @@ class Question:
     prompt: str
     truth: str
     written: str = ""
+    part: int = 0
 
     @property
-    def unseen(self) -> tuple[str, int]:
-        """What is left of the question when nobody looks: the prompt, and how many images there are."""
-        return self.prompt, len(self.images)
+    def unseen(self) -> tuple[str, int, int]:
+        """What is left of the question when nobody looks: the prompt and its templates, and how many images there are."""
+        return self.prompt, self.part, len(self.images)
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tupl
         except SampleError as error:
             skipped.append((str(index), str(error)))
             continue
+        section = source.cfg.sections()[sample.part]
         for text in sample.texts:
-            if isinstance(text.answer, str) and source.cfg.image_placeholder in text.answer:
+            if isinstance(text.answer, str) and section.image_placeholder in text.answer:
                 skipped.append((sample.id, "the answer holds images, which cannot be generated"))
             elif isinstance(text.answer, str):
-                written = render_answer(source.cfg, text.answer)
-                found.append(Question(sample.id, sample.images, text.prompt, text.answer, written))
+                written = render_answer(section, text.answer)
+                found.append(Question(sample.id, sample.images, text.prompt, text.answer, written, sample.part))
     if limit and len(found) > limit:
         found = [found[i * len(found) // limit] for i in range(limit)]
     return found, skipped
@@ -126,7 +129,7 @@ def evaluate(
     work = list({q.unseen: q for q in mine}.values()) if blind else mine
     chunks = [list(work[i : i + cfg.batch_size]) for i in range(0, len(work), cfg.batch_size)]
     rounds = int(max(_gather(len(chunks), ranks)))
-    texts: dict[Question | tuple[str, int], str] = {}
+    texts: dict[Question | tuple[str, int, int], str] = {}
     skipped: list[tuple[str, str]] = []
     with mode(model, training=False):
         for chunk in islice(chain(chunks, repeat([])), rounds):
@@ -143,7 +146,7 @@ def question_only_prior(train: Sequence[Question], asked: Sequence[Question]) ->
     """Exact match of the best guess without an image: for each prompt (and number of images) its most frequent answer in training, else
     that of all prompts.
     """
-    by_prompt: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    by_prompt: dict[tuple[str, int, int], Counter[str]] = defaultdict(Counter)
     for question in train:
         by_prompt[question.unseen][_plain(question.truth)] += 1
     overall = Counter(_plain(question.truth) for question in train)
@@ -168,7 +171,7 @@ def _answer(
     device: torch.device,
     blind: bool,
     skipped: list[tuple[str, str]],
-) -> dict[Question | tuple[str, int], str]:
+) -> dict[Question | tuple[str, int, int], str]:
     """What the model writes to the questions of ``chunk`` that can be read. Without any it is asked nothing, about a blank image, as all
     ranks must call it equally often.
     """
@@ -177,7 +180,7 @@ def _answer(
     pictures = _Pictures(size)
     for question in chunk:
         try:
-            prompt = encoder.encode_prompt(question.prompt, len(question.images))
+            prompt = encoder.encode_prompt(question.prompt, len(question.images), question.part)
             places.append([pictures.place(None if blind else image) for image in question.images] if size else [])
         except ValueError as error:
             skipped.append((question.sample_id, str(error)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kempnerforge.data.encode import Encoded, Encoder, collate
+from kempnerforge.data.collate import collate
+from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.eval.exact_match import Ranks
 from kempnerforge.eval.mode import mode

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kempnerforge.data.encode import prompt_batch
+from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.images import load_image
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.training.restore import restore
@@ -36,7 +36,7 @@ class Answerer:
         Raises:
             ValueError: they cannot be shared out.
         """
-        together = self.encoder.texts.count_placeholders(prompt)
+        together = self.encoder.count_placeholders(prompt)
         step = together or 1
         if len(images) % step or (together and not images and self.has_images):
             name = self.encoder.cfg.image_placeholder

@@ -8,7 +8,7 @@ import torch
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.encode import prompt_batch
+from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost, part_of
@@ -111,7 +111,7 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
             if not sample.texts:
                 continue
             text, count = sample.texts[0], len(sample.images) if layout.image_size else 0
-            prompt = Prompt(list(text.answer[:-1])) if isinstance(text.answer, tuple) else encoder.encode_prompt(text.prompt, count)
+            prompt = Prompt(list(text.answer[:-1])) if isinstance(text.answer, tuple) else encoder.encode_prompt(text.prompt, count, sample.part)
         except ValueError:
             continue
         size = layout.image_size

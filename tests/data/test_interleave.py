@@ -275,7 +275,7 @@ def test_an_answer_template_that_begins_with_the_image(make_encoder: MakeEncoder
         assert trained.input_ids[0, length:].tolist() == [*tokenizer.encode("b"), 2]
         assert trained.input_ids[0, :length].tolist() == asked.input_ids[0].tolist()
         assert placements(asked) == placements(trained)
-        assert encoder.texts.count_placeholders("a") == 1 and encoder.texts.count_placeholders("<image>a") == 2
+        assert encoder.count_placeholders("a") == 1 and encoder.count_placeholders("<image>a") == 2
 
 
 def test_pixels_follow_their_images(make_encoder: MakeEncoder) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.encode import prompt_batch
+from kempnerforge.data.collate import prompt_batch
 from kempnerforge.eval.generate import Sampling, choose, generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import Output

@@ -17,7 +17,7 @@ from kempnerforge.config import DistributedConfig, FreezeSpec, JobConfig, Optimi
 from kempnerforge.config import registry as registries
 from kempnerforge.config.vlm import FreezeStage, VLMConfig
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.encode import collate
+from kempnerforge.data.collate import collate
 from kempnerforge.data.sample import Sample
 from kempnerforge.training.setup import Assembly, assemble
 from tests.vlm.tiny import ANSWERED, INTERLEAVED, LATE, MODEL, NO_IMAGE, ONE, THREE, TWICE, TWO_IMAGES, shake, tiny_job, tokenizer

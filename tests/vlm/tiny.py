@@ -23,7 +23,8 @@ from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
 from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.encode import Encoded, Encoder, collate, prompt_batch
+from kempnerforge.data.collate import collate, prompt_batch
+from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.images import load_image
 from kempnerforge.data.sample import ImageSource, Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
