@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from kempnerforge.training.run import train
 
-    return 0 if train(job, fresh=args.fresh, allow=args.allow_change) else 130
+    return 0 if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True) else 130

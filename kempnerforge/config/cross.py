@@ -112,7 +112,7 @@ def source_fits(job: JobConfig) -> Found:
 
 
 def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
-    """Stage ``index`` is long enough for its warm-up, and a pure text run does not read images in it.
+    """Stage ``index`` is long enough for its warm-up, its rows fit into the model, and a pure text run does not read images in it.
 
     Args:
         sections: the resolved ones of the stage, by name; some may be missing.
@@ -124,6 +124,9 @@ def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_onl
             yield ("stages", index, "optimizer"), f"groups: {group.module!r} warms up for {group.warmup_steps} of {steps} steps"
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
+    train = sections.get("train")
+    if train is not None and "seq_len" in job.stages[index].train and train.seq_len > job.model.max_seq_len:
+        yield ("stages", index, "train"), f"seq_len = {train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
     if data is not None and text_only and data.needs_images:
         yield ("stages", index, "data"), _needs_images(data.source)
 

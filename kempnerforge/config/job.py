@@ -116,7 +116,9 @@ class JobConfig:
         if self.vlm is None:
             return
         image, text = self.vlm.residual_stream_image_tokens(num_image_tokens), self.vlm.max_text_len
-        model, row = self.model.max_seq_len, self.train.seq_len
+        rows = [stage.train.get("seq_len", self.train.seq_len) for stage in self.stages] or [self.train.seq_len]
+        row = min(length for length in rows if isinstance(length, int))
+        model = self.model.max_seq_len
         if image + text > min(model, row):
             raise ValueError(
                 f"max_text_len = {text}: with {image} image tokens in the stream that is {image + text} positions, but "
@@ -141,6 +143,7 @@ class JobConfig:
                 lines.append(
                     f"stage {stage.name!r}: 'schedule_free_adamw' is made for scheduler.name = 'constant', not {stage.scheduler.name!r}"
                 )
+        lines += self.vlm.warnings(self) if self.vlm else []
         for change in self.vlm.freeze_schedule if self.vlm else ():
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")

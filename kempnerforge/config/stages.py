@@ -16,7 +16,7 @@ from kempnerforge.config.vlm import FreezeSpec
 
 _FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",)}
 """Keys that hold for the whole run."""
-_TRAIN_KEYS = ("batch_size", "grad_accum_steps")
+_TRAIN_KEYS = ("batch_size", "grad_accum_steps", "seq_len")
 STAGED = ("data", "train", "optimizer", "scheduler")
 
 

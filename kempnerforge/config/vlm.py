@@ -7,7 +7,9 @@ When ``[vlm]`` is absent the job is a pure text run.
 from __future__ import annotations
 
 import keyword
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +139,15 @@ class VLMConfig:
             ValueError: it does not hold.
         """
 
+    def warnings(self, job: JobConfig) -> list[str]:
+        """What is allowed but may not be meant."""
+        return []
+
+    def frozen(self, name: str, specs: Iterable[FreezeSpec]) -> bool:
+        """Whether a parameter called ``name`` is frozen under ``specs``."""
+        hits = (spec.frozen for spec in specs if any(fnmatchcase(name, p) for p in self.module_patterns.get(spec.module, [spec.module])))
+        return ([False, *hits])[-1]
+
 
 @registry.register_vlm_config
 @dataclass
@@ -205,6 +216,14 @@ class CrossAttentionConfig(VLMConfig):
         heads, _ = self.resolved_heads(model.n_heads)
         if not model.head_dim and model.dim % heads:
             raise ValueError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
+
+    def warnings(self, job: JobConfig) -> list[str]:
+        """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""
+        block = f"transformer.layers.{self.cross_attention_every_n_layers - 1}.cross_attention"
+        gates = [f"{block}.{part}" for part in ("attention_gate", "mlp_gate")]
+        if job.run.init_from or not all(self.frozen(gate, job.freeze_at(0)) for gate in gates):
+            return []
+        return ["the gates of cross_attention start closed and frozen: adapter and encoder get no gradient; thaw cross_attention with them"]
 
 
 UNTIE = ("ffn", "attn", "norm")

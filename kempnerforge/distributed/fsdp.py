@@ -31,6 +31,8 @@ def prepare(
     """
     if compile_units:  # a graph for each way in which parts are frozen; behind the limit a unit runs uncompiled without a word
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        # without it a unit that notes its auxiliary loss would run uncompiled when it is recomputed
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # inputs are not cast: FSDP reaches into dataclasses and would round the fp32 rotary tables that a block reads
     param_dtype = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

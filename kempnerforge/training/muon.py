@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kempnerforge.training.optimizers.foreach import FOREACH, local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
@@ -64,8 +66,8 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grads = [_local(p.grad) for p in params]
-            buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
+            grads = [local(p.grad) for p in params]
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
             FOREACH["lerp_"](buffers, grads, 1 - group["momentum"])
             for p, update in zip(params, FOREACH["lerp"](grads, buffers, group["momentum"]), strict=True):
                 shapes[p.shape].append((p, update))
@@ -75,13 +77,9 @@ class Muon(torch.optim.Optimizer):
             updates |= {p: _shard(direction, p) for (p, _), direction in zip(members, whole.unbind(), strict=True)}
         for group in self.param_groups:
             for stretch, params in _by_stretch(p for p in group["params"] if p in updates).items():
-                weights = [_local(p) for p in params]
+                weights = [local(p) for p in params]
                 FOREACH["mul_"](weights, 1 - group["lr"] * group["weight_decay"])
                 FOREACH["add_"](weights, [updates[p] for p in params], alpha=-group["lr"] * stretch)
-
-
-FOREACH: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in ("lerp_", "lerp", "mul_", "add_")}
-"""One call for a list of tensors: a small model has dozens, and each call costs more than its arithmetic."""
 
 
 def _by_stretch(params: Iterable[Tensor]) -> dict[float, list[Tensor]]:
@@ -92,19 +90,15 @@ def _by_stretch(params: Iterable[Tensor]) -> dict[float, list[Tensor]]:
     return found
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gather(local: Tensor, like: Tensor) -> Tensor:
+def _gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor that is sharded as ``like``."""
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
-        return local
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def _shard(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of ``whole``; nothing is sent, every rank has all of it."""
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).tolocal()

@@ -25,12 +25,13 @@ MAY_CHANGE = ("run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train
 """Keys that a resumed run may have changed: none of them touches what is learned from which samples."""
 
 
-def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = ()) -> bool:
+def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), leaving: bool = False) -> bool:
     """Trains ``job``, from the newest checkpoint of its run directory if there is one.
 
     Args:
         fresh: move an existing run directory aside and start over.
         allow: keys ("optimizer.lr") or sections ("optimizer") that are meant to differ from those of the run that is there.
+        leaving: the process ends with this run. SIGTERM and SIGINT, once they have asked it to stop, are then ignored until it is gone.
 
     Returns:
         Whether the run is complete; False: it was interrupted, and saved.
@@ -49,7 +50,7 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = ()) -> 
             _move_aside(run_dir, world)
         _make_run_dir(run_dir)
         with RunLock(run_dir):
-            return _train(job, run_dir, world, allow)
+            return _train(job, run_dir, world, allow, leaving)
     finally:
         worlds.stop()
 
@@ -67,7 +68,7 @@ def _make_run_dir(run_dir: Path) -> None:
         raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be written to")
 
 
-def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str]) -> bool:
+def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], leaving: bool) -> bool:
     _check_same_run(job, run_dir, allow)
     begun = (run_dir / "checkpoints").is_dir()  # otherwise the data may have been mended since, and the tokenizer is of the old ones
     tokenizer = saved_tokenizer(run_dir) if begun else None
@@ -82,7 +83,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str]) ->
     found = find(run_dir / "checkpoints")
     if found is None:
         initialise(job, assembly.model)
-    hooks, checkpoints = default_hooks(assembly, run_dir)
+    hooks, checkpoints = default_hooks(assembly, run_dir, leaving)
     trainer = Trainer(assembly, world, hooks)
     if found is not None:
         checkpoints.restore(trainer, *found)

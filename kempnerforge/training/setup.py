@@ -29,6 +29,7 @@ class Assembly:
 
     Attributes:
         job: with ``model.vocab_size`` resolved.
+        layouts: what the data must know of the model, stage by stage.
         sources: the training data of each stage.
         held_out: what is evaluated (the last stage's), or None.
     """
@@ -37,12 +38,17 @@ class Assembly:
     stages: list[Stage]
     tokenizer: Tokenizer
     model: VLM
-    layout: Layout
+    layouts: list[Layout]
     sources: list[Source]
     held_out: Source | None
 
+    @property
+    def layout(self) -> Layout:
+        """That of the last stage, which evaluation and generation go by."""
+        return self.layouts[-1]
+
     def encoder(self, stage: Stage) -> Encoder:
-        return Encoder(self.tokenizer, stage.data, self.layout, self.job.train.seed)
+        return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed)
 
     def batches(self, stage: Stage, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The micro-batches of ``rank`` from optimizer step ``step`` of the run on, without end."""
@@ -50,7 +56,7 @@ class Assembly:
             self.sources[stage.index],
             self.encoder(stage),
             cfg=stage.data,
-            layout=self.layout,
+            layout=self.layouts[stage.index],
             train_cfg=stage.train,
             rank=rank,
             world=world,
@@ -81,24 +87,21 @@ def assemble(
         tokenizer.add_tokens(job.model.new_tokens)
     job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
     model = build_model(job, device)
-    layout = Layout(
-        image_tokens=job.vlm.residual_stream_image_tokens(model.num_image_tokens) if job.vlm is not None else 0,
-        image_size=model.vision_encoder.image_size if model.has_images else 0,
-        max_text_len=job.vlm.max_text_len if job.vlm is not None else job.train.seq_len,
-        seq_len=job.train.seq_len,
-        pad_to=_row_length(job, model),
-    )
     held_out = None
     if data:
-        sources = [source.tokenised(tokenizer, job.train.seq_len) for source in sources]
-        held_out = build_source(stages[-1].data, "test", tokenizer, job.train.seq_len)
-    return Assembly(job, stages, tokenizer, model, layout, sources, held_out)
+        sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
+        held_out = build_source(stages[-1].data, "test", tokenizer, stages[-1].train.seq_len)
+    layouts = [_layout(job, model, stage.train.seq_len) for stage in stages]
+    return Assembly(job, stages, tokenizer, model, layouts, sources, held_out)
 
 
-def _row_length(job: JobConfig, model: VLM) -> int:
+def _layout(job: JobConfig, model: VLM, seq_len: int) -> Layout:
+    """Of rows of at most ``seq_len`` positions."""
     if job.vlm is None:
-        return job.train.seq_len
-    return job.vlm.residual_stream_image_tokens(model.num_image_tokens) + job.vlm.max_text_len
+        return Layout(image_tokens=0, image_size=0, max_text_len=seq_len, seq_len=seq_len, pad_to=seq_len)
+    image_tokens = job.vlm.residual_stream_image_tokens(model.num_image_tokens)
+    size = model.vision_encoder.image_size if model.has_images else 0
+    return Layout(image_tokens, size, job.vlm.max_text_len, seq_len, pad_to=image_tokens + job.vlm.max_text_len)
 
 
 def _cut_off(job: JobConfig, stages: list[Stage]) -> list[Stage]:

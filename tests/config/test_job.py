@@ -19,6 +19,7 @@ from kempnerforge.config import (
     ModelConfig,
     MoTConfig,
     OptimizerConfig,
+    RunConfig,
     SchedulerConfig,
     StageConfig,
     TrainConfig,
@@ -123,7 +124,9 @@ def test_a_stage_with_another_source() -> None:
         ({"data": {"source": "text", "path": "x", "form": "captions"}}, '[[stages]] #1 data.form = "captions": unknown key'),
         ({"data": {"tokenizer": "gpt2"}}, "[[stages]] #1 data.tokenizer: holds for the whole run"),
         ({"data": {"tokenizer_vocab_size": 600}}, "[[stages]] #1 data.tokenizer_vocab_size: holds for the whole run"),
-        ({"train": {"seq_len": 3}}, "[[stages]] #1 train.seq_len = 3: unknown key; allowed are batch_size, grad_accum_steps"),
+        ({"train": {"seed": 3}}, "[[stages]] #1 train.seed = 3: unknown key; allowed are batch_size, grad_accum_steps, seq_len"),
+        ({"train": {"seq_len": 4096}}, "[[stages]] #1 train.seq_len = 4096: must be at most model.max_seq_len = 2048"),
+        ({"train": {"seq_len": 99}}, "[vlm] max_text_len = 512: with 196 image tokens in the stream that is 708 positions, but model.max"),
         ({"train": {"batch_size": 0}}, "[[stages]] #1 train.batch_size = 0: must be >= 1"),
         ({"train": {"grad_accum_steps": 5}}, "[[stages]] #1 train.batch_size = 32: must be a multiple of grad_accum_steps = 5"),
         ({"optimizer": {"name": "muon"}}, "[[stages]] #1 optimizer.name: holds for the whole run"),
@@ -167,6 +170,16 @@ def test_warnings_of_short_and_long_runs() -> None:
         "stage 'train' ends after 5 of its 8 warm-up steps, train.max_steps = 5"
     ]
     assert job(stages=stages(10), train=TrainConfig(max_steps=50)).warnings() == ["train.max_steps = 50: the stages end at step 10"]
+
+
+def test_closed_gates_that_stay_frozen() -> None:
+    def warned(*freeze: FreezeSpec, run: RunConfig | None = None) -> list[str]:
+        return job(vlm=CrossAttentionConfig(max_text_len=16, freeze=list(freeze)), run=run or RunConfig()).warnings()
+
+    rest = FreezeSpec("transformer")
+    assert warned(rest)[0].startswith("the gates of cross_attention start closed and frozen")
+    assert warned(FreezeSpec("transformer.layers.3.*"))
+    assert warned() == warned(rest, FreezeSpec("cross_attention", frozen=False)) == warned(rest, run=RunConfig(init_from="runs/a")) == []
 
 
 # Freezing

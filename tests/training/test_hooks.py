@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from kempnerforge.config import load_config
 from kempnerforge.training.hooks.console import ConsoleProgress
-from tests.training.tiny import CONFIG, call, make_job, metrics, write_config
+from kempnerforge.training.hooks.signals import Signals
+from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from tests.training.tiny import CONFIG, a_trainer, call, make_job, metrics, write_config
 
 TRAIN_KEYS = {
     "step", "train/loss", "train/grad_norm", "train/lr", "train/tokens_per_s", "train/images_per_s", "train/step_s", "train/elapsed_s",
@@ -130,6 +135,22 @@ def test_console_time_left_after_a_restart_and_a_bad_loss(capsys: pytest.Capture
     first, bad, last = capsys.readouterr().err.splitlines()
     assert first == "train 900/1000  loss 2.0000  200 tokens/s  20 images/s  50 s left"
     assert "not finite" in bad and last == "train 1000/1000  loss 2.0000  200 tokens/s  20 images/s  0 s left"
+
+
+def test_handlers_are_given_back_after_an_interrupted_run(tmp_path: Path):
+    class Interrupt(Hook):
+        def step(self, trainer: Trainer, result: StepResult) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(leaving: bool) -> object:
+        before = signal.getsignal(signal.SIGTERM)
+        with a_trainer(load_config(make_job(tmp_path)), [Signals(leaving), Interrupt()]) as trainer:
+            trainer.fit()
+            assert trainer.stopping and trainer.step == 2  # the vote of step 2 hears of it
+        after = signal.signal(signal.SIGTERM, before)
+        return after is before
+
+    assert run(leaving=False) and not run(leaving=True)
 
 
 def test_checkpoints_that_stay(tmp_path: Path):

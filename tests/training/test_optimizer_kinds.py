@@ -225,6 +225,22 @@ def test_schedule_free_reset_goes_on_from_the_average(tmp_path: Path):
         assert not trainer.optimizers.averages() and not any(o.state for o in trainer.optimizers.all)
 
 
+def test_schedule_free_reset_where_parts_freeze_is_a_second_run(tmp_path: Path):
+    """The adapter, which the second stage freezes, stays at its average from the boundary on, as it does in a run that begins with the first."""
+    cfg = make_job(tmp_path, extra=STAGED)
+    argv = ("train", cfg, *COMMON, "--checkpoint.interval=1", "--optimizer.name=schedule_free_adamw")
+    assert call(*argv, "--stages.1.optimizer.moments=reset", f"--run.dir={tmp_path}/both").code == 0
+    assert call(*argv, "--train.max_steps=3", f"--run.dir={tmp_path}/first").code == 0
+    first, last = STAGED.index("[[stages]]"), STAGED.rindex("[[stages]]")
+    alone = make_job(tmp_path, extra=STAGED[:first] + STAGED[last:])
+    ended = call("train", alone, *argv[2:], f"--run.init_from={tmp_path}/first", f"--run.dir={tmp_path}/second")
+    assert ended.code == 0, ended
+    both, averages = tensors(tmp_path / "both"), tensors(tmp_path / "first")
+    assert_same_tensors(both, tensors(tmp_path / "second"))
+    frozen = [name for name in both if name.startswith("model.adapter.")]
+    assert frozen and all(torch.equal(both[name], averages[name.replace("model.", "averaged.", 1)]) for name in frozen)
+
+
 def test_schedule_free_wants_one_first_beta_above_zero(tmp_path: Path):
     name = "--optimizer.name=schedule_free_adamw"
     with pytest.raises(ValueError, match=r"betas = \[0.0, 0.9\]: the first one must be > 0"):

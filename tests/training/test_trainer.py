@@ -32,6 +32,24 @@ def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], StepResult]:
     return kept, result
 
 
+def test_each_stage_has_its_own_row_length(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
+    cfg = tmp_path / "text.toml"
+    cfg.write_text(
+        '[model]\ndim = 32\nn_layers = 1\nn_heads = 2\n[data]\nsource = "text"\npath = "text.txt"\ntokenizer_vocab_size = 300\n'
+        '[train]\nbatch_size = 2\nseq_len = 24\n[eval]\nat_end = false\n'
+        '[[stages]]\nname = "short"\nsteps = 2\ntrain.seq_len = 16\n[[stages]]\nname = "long"\nsteps = 2\n'
+    )
+    job = load_config(cfg, [f"--data.path={tmp_path}/text.txt"])
+    seen = []
+    with a_trainer(job) as trainer:
+        while not trainer.done:
+            seen.append(trainer.next_batches()[0].input_ids.shape[1])
+            trainer.step += 1
+    assert seen == [16, 16, 24, 24]
+    assert [layout.seq_len for layout in trainer.assembly.layouts] == [16, 24]
+
+
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 

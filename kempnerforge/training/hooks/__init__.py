@@ -16,13 +16,13 @@ from kempnerforge.training.setup import Assembly
 from kempnerforge.training.trainer import Hook
 
 
-def default_hooks(assembly: Assembly, run_dir: Path) -> tuple[list[Hook], Checkpoints]:
+def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> tuple[list[Hook], Checkpoints]:
     """The hooks of a run, and among them the one that restores it. A step is recorded, then evaluated, then saved: a checkpoint never
-    lies ahead of its metrics.
+    lies ahead of its metrics. ``leaving``: as in ``Signals``.
     """
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
-    hooks: list[Hook] = [Signals(), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
+    hooks: list[Hook] = [Signals(leaving), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
     if job.metrics.tensorboard:
         hooks.append(TensorBoard(run_dir / "events"))
     return [*hooks, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints

@@ -10,9 +10,15 @@ from kempnerforge.training.trainer import Hook, Trainer
 
 
 class Signals(Hook):
-    """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one."""
+    """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one.
 
-    def __init__(self) -> None:
+    Args:
+        leaving: the process ends with this run. When it has been asked to stop, its handlers stay then: a signal that reaches this rank late
+            must not change its exit code.
+    """
+
+    def __init__(self, leaving: bool = False) -> None:
+        self.leaving = leaving
         self._before: dict[int, object] = {}
         self._trainer: Trainer | None = None
 
@@ -30,8 +36,7 @@ class Signals(Hook):
             self._before[number] = signal.signal(number, ask)
 
     def close(self) -> None:
-        """NOTE: a run that was asked to stop is about to end; a signal that reaches this rank late must not change its exit code."""
-        if self._trainer is not None and self._trainer.stopping:
+        if self.leaving and self._trainer is not None and self._trainer.stopping:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
