@@ -101,4 +101,4 @@ def _shard(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of ``whole``; nothing is sent, every rank has all of it."""
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).tolocal()
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
