@@ -1,8 +1,9 @@
 """Attention on this machine, forward and backward: kernels, and forms of the mask.
 
 First the fused kernel against the written-out form that ``attend`` takes for short rows on a CPU, both causal. Then an image whose tokens
-see each other in front of words: one product with an additive mask against ``Prefix``, two products on slices. Times are CPU time of
-the process, so that others disturb them less: run it with one thread. The candidates take turns; the median is shown.
+see each other in front of words: one product with an additive mask against ``Prefix``, two products on slices. Last rows that hold several
+samples: one product with an additive mask against ``Documents``, which takes the rows apart. Times are CPU time of the process, so that
+others disturb them less: run it with one thread. The candidates take turns; the median is shown.
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/attention.py [--repeats 15]
 """
@@ -29,6 +30,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHAPES = [(32, 3, 64, 32), (16, 4, 136, 32), (16, 12, 196, 64), (4, 9, 512, 64), (2, 9, 1024, 64)]
 ROWS = [(48, 20, 16, 1), (48, 24, 16, 1), (24, 77, 16, 8), (16, 72, 64, 1), (8, 192, 128, 8), (8, 260, 196, 1)]
 """B, S, image tokens, texts behind them; the first three are the quickstart's batches. Four heads of 32."""
+PACKED = [(16, 128, 16), (8, 256, 16), (4, 512, 16), (2, 2048, 0), (2, 2048, 16), (2, 2048, 64), (2, 2048, 196)]
+"""B, S, image tokens of each sample of a row; with them texts of 13 tokens in the mean. Four heads of 32."""
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,6 +63,22 @@ def structure(batch: int, length: int, image: int, texts: int) -> Segments:
     return Segments(sample_ids, text_ids, groups, has_documents=texts > 1)
 
 
+def packed(batch: int, length: int, image: int) -> Segments:
+    """Rows full of samples of one text, of log-normal length."""
+    random = torch.Generator().manual_seed(0)
+    rows, sample_ids = [], torch.full((batch, length), -1)
+    for row in range(batch):
+        lengths: list[int] = []
+        while True:
+            size = image + max(3, round(float(torch.empty(1).log_normal_(2.4, 0.6, generator=random))))
+            if sum(lengths) + size > length:
+                break
+            sample_ids[row, sum(lengths) : sum(lengths) + size] = len(lengths)
+            lengths.append(size)
+        rows.append(tuple((size, 1) for size in lengths))
+    return Segments(sample_ids, (sample_ids >= 0).long(), documents=tuple(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
@@ -78,6 +97,16 @@ def main() -> None:
             forms: list[Attention] = [lambda q, k, v, mask=mask: attend(q, k, v, mask) for mask in (dense, prefix)]
             a, b = measure(forms, (batch, 4, length, 32), dtype, repeats)
             print(f"{(batch, length, image, texts)!s:24s} {str(dtype)[6:]:8s} {a:12.2f} {b:15.2f} {b / a:6.2f}", flush=True)
+    print(f"\n{'B, S, image, samples':24s} {'dtype':8s} {'additive ms':>12s} {'documents ms':>15s} {'ratio':>6s}")
+    for batch, length, image in PACKED:
+        for dtype in (torch.bfloat16, torch.float32):
+            found = packed(batch, length, image)
+            assert found.documents is not None
+            masks = (additive(found.visible(), dtype), found.apart(found.documents, dtype))
+            forms = [lambda q, k, v, mask=mask: attend(q, k, v, mask) for mask in masks]
+            a, b = measure(forms, (batch, 4, length, 32), dtype, repeats)
+            shape = (batch, length, image, sum(map(len, found.documents)))
+            print(f"{shape!s:24s} {str(dtype)[6:]:8s} {a:12.2f} {b:15.2f} {b / a:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

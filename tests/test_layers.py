@@ -20,7 +20,7 @@ LAYERS = [
     {"config"},
     {"model", "data", "checkpoint", "eval", "interop"},
     {"vlm", "distributed"},
-    {"training", "study"},
+    {"training", "study", "serve"},
     {"cli"},
 ]
 """From the ground up. Imports point down, or stay in their layer."""

@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
-COMMANDS = ("train", "check", "inspect", "generate", "eval")
+COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
 Any key of the config can be given on the command line, as --section.key=value or --section.key value.
@@ -73,6 +74,9 @@ def run(argv: Sequence[str]) -> int:
     """Parses ``argv``, runs the command and turns what went wrong into a line on stderr and an exit code."""
     words, overrides = split_overrides(argv)
     args, rest = parser().parse_known_args(words)
+    if hasattr(args, "images"):  # argparse takes those before the next option alone
+        args.images = [*args.images, *(Path(word) for word in rest if not word.startswith("-"))]
+        rest = [word for word in rest if word.startswith("-")]
     args.argv, args.overrides = list(argv), overrides + rest
     try:
         return command(args.command).run(args)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kempnerforge.config.errors import Key
 
 if TYPE_CHECKING:
+    from kempnerforge.config.data import DataConfig
     from kempnerforge.config.job import JobConfig
 
 Found = Iterator[tuple[Key, str]]
@@ -105,10 +106,37 @@ def schedule_is_reached(job: JobConfig) -> Found:
 
 
 @_reads("vlm", "data", "stages")
+def images_fit(job: JobConfig) -> Found:
+    """An arch whose words see the latest image alone would see one tile of it."""
+    if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.tiled for section in _image_sections(job)):
+        yield ("vlm",), f"{job.vlm.latest_image_alone}: with data.images.fit = 'tiles' a word would see the last tile alone"
+
+
+@_reads("train", "data", "stages")
+def features_are_those_of_images(job: JobConfig) -> Found:
+    """Images that are changed at random are never seen twice, so there is nothing to keep."""
+    if job.train.feature_cache and any(section.images.augment.enabled for section in _image_sections(job)):
+        yield ("train",), f"feature_cache = {job.train.feature_cache!r}: data.images.augment changes the images; use one of the two"
+
+
+def _image_sections(job: JobConfig) -> list[DataConfig]:
+    """All sections that samples come from."""
+    sections = [changed["data"] for changed in job.staged_sections() if "data" in changed] if job.stages else [job.data]
+    return [part for section in sections for part in section.sections()]
+
+
+@_reads("vlm", "data", "stages")
 def source_fits(job: JobConfig) -> Found:
     """A pure text run does not read a source that is about images. (Stages have their own data, see ``stage_fits``.)"""
     if job.vlm is None and not job.stages and job.data.needs_images:
         yield ("data",), _needs_images(job.data.source)
+
+
+@_reads("train", "data", "stages")
+def phases_are_reached(job: JobConfig) -> Found:
+    """Every phase of a mixture exists. (Of stages ``stage_fits`` says it.)"""
+    if not job.stages and job.train.max_steps and (late := job.data.never_reached(job.train.max_steps)):
+        yield ("data",), f"{late}: the last step is {job.train.max_steps - 1}, counted from 0"
 
 
 def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
@@ -127,6 +155,8 @@ def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_onl
     train = sections.get("train")
     if train is not None and "seq_len" in job.stages[index].train and train.seq_len > job.model.max_seq_len:
         yield ("stages", index, "train"), f"seq_len = {train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
+    if data is not None and (late := data.never_reached(steps)):
+        yield ("stages", index, "data"), f"{late}: the stage's last step is {steps - 1}, counted from 0"
     if data is not None and text_only and data.needs_images:
         yield ("stages", index, "data"), _needs_images(data.source)
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from string import Formatter
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, fraction, one_of
+from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.template import TurnsConfig, check_template
+
+JOB_KEYS = (
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "batching",
+    "group_by",
+    "max_images_per_row",
+    "num_workers",
+    "max_bad_fraction",
+    "image_cache_mib",
+)
+"""Keys that hold for a whole job and not for one part of a mixture."""
 
 
 @dataclass
@@ -18,15 +31,27 @@ class DataConfig:
         source: which source.
         tokenizer: "train" makes a small byte-level BPE from the training text; otherwise a local directory or a hub id.
         tokenizer_vocab_size: size of the trained one at most.
+        template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by turn, EOS behind each answer.
+            "chat": by the tokenizer's own chat template. "plain": image, answer, line break; prompts are left out (LLaVA's first stage).
+            "paligemma": BOS, prompt, line break, answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
         prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and "{answer}" stand for the
-            sample's. BOS goes before the prompt, EOS behind the answer; the loss is on answer and EOS.
+            sample's. BOS goes before the first prompt.
+        system: what conversations begin with that bring no system prompt of their own, for templates that have a place for it.
+        turns: of template "turns".
+        truncate: a text that is longer than ``vlm.max_text_len`` is skipped; true cuts it: the last turns are left out, then the end of the
+            answer, but never an image or the end token.
         image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text is the sample's image k. A
             sample whose texts have none has its images in front; else each of its texts needs as many as there are images. Images that
             lead all texts stand in front, once. In a job without images placeholders are left out.
-        batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads to the full length.
+        batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads to the full length; "pack"
+            puts several samples into rows of ``train.seq_len`` positions, and ``train.batch_size`` counts rows then.
+        group_by: of "group": "characters" estimates how long a row is from its texts, in steps of 16 positions, so that texts that are alike do
+            not fill whole batches; "positions" measures every row and sorts by that, with more samples at a time: least padding.
+        max_images_per_row: of "pack"; a tile of an image counts as one. Samples with more are skipped. 0: as many as there is room for.
         num_workers: loader processes; 0 loads in the training process.
         max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run.
         image_cache_mib: decoded images kept in memory, per process.
+        images: what an image becomes: one square or several, and how it is changed in training.
         needs_images: no key, but a fact about the class: its samples make no sense to a job without ``[vlm]``.
     """
 
@@ -35,32 +60,42 @@ class DataConfig:
     source: str = "easy_vqa"
     tokenizer: str = "train"
     tokenizer_vocab_size: int = 512
+    template: str = "prompt"
     prompt_template: str = "{prompt}\n"
     answer_template: str = "{answer}"
+    system: str = ""
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
+    truncate: bool = False
     image_placeholder: str = "<image>"
     batching: str = "group"
+    group_by: str = "characters"
+    max_images_per_row: int = 0
     num_workers: int = 0
     max_bad_fraction: float = 0.01
     image_cache_mib: int = 256
+    images: ImagesConfig = field(default_factory=ImagesConfig)
 
     def sections(self) -> list[DataConfig]:
         """The sections whose samples this one mixes, ``Sample.part`` counts them; a section that mixes nothing is its own only one."""
         return [self]
 
+    def never_reached(self, steps: int) -> str:
+        """What of this section would come into force only behind ``steps`` optimizer steps, with key and value; nothing if all does."""
+        return ""
+
     def __post_init__(self) -> None:
-        one_of(self, "batching", ("group", "pad"))
-        at_least(self, 0, "num_workers", "image_cache_mib")
+        one_of(self, "batching", ("group", "pad", "pack"))
+        one_of(self, "group_by", ("characters", "positions"))
+        if self.group_by != "characters" and self.batching != "group":
+            raise ValueError(f"group_by = {self.group_by!r}: only batching = 'group' reads it")
+        at_least(self, 0, "max_images_per_row", "num_workers", "image_cache_mib")
+        if self.max_images_per_row and self.batching != "pack":
+            raise ValueError(f"max_images_per_row = {self.max_images_per_row}: only batching = 'pack' reads it")
         at_least(self, 300, "tokenizer_vocab_size")
         fraction(self, "max_bad_fraction")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
             raise ValueError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
-        for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
-            try:
-                found = [part for _, part, _, _ in Formatter().parse(getattr(self, key)) if part is not None]
-            except ValueError as error:
-                raise ValueError(f"{key} = {getattr(self, key)!r}: {error}") from None
-            if found != [name]:
-                raise ValueError(f"{key} = {getattr(self, key)!r}: must contain {{{name}}} once and no other field")
+        check_template(self)
 
 
 @registry.register_data_config
@@ -87,22 +122,36 @@ class EasyVQAConfig(DataConfig):
 
 
 @dataclass
-class TableConfig(DataConfig):
-    """Rows with an image and texts, by column name.
+class FileConfig(DataConfig):
+    """Rows of a file (or directory).
 
     Attributes:
         path: the training rows.
         eval_path: the held-out rows; empty means there are none and nothing is evaluated.
         root: images given by relative paths lie below it; empty means the directory of the rows. No path may leave it.
+    """
+
+    path: str = ""
+    eval_path: str = ""
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError(f"path = '': source {self.source!r} needs one")
+
+
+@dataclass
+class TableConfig(FileConfig):
+    """Rows with an image and texts, by column name.
+
+    Attributes:
         image_column: a path, or bytes, or a list of either; empty for text-only rows.
         prompt_column: empty means no prompt (captions).
         answer_column: the text that is trained.
         texts_column: instead of prompt and answer: a list of ``{prompt, answer}`` objects, several texts of one image.
     """
 
-    path: str = ""
-    eval_path: str = ""
-    root: str = ""
     image_column: str = "image"
     prompt_column: str = ""
     answer_column: str = "answer"
@@ -110,8 +159,6 @@ class TableConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path:
-            raise ValueError(f"path = '': source {self.source!r} needs one")
         if not self.answer_column and not self.texts_column:
             raise ValueError("answer_column = '': name the column of the trained text, or set texts_column")
 

@@ -174,6 +174,10 @@ class JobConfig:
             for table, message in stage_fits(self, index, sections, self.vlm is None and "vlm" not in broken):
                 problems.add_message(table, message)
 
+    def staged_sections(self) -> list[dict[str, Any]]:
+        """The sections of each stage by name, those with a problem left out."""
+        return [self._override(index, Problems()) for index in range(len(self.stages))]
+
     def _override(self, index: int, problems: Problems, broken: Collection[str] = ()) -> dict[str, Any]:
         """The sections of stage ``index`` by name, those with a problem left out."""
         sections = {name: getattr(self, name) for name in STAGED}

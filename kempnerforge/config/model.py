@@ -1,4 +1,4 @@
-"""``[model]``: the text backbone, with the knobs that the Llama, SmolLM2, Qwen and Gemma families need."""
+"""``[model]``: the text backbone, with the knobs that the Llama, SmolLM2, SmolLM3, Qwen and Gemma families need."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ class ModelConfig:
             ``transformer.new_tokens``, so that they can train while the rest of the embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.
         norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight`` (Gemma).
+        post_norms: RMSNorm on what attention and feed-forward add to the stream, besides the one before them (Gemma 2).
         qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
         rope_theta, rope_scaling: rotary positions (Su et al. 2021).
+        rope_local_theta: every ``rope_global_interval``-th layer has the two above, all others have this base and no scaling (Gemma 3);
+            0: all layers are alike.
+        nope_interval: every n-th layer has no rotary positions (SmolLM3); 0: none is without.
         tie_embeddings: the output head is the embedding.
         embed_scale: embeddings times ``sqrt(dim)`` (Gemma).
         attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
@@ -66,10 +70,14 @@ class ModelConfig:
     max_seq_len: int = 2048
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
+    post_norms: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rope_local_theta: float = 0.0
+    rope_global_interval: int = 6
+    nope_interval: int = 0
     tie_embeddings: bool = True
     embed_scale: bool = False
     attention_scale: float = 0.0
@@ -80,9 +88,9 @@ class ModelConfig:
     new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len")
+        at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len", "rope_global_interval")
         at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
-        at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap")
+        at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval")
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", ("swiglu", "geglu", "gelu"))
         if not 0 <= self.dropout < 1:

@@ -50,6 +50,8 @@ class TrainConfig:
         max_skipped_steps: steps in a row that may be skipped before the run stops all the same.
         ema_decay: of an exponential moving average of the weights, which evaluation and generation then use; 0 is off. In step t it is at
             most (1 + t) / (10 + t), so that the average soon leaves the first weights behind.
+        feature_cache: a directory where the features of a frozen encoder are kept, so that each image is encoded once; it may be shared by runs,
+            and a resumed run needs it as it was. Empty keeps none. It pays where the encoder is a large part of a step.
     """
 
     max_steps: int = 0
@@ -64,6 +66,7 @@ class TrainConfig:
     on_nonfinite: str = "skip"
     max_skipped_steps: int = 10
     ema_decay: float = 0.0
+    feature_cache: str = ""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
@@ -224,6 +227,8 @@ class EvalConfig:
         batch_size: texts generated together.
         max_new_tokens: of one answer.
         blind: repeat each evaluation with blank images.
+        exact_match: generate an answer to each held-out question and compare it with the truth.
+        loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no questions it is always measured.
     """
 
     interval: int = 0
@@ -232,6 +237,8 @@ class EvalConfig:
     batch_size: int = 512
     max_new_tokens: int = 16
     blind: bool = True
+    exact_match: bool = True
+    loss: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")

@@ -89,16 +89,23 @@ class HFTowerConfig(VisionEncoderConfig):
 
     Attributes:
         path: a local directory with ``config.json`` (and weights), or a hub id where there is a network.
-        pretrained: load its weights; false builds the same tower with fresh ones.
+        pretrained: load the weights at ``path``; false builds the same tower with fresh ones.
+        settings: instead of ``path``: keys of the tower's ``config.json``. Its weights are fresh, or come from a checkpoint.
+        mean, std: normalisation of RGB values in [0, 1]; empty takes that of the image processor at ``path``, or the family's.
     """
 
     path: str = ""
     pretrained: bool = True
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path:
-            raise ValueError(f"path = '': type {self.type!r} needs a local directory or a hub id")
+        if bool(self.path) == bool(self.settings):
+            raise ValueError(f"path = {self.path!r}: type {self.type!r} needs a local directory or a hub id, or else a table of settings")
+        if (self.mean or self.std) and (len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0):
+            raise ValueError(f"mean = {self.mean}, std = {self.std}: each needs three numbers, std above 0")
 
 
 @registry.register_vision_config

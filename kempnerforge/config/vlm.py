@@ -132,6 +132,11 @@ class VLMConfig:
         features = job.vision_encoder.num_tokens()
         return None if features is None else job.adapter.num_tokens(features)
 
+    @property
+    def latest_image_alone(self) -> str:
+        """The key and value by which a word sees the image before it and no earlier one; nothing if it sees them all."""
+        return ""
+
     def check(self, job: JobConfig) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
@@ -196,6 +201,10 @@ class CrossAttentionConfig(VLMConfig):
         """0: the residual stream carries text only."""
         return 0
 
+    @property
+    def latest_image_alone(self) -> str:
+        return "cross_attention_media = 'latest'" if self.cross_attention_media == "latest" else ""
+
     def resolved_heads(self, model_n_heads: int) -> tuple[int, int]:
         """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from the heads.
 
@@ -229,7 +238,7 @@ class CrossAttentionConfig(VLMConfig):
 UNTIE = ("ffn", "attn", "norm")
 """What the towers of ``mot`` may have apart."""
 
-BLOCK_PARTS = ("attention", "attention_norm", "mlp", "mlp_norm", "layer", "scale", "softcap")
+BLOCK_PARTS = ("attention", "attention_norm", "mlp", "mlp_norm", "cfg", "layer", "rope", "scale", "softcap")
 """Names inside a block, which no tower can have."""
 
 

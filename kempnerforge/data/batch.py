@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from kempnerforge.data.seen import Seen
+
 IGNORE = -100
 """The label of a position that is not trained."""
 
@@ -31,10 +33,10 @@ class Batch:
     Attributes:
         input_ids: (B, S) int64; positions of images and padding hold the pad id.
         labels: (B, S) int64, shifted: ``labels[b, t]`` is token t + 1 of the row if that token is trained, else ``IGNORE``.
-        positions: (B, S) int64 for RoPE; each text restarts behind the shared part of its sample; 0 on padding.
-        sample_ids: (B, S) int64; which sample of the row; -1 is padding.
-        text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text. A token sees its own text and the shared part
-            of its own sample.
+        positions: (B, S) int64 for RoPE; each sample begins at 0, each text restarts behind the shared part of its sample; 0 on padding.
+        sample_ids: (B, S) int64; which sample of the row, from 0 in the order of the stream; -1 is padding.
+        text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text of the sample. A token sees its own text and the
+            shared part of its own sample.
         kinds: (B, S) uint8, ``Kind``.
         targets: (T,) int64, flat positions ``b * S + s`` that have a label.
         images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.
@@ -51,8 +53,11 @@ class Batch:
         leading_images: n if every row begins, in its first column, with exactly n images and holds no other; else 0. Always 0 where images
             take no position.
         skipped: (sample id, reason) of samples that could not be used and were replaced.
-        sample_names: ids of the samples in the rows.
+        sample_names: ids of the samples in the rows, row by row, in the order of ``sample_ids``.
+        seen: features of the images that are known already, see ``training/feature_cache.py``.
         texts_left_out: texts of these samples that did not fit into their rows; other visits take others.
+        parts: which section of ``[data]`` each of them is from (``Sample.part``).
+        documents: where a row holds several samples: for each row the (positions, texts) of its samples from the first column on. Else ().
     """
 
     input_ids: Tensor
@@ -76,6 +81,9 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
     texts_left_out: int = 0
+    seen: Seen | None = None
+    parts: list[int] = field(default_factory=list)
+    documents: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def num_targets(self) -> int:

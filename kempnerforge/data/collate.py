@@ -27,29 +27,34 @@ from kempnerforge.data.interleave import (
     Words,
     lay_out,
 )
+from kempnerforge.data.pack import SAMPLE_IDS, SAMPLES, Row, join
 
 
-def collate(encoded: list[Encoded], pad_id: int, pad_to: int | None) -> Batch:
+def collate(encoded: Sequence[Encoded | Row], pad_id: int, pad_to: int | None) -> Batch:
     """Rows to a batch, padded on the right.
 
     Args:
-        encoded: B rows.
+        encoded: B rows; a single sample is one.
         pad_id: the id on padding and on positions of images.
         pad_to: row length; None pads to the longest. A row that is longer is kept whole.
     """
-    length = max([e.table.shape[1] for e in encoded] + [pad_to or 0])
-    firsts = np.cumsum([0] + [len(e.images) for e in encoded])  # the number of each row's first image in the batch
+    rows = [join([row]) if isinstance(row, Encoded) else row for row in encoded]
+    length = max([row.table.shape[1] for row in rows] + [pad_to or 0])
+    firsts = np.cumsum([0] + [len(row.images) for row in rows])  # the number of each row's first image in the batch
+    packed = any(len(row.documents) > 1 for row in rows)
     return _batch(
-        [(e.table, e.placements) for e in encoded],
-        [first + e.placements[IMAGES] for first, e in zip(firsts, encoded, strict=False)],
-        [0] * len(encoded),
+        [(row.table, row.placements) for row in rows],
+        [first + row.placements[IMAGES] for first, row in zip(firsts, rows, strict=False)],
+        [0] * len(rows),
         length,
         pad_id,
-        images=_stack([image for e in encoded for image in e.images], encoded[0].image_size),
-        has_documents=any(e.num_texts > 1 for e in encoded),
-        skipped=[bad for e in encoded for bad in e.skipped],
-        sample_names=[e.id for e in encoded],
-        texts_left_out=sum(e.left_out for e in encoded),
+        images=_stack([image for row in rows for image in row.images], rows[0].image_size),
+        has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
+        skipped=[bad for row in rows for bad in row.skipped],
+        sample_names=[name for row in rows for name in row.names],
+        texts_left_out=sum(row.left_out for row in rows),
+        parts=[part for row in rows for part in row.parts],
+        documents=tuple(row.documents for row in rows) if packed else (),
     )
 
 
@@ -65,7 +70,8 @@ def prompt_batch(
     Args:
         prompts: B of them, as from ``Encoder.encode_prompt``.
         images: (N, 3, H, W) uint8, or None where the job has none.
-        image_of_row: which image (or images) each row has, so that rows can share one; None: row b has image b.
+        image_of_row: which image (or images: the views of the prompt, in order) each row has, so that rows can share one; None: row b has
+            image b.
         layout: what the model needs.
         pad_id: the id on padding and on positions of images.
     """
@@ -73,10 +79,14 @@ def prompt_batch(
     rows, indices = [], []
     for prompt, which in zip(prompts, chosen, strict=True):
         numbers = [] if images is None else [which] if isinstance(which, int) else list(which)
-        assert len(numbers) == len(prompt.image_at), f"{len(prompt.image_at)} images in the prompt, {len(numbers)} given"
+        blocks = prompt.blocks_of(layout.image_tokens)
+        views = sum(len(block.starts) for block in blocks)
+        assert len(numbers) == views and len(blocks) == len(prompt.image_at), f"{views} views in the prompt, {len(numbers)} given"
         lead = sum(at == 0 for at in prompt.image_at)
         words = Words.of(prompt.ids, np.zeros(len(prompt.ids), dtype=bool), prompt.image_at, lead)
-        rows.append(lay_out([words], lead, layout.image_tokens))
+        table, placements = lay_out([words], lead, blocks)
+        row = join([Encoded("", table, [], placements, 0)])
+        rows.append((row.table, row.placements))
         indices.append(np.asarray(numbers, dtype=np.int64))
     lengths = [table.shape[1] for table, _ in rows]
     begins = [max(lengths) - length for length in lengths]
@@ -87,30 +97,28 @@ def prompt_batch(
 def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
 ) -> Batch:
-    """A batch of ``rows`` as from ``lay_out``.
+    """A batch.
 
     Args:
+        rows: table (6, S) and placements (4, M) of each, as in ``Row``.
         indices: which image of the batch stands at each placement, row by row.
         begins: the first column of each row.
         length: S.
         others: fields of ``Batch``.
     """
-    table = np.zeros((5, len(rows), length), dtype=np.int64)  # (5, B, S)
-    table[INPUT_IDS], table[LABELS] = pad_id, IGNORE
-    sample_ids = np.full((len(rows), length), -1, dtype=np.int64)
+    table = np.zeros((6, len(rows), length), dtype=np.int64)  # (6, B, S)
+    table[INPUT_IDS], table[LABELS], table[SAMPLE_IDS] = pad_id, IGNORE, -1
     for row, ((columns, _), begin) in enumerate(zip(rows, begins, strict=True)):
-        end = begin + columns.shape[1]
-        table[:, row, begin:end] = columns
-        sample_ids[row, begin:end] = 0
+        table[:, row, begin : begin + columns.shape[1]] = columns
     table[INPUT_IDS][table[KINDS] == Kind.IMAGE] = pad_id
     counts = [placed.shape[1] for _, placed in rows]
-    placements = np.concatenate([placed for _, placed in rows], axis=1)  # (3, M)
+    placements = np.concatenate([placed for _, placed in rows], axis=1)  # (4, M)
     columns = torch.from_numpy(table)
     return Batch(
         input_ids=columns[INPUT_IDS],
         labels=columns[LABELS],
         positions=columns[POSITIONS],
-        sample_ids=torch.from_numpy(sample_ids),
+        sample_ids=columns[SAMPLE_IDS],
         text_ids=columns[TEXT_IDS],
         kinds=columns[KINDS].to(torch.uint8),
         targets=torch.from_numpy(np.flatnonzero(table[LABELS] != IGNORE)),
@@ -118,7 +126,7 @@ def _batch(
         image_rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         image_starts=torch.from_numpy(placements[STARTS] + np.repeat(np.asarray(begins), counts)),
         image_text_ids=torch.from_numpy(placements[TEXTS]),
-        image_sample_ids=torch.zeros(sum(counts), dtype=torch.int64),
+        image_sample_ids=torch.from_numpy(placements[SAMPLES]),
         image_slots=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
         **_row_facts(table[KINDS], counts),
         **others,

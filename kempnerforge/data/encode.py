@@ -29,6 +29,11 @@ The rules of the placeholder (``data.image_placeholder``; "<image>" here):
   token stands at each written placeholder then, leading ones as well, untrained.
 * In a job without images the placeholders vanish with them.
 
+An image may be several views (``data.images.fit = "tiles"``), each of P positions, with tokens that say which follows. They come in the place
+of the one, and those tokens are read, not trained. Nothing is ever cut out of them: they are all there, or the sample is not used::
+
+    token      <|global_image|> <image>*P <row_1_col_1> <image>*P <row_1_col_2> <image>*P  BOS what colour ? \\n  red  EOS
+
 B rows, S positions, N images, M placements, T trained positions.
 """
 
@@ -40,16 +45,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.images import ImageCache
-from kempnerforge.data.interleave import (
-    TEXT_IDS,
-    Layout,
-    Prompt,
-    Words,
-    lay_out,
-)
-from kempnerforge.data.sample import Sample, SampleError, Text
+from kempnerforge.data.image_cache import ImageCache
+from kempnerforge.data.interleave import TEXT_IDS, VIEW, Block, Layout, Prompt, Words, lay_out
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.views import Views
 from kempnerforge.data.words import TextEncoder
 
 
@@ -60,11 +60,12 @@ class Encoded:
     Attributes:
         id: of the sample.
         table: (5, S) int64: input_ids, labels, positions, text_ids, kinds, as in ``Batch``. Image positions hold 0 for an id.
-        images: n arrays of (H, W, 3) uint8.
-        placements: (3, M) int64: number of the image, first position, text; in the order of the row.
+        images: n arrays of (H, W, 3) uint8: the views of the sample's images.
+        placements: (3, M) int64: number of the view, first position, text; in the order of the row.
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of those that this one stands in for.
+        part: the sample's.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Encoded:
     image_size: int
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    part: int = 0
 
     @property
     def num_texts(self) -> int:
@@ -85,47 +87,111 @@ class Encoder:
 
     Args:
         tokenizer: of the model.
-        data_cfg: templates, placeholder and size of the image cache.
+        data_cfg: templates, placeholder, what images become, and size of their cache.
         layout: what the model needs.
-        seed: of choices among texts that do not all fit.
+        seed: of choices among texts that do not all fit, and of what changes images in training.
+
+    Raises:
+        ValueError: ``data.images`` does not go with the encoder's image size, or its tokens are not in the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout, seed: int) -> None:
         self.tokenizer, self.cfg, self.layout, self.seed = tokenizer, data_cfg, layout, seed
-        self.texts = [TextEncoder(tokenizer, section, layout) for section in data_cfg.sections()]
-        self._image_cache = ImageCache(data_cfg.image_cache_mib)
+        cache = ImageCache(data_cfg.image_cache_mib)
+        sections = data_cfg.sections()
+        self.texts = [TextEncoder(tokenizer, section, layout) for section in sections]
+        self.images = [Views(section.images, layout, tokenizer, cache) for section in sections]
 
-    def encode(self, sample: Sample, seed: int) -> Encoded:
-        """One row from one sample. Nothing is cut: a text is there in full or not at all.
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """Tokens that stand before views."""
+        return frozenset().union(*(views.marker_ids for views in self.images))
+
+    def encode(self, sample: Sample, seed: int, *, training: bool = False) -> Encoded:
+        """One row from one sample. Nothing is cut: a text is there in full or not at all, and so are the views of an image.
 
         Args:
             sample: what to encode.
-            seed: decides which texts are taken when they do not all fit; the same seed takes the same ones.
+            seed: decides which texts are taken when they do not all fit, and what changes the images; the same seed does the same.
+            training: ``data.images.augment`` applies.
 
         Raises:
             SampleError: no texts, an empty answer, a text that can never fit, text that is not Unicode, an unusable image, placeholders that
                 do not match the images, an image that the token behind it cannot see.
         """
-        images = sample.images if self.layout.image_size else ()
+        views = self.images[sample.part]
+        images = self._images_of(sample)
         try:
-            if not sample.texts:
-                raise SampleError("has no texts")
-            words = [self.texts[sample.part].encode(text) for text in sample.texts]
-            shared = self._shared(words, len(images), sample.part)
-            words, left_out = self._fit(words, sample.texts, shared, len(images), seed)
-            pixels = [self._image_cache.load(image, self.layout.image_size) for image in images]
+            words, shared, blocks = self._plan(sample, images)
+            words, left_out = self._fit(words, sample.texts, shared, blocks, seed)
+            pixels: list[np.ndarray] = []
+            for k, image in enumerate(images):
+                rng = np.random.default_rng((self.seed, seed, 1 + k)) if training and views.cfg.augment.enabled else None
+                pixels += views.load(image, len(blocks[k].starts), rng)
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
-        table, placements = lay_out(words, shared, self.layout.image_tokens)
-        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out)
+        table, placements = lay_out(words, shared, blocks)
+        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part)
 
-    def encode_prompt(self, prompt: str, num_images: int, part: int = 0) -> Prompt:
-        """As ``TextEncoder.encode_prompt``, with the templates of part ``part``."""
+    def measure(self, sample: Sample) -> tuple[int, int]:
+        """The size of a sample's row without its pixels: of images at most the headers are read.
+
+        Returns:
+            Positions, and views to encode. If not all texts fit, an upper bound of the positions. (0, 0) for a sample that cannot be used, as
+            far as that shows without pixels.
+        """
+        try:
+            words, shared, blocks = self._plan(sample, self._images_of(sample))
+            fitting, left_out = self._fit(words, sample.texts, shared, blocks, 0)
+        except SampleError:
+            return 0, 0
+        front, inside = _positions(blocks[:shared]), _positions(blocks[shared:])
+        positions = front + sum(text.length + inside for text in fitting)
+        if left_out:
+            room = max(self.layout.max_text_len, *(text.length for text in words))
+            positions = min(self.layout.seq_len, front + room + inside * len(words))
+        return positions, sum(len(block.starts) for block in blocks)
+
+    def views(self, sample: Sample) -> list[np.ndarray]:
+        """All views of a sample's images, (H, W, 3) uint8 each, as evaluation sees them.
+
+        Raises:
+            ImageError: an image cannot be used.
+        """
+        views = self.images[sample.part]
+        return [view for image in self._images_of(sample) for view in views.load(image)]
+
+    def encode_prompt(self, prompt: str | Text, num_images: int, part: int = 0) -> Prompt:
+        """As ``TextEncoder.encode_prompt``, with the templates of part ``part``. Each image is one view."""
         return self.texts[part].encode_prompt(prompt, num_images)
 
-    def count_placeholders(self, prompt: str, part: int = 0) -> int:
+    def encode_question(self, prompt: str | Text, images: Sequence[ImageSource], part: int = 0) -> Prompt:
+        """As ``TextEncoder.encode_prompt``, with the places of all views of ``images``, which are not decoded.
+
+        Raises:
+            ValueError: the prompt cannot be asked, or an image cannot be used, as far as that shows without pixels.
+        """
+        asked = self.encode_prompt(prompt, len(images), part)
+        return asked._replace(blocks=tuple(self.images[part].blocks(images))) if self.layout.image_size else asked
+
+    def count_placeholders(self, prompt: str | Text, part: int = 0) -> int:
         """As ``TextEncoder.count_placeholders``."""
         return self.texts[part].count_placeholders(prompt)
+
+    def end_id(self, part: int = 0) -> int:
+        """As ``TextEncoder.end_id``."""
+        return self.texts[part].end_id
+
+    def _images_of(self, sample: Sample) -> tuple[ImageSource, ...]:
+        return sample.images if self.layout.image_size else ()
+
+    def _plan(self, sample: Sample, images: Sequence[ImageSource]) -> tuple[list[Words], int, list[Block]]:
+        """All texts; how many of the images stand in front, once; what each image is in the row."""
+        if not sample.texts:
+            raise SampleError("has no texts")
+        words = [self.texts[sample.part].encode(text) for text in sample.texts]
+        shared = self._shared(words, len(images), sample.part)
+        return words, shared, self.images[sample.part].blocks(images)
 
     def _shared(self, words: list[Words], images: int, part: int) -> int:
         """How many of the sample's images stand in front, once."""
@@ -137,18 +203,17 @@ class Encoder:
             raise SampleError(f"{wrong} of {name!r} in a text and {images} images: must be as many in each text")
         return min(text.lead for text in words)
 
-    def _fit(self, words: list[Words], texts: Sequence[Text], shared: int, images: int, seed: int) -> tuple[list[Words], int]:
+    def _fit(self, words: list[Words], texts: Sequence[Text], shared: int, blocks: list[Block], seed: int) -> tuple[list[Words], int]:
         """All texts if they fit, else a random subset that does, in order; and how many are left out."""
-        max_len, seq_len, image_tokens = self.layout.max_text_len, self.layout.seq_len, self.layout.image_tokens
-        lengths = [text.table.shape[1] for text in words]
-        inside = (images - shared) * image_tokens  # positions of images in each text
-        shared = shared * image_tokens
+        max_len, seq_len = self.layout.max_text_len, self.layout.seq_len
+        lengths = [text.length for text in words]
+        front, inside = _positions(blocks[:shared]), _positions(blocks[shared:])  # positions of images, the latter in each text
         for length, text in zip(lengths, texts, strict=True):
             if length > max_len and not isinstance(text.answer, tuple):
                 raise SampleError(f"a text of {length} tokens, max_text_len = {max_len}")
-            if shared + inside + length > seq_len:
-                raise SampleError(f"{shared + inside} image and {length} text tokens, train.seq_len = {seq_len}")
-        tokens, positions = max(max_len, max(lengths)), seq_len - shared
+            if front + inside + length > seq_len:
+                raise SampleError(f"{_counted(blocks)} and {length} text tokens, train.seq_len = {seq_len}")
+        tokens, positions = max(max_len, max(lengths)), seq_len - front
         if sum(lengths) <= tokens and sum(lengths) + inside * len(words) <= positions:
             return words, 0
         taken = []
@@ -157,3 +222,14 @@ class Encoder:
                 taken.append(int(k))
                 tokens, positions = tokens - lengths[k], positions - lengths[k] - inside
         return [words[k] for k in sorted(taken)], len(words) - len(taken)
+
+
+def _positions(blocks: Sequence[Block]) -> int:
+    return sum(len(block.ids) for block in blocks)
+
+
+def _counted(blocks: Sequence[Block]) -> str:
+    """What images take of a row, in words."""
+    image = sum(block.ids.count(VIEW) for block in blocks)
+    views, others = sum(len(block.starts) for block in blocks), _positions(blocks) - image
+    return f"{image} image" + (f" (of {views} views), {others} marker" if others or views > len(blocks) else "")

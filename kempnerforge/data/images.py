@@ -1,31 +1,75 @@
-"""Images from files that nobody has checked: refused by name, or decoded to RGB of one size."""
+"""Images from files that nobody has checked: refused by name, or decoded to upright RGB."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import warnings
-from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from kempnerforge.data.sample import SampleError
+from kempnerforge.data.sample import ImageSource, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is opened. EPS would start Ghostscript; TIFF and the rest are rare in training data and wide open."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
 MAX_BYTES = 256 * 2**20
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations in which width and height are exchanged."""
+ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
+"""One of these is in the bytes of a PNG that says how it is to be turned; it may say so behind the pixels."""
 
 
 class ImageError(SampleError):
     """This image cannot be used, and why."""
 
 
-def load_image(source: Path | bytes, size: int) -> np.ndarray:
+class Picture:
+    """An image whose header has been read and judged; its pixels have not been decoded.
+
+    Attributes:
+        size: (width, height) in pixels, upright.
+
+    Args:
+        data: the encoded image.
+    """
+
+    def __init__(self, data: BinaryIO) -> None:
+        if not data.read(1):
+            raise ImageError("empty")
+        try:
+            self._image = Image.open(data, formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise ImageError(f"exceeds {MAX_PIXELS} pixels") from None
+        except Exception as error:
+            raise ImageError(f"not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None
+        width, height = self._image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"{width}x{height} exceeds {MAX_PIXELS} pixels")
+        if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError(f"degenerate size {width}x{height}")
+        with _decoding():
+            self._turned = _orientation(self._image, data) in TURNED
+        self.size = (height, width) if self._turned else (width, height)
+
+    def pixels(self, least: tuple[int, int]) -> Image.Image:
+        """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least`` (width, height)."""
+        image = self._image
+        width, height = least[::-1] if self._turned else least
+        with _decoding():
+            if image.format == "JPEG":
+                image.draft("RGB", (2 * width, 2 * height))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def load_image(source: ImageSource, size: int) -> np.ndarray:
     """Decode an image, first frame of several, to RGB and squash it to a square (bicubic).
 
     EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled. Size and shape are judged before pixels are decoded.
@@ -40,55 +84,84 @@ def load_image(source: Path | bytes, size: int) -> np.ndarray:
     Raises:
         ImageError: no such file, not an image, damaged, too large or degenerate.
     """
-    name = str(source) if isinstance(source, Path) else f"{len(source)} bytes"
-    if not isinstance(source, bytes):
-        source = _read(source)
-    if not source:
-        raise ImageError(f"image {name}: empty")
-    with warnings.catch_warnings():
+    with opened(source) as picture:
+        image = picture.pixels((size, size))
+        with _decoding():
+            return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))  # (H, W, 3)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) of an image in pixels, upright. Of a file no more than the header is read, unless it is a PNG.
+
+    Raises:
+        ImageError: as ``load_image``, as far as the header shows it.
+    """
+    with opened(source, whole=False) as picture:
+        return picture.size
+
+
+@contextmanager
+def opened(source: ImageSource, *, whole: bool = True) -> Iterator[Picture]:
+    """The image, and its name in front of what is wrong with it.
+
+    Args:
+        source: a file, or the encoded image.
+        whole: read a file at once, as its pixels will be wanted.
+
+    Raises:
+        ImageError: no such file, not an image, too large or degenerate.
+    """
+    try:
+        data = io.BytesIO(source) if isinstance(source, bytes) else _file(source, whole)
         # Pillow warns of large images between its two bounds; the bound here is lower than both
-        warnings.simplefilter("ignore")
-        try:
-            return _decode(source, size)
-        except ImageError as error:
-            raise ImageError(f"image {name}: {error}") from None
+        with data, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield Picture(data)
+    except ImageError as error:
+        raise ImageError(f"image {name_of(source)}: {error}") from None
 
 
-def _read(path: Path) -> bytes:
+def name_of(source: ImageSource) -> str:
+    """What messages call an image."""
+    return str(source) if isinstance(source, Path) else f"{len(source)} bytes"
+
+
+def _file(path: Path, whole: bool) -> BinaryIO:
     if not os.path.isfile(path):
-        raise ImageError(f"image {path}: no such file")
+        raise ImageError("no such file")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        file = path.open("rb")
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            file.close()
+            raise ImageError(f"more than {MAX_BYTES} bytes")
+        if not whole:
+            return file
+        with file:
+            return io.BytesIO(file.read(MAX_BYTES))
     except OSError as error:
-        raise ImageError(f"image {path}: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"image {path}: more than {MAX_BYTES} bytes")
-    return data
+        raise ImageError(str(error.strerror or error)) from None
 
 
-def _decode(data: bytes, size: int) -> np.ndarray:
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder raises says that the image is damaged."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ImageError(f"exceeds {MAX_PIXELS} pixels") from None
-    except Exception as error:
-        raise ImageError(f"not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width}x{height} exceeds {MAX_PIXELS} pixels")
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"degenerate size {width}x{height}")
-    try:
-        if image.format == "JPEG":
-            image.draft("RGB", (2 * size, 2 * size))  # decodes at a reduced scale, no smaller than this
-        image.load()
-        image = _to_rgb(ImageOps.exif_transpose(image))
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image)  # (H, W, 3)
+        yield
     except Exception as error:
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {str(error)[:80]})") from None
+
+
+def _orientation(image: Image.Image, data: BinaryIO) -> int:
+    """The EXIF orientation. Only a PNG that may give it behind its pixels is decoded for that."""
+    if image.format == "PNG" and not any(key in image.info for key in ("exif", *ORIENTATION_MARKS)):
+        here = data.tell()
+        data.seek(0)
+        content = data.read(MAX_BYTES)
+        data.seek(here)
+        if any(mark.encode() in content for mark in ORIENTATION_MARKS):
+            image.load()
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of a PNG would always decode
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,31 +174,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-class ImageCache:
-    """Decoded images of one process, the least recently used leaving first.
-
-    Args:
-        mib: memory for decoded pixels; 0 keeps none.
-    """
-
-    def __init__(self, mib: int) -> None:
-        self.free = mib * 2**20
-        self._images: OrderedDict[tuple[object, int], np.ndarray] = OrderedDict()
-
-    def load(self, source: Path | bytes, size: int) -> np.ndarray:
-        """As ``load_image``; the result is shared and read-only."""
-        key = (os.fspath(source) if isinstance(source, Path) else hashlib.blake2b(source, digest_size=16).digest(), size)
-        image = self._images.get(key)
-        if image is not None:
-            self._images.move_to_end(key)
-            return image
-        image = load_image(source, size)
-        image.setflags(write=False)
-        self._images[key] = image
-        self.free -= image.nbytes
-        while self.free < 0:
-            _, oldest = self._images.popitem(last=False)
-            self.free += oldest.nbytes
-        return image

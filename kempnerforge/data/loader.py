@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -14,9 +15,10 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.pack import PackSampler, Sizes
 from kempnerforge.data.rows import DataError, EncodedSamples, collate_rows
 from kempnerforge.data.sample import Source
-from kempnerforge.data.sampler import StepSampler
+from kempnerforge.data.sampler import MEASURED_WINDOW, WINDOW, StepSampler
 
 CHARACTERS_PER_TOKEN = 4
 CLASS_POSITIONS = 16
@@ -40,15 +42,42 @@ class Loader:
             yield item
 
 
-def row_classes(source: Source, layout: Layout) -> list[int]:
-    """Roughly how long each sample's row is, in steps of ``CLASS_POSITIONS``: rows of one class may stand in one batch.
+def row_classes(source: Source, layout: Layout, indices: Iterable[int] | None = None) -> list[int]:
+    """Roughly how long the row of each of ``indices`` (of all samples) is, in steps of ``CLASS_POSITIONS``: rows of one class may stand in one
+    batch.
 
     NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill whole batches, and a model that
     sees one text at a time learns far more slowly: 94.4 % against 99.5 % in one pair of quickstart runs.
     """
     image = layout.image_tokens if layout.image_size else 0
-    lengths = [image * source.num_images(index) + source.length(index) // CHARACTERS_PER_TOKEN for index in range(len(source))]
+    chosen = range(len(source)) if indices is None else indices
+    lengths = [image * source.num_images(index) + source.length(index) // CHARACTERS_PER_TOKEN for index in chosen]
     return [length // CLASS_POSITIONS for length in lengths]
+
+
+class RowClasses:
+    """``row_classes`` of single samples, each found when it is first asked for: nothing is read ahead of training."""
+
+    def __init__(self, source: Source, layout: Layout) -> None:
+        self._source, self._layout = source, layout
+        self._known = np.full(len(source), -1, dtype=np.int32)
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """(k,) sample numbers -> (k,) classes."""
+        new = np.unique(indices[self._known[indices] < 0])  # in the order of the source
+        self._known[new] = row_classes(self._source, self._layout, new.tolist())
+        return self._known[indices]
+
+
+class RowLengths:
+    """Positions of the rows of single samples, measured."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """(k,) sample numbers -> (k,) positions."""
+        return self._sizes(indices)[:, 0]
 
 
 def build_loader(
@@ -70,25 +99,33 @@ def build_loader(
         source: the samples.
         encoder: makes rows of them.
         cfg: batching and workers.
-        layout: row length of ``batching = "pad"``.
-        train_cfg: batch size, accumulation, seed.
+        layout: row length of ``batching = "pad"`` and "pack".
+        train_cfg: batch size (of "pack" in rows), accumulation, seed.
         rank, world: this process and how many there are.
         start_step: the first optimizer step.
 
     Raises:
-        ValueError: no samples, or a batch size that cannot be shared out; ``DataError`` while iterating.
+        ValueError: no samples, a batch size that cannot be shared out, or a stream that is shuffled in windows too small for it; ``DataError``
+            while iterating.
     """
-    group = cfg.batching == "group"
-    sampler = StepSampler(
-        row_classes(source, layout) if group else len(source),
-        train_cfg.batch_size,
-        rank,
-        world,
-        train_cfg.grad_accum_steps,
-        train_cfg.seed,
-        start_step,
-        cfg.batching,
-    )
+    group, pack, size = cfg.batching == "group", cfg.batching == "pack", train_cfg.batch_size
+    order = source.order(train_cfg.seed)
+    place = {"rank": rank, "world": world, "accum": train_cfg.grad_accum_steps, "seed": train_cfg.seed, "start_step": start_step}
+    if pack:
+        sampler = PackSampler(order, Sizes(source, encoder), size, layout.seq_len, cfg.max_images_per_row, **place)
+    else:
+        exact = cfg.group_by == "positions"
+        lengths = RowLengths(Sizes(source, encoder)) if exact else RowClasses(source, layout)
+        together = max(WINDOW, MEASURED_WINDOW // size) if exact else WINDOW
+        sampler = StepSampler(order, size, lengths=lengths if group else None, together=together, **place)
+    if order.window is not None and (group or pack):
+        together = sampler.window_size if isinstance(sampler, PackSampler) else size
+        if together > 2 * order.window:
+            raise ValueError(
+                f"data.shuffle_buffer = {order.window}: batching = {cfg.batching!r} rearranges {together} samples at once; "
+                f"use at least {-(-together // 2)}"
+            )
+    pad_to = None if group else layout.seq_len if pack else layout.pad_to
     if cfg.num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its threads warn about the fork
     with warnings.catch_warnings():
@@ -97,7 +134,7 @@ def build_loader(
             EncodedSamples(source, encoder, train_cfg.seed),
             batch_sampler=sampler,
             num_workers=cfg.num_workers,
-            collate_fn=partial(collate_rows, pad_id=encoder.tokenizer.pad_id, pad_to=None if group else layout.pad_to),
+            collate_fn=partial(collate_rows, pad_id=encoder.tokenizer.pad_id, pad_to=pad_to),
             generator=torch.Generator().manual_seed(train_cfg.seed),
             snapshot_every_n_steps=2**30,  # the step says it all: no states of workers
         )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.data.fingerprint import digest
+from kempnerforge.data.order import Order, Shuffled
+from kempnerforge.data.template import render_answer, stretches
 
 if TYPE_CHECKING:
     from kempnerforge.data.tokenizer import Tokenizer
 
+__all__ = ["ImageSource", "Sample", "SampleError", "Source", "Text", "render_answer", "text_size"]
+
 ImageSource = Path | bytes
 """A file, or its encoded content (PNG, JPEG, ...)."""
+LOOKED_AT = 8
+"""Samples that the fingerprint of a source is made of, unless the source knows better."""
 
 
 class SampleError(ValueError):
@@ -23,16 +30,36 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Text:
-    """One thing said about a sample's images.
+    """One thing said about a sample's images: a question and its answer, a caption (no prompt), or a conversation.
 
     Attributes:
         prompt: what the model reads, before the template.
         answer: what it is trained to write, before the template. A tuple holds token ids: a window of running text, all of it trained,
             to which no template, BOS or EOS is added.
+        more: the turns that follow, (prompt, answer) each. All answers are trained.
+        system: what the conversation begins with; empty takes ``data.system``.
+        leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images stand at the
+            head of the first prompt, and the name of the placeholder is text like any other.
+        kind: what is asked, for scores: evaluation reports each kind alone.
     """
 
     prompt: str
     answer: str | tuple[int, ...]
+    more: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    leading: int | None = None
+    kind: str = ""
+
+    @classmethod
+    def asking(cls, prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Text:
+        """A conversation that ends with a question, for ``Encoder.encode_prompt``: ``history`` holds (prompt, answer) of the turns before."""
+        (first, answer), *more = [*history, (prompt, "")]
+        return cls(first, answer, tuple(more), system)
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, answer) of all turns; a window has none."""
+        return () if isinstance(self.answer, tuple) else ((self.prompt, self.answer), *self.more)
 
 
 @dataclass(frozen=True)
@@ -73,16 +100,36 @@ class Source(ABC):
             SampleError: this sample cannot be used.
         """
 
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """The texts of sample ``index``, where that is cheaper without its images.
+
+        Raises:
+            SampleError: this sample cannot be used.
+        """
+        return self[index].texts
+
     def length(self, index: int) -> int:
         """Size of all texts of a sample, in characters or tokens: samples of like size are batched together."""
         try:
-            return text_size(self[index].texts)
+            return text_size(self.texts(index))
         except SampleError:
             return 0
 
     def num_images(self, index: int) -> int:
         """Images of a sample, as far as that can be told without reading it: 1 where it cannot."""
         return 1
+
+    def order(self, seed: int) -> Order:
+        """The stream of sample numbers to train on."""
+        return Shuffled(len(self), seed)
+
+    def peers(self, index: int) -> range:
+        """The samples, ``index`` among them, of which one may stand in for it when it cannot be used."""
+        return range(len(self))
+
+    def part(self, index: int) -> int:
+        """``Sample.part`` of a sample, without reading it."""
+        return 0
 
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
@@ -93,29 +140,32 @@ class Source(ABC):
         """This source for a tokenizer and rows of ``seq_len`` positions; running text is cut into windows here."""
         return self
 
+    def fingerprint(self) -> str:
+        """Tells whether the data are still those of an earlier run, cheaply: by their number and a few samples. Sources of files override it."""
+        count = len(self)
+        looked_at = sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
+        return digest(count, *(_described(self, index) for index in looked_at))
+
     def corpus(self) -> Iterator[str]:
         """Training text for a tokenizer: prompts and answers after the templates, without placeholders."""
         for index in range(len(self)):
             try:
-                texts = self[index].texts
+                texts = self.texts(index)
             except SampleError:
                 continue
             for text in texts:
-                yield from render_prompt(self.cfg, text.prompt).split(self.cfg.image_placeholder)
-                if isinstance(text.answer, str):
-                    yield from render_answer(self.cfg, text.answer).split(self.cfg.image_placeholder)
+                for written in stretches(self.cfg, text):
+                    yield from written.split(self.cfg.image_placeholder)
 
 
-def render_prompt(cfg: DataConfig, prompt: str) -> str:
-    """``prompt`` in ``data.prompt_template``."""
-    return cfg.prompt_template.format(prompt=prompt)
-
-
-def render_answer(cfg: DataConfig, answer: str) -> str:
-    """``answer`` in ``data.answer_template``."""
-    return cfg.answer_template.format(answer=answer)
+def _described(source: Source, index: int) -> tuple[str, ...]:
+    try:
+        sample = source[index]
+    except SampleError as error:
+        return (str(error),)
+    return (sample.id, *(repr(text) for text in sample.texts))
 
 
 def text_size(texts: tuple[Text, ...]) -> int:
     """Characters (of strings) and tokens (of windows) in ``texts``."""
-    return sum(len(text.prompt) + len(text.answer) for text in texts)
+    return sum(len(text.prompt) + len(text.answer) + sum(len(prompt) + len(answer) for prompt, answer in text.more) for text in texts)

@@ -1,18 +1,25 @@
 """Which samples make which optimizer step: a pure function of (seed, step), the same for any number of ranks and workers.
 
-Elastic determinism, as in MosaicML Streaming: the only state is the step. The samples form one endless stream, the permutations of all
-epochs in a row; step s takes ``stream[s * G : (s + 1) * G]`` for a global batch of G.
+Elastic determinism, as in MosaicML Streaming: the only state is the step. The samples form one endless stream (``order.py``); step s takes
+``stream[s * G : (s + 1) * G]`` for a global batch of G.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
 
+from kempnerforge.data.order import Order, Shuffled
+
 WINDOW = 32
 """Global batches that are sorted by length together: enough to fill rows evenly, few enough to leave the order random."""
+MEASURED_WINDOW = 4096
+"""Samples of a window at least, where lengths are exact: a heavy tail of long rows needs so many."""
+
+Lengths = Callable[[np.ndarray], np.ndarray]
+"""(k,) sample numbers -> (k,) sizes."""
 
 
 class StepSampler:
@@ -22,14 +29,15 @@ class StepSampler:
     global batch fills it with its next epochs.
 
     Args:
-        lengths: size of each sample, or their number when nothing is grouped.
+        order: of the samples; a number stands for so many, shuffled. Its phases begin exactly with their steps.
         global_batch: samples of one optimizer step.
         rank, world: this process and how many there are.
         accum: micro-batches of one step on each rank.
-        seed: of the order.
+        seed: of what is shuffled here.
         start_step: where iteration begins.
-        batching: "group" puts samples of like length together: stretches of ``WINDOW`` global batches are sorted by length, cut, and the
-            cuts shuffled. Anything else leaves the order alone.
+        lengths: puts samples of like length together: runs of ``together`` global batches (fewer where the order's window holds fewer, so that
+            a stream need not be read far ahead) are sorted by length, cut, and the cuts shuffled. None leaves the order alone.
+        together: see ``lengths``.
 
     Raises:
         ValueError: no samples, or the global batch cannot be cut evenly.
@@ -37,28 +45,26 @@ class StepSampler:
 
     def __init__(
         self,
-        lengths: Sequence[int] | int,
+        order: Order | int,
         global_batch: int,
         rank: int = 0,
         world: int = 1,
         accum: int = 1,
         seed: int = 0,
         start_step: int = 0,
-        batching: str = "pad",
+        lengths: Lengths | None = None,
+        together: int = WINDOW,
     ) -> None:
         assert 0 <= rank < world and start_step >= 0
         if global_batch % (world * accum):
             raise ValueError(
                 f"train.batch_size = {global_batch}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}"
             )
-        self.lengths = None if isinstance(lengths, int) else np.asarray(lengths)
-        self.n = lengths if isinstance(lengths, int) else len(lengths)
-        if self.n < 1:
-            raise ValueError("data: no samples")
-        assert batching != "group" or self.lengths is not None, "grouping needs lengths"
+        self.order = Shuffled(order, seed) if isinstance(order, int) else order
+        for step in self.order.phase_steps:
+            self.order = self.order.at(step, step * global_batch)
         self.global_batch, self.rank, self.world, self.accum = global_batch, rank, world, accum
-        self.seed, self.start_step, self.batching = seed, start_step, batching
-        self._permutation = lru_cache(maxsize=3)(self._permute)
+        self.seed, self.start_step, self.lengths, self.together = seed, start_step, lengths, together
         self._window = lru_cache(maxsize=2)(self._group)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -69,9 +75,8 @@ class StepSampler:
             step += 1
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        lengths = self.n if self.lengths is None else self.lengths
         return StepSampler, (
-            lengths, self.global_batch, self.rank, self.world, self.accum, self.seed, self.start_step, self.batching
+            self.order, self.global_batch, self.rank, self.world, self.accum, self.seed, self.start_step, self.lengths, self.together
         )  # fmt: skip
 
     def batch(self, step: int) -> list[tuple[int, int]]:
@@ -87,30 +92,17 @@ class StepSampler:
     def global_indices(self, step: int) -> np.ndarray:
         """(G,) indices of ``step`` over all ranks."""
         size = self.global_batch
-        if self.batching != "group":
-            return self._stream(step * size, (step + 1) * size)
-        # the steps whose first sample lies in this epoch; windows do not reach over its end
-        epoch = step * size // self.n
-        begin, end = -(-epoch * self.n // size), -(-(epoch + 1) * self.n // size)
-        first = begin + (step - begin) // WINDOW * WINDOW
-        return self._window(first, min(first + WINDOW, end))[step - first]
+        if self.lengths is None:
+            return self.order.indices(step * size, (step + 1) * size)
+        # the steps whose first sample lies in this stretch; windows do not reach over its end
+        begin, end = (-(-position // size) for position in self.order.stretch(step * size))
+        steps = self.together if self.order.window is None else min(self.together, max(1, self.order.window // size))
+        first = begin + (step - begin) // steps * steps
+        return self._window(first, min(first + steps, end))[step - first]
 
     def _group(self, first: int, last: int) -> np.ndarray:
         """Steps ``first <= s < last``, grouped by length: (steps, G)."""
         assert self.lengths is not None
-        stream = self._stream(first * self.global_batch, last * self.global_batch)
-        stream = stream[np.argsort(self.lengths[stream], kind="stable")].reshape(last - first, self.global_batch)
+        stream = self.order.indices(first * self.global_batch, last * self.global_batch)
+        stream = stream[np.argsort(self.lengths(stream), kind="stable")].reshape(last - first, self.global_batch)
         return stream[np.random.default_rng((self.seed, 1, first)).permutation(last - first)]
-
-    def _stream(self, begin: int, end: int) -> np.ndarray:
-        """``stream[begin:end]``."""
-        parts = []
-        while begin < end:
-            epoch, offset = divmod(begin, self.n)
-            part = self._permutation(epoch)[offset : offset + end - begin]
-            parts.append(part)
-            begin += len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, 0, epoch)).permutation(self.n)

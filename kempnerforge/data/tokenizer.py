@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-CACHED_CHARACTERS = 1024  # longer strings are rarely seen twice
+CACHED_CHARACTERS = 256  # longer strings are rarely seen twice
+CHAT_TEMPLATE = "chat_template.jinja"
 # classes of transformers that add nothing to tokenizer.json
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -27,26 +28,37 @@ class Tokenizer:
         bos: the token that a text starts with, if there is one.
         pad: the token on padding; None takes ``eos``.
         appended: tokens of ``backend`` that an earlier ``add_tokens`` has put behind the others; it may be asked for them again.
+        chat_template: how conversations are written, in Jinja, if the tokenizer says.
 
     Attributes:
         vocab_size: one more than the largest id.
         new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they stand in a text.
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
-        fingerprint: hex digest of everything that decides which ids a text gets.
+        special_names: names of added and special tokens by id.
+        fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not part of it: it decides what the
+            text is.
 
     Raises:
         ValueError: a named token is not in the vocabulary.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None, appended: Sequence[str] = ()
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos: str,
+        bos: str | None = None,
+        pad: str | None = None,
+        appended: Sequence[str] = (),
+        chat_template: str | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self.backend = backend
         self.eos, self.bos, self.pad = eos, bos, pad or eos
+        self.chat_template = chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
         missing = [token for token in (self.eos, self.bos, self.pad) if token is not None and token not in vocab]
         if missing:
@@ -61,11 +73,19 @@ class Tokenizer:
     def _changed(self, vocab: dict[str, int]) -> None:
         self.vocab_size: int = max(vocab.values()) + 1
         self.fingerprint = self._fingerprint(vocab)
+        self._backends: dict[str, tokenizers.Tokenizer] = {"": self.backend}
+        self.special_names: dict[int, str] = {id_: token.content for id_, token in self.backend.get_added_tokens_decoder().items()}
+        self.special_names |= {vocab[name]: name for name in (self.eos, self.bos, self.pad) if name is not None}
         self._cached = lru_cache(maxsize=65536)(self._encode)
 
     @property
     def base_vocab_size(self) -> int:
         return self.vocab_size - len(self.new_tokens)
+
+    @property
+    def appended(self) -> tuple[str, ...]:
+        """Names that ``add_tokens`` has put behind the vocabulary, here or before the tokenizer was saved."""
+        return self._appended
 
     @property
     def new_token_ids(self) -> list[int]:
@@ -118,11 +138,13 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad, self._appended, self.new_tokens)
+        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad, self._appended, self.new_tokens, self.chat_template)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str, behind: str = "") -> tuple[int, ...]:
+        if behind not in self._backends:
+            self._backends[behind] = _without_prefix(self.backend, behind)
         try:
-            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+            return tuple(self._backends[behind].encode(text, add_special_tokens=False).ids)
         except TypeError:
             # the binding refuses strings that are not Unicode text
             if not isinstance(text, str):
@@ -130,13 +152,17 @@ class Tokenizer:
             bad = next((i for i, char in enumerate(text) if 0xD800 <= ord(char) <= 0xDFFF), 0)
             raise ValueError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, behind: str = "") -> list[int]:
         """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
+
+        Args:
+            behind: what ``text`` stands behind: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
+                front of a text put none where a whole of several pieces would not get one.
 
         Raises:
             ValueError: ``text`` holds a lone surrogate.
         """
-        return list(self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text))
+        return list(self._cached(text, behind) if len(text) <= CACHED_CHARACTERS else self._encode(text, behind))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; special tokens are left out, new ones are not."""
@@ -155,6 +181,8 @@ class Tokenizer:
         }
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (path / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -199,13 +227,63 @@ class Tokenizer:
         if loaded.eos_token is None:
             raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
         # a copy: transformers keeps its own
-        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), eos=loaded.eos_token, bos=loaded.bos_token, pad=loaded.pad_token)
+        return cls(
+            tokenizers.Tokenizer.from_str(backend.to_str()),
+            eos=loaded.eos_token,
+            bos=loaded.bos_token,
+            pad=loaded.pad_token,
+            chat_template=_default_template(loaded.chat_template),
+        )
 
 
-def _rebuild(serialised: str, eos: str, bos: str | None, pad: str | None, appended: tuple[str, ...], new: tuple[str, ...]) -> Tokenizer:
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialised), eos=eos, bos=bos, pad=pad, appended=appended)
+def _rebuild(
+    serialised: str, eos: str, bos: str | None, pad: str | None, appended: tuple[str, ...], new: tuple[str, ...], chat_template: str | None
+) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(serialised)
+    tokenizer = Tokenizer(backend, eos=eos, bos=bos, pad=pad, appended=appended, chat_template=chat_template)
     tokenizer.add_tokens(new)
     return tokenizer
+
+
+def _default_template(found: Any) -> str | None:
+    """The chat template for plain conversations; some tokenizers have several, by name, or as a list of {name, template}."""
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.Tokenizer:
+    """``backend`` for a piece of a longer text. Some tokenizers put a space in front of the whole text only (Metaspace "first"), some also
+    behind each special token; none does inside.
+    """
+
+    def changed(node: Any) -> Any:
+        if isinstance(node, list):
+            kept = [entry for entry in node if behind == "special" or not isinstance(entry, dict) or entry.get("type") != "Prepend"]
+            return [changed(entry) for entry in kept]
+        if not isinstance(node, dict):
+            return node
+        node = {key: changed(value) for key, value in node.items()}
+        if node.get("type") == "Metaspace" and (behind == "text" or node.get("prepend_scheme") == "first"):
+            node["prepend_scheme"] = "never"
+        if node.get("type") == "ByteLevel" and behind == "text":
+            node["add_prefix_space"] = False
+        return node
+
+    parts = json.loads(backend.to_str())
+    old = {key: parts[key] for key in ("normalizer", "pre_tokenizer")}
+    # a lone normalizer is treated as a list of one, so that it can be left out
+    new = {"normalizer": changed({"type": "Sequence", "normalizers": [old["normalizer"]] if old["normalizer"] else []})}
+    new["pre_tokenizer"] = old["pre_tokenizer"] and changed(old["pre_tokenizer"])
+    if new["pre_tokenizer"] == old["pre_tokenizer"] and new["normalizer"]["normalizers"] == (
+        [old["normalizer"]] if old["normalizer"] else []
+    ):
+        return backend
+    inner = tokenizers.Tokenizer.from_str(json.dumps(parts | new))
+    inner.encode_special_tokens = True
+    return inner
 
 
 def _read_plain(path: Path) -> Tokenizer | None:
@@ -220,9 +298,11 @@ def _read_plain(path: Path) -> Tokenizer | None:
             return None
         appended = [str(name) for name in config.get("new_tokens", ())]
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
+        chat = path / CHAT_TEMPLATE
+        chat_template = chat.read_text(encoding="utf-8") if chat.is_file() else _default_template(config.get("chat_template"))
     except Exception as error:
         raise ValueError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
-    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"], appended=appended)
+    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"], appended=appended, chat_template=chat_template)
 
 
 def _content(token: Any) -> Any:

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
 import numpy as np
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.batch import Kind
 from kempnerforge.data.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS, Layout, Prompt, Words
-from kempnerforge.data.sample import SampleError, Text, render_answer, render_prompt
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.sample import SampleError, Text, text_size
+from kempnerforge.data.template import Piece, build_template
+from kempnerforge.data.tokenizer import CACHED_CHARACTERS, Tokenizer
 
-CACHED_TEXTS = 65536
+CACHED_TEXTS = 32768
+IMAGE, TOKEN, BREAK = "image", "token", "break"
+"""What a name inside a piece is: the place of an image, a special token, or text that must not become the token of that name."""
+
+
+@dataclass
+class _Line:
+    """Tokens as they come.
+
+    Attributes:
+        ids: A tokens.
+        trained: which of them are.
+        at: for each image how many tokens stand before it.
+        front: tokens before the first answer.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    front: int | None = None
+
+    def add(self, ids: Sequence[int], trained: bool) -> None:
+        self.ids += ids
+        self.trained += [trained] * len(ids)
 
 
 class TextEncoder:
@@ -18,38 +47,56 @@ class TextEncoder:
 
     Args:
         tokenizer: of the model.
-        data_cfg: templates and placeholder.
+        data_cfg: template and placeholder.
         layout: what the model needs.
+
+    Attributes:
+        end_id: the token that ends an answer: EOS, or what the template has in its place. Generation stops at it.
+        ends: tokens that a trained span may end in.
+
+    Raises:
+        ValueError: the template does not fit the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout) -> None:
         self.tokenizer, self.cfg, self.layout = tokenizer, data_cfg, layout
-        self._cache: dict[tuple[str, str], Words] = {}
+        self.template = build_template(data_cfg, tokenizer)
+        end = tokenizer.token_id(self.template.end) if self.template.end else None
+        self.end_id: int = tokenizer.eos_id if end is None else end
+        self.ends: frozenset[int] = frozenset({self.end_id, tokenizer.eos_id})
+        self._added = list(tokenizer.backend.get_added_tokens_decoder().values())
+        self._eats = {token.content: (token.lstrip, token.rstrip) for token in self._added}  # white space in front of it, behind it
+        self._finders = {(own, literal): self._finder(own, literal) for own in (True, False) for literal in (True, False)}
+        self._cache: dict[Text, Words] = {}
 
     def encode(self, text: Text) -> Words:
         """One text of a sample.
 
         Raises:
-            SampleError: an empty answer, a text that is not Unicode, an image that the token behind it cannot see.
+            SampleError: an empty answer, a text that is not Unicode or that the template cannot write, an image that the token behind it
+                cannot see.
         """
         if isinstance(text.answer, tuple):
             return self._window(text.answer)
-        if not isinstance(text.prompt, str) or not isinstance(text.answer, str):
-            raise SampleError(f"prompt and answer must be strings, not {type(text.prompt).__name__} and {type(text.answer).__name__}")
-        key = text.prompt, text.answer
-        words = self._cache.get(key)
+        for prompt, answer in text.turns:
+            if not isinstance(prompt, str) or not isinstance(answer, str):
+                raise SampleError(f"prompt and answer must be strings, not {type(prompt).__name__} and {type(answer).__name__}")
+        if text_size((text,)) > CACHED_CHARACTERS:
+            return self._words(*self._shorten(text))
+        words = self._cache.get(text)
         if words is None:
             if len(self._cache) >= CACHED_TEXTS:
                 self._cache.clear()
-            words = self._cache[key] = self._encode_text(text.prompt, text.answer)
+            words = self._cache[text] = self._words(*self._shorten(text))
         return words
 
-    def encode_prompt(self, prompt: str, num_images: int) -> Prompt:
-        """What stands before an answer, for generation: the same as in training. Placeholders that ``data.answer_template`` begins with
-        stand before it, too.
+    def encode_prompt(self, prompt: str | Text, num_images: int) -> Prompt:
+        """What stands before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
+        before it, too.
 
         Args:
-            prompt: with a placeholder for each image, or with none: the images stand in front then.
+            prompt: with a placeholder for each image, or with none: the images stand in front then. A conversation: its last answer is asked
+                for, whatever it says.
             num_images: how many the question has.
 
         Raises:
@@ -57,31 +104,25 @@ class TextEncoder:
                 needs a token behind it.
         """
         name = self.cfg.image_placeholder
+        line = self._open(prompt, check=bool(self.layout.image_size))
         if not self.layout.image_size:
-            ids, _, _ = self._start(self._split(render_prompt(self.cfg, prompt)), ([], []))
-            return Prompt(ids)
-        if name in render_answer(self.cfg, "").removeprefix(name * self._opening):
-            raise ValueError(f"data.answer_template = {self.cfg.answer_template!r}: {name!r} behind text cannot be generated")
-        ids, at, _ = self._start(self._split(render_prompt(self.cfg, prompt)), self._split(name * self._opening))
-        if at and len(at) != num_images:
-            raise ValueError(f"{len(at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
-        if not self.layout.image_tokens and len(ids) in at:
+            return Prompt(line.ids)
+        if line.at and len(line.at) != num_images:
+            raise ValueError(f"{len(line.at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
+        if self._needs_behind and len(line.ids) in line.at:
             raise ValueError(f"an image ends the prompt, and no token behind it could see it: {self._remedy}")
-        return Prompt(ids, at or (0,) * num_images)
-
-    def count_placeholders(self, prompt: str) -> int:
-        """Images that stand where ``prompt`` (and the templates) say; 0: they stand in front, or the job has none."""
-        if not self.layout.image_size:
-            return 0
-        return render_prompt(self.cfg, prompt).count(self.cfg.image_placeholder) + self._opening
+        return Prompt(line.ids, tuple(line.at) or (0,) * num_images)
 
     @property
-    def _opening(self) -> int:
-        """Placeholders that every answer begins with, by the template."""
-        name, count = self.cfg.image_placeholder, 0
-        while render_answer(self.cfg, "").startswith(name * (count + 1)):
-            count += 1
-        return count
+    def has_turns(self) -> bool:
+        """Whether the template can write conversations of several turns."""
+        return self.template.turns
+
+    def count_placeholders(self, prompt: str | Text) -> int:
+        """Images that stand where ``prompt`` (and the template) says; 0: they stand in front, or the job has none."""
+        return len(self._open(prompt, check=False).at) if self.layout.image_size else 0
+
+    # ---- pieces -> tokens ------------------------------------------------------------------------------------------------
 
     @property
     def _mark(self) -> int | None:
@@ -91,49 +132,174 @@ class TextEncoder:
         return self.tokenizer.token_id(self.cfg.image_placeholder)
 
     @property
+    def _needs_behind(self) -> bool:
+        """Whether the token behind an image is the first to see it: it takes no position, and no tokens of tiles stand around it."""
+        return not self.layout.image_tokens and not self.cfg.images.has_markers
+
+    @property
     def _remedy(self) -> str:
         return f"add {self.cfg.image_placeholder!r} to model.new_tokens"
 
-    def _split(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of ``text``, and for each placeholder how many come before it."""
-        mark = self._mark
-        first, *rest = text.split(self.cfg.image_placeholder)
-        ids, at = self.tokenizer.encode(first), []
-        for piece in rest:
-            at.append(len(ids))
-            ids += [] if mark is None else [mark]
-            ids += self.tokenizer.encode(piece)
-        return ids, at if self.layout.image_size else []
+    def _finder(self, own: bool, literal: bool) -> tuple[re.Pattern[str], dict[str, str]] | None:
+        """What to look for inside a piece: a pattern of names, and what each is.
 
-    def _start(self, prompt: tuple[list[int], list[int]], answer: tuple[list[int], list[int]]) -> tuple[list[int], tuple[int, ...], int]:
-        """Prompt and answer, each as from ``_split``, with the token that they start with: ids, ``Words.image_at``, ``Words.lead``."""
-        ids = prompt[0] + answer[0]
-        at = prompt[1] + [len(prompt[0]) + k for k in answer[1]]
-        lead = sum(k == 0 for k in at) if self._mark is None else 0
-        start = self.tokenizer.bos_id
-        if start is None and not prompt[0]:
-            start = self.tokenizer.eos_id  # without a BOS, EOS starts an empty prompt: the first answer token needs one before it
+        Args:
+            own: the template's writing, not the sample's.
+            literal: the placeholder in a sample's words is text.
+        """
+        anywhere = {token.content for token in self._added if not token.special}  # the tokenizer finds these inside any text
+        placeholder = self.cfg.image_placeholder
+        found: dict[str, str] = {}
+        if self.template.specials and own:
+            found = dict.fromkeys(self.tokenizer.special_names.values(), TOKEN)
+        elif self.template.specials:  # a sample's words must not pass for the template's
+            found = dict.fromkeys((name for name in anywhere if name in self.template.own), BREAK)
+        if own or not literal:
+            found[placeholder] = IMAGE
+        elif placeholder in anywhere:
+            found[placeholder] = BREAK
+        names = sorted(found, key=len, reverse=True)
+        return (re.compile("|".join(map(re.escape, names))), found) if names else None
+
+    def _find(self, piece: Piece, literal: bool) -> Iterator[tuple[str, str]]:
+        """(kind, string) over a piece; kind is empty for text between names."""
+        finder = self._finders[not piece.field, literal]
+        begin = 0
+        for match in finder[0].finditer(piece.text) if finder else ():
+            yield "", piece.text[begin : match.start()]
+            yield finder[1][match[0]], match[0]  # type: ignore[index]
+            begin = match.end()
+        yield "", piece.text[begin:]
+
+    def _tokenise(self, pieces: Iterable[Piece], literal: bool) -> _Line:
+        """Neighbours that are trained alike are tokenised together, up to special tokens and images."""
+        line, behind = _Line(), ""
+        for trained, group in groupby(pieces, key=lambda piece: piece.trained):
+            line.front = len(line.ids) if trained and line.front is None else line.front
+            run, skip_space = "", False
+            for piece in group:
+                for kind, string in [*self._find(piece, literal), *([(TOKEN, self.tokenizer.eos)] if piece.eos else [])]:
+                    if not kind:
+                        run += string.lstrip() if skip_space else string
+                        skip_space = skip_space and not run
+                        continue
+                    if kind == BREAK:
+                        behind = self._flush(line, run + string[0], behind, trained)
+                        run = string[1:]
+                        continue
+                    lstrip, rstrip = self._eats.get(string, (False, False)) if kind == TOKEN else (False, False)
+                    behind = self._flush(line, run.rstrip() if lstrip else run, behind, trained)
+                    run, skip_space = "", rstrip
+                    if kind == TOKEN:
+                        line.add([self._id(string)], trained)
+                        behind = "special"
+                    else:
+                        line.at += [len(line.ids)] if self.layout.image_size else []
+                        line.add([] if self._mark is None else [self._mark], False)
+                        behind = "special" if line.ids else behind
+            behind = self._flush(line, run, behind, trained)
+        return line
+
+    def _flush(self, line: _Line, run: str, behind: str, trained: bool) -> str:
+        if not run:
+            return behind
+        line.add(self.tokenizer.encode(run, behind), trained)
+        return "text"
+
+    def _id(self, name: str) -> int:
+        found = self.tokenizer.token_id(name)
+        assert found is not None, name
+        return found
+
+    # ---- whole texts -----------------------------------------------------------------------------------------------------
+
+    def _pieces(self, text: Text) -> list[Piece]:
+        pieces = self.template.pieces(text, text.system or self.cfg.system)
+        if text.leading:
+            first = next(k for k, piece in enumerate(pieces) if piece.field == "prompt")
+            pieces.insert(first, Piece(self.cfg.image_placeholder * text.leading, False))
+        return pieces
+
+    def _begin(self, line: _Line) -> _Line:
+        """``line`` with the token that it starts with. Where nothing is read before the answer, and there is no BOS, that is EOS: the first
+        answer token needs one before it.
+        """
+        bare = not line.front
+        start = self.tokenizer.bos_id if self.template.bos or bare else None
+        if start is None and bare:
+            start = self.tokenizer.eos_id
         if start is None:
-            return ids, tuple(at), lead
-        return [start, *ids], tuple([0] * lead + [k + 1 for k in at[lead:]]), lead
+            return line
+        lead = self._lead(line)
+        return _Line([start, *line.ids], [False, *line.trained], [0] * lead + [k + 1 for k in line.at[lead:]], line.front)
 
-    def _encode_text(self, prompt: str, answer: str) -> Words:
-        if not answer.replace(self.cfg.image_placeholder, "").strip():
-            raise SampleError("empty answer")
+    def _lead(self, line: _Line) -> int:
+        """Images that come before anything else."""
+        return sum(k == 0 for k in line.at) if self._mark is None else 0
+
+    def _open(self, prompt: str | Text, check: bool) -> _Line:
+        """A text up to its last answer; with ``check``, what the template adds to the answer must be possible to generate."""
+        text = prompt if isinstance(prompt, Text) else Text(prompt, "")
+        pieces = self._pieces(text)
+        answer = max(k for k, piece in enumerate(pieces) if piece.field == "answer")
+        start = answer
+        while start and pieces[start - 1].trained:
+            start -= 1
+        name = self.cfg.image_placeholder
+        opening = "".join(piece.text for piece in pieces[start:answer])
+        count = 0
+        while opening.startswith(name * (count + 1)):
+            count += 1
+        rest = [opening[count * len(name) :], *(piece.text for piece in pieces[answer + 1 :] if piece.trained)]
+        if check and any(name in part for part in rest):
+            key, template = (
+                ("answer_template", self.cfg.answer_template) if self.cfg.template == "prompt" else ("turns", self.cfg.turns.answer)
+            )
+            raise ValueError(f"data.{key} = {template!r}: {name!r} behind text cannot be generated")
+        return self._begin(self._tokenise([*pieces[:start], Piece(name * count, True)], text.leading is not None))
+
+    def _line(self, text: Text) -> _Line:
+        """A whole text, up to its last trained token: nothing is learnt from what follows."""
+        literal, name = text.leading is not None, self.cfg.image_placeholder
+        for number, (_, answer) in enumerate(text.turns, 1):
+            if not (answer if literal else answer.replace(name, "")).strip():
+                raise SampleError("empty answer" if len(text.turns) == 1 else f"empty answer in turn {number}")
         try:
-            before, after = self._split(render_prompt(self.cfg, prompt)), self._split(render_answer(self.cfg, answer))
+            line = self._begin(self._tokenise(self._pieces(text), literal))
         except ValueError as error:
             raise SampleError(str(error)) from None
-        ids, at, lead = self._start(before, after)
-        ids.append(self.tokenizer.eos_id)
-        trained = np.arange(len(ids)) >= len(ids) - len(after[0]) - 1
-        if self._mark is not None:
-            trained[list(at)] = False
-        elif not self.layout.image_tokens and trained[list(at)].any():
+        length = len(line.ids) - line.trained[::-1].index(True)
+        if all(k < length for k in line.at):
+            line.ids, line.trained = line.ids[:length], line.trained[:length]
+        return line
+
+    def _shorten(self, text: Text) -> tuple[_Line, int]:
+        """A text as a line, with ``data.truncate`` cut to what fits; and the images that come before anything else.
+
+        Whole turns go first, the last ones; then the end of the only answer that is left, in front of the token that ends it. Where that
+        would take an image, or leave no answer, nothing is cut, and the text is too long.
+        """
+        whole = line = self._line(text)
+        room = self.layout.max_text_len
+        if self.cfg.truncate:
+            while len(line.ids) > room and text.more:
+                text = replace(text, more=text.more[:-1])
+                line = self._line(text)
+            keep = min(room, len(line.ids)) - 1
+            if keep < len(line.ids) - 1 and keep > 0 and all(line.trained[keep - 1 :]) and all(k <= keep for k in line.at):
+                line = _Line([*line.ids[:keep], line.ids[-1]], [*line.trained[:keep], True], line.at)
+            if len(line.ids) > room or len(line.at) < len(whole.at):
+                line = whole
+        return line, self._lead(line)
+
+    def _words(self, line: _Line, lead: int) -> Words:
+        trained = np.array(line.trained)
+        seen_late = [k for k in line.at if k < len(line.ids)]
+        if self._needs_behind and trained[seen_late].any():
             raise SampleError(
                 f"an image stands right before a trained token, and no position could see it and predict that: {self._remedy}"
             )
-        return Words.of(ids, trained, at, lead)
+        return Words.of(line.ids, trained, tuple(line.at), lead)
 
     def _window(self, ids: tuple[int, ...]) -> Words:
         if len(ids) < 2:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
-from kempnerforge.interop.settings import check_facts, check_window, hf_facts
+from kempnerforge.interop.settings import check_facts, check_window, complete, hf_facts
 from kempnerforge.model.transformer import Transformer
 
 log = logging.getLogger("kempnerforge")
@@ -28,7 +28,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 
 
 def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
-    """The text model in the directory ``path``, of the Llama, Mistral, SmolLM2, Qwen2, Qwen2.5, Qwen3 or Gemma family.
+    """The text model in the directory ``path``, of one of the ``FAMILIES``.
 
     Args:
         path: a directory with ``config.json`` and safetensors, sharded or not. Of a vision-language model, the text part is read.
@@ -45,6 +45,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     config = read_config(path)
     text = config.get("text_config", config)
     try:
+        text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)
         check_window(text, cfg)
     except ValueError as error:
@@ -53,12 +54,12 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     with torch.device("meta"):
         wanted = Transformer(replace(cfg, new_tokens=[])).state_dict()
-    names = _match(path, wanted, files, tied)
+    names = _match(path, wanted, files, tied, text["model_type"])
     tensors = _read(files, set(names.values()))
     if cfg.tie_embeddings and (head := _head(files)) and not torch.equal(_read(files, {head})[head], tensors[names[EMBEDDING]]):
         raise ValueError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
     for ours, theirs in names.items():
-        _check(path, f"{theirs} (transformer.{ours})", tensors[theirs], wanted[ours])
+        check_tensor(path, f"{theirs} (transformer.{ours})", tensors[theirs], wanted[ours])
     return {f"transformer.{ours}": tensors[theirs] for ours, theirs in names.items()}
 
 
@@ -98,7 +99,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         there = _names(file)
         if absent := [name for name, place in files.items() if place == file and name not in there]:
-            raise ValueError(f"{file}: lacks {_some(absent)}, which {INDEX} says it has")
+            raise ValueError(f"{file}: lacks {some(absent)}, which {INDEX} says it has")
     return files
 
 
@@ -118,22 +119,22 @@ def _read(files: dict[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _match(path: Path, wanted: Iterable[str], files: dict[str, Path], tied: bool) -> dict[str, str]:
+def _match(path: Path, wanted: Iterable[str], files: dict[str, Path], tied: bool, family: str) -> dict[str, str]:
     """Our name -> the name in the files, for all that is wanted."""
     found = [name.removesuffix(HF_EMBEDDING) for name in files if name == HF_EMBEDDING or name.endswith("." + HF_EMBEDDING)]
     if len(found) != 1:
         raise ValueError(f"{path}: needs one text model, but {len(found)} tensors are called {HF_EMBEDDING}")
     prefix, head = found[0], _head(files)
-    names = {ours: prefix + hf_name(ours) for ours in wanted if ours != HEAD}
+    names = {ours: prefix + hf_name(ours, family) for ours in wanted if ours != HEAD}
     if HEAD in wanted:
         names[HEAD] = head or (names[EMBEDDING] if tied else HF_HEAD)
     if missing := [name for name in names.values() if name not in files]:
-        raise ValueError(f"{path}: lacks {_some(missing)}")
+        raise ValueError(f"{path}: lacks {some(missing)}")
     rest = [name for name in files if name not in names.values() and name != head and not IGNORED.search(name)]
     if unknown := [name for name in rest if not OTHER_PARTS.match(name)]:
-        raise ValueError(f"{path}: has {len(unknown)} tensors that [model] has no place for: {_some(unknown)}")
+        raise ValueError(f"{path}: has {len(unknown)} tensors that [model] has no place for: {some(unknown)}")
     if rest:
-        log.info("%s: %d tensors that are not of the text model are left aside: %s", path, len(rest), _some(rest))
+        log.info("%s: %d tensors that are not of the text model are left aside: %s", path, len(rest), some(rest))
     return names
 
 
@@ -141,7 +142,7 @@ def _head(files: dict[str, Path]) -> str | None:
     return next((name for name in files if name == HF_HEAD or name.endswith("." + HF_HEAD)), None)
 
 
-def _check(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
+def check_tensor(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{path}: {name} is {tensor.dtype}; quantised weights are not read")
     if tensor.shape != wanted.shape:
@@ -149,6 +150,6 @@ def _check(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}{rows}")
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

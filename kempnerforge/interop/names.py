@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 EMBEDDING, NORM, HEAD = "token_embedding.weight", "norm.weight", "output_head.weight"
 """Our names outside the layers; all of ours are relative to ``transformer.``."""
@@ -20,16 +23,66 @@ LAYER = {
 }
 """Parts of ``layers.{i}``: ours -> theirs. What is inside them (``q_proj.weight``, ``k_norm.weight``, ``gate_proj.weight``) is called the same."""
 
-FAMILIES: dict[str, dict[str, bool]] = {
-    "llama": {},  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},  # Qwen2, Qwen2.5
-    "qwen3": {"qk_norm": True},
-    "gemma": {"norm_plus_one": True, "embed_scale": True},
+FOUR_NORMS = LAYER | {
+    "attention.post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp.post_norm": "post_feedforward_layernorm",
 }
-"""``model_type`` -> the ``[model]`` switches that it has on; ``SWITCHES`` it does not name are off."""
+"""``LAYER`` where a layer has a norm behind each half, too. Of two names that fit the longer one counts."""
 
-SWITCHES = ("qkv_bias", "qk_norm", "norm_plus_one", "embed_scale")
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of language model in transformers.
+
+    Attributes:
+        architecture: its class there.
+        on: the ``[model]`` switches that it has on; ``SWITCHES`` it does not name are off.
+        layer: names inside a layer, ours -> theirs.
+        activation_key: the key of ``config.json`` that names the activation.
+        activations: ``model.activation`` -> value of that key.
+        settings: ``[model]`` key -> key of ``config.json``, for what other families do not have.
+        constants: further keys of ``config.json``; they say that something which the class could do is off.
+    """
+
+    architecture: str
+    on: frozenset[str] = frozenset()
+    layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=lambda: {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"})
+    settings: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+
+_GEMMA = frozenset({"norm_plus_one", "embed_scale"})
+_SCALE = {"attention_scale": "query_pre_attn_scalar"}
+_CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+_NO_BIAS = {"attention_bias": False}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", constants=_NO_BIAS | {"mlp_bias": False}),  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
+    "mistral": Family("MistralForCausalLM", constants={"sliding_window": None}),
+    "qwen2": Family("Qwen2ForCausalLM", frozenset({"qkv_bias"}), constants={"use_sliding_window": False}),  # Qwen2, Qwen2.5
+    "qwen3": Family("Qwen3ForCausalLM", frozenset({"qk_norm"}), constants=_NO_BIAS | {"use_sliding_window": False}),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", settings={"nope_interval": "no_rope_layer_interval"}, constants=_NO_BIAS | {"use_sliding_window": False}
+    ),
+    "gemma": Family("GemmaForCausalLM", _GEMMA, constants=_NO_BIAS),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", _GEMMA | {"post_norms"}, FOUR_NORMS, "hidden_activation", settings=_SCALE | _CAPS, constants=_NO_BIAS
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA | {"post_norms", "qk_norm"},
+        FOUR_NORMS,
+        "hidden_activation",
+        settings=_SCALE | _CAPS | {"rope_local_theta": "rope_local_base_freq", "rope_global_interval": "sliding_window_pattern"},
+        constants=_NO_BIAS,
+    ),
+}
+"""``model_type`` -> family. A model is written as the first that can say all that its ``[model]`` does."""
+
+SWITCHES = ("qkv_bias", "qk_norm", "norm_plus_one", "embed_scale", "post_norms")
 
 SETTINGS = {
     "dim": "hidden_size",
@@ -54,10 +107,12 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that follow from the settings."""
 
 
-def hf_name(ours: str) -> str:
+def hf_name(ours: str, family: str) -> str:
     """``layers.0.attention.q_proj.weight`` -> ``layers.0.self_attn.q_proj.weight``. The head is not among them: its prefix is another."""
     if ours in TOP:
         return TOP[ours]
-    layers, index, part, rest = ours.split(".", 3)
+    layers, index, rest = ours.split(".", 2)
     assert layers == "layers", ours
-    return f"{layers}.{index}.{LAYER[part]}.{rest}"
+    parts = FAMILIES[family].layer
+    part = max((part for part in parts if rest.startswith(part + ".")), key=len)
+    return f"{layers}.{index}.{parts[part]}{rest.removeprefix(part)}"

@@ -1,4 +1,4 @@
-"""Whether a model that was trained elsewhere computes what ``[model]`` says: shapes do not show a wrong ``rope_theta`` or norm."""
+"""``[model]`` and the ``config.json`` that means the same: shapes do not show a wrong ``rope_theta`` or norm."""
 
 from __future__ import annotations
 
@@ -8,13 +8,38 @@ from typing import Any
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES
 
+PLAIN = (
+    *("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "nope_interval"),
+    *("attention_softcap", "logit_softcap"),
+)
+
+ABSENT = {"rope_local_theta": 0.0, "rope_global_interval": 0, "nope_interval": 0, "attention_softcap": 0.0, "logit_softcap": 0.0}
+"""What a family without a setting has, by key of ``[model]``."""
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` with every setting written: files leave out what the class has by default. An unknown model's stays as it is.
+
+    Raises:
+        ValueError: the class does not take it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    given = {key: value for key, value in config.items() if key != "transformers_version"}
+    try:
+        return AutoConfig.for_model(**given).to_dict()
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"{config['model_type']}: transformers does not take this config; {str(error).strip().splitlines()[0]}") from None
+
 
 def facts(cfg: ModelConfig) -> dict[str, Any]:
     """What decides how the backbone computes, by key of ``[model]``, with zeros resolved. Vocabulary and head are left to the tensors."""
     resolved: dict[str, Any] = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "ffn_dim": cfg.ffn_width}
     resolved["attention_scale"] = cfg.attention_scale or cfg.head_width**-0.5
-    plain = ("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "attention_softcap", "logit_softcap")
-    return {key: getattr(cfg, key) for key in (*plain, *SWITCHES)} | resolved
+    resolved["rope_global_interval"] = cfg.rope_global_interval if cfg.rope_local_theta else 0
+    return {key: getattr(cfg, key) for key in (*PLAIN, *SWITCHES)} | resolved
 
 
 def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -23,31 +48,70 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a model, activation or position scaling that the backbone does not have.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type = {family!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"model_type = {name!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[name]
     found: dict[str, Any] = {ours: config[theirs] for ours, theirs in SETTINGS.items() if config.get(theirs) is not None}
     if "head_dim" not in found and {"dim", "n_heads"} <= found.keys():
         found["head_dim"] = found["dim"] // found["n_heads"]
-    found |= dict.fromkeys(SWITCHES, False) | {"attention_softcap": 0.0, "logit_softcap": 0.0} | FAMILIES[family]
+    found |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(family.on, True)
+    found |= ABSENT | {ours: config.get(theirs) or ABSENT.get(ours, 0) for ours, theirs in family.settings.items()}
+    if "attention_scale" in family.settings:
+        found["attention_scale"] = (found["attention_scale"] or 256) ** -0.5  # what the classes have by default
+    elif "head_dim" in found:
+        found["attention_scale"] = found["head_dim"] ** -0.5
     found["qkv_bias"] |= bool(config.get("attention_bias"))
-    if (activation := _activation(family, config)) is not None:
+    if (activation := _activation(name, config)) is not None:
         found["activation"] = activation
-    rope = config.get("rope_parameters") or {}
-    if (theta := rope.get("rope_theta", config.get("rope_theta"))) is not None:
-        found["rope_theta"] = theta
-    found["rope_scaling"] = _rope_scaling(config.get("rope_scaling") or rope)
-    return found
+    return found | _rope_facts(name, config)
 
 
 def _activation(family: str, config: dict[str, Any]) -> str | None:
     """Gemma's tanh GELU is called "gelu" in older files."""
     name = config.get("hidden_activation") or config.get("hidden_act")
     if name is None or (family == "gemma" and name == "gelu"):
-        return "geglu" if family == "gemma" else None
+        return "geglu" if family.startswith("gemma") else None
     if name not in ACTIVATIONS:
         raise ValueError(f"hidden_act = {name!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
+
+
+def _rope_facts(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if "rope_local_theta" in FAMILIES[family].settings:
+        found |= _layers_apart(config)
+        rope = rope.get("full_attention", rope)
+    elif family == "smollm3":
+        found["nope_interval"] = _without_rope(config)
+    if (theta := rope.get("rope_theta", config.get("rope_theta"))) is not None:
+        found["rope_theta"] = theta
+    return found | {"rope_scaling": _rope_scaling(config.get("rope_scaling") or rope)}
+
+
+def _layers_apart(config: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3: which layers are global, and the base of the others."""
+    kinds = config.get("layer_types")
+    interval = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    if kinds:
+        interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+        if kinds != [("sliding_attention", "full_attention")[(layer + 1) % interval == 0] for layer in range(len(kinds))]:
+            raise ValueError(f"layer_types = {kinds}: the backbone has every n-th layer global, all others local")
+    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type = {local['rope_type']!r} of sliding_attention: the backbone scales global layers alone")
+    return {"rope_global_interval": interval, "rope_local_theta": local.get("rope_theta") or config.get("rope_local_base_freq") or 1e4}
+
+
+def _without_rope(config: dict[str, Any]) -> int:
+    """SmolLM3: every n-th layer has no rotary positions."""
+    layers, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval") or 4
+    if layers:
+        interval = layers.index(0) + 1 if 0 in layers else 0
+        if list(layers) != [int(not interval or (layer + 1) % interval != 0) for layer in range(len(layers))]:
+            raise ValueError(f"no_rope_layers = {layers}: the backbone leaves out the positions of every n-th layer")
+    return interval
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -62,17 +126,104 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise ValueError(f"rope_type = {kind!r}: the backbone has 'default', 'linear' and 'llama3'")
 
 
+def window(config: dict[str, Any]) -> int:
+    """How far back the tokens of a model see at most in some of its layers; 0: all the way."""
+    return config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0
+
+
 def check_window(config: dict[str, Any], cfg: ModelConfig) -> None:
     """Refuses streams that are longer than the window of a model whose tokens see the last ones alone.
 
     Raises:
         ValueError: ``model.max_seq_len`` is longer.
     """
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and cfg.max_seq_len > window:
+    if (size := window(config)) and cfg.max_seq_len > size:
         raise ValueError(
-            f"sliding_window = {window}: the model was trained to see no further, set model.max_seq_len = {cfg.max_seq_len} to it"
+            f"sliding_window = {size}: the model was trained to see no further, set model.max_seq_len = {cfg.max_seq_len} to it"
         )
+
+
+# ---- from one to the other ------------------------------------------------------------------------------------------
+
+
+def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
+    """``[model]`` of a ``config.json`` (the text part of it) in which every setting is written.
+
+    Raises:
+        ValueError: the backbone cannot be that model.
+    """
+    found, length = hf_facts(config), int(config["max_position_embeddings"])
+    if not found["rope_local_theta"]:
+        del found["rope_global_interval"]
+    if math.isclose(found["attention_scale"], found["head_dim"] ** -0.5):
+        del found["attention_scale"]
+    floats: dict[str, Any] = {key: float(found[key]) for key in ("rope_theta", "rope_local_theta", "attention_softcap", "logit_softcap")}
+    tied = bool(config.get("tie_word_embeddings", True))
+    return ModelConfig(**found | floats, vocab_size=vocab_size, max_seq_len=min(length, window(config) or length), tie_embeddings=tied)
+
+
+def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
+    """The ``config.json`` of ``cfg``, without what the tokenizer knows, in the form that files on the hub have.
+
+    Args:
+        family: as what; None takes the first that can say it all.
+
+    Raises:
+        ValueError: no family can, or ``family`` cannot.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family {family!r}: allowed are {', '.join(FAMILIES)}")
+    problems = []
+    for name in FAMILIES if family is None else [family]:
+        try:
+            written = _written(cfg, name)
+            check_facts(cfg, hf_facts(written), {})
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            return written
+    reasons = "; ".join(problems) if family else f"not even {problems[0]}"
+    raise ValueError(f"[model] is no language model of transformers ({reasons})")
+
+
+def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
+    family, ours = FAMILIES[name], facts(cfg)
+    if cfg.activation not in family.activations:
+        raise ValueError(f"model.activation = {cfg.activation!r}: it has {', '.join(family.activations)}")
+    config: dict[str, Any] = {theirs: ours[key] for key, theirs in SETTINGS.items()}
+    config |= {theirs: ours[key] or None for key, theirs in family.settings.items()}
+    if "attention_scale" in family.settings:
+        config["query_pre_attn_scalar"] = _whole(ours["attention_scale"] ** -2)
+    if "nope_interval" in family.settings:
+        every = cfg.nope_interval
+        config["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(cfg.n_layers)]
+        config["no_rope_layer_interval"] = every or cfg.n_layers + 1
+    if name in ("gemma2", "gemma3_text"):
+        config["sliding_window"] = cfg.max_seq_len  # a row ends before the window does
+    config |= {
+        "architectures": [family.architecture],
+        "model_type": name,
+        family.activation_key: family.activations[cfg.activation],
+        "vocab_size": cfg.vocab_size + len(cfg.new_tokens),
+        "max_position_embeddings": cfg.max_seq_len,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "rope_theta": cfg.rope_theta,
+        "attention_dropout": 0.0,
+    }
+    if (scaling := cfg.rope_scaling) is not None:
+        config["rope_scaling"] = {"rope_type": scaling.type, "factor": scaling.factor}
+        if scaling.type == "llama3":
+            config["rope_scaling"] |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_seq_len,
+            }
+    return config | dict(family.constants)
+
+
+def _whole(value: float) -> float | int:
+    """``value``, as an integer where it is one."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
 
 
 def check_facts(cfg: ModelConfig, theirs: dict[str, Any], names: dict[str, str]) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from kempnerforge.model.documents import Documents, RowDocuments, take_apart
 
 FLEX_FROM = 1024
 """Keys from which FlexAttention is taken on CUDA: it skips the blocks that nobody sees and needs no (Q, K) mask in memory."""
@@ -20,6 +23,10 @@ PREFIX_FROM = 64
 
 NOTE: never on a CPU. There two products on slices take 1.3 to 1.7 times as long as one with a mask for 16 positions, and 0.9 (fp32) to 1.1
 (bf16) times for 128 and 196. ``benchmarks/attention.py`` measures it.
+"""
+DOCUMENTS_FROM = 384
+"""Keys from which rows of several samples are taken apart where there is no FlexAttention. On a CPU a dense mask takes half to twice as long for
+128 to 256 keys, twice as long for 384, ten times as long for 2048. ``benchmarks/attention.py`` measures it.
 """
 
 
@@ -38,7 +45,7 @@ class Prefix:
     rest: Tensor | None = None
 
 
-Mask = Tensor | Prefix | BlockMask
+Mask = Tensor | Prefix | Documents | BlockMask
 """Any form of "who sees whom" that ``attend`` takes; a tensor is additive, (B, 1, Q, K)."""
 
 
@@ -55,6 +62,8 @@ class Segments:
         groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None: there are no such groups.
         order: (B, K) int64, where each key stands in the stream. None: as it is stored.
         has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
+        documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded behind them.
+            None: not known, or nowhere several in a row.
     """
 
     sample_ids: Tensor
@@ -62,6 +71,7 @@ class Segments:
     groups: Tensor | None = None
     order: Tensor | None = None
     has_documents: bool = True
+    documents: RowDocuments | None = None
 
     @property
     def num_keys(self) -> int:
@@ -71,7 +81,8 @@ class Segments:
         """The structure of the stream stored in another order.
 
         Args:
-            index: (B, S') int64, the position that comes to stand at each place; -1 makes the place padding.
+            index: (B, S') int64, the position that comes to stand at each place; -1 makes the place padding. With ``documents`` all positions
+                of samples find one.
         """
         padding, place = index < 0, index.clamp(min=0)
 
@@ -80,7 +91,7 @@ class Segments:
 
         order = index if self.order is None else taken(self.order, -1)
         groups = None if self.groups is None else taken(self.groups, 0)
-        return Segments(taken(self.sample_ids, -1), taken(self.text_ids, 0), groups, order)
+        return Segments(taken(self.sample_ids, -1), taken(self.text_ids, 0), groups, order, documents=self.documents)
 
     def extend(self, later: Segments) -> Segments:
         """These keys followed by ``later`` ones, which come behind all of these in the stream."""
@@ -141,9 +152,27 @@ class Segments:
             return Prefix(leading)
         if fast and num_queries >= FLEX_FROM:
             return self.blocks()
+        if whole and self.documents and not on_cuda(self.sample_ids) and num_queries >= DOCUMENTS_FROM:
+            return self.apart(self.documents, dtype)
         if prefix:
             return Prefix(leading, additive(self.visible(num_queries - leading), dtype))
         return additive(self.visible(num_queries), dtype)
+
+    def apart(self, rows: RowDocuments, dtype: torch.dtype) -> Documents:
+        """All positions against all, one sample at a time."""
+        batch, keys = self.sample_ids.shape
+        stored = torch.arange(batch * keys, device=self.sample_ids.device).view(batch, keys)
+        if self.order is not None:  # the places by where they stand in the stream; padding goes behind its end
+            end = max(sum(length for length, _ in row) for row in rows)
+            place = torch.where(self.sample_ids < 0, end, self.order)
+            stored = stored.new_zeros(batch, end + 1).scatter(1, place, stored)
+
+        def mask(places: Tensor, own: Tensor) -> Tensor:
+            samples, texts = self.sample_ids.flatten()[places], self.text_ids.flatten()[places]  # (n, L)
+            groups = None if self.groups is None else self.groups.flatten()[places]
+            return additive(Segments(samples.masked_fill(~own, -1), texts, groups).visible(), dtype)
+
+        return take_apart(rows, stored, batch * keys, mask, self.groups is not None)
 
     def blocks(self) -> BlockMask:
         """All positions against all, for FlexAttention (Dong et al. 2024)."""
@@ -181,6 +210,8 @@ def attend(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if isinstance(mask, Prefix):
         return _attend_prefix(q, k, v, mask, scale, softcap)
+    if isinstance(mask, Documents):
+        return mask.attend(q, k, v, partial(attend, scale=scale, softcap=softcap))
     if isinstance(mask, BlockMask):
         return _attend_blocks(q, k, v, mask, scale, softcap)
     short = q.device.type == "cpu" and k.shape[2] <= (512 if q.dtype == torch.bfloat16 else 64)

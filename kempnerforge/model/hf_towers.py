@@ -47,7 +47,7 @@ class HFTower(VisionEncoder):
     def __init__(self, cfg: HFTowerConfig) -> None:
         tower = self._load(cfg)
         self.check_geometry(cfg, tower.config)
-        mean, std = _read_normalisation(cfg.path) or self.normalisation
+        mean, std = (cfg.mean, cfg.std) if cfg.mean else _read_normalisation(cfg.path) or self.normalisation
         side = self.grid(tower.config)
         pixels = getattr(
             tower.config, "image_size", side * tower.config.patch_size
@@ -66,17 +66,17 @@ class HFTower(VisionEncoder):
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
         import transformers
 
-        kind = _read_config(cfg.path).get("model_type")
+        kind = (cfg.settings or _read_config(cfg.path)).get("model_type")
         if kind not in self.models:
-            raise ValueError(f"path = {cfg.path!r}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise ValueError(f"{_where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
-        config = model_class.config_class.from_pretrained(cfg.path)
+        config = _from_settings(model_class.config_class, cfg) if cfg.settings else model_class.config_class.from_pretrained(cfg.path)
         layers = config.num_hidden_layers
         if -cfg.feature_layer > layers:
-            raise ValueError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path!r} has only {layers} layers")
+            raise ValueError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers + 1 + cfg.feature_layer
         config.vision_use_head = False
-        if not cfg.pretrained or torch.get_default_device().type == "meta":
+        if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
             return model_class(config)
         return _load_weights(model_class, config, cfg.path)
 
@@ -87,7 +87,7 @@ class HFTower(VisionEncoder):
     def check_geometry(self, cfg: HFTowerConfig, config: Any) -> None:
         """Refuses towers for anything but square RGB images."""
         if not isinstance(config.patch_size, int) or not isinstance(getattr(config, "image_size", 0), int) or config.num_channels != 3:
-            raise ValueError(f"path = {cfg.path!r}: only towers for square images with 3 channels can be used")
+            raise ValueError(f"{_where(cfg)}: only towers for square images with 3 channels can be used")
 
     @property
     def units(self) -> list[nn.Module]:
@@ -162,6 +162,18 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def _where(cfg: HFTowerConfig) -> str:
+    return f"path = {cfg.path!r}" if cfg.path else "settings"
+
+
+def _from_settings(config_class: Any, cfg: HFTowerConfig) -> Any:
+    """The tower's config in transformers."""
+    known = vars(config_class())
+    if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
+        raise ValueError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
+    return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"})
+
+
 def _read_config(path: str) -> dict[str, Any]:
     """``config.json`` of a directory or of a model on the hub."""
     from transformers import PretrainedConfig
@@ -181,6 +193,8 @@ def _read_normalisation(path: str) -> Normalisation | None:
     """What the image processor beside the weights does, or None when there is none."""
     from transformers.image_processing_base import ImageProcessingMixin
 
+    if not path:
+        return None
     try:
         processor = ImageProcessingMixin.get_image_processor_dict(path)[0]
     except OSError:  # there is no such file
@@ -202,7 +216,7 @@ def _load_weights(model_class: Any, config: Any, path: str) -> Any:
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with quiet():
             tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"path = {path!r}: its weights cannot be loaded; {_first_line(error)}") from error
@@ -214,8 +228,8 @@ def _load_weights(model_class: Any, config: Any, path: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of weights that were passed over, and without its progress bar."""
+def quiet() -> Iterator[None]:
+    """Without transformers' table of weights that were passed over, and without its progress bars."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -13,13 +13,16 @@ from torch import Tensor
 from kempnerforge.config.model import ModelConfig, RopeScaling
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each (B, 1, S, E / 2) fp32."""
+"""cos and sin, each (B, 1, S, E / 2) fp32; with ``rope_local_theta`` (B, 1, S, E), the second half for local layers."""
 
 
 def inverse_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """(E / 2,) fp32 radians per position."""
-    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_width, 2, device=device, dtype=torch.float32) / cfg.head_width)
-    return freqs if cfg.rope_scaling is None else _scale(freqs, cfg.rope_scaling)
+    """(E / 2,) fp32 radians per position, or as many again for local layers."""
+    exponents = -torch.arange(0, cfg.head_width, 2, device=device, dtype=torch.float32) / cfg.head_width
+    freqs = cfg.rope_theta**exponents
+    if cfg.rope_scaling is not None:
+        freqs = _scale(freqs, cfg.rope_scaling)
+    return torch.cat([freqs, cfg.rope_local_theta**exponents]) if cfg.rope_local_theta else freqs
 
 
 def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -35,6 +38,17 @@ def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
     """Tables for ``positions`` (B, S)."""
     angles = positions[:, None, :, None].float() * inverse_frequencies(cfg, positions.device)  # (B, 1, S, E / 2)
     return angles.cos(), angles.sin()
+
+
+def rope_of_layer(rope: Rope, cfg: ModelConfig, layer: int) -> Rope:
+    """The tables of ``layer``, (B, 1, S, E / 2), from those of all layers. Without rotary positions every angle is 0."""
+    cos, sin = rope
+    if cfg.nope_interval and (layer + 1) % cfg.nope_interval == 0:
+        return torch.ones_like(cos), torch.zeros_like(sin)
+    if not cfg.rope_local_theta:
+        return rope
+    part = 0 if (layer + 1) % cfg.rope_global_interval == 0 else 1
+    return cos.chunk(2, dim=-1)[part], sin.chunk(2, dim=-1)[part]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.model.attention import Mask, Segments, attend
-from kempnerforge.model.rope import Rope, rotate
+from kempnerforge.model.rope import Rope, rope_of_layer, rotate
 
 
 class Cache:
@@ -48,7 +48,7 @@ class Context:
     """What a block may read besides the residual stream. An arch subclasses it to say more.
 
     Attributes:
-        rope: tables of the stream's positions.
+        rope: tables of the stream's positions, for all layers; a block takes its own.
         mask: who sees whom; None is plain causal.
         cache: keys and values of earlier positions, when generating.
     """
@@ -111,6 +111,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+        self.post_norm = _post_norm(cfg)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         if cfg.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
@@ -126,7 +127,11 @@ class Attention(nn.Module):
 
     def out(self, o: Tensor) -> Tensor:
         """What the heads read, projected: (B, S, H * E) -> (B, S, D)."""
-        return self.dropout(self.o_proj(o))
+        return self.dropout(self.post_norm(self.o_proj(o)))
+
+
+def _post_norm(cfg: ModelConfig) -> nn.Module:
+    return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one) if cfg.post_norms else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -138,12 +143,13 @@ class MLP(nn.Module):
         self.gate_proj = None if cfg.activation == "gelu" else nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=False)
+        self.post_norm = _post_norm(cfg)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x)
         hidden = self.activation(hidden) if self.gate_proj is None else self.activation(hidden) * self.up_proj(x)
-        return self.dropout(self.down_proj(hidden))
+        return self.dropout(self.post_norm(self.down_proj(hidden)))
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.cfg, self.layer = cfg, layer
         self.scale, self.softcap = cfg.attention_scale or None, cfg.attention_softcap
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
         self.attention = Attention(cfg)
@@ -163,8 +169,12 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         init_weights(self, cfg)
 
+    def rope(self, ctx: Context) -> Rope:
+        """The tables of this layer."""
+        return rope_of_layer(ctx.rope, self.cfg, self.layer)
+
     def pre(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm and projections: (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E)."""
+        """Norm and projections: (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E). ``rope`` is this layer's."""
         return self.attention.qkv(self.attention_norm(x), rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
@@ -179,7 +189,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.post(x, self.attend(*self.pre(x, ctx.rope), ctx))
+        return self.post(x, self.attend(*self.pre(x, self.rope(ctx)), ctx))
 
 
 class NewTokens(nn.Module):

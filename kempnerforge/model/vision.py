@@ -25,7 +25,7 @@ class VisionEncoder(nn.Module):
         num_tokens: features per image.
         dim: their width.
         image_size: pixels along each side of the images that it takes.
-        mean, std: normalisation of RGB values in [0, 1], three numbers each.
+        mean, std: normalisation of RGB values in [0, 1], three numbers each; ``normalisation`` are both, as plain numbers.
     """
 
     mean: Tensor
@@ -34,6 +34,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, *, num_tokens: int, dim: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.num_tokens, self.dim, self.image_size = num_tokens, dim, image_size
+        self.normalisation = (tuple(mean), tuple(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 

@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from kempnerforge.config.template import WITH_SYSTEM
 from kempnerforge.data.collate import prompt_batch
-from kempnerforge.data.images import load_image
-from kempnerforge.eval.generate import Sampling, generate
+from kempnerforge.data.interleave import Prompt
+from kempnerforge.data.sample import ImageSource, Text
+from kempnerforge.eval.generate import Sampling, TextStream, tokens_of
 from kempnerforge.training.restore import restore
 
 MAX_NEW_TOKENS = 64
+
+
+class Answer:
+    """An answer that is written while one iterates over it: a piece of text for each token, some of them empty. The model works only when the
+    next piece is asked for.
+
+    Args:
+        tokens: ids, as the model makes them.
+        ends: those that end the answer.
+        decode: ids -> text.
+
+    Attributes:
+        num_tokens: made so far, the one that ended it among them.
+    """
+
+    def __init__(self, tokens: Iterable[int], ends: Collection[int], decode: Callable[[Sequence[int]], str]) -> None:
+        self.num_tokens = 0
+        self._tokens, self._ends, self._decode = iter(tokens), ends, decode
+        self._stream = TextStream(decode)
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._tokens:
+            self.num_tokens += 1
+            if token in self._ends:
+                break
+            yield self._stream.push(token)
+        yield self._stream.finish()
+
+    @property
+    def text(self) -> str:
+        """What has been written so far."""
+        return self._decode(self._stream.ids)
+
+    def finish(self) -> str:
+        """All of it."""
+        for _ in self:
+            pass
+        return self.text
 
 
 class Answerer:
@@ -43,57 +83,63 @@ class Answerer:
             raise ValueError(f"{len(images)} images, and a prompt with {together} of {name!r}: give a multiple of {together} images")
         return [tuple(images[k : k + step]) for k in range(0, len(images), step)] or [()]
 
-    def answer(
+    @property
+    def has_turns(self) -> bool:
+        """Whether the model's template is one of conversations, so that a question may well have earlier ones before it."""
+        return self.encoder.texts[0].cfg.template in WITH_SYSTEM
+
+    def ask(
         self,
         prompt: str,
-        images: Sequence[Path],
-        max_new_tokens: int | None,
-        sampling: Sampling,
-        stream: Callable[[str], None] | None = None,
-    ) -> str:
+        images: Sequence[ImageSource],
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
         """The model's answer to ``prompt`` about ``images``, which stand where its placeholders are, or in front.
 
         Args:
-            images: none, or one of ``groups``.
+            images: none, or one of ``groups``; files or encoded.
             max_new_tokens: None: ``MAX_NEW_TOKENS``, or as many as there is room for.
-            stream: called with each new piece of text; together the pieces are the answer.
+            sampling: greedy by default.
+            history: (prompt, answer) of the turns before. The images are the whole conversation's.
 
         Raises:
-            ValueError: an image cannot be read, the model takes none, the prompt has another number of placeholders, or there is no room for
-                prompt and answer.
+            ValueError: an image cannot be read, the model takes none, or no turns, the prompt has another number of placeholders, or there is
+                no room for prompt and answer.
         """
         if images and not self.has_images:
-            raise ValueError(f"{images[0]}: this model was trained on text alone and takes no image")
-        tokenizer, layout = self.encoder.tokenizer, self.encoder.layout
-        pixels = None
-        if self.has_images:
-            size = layout.image_size
-            pixels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8)
-            for k, image in enumerate(images):
-                pixels[k] = torch.from_numpy(load_image(image, size).copy()).permute(2, 0, 1)  # (3, H, W)
-        asked = self.encoder.encode_prompt(prompt, len(images))
-        start = len(asked.ids) + layout.image_tokens * len(images)
+            name = images[0] if isinstance(images[0], Path) else "image"
+            raise ValueError(f"{name}: this model was trained on text alone and takes no image")
+        if history and not self.encoder.texts[0].has_turns:
+            raise ValueError("the template of this model writes one turn and takes no earlier ones")
+        tokenizer, layout, texts = self.encoder.tokenizer, self.encoder.layout, self.encoder.texts[0]
+        placeholder = texts.cfg.image_placeholder
+        turns = [(asked, answer.replace(placeholder, "")) for asked, answer in history]  # what a model writes is no place for an image
+        asked = self.encoder.encode_question(Text.asking(prompt, turns) if turns else prompt, images)
+        start = asked.length(layout.image_tokens)
         room = self.assembly.job.model.max_seq_len - start
-        wanted = max_new_tokens if max_new_tokens is not None else max(1, min(MAX_NEW_TOKENS, room))
+        if room < 1:
+            raise ValueError(
+                f"no room for an answer: the prompt's {start} positions, model.max_seq_len = {self.assembly.job.model.max_seq_len}"
+            )
+        wanted = max_new_tokens if max_new_tokens is not None else min(MAX_NEW_TOKENS, room)
         if not 1 <= wanted <= room:
             raise ValueError(
                 f"--max-new-tokens = {wanted}: must be at least 1, and with the prompt's {start} positions"
                 f" at most model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )
-        batch = prompt_batch([asked], pixels, [range(len(images))], layout, tokenizer.pad_id).to(self.device)
-        written: list[int] = []
-        shown = ""
+        views = self._views(images, asked)
+        batch = prompt_batch([asked], views, [range(0 if views is None else len(views))], layout, tokenizer.pad_id).to(self.device)
+        tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.end_id, sampling=sampling)
+        return Answer(tokens, texts.ends, tokenizer.decode)
 
-        def on_token(step: Tensor) -> None:
-            nonlocal shown
-            written.extend(i for i in step.tolist() if i != tokenizer.eos_id)
-            text = tokenizer.decode(written)
-            if stream is not None and text.startswith(shown) and not text.endswith("\ufffd"):  # a character may take several tokens
-                stream(text[len(shown) :])
-                shown = text
-
-        made = generate(self.assembly.model, batch, max_new_tokens=wanted, eos_id=tokenizer.eos_id, sampling=sampling, on_token=on_token)
-        text = tokenizer.decode(made[0])
-        if stream is not None and text.startswith(shown):
-            stream(text[len(shown) :])  # what was held back and never became whole
-        return text
+    def _views(self, images: Sequence[ImageSource], asked: Prompt) -> torch.Tensor | None:
+        """(N, 3, H, W) uint8, all views of ``images``; None where the model takes none."""
+        if not self.has_images:
+            return None
+        size = self.encoder.layout.image_size
+        blocks = zip(images, asked.blocks, strict=True)
+        views = [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
+        pixels = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -39,12 +39,14 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int) -> tup
         raise ValueError(f"data.eval_path = '': {path} has no held-out data")
     values: dict[str, object] = {"checkpoint": str(restored.path), "step": restored.manifest.step}
     asked, skipped = questions(source, limit)
-    if not asked:
+    seeing = None
+    if asked and cfg.exact_match:
+        seeing = evaluate(assembly.model, asked, encoder, cfg, ranks, device)
+        values |= {"exact_match": seeing.exact_match, "questions": seeing.total, "unreadable": len(skipped) + len(seeing.skipped)}
+        values |= {f"exact_match/{kind}": right / total for kind, (right, total) in sorted(seeing.by_kind.items()) if total}
+        if cfg.blind and assembly.model.has_images:
+            values["exact_match_blind"] = evaluate(assembly.model, asked, encoder, cfg, ranks, device, blind=True).exact_match
+    if cfg.loss or seeing is None:
         rows = assembly.job.train.batch_size
         values["loss"] = held_out_loss(assembly.model, source, encoder, ranks, device, rows=rows, limit=limit)
-        return values, {}
-    seeing = evaluate(assembly.model, asked, encoder, cfg, ranks, device)
-    values |= {"exact_match": seeing.exact_match, "questions": seeing.total, "unreadable": len(skipped) + len(seeing.skipped)}
-    if cfg.blind and assembly.model.has_images:
-        values["exact_match_blind"] = evaluate(assembly.model, asked, encoder, cfg, ranks, device, blind=True).exact_match
-    return values, seeing.by_truth
+    return values, seeing.by_truth if seeing is not None else {}

@@ -110,11 +110,14 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
             sample = source[index]
             if not sample.texts:
                 continue
-            text, count = sample.texts[0], len(sample.images) if layout.image_size else 0
-            prompt = Prompt(list(text.answer[:-1])) if isinstance(text.answer, tuple) else encoder.encode_prompt(text.prompt, count, sample.part)
+            text = sample.texts[0]
+            if isinstance(text.answer, tuple):
+                prompt = Prompt(list(text.answer[:-1]))
+            else:
+                prompt = encoder.encode_question(text.prompt, sample.images, sample.part)
         except ValueError:
             continue
-        size = layout.image_size
+        size, count = layout.image_size, sum(len(block.starts) for block in prompt.blocks)
         images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None
         return prompt_batch([prompt], images, [list(range(count))], layout, encoder.tokenizer.pad_id)
     raise ValueError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")

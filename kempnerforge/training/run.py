@@ -10,18 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, diff, load_config, to_toml
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
 from kempnerforge.training.hooks import default_hooks
-from kempnerforge.training.setup import assemble, initialise, saved_tokenizer
+from kempnerforge.training.setup import Assembly, assemble, initialise, saved_tokenizer
 from kempnerforge.training.trainer import Trainer
 
 LOG = logging.getLogger("kempnerforge")
 
-MAY_CHANGE = ("run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.grad_accum_steps", "data.num_workers")
+MAY_CHANGE = (
+    "run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.grad_accum_steps",
+    "data.num_workers", "data.image_cache_mib",
+)  # fmt: skip
 """Keys that a resumed run may have changed: none of them touches what is learned from which samples."""
 
 
@@ -83,6 +87,8 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
     found = find(run_dir / "checkpoints")
     if found is None:
         initialise(job, assembly.model)
+    else:
+        _check_same_data(assembly, found[1], run_dir, allow)
     hooks, checkpoints = default_hooks(assembly, run_dir, leaving)
     trainer = Trainer(assembly, world, hooks)
     if found is not None:
@@ -115,6 +121,23 @@ def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None
         )
     for line in lines:
         LOG.warning("changed, as it is meant to be: %s", line)
+
+
+def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
+    """The training data are those that the run was begun with, also where the paths that lead to them are.
+
+    Raises:
+        ValueError: they are not, and it was not said that this is meant.
+    """
+    now = assembly.fingerprints()
+    changed = [stage for stage, before in manifest.state.get("data", {}).items() if now.get(stage, before) != before]
+    if changed and "data" not in allow:
+        raise ValueError(
+            f"run.dir = {str(run_dir)!r}: the training data of stage {', '.join(map(repr, changed))} are no longer those that the run was begun"
+            " with; put them back, use --fresh, or say --allow-change=data if it is meant"
+        )
+    if changed:
+        LOG.warning("changed, as it is meant to be: the training data of stage %s", ", ".join(map(repr, changed)))
 
 
 def _write_tokenizer(tokenizer, run_dir: Path) -> None:

@@ -47,6 +47,10 @@ class Assembly:
         """That of the last stage, which evaluation and generation go by."""
         return self.layouts[-1]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Stage -> what tells its training data from others."""
+        return {stage.name: self.sources[stage.index].fingerprint() for stage in self.stages}
+
     def encoder(self, stage: Stage) -> Encoder:
         return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed)
 
@@ -83,10 +87,15 @@ def assemble(
     sources = [_source(stage.data) for stage in stages] if data else []
     if tokenizer is None:
         tokenizer = resolve_tokenizer(job.data, chain(sources, (_source(stage.data) for stage in _cut_off(job, stages))))
+    sections = [section for stage in [*stages, *_cut_off(job, stages)] for section in stage.data.sections()]
+    job = replace(job, model=replace(job.model, new_tokens=_new_tokens(job, tokenizer, sections)))
     if job.model.new_tokens:
         tokenizer.add_tokens(job.model.new_tokens)
     job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
     model = build_model(job, device)
+    if model.has_images:
+        for section in sections:
+            section.images.check(model.vision_encoder.image_size)
     held_out = None
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
@@ -100,8 +109,19 @@ def _layout(job: JobConfig, model: VLM, seq_len: int) -> Layout:
     if job.vlm is None:
         return Layout(image_tokens=0, image_size=0, max_text_len=seq_len, seq_len=seq_len, pad_to=seq_len)
     image_tokens = job.vlm.residual_stream_image_tokens(model.num_image_tokens)
-    size = model.vision_encoder.image_size if model.has_images else 0
-    return Layout(image_tokens, size, job.vlm.max_text_len, seq_len, pad_to=image_tokens + job.vlm.max_text_len)
+    layout = Layout(image_tokens, 0, job.vlm.max_text_len, seq_len, pad_to=image_tokens + job.vlm.max_text_len)
+    if not model.has_images:
+        return layout
+    mean, _ = model.vision_encoder.normalisation
+    return replace(layout, image_size=model.vision_encoder.image_size, image_mean=mean)
+
+
+def _new_tokens(job: JobConfig, tokenizer: Tokenizer, sections: Iterable[DataConfig]) -> list[str]:
+    """``model.new_tokens``, then what the images of the data need and the tokenizer does not have."""
+    needed = chain.from_iterable(section.images.new_tokens() for section in sections) if job.vlm is not None else ()
+    there = set(tokenizer.appended)
+    missing = [name for name in dict.fromkeys(needed) if name in there or tokenizer.token_id(name) is None]
+    return list(dict.fromkeys([*job.model.new_tokens, *missing]))
 
 
 def _cut_off(job: JobConfig, stages: list[Stage]) -> list[Stage]:

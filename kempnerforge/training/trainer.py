@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,7 @@ from kempnerforge.config import Stage
 from kempnerforge.data.batch import Batch
 from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
+from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, trainable_names
 from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
 from kempnerforge.training.setup import Assembly
@@ -86,19 +89,23 @@ class Trainer:
         self.patterns = job.module_patterns()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.boundaries = freeze_boundaries(job, self.names, self.patterns)
+        dtype = compute_dtype(job.train.mixed_precision, world.device)
         prepare(
             self.model,
             self.model.shard_units(),
             world,
-            compute_dtype(job.train.mixed_precision, world.device),
+            dtype,
             reshard=job.distributed.reshard_after_forward,
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
         )
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
+        caches = job.train.feature_cache and self.model.has_images
+        self.features = FeatureCache(Path(job.train.feature_cache), world, dtype) if caches else None
         self.step = 0
         self.seconds = 0.0
         self.samples_seen = self.samples_bad = 0
+        self.samples_of: Counter[str] = Counter()
         self.skipped_in_a_row = 0
         self.stop_requested = self.stopping = False
         self.bad_samples: list[tuple[str, str]] = []
@@ -155,6 +162,8 @@ class Trainer:
         NOTE: only at ``boundaries`` and at the start: between them nothing changes.
         """
         apply_freeze(self.model, trainable_names(self.names, self.job.freeze_at(self.step), self.patterns))
+        if self.features is not None:
+            self.features.open(self.model)
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the current step."""
@@ -175,17 +184,32 @@ class Trainer:
         batches = self.next_batches()
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         lr = self.optimizers.set_step(self.stage, self.step)
-        counts = [(b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches]
-        targets, tokens, images, samples, bad, left_out = (
+        sections = range(len(self.stage.data.sections()))
+        counts = [
+            (
+                b.num_targets,
+                b.useful_tokens,
+                b.num_images,
+                len(b.sample_names),
+                len(b.skipped),
+                b.texts_left_out,
+                *map(b.parts.count, sections),
+            )
+            for b in batches
+        ]
+        targets, tokens, images, samples, bad, left_out, *by_part = (
             int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)])
         )
-        self._account(batches, samples, bad)
+        self._account(batches, samples, bad, by_part)
         if not targets:
             raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
         loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(self.model, index == len(batches) - 1)
+            batch = batch if self.features is None else self.features.attach(batch)
             output = self.model(batch.to(self.world.device))
+            if self.features is not None:
+                self.features.keep(batch)
             (output.total / targets).backward()
             loss += output.loss.detach()
             if output.aux_loss is not None:
@@ -209,10 +233,13 @@ class Trainer:
         self.seconds += seconds
         return StepResult(self.stage, total / targets, aux / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
 
-    def _account(self, batches: list[Batch], samples: int, bad: int) -> None:
+    def _account(self, batches: list[Batch], samples: int, bad: int, by_part: list[int]) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]
         self.samples_seen += samples
         self.samples_bad += bad
+        if len(by_part) > 1:
+            for index, (section, count) in enumerate(zip(self.stage.data.sections(), by_part, strict=True)):
+                self.samples_of[f"{index}-{section.source}"] += count
         limit, enough = self.stage.data.max_bad_fraction, min(1000, len(self.assembly.sources[self.stage.index]))
         if self.samples_seen >= enough and self.samples_bad > limit * self.samples_seen:
             last = f"; the last: {self.bad_samples[-1][1]}" if self.bad_samples else ""

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.seen import Seen
+from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import Mask, Segments
 from kempnerforge.model.rope import rope_tables
@@ -53,6 +55,16 @@ class HasAuxLoss(Protocol):
     """A module with a loss of its own: a scalar, its weight applied, of the last forward pass in training; otherwise None."""
 
     aux_loss: Tensor | None
+
+
+class Prompts(Protocol):
+    """Prompts and the token that ends an answer to them."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def end_id(self) -> int: ...
 
 
 class VLM(nn.Module):
@@ -131,9 +143,9 @@ class VLM(nn.Module):
         kind = self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
         text_ids = batch.text_ids
         if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
-            text_ids = text_ids * (text_ids.amax(dim=1, keepdim=True) > 1)
+            text_ids = text_ids * (_texts_of_sample(batch) > 1)
         groups = _bidirectional_groups(kind, batch, text_ids)
-        return Segments(batch.sample_ids, text_ids, groups, has_documents=batch.has_documents)
+        return Segments(batch.sample_ids, text_ids, groups, has_documents=batch.has_documents, documents=batch.documents or None)
 
     def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | None:
         """The mask of a stream with the structure ``segments``, in its cheapest form; None is plain causal."""
@@ -155,12 +167,19 @@ class VLM(nn.Module):
         """The modules that may have a loss of their own."""
         return [module for module in self.modules() if isinstance(module, HasAuxLoss)]
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass."""
-        learns = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+    def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
+        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass.
+
+        Args:
+            seen: what is known of the images already.
+        """
+        encoder = self.vision_encoder
+        if seen is not None and seen.complete:
+            return self.adapter(seen.all(encoder.num_tokens, encoder.dim, images.device))
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = self.vision_encoder(images)
-        return self.adapter(features)
+            features = encoder(images)
+        return self.adapter(features if seen is None else seen.merge(features))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
@@ -172,7 +191,7 @@ class VLM(nn.Module):
         features = None
         if self.has_images and batch.images is not None:
             images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-            features = self.encode(images)  # (N, F, D)
+            features = self.encode(images, batch.seen)  # (N, F, D)
         x, ctx = self.place(words, features, batch, cache)
         x = self.transformer.run(x, ctx)
         if cache is not None:
@@ -184,11 +203,29 @@ class VLM(nn.Module):
         extra = [m.aux_loss for m in self.with_aux_loss if m.aux_loss is not None]
         return Output(loss, logits, torch.stack(extra).sum() * batch.num_targets if extra else None)
 
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:
+        """Continues prompts, greedily unless ``sampling`` says otherwise.
+
+        Args:
+            prompts: what a processor of ``load_pretrained`` makes.
+
+        Returns:
+            New ids of each row, without the one that ended it.
+        """
+        batch = prompts.batch.to(self.transformer.norm.weight.device)
+        return generate(self, batch, max_new_tokens=max_new_tokens, eos_id=prompts.end_id, sampling=sampling)
+
     def shard_units(self) -> Iterator[nn.Module]:
         """The modules that are sharded, checkpointed and compiled one by one. They do not overlap; the root takes what is left."""
         if self.has_images:
             yield from self.vision_encoder.units
         yield from self.transformer.layers
+
+
+def _texts_of_sample(batch: Batch) -> Tensor:
+    """(B, S): how many texts the sample at each position has."""
+    samples = batch.sample_ids.clamp(min=0)  # padding has text 0, so it adds nothing to the first one
+    return torch.zeros_like(batch.text_ids).scatter_reduce(1, samples, batch.text_ids, "amax").gather(1, samples)
 
 
 def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor | None:

@@ -145,7 +145,7 @@ class MoMaBlock(Block):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, MoMaContext), "MoMaBlock reads the context of MoMa"
-        x = x + self.attention.out(self.attend(*self.pre(x, ctx.rope), ctx))
+        x = x + self.attention.out(self.attend(*self.pre(x, self.rope(ctx)), ctx))
         h = self.mlp_norm(x)
         mixed, losses = torch.zeros_like(h), []
         for modality, tokens in ctx.tokens.items():

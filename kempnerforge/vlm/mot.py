@@ -109,7 +109,7 @@ class MoTBlock(Block):
         """(B, K, D) -> (B, K, D), sections as ``ctx.sizes`` has them."""
         assert isinstance(ctx, SortedContext)
         sections = x.split(ctx.sizes, dim=1)  # (B, K of the modality, D) each
-        ropes = zip(*(table.split(ctx.sizes, dim=2) for table in ctx.rope), strict=True)
+        ropes = zip(*(table.split(ctx.sizes, dim=2) for table in self.rope(ctx)), strict=True)
         heads = [self._qkv(tower, part, rope) for tower, part, rope in zip(self.towers, sections, ropes, strict=True)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*heads, strict=True))  # (B, H or G, K, E)
         o = self.attend(q, k, v, ctx).split(ctx.sizes, dim=1)  # (B, K of the modality, H * E) each

@@ -237,7 +237,7 @@ def test_inspect_names_what_is_skipped(tmp_path: Path):
 
 
 def test_inspect_fails_on_labels_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kempnerforge.training.inspection.audit", lambda batch, eos_id: ["row 0: no trained token"])
+    monkeypatch.setattr("kempnerforge.training.inspection.audit", lambda batch, eos_id, **known: ["row 0: no trained token"])
     ended = call("inspect", make_job(tmp_path), "-n", 2, "--out", tmp_path / "seen")
     assert ended.code == 2 and "WRONG: row 0: no trained token" in ended.out
 
@@ -265,6 +265,14 @@ def test_generate_without_an_image_says_so(trained: Trained):
     assert ended.code == 0 and "no image was given" in ended.err
     found = json.loads(call("generate", trained.run, "--json").out)
     assert found["answers"][0]["image"] is None
+
+
+def test_images_may_stand_behind_options(trained: Trained):
+    image, other = trained.folder / "0.png", trained.folder / "7.png"
+    words = ("--prompt", "what is on the left?", "--json")
+    outs = [call("generate", trained.run, *argv).out for argv in ((image, other, *words), (image, *words, other), (*words, image, other))]
+    assert outs[0] == outs[1] == outs[2] and len(json.loads(outs[0])["answers"]) == 2
+    assert call("generate", trained.run, *words, "--tempreature", image).code == 2
 
 
 def test_generate_draws_by_its_seed(trained: Trained):

@@ -193,7 +193,7 @@ seq_len = 5000
 [[stages]]
 name = "a"
 optimizer.lr = "x"
-train.seq_len = 3
+train.seed = 3
 """
     path = write(tmp_path / "bad.toml", text)
     keys = [line.removeprefix(f"{path}: ").split(" = ")[0].split(":")[0] for line in problems(path, "--data.batching=3", "--x")]
@@ -211,7 +211,7 @@ train.seq_len = 3
             "[train] seed",
             "[[stages]] #1 steps",
             "[[stages]] #1 optimizer.lr",
-            "[[stages]] #1 train.seq_len",
+            "[[stages]] #1 train.seed",
         ]
     )
 

@@ -5,14 +5,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.audit import audit, render_rows
 from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.contact_sheet import contact_sheet
+from kempnerforge.data.pack import join
 from tests.data.conftest import png
 
 PAD, BOS, EOS = 0, 1, 2
@@ -33,7 +37,7 @@ class Letters:
 
 def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: int = 2) -> Batch:
     """Rows of (prompt, answer) texts behind one image each, labels worked out token by token."""
-    columns: dict[str, list[list[int]]] = {name: [] for name in ("ids", "labels", "samples", "texts", "kinds")}
+    columns: dict[str, list[list[int]]] = {name: [] for name in ("ids", "labels", "samples", "texts", "kinds", "positions")}
     width = image_tokens + pad + max(sum(len(p) + len(a) + 2 for p, a in row) for row in rows)
     for row in rows:
         tokens = [(PAD, 0, Kind.IMAGE)] * image_tokens
@@ -45,6 +49,10 @@ def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: in
         columns["ids"].append([token for token, _, _ in tokens])
         columns["texts"].append([text for _, text, _ in tokens])
         columns["kinds"].append([int(kind) for _, _, kind in tokens])
+        positions = list(range(image_tokens))
+        for prompt, answer in row:
+            positions += range(image_tokens, image_tokens + len(prompt) + len(answer) + 2)
+        columns["positions"].append(positions + [0] * (width - used))
         columns["samples"].append([0] * used + [-1] * (width - used))
         following = [*tokens[1:], (PAD, 0, Kind.PAD)]
         columns["labels"].append([token if kind == Kind.ANSWER else IGNORE for token, _, kind in following])
@@ -52,7 +60,7 @@ def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: in
     return Batch(
         input_ids=tensors["ids"],
         labels=tensors["labels"],
-        positions=torch.zeros_like(tensors["ids"]),
+        positions=tensors["positions"],
         sample_ids=tensors["samples"],
         text_ids=tensors["texts"],
         kinds=tensors["kinds"].to(torch.uint8),
@@ -102,7 +110,15 @@ def test_trained_tokens_stand_in_brackets() -> None:
 
 def test_colour_marks_exactly_the_trained_tokens() -> None:
     (row,) = render_rows(make_batch([[("hue?", "r[d")]]), Letters(), color=True)
-    assert "\x1b[30;42mr[d<eos>\x1b[0m" in row and "\x1b[2m<bos>hue?\x1b[0m" in row and row.count("\x1b[30;42m") == 1
+    assert "\x1b[35m<bos>\x1b[0m\x1b[2mhue?\x1b[0m\x1b[30;42mr[d\x1b[0m\x1b[4;30;42m<eos>\x1b[0m" in row
+    assert row.count("30;42m") == 2
+
+
+def test_names_of_special_tokens_in_a_text_are_told_from_the_tokens() -> None:
+    batch = make_batch([[("a<eos>", "b<bos>")]])
+    assert "<bos>a\\<eos>[b\\<bos><eos>]" in render_rows(batch, Letters(), color=False)[0]
+    (row,) = render_rows(batch, Letters(), color=True)
+    assert "\x1b[2ma<eos>\x1b[0m" in row and "\x1b[30;42mb<bos>\x1b[0m\x1b[4;30;42m<eos>\x1b[0m" in row
 
 
 def test_rendering_follows_labels_not_kinds() -> None:
@@ -153,7 +169,7 @@ def test_images_are_shown_where_they_stand(tokenizer: Tokenizer) -> None:
     ]
     assert audit(batch, tokenizer.eos_id) == []
     (coloured,) = render_rows(batch, tokenizer, color=True)
-    assert "\x1b[2m<bos>is it \x1b[0m\x1b[36m[image x3]\x1b[0m\x1b[2m so?\\n\x1b[0m\x1b[30;42mno<eos>\x1b[0m" in coloured
+    assert "\x1b[2mis it \x1b[0m\x1b[36m[image x3]\x1b[0m\x1b[2m so?\\n\x1b[0m\x1b[30;42mno\x1b[0m" in coloured
 
 
 def test_images_without_positions_are_shown_where_they_are_seen(tokenizer: Tokenizer) -> None:
@@ -261,6 +277,221 @@ def test_targets_must_be_the_positions_with_a_label() -> None:
     batch = make_batch([[("hue?", "red")]])
     batch.targets = batch.targets[1:]
     assert any(line.startswith("targets: ") for line in audit(batch, EOS))
+
+
+# ---- several samples in a row ----------------------------------------------------------------------------------------
+
+
+PLAIN = Tokenizer.train(["is it so? yes no maybe"] * 4, 300)
+RED, BLUE = png((200, 0, 0)), png((0, 0, 200))
+SAMPLES = [
+    Sample("a", (RED,), (Text("is it?", "yes"), Text("so?", "no"))),
+    Sample("b", (), (Text("", "maybe"),)),
+    Sample("c", (RED, BLUE), (Text("is <image> like <image>?", "no"),)),
+]
+
+
+def packed(samples: Sequence[Sample] = SAMPLES, image_tokens: int = 2, pad: int = 3) -> Batch:
+    """Two rows: ``samples``, and the first one alone."""
+    encoder = Encoder(PLAIN, DataConfig(), Layout(image_tokens, 8, 200, 400, 0), seed=0)
+    rows = [join([encoder.encode(sample, 0) for sample in samples]), join([encoder.encode(samples[0], 0)])]
+    return collate(rows, PLAIN.pad_id, max(row.table.shape[1] for row in rows) + pad)
+
+
+def test_a_pack_is_shown_sample_by_sample() -> None:
+    for image_tokens, shared, inside in ((2, "[image x2]", "[image x2]"), (0, "[image]", "[image]")):
+        first, second = render_rows(packed(image_tokens=image_tokens), PLAIN, color=False)
+        assert first.splitlines()[0].startswith("row 0 (a and 2 more): ") and first.splitlines()[0].endswith("3 images, 4 texts, 3 samples")
+        assert first.splitlines()[1:] == [
+            "  sample 0 (a)",
+            f"       {shared}",
+            "  0.1  <bos>is it?\\n[yes<eos>]",
+            "  0.2  <bos>so?\\n[no<eos>]",
+            "  sample 1 (b)",
+            "  1.1  <bos>\\n[maybe<eos>]",
+            "  sample 2 (c)",
+            f"  2.1  <bos>is {inside} like {inside}?\\n[no<eos>]",
+            "       [pad x3]",
+        ]
+        assert "sample" not in second
+
+
+def test_a_good_pack_has_no_findings() -> None:
+    for image_tokens in (0, 1, 3):
+        assert audit(packed(image_tokens=image_tokens), PLAIN.eos_id) == []
+    assert audit(packed(SAMPLES[1:2]), PLAIN.eos_id) == []
+
+
+def columns_of(batch: Batch, sample: int, text: int) -> Tensor:
+    """Columns of a text in row 0."""
+    return ((batch.sample_ids[0] == sample) & (batch.text_ids[0] == text)).nonzero().flatten()
+
+
+def positions_go_on(batch: Batch) -> None:
+    batch.positions[0] = torch.arange(batch.positions.shape[1])
+
+
+def positions_of_a_text_go_on(batch: Batch) -> None:
+    batch.positions[0, columns_of(batch, 0, 2)] += 5
+
+
+def samples_run_together(batch: Batch) -> None:
+    batch.sample_ids[0][batch.sample_ids[0] == 1] = 0
+
+
+def texts_run_together(batch: Batch) -> None:
+    batch.text_ids[0][columns_of(batch, 0, 2)] = 1
+
+
+def in_pieces(batch: Batch) -> None:
+    batch.sample_ids[0][batch.sample_ids[0] == 2] = 0
+
+
+def no_documents(batch: Batch) -> None:
+    batch.has_documents = False
+
+
+def image_of_another_sample(batch: Batch) -> None:
+    batch.image_sample_ids[0] = 2
+
+
+def image_of_another_text(batch: Batch) -> None:
+    batch.image_text_ids[1] = 0
+
+
+def image_cut_short(batch: Batch) -> None:
+    batch.kinds[0, int(batch.image_starts[1]) + 1] = Kind.PROMPT
+
+
+def no_such_image(batch: Batch) -> None:
+    batch.image_index[0] = 99
+
+
+def unused_image(batch: Batch) -> None:
+    batch.image_index[0] = batch.image_index[1]
+
+
+def text_untrained(batch: Batch) -> None:
+    batch.labels[0, columns_of(batch, 1, 1)] = IGNORE
+
+
+def into_the_next_sample(batch: Batch) -> None:
+    last = int(columns_of(batch, 0, 2)[-1])
+    batch.labels[0, last] = batch.input_ids[0, last + 1]
+
+
+def end_of_inner_sample_lost(batch: Batch) -> None:
+    batch.labels[0, columns_of(batch, 1, 1)[-2]] = IGNORE
+
+
+PACK_FAULTS: list[tuple[Callable[[Batch], None], str]] = [
+    (positions_go_on, "positions of a text do not count up from 0"),
+    (positions_of_a_text_go_on, "positions of a text do not count up from what its sample shares"),
+    (samples_run_together, "in pieces, or not in order"),
+    (texts_run_together, "positions of a text do not count up"),
+    (in_pieces, "in pieces, or not in order"),
+    (no_documents, "they would see each other"),
+    (image_of_another_sample, "image of another sample or text than the position"),
+    (image_of_another_text, "image of another sample or text than the position"),
+    (image_cut_short, "image of fewer than 2 positions"),
+    (no_such_image, "image_index: 99 is none of the batch's 4 images"),
+    (unused_image, "images: 1 of 4 stand in no row"),
+    (text_untrained, "text without a trained token"),
+    (into_the_next_sample, "label reaches beyond its text"),
+    (end_of_inner_sample_lost, "last trained token of an answer is not EOS"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "finding"), PACK_FAULTS, ids=[spoil.__name__ for spoil, _ in PACK_FAULTS])
+def test_each_fault_of_a_pack_is_found(spoil: Callable[[Batch], None], finding: str) -> None:
+    batch = packed()
+    spoil(batch)
+    batch.targets = flat_targets(batch.labels)
+    assert any(finding in line for line in audit(batch, PLAIN.eos_id)), audit(batch, PLAIN.eos_id)
+
+
+def test_every_changed_label_of_a_pack_is_found() -> None:
+    good = packed(pad=1)
+    for at in range(good.labels.shape[1]):
+        for value in (IGNORE, 299, int(good.input_ids[0, at])):
+            batch = packed(pad=1)
+            if int(batch.labels[0, at]) == value:
+                continue
+            batch.labels[0, at] = value
+            batch.targets = flat_targets(batch.labels)
+            assert audit(batch, PLAIN.eos_id), (at, value)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_no_random_pack_has_findings(data: st.DataObject) -> None:
+    words = st.sampled_from(["", "is it?", "so <image>?", "<image> no"])
+    samples = []
+    for number in range(data.draw(st.integers(1, 4))):
+        prompts = data.draw(st.lists(words, min_size=1, max_size=3))
+        with_images = any("<image>" in prompt for prompt in prompts)
+        prompts = [prompt for prompt in prompts if "<image>" in prompt] if with_images else prompts
+        images = 1 if with_images else data.draw(st.integers(0, 2))
+        samples.append(Sample(f"s{number}", (RED,) * images, tuple(Text(prompt, "yes") for prompt in prompts)))
+    batch = packed(samples, image_tokens=data.draw(st.sampled_from([0, 1, 3])), pad=data.draw(st.integers(0, 2)))
+    assert audit(batch, PLAIN.eos_id) == []
+    shown = render_rows(batch, PLAIN, color=False)
+    assert sum(row.count("[yes<eos>]") for row in shown) == sum(len(sample.texts) for sample in (*samples, samples[0]))
+
+
+# ---- turns and tiles -------------------------------------------------------------------------------------------------
+
+
+def conversation() -> Batch:
+    """Prompt, answer, end of turn "#", prompt, answer, "#"."""
+    tokens = [
+        (c, kind) for part, kind in (("hi", 2), ("yo#", 3), ("so?", 2), ("no#", 3)) for c in [ord(c) for c in part] for kind in [kind]
+    ]
+    batch = make_batch([[("", "x" * (len(tokens) - 2))]], image_tokens=0, pad=2)
+    end = len(tokens)
+    batch.input_ids[0, :end] = torch.tensor([token for token, _ in tokens])
+    batch.kinds[0, :end] = torch.tensor([kind for _, kind in tokens])
+    batch.labels[:] = IGNORE
+    for at, (token, kind) in enumerate(tokens):
+        if kind == Kind.ANSWER:
+            batch.labels[0, at - 1] = token
+    batch.targets = flat_targets(batch.labels)
+    return batch
+
+
+def test_each_turn_ends() -> None:
+    end = ord("#")
+    assert audit(conversation(), EOS, ends={end}) == []
+    (row,) = render_rows(conversation(), Letters(), color=False)
+    assert "hi[yo#]so?[no#]" in row
+    assert len(audit(conversation(), EOS)) == 1 and "2 positions, the first is 4" in audit(conversation(), EOS)[0]
+    for at, text in ((4, "yo"), (10, "no")):  # an end of turn is not trained
+        batch = conversation()
+        batch.labels[0, at - 1] = IGNORE
+        batch.targets = flat_targets(batch.labels)
+        found = "\n".join(audit(batch, EOS, ends={end}))
+        assert "not EOS or an end of turn" in found and f"[{text}]" in render_rows(batch, Letters(), color=False)[0]
+    batch = conversation()
+    batch.input_ids[0, 4], batch.labels[0, 3] = ord("."), ord(".")
+    assert audit(batch, EOS, ends={end}) and audit(batch, EOS, ends={end}, every_turn=False) == []
+
+
+def test_an_answer_goes_on_behind_its_tiles() -> None:
+    tokenizer = Tokenizer.train(["is it so?"], 300)
+    images = ImagesConfig(fit="tiles", max_side=16, marker_grid=2)
+    tokenizer.add_tokens(images.new_tokens())
+    for image_tokens in (0, 2):
+        encoder = Encoder(tokenizer, DataConfig(images=images), Layout(image_tokens, 8, 100, 200, 0), seed=0)
+        texts = (Text("", "a<image>no"), Text("<image>?", "no"))
+        batch = collate([encoder.encode(Sample("s", (RED,), texts), 0)], tokenizer.pad_id, None)
+        assert audit(batch, tokenizer.eos_id, markers=encoder.marker_ids) == []
+        unknown = [line for line in audit(batch, tokenizer.eos_id) if "not EOS" in line]
+        assert len(unknown) == (image_tokens > 0)  # nobody says that markers belong to the image
+        row = render_rows(batch, tokenizer, False, tokenizer.special_names)[0]
+        assert row.count("<|global_image|>") == 2 and row.count("<row_2_col_2>") == 2
+
+
+# ---- contact sheet ---------------------------------------------------------------------------------------------------
 
 
 def test_contact_sheet_places_every_image() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -36,7 +36,7 @@ def flawed(pictures: list[Sample]) -> list[Sample | None]:
     return [*pictures, None, broken, mute]
 
 
-@pytest.mark.parametrize("batching", ["pad", "group"])
+@pytest.mark.parametrize("batching", ["pad", "group", "pack"])
 def test_workers_and_resume_give_the_same_stream(
     list_source: Any, make_encoder: MakeEncoder, flawed: list[Sample | None], batching: str
 ) -> None:
@@ -89,14 +89,35 @@ def test_nothing_usable_is_an_error(list_source: Any, make_encoder: MakeEncoder)
 
 def test_padding_modes(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:
     widths = {}
-    for batching in ("pad", "group"):
-        encoder = make_encoder(max_text_len=200, seq_len=202, pad_to=202, batching=batching)
+    for batching, by in (("pad", "characters"), ("group", "characters"), ("group", "positions")):
+        encoder = make_encoder(max_text_len=200, seq_len=202, pad_to=202, batching=batching, group_by=by)
         batches = list(islice(loader(list_source(pictures), encoder, batch_size=4), 6))
-        widths[batching] = [batch.input_ids.shape[1] for batch in batches]
+        widths[batching, by] = [batch.input_ids.shape[1] for batch in batches]
         assert sum(batch.useful_tokens for batch in batches) == sum(encoder.encode(s, 0).table.shape[1] for s in pictures)
-    assert set(widths["pad"]) == {202}
-    assert max(widths["group"]) < 202
-    assert len(set(widths["group"])) > 1
+    assert set(widths["pad", "characters"]) == {202}
+    assert max(widths["group", "characters"]) < 202
+    assert len(set(widths["group", "characters"])) > 1
+    assert sum(widths["group", "positions"]) <= sum(widths["group", "characters"])
+    lengths = sorted(encoder.encode(s, 0).table.shape[1] for s in pictures)
+    assert sorted(widths["group", "positions"]) == lengths[3::4], "four rows of like length each"
+
+
+@pytest.mark.parametrize(("batching", "most"), [("pad", 8), ("group", 32 * 8)])
+def test_training_starts_before_all_is_read(
+    list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample], batching: str, most: int
+) -> None:
+    read: set[int] = set()
+
+    class Watched(Sequence[Sample]):
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, index: Any) -> Any:
+            read.add(index)
+            return pictures[index % len(pictures)]
+
+    next(iter(loader(list_source(Watched()), make_encoder(batching=batching))))
+    assert len(read) == most
 
 
 def test_few_samples_fill_a_large_batch(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:

@@ -105,7 +105,7 @@ def test_templates(make_encoder: MakeEncoder, tokenizer: Tokenizer) -> None:
     encoder = make_encoder(prompt_template="Q: {prompt} A:", answer_template=" {answer}.")
     table = encoder.encode(Sample("s", (), (Text("{x}?", "red"),)), 0).table
     assert tokenizer.decode(table[INPUT_IDS]) == "Q: {x}? A: red."
-    prompt, _ = encoder.encode_prompt("{x}?", 0)
+    prompt = encoder.encode_prompt("{x}?", 0).ids
     assert prompt == table[INPUT_IDS, : len(prompt)].tolist()
     assert table[KINDS, len(prompt) - 1 : len(prompt) + 1].tolist() == [Kind.PROMPT, Kind.ANSWER]
 

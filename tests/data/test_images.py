@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from kempnerforge.data import ImageError, load_image
-from kempnerforge.data.images import ImageCache
+from kempnerforge.data.images import image_size, opened
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 255, (48, 64, 3), dtype=np.uint8))
@@ -38,11 +39,33 @@ def png_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def text_bomb() -> bytes:
-    """A PNG with a comment that unpacks to 100 MB."""
+def with_chunk(name: bytes, data: bytes, before: bytes = b"IDAT") -> bytes:
+    """A good PNG with one more chunk."""
     plain = encoded(NOISE)
-    at = plain.index(b"IDAT") - 4
-    return plain[:at] + chunk(b"zTXt", b"k\0\0" + zlib.compress(b"A" * 100_000_000, 9)) + plain[at:]
+    at = plain.rindex(before) - 4
+    return plain[:at] + chunk(name, data) + plain[at:]
+
+
+ZEROS = zlib.compress(b"A" * 100_000_000, 9)
+"""100 MB in 97 kB."""
+
+
+def gif_of_large_screen() -> bytes:
+    """A GIF of a few bytes whose screen has 65,000 pixels a side."""
+    return b"GIF89a" + struct.pack("<HHBBB", 65000, 65000, 0, 0, 0) + b",\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+
+
+def gif_with_frame_beyond_its_screen() -> bytes:
+    """A screen of one pixel, and a first frame that makes it 65,000 wide and high."""
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 65000, 65000, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + frame + b"\x02\x02D\x01\0;"
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("image.png", encoded(NOISE))
+    return buffer.getvalue()
 
 
 def flipped(data: bytes) -> bytes:
@@ -50,6 +73,22 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
 
 
+def rgb_of_16_bits() -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write."""
+    high = np.asarray(NOISE)
+    lines = np.zeros((48, 1 + 64 * 6), dtype=np.uint8)
+    lines[:, 1::2] = high.reshape(48, -1)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
+TURNED = turned()
 JPEG = encoded(NOISE.resize((640, 480)), "JPEG")
 PNG = encoded(NOISE)
 
@@ -68,7 +107,14 @@ REFUSED = {
     "png bomb 20000x20000": (png_bomb(20000, 20000), "exceeds 64000000 pixels"),
     "png bomb 12000x12000": (png_bomb(12000, 12000), "12000x12000 exceeds 64000000 pixels"),
     "png 9000x9000": (png_bomb(9000, 9000), "9000x9000 exceeds 64000000 pixels"),
-    "text bomb": (text_bomb(), "not an image|cannot be decoded"),
+    "text bomb": (with_chunk(b"zTXt", b"k\0\0" + ZEROS), "not an image"),
+    "international text bomb": (with_chunk(b"iTXt", b"k\0\1\0\0\0" + ZEROS), "not an image"),
+    "text bomb behind the pixels": (with_chunk(b"zTXt", b"k\0\0" + ZEROS, b"IEND"), "cannot be decoded"),
+    "colour profile bomb": (with_chunk(b"iCCP", b"k\0\0" + ZEROS), "not an image"),
+    "zip": (zipped(), "not an image"),
+    "gif of a huge screen": (gif_of_large_screen(), "exceeds 64000000 pixels"),
+    "gif with a huge first frame": (gif_with_frame_beyond_its_screen(), "exceeds 64000000 pixels"),
+    "webp cut at half": (encoded(NOISE, "WEBP")[:2000], "not an image|cannot be decoded"),
     "1x3000": (encoded(NOISE.resize((1, 3000))), "degenerate size 1x3000"),
     "65000x1": (encoded(NOISE.resize((65000, 1))), "degenerate size 65000x1"),
 }
@@ -85,6 +131,13 @@ ACCEPTED = {
     "1-bit": encoded(NOISE.convert("1")),
     "16-bit gray": encoded(Image.fromarray(RNG.integers(0, 65535, (48, 64)).astype(np.uint16))),
     "1x1": encoded(NOISE.resize((1, 1))),
+    "16-bit rgb": rgb_of_16_bits(),
+    "exif orientation": encoded(NOISE, "JPEG", exif=TURNED),
+    "damaged exif": encoded(NOISE, "JPEG", exif=b"Exif\0\0" + RNG.bytes(40)),
+    "several pictures in a jpeg": encoded(NOISE, "MPO", save_all=True, append_images=[NOISE]),
+    "more bytes behind the end": encoded(NOISE, "JPEG") + RNG.bytes(500),
+    "animated png": encoded(NOISE, "PNG", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
+    "animated webp": encoded(NOISE, "WEBP", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
     "animated gif": encoded(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
     "webp": encoded(NOISE, "WEBP"),
     "bmp": encoded(NOISE, "BMP"),
@@ -142,17 +195,21 @@ def test_16_bit_gray_is_scaled() -> None:
 def test_exif_orientation_is_applied() -> None:
     picture = Image.new("RGB", (16, 16), "black")
     picture.paste("white", (0, 0, 16, 8))  # the upper half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise: the upper half comes to the right
-    pixels = load_image(encoded(picture, "JPEG", exif=exif.tobytes(), quality=95), 16)
+    pixels = load_image(encoded(picture, "JPEG", exif=TURNED, quality=95), 16)  # by 90 degrees clockwise: the upper half is on the right
     assert pixels[:, 10:].mean() > 240
     assert pixels[:, :6].mean() < 15
 
 
 def test_first_frame_of_several() -> None:
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    pixels = load_image(encoded(first, "GIF", save_all=True, append_images=[second]), 8)
-    assert pixels[4, 4].tolist() == [255, 0, 0]
+    for kind, exact in (("GIF", True), ("PNG", True), ("WEBP", False), ("MPO", False)):
+        red, green, blue = load_image(encoded(first, kind, save_all=True, append_images=[second]), 8)[4, 4].tolist()
+        assert (red, green, blue) == (255, 0, 0) if exact else red > 240 and max(green, blue) < 20, kind
+
+
+def test_16_bit_rgb_keeps_its_upper_bytes() -> None:
+    with opened(ACCEPTED["16-bit rgb"]) as picture:
+        assert np.array_equal(np.asarray(picture.pixels((64, 48))), np.asarray(NOISE))
 
 
 def test_large_jpeg_is_close_to_a_full_decode() -> None:
@@ -165,9 +222,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
     """Random damage to every kind of file: an array or an ``ImageError``."""
     rng = np.random.default_rng(1)
     small = NOISE.resize((24, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    files = [encoded(small, kind) for kind in ("PNG", "WEBP", "GIF", "BMP")] + [encoded(small, "JPEG", exif=exif.tobytes())]
+    files = [encoded(small, kind) for kind in ("PNG", "WEBP", "GIF", "BMP")] + [encoded(small, "JPEG", exif=TURNED)]
     for data in files:
         for _ in range(150):
             damaged = bytearray(data)
@@ -191,26 +246,30 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_image(tmp_path / "pipe.png", 8)
 
 
-def test_cache_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[object] = []
+def test_the_header_alone_says_the_upright_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    upright = {name: data for name, data in ACCEPTED.items() if name not in ("jpeg with a flipped bit", "1x1")}
+    sizes = {name: load_through(data) for name, data in upright.items()}
+    late = with_chunk(b"eXIf", TURNED.removeprefix(b"Exif\0\0"), b"IEND")  # behind the pixels
+    assert image_size(late) == load_through(late) == (48, 64)
 
-    def counting(source: Path | bytes, size: int) -> np.ndarray:
-        decoded.append(source)
-        return load_image(source, size)
+    def decode(self: Image.Image) -> None:
+        raise AssertionError("decoded")
 
-    monkeypatch.setattr("kempnerforge.data.images.load_image", counting)
-    sources = [encoded(Image.new("RGB", (512, 512), (k, 0, 0))) for k in range(3)]  # 768 kB each when decoded
-    (tmp_path / "a.png").write_bytes(sources[0])
-    cache = ImageCache(2)
-    for source in (sources[0], tmp_path / "a.png", sources[0], tmp_path / "a.png"):
-        assert cache.load(source, 512)[0, 0, 0] == 0
-    assert len(decoded) == 2
-    cache.load(sources[1], 512)  # sends sources[0] away, the least recently used
-    cache.load(tmp_path / "a.png", 512)
-    assert len(decoded) == 3
-    cache.load(sources[0], 512)
-    assert len(decoded) == 4
-    off = ImageCache(0)
-    off.load(sources[2], 512)
-    off.load(sources[2], 512)
-    assert len(decoded) == 6
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    for name, data in upright.items():
+        (tmp_path / "image").write_bytes(data)
+        assert image_size(data) == image_size(tmp_path / "image") == sizes[name], name
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert image_size(encoded(NOISE, kind, exif=TURNED)) == (48, 64), kind
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert image_size(encoded(NOISE, "JPEG", xmp=xmp)) == (48, 64)
+    for data, reason in REFUSED.values():
+        if reason != "cannot be decoded":
+            with pytest.raises(ImageError, match=reason):
+                image_size(data)
+
+
+def load_through(data: bytes) -> tuple[int, int]:
+    """The size of the decoded image."""
+    with opened(data) as picture:
+        return picture.pixels((4000, 4000)).size

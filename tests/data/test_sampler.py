@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections import Counter
 
@@ -9,18 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kempnerforge.data import StepSampler
-from kempnerforge.data.sampler import WINDOW
+from kempnerforge.data.order import Mixed, Shuffled, Windowed
+from kempnerforge.data.sampler import WINDOW, Lengths
 
 SHARES = [(world, accum) for world in (1, 2, 4) for accum in (1, 2, 4)]
 
 
-def lengths_of(n: int) -> list[int]:
-    return np.random.default_rng(n).integers(1, 200, size=n).tolist()
+def lengths_of(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(1, 200, size=n)
+
+
+def grouped(n: int, batching: str) -> Lengths | None:
+    return lengths_of(n).__getitem__ if batching == "group" else None
 
 
 def global_stream(n: int, batch: int, world: int, accum: int, batching: str, start: int, stop: int) -> list[list[tuple[int, int]]]:
     """Per step what all ranks together take, micro-batch by micro-batch, by iterating the samplers."""
-    ranks = [iter(StepSampler(lengths_of(n), batch, r, world, accum, 3, start, batching)) for r in range(world)]
+    ranks = [iter(StepSampler(n, batch, r, world, accum, 3, start, grouped(n, batching))) for r in range(world)]
     return [[item for _ in range(accum) for rank in ranks for item in next(rank)] for _ in range(start, stop)]
 
 
@@ -45,7 +51,7 @@ def test_global_stream_is_the_same_for_any_sharing_and_resume(
 @settings(max_examples=40, deadline=None)
 def test_each_epoch_is_covered_exactly_once(batches: int, size: int, batching: str) -> None:
     n = batches * size
-    sampler = StepSampler(lengths_of(n), size, seed=5, batching=batching)
+    sampler = StepSampler(n, size, seed=5, lengths=grouped(n, batching))
     for epoch in range(3):
         seen = [index for step in range(epoch * batches, (epoch + 1) * batches) for index, _ in sampler.batch(step)]
         assert sorted(seen) == list(range(n))
@@ -54,7 +60,7 @@ def test_each_epoch_is_covered_exactly_once(batches: int, size: int, batching: s
 @given(n=st.integers(1, 50), size=st.integers(1, 64), batching=st.sampled_from(["pad", "group"]))
 @settings(max_examples=60, deadline=None)
 def test_every_sample_is_equally_often_seen_when_sizes_do_not_divide(n: int, size: int, batching: str) -> None:
-    sampler = StepSampler(lengths_of(n), size, batching=batching)
+    sampler = StepSampler(n, size, lengths=grouped(n, batching))
     steps = n  # n steps of `size` samples are `size` epochs
     counts = Counter(index for step in range(steps) for index, _ in sampler.batch(step))
     assert counts == dict.fromkeys(range(n), size)
@@ -72,10 +78,10 @@ def test_epochs_and_seeds_are_ordered_differently() -> None:
 
 def test_grouping_puts_like_lengths_together_in_random_order() -> None:
     n, size = 16 * WINDOW, 16
-    lengths = np.array(lengths_of(n))
+    lengths = lengths_of(n)
     spread = {}
     for batching in ("pad", "group"):
-        sampler = StepSampler(lengths, size, seed=1, batching=batching)
+        sampler = StepSampler(n, size, seed=1, lengths=grouped(n, batching))
         spread[batching] = np.mean([np.ptp(lengths[sampler.global_indices(s)]) for s in range(WINDOW)])
         means = [lengths[sampler.global_indices(s)].mean() for s in range(WINDOW)]
     assert spread["group"] < 0.1 * spread["pad"]
@@ -83,7 +89,7 @@ def test_grouping_puts_like_lengths_together_in_random_order() -> None:
 
 
 def test_step_is_random_access_and_pickles() -> None:
-    sampler = StepSampler(lengths_of(100), 8, 1, 2, 2, 7, batching="group")
+    sampler = StepSampler(100, 8, 1, 2, 2, 7, lengths=grouped(100, "group"))
     expected = [sampler.batch(s) for s in range(20)]
     copy = pickle.loads(pickle.dumps(sampler))
     assert [copy.batch(s) for s in reversed(range(20))] == expected[::-1]
@@ -98,3 +104,38 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(world: int, accum: int) ->
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
         StepSampler(0, 4)
+
+
+def digest(sampler: StepSampler, steps: int) -> str:
+    return hashlib.sha256(np.concatenate([sampler.global_indices(s) for s in range(steps)]).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def test_the_order_of_earlier_runs_stays() -> None:
+    """Five epochs and a bit; a run that was begun with this order resumes with it."""
+    assert digest(StepSampler(1000, 16, seed=3), 330) == "f0dd882d18350f32"
+    assert digest(StepSampler(1000, 16, seed=3, lengths=grouped(1000, "group")), 330) == "5a4e5572f60eb669"
+
+
+@given(start=st.integers(1, 90), size=st.integers(1, 9), asked=st.integers(0, 120))
+@settings(max_examples=40, deadline=None)
+def test_a_phase_begins_exactly_with_its_step(start: int, size: int, asked: int) -> None:
+    order = Mixed([Shuffled(50, 0), Shuffled(50, 1)], [0, 50], [(0, [1, 0]), (start, [0, 1])])
+    for batching in ("pad", "group"):
+        indices = StepSampler(order, size, lengths=grouped(100, batching)).global_indices(asked)
+        assert set(indices // 50) == {int(asked >= start)}
+
+
+@given(batches=st.integers(1, 40), window=st.integers(1, 60), size=st.integers(1, 20), world=st.sampled_from([1, 2]))
+@settings(max_examples=40, deadline=None)
+def test_a_stream_is_not_read_far_ahead(batches: int, window: int, size: int, world: int) -> None:
+    """Within an epoch no sample is further behind the furthest one read than a window of the order, and of the sampler where it sorts."""
+    n = batches * size * world
+    order = Windowed(n, 1, window)
+    for batching in ("pad", "group"):
+        sampler = StepSampler(order, size * world, 0, world, lengths=grouped(n, batching))
+        bound = window if batching == "pad" else max(window, size * world) + 2 * window
+        furthest = 0
+        for step in range(batches):
+            for index, _ in sampler.batch(step):
+                furthest = max(furthest, index)
+                assert furthest - index < bound

@@ -95,7 +95,7 @@ class Scripted(nn.Module):
             self.replies, self.position = [self._reply(batch, row) for row in range(len(batch.input_ids))], 0
         ids = torch.tensor([reply[self.position] if self.position < len(reply) else TOKENIZER.pad_id for reply in self.replies])
         self.position += 1
-        return Output(torch.zeros(()), nn.functional.one_hot(ids, TOKENIZER.vocab_size).float())
+        return Output(torch.zeros(()), nn.functional.one_hot(ids, max(TOKENIZER.vocab_size, 1 + int(ids.max()))).float())
 
     def _reply(self, batch: Batch, row: int) -> list[int]:
         prompt = TOKENIZER.decode(batch.input_ids[row][batch.kinds[row] == Kind.PROMPT].tolist()).strip()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from kempnerforge.config import EvalConfig
+from kempnerforge.config import DataConfig, EvalConfig
+from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.template import TurnsConfig
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.encode import Encoder
+from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import BLANK, Answer, Question, evaluate, question_only_prior, questions
 from tests.dist import run_ranks
 from tests.eval.scripted import (
@@ -189,6 +198,75 @@ def test_a_real_model() -> None:
     own = [replace(a.question, truth=a.text) for a in first.answers]
     assert evaluate(it.model, own, it.encoder, replace(CFG, batch_size=1), Alone(), DEVICE).exact_match == 1
     assert tokenizer().vocab_size == it.job.model.vocab_size
+
+
+# ---- tiles, conversations, kinds -----------------------------------------------------------------------------------------
+
+
+def block(width: int, height: int, level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tiled_encoder(**cfg: Any) -> Encoder:
+    images = ImagesConfig(fit="tiles", max_side=16, marker_grid=2)
+    made = Tokenizer.train(["what colour?\n", "red", "blue", "yes", "no"] * 4, 300)
+    made.add_tokens(["<end>", *images.new_tokens()])
+    return Encoder(made, DataConfig(images=images, **cfg), Layout(4, 8, 64, 200, 36), seed=0)
+
+
+def test_tiles_are_asked_about_as_in_training_and_blanked_one_by_one() -> None:
+    encoder, model = tiled_encoder(), Scripted(lambda prompt, level: "red")
+    samples = [
+        Sample("wide", (block(20, 6, 10),), (Text("what colour?", "red"),)),
+        Sample("square", (block(9, 9, 20),), (Text("what colour?", "red"),)),
+        Sample("wide, too", (block(30, 9, 200),), (Text("what colour?", "blue"),)),
+        Sample("broken", (BROKEN,), (Text("what colour?", "red"),)),
+    ]
+    score = evaluate(model, asked_of(samples), encoder, replace(CFG, batch_size=4), Alone(), DEVICE)
+    assert [level for _, level in model.asked] == [(10,) * 3, (20,) * 5, (200,) * 3]
+    assert (score.right, score.total) == (2, 3) and [name for name, _ in score.skipped] == ["broken"]
+    blind = Scripted(lambda prompt, level: "red")
+    score = evaluate(blind, asked_of(samples), encoder, CFG, Alone(), DEVICE, blind=True)
+    assert [level for _, level in blind.asked] == [(BLANK,) * 3, (BLANK,) * 5], "asked once for each number of views"
+    assert (score.right, score.total) == (2, 3) and [name for name, _ in score.skipped] == ["broken"]
+
+
+def test_conversations_are_asked_turn_by_turn() -> None:
+    text = Text("what?", "red", more=(("and?", "blue"), ("so?", "no")))
+    found, _ = questions(ListSource([Sample("s", (), (text,)), Sample("t", (), (Text("what?", "blue"),))]))
+    assert [(q.prompt, q.truth) for q in found] == [("what?", "red"), ("and?", "blue"), ("so?", "no"), ("what?", "blue")]
+    model = Scripted(lambda prompt, level: "red")
+    score = evaluate(model, found, TEXT_ENCODER, CFG, Alone(), DEVICE)
+    lines = [TOKENIZER.encode(part) for part in ("what?\n", "and?\n", "so?\n")]
+    row = TEXT_ENCODER.encode_question(found[2].asked, ()).ids
+    assert row == [1, *lines[0], *TOKENIZER.encode("red"), 2, *lines[1], *TOKENIZER.encode("blue"), 2, *lines[2]]
+    assert (score.right, score.total) == (1, 4)
+    assert "no" not in str(found[2].unseen), "what is asked does not hold the truth"
+    assert found[0].unseen == found[3].unseen != found[1].unseen
+
+
+def test_an_answer_ends_where_its_template_says() -> None:
+    ended = tiled_encoder(template="turns", turns=TurnsConfig(end="<end>"))
+    end_id = ended.texts[0].end_id
+    assert end_id != ended.tokenizer.eos_id
+    asked = [Question("s", (), "what colour?", "red")]
+
+    class Ending(Scripted):
+        def _reply(self, batch: Batch, row: int) -> list[int]:
+            return [*ended.tokenizer.encode("red"), end_id, *ended.tokenizer.encode("blue")]
+
+    assert evaluate(Ending(shade), asked, ended, CFG, Alone(), DEVICE).answers[0].text == "red"
+
+
+def test_each_kind_is_counted_alone() -> None:
+    samples = [Sample(str(k), (), (Text("what colour?", truth, kind=kind),)) for k, (truth, kind) in enumerate(KINDS)]
+    score = evaluate(Scripted(lambda prompt, level: "red"), asked_of(samples), TEXT_ENCODER, CFG, Alone(), DEVICE)
+    assert score.by_kind == {"counting": (1, 2), "reading": (1, 1)} and (score.right, score.total) == (2, 4)
+
+
+KINDS = [("red", "reading"), ("blue", "counting"), ("red", "counting"), ("blue", "")]
 
 
 @pytest.mark.dist

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.collate import prompt_batch
-from kempnerforge.eval.generate import Sampling, choose, generate
+from kempnerforge.eval.generate import Sampling, TextStream, choose, generate, generate_stream, tokens_of
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import Output
 from tests.eval.scripted import ENCODER, TEXT_ENCODER, TOKENIZER, Scripted
@@ -149,3 +154,73 @@ def test_a_seed_gives_the_same_text_again() -> None:
     batch = it.prompts([("what?", []), ("is it red?", [])], [])
     made = [generate(it.model, batch, max_new_tokens=8, eos_id=-1, sampling=Sampling(1.0, seed=seed)) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, seed=3)])
+def test_a_stream_is_what_generate_collects(sampling: Sampling) -> None:
+    it = tiny(None)
+    batch = it.prompts([("what?", []), ("is it red?", [])], [])
+    whole = generate(it.model, batch, max_new_tokens=12, eos_id=-1, sampling=sampling)
+    stream = generate_stream(it.model, batch, max_new_tokens=12, eos_id=-1, sampling=sampling)
+    assert [list(row) for row in zip(*(ids.tolist() for ids in stream), strict=True)] == whole
+    alone = it.prompts([("what?", [])], [])
+    assert (
+        list(tokens_of(it.model, alone, max_new_tokens=12, eos_id=-1, sampling=sampling))
+        == generate(it.model, alone, max_new_tokens=12, eos_id=-1, sampling=sampling)[0]
+    )
+
+
+def test_a_stream_works_only_when_asked_and_leaves_gradients_on() -> None:
+    model = Scripted(lambda prompt, level: ANSWERS[prompt])
+    batch = prompt_batch([TEXT_ENCODER.encode_prompt("c", 0)], None, None, TEXT_ENCODER.layout, TOKENIZER.pad_id)
+    stream = generate_stream(model, batch, max_new_tokens=50, eos_id=TOKENIZER.eos_id)
+    assert model.replies == []
+    first = next(stream)
+    assert model.position == 1 and torch.is_grad_enabled() and not first.requires_grad
+    del stream
+    assert model.position == 1, "nobody asked for more"
+
+
+def streamed_text(ids: Sequence[int], decode: Any = TOKENIZER.decode) -> list[str]:
+    stream = TextStream(decode)
+    return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(blacklist_categories=("Cs",)), max_size=40))
+def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
+    pieces = streamed_text(TOKENIZER.encode(text))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40))
+def test_any_tokens_stream_to_their_text(ids: list[int]) -> None:
+    """Bytes that are no characters, and special tokens in the middle."""
+    assert "".join(streamed_text(ids)) == TOKENIZER.decode(ids)
+
+
+def test_decoders_that_trim_the_first_token() -> None:
+    """Metaspace drops the blank that a text starts with; a piece in the middle keeps its own."""
+    words = ["\u2581the", "\u2581cat", "s", "\u2581sat"]
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(words[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+    assert streamed_text([0, 1, 2, 3], decode) == ["the", " cat", "s", " sat", ""]
+
+
+def test_the_work_of_a_stream_grows_with_its_text() -> None:
+    seen: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        seen.append(len(ids))
+        return TOKENIZER.decode(ids)
+
+    streamed_text(TOKENIZER.encode("red blue " * 50), decode)
+    assert max(seen) <= 3

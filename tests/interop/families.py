@@ -43,6 +43,8 @@ def rope(theta: float = 1e4, kind: str = "default", **more: Any) -> dict[str, An
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+GEMMA: dict[str, Any] = {"norm_plus_one": True, "embed_scale": True, "activation": "geglu", "head_dim": 16, "tie_embeddings": True}
+
 # name -> (class in transformers, our knobs, theirs)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("Llama", {"rope_theta": 5e5, "norm_eps": 1e-5}, {"rms_norm_eps": 1e-5, **rope(5e5)}),
@@ -58,8 +60,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 20, "rope_theta": 1e6}, {"head_dim": 20, **rope(1e6)}),
     "gemma": (
         "Gemma",
-        {"norm_plus_one": True, "embed_scale": True, "activation": "geglu", "head_dim": 16, "n_kv_heads": 1, "tie_embeddings": True},
+        GEMMA | {"n_kv_heads": 1},
         {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "gemma2": (
+        "Gemma2",
+        GEMMA | {"post_norms": True, "attention_softcap": 5.0, "logit_softcap": 3.0, "attention_scale": 20**-0.5},
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 64}
+        | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        GEMMA
+        | {"post_norms": True, "qk_norm": True, "attention_scale": 20**-0.5, "n_layers": 4}
+        | {"rope_theta": 1e6, "rope_scaling": RopeScaling("linear", 8.0), "rope_local_theta": 1e4, "rope_global_interval": 3},
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 64, "num_hidden_layers": 4}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            }
+        },
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {"n_layers": 4, "nope_interval": 3, "rope_theta": 2e6, "tie_embeddings": True},
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True, **rope(2e6)},
     ),
 }
 
@@ -72,9 +99,10 @@ def config_of(family: str, **knobs: Any) -> ModelConfig:
 def save(family: str, path: Path, shard_size: str = "1GB", dtype: torch.dtype = torch.float32) -> Any:
     """Writes a random model of ``family`` to ``path``; every tensor of it is away from its usual start."""
     name, _, knobs = FAMILIES[family]
-    model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**THEIRS | knobs)).to(dtype).eval()
+    config = getattr(hf, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = getattr(hf, f"{name}ForCausalLM")(config(**THEIRS | knobs)).to(dtype).eval()
     draws = torch.Generator().manual_seed(0)
     for key, p in model.named_parameters():
-        nn.init.normal_(p, mean=float("norm" in key and name != "Gemma"), std=0.1, generator=draws)
+        nn.init.normal_(p, mean=float("norm" in key and "Gemma" not in name), std=0.1, generator=draws)
     model.save_pretrained(path, max_shard_size=shard_size)
     return model

@@ -181,7 +181,7 @@ def test_another_model_is_refused(saved: Path, knobs: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "mamba"}, "model_type = 'mamba': text weights are read from gemma, llama,"),
+        ({"model_type": "mamba"}, "model_type = 'mamba': text weights are read from gemma, gemma2, gemma3_text, llama,"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
         ({"sliding_window": 32}, "sliding_window = 32: .* model.max_seq_len = 64"),

@@ -206,7 +206,7 @@ def built(job: JobConfig) -> Scripted:
     it = assemble(job, tokenizer(*job.model.new_tokens), data=False)
     shake(it.model, 0.1)
     sources: list[Any] = [range(1000)] * max(1, len(it.stages))
-    return Scripted(it.job, it.stages, it.tokenizer, it.model, it.layout, sources, None)
+    return Scripted(it.job, it.stages, it.tokenizer, it.model, it.layouts, sources, None)
 
 
 def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
     assembly, train, cfg = built(it.job), it.job.train, it.job.optimizer
     model = assembly.model.to(torch.float32 if train.mixed_precision == "fp32" else torch.bfloat16)
     if model.has_images:
-        model.encode = lambda images: model.adapter(model.vision_encoder(images))  # nothing is spared
+        model.encode = lambda images, seen=None: model.adapter(model.vision_encoder(images))  # nothing is spared
     weights = {name: nn.Parameter(value.detach().clone()) for name, value in built(it.job).model.named_parameters()}
     optimizer: torch.optim.Optimizer | None = None
     for step, want in enumerate(it.trainable):

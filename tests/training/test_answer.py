@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.eval.generate import Sampling
 from kempnerforge.training.answer import Answerer
 from tests.training.tiny import CONFIG, Ended, call, rows_of, write_config, write_rows
 
@@ -57,9 +56,9 @@ def test_room_is_what_all_images_leave(trained: Path) -> None:
     model = Answerer(trained / "run")
     images = [trained / "0.png", trained / "1.png"]
     taken = len(model.encoder.encode_prompt(ASKED, 2).ids) + 2 * 4
-    model.answer(ASKED, images, 64 - taken, Sampling())
+    model.ask(ASKED, images, 64 - taken).finish()
     with pytest.raises(ValueError, match=f"with the prompt's {taken} positions"):
-        model.answer(ASKED, images, 65 - taken, Sampling())
+        model.ask(ASKED, images, 65 - taken)
 
 
 def test_evaluation_and_inspection_of_interleaved_rows(trained: Path) -> None:

@@ -329,5 +329,5 @@ def test_inspection_in_color_marks_the_same_tokens(job_path: Path, tmp_path: Pat
     job = load_config(job_path)
     plain, color = (next(inspect_stages(job, 2, 0, tmp_path, color=c)).rows for c in (False, True))
     for a, b in zip(plain, color, strict=True):
-        marked = b.split("\x1b[30;42m")[1].split("\x1b[0m")[0]
-        assert a.endswith(f"[{marked}]") and marked.endswith("<eos>")
+        answer, end = (part.split("\x1b[0m")[0] for part in b.split("30;42m")[1:])  # a special token is underlined
+        assert a.endswith(f"[{answer}{end}]") and end == "<eos>"

@@ -227,6 +227,18 @@ def test_another_config_is_refused_with_the_difference(override: str, line: str,
     assert_same_tensors(tensors(tmp_path / "run"), before)
 
 
+def test_edited_data_behind_the_same_path_are_noticed(tmp_path: Path):
+    config = make_job(tmp_path)
+    assert call("train", config, "--train.max_steps=2", "--eval.at_end=false").code == 0
+    rows = rows_of(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [*rows[:5], rows[5] | {"answer": "purple"}, *rows[6:]])
+    ended = call("train", config)
+    assert ended.code == 2 and "training data of stage 'train' are no longer those" in ended.err, ended
+    assert call("train", config, "--allow-change=data", "--train.max_steps=4", "--eval.at_end=false").code == 0
+    write_rows(tmp_path / "train.jsonl", rows)
+    assert "--allow-change=data" in call("train", config).err, "the newest checkpoint counts"
+
+
 def test_what_does_not_touch_learning_may_change(tmp_path: Path):
     job = make_job(tmp_path)
     assert call("train", job, "--train.max_steps=2", "--eval.at_end=false").code == 0

@@ -37,7 +37,7 @@ def test_each_stage_has_its_own_row_length(tmp_path: Path):
     cfg = tmp_path / "text.toml"
     cfg.write_text(
         '[model]\ndim = 32\nn_layers = 1\nn_heads = 2\n[data]\nsource = "text"\npath = "text.txt"\ntokenizer_vocab_size = 300\n'
-        '[train]\nbatch_size = 2\nseq_len = 24\n[eval]\nat_end = false\n'
+        "[train]\nbatch_size = 2\nseq_len = 24\n[eval]\nat_end = false\n"
         '[[stages]]\nname = "short"\nsteps = 2\ntrain.seq_len = 16\n[[stages]]\nname = "long"\nsteps = 2\n'
     )
     job = load_config(cfg, [f"--data.path={tmp_path}/text.txt"])

@@ -58,6 +58,12 @@ class MixesTexts(JointDecoder):
         return super().context(replace(batch, text_ids=torch.zeros_like(batch.text_ids)), cache, dtype)
 
 
+@arch("mixes_samples")
+class MixesSamples(JointDecoder):
+    def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
+        return super().context(replace(batch, sample_ids=batch.sample_ids.clamp(max=0), documents=()), cache, dtype)
+
+
 @arch("mixes_images")
 class MixesImages(JointDecoder):
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:

@@ -20,16 +20,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
 from kempnerforge.config import FreezeSpec, ModelConfig, load_config, registry, to_toml
 from kempnerforge.config.plugins import load_plugins
-from kempnerforge.data.batch import IGNORE, Kind
+from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.distributed.world import World
 from kempnerforge.eval.generate import generate
+from kempnerforge.model import attention
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.vlm.build import arch_class, build_model
 from tests.dist import run_ranks
 from tests.vlm.tiny import (
+    ANSWERED,
     INTERLEAVED,
     LATE,
     MODEL,
@@ -38,6 +40,8 @@ from tests.vlm.tiny import (
     SAMPLES,
     THREE,
     TWICE,
+    TWO_IMAGES,
+    WINDOW,
     Tiny,
     accepted_masks,
     all_logits,
@@ -213,12 +217,15 @@ def test_bf16_is_near_fp32(arch: str | None, mask: str, world: World) -> None:
 
 
 @each_mask
-def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "DOCUMENTS_FROM", 1)
     counts = []
     for device in ("meta", "cpu"):
         it = tiny(arch, mask, device=device)
+        batch = it.pack((ONE, THREE, LATE), (ONE, TWICE)) if packed else it.batch(ONE, THREE, LATE)
         with FlopCounterMode(display=False) as counter:
-            it.model(it.batch(ONE, THREE, LATE).to(device)).total.backward()
+            it.model(batch.to(device)).total.backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
@@ -436,6 +443,57 @@ def test_the_loss_is_a_sum_over_targets(arch: str | None) -> None:
     torch.testing.assert_close(output.logits, logits[kept], rtol=1e-5, atol=1e-5)
     want = -logits[kept].log_softmax(-1).gather(-1, batch.labels[kept][:, None]).sum()
     torch.testing.assert_close(output.loss, want, rtol=1e-5, atol=0)
+
+
+# ---- several samples in a row ------------------------------------------------------------------------------------------
+
+
+PACKS = ((THREE, ONE, WINDOW, LATE), (NO_IMAGE, TWO_IMAGES, TWICE), (ANSWERED, INTERLEAVED, ONE, TWICE, WINDOW), (ONE,))
+each_form = pytest.mark.parametrize("apart", [True, False], ids=["apart", "dense"])
+"""Rows taken apart into their samples, as on a CPU, or under one mask, as in other places."""
+
+
+def in_form(batch: Batch, apart: bool, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    monkeypatch.setattr(attention, "DOCUMENTS_FROM", 1)
+    assert batch.documents and batch.has_documents
+    return batch if apart else replace(batch, documents=())
+
+
+@each_mask
+@each_form
+def test_a_sample_in_a_pack_learns_as_it_does_alone(arch: str | None, mask: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits, its loss and what that sends back."""
+    it = watched(arch, mask)
+    together = in_form(it.pack(*PACKS), apart, monkeypatch)
+    alone = it.batch(*(sample for row in PACKS for sample in row))
+    assert together.num_targets == alone.num_targets  # and in the same order
+    got, want = it.model(together), it.model(alone)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+    grads = []
+    for output in (got, want):
+        it.model.zero_grad()
+        (output.loss / alone.num_targets).backward()
+        grads.append({name: p.grad for name, p in it.model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+@each_mask
+@each_form
+def test_nothing_leaks_from_sample_to_sample(arch: str | None, mask: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing all words and images of one sample changes that sample's logits and no others."""
+    it = watched(arch, mask)
+    row = (THREE, ONE, NO_IMAGE, INTERLEAVED, TWICE)
+    batch = in_form(it.pack(*[row] * (len(row) + 1)), apart, monkeypatch)  # row k has sample k changed, the last row none
+    ids, numbers = batch.sample_ids, torch.arange(len(row) + 1)
+    changed = (ids == numbers[:, None]) & (batch.kinds >= Kind.PROMPT)
+    batch.input_ids[changed] = (batch.input_ids[changed] + 7) % it.encoder.tokenizer.base_vocab_size
+    if batch.images is not None:
+        own = batch.image_index[batch.image_sample_ids == numbers[batch.image_rows]].unique()
+        batch.images[own] = 255 - batch.images[own]
+    logits = all_logits(it.model, batch)
+    moved = changes(logits[:-1], logits[-1:]) > 1e-5
+    assert torch.equal(moved, ids[:-1] == numbers[:-1, None])
 
 
 # ---- generation ---------------------------------------------------------------------------------------------------------

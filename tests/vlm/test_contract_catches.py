@@ -15,6 +15,7 @@ EXPECTED = {
     "renames": "a_text_checkpoint_loads_with_only_new_names_missing",
     "looks_ahead": "no_word_leaks",
     "mixes_texts": "several_texts_have_the_loss_of_each_alone",
+    "mixes_samples": "nothing_leaks_from_sample_to_sample",
     "mixes_images": "a_row_is_alone",
     "is_blind": "the_image_matters",
     "cuts_the_graph": "a_batch_without_images_keeps_the_encoder_in_the_graph",

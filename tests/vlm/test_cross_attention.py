@@ -24,11 +24,15 @@ from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.vlm.cross_attention import NOTHING, CrossAttentionBlock, GatedCrossAttention, Sight, lay_out, sight, visible
 from tests.vlm.tiny import (
+    ANSWERED,
+    INTERLEAVED,
+    LATE,
     MODEL,
     NO_IMAGE,
     ONE,
     SIZE,
     THREE,
+    TWICE,
     TWO_IMAGES,
     Tiny,
     all_logits,
@@ -315,6 +319,14 @@ def moved(it: Tiny, batch: Batch, image: int) -> str:
     a, b = all_logits(it.model, batch), all_logits(it.model, replace(batch, images=images))
     changed = (a - b).abs().amax(-1)[0]
     return "".join("x" if c > 1e-5 else "." if c == 0 else "?" for c in changed.tolist())
+
+
+@both
+def test_a_sample_in_a_pack_reads_its_own_images(media: str) -> None:
+    it = flamingo(media)
+    rows = ((LATE, ONE, TWICE), (ANSWERED, INTERLEAVED, NO_IMAGE))
+    together, alone = it.pack(*rows), it.batch(*(sample for row in rows for sample in row))
+    torch.testing.assert_close(it.model(together).logits, it.model(alone).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_latest_image_alone() -> None:

@@ -26,6 +26,7 @@ from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.collate import collate, prompt_batch
 from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.images import load_image
+from kempnerforge.data.pack import join
 from kempnerforge.data.sample import ImageSource, Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.distributed.fsdp import prepare
@@ -66,6 +67,7 @@ INTERLEAVED = Sample("an image, words, an image", (picture(4), picture(5)), (Tex
 LATE = Sample("words before three images", tuple(map(picture, (6, 7, 8))), (Text("is <image> like <image>, <image>?", "yes"),))
 TWICE = Sample("two texts around one image", (picture(9),), (Text("what is <image> here?", "red"), Text("is <image> red?", "no")))
 ANSWERED = Sample("images inside an answer", (picture(10), picture(11)), (Text("what colour?", "red <image> blue <image> yes"),))
+WINDOW = Sample("running text", (), (Text("", (11, 12, 13, 14, 15, 16)),))
 SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE, INTERLEAVED, LATE, TWICE, ANSWERED)
 
 
@@ -110,6 +112,11 @@ class Tiny:
     def batch(self, *samples: Sample, pad_to: int | None = None) -> Batch:
         """One row a sample, as in training."""
         return collate([self.encode(sample) for sample in samples], self.encoder.tokenizer.pad_id, pad_to)
+
+    def pack(self, *rows: Sequence[Sample], pad_to: int | None = None) -> Batch:
+        """Rows of several samples."""
+        packed = [join([self.encode(sample) for sample in samples]) for samples in rows]
+        return collate(packed, self.encoder.tokenizer.pad_id, pad_to)
 
     def prompts(self, rows: Iterable[tuple[str, Sequence[int]]], images: Sequence[ImageSource]) -> Batch:
         """A batch to generate from: each row has a prompt and indices into ``images``."""

@@ -1,4 +1,4 @@
-"""Rows of named columns -> samples; what JSONL files and Hugging Face datasets share."""
+"""Rows of named columns -> samples: what all sources of files share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.data import DataConfig, TableConfig
+from kempnerforge.config.data import DataConfig, FileConfig, TableConfig
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
+from kempnerforge.data.sources.rows import Rows
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -38,45 +39,134 @@ def resolve_image(value: str, root: str) -> Path:
     return Path(path)
 
 
-class TableSource(Source):
-    """A source whose samples are rows. Subclasses set ``path`` and give ``row``.
+class FileSource(Source):
+    """A source whose samples are rows, of a file or something like it. Subclasses give ``row`` and what a row means.
 
     Args:
-        cfg: names the columns.
+        cfg: where the rows are.
         split: "train" or "test".
     """
 
-    cfg: TableConfig
+    cfg: FileConfig
 
-    def __init__(self, cfg: TableConfig, split: str) -> None:
+    def __init__(self, cfg: FileConfig, split: str) -> None:
         super().__init__(cfg, split)
         self.path = cfg.path if split == "train" or not cfg.eval_path else cfg.eval_path
+        self.key = "path" if self.path == cfg.path else "eval_path"
         beside = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         self.root = os.path.realpath(cfg.root or beside or ".")
-        self.text_columns = [cfg.texts_column] if cfg.texts_column else [c for c in (cfg.prompt_column, cfg.answer_column) if c]
-        self.columns = self.text_columns + ([cfg.image_column] if cfg.image_column else [])
 
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
-        assert isinstance(cfg, TableConfig)
-        return split == "train" or bool(cfg.eval_path)
+        assert isinstance(cfg, FileConfig)
+        return split == "train" or bool(cfg.eval_path) or bool(getattr(cfg, "eval_split", ""))
+
+    @property
+    def split_name(self) -> str:
+        """The split to read, of a dataset that has some.
+
+        Raises:
+            ValueError: training and held-out rows would be the same.
+        """
+        asked = getattr(self.cfg, "eval_split", "") if self.split == "test" else ""
+        if asked and os.path.isfile(self.path):
+            raise ValueError(f"data.eval_split = {asked!r}: {self.path} is a file and has no splits; name held-out rows by data.eval_path")
+        return asked or getattr(self.cfg, "split", "")
 
     @abstractmethod
     def row(self, index: int) -> Mapping[str, Any]:
-        """The values of ``self.columns`` in row ``index``."""
+        """Row ``index``, with at least the columns that are needed."""
 
     @abstractmethod
     def row_id(self, index: int) -> str:
         """Where row ``index`` is, for messages."""
 
+    @abstractmethod
+    def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
+        """What a row means.
+
+        Raises:
+            SampleError: it means nothing usable.
+        """
+
     def __getitem__(self, index: int) -> Sample:
         name = self.row_id(index)
         try:
-            row = self.row(index)
-            images = self._images(row[self.cfg.image_column]) if self.cfg.image_column else ()
-            return Sample(name, images, self._texts(row))
+            return self.sample(name, self.row(index))
         except SampleError as error:
             raise SampleError(f"{name}: {error}") from None
+
+    def images_of(self, value: Any, column: str) -> tuple[ImageSource, ...]:
+        """The images that a row's ``value`` names: a path, bytes, an undecoded image of `datasets`, a list of these, or None.
+
+        Raises:
+            SampleError: it names none, or one outside the data root.
+        """
+        if value is None:
+            return ()
+        if isinstance(value, list):
+            return tuple(image for entry in value for image in self.images_of(entry, column))
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return (value,)
+        if isinstance(value, str):
+            return (resolve_image(value, self.root),)
+        raise SampleError(f"column {column!r}: an image is a path or bytes, not {type(value).__name__}")
+
+
+class RowSource(FileSource):
+    """A ``FileSource`` with ``rows`` to read from."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        return self.rows[index]
+
+    def row_id(self, index: int) -> str:
+        return self.rows.name(index)
+
+    def length(self, index: int) -> int:
+        return self.rows.length(index)
+
+    def num_images(self, index: int) -> int:
+        return self.rows.num_images(index)
+
+    def fingerprint(self) -> str:
+        return self.rows.fingerprint()
+
+    def need(self, **columns: str) -> None:
+        """
+        Raises:
+            ValueError: a column is not there. ``columns`` are config keys and their values.
+        """
+        missing = [f"data.{key} = {column!r}" for key, column in columns.items() if column not in self.rows.columns]
+        if missing:
+            there = ", ".join(sorted(self.rows.columns)) or "none"
+            raise ValueError(f"{self.path}: no column for {', '.join(missing)}; columns: {there}")
+
+
+class TableSource(FileSource):
+    """Rows with an image and texts in columns that ``cfg`` names."""
+
+    cfg: TableConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, cfg: TableConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        self.text_columns = [cfg.texts_column] if cfg.texts_column else [c for c in (cfg.prompt_column, cfg.answer_column) if c]
+        self.columns = self.text_columns + ([cfg.image_column] if cfg.image_column else [])
+
+    def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
+        images = self.images_of(row[self.cfg.image_column], self.cfg.image_column) if self.cfg.image_column else ()
+        return Sample(name, images, self.texts_of(row))
+
+    def measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """Characters of texts, and images of a row."""
+        characters = sum(nested_size(row.get(column)) for column in self.text_columns)
+        return characters, count_images(row.get(self.cfg.image_column)) if self.cfg.image_column else 0
 
     def require_columns(self, available: Collection[str], where: str) -> None:
         """
@@ -90,7 +180,7 @@ class TableSource(Source):
         if missing:
             raise ValueError(f"{where}: no column for {', '.join(missing)}; columns: {', '.join(sorted(available)) or 'none'}")
 
-    def _texts(self, row: Mapping[str, Any]) -> tuple[Text, ...]:
+    def texts_of(self, row: Mapping[str, Any]) -> tuple[Text, ...]:
         cfg = self.cfg
         if not cfg.texts_column:
             prompt = row[cfg.prompt_column] if cfg.prompt_column else ""
@@ -99,19 +189,6 @@ class TableSource(Source):
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             raise SampleError(f"column {cfg.texts_column!r}: must be a list of {{prompt, answer}} objects")
         return tuple(make_text(entry.get("prompt") or "", entry.get("answer"), "prompt", "answer") for entry in entries)
-
-    def _images(self, value: Any) -> tuple[ImageSource, ...]:
-        if value is None:
-            return ()
-        if isinstance(value, list):
-            return tuple(image for entry in value for image in self._images(entry))
-        if isinstance(value, dict):  # an undecoded Image feature of `datasets`
-            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return (value,)
-        if isinstance(value, str):
-            return (resolve_image(value, self.root),)
-        raise SampleError(f"column {self.cfg.image_column!r}: an image is a path or bytes, not {type(value).__name__}")
 
 
 def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) -> Text:

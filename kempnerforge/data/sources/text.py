@@ -11,6 +11,7 @@ import numpy as np
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.tokenizer import Tokenizer
 
@@ -55,6 +56,12 @@ class PlainText(Source):
     def __getitem__(self, index: int) -> Sample:
         return Sample(f"{self.path.name}[{index}]", (), (Text("", self._blocks[index]),))
 
+    def num_images(self, index: int) -> int:
+        return 0
+
+    def fingerprint(self) -> str:
+        return file_fingerprint(self.path)
+
     def corpus(self) -> Iterator[str]:
         yield from self._blocks
 
@@ -87,6 +94,12 @@ class Windows(Source):
 
     def length(self, index: int) -> int:
         return min(self.seq_len, len(self._ids) - 1 - index * self.seq_len)
+
+    def num_images(self, index: int) -> int:
+        return 0
+
+    def fingerprint(self) -> str:
+        return self._text.fingerprint()
 
     def corpus(self) -> Iterator[str]:
         return self._text.corpus()

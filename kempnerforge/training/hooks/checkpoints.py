@@ -19,6 +19,7 @@ class Checkpoints(Hook):
         self.cfg, self.run_dir = cfg, run_dir
         self._saved_step = -1
         self._files: dict[str, bytes] = {}
+        self._data: dict[str, str] = {}
 
     def restore(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:
         """Puts ``trainer`` where the checkpoint at ``path`` is. Called before the run starts."""
@@ -28,11 +29,13 @@ class Checkpoints(Hook):
         trainer.step = self._saved_step = state["step"]
         trainer.seconds = state["seconds"]
         trainer.samples_seen, trainer.samples_bad = state["samples_seen"], state["samples_bad"]
+        trainer.samples_of.update(state.get("samples_of", {}))
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
         self._files["config.toml"] = to_toml(trainer.job).encode()
+        self._data = trainer.assembly.fingerprints()
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         due = self.cfg.interval and trainer.step % self.cfg.interval == 0
@@ -47,7 +50,9 @@ class Checkpoints(Hook):
             "seconds": trainer.seconds,
             "samples_seen": trainer.samples_seen,
             "samples_bad": trainer.samples_bad,
+            "samples_of": dict(trainer.samples_of),
             "frozen": trainer.frozen,
+            "data": self._data,
         }
         root = self.run_dir / "checkpoints"
         optimizers = trainer.optimizers

@@ -11,13 +11,17 @@ from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 LOG = logging.getLogger("kempnerforge")
 
+PRIOR_SAMPLES = 50_000
+"""Training samples up to which the guess from the question alone is made of them: all have to be read for it."""
+
 
 class Evaluation(Hook):
     """Exact match of generated answers with and without the images; held-out loss where the data have no questions.
 
     Attributes:
         seeing, blind: the final scores, once ``finish`` has run.
-        prior: exact match of guessing from the question alone, by what the last stage's training data answer most often.
+        prior: exact match of guessing from the question alone, by what the last stage's training data answer most often; None if they are
+            more than ``PRIOR_SAMPLES``.
     """
 
     def __init__(self, cfg: EvalConfig) -> None:
@@ -43,27 +47,36 @@ class Evaluation(Hook):
         if self.cfg.at_end and trainer.done:
             with trainer.optimizers.averaged():
                 self.seeing, self.blind = self._evaluate(trainer, 0)
-            if self.blind is not None and trainer.world.is_main:
-                known, _ = questions(trainer.assembly.sources[-1])
-                self.prior = question_only_prior(known, self._all)
+            known = trainer.assembly.sources[-1]
+            if self.blind is not None and trainer.world.is_main and len(known) <= PRIOR_SAMPLES:
+                answered, _ = questions(known)
+                self.prior = question_only_prior(answered, self._all)
 
     def _evaluate(self, trainer: Trainer, limit: int) -> tuple[Score | None, Score | None]:
         if trainer.assembly.held_out is None:
             return None, None
         encoder = trainer.assembly.encoder(trainer.stages[-1])
-        world, device = trainer.world, trainer.world.device
-        if not self._all:
+        world, device, self.values = trainer.world, trainer.world.device, {}
+        seeing = blind = None
+        if self._all and self.cfg.exact_match:
+            asked = self._all if not limit else [self._all[i * len(self._all) // limit] for i in range(min(limit, len(self._all)))]
+            seeing = evaluate(trainer.model, asked, encoder, self.cfg, world, device)
+            self.values |= scores(seeing)
+            if self.cfg.blind and trainer.model.has_images:
+                blind = evaluate(trainer.model, asked, encoder, self.cfg, world, device, blind=True)
+                self.values |= scores(blind, "_blind")
+        if self.cfg.loss or seeing is None:
             rows = max(1, trainer.stage.train.batch_size // world.size)
-            loss = held_out_loss(trainer.model, trainer.assembly.held_out, encoder, world, device, rows=rows, limit=limit)
-            self.values = {"eval/loss": loss}
-            trainer.record(self.values)
-            return None, None
-        asked = self._all if not limit else [self._all[i * len(self._all) // limit] for i in range(min(limit, len(self._all)))]
-        seeing = evaluate(trainer.model, asked, encoder, self.cfg, world, device)
-        self.values = {"eval/exact_match": seeing.exact_match, "eval/questions": float(seeing.total)}
-        blind = None
-        if self.cfg.blind and trainer.model.has_images:
-            blind = evaluate(trainer.model, asked, encoder, self.cfg, world, device, blind=True)
-            self.values["eval/exact_match_blind"] = blind.exact_match
+            self.values["eval/loss"] = held_out_loss(
+                trainer.model, trainer.assembly.held_out, encoder, world, device, rows=rows, limit=limit
+            )
         trainer.record(self.values)
         return seeing, blind
+
+
+def scores(score: Score, suffix: str = "") -> dict[str, float]:
+    """What is recorded of an evaluation; ``suffix`` marks the blind one."""
+    values = {f"eval/exact_match{suffix}": score.exact_match}
+    if not suffix:
+        values["eval/questions"] = float(score.total)
+    return values | {f"eval/exact_match{suffix}/{kind}": right / total for kind, (right, total) in sorted(score.by_kind.items()) if total}

@@ -46,6 +46,7 @@ class Metrics(Hook):
                 "train/stage": float(result.stage.index),
                 "train/skipped_steps": float(sum(r.skipped for r in self._window)),
                 "data/samples": float(trainer.samples_seen),
+                **{f"data/samples/{part}": float(count) for part, count in trainer.samples_of.items()},
                 "data/bad_samples": float(trainer.samples_bad),
                 "data/texts_left_out": float(sum(r.texts_left_out for r in self._window)),
             }

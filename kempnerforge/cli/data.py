@@ -1,0 +1,149 @@
+"""``kempnerforge data``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kempnerforge.config import load_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kempnerforge.training.data_check import Checked, Leak
+
+HELP = """Check whole data sources before training, or fetch one.
+
+"check" reads every sample of every stage, and what is held out: which cannot be used and why, how long texts and rows are, how much of the
+rows each batching mode would waste, which limits fit, and whether held-out images stand in the training data. "fetch" gets a source that is
+not part of the package. See "data check --help" and "data fetch --help"."""
+
+CHECK_HELP = """Read every sample of every stage of a config, and what is held out.
+
+Decodes each image. Lists all samples that cannot be used in bad_samples.jsonl, and draws index.html, both in run.dir/data-check. The
+recommended limits leave 99.5 percent of the samples whole. Exit code 2 says that more samples are unusable than data.max_bad_fraction
+allows."""
+
+FETCH_HELP = """Get the files of a source that is not part of the package, through the system's package client.
+
+Prints where they are."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    check = actions.add_parser("check", help=CHECK_HELP.splitlines()[0], description=CHECK_HELP, allow_abbrev=False, formatter_class=raw)
+    check.add_argument("config", help="the TOML file")
+    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that read (default: one a core)")
+    check.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="read only N samples of each source, evenly spread (of a stream the first ones)"
+    )
+    check.add_argument("--no-images", action="store_true", help="decode no images, and do not compare them")
+    check.add_argument("--out", type=Path, help="directory for index.html and bad_samples.jsonl (default: run.dir/data-check)")
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
+    fetch = actions.add_parser("fetch", help=FETCH_HELP.splitlines()[0], description=FETCH_HELP, allow_abbrev=False, formatter_class=raw)
+    fetch.add_argument("name", help="which source")
+    fetch.add_argument("--root", type=Path, default=Path("data"), help="directory that its files go below (default: data)")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _fetch(args) if args.action == "fetch" else _check(args)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    if args.overrides:
+        raise ValueError(f"data fetch: {' '.join(args.overrides)}: not understood")
+    from kempnerforge.data.fetch import fetch
+
+    print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    if args.workers < 1 or args.limit < 0:
+        raise ValueError(f"--workers {args.workers} --limit {args.limit}: must be at least 1 and 0")
+    job = load_config(args.config, args.overrides)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from kempnerforge.training.data_check import check_data, write_bad_samples
+    from kempnerforge.training.data_page import write_data_page
+
+    out = args.out or Path(job.run.dir) / "data-check"
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def begin(name: str, samples: int) -> Callable[[int], object]:
+            task = progress.add_task(name, total=samples)
+            return lambda more: progress.advance(task, more)
+
+        checked, leaks = check_data(job, args.workers, args.limit, not args.no_images, begin)
+    page = write_data_page(out / "index.html", Path(job.run.dir).name, checked, leaks)
+    bad = write_bad_samples(out / "bad_samples.jsonl", checked)
+    if args.json:
+        shared = [{"stages": leak.stages, "images": leak.images, "first": leak.pairs} for leak in leaks]
+        found = {"page": str(page), "bad_samples": str(bad), "sources": [one.as_json() for one in checked], "shared_images": shared}
+        print(json.dumps(found))
+    else:
+        _show(Console(width=100, highlight=False, markup=False, soft_wrap=True), checked, leaks)
+        print(f"page: {page}\nunusable samples: {bad}")
+    return 0 if all(one.usable for one in checked if one.split == "train") else 2
+
+
+def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
+    from kempnerforge.data.audit import visible
+
+    for one in checked:
+        _show_source(console, one)
+    for leak in leaks:
+        print(
+            f"warning: stages {leak.stages}: {leak.images:,} of the held-out images stand in the training data, byte by byte:",
+            file=sys.stderr,
+        )
+        for trained, held_out in leak.pairs:
+            print(f"  {visible(trained)} and {visible(held_out)}", file=sys.stderr)
+
+
+def _show_source(console: Console, one: Checked) -> None:
+    from rich.table import Table
+
+    from kempnerforge.data.audit import visible
+    from kempnerforge.data.check_facts import COVERED, MULTIPLE, histogram
+    from kempnerforge.training.histogram import bar_lines
+
+    facts = one.as_json()
+    totals = facts["totals"]
+    console.print(f"== {visible(one.name)}: {facts['read']:,} of {one.total:,} samples read", style="bold")
+    counts = ", ".join(f"{totals[key]:,} {key}" for key in ("texts", "images", "views"))
+    console.print(f"{counts}; {one.found.distinct_images:,} images of different content")
+    for part in one.parts if len(one.parts) > 1 else []:
+        console.print(f"source {part.name}: {part.samples:,} samples, {part.totals['texts']:,} texts, {part.bad:,} unusable")
+    kinds = "".join(f", {kind} {number:,}" for kind, number in one.kinds.items())
+    console.print(f"unusable: {facts['bad']:,}{kinds} ({one.bad_fraction:.2%}, data.max_bad_fraction = {one.max_bad_fraction:.2%})")
+    for bad in one.found.bad[:5]:
+        console.print(f"  {bad.kind}: {visible(bad.reason)}")
+    if not len(one.lengths("positions")):
+        return
+    console.print("text tokens of a sample:")
+    for line in bar_lines(*histogram(one.lengths("text_tokens"), 12)):
+        console.print(f"  {line}")
+    if not one.modes:
+        return
+    for name, limits in (("limits of the job", one.now), ("recommended", one.advice)):
+        console.print(
+            f"{name}: vlm.max_text_len = {limits.max_text_len}, train.seq_len = {limits.seq_len}:"
+            f" {limits.too_long:,} samples too long, {limits.shortened:,} with texts left out"
+        )
+    console.print(f"  (leaves {COVERED:g} % of the samples whole, rounded up to a multiple of {MULTIPLE}; packed rows may be longer)")
+    table = Table()
+    for column in ("batching", "useful", "trained", "positions a row", "samples a row"):
+        table.add_column(column, justify="left" if column == "batching" else "right")
+    for mode in one.modes:
+        name = f"{mode.name} (the job's)" if mode.mode == one.batching and mode.seq_len in (0, one.now.seq_len) else mode.name
+        table.add_row(name, f"{mode.useful:.1%}", f"{mode.trained:.1%}", f"{mode.row_length:,.1f}", f"{mode.samples_per_row:,.1f}")
+    console.print(table)

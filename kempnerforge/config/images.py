@@ -1,0 +1,166 @@
+"""``[data.images]``: how the images of a source become views, which are squares of the encoder's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+from kempnerforge.config.checks import at_least, fraction, one_of
+
+GLOBAL_MARKER = "<|global_image|>"
+"""Stands before the view of a whole image (nanoVLM's name)."""
+_READ_BY = {
+    "tiling": ("tiles", None),
+    "global_view": ("tiles", None),
+    "markers": ("tiles", None),
+    "max_side": ("tiles", "grid"),
+    "resize_to_max_side": ("tiles", "grid"),
+    "marker_grid": ("tiles", "grid"),
+    "pinpoints": ("tiles", "anyres"),
+    "max_tiles": ("tiles", "overlap"),
+    "overlap": ("tiles", "overlap"),
+}
+"""Key -> the ``fit`` and the ``tiling`` (None: any) that read it."""
+
+
+def tile_marker(row: int, column: int) -> str:
+    """The token before the tile in this row and column, counted from 1 (nanoVLM's names)."""
+    return f"<row_{row}_col_{column}>"
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes to the images that are trained on; those that are evaluated stay as they are.
+
+    They are drawn from ``train.seed``, the step and the sample: the same with any number of workers and processes, and after a restart.
+    All are off by default. A mirrored image makes a wrong sample of "left of"; a cropped one may have lost what the text speaks of.
+
+    Attributes:
+        flip: probability of mirroring left and right.
+        crop_scale: a part of the image with at least this share of its area is taken for the whole (Szegedy et al. 2015); 1 takes all.
+        crop_ratio: the part's aspect ratio is that of the image times a factor between ``1 / crop_ratio`` and ``crop_ratio``.
+        brightness, contrast, saturation: each is multiplied by a factor between ``1 - x`` and ``1 + x``.
+    """
+
+    flip: float = 0.0
+    crop_scale: float = 1.0
+    crop_ratio: float = 4 / 3
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any image is changed."""
+        return self.crop_scale < 1 or max(self.flip, self.brightness, self.contrast, self.saturation) > 0
+
+    def __post_init__(self) -> None:
+        fraction(self, "flip", "crop_scale", "brightness", "contrast", "saturation")
+        at_least(self, 1, "crop_ratio")
+        if not self.crop_scale:
+            raise ValueError("crop_scale = 0.0: must be more than 0")
+
+
+@dataclass
+class ImagesConfig:
+    """From an image to views. A view is a square of the vision encoder's size, and takes the image tokens of one.
+
+    Attributes:
+        fit: "squash" (the image becomes one square, whatever its shape), "crop" (the short side fits, the middle is taken), "letterbox" (the
+            long side fits, the rest is filled with the mean colour of the encoder's normalisation; LLaVA's pad-to-square), or "tiles"
+            (several views: one of the whole image and a grid of tiles from an enlarged one).
+        tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a tile. "anyres" (LLaVA-NeXT, its
+            "flat" form): it is fitted, padded, into the best of ``pinpoints``. "overlap" (Molmo's crops, each of them whole): it is fitted
+            into overlapping tiles. An image of a single tile has the global view alone, if there is one.
+        max_side: of "grid": the long side in pixels at most; a multiple of the encoder's size.
+        resize_to_max_side: of "grid": enlarge all images to ``max_side``; otherwise the long side is rounded up to a multiple of a tile.
+        marker_grid: of "grid": there are markers for so many rows and columns.
+        pinpoints: of "anyres": grids to choose from, (rows, columns).
+        max_tiles: of "overlap": tiles of an image at most, without the global view.
+        overlap: of "overlap": the share of a tile's side that it has in common with the next one (Molmo: 112 of 336 pixels).
+        global_view: of "tiles": the whole image comes first, as one view.
+        markers: of "tiles": a token before each view says which one it is; these tokens are added to the tokenizer. Without them the views
+            follow one another.
+        number_images: with several images in a sample, each begins with its number from 0 as text, "<image: 0>" (nanoVLM).
+        augment: random changes in training.
+        cache_dir: a directory where the views of every image are kept, uncompressed, for later epochs and runs; empty keeps none. Images that
+            ``augment`` changes are not kept. Several processes may share it.
+    """
+
+    fit: str = "squash"
+    tiling: str = "grid"
+    max_side: int = 2048
+    resize_to_max_side: bool = True
+    marker_grid: int = 8
+    pinpoints: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)])
+    max_tiles: int = 12
+    overlap: float = 1 / 3
+    global_view: bool = True
+    markers: bool = True
+    number_images: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        one_of(self, "fit", ("squash", "crop", "letterbox", "tiles"))
+        one_of(self, "tiling", ("grid", "anyres", "overlap"))
+        at_least(self, 1, "max_side", "marker_grid", "max_tiles")
+        if not 0 <= self.overlap <= 0.5:
+            raise ValueError(f"overlap = {self.overlap}: must be between 0 and 0.5")
+        if not self.pinpoints or min(map(min, self.pinpoints)) < 1:
+            raise ValueError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column")
+        for key, default in ((f.name, f.default_factory() if callable(f.default_factory) else f.default) for f in fields(self)):
+            fit, tiling = _READ_BY.get(key, (self.fit, None))
+            if getattr(self, key) != default and (self.fit != fit or tiling not in (None, self.tiling)):
+                reader = f"tiling = {tiling!r}" if self.fit == fit else f"fit = {fit!r}"
+                raise ValueError(f"{key} = {getattr(self, key)!r}: only {reader} reads it")
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether every image ends with a view that has a token of its own before it."""
+        return self.fit == "tiles" and self.markers
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the views of an image depend on its size."""
+        return self.fit == "tiles"
+
+    def new_tokens(self) -> list[str]:
+        """The tokens that the tokenizer must have for this section: that of the global view, then those of tiles, row by row."""
+        if not self.has_markers:
+            return []
+        return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
+
+    def _cells(self) -> Iterator[tuple[int, int]]:
+        """Rows and columns at which a tile may stand."""
+        if self.tiling == "grid":
+            most, there = self.marker_grid, lambda row, column: True
+        elif self.tiling == "anyres":
+            most = max(map(max, self.pinpoints))
+            there = lambda row, column: any(row <= rows and column <= columns for rows, columns in self.pinpoints)
+        else:
+            most, there = self.max_tiles, lambda row, column: row * column <= self.max_tiles
+        numbers = range(1, most + 1)
+        yield from ((row, column) for row in numbers for column in numbers if there(row, column))
+
+    def check(self, image_size: int) -> None:
+        """What can only be said once the encoder is known.
+
+        Args:
+            image_size: pixels of a view's side.
+
+        Raises:
+            ValueError: the tiles of "grid" do not fill ``max_side``, or there are more of them than markers.
+        """
+        if self.fit != "tiles" or self.tiling != "grid":
+            return
+        if self.max_side % image_size:
+            near = max(1, round(self.max_side / image_size)) * image_size
+            raise ValueError(
+                f"data.images.max_side = {self.max_side}: must be a multiple of the vision encoder's {image_size} pixels, such as {near}"
+            )
+        if self.markers and self.max_side > self.marker_grid * image_size:
+            raise ValueError(
+                f"data.images.max_side = {self.max_side}: with tiles of {image_size} pixels that is {self.max_side // image_size} rows, "
+                f"and there are markers for marker_grid = {self.marker_grid}"
+            )

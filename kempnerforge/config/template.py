@@ -1,0 +1,78 @@
+"""``data.template``: how a text of a sample becomes what the model reads and what it learns to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from kempnerforge.config.checks import one_of
+
+TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
+WITH_SYSTEM = ("chat", "turns")
+"""Templates that have a place for a system prompt."""
+
+
+@dataclass
+class TurnsConfig:
+    """``[data.turns]``: a template of one's own, for ``data.template = "turns"``. A conversation is
+    ``system (user assistant answer end separator) (user assistant answer end separator) ...``; ``answer`` and ``end`` are trained.
+
+    Names of special tokens written here are these tokens; inside prompts and answers they are text.
+
+    Attributes:
+        system: what a conversation begins with, "{system}" stands for the system prompt; left out where there is none.
+        user: what the user says, "{prompt}" stands for it.
+        assistant: what the model reads right before it answers.
+        answer: what it writes, "{answer}" stands for the sample's.
+        end: the token that ends an answer, by name; empty means EOS.
+        separator: what follows an answer and is not trained.
+        bos: whether BOS stands in front, for tokenizers that have one.
+    """
+
+    system: str = "{system}\n"
+    user: str = "{prompt}\n"
+    assistant: str = ""
+    answer: str = "{answer}"
+    end: str = ""
+    separator: str = ""
+    bos: bool = True
+
+    def __post_init__(self) -> None:
+        for key, name in (("system", "system"), ("user", "prompt"), ("answer", "answer")):
+            one_field(self, key, name)
+
+
+def one_field(section: Any, key: str, name: str) -> None:
+    """``section.key`` holds ``{name}`` once, bare, and no other field."""
+    value = getattr(section, key)
+    try:
+        fields = [(part, spec, conversion) for _, part, spec, conversion in Formatter().parse(value) if part is not None]
+    except ValueError as error:
+        raise ValueError(f"{key} = {value!r}: {error}") from None
+    if fields != [(name, "", None)]:
+        raise ValueError(f"{key} = {value!r}: must contain {{{name}}} once and no other field")
+
+
+def check_template(section: Any) -> None:
+    """The keys of ``[data]`` that say how texts are written: each is one that ``section.template`` reads."""
+    one_of(section, "template", TEMPLATES)
+    for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
+        one_field(section, key, name)
+        if section.template != "prompt" and getattr(section, key) != getattr(type(section), key):
+            raise ValueError(f"{key} = {getattr(section, key)!r}: only template = 'prompt' reads it, and template = {section.template!r}")
+    if section.template != "turns" and section.turns != TurnsConfig():
+        raise ValueError(f"turns: only template = 'turns' reads it, and template = {section.template!r}")
+    if section.system and section.template not in WITH_SYSTEM:
+        raise ValueError(
+            f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"
+        )
+
+
+def fill(template: str, value: str) -> tuple[str, str, str]:
+    """``template`` with ``value`` for its only field: what stands before it, ``value``, what stands behind it."""
+    around, place = ["", ""], 0
+    for literal, name, _, _ in Formatter().parse(template):
+        around[place] += literal
+        place += name is not None
+    return around[0], value, around[1]

@@ -1,0 +1,173 @@
+"""``data.template = "chat"``: the tokenizer's own chat template, taken apart.
+
+The template is rendered (in the sandbox of transformers) with a marker in place of each message. Between the markers lies what the template
+itself writes; a message never passes through it, so nothing in a message can be taken for the template's writing. The rendering is split at
+the markers, and the same split serves all conversations of as many turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from kempnerforge.data.template import EOS_PIECE, Piece, Template
+from kempnerforge.data.tokenizer import Tokenizer
+
+PAD = "\u2003"
+"""White space around a marker: a template that trims messages takes it away."""
+MARKER = re.compile(f"({PAD}?)\ue000([0-9]+)\ue001({PAD}?)")
+DATE = "26 Jul 2024"
+"""For templates that write the date (Llama 3 and later, whose default it is): today's would change the data from day to day."""
+
+
+class Slot(NamedTuple):
+    """Where a message stands.
+
+    Attributes:
+        field: "system", "prompt" or "answer".
+        turn: of which turn.
+        trims: whether the template removes white space in front, behind.
+    """
+
+    field: str
+    turn: int
+    trims: tuple[bool, bool]
+
+    def fill(self, message: str) -> str:
+        """``message`` as the template writes it."""
+        message = message.lstrip() if self.trims[0] else message
+        return message.rstrip() if self.trims[1] else message
+
+
+class ChatTemplate(Template):
+    """The chat template of a tokenizer.
+
+    What is trained: each answer, what the template writes in front of it beyond its own generation prompt if that is white space alone, and
+    the end of turn behind it: the special token that follows the last answer, with nothing but white space between. A template that writes
+    none is given EOS, behind the last answer.
+
+    Args:
+        tokenizer: brings the template.
+        system: a system prompt that is going to be used, or nothing: what the template thinks of it is known at once.
+
+    Raises:
+        ValueError: there is no chat template, or it is one that cannot be used.
+    """
+
+    bos = False  # the template writes it where it belongs
+    specials = True
+
+    def __init__(self, tokenizer: Tokenizer, system: str) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError("data.template = 'chat': the tokenizer has no chat template; data.template = 'turns' lets you write one")
+        self._source = tokenizer.chat_template
+        names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+        self._tokens = {key: name for key, name in names.items() if name is not None}
+        specials = sorted(tokenizer.special_names.values(), key=len, reverse=True)
+        self._end = re.compile(rf"(\s*)({'|'.join(map(re.escape, specials))})") if specials else None
+        self._skeletons: dict[tuple[int, bool], list[Piece | Slot]] = {}
+        if "strftime_now" in self._source and "date_string" not in self._source:
+            raise ValueError(f"{self._blame}: it writes today's date, so the data would change from day to day")
+        self._listed = False
+        try:
+            self._opening = self._find_opening()
+        except ValueError as error:
+            self._listed = True  # templates of vision-language models take a message as a list of parts
+            try:
+                self._opening = self._find_opening()
+            except ValueError:
+                raise error from None
+        skeleton = self._skeleton(1, bool(system))
+        last = next(k for k, part in enumerate(skeleton) if isinstance(part, Slot) and part.field == "answer")
+        self.end = next((part.text.strip() for part in skeleton[last + 1 :] if isinstance(part, Piece) and part.trained), "")
+        self.own = "\0".join(part.text for part in skeleton if isinstance(part, Piece))
+
+    @property
+    def _blame(self) -> str:
+        return f"data.template = 'chat': the tokenizer's chat template ({' '.join(self._source.split())[:60]!r}...) cannot be used"
+
+    def pieces(self, text: Any, system: str) -> list[Piece]:
+        messages = {("system", 0): system}
+        for turn, (prompt, answer) in enumerate(text.turns):
+            messages |= {("prompt", turn): prompt, ("answer", turn): answer}
+        found = []
+        for part in self._skeleton(len(text.turns), bool(system)):
+            if isinstance(part, Piece):
+                found.append(part)
+            else:
+                found.append(Piece(part.fill(messages[part.field, part.turn]), part.field == "answer", part.field))
+        return found
+
+    def _skeleton(self, turns: int, system: bool) -> list[Piece | Slot]:
+        key = turns, system
+        if key not in self._skeletons:
+            self._skeletons[key] = list(self._take_apart(turns, system))
+        return self._skeletons[key]
+
+    def _take_apart(self, turns: int, system: bool) -> Iterator[Piece | Slot]:
+        fields = [("system", 0)] * system + [(field, turn) for turn in range(turns) for field in ("prompt", "answer")]
+        own, slots = self._split(self._render(fields, generate=False), fields)
+        answers = [k for k, slot in enumerate(slots) if slot.field == "answer"]
+        end = self._end_of(own[-1]) if answers and answers[-1] == len(slots) - 1 else ""
+        for k, written in enumerate(own):
+            if k and slots[k - 1].field == "answer":
+                ended = self._end_of(written)
+                if end and ended.strip() == end.strip():
+                    yield Piece(ended, True)
+                    written = written[len(ended) :]
+                elif k == len(slots):
+                    yield EOS_PIECE
+            opening = self._opening if k in answers and written.endswith(self._opening) else ""
+            yield Piece(written.removesuffix(opening), False)
+            if opening:
+                yield Piece(opening, True)
+            if k < len(slots):
+                yield slots[k]
+
+    def _end_of(self, written: str) -> str:
+        """The special token that ``written`` begins with, and white space in front of it; or nothing."""
+        found = self._end.match(written) if self._end else None
+        return found[0] if found else ""
+
+    def _find_opening(self) -> str:
+        """White space that the template writes in front of an answer, but not when it asks for one."""
+        fields = [("prompt", 0), ("answer", 0)]
+        (_, before, *_), _ = self._split(self._render(fields, generate=False), fields)
+        (_, asked), _ = self._split(self._render(fields[:1], generate=True), fields[:1])
+        opening = before.removeprefix(asked) if before.startswith(asked) else ""
+        return opening if opening.isspace() else ""
+
+    def _split(self, rendered: str, fields: list[tuple[str, int]]) -> tuple[list[str], list[Slot]]:
+        """What the template writes itself, and the messages between."""
+        parts = MARKER.split(rendered)
+        numbers = [int(number) for number in parts[2::4]]
+        slots = [
+            Slot(*fields[number], (not left, not right)) if number < len(fields) else None
+            for left, number, right in zip(parts[1::4], numbers, parts[3::4], strict=True)
+        ]
+        for number, (field, _) in enumerate(fields):
+            if numbers.count(number) != 1:
+                what = {"system": "the system prompt", "prompt": "what the user says", "answer": "an answer"}[field]
+                raise ValueError(f"{self._blame}: it writes {what} {numbers.count(number)} times, or alters it")
+        order = [slot.turn for slot in slots if slot is not None and slot.field == "answer"]
+        if order != sorted(order) or "\ue000" in "".join(parts[0::4]):
+            raise ValueError(f"{self._blame}: it alters messages or their order")
+        return parts[0::4], [slot for slot in slots if slot is not None]
+
+    def _render(self, fields: list[tuple[str, int]], generate: bool) -> str:
+        roles = {"system": "system", "prompt": "user", "answer": "assistant"}
+        contents: list[Any] = [f"{PAD}\ue000{k}\ue001{PAD}" for k in range(len(fields))]
+        if self._listed:
+            contents = [[{"type": "text", "text": content}] for content in contents]
+        messages = [{"role": roles[field], "content": content} for (field, _), content in zip(fields, contents, strict=True)]
+        try:
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            rendered, _ = render_jinja_template(
+                [messages], chat_template=self._source, add_generation_prompt=generate, date_string=DATE, **self._tokens
+            )
+        except Exception as error:  # a template may fail in any way that its language allows
+            with_system = " with a system prompt" if fields[0][0] == "system" else ""
+            raise ValueError(f"{self._blame}{with_system}: {str(error).strip() or type(error).__name__}") from None
+        return rendered[0]

@@ -1,0 +1,101 @@
+"""FineVision (Wiedmann et al. 2025, "FineVision: Open Data Is All You Need"): conversations about images with ratings of each turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kempnerforge.config import registry
+from kempnerforge.config.data import FileConfig
+from kempnerforge.data.sample import Sample, SampleError, Text
+from kempnerforge.data.sources.hf_rows import HFRows
+from kempnerforge.data.sources.table import RowSource, make_text, nested_size
+
+RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+TEXTS, IMAGES = "texts", "images"
+
+
+@registry.register_data_config
+@dataclass
+class FineVisionConfig(FileConfig):
+    """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``) and, if it has them,
+    ``relevance_ratings``, ``image_correspondence_ratings``, ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
+
+    Attributes:
+        split, eval_split: of a dataset that has splits.
+        relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating, formatting_min_rating: turns rated below are left
+            out; turns without a rating stay.
+        images_in_prompt: images stand at the head of the first question, inside the template (nanoVLM), and not in front of everything.
+    """
+
+    source: str = "finevision"
+    split: str = "train"
+    eval_split: str = ""
+    relevance_min_rating: int = 1
+    image_correspondence_min_rating: int = 1
+    visual_dependency_min_rating: int = 1
+    formatting_min_rating: int = 1
+    images_in_prompt: bool = False
+
+    def least(self) -> dict[str, int]:
+        """The lowest rating that a turn may have, by column."""
+        lowest = (
+            self.relevance_min_rating,
+            self.image_correspondence_min_rating,
+            self.visual_dependency_min_rating,
+            self.formatting_min_rating,
+        )
+        return dict(zip((f"{rating}_ratings" for rating in RATINGS), lowest, strict=True))
+
+
+@registry.register_source("finevision")
+class FineVision(RowSource):
+    """One sample per row, its turns one conversation. "<image>" in a text is text.
+
+    Raises:
+        ValueError: as ``HFRows``; a column is missing.
+    """
+
+    cfg: FineVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, cfg: FineVisionConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        measure = lambda row: (nested_size(row.get(TEXTS)), 0)
+        self.rows = HFRows(self.path, self.split_name, measure, [TEXTS], IMAGES, others=list(cfg.least()))
+        missing = {TEXTS, IMAGES} - self.rows.columns
+        if missing:
+            raise ValueError(f"{self.path}: no column {sorted(missing)[0]!r}; columns: {', '.join(sorted(self.rows.columns))}")
+
+    def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
+        images = self.images_of(row[IMAGES], IMAGES)
+        turns = _turns(row[TEXTS])
+        kept = [turn for k, turn in enumerate(turns) if self._good(row, k, len(turns))]
+        if not kept:
+            raise SampleError(f"none of {len(turns)} turns is rated high enough" if turns else "no turns")
+        checked = [make_text(turn.get("user"), turn.get("assistant"), "user", "assistant") for turn in kept]
+        (first, answer), *more = [pair for text in checked for pair in text.turns]
+        return Sample(name, images, (Text(first, answer, tuple(more), leading=len(images) if self.cfg.images_in_prompt else 0),))
+
+    def _good(self, row: Mapping[str, Any], turn: int, turns: int) -> bool:
+        for column, least in self.cfg.least().items():
+            ratings = row.get(column)
+            if ratings is None:
+                continue
+            if not isinstance(ratings, list) or len(ratings) != turns:
+                raise SampleError(f"column {column!r}: must hold a rating for each of {turns} turns")
+            if ratings[turn] is not None and ratings[turn] < least:
+                return False
+        return True
+
+
+def _turns(value: Any) -> list[Mapping[str, Any]]:
+    """A list of {user, assistant}, which older versions of `datasets` give as {user: [...], assistant: [...]}."""
+    if isinstance(value, dict):
+        columns = [value.get("user"), value.get("assistant")]
+        if not all(isinstance(column, list) for column in columns) or len({len(column or ()) for column in columns}) != 1:
+            raise SampleError(f"column {TEXTS!r}: must be a list of {{user, assistant}} objects")
+        return [{"user": user, "assistant": assistant} for user, assistant in zip(*columns, strict=True)]  # type: ignore[arg-type]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise SampleError(f"column {TEXTS!r}: must be a list of {{user, assistant}} objects")
+    return value

@@ -1,0 +1,296 @@
+"""Datasets that are read as streams, through ``datasets``: files that are too large to index, and hub ids where there is a network."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from glob import glob, has_magic
+from itertools import accumulate, groupby
+from typing import Any
+
+from kempnerforge.config import registry
+from kempnerforge.config.checks import at_least
+from kempnerforge.config.data import HFDatasetConfig
+from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.order import Order, Windowed
+from kempnerforge.data.sample import SampleError
+from kempnerforge.data.sources.rows import parse_line
+from kempnerforge.data.sources.table import TableSource, nested_size
+from kempnerforge.data.stream import BLOCK, RowStream, first_line
+
+KEPT_WINDOWS = 4
+"""Shuffle windows in memory: samplers read three at once at most, and at the end of an epoch the next one begins."""
+
+
+@registry.register_data_config
+@dataclass
+class HFStreamConfig(HFDatasetConfig):
+    """Rows of Parquet or JSONL files (one, a directory, or a pattern with ``*``), or of a hub id where there is a network, read from front to
+    back. Every process reads all of the stream and uses its own share of it. Files are read in the order of their names; a run that resumes
+    skips forward, whole Parquet files at once.
+
+    Attributes:
+        shuffle_buffer: rows that are shuffled together; about four times as many are in memory, in each process. 1 leaves the order alone.
+        num_samples: of the training data. 0: as many as the data say; JSONL files do not say it.
+        eval_num_samples: the same of the held-out data.
+    """
+
+    source: str = "hf_stream"
+    shuffle_buffer: int = 1000
+    num_samples: int = 0
+    eval_num_samples: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "shuffle_buffer")
+        at_least(self, 0, "num_samples", "eval_num_samples")
+        if "://" in self.path or "://" in self.eval_path:
+            raise ValueError(f"path = {self.path!r}: URLs are not fetched; name local files, or a hub id")
+
+
+class Tables(ABC):
+    """What a stream is read from.
+
+    Attributes:
+        rows: how many, where that is known.
+        by_column: whether a column that is not asked for is not read either.
+    """
+
+    rows: int | None = None
+    by_column = False
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """The columns that there are."""
+
+    @abstractmethod
+    def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
+        """A row at or before ``row`` where reading may begin, and the Arrow tables of ``columns`` from there on."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the content, as far as it can be looked at without reading all of it."""
+
+    def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
+        """The values by column that ``row`` of a table stands for.
+
+        Raises:
+            SampleError: none.
+        """
+        return row
+
+
+class Parquet(Tables):
+    """Parquet files. Their footers say how many rows each row group has, so that reading may begin with any of them.
+
+    NOTE: read by Arrow itself. Through ``datasets`` the memory of a process grows with what it has read of a file, until the end of the file.
+    """
+
+    by_column = True
+
+    def __init__(self, files: Sequence[str]) -> None:
+        import pyarrow.parquet
+
+        self.files, self._groups, self._begins = files, [], [0]  # (file, number in it) of all row groups, and the first row of each
+        for file in files:
+            about = pyarrow.parquet.read_metadata(file)
+            self._groups += [(file, number) for number in range(about.num_row_groups)]
+            self._begins += [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+        self._begins = list(accumulate(self._begins))
+        self.rows = self._begins[-1]
+
+    def names(self) -> Collection[str]:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(self.files[0]).names
+
+    def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
+        first = max(0, min(bisect_right(self._begins, row), len(self._groups)) - 1)
+        return self._begins[first], self._read(first, list(columns))
+
+    def _read(self, first: int, columns: list[str]) -> Iterator[Any]:
+        import pyarrow
+        import pyarrow.parquet
+
+        for file, groups in groupby(self._groups[first:], key=lambda group: group[0]):
+            with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as rows:  # a buffer would hold all that was read
+                numbers = [number for _, number in groups]
+                for batch in rows.iter_batches(BLOCK, row_groups=numbers, columns=columns, use_threads=False):
+                    yield pyarrow.Table.from_batches([batch])
+
+    def fingerprint(self) -> str:
+        return _files_fingerprint(self.files)
+
+
+class Lines(Tables):
+    """JSONL files, line by line, so that one bad line is one bad sample. Tables have one column, "text", with the bytes of a line as Latin-1
+    has them; blank lines are no rows.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = files
+
+    def names(self) -> Collection[str]:
+        """Those of the first good lines."""
+        found: set[str] = set()
+        reason = "no lines"
+        for row in next(self.open_at(0, ())[1]).to_pylist():
+            try:
+                found.update(self.values(row))
+            except SampleError as error:
+                reason = str(error)
+        if not found:
+            raise ValueError(reason)
+        return found
+
+    def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
+        import datasets
+
+        files = list(self.files)
+        return 0, _without_blanks(
+            _tables(datasets.load_dataset("text", data_files=files, split="train", streaming=True, encoding="latin-1"))
+        )
+
+    def fingerprint(self) -> str:
+        return _files_fingerprint(self.files)
+
+    def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
+        try:
+            return parse_line(row["text"].encode("latin-1"))
+        except ValueError as error:
+            raise SampleError(str(error)) from None
+
+
+class Hub(Tables):
+    """A split of a dataset on the hub."""
+
+    def __init__(self, path: str, split: str) -> None:
+        import datasets
+
+        self.path, self.split = path, split
+        self._dataset = datasets.load_dataset(path, split=split, streaming=True)
+        about = self._dataset.info.splits
+        self.rows = about[split].num_examples if about and split in about else None
+
+    def names(self) -> Collection[str]:
+        return self._dataset.column_names or next(_tables(self._dataset)).column_names
+
+    def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
+        return 0, _tables(self._dataset.select_columns(list(columns)))
+
+    def fingerprint(self) -> str:
+        return digest(self.path, self.split, self.rows)
+
+
+def _files_fingerprint(files: Sequence[str]) -> str:
+    """Of the sizes of all files and the content of the outermost ones."""
+    return digest(*map(os.path.getsize, files), file_fingerprint(files[0]), file_fingerprint(files[-1]))
+
+
+def _tables(dataset: Any) -> Iterator[Any]:
+    """Arrow tables of ``BLOCK`` rows; images stay as they are stored."""
+    return dataset.with_format("arrow").iter(batch_size=BLOCK)
+
+
+def _without_blanks(tables: Iterator[Any]) -> Iterator[Any]:
+    import pyarrow
+
+    return (table.filter(pyarrow.array([bool(line.strip()) for line in table["text"].to_pylist()])) for table in tables)
+
+
+def _find(path: str, split: str) -> Tables:
+    """
+    Raises:
+        ValueError: no such files, files of several kinds, or nothing on the hub.
+    """
+    kinds: dict[str, type[Parquet | Lines]] = {".parquet": Parquet, ".jsonl": Lines}
+    suffix = lambda file: os.path.splitext(file)[1].lower()
+    if os.path.isdir(path):
+        files = [file for file in glob(os.path.join(path, "**"), recursive=True) if suffix(file) in kinds]
+    else:
+        files = [path] if os.path.isfile(path) else glob(path, recursive=True)
+    found = sorted({suffix(file) for file in files})
+    if len(found) == 1 and found[0] in kinds:
+        return kinds[found[0]](sorted(files))
+    if files or os.path.exists(path):
+        raise ValueError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
+    if os.path.isabs(path) or path.startswith(".") or has_magic(path) or suffix(path) in kinds:
+        raise ValueError("no such files")
+    return Hub(path, split)
+
+
+@registry.register_source("hf_stream")
+class HFStream(TableSource):
+    """Sample k is row k of the stream.
+
+    Raises:
+        ValueError: it cannot be read, does not say how many rows it has and is not told, or lacks a configured column.
+    """
+
+    cfg: HFStreamConfig
+
+    def __init__(self, cfg: HFStreamConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        name = self.split_name
+        if not cfg.root and has_magic(self.path):
+            self.root = os.path.realpath(os.path.dirname(re.split(r"[*?[]", self.path)[0]) or ".")
+        try:
+            tables = _find(self.path, name)
+            names = tables.names()
+        except Exception as error:  # whatever files, Arrow or a network raise
+            raise ValueError(f"data: cannot read the stream {self.path!r}: {first_line(error)}") from None
+        if cfg.eval_split and not cfg.eval_path and not isinstance(tables, Hub):
+            raise ValueError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
+        self.require_columns(names, self.path)
+        self._tables, self._length = tables, self._count(tables.rows)
+        keep = KEPT_WINDOWS * cfg.shuffle_buffer
+        self._whole_rows = RowStream(partial(tables.open_at, columns=self.columns), keep)
+        self._text_rows = RowStream(partial(tables.open_at, columns=self.text_columns), keep) if tables.by_column else self._whole_rows
+
+    def _count(self, there: int | None) -> int:
+        train = self.split == "train"
+        key, asked = ("num_samples", self.cfg.num_samples) if train else ("eval_num_samples", self.cfg.eval_num_samples)
+        if not asked and there is None:
+            raise ValueError(f"data.{key} = 0: {self.path} does not say how many rows it has; say it")
+        if there is not None and asked > there:
+            raise ValueError(f"data.{key} = {asked}: {self.path} has {there} rows")
+        return asked or there or 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def order(self, seed: int) -> Order:
+        return Windowed(len(self), seed, self.cfg.shuffle_buffer)
+
+    def peers(self, index: int) -> range:
+        """Those of its shuffle window, which are in memory."""
+        begin = index // self.cfg.shuffle_buffer * self.cfg.shuffle_buffer
+        return range(begin, min(begin + self.cfg.shuffle_buffer, len(self)))
+
+    def length(self, index: int) -> int:
+        try:
+            row = self._tables.values(self._text_rows.row(index))
+        except SampleError:
+            return 0
+        return sum(nested_size(row.get(column)) for column in self.text_columns)
+
+    def num_images(self, index: int) -> int:
+        return int(bool(self.cfg.image_column))
+
+    def fingerprint(self) -> str:
+        return self._tables.fingerprint()
+
+    def row_id(self, index: int) -> str:
+        return f"{self.path}[{index}]"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        row = self._tables.values(self._whole_rows.row(index))
+        lacking = next((column for column in self.columns if column not in row), None)
+        if lacking is not None:
+            raise SampleError(f"has no column {lacking!r}")
+        return row

@@ -1,0 +1,240 @@
+"""A mixture: several sources, each with templates of its own, drawn from by weight. Weights may change with the steps of a stage."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import numpy as np
+
+from kempnerforge.config import registry
+from kempnerforge.config.checks import more_than
+from kempnerforge.config.data import JOB_KEYS, DataConfig
+from kempnerforge.data.fingerprint import digest
+from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
+from kempnerforge.data.order import Mixed, Order
+from kempnerforge.data.sample import Sample, SampleError, Source
+from kempnerforge.data.sources.build import build_source
+from kempnerforge.data.tokenizer import Tokenizer
+
+MIXTURE = "mixture"
+
+
+@dataclass
+class PhaseConfig:
+    """One ``[[data.phases]]`` table.
+
+    Attributes:
+        start_step: optimizer step of the stage from which the weights hold. With ``batching = "pack"``, where a step takes as many samples as
+            fit, they hold from the first window of packs that begins at that step or behind it.
+        weights: of the parts, in their order.
+    """
+
+    start_step: int
+    weights: list[float]
+
+
+@registry.register_data_config
+@dataclass
+class MixtureConfig(DataConfig):
+    """Several sources. Of every n samples in a row since the beginning of a phase, each part has its share of n up to less than one sample;
+    shares are weights over their sum, exact for short decimals (.5, .3, .2) and else rounded to about one in 250,000. A part that is used up
+    begins again, shuffled anew; a change of phase restarts none. Held out are the held-out samples of all parts that have any.
+
+    Attributes:
+        parts: ``[[data.parts]]``, each a section as ``[data]`` of its own source would be, without the keys that hold for the whole job:
+            these stand in ``[data]``, templates and all else in the parts.
+        weights: of the parts; 0 leaves one out. Empty: by size.
+        temperature: of weights by size, size ** (1 / temperature): 1 keeps the sizes, large values make all alike (Raffel et al. 2020, "T5",
+            section 3.5.2; Xue et al. 2021, "mT5", whose exponent alpha this is the inverse of).
+        phases: other weights from later steps on; steps must increase.
+    """
+
+    source: str = MIXTURE
+    parts: list[DataConfig] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    temperature: float = 1.0
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+    def never_reached(self, steps: int) -> str:
+        late = next((phase for phase in self.phases if phase.start_step >= steps), None)
+        return f"phases: start_step = {late.start_step}" if late is not None else ""
+
+    def sections(self) -> list[DataConfig]:
+        return list(self.parts)
+
+    @property
+    def needs_images(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # a fact about the parts, not the class
+        return any(part.needs_images for part in self.parts)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise ValueError("parts = []: a mixture needs at least one [[data.parts]] table")
+        own = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
+        for key in _changed(self):
+            if key not in own:
+                raise ValueError(f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
+        for index, part in enumerate(self.parts):
+            self._check_part(index, part)
+        more_than(self, 0, "temperature")
+        if self.weights and self.temperature != 1:
+            raise ValueError(f"temperature = {self.temperature}: is for weights by size; leave weights empty, or the temperature at 1")
+        if self.weights:
+            self._check_weights("weights", self.weights)
+        for index, phase in enumerate(self.phases):
+            if phase.start_step < 1:
+                raise ValueError(
+                    f"phases[{index}].start_step = {phase.start_step}: must be >= 1; what holds from step 0 on is data.weights"
+                )
+            self._check_weights(f"phases[{index}].weights", phase.weights)
+        for index, (before, phase) in enumerate(pairwise(self.phases), 1):
+            if phase.start_step <= before.start_step:
+                raise ValueError(f"phases[{index}].start_step = {phase.start_step}: must be more than that before it, {before.start_step}")
+
+    def _check_part(self, index: int, part: DataConfig) -> None:
+        if part.source == MIXTURE:
+            raise ValueError(f"parts[{index}].source = {MIXTURE!r}: a mixture of mixtures is not possible; list the inner parts here")
+        for key in _changed(part):
+            if key in JOB_KEYS:
+                raise ValueError(f"parts[{index}].{key} = {getattr(part, key)!r}: holds for the whole job; set it in [data]")
+
+    def _check_weights(self, key: str, weights: list[float]) -> None:
+        if len(weights) != len(self.parts):
+            raise ValueError(f"{key} = {weights}: must be {len(self.parts)}, one for each of parts")
+        if min(weights) < 0 or not sum(weights):
+            raise ValueError(f"{key} = {weights}: none may be below 0, and not all 0")
+
+
+def _changed(section: DataConfig) -> Iterator[str]:
+    """The keys of ``section`` that differ from the defaults of its class."""
+    for f in fields(section):
+        default: Any = f.default_factory() if f.default_factory is not MISSING else f.default
+        if getattr(section, f.name) != default:
+            yield f.name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of a mixture.
+
+    Attributes:
+        number: of the ``[[data.parts]]`` table.
+        source: the samples.
+        characters: what its ``length`` counts, in characters.
+    """
+
+    number: int
+    source: Source
+    characters: int = 1
+
+
+@registry.register_source(MIXTURE)
+class Mixture(Source):
+    """The samples of all parts, numbered one part after the other.
+
+    Raises:
+        ValueError: a part's data are missing or not what it says.
+    """
+
+    cfg: MixtureConfig
+
+    def __init__(self, cfg: MixtureConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        self._set([Part(number, source) for number, part in enumerate(cfg.parts) if (source := _build(number, part, split)) is not None])
+
+    def _set(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self._offsets = [0, *accumulate(len(part.source) for part in parts)]
+
+    @classmethod
+    def has(cls, cfg: DataConfig, split: str) -> bool:
+        return any(_kind(part).has(part, split) for part in cfg.sections())
+
+    def tokenised(self, tokenizer: Tokenizer, seq_len: int) -> Mixture:
+        parts = []
+        for part in self._parts:
+            source = part.source.tokenised(tokenizer, seq_len)
+            parts.append(part if source is part.source else Part(part.number, source, CHARACTERS_PER_TOKEN))
+        mixture = copy.copy(self)
+        mixture._set(parts)
+        return mixture
+
+    def order(self, seed: int) -> Order:
+        """By weight; the parts are shuffled independently of each other."""
+        own = lambda weights: [weights[part.number] for part in self._parts]
+        sizes = [len(part.source) for part in self._parts]
+        if self.cfg.weights:
+            weights = own(self.cfg.weights)
+        elif self.cfg.temperature == 1:
+            weights = sizes
+        else:
+            weights = [(size / max(sizes)) ** (1 / self.cfg.temperature) for size in sizes]
+        phases = [(0, weights), *((phase.start_step, own(phase.weights)) for phase in self.cfg.phases)]
+        return Mixed([part.source.order(_part_seed(seed, part.number)) for part in self._parts], self._offsets[:-1], phases)
+
+    def __len__(self) -> int:
+        return self._offsets[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        part, own, _ = self._find(index)
+        try:
+            return replace(part.source[own], part=part.number)
+        except SampleError as error:
+            raise SampleError(f"parts[{part.number}]: {error}") from None
+
+    def length(self, index: int) -> int:
+        part, own, _ = self._find(index)
+        return part.source.length(own) * part.characters
+
+    def num_images(self, index: int) -> int:
+        part, own, _ = self._find(index)
+        return part.source.num_images(own)
+
+    def part(self, index: int) -> int:
+        return self._find(index)[0].number
+
+    def peers(self, index: int) -> range:
+        """Of the same part, so that bad samples change no shares."""
+        part, own, offset = self._find(index)
+        peers = part.source.peers(own)
+        return range(offset + peers.start, offset + peers.stop)
+
+    def fingerprint(self) -> str:
+        return digest(*(part.source.fingerprint() for part in self._parts))
+
+    def corpus(self) -> Iterator[str]:
+        return chain.from_iterable(part.source.corpus() for part in self._parts)
+
+    def _find(self, index: int) -> tuple[Part, int, int]:
+        """The part of a sample, its number there, and the part's first number here."""
+        position = bisect_right(self._offsets, range(len(self))[index]) - 1
+        offset = self._offsets[position]
+        return self._parts[position], range(len(self))[index] - offset, offset
+
+
+def _kind(cfg: DataConfig) -> type[Source]:
+    return registry.sources.get(cfg.source)
+
+
+def _build(number: int, cfg: DataConfig, split: str) -> Source | None:
+    """
+    Raises:
+        ValueError: the data are missing or not what ``cfg`` says, or nothing of them is to train on.
+    """
+    try:
+        source = build_source(cfg, split)
+    except ValueError as error:
+        raise ValueError(f"data.parts[{number}]: {error}") from None
+    if source is None and split == "train":
+        raise ValueError(f"data.parts[{number}]: source = {cfg.source!r}: has no training samples")
+    return source
+
+
+def _part_seed(seed: int, number: int) -> int:
+    """Parts of one size are not in one order."""
+    return int(np.random.default_rng((seed, 2, number)).integers(2**32))

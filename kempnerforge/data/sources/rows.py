@@ -1,0 +1,292 @@
+"""Rows of files, by number: JSON lines, JSON lists, CSV and TSV. Only where each row stands is kept in memory.
+
+A row that cannot be parsed is a row nevertheless, and an error when it is asked for, so that it is skipped, counted and listed like any
+other sample that cannot be used. A file that has too many of them is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import mmap
+import os
+import re
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.sample import SampleError
+
+BOM = b"\xef\xbb\xbf"
+SHOWN_ROWS = 5
+FIELD_BYTES = 2**26
+"""A field of a CSV file is not longer: a quote that is never closed would take the rest of the file."""
+Measure = Callable[[Mapping[str, Any]], tuple[int, int]]
+"""Of a row: characters of its texts, and images. Must take whatever a row may hold."""
+Found = tuple[int, int, int, "dict[str, Any] | ValueError"]
+"""Begin and length in bytes, number of the line or entry, and the row."""
+
+
+class Rows(ABC):
+    """Rows by number.
+
+    Attributes:
+        columns: names that any of them has.
+    """
+
+    columns: set[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """
+        Raises:
+            SampleError: this row cannot be read.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where a row stands, for messages."""
+
+    @abstractmethod
+    def length(self, index: int) -> int:
+        """Characters of its texts."""
+
+    @abstractmethod
+    def num_images(self, index: int) -> int: ...
+
+    @abstractmethod
+    def fingerprint(self) -> str: ...
+
+
+class IndexedRows(Rows):
+    """Rows of a file that is read once and judged; afterwards rows are read where they stand.
+
+    Args:
+        path: the file.
+        key: the config key that names it, for messages.
+        measure: what to keep of each row for batching.
+        needed: columns that every row has.
+        max_bad_fraction: of rows that cannot be used.
+
+    Raises:
+        ValueError: no such file, no rows, or too many that cannot be parsed or lack a needed column (the first are named by number).
+    """
+
+    unit, units = "line", "lines"
+
+    def __init__(self, path: str, key: str, measure: Measure, needed: Sequence[str] = (), max_bad_fraction: float = 0.0) -> None:
+        self.path, self.needed = path, tuple(needed)
+        self._begins, self._sizes, self._numbers = array("q"), array("q"), array("q")
+        self._lengths, self._images = array("q"), array("q")
+        self.columns = set()
+        shown: list[str] = []
+        bad, lacking = 0, Counter[str]()
+        try:
+            with open(path, "rb") as file:
+                for begin, size, number, row in self._scan(file):
+                    length, images = (0, 0) if isinstance(row, ValueError) else measure(row)
+                    columns = (self._begins, self._sizes, self._numbers, self._lengths, self._images)
+                    for column, value in zip(columns, (begin, size, number, length, images), strict=True):
+                        column.append(value)
+                    if isinstance(row, ValueError):
+                        bad += 1
+                        shown += [f"{self.unit} {number}: {row}"] * (len(shown) < SHOWN_ROWS)
+                    else:
+                        self.columns |= row.keys()
+                        lacking.update(column for column in self.needed if column not in row)
+        except OSError as error:
+            raise ValueError(f"data.{key} = {path!r}: {error.strerror or error}") from None
+        if bad > max_bad_fraction * len(self) or (bad and bad == len(self)):
+            raise ValueError(f"{path}: {bad} bad {self.units}: {'; '.join(shown)}")
+        if not len(self):
+            raise ValueError(f"{path}: no rows")
+        absent = next((column for column, count in lacking.most_common() if count > max_bad_fraction * len(self)), None)
+        if absent is not None and absent in self.columns:
+            count = lacking[absent]
+            raise ValueError(f"{path}: {count} of {len(self)} rows have no column {absent!r}; write null for a row without images")
+
+    @abstractmethod
+    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+        """All rows of ``file``."""
+
+    @abstractmethod
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: ``content`` is not a row.
+        """
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        try:
+            with open(self.path, "rb") as file:  # opened anew: an offset shared with forked workers would move under them
+                file.seek(self._begins[index])
+                row = self._parse(file.read(self._sizes[index]))
+        except (OSError, ValueError) as error:
+            raise SampleError(f"cannot be read: {error}") from None
+        absent = next((column for column in self.needed if column not in row), None)
+        if absent is not None:
+            raise SampleError(f"has no column {absent!r}")
+        return row
+
+    def name(self, index: int) -> str:
+        return f"{Path(self.path).name}:{self._numbers[index]}"
+
+    def length(self, index: int) -> int:
+        return self._lengths[index]
+
+    def num_images(self, index: int) -> int:
+        return self._images[index]
+
+    def fingerprint(self) -> str:
+        return digest(file_fingerprint(self.path))
+
+
+class JsonLines(IndexedRows):
+    """One JSON object a line; blank lines are left out."""
+
+    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+        end = 0
+        for number, line in enumerate(file, 1):
+            begin, end = end, end + len(line)
+            if line.removeprefix(BOM if number == 1 else b"").strip():
+                yield begin, len(line), number, _attempt(parse_line, line)
+
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        return parse_line(content)
+
+
+class JsonList(IndexedRows):
+    """A file that is one JSON list of objects. It is looked through for where each begins and ends; no more than one is in memory."""
+
+    unit, units = "entry", "entries"
+    _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+
+    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            depth, begin, number, behind = 0, 0, 0, 0
+            for match in self._TOKEN.finditer(content):
+                token = match[0]
+                depth += (token in b"[{") - (token in b"]}")
+                opens, closes = depth == 2 and token in b"[{", depth == 1 and token in b"]}"
+                if closes:
+                    number += 1
+                    yield begin, match.end() - begin, number, _attempt(parse_line, content[begin : match.end()])
+                    behind = match.end()
+                elif depth <= 1 or opens:  # on the level of the list there are objects and commas, and nothing else
+                    if not (opens or token in b"[]") or content[behind : match.start()].strip(BOM + b", \t\r\n"):
+                        raise ValueError(f"{self.path}: entry {number + 1} is not an object")
+                    begin, behind = match.start(), match.end() if depth <= 1 else behind
+                if depth <= 0:
+                    break
+            if depth or content[behind:].strip():
+                raise ValueError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} behind entry {number}")
+
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        return parse_line(content)
+
+
+class CsvRows(IndexedRows):
+    """Comma- or tab-separated values with a line of column names. A field may be quoted, and then hold line breaks.
+
+    Args:
+        quotes: False: a quote is a character like any other.
+    """
+
+    unit, units = "row", "rows"
+
+    def __init__(self, path: str, key: str, measure: Measure, *args: Any, quotes: bool = True) -> None:
+        self._names: list[str] = []
+        self._style = {"delimiter": "\t" if path.lower().endswith(".tsv") else ",", "strict": True}
+        self._style["quoting"] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        super().__init__(path, key, measure, *args)
+
+    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+        end, open_at = 0, 0
+
+        def lines() -> Iterator[str]:
+            nonlocal end
+            for line in file:
+                end += len(line)
+                # undecodable bytes pass as lone surrogates, and are found when the row is judged
+                yield line.removeprefix(BOM if end == len(line) else b"").decode("utf-8", "surrogateescape")
+
+        reader, number = self._reader(lines()), 0
+        self._names = next(reader, [])
+        while True:
+            open_at, number = end, number + 1
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    raise ValueError(f"{self.path}: row {number}: a quote that is never closed") from None
+                yield open_at, end - open_at, number, ValueError(f"not CSV: {error}")
+                continue
+            if values is None:
+                return
+            if values:
+                yield open_at, end - open_at, number, _attempt(self._row, values)
+
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        csv.field_size_limit(FIELD_BYTES)  # of the whole process, which may be a fresh one
+        return csv.reader(lines, **self._style)
+
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        try:
+            lines = (line.decode("utf-8", "surrogateescape") for line in io.BytesIO(content))
+            values = next(self._reader(lines), [])
+        except csv.Error as error:
+            raise ValueError(f"not CSV: {error}") from None
+        return self._row(values)
+
+    def _row(self, values: list[str]) -> dict[str, Any]:
+        if len(values) != len(self._names):
+            raise ValueError(f"{len(values)} fields, {len(self._names)} column names")
+        bad = next((value for value in values if any("\udc80" <= c <= "\udcff" for c in value)), None)
+        if bad is not None:
+            raise ValueError(f"not UTF-8: {bad[:40]!r}")
+        return dict(zip(self._names, values, strict=True))
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: not UTF-8, not JSON, not an object.
+    """
+    try:
+        row = json.loads(line.removeprefix(BOM).decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    if type(row) is not dict:
+        raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
+    return row
+
+
+def _attempt(parse: Callable[[Any], dict[str, Any]], content: Any) -> dict[str, Any] | ValueError:
+    try:
+        return parse(content)
+    except ValueError as error:
+        return error
+
+
+def json_rows(path: str, *args: Any) -> IndexedRows:
+    """A JSON list or JSON lines, whichever the file is; arguments as of ``IndexedRows``."""
+    head = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            head = file.read(4096).removeprefix(BOM).lstrip()
+    return (JsonList if head.startswith(b"[") else JsonLines)(path, *args)

@@ -1,0 +1,340 @@
+"""WebDataset shards: tars in which ``0001.txt``, ``0001.json`` and ``0001.jpg`` make one sample; manifests as VLA Foundry writes them.
+
+A plain tar on a disk can be read from any place once its headers are known, so its samples are found by number as those of a table are: the order
+is random over all shards, the state is one integer, and a run goes on in the middle of a shard. The package ``webdataset`` is not needed for it:
+it reads shards as streams, front to back, through a shuffle buffer, and its place in a shard cannot be asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from kempnerforge.config import registry
+from kempnerforge.config.data import TableConfig
+from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.sample import SampleError, Text
+from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
+from kempnerforge.data.sources.table import TableSource
+
+MAX_TEXT = 16 * 2**20
+MAX_IMAGE = 256 * 2**20
+"""Bytes of a member that is read."""
+GLANCE = 2**14
+"""Bytes at the head and at the tail of a shard that its fingerprint is made of."""
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+NUMBERED = re.compile(r"(\d+)\.(.+)")
+
+
+@registry.register_data_config
+@dataclass
+class WebDatasetConfig(TableConfig):
+    """Tar shards. A column is the extension of a member ("txt"), or a field of a JSON member ("json.caption", "json.meta.title").
+
+    Attributes:
+        path: a tar, a directory of tars, a pattern ("shards/*.tar", "shards/{000..127}.tar"), a manifest (".jsonl", one line ``{"shard":
+            "shard-0000", "num_sequences": 8}`` for each shard, with or without ".tar", below the manifest's directory), or several of them
+            joined by "::". A manifest says how many samples there are; else all headers are read at the start.
+        eval_path: as ``path``, for what is held out.
+        image_column: extensions separated by ";", the first that is there counts. Several images of a sample are ``0001.0.jpg``, ``0001.1.jpg``.
+    """
+
+    source: str = "webdataset"
+    image_column: str = "jpg;jpeg;png;webp"
+    answer_column: str = "txt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.root:
+            raise ValueError(f"root = {self.root!r}: the images of source 'webdataset' are in its shards; leave it empty")
+
+
+class Listed(NamedTuple):
+    """A shard and how many samples its manifest says it has; None: nothing says so."""
+
+    path: str
+    samples: int | None
+
+
+@registry.register_source("webdataset")
+class WebDataset(TableSource):
+    """Samples of tar shards, shard by shard, in the order of their first members.
+
+    A shard that cannot be read, or has another number of samples than its manifest says, is refused at the start if it is the first one or in no
+    manifest; one that is read later makes each of its samples an unusable one.
+
+    Raises:
+        ValueError: no shards; a manifest or a shard that cannot be read; no sample of the first shard has a configured member.
+    """
+
+    cfg: WebDatasetConfig
+
+    def __init__(self, cfg: WebDatasetConfig, split: str) -> None:
+        super().__init__(cfg, split)
+        self._shards = list(list_shards(self.path, f"data.{'path' if self.path == cfg.path else 'eval_path'}"))
+        self._open: dict[int, Shard | ShardError] = {}
+        counts = [len(self._shard(k)) if shard.samples is None or k == 0 else shard.samples for k, shard in enumerate(self._shards)]
+        self._ends = list(accumulate(counts))
+        filled = next((k for k, count in enumerate(counts) if count), None)
+        if filled is not None:
+            self._require_members(self._shard(filled))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def row_id(self, index: int) -> str:
+        number, offset = self._find(index)
+        name = os.path.basename(self._shards[number].path)
+        try:
+            return f"{name}:{self._shard(number).key(offset)}"
+        except ShardError:
+            return f"{name}[{offset}]"
+
+    def row(self, index: int) -> Row:
+        number, offset = self._find(index)
+        shard = self._shard(number)
+        return Row(shard, shard.members(offset), self.cfg.image_column)
+
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """The texts of sample ``index``; its images are not read.
+
+        Raises:
+            SampleError: they cannot be used.
+        """
+        try:
+            return self.texts_of(self.row(index))
+        except SampleError as error:
+            raise SampleError(f"{self.row_id(index)}: {error}") from None
+
+    def length(self, index: int) -> int:
+        """Bytes of the members that hold the texts."""
+        return self._measure(index)[0]
+
+    def num_images(self, index: int) -> int:
+        return self._measure(index)[1]
+
+    def fingerprint(self) -> str:
+        """Of the content of the first shard, and a glance at the others: their names, sizes, heads and tails."""
+        return digest(file_fingerprint(self._shards[0].path), *((shard.samples, *_glance(shard.path)) for shard in self._shards))
+
+    def _measure(self, index: int) -> tuple[int, int]:
+        """Bytes of texts and number of images; nothing for an unusable sample."""
+        try:
+            row = self.row(index)
+            size = sum(row.member(column)[0].size for column in self.text_columns)
+        except SampleError:
+            return 0, 0
+        return size, len(row.images())
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The number of the shard of sample ``index``, and the sample's in it."""
+        index = range(len(self))[index]
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    def _shard(self, number: int) -> Shard:
+        """
+        Raises:
+            ShardError: it cannot be read, or is not what the manifest says.
+        """
+        if number not in self._open:
+            try:
+                self._open[number] = _checked(self._shards[number])
+            except ShardError as error:
+                self._open[number] = error
+        shard = self._open[number]
+        if isinstance(shard, ShardError):
+            raise ShardError(str(shard))
+        return shard
+
+    def _require_members(self, shard: Shard) -> None:
+        """
+        Raises:
+            ValueError: no sample of ``shard`` has the members of a configured column.
+        """
+        there = set(shard.extensions)
+        for column in self.text_columns:
+            if column not in there and column.partition(".")[0] not in there:
+                raise ValueError(f"{shard.path}: no member .{column.partition('.')[0]} (column {column!r}); members: {_listed(there)}")
+        wanted = image_extensions(self.cfg.image_column)
+        plain = {NUMBERED.sub(r"\2", extension) for extension in there}
+        if wanted and not plain & set(wanted):
+            raise ValueError(f"{shard.path}: no member for data.image_column = {self.cfg.image_column!r}; members: {_listed(there)}")
+
+
+class Row(Mapping[str, Any]):
+    """The columns of one sample; each is read when it is asked for.
+
+    Args:
+        shard: where the sample is.
+        members: of the sample.
+        image_column: the column whose value is a list of encoded images.
+    """
+
+    def __init__(self, shard: Shard, members: dict[str, Member], image_column: str) -> None:
+        self._shard, self._members, self._image_column = shard, members, image_column
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, column: str) -> Any:
+        """
+        Raises:
+            SampleError: no such member or field, too large, not UTF-8, not JSON.
+        """
+        if column == self._image_column:
+            images = self.images()
+            if not images:
+                raise SampleError(
+                    f"has no {' or '.join('.' + name for name in image_extensions(column))}; members: {_listed(self._members)}"
+                )
+            return [self._read(name, MAX_IMAGE) for name in images]
+        _, name, fields = self.member(column)
+        content = self._read(name, MAX_TEXT)
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SampleError(f".{name} is not UTF-8 at byte {error.start}") from None
+        return _field(text, name, fields) if name.split(".")[-1] == "json" else text.strip()
+
+    def images(self) -> list[str]:
+        """The extensions of the images, in order."""
+        for wanted in image_extensions(self._image_column):
+            if wanted in self._members:
+                return [wanted]
+            numbered = [(int(match[1]), name) for name in self._members if (match := NUMBERED.fullmatch(name)) and match[2] == wanted]
+            if numbered:
+                return [name for _, name in sorted(numbered)]
+        return []
+
+    def member(self, column: str) -> tuple[Member, str, list[str]]:
+        """The member of a text column, its extension, and the field in it.
+
+        Raises:
+            SampleError: it is not there.
+        """
+        if column in self._members:
+            return self._members[column], column, []
+        name, *fields = column.split(".")
+        if name not in self._members or name != "json":
+            raise SampleError(f"has no .{column if name != 'json' else name}; members: {_listed(self._members)}")
+        return self._members[name], name, fields
+
+    def _read(self, name: str, limit: int) -> bytes:
+        member = self._members[name]
+        if member.size > limit:
+            raise SampleError(f".{name} has {member.size} bytes, more than {limit}")
+        return self._shard.read(member)
+
+
+def image_extensions(column: str) -> list[str]:
+    """The extensions that ``data.image_column`` names."""
+    return [name for name in column.split(";") if name]
+
+
+def list_shards(path: str, key: str) -> Iterator[Listed]:
+    """The shards that ``path`` means, see ``WebDatasetConfig``.
+
+    Raises:
+        ValueError: there are none, one is missing, a manifest cannot be read; the message names ``key``.
+    """
+    for part in path.split("::"):
+        if part.endswith(".jsonl"):
+            yield from _manifest(part, key)
+        elif os.path.isdir(part):
+            yield from _globbed(os.path.join(glob.escape(part), "*.tar"), key, part)
+        else:
+            for pattern in expand(part):
+                yield from _globbed(pattern, key, pattern) if glob.has_magic(pattern) else [_there(Listed(pattern, None), key)]
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """``a{08..10}`` is a08, a09, a10."""
+    match = RANGE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match[1], match[2]
+    for number in range(int(first), int(last) + 1):
+        yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+
+
+def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise ValueError(f"{key} = {shown!r}: no tars there")
+    return (Listed(path, None) for path in found)
+
+
+def _there(shard: Listed, where: str) -> Listed:
+    if not os.path.isfile(shard.path):
+        raise ValueError(f"{where}: no such shard: {shard.path}")
+    return shard
+
+
+def _manifest(path: str, key: str) -> Iterator[Listed]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{key} = {path!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key} = {path!r}: not UTF-8 at byte {error.start}") from None
+    if not lines:
+        raise ValueError(f"{key} = {path!r}: lists no shards")
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        name, samples = (entry.get("shard"), entry.get("num_sequences")) if type(entry) is dict else (None, None)
+        if type(name) is not str or type(samples) is not int or samples < 0:
+            raise ValueError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {line.strip()[:200]}')
+        if not name or "\0" in name or ":" in name or os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError(f"{where}: shard = {name!r}: must be a path below the manifest's directory")
+        full = os.path.join(os.path.dirname(path), name if name.endswith(".tar") else f"{name}.tar")
+        yield _there(Listed(full, samples), where)
+
+
+def _checked(listed: Listed) -> Shard:
+    shard = index_tar(listed.path)
+    if listed.samples is not None and len(shard) != listed.samples:
+        raise ShardError(f"{listed.path}: {len(shard)} samples, but its manifest says num_sequences = {listed.samples}")
+    return shard
+
+
+def _glance(path: str) -> tuple[str, int, int]:
+    """Name, size, and a checksum of the first and last blocks."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(GLANCE)
+        file.seek(max(0, size - GLANCE))
+        return os.path.basename(path), size, zlib.crc32(file.read(GLANCE), zlib.crc32(head))
+
+
+def _field(text: str, name: str, fields: list[str]) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f".{name} is not JSON: {str(error)[:80]}") from None
+    for depth, field in enumerate(fields):
+        if type(value) is not dict or field not in value:
+            raise SampleError(f".{name} has no field {'.'.join(fields[: depth + 1])!r}")
+        value = value[field]
+    return value
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)[:20]) or "none"

@@ -1,0 +1,128 @@
+"""Geometry of views: which part of which enlargement of an image each of them shows. No pixels here, and whole numbers wherever they decide.
+
+All sizes are (width, height) in pixels, all grids (rows, columns). A view is a square of ``side`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kempnerforge.config.images import ImagesConfig
+
+Size = tuple[int, int]
+Grid = tuple[int, int]
+
+
+class Frame(NamedTuple):
+    """A canvas with the image on it, and the views that are cut from it.
+
+    Attributes:
+        content: size to which the whole image is resized.
+        canvas: what it is laid on.
+        offset: where its left upper corner comes to lie; below 0, a part of it is lost.
+        corners: left upper corners of the views on the canvas, row by row.
+    """
+
+    content: Size
+    canvas: Size
+    offset: Size = (0, 0)
+    corners: tuple[Size, ...] = ((0, 0),)
+
+
+def grid_of(cfg: ImagesConfig, side: int, size: Size) -> Grid:
+    """The grid of tiles of an image with ``data.images.fit = "tiles"``."""
+    if cfg.tiling == "grid":
+        return stretched_grid(size, side, cfg.max_side, cfg.resize_to_max_side)
+    if cfg.tiling == "anyres":
+        return best_pinpoint(size, side, cfg.pinpoints)
+    return overlap_grid(size, side, cfg.overlap, cfg.max_tiles)
+
+
+def frames_of(cfg: ImagesConfig, side: int, size: Size) -> list[Frame]:
+    """The frames of an image, in the order of its views."""
+    if cfg.fit == "squash":
+        return [Frame((side, side), (side, side))]
+    if cfg.fit == "crop":
+        return [cropped(size, side)]
+    if cfg.fit == "letterbox":
+        return [letterboxed(size, (side, side))]
+    grid = grid_of(cfg, side, size)
+    overview = letterboxed(size, (side, side)) if cfg.tiling == "overlap" else Frame((side, side), (side, side))
+    if cfg.global_view and grid == (1, 1):
+        return [overview]
+    return [*([overview] if cfg.global_view else []), tiles(cfg, side, size, grid)]
+
+
+def tiles(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> Frame:
+    """The tiles of ``grid``: over the stretched image, or over the one that is fitted into them."""
+    step = side if cfg.tiling != "overlap" else window(side, cfg.overlap)
+    corners = tuple((column * step, row * step) for row in range(grid[0]) for column in range(grid[1]))
+    canvas = (grid[1] - 1) * step + side, (grid[0] - 1) * step + side
+    frame = Frame(canvas, canvas) if cfg.tiling == "grid" else letterboxed(size, canvas)
+    return frame._replace(corners=corners)
+
+
+# ---- one view --------------------------------------------------------------------------------------------------------------
+
+
+def cropped(size: Size, side: int) -> Frame:
+    """The short side becomes ``side``; the middle is kept (as CLIP's processor does it)."""
+    short = min(size)
+    content = side * size[0] // short, side * size[1] // short
+    return Frame(content, (side, side), (-((content[0] - side) // 2), -((content[1] - side) // 2)))
+
+
+def letterboxed(size: Size, canvas: Size) -> Frame:
+    """The image with its shape kept, as large as ``canvas`` lets it be, in the middle (LLaVA-NeXT rounds up as here)."""
+    if canvas[0] * size[1] < canvas[1] * size[0]:  # the width decides
+        content = canvas[0], min(canvas[1], -(-size[1] * canvas[0] // size[0]))
+    else:
+        content = min(canvas[0], -(-size[0] * canvas[1] // size[1])), canvas[1]
+    return Frame(content, canvas, ((canvas[0] - content[0]) // 2, (canvas[1] - content[1]) // 2))
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------------
+
+
+def stretched_grid(size: Size, side: int, max_side: int, resize_to_max_side: bool) -> Grid:
+    """nanoVLM: the long side a multiple of ``side`` up to ``max_side``, the short one as many tiles as the image's shape needs, rounded up."""
+    long, short = max(size), min(size)
+    along = max_side // side if resize_to_max_side else min(max_side // side, -(-long // side))
+    across = -(-short * along // long)
+    return (across, along) if size[0] >= size[1] else (along, across)
+
+
+def best_pinpoint(size: Size, side: int, pinpoints: Sequence[Grid]) -> Grid:
+    """LLaVA-NeXT (Liu et al. 2024): the grid that keeps most of the image's pixels, and of several the one that wastes fewest."""
+
+    def merit(grid: Grid) -> tuple[int, int]:
+        width, height = grid[1] * side, grid[0] * side
+        if width * size[1] < height * size[0]:
+            fitted = width * (size[1] * width // size[0])
+        else:
+            fitted = (size[0] * height // size[1]) * height
+        kept = min(fitted, size[0] * size[1])
+        return kept, kept - width * height
+
+    return max(((int(rows), int(columns)) for rows, columns in pinpoints), key=merit)
+
+
+def window(side: int, overlap: float) -> int:
+    """Pixels from one overlapping tile to the next."""
+    return side - round(side * overlap)
+
+
+def overlap_grid(size: Size, side: int, overlap: float, max_tiles: int) -> Grid:
+    """Molmo (Deitke et al. 2024, section 2): the grid that enlarges the image least, or, if all are too small for it, shrinks it least."""
+    step = window(side, overlap)
+    margin = side - step
+    width, height = max(1, size[0] - margin), max(1, size[1] - margin)
+    numbers = range(1, max_tiles + 1)
+    grids = sorted(((r, c) for r in numbers for c in numbers if r * c <= max_tiles), key=lambda grid: (grid[0] * grid[1], grid[0]))
+
+    def scale(grid: Grid) -> float:
+        return min(grid[0] * step / height, grid[1] * step / width)
+
+    enlarging = [grid for grid in grids if scale(grid) >= 1]
+    return min(enlarging, key=scale) if enlarging else max(grids, key=scale)

@@ -1,0 +1,257 @@
+"""A directory of somebody else's, as a job of ours and its weights: language models and whole vision-language models of transformers, and
+nanoVLM's. Strict: every tensor of the files has a place or is known to have none, and every parameter of ours has a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from kempnerforge.config.data import JsonlConfig, TextConfig
+from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.job import JobConfig
+from kempnerforge.config.training import TrainConfig
+from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.interop import nanovlm
+from kempnerforge.interop.huggingface import CONFIG, check_tensor, read_config, some, tensor_files
+from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD, IGNORED
+from kempnerforge.interop.settings import complete, model_config
+from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
+from kempnerforge.interop.write import Progress, nothing, text_names
+from kempnerforge.model.adapters import build_adapter
+from kempnerforge.model.transformer import Transformer
+from kempnerforge.model.vision import build_vision_encoder
+
+log = logging.getLogger("kempnerforge")
+
+MAX_TEXT = 512
+"""Tokens of a text in the config that is made, if the model has room for so many."""
+UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
+"""Tensors of a tower that may have no place in ours, besides layers behind the one that is read: a norm that no patch passes, pooling."""
+
+
+class Place(NamedTuple):
+    """Where a parameter of ours is in the files: a tensor, or one of the equal parts that its rows make."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a directory holds.
+
+    Attributes:
+        path: the directory, or file.
+        architecture: the class in transformers that it is; empty: there is none.
+        job: with the sections that make the model, and data and training sections to begin with.
+        places: our parameter name -> where it is.
+        files: tensor name -> file.
+        image_id: the token that stands for a position of an image; None: the words know of no images.
+        tied: head and embedding in the files, where both are there and ours has one for both.
+    """
+
+    path: Path
+    architecture: str
+    job: JobConfig
+    places: dict[str, Place]
+    files: dict[str, Path]
+    image_id: int | None = None
+    tied: tuple[str, str] | None = None
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether transformers loads it as it is."""
+        return bool(self.architecture) and self.path.is_dir()
+
+    def read(self, progress: Progress = nothing) -> dict[str, Tensor]:
+        """All parameters, by our names, in fp32.
+
+        Raises:
+            ValueError: a tensor is quantised or has another shape than ours.
+        """
+        wanted, tensors = shapes(self.job), {}
+        by_file: dict[Path, list[str]] = {}
+        for ours, place in self.places.items():
+            by_file.setdefault(self.files[place.name], []).append(ours)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for ours in names:
+                    name, part, parts = self.places[ours]
+                    tensor = opened.get_tensor(name).chunk(parts)[part]
+                    if tensor.dim() == wanted[ours].dim() + 1 and len(tensor) == 1:
+                        tensor = tensor[0]
+                    check_tensor(self.path, f"{name} ({ours})", tensor, wanted[ours])
+                    tensors[ours] = tensor.float().contiguous()
+            progress(f"reading {file.name}", len(tensors), len(self.places))
+        self._check_tied()
+        return {name: tensors[name] for name in wanted}
+
+    def _check_tied(self) -> None:
+        if self.tied is None:
+            return
+        pair = []
+        for name in self.tied:
+            with safe_open(self.files[name], framework="pt") as opened:
+                pair.append(opened.get_tensor(name))
+        if not torch.equal(*pair):
+            raise ValueError(f"{self.path}: {self.tied[0]} is not {self.tied[1]}, but its {CONFIG} says that they are tied")
+
+
+def shapes(job: JobConfig) -> dict[str, Tensor]:
+    """The parameters of ``job``'s model on the meta device, by name."""
+    parts = nn.Module()
+    with torch.device("meta"):
+        parts.transformer = Transformer(job.model)
+        if job.vlm is not None:
+            encoder = parts.vision_encoder = build_vision_encoder(job.vision_encoder)
+            parts.adapter = build_adapter(job.adapter, encoder.dim, job.model.dim, encoder.num_tokens)
+    return dict(parts.named_parameters())
+
+
+def open_foreign(path: Path | str) -> Foreign:
+    """A directory, or a GGUF file. Reads config and names, not the weights.
+
+    Raises:
+        ValueError: the directory cannot be read, or holds a model that we cannot be, or tensors are missing or unknown.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from kempnerforge.interop.gguf_file import open_gguf
+
+        return open_gguf(path)
+    config, files = read_config(path), tensor_files(path)
+    try:
+        if nanovlm.is_one(config):
+            return _open_nanovlm(path, config, files)
+        if config.get("model_type") in FAMILIES:
+            return _open_text(path, config, files)
+        return _open_vlm(path, config, files)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
+
+
+def _open_text(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
+    config = complete(config)
+    prefix = _prefix_of(path, HF_EMBEDDING, files)
+    model = model_config(config, _rows(files, prefix + HF_EMBEDDING))
+    length = min(MAX_TEXT, model.max_seq_len)
+    job = JobConfig(
+        model=model, data=TextConfig(path="train.txt", prompt_template="{prompt}"), train=TrainConfig(max_steps=1000, seq_len=length)
+    )
+    names = text_names(model, config["model_type"], prefix)
+    places = matched(path, {ours: Place(theirs) for ours, theirs in names.items()}, files, lambda name: name == HF_HEAD)
+    return Foreign(path, FAMILIES[config["model_type"]].architecture, job, places, files, tied=_tied(places, files, HF_HEAD))
+
+
+def _tied(places: dict[str, Place], files: dict[str, Path], head: str) -> tuple[str, str] | None:
+    used = {place.name for place in places.values()}
+    return (head, places[f"transformer.{EMBEDDING}"].name) if head in files and head not in used else None
+
+
+def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
+    norm, fit = _image_processor(path)
+    rows = [name for name in files if name.endswith(HF_EMBEDDING)]
+    parts = read_parts(config, _rows(files, rows[0]) if rows else 1, norm)
+    wrapper, text = WRAPPERS[config["model_type"]], complete(config["text_config"])
+    job = _vlm_job(JobConfig(**vars(parts)), wrapper.data, fit)
+    choices = [_names(job, wrapper, text["model_type"], layout) for layout in wrapper.layouts]
+    names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
+    layout = wrapper.layouts[choices.index(names)]
+    spare = lambda name: name == layout.head or _unread(name, layout, names)
+    image_id = config.get("image_token_index", config.get("image_token_id"))
+    places = matched(path, names, files, spare)
+    return Foreign(path, wrapper.architecture, job, places, files, image_id, _tied(places, files, layout.head))
+
+
+def _unread(name: str, layout: Layout, names: dict[str, Place]) -> bool:
+    """Whether a tensor is one of the tower that ours does without."""
+    part = name.removeprefix(layout.vision)
+    if part == name:
+        return False
+    if found := re.match(r"encoder\.layers\.\d+\.", part):
+        return not any(place.name.startswith(layout.vision + found[0]) for place in names.values())
+    return UNREAD.match(part) is not None
+
+
+def _names(job: JobConfig, wrapper: Wrapper, family: str, layout: Layout) -> dict[str, Place]:
+    """Our parameter -> its place, in files of this layout."""
+    text = text_names(job.model, family, layout.text, layout.head)
+    adapter = {f"adapter.{ours}": layout.projector + theirs for ours, theirs in wrapper.adapter_names.items()}
+    names: dict[str, Place] = {}
+    for ours in shapes(job):
+        tower = layout.vision + ours.removeprefix("vision_encoder.")
+        names[ours] = Place(text.get(ours) or adapter.get(ours) or tower)
+    return names
+
+
+def _open_nanovlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
+    job = _vlm_job(nanovlm.job_of(config), nanovlm.DATA, "squash")
+    places = {ours: Place(*nanovlm.place(ours)) for ours in shapes(job)}
+    places = matched(path, places, files, nanovlm.is_spare)
+    return Foreign(path, "", job, places, files, tied=_tied(places, files, nanovlm.HEAD))
+
+
+def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
+    """With data and training sections that suit the model."""
+    encoder, assumed = job.vision_encoder, job.image_tokens()
+    if assumed is None:
+        with torch.device("meta"):
+            assumed = job.adapter.num_tokens(build_vision_encoder(encoder).num_tokens)
+    if job.model.max_seq_len <= assumed:
+        raise ValueError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
+    text = min(MAX_TEXT, job.model.max_seq_len - assumed)
+    data = JsonlConfig(path="train.jsonl", prompt_column="prompt", images=ImagesConfig(fit=fit), **texts)
+    assert job.vlm is not None
+    vlm = VLMConfig(attention_mask=job.vlm.attention_mask, max_text_len=text)
+    return replace(job, vlm=vlm, data=data, train=TrainConfig(max_steps=1000, seq_len=assumed + text))
+
+
+def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None, str]:
+    """Mean and std (None: nothing is said), and how an image becomes a square: "squash" or "crop"."""
+    found: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (path / name).is_file():
+            content = json.loads((path / name).read_text(encoding="utf-8"))
+            found = content.get("image_processor", content)
+            break
+    fit = "crop" if found.get("do_center_crop") else "squash"
+    if found.get("do_normalize") is False:
+        return ([0.0] * 3, [1.0] * 3), fit
+    mean, std = found.get("image_mean"), found.get("image_std")
+    return ((list(mean), list(std)) if mean and std else None), fit
+
+
+def _prefix_of(path: Path, name: str, files: dict[str, Path]) -> str:
+    found = [there.removesuffix(name) for there in files if there == name or there.endswith("." + name)]
+    if len(found) != 1:
+        raise ValueError(f"{path}: needs one text model, but {len(found)} tensors are called {name}")
+    return found[0]
+
+
+def _rows(files: dict[str, Path], name: str) -> int:
+    with safe_open(files[name], framework="pt") as opened:
+        return opened.get_slice(name).get_shape()[0]
+
+
+def matched(path: Path, places: dict[str, Place], files: dict[str, Path], spare: Callable[[str], bool]) -> dict[str, Place]:
+    """``places``, if the files have them all and nothing else but what is ``spare``."""
+    wanted = {place.name for place in places.values()}
+    missing = wanted - files.keys()
+    unknown = {name for name in files.keys() - wanted if not spare(name) and not IGNORED.search(name)}
+    if missing or unknown:
+        kinds = (("lacks", missing), ("has no place for", unknown))
+        raise ValueError(f"{path}: " + "; ".join(f"{kind} {len(names)}: {some(names)}" for kind, names in kinds if names))
+    if rest := [name for name in files.keys() - wanted if not IGNORED.search(name)]:
+        log.info("%s: %d tensors that the model does not read are left aside: %s", path, len(rest), some(rest))
+    return places

@@ -1,0 +1,168 @@
+"""GGUF files of the Llama architecture (llama.cpp's format): weights, whatever their quantisation, and tokenizer. Needs the package ``gguf``."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from kempnerforge.config.data import TextConfig
+from kempnerforge.config.job import JobConfig
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.training import TrainConfig
+from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.interop.foreign import MAX_TEXT, Foreign, Place, matched, shapes
+from kempnerforge.interop.huggingface import check_tensor
+from kempnerforge.interop.names import EMBEDDING, HEAD, NORM
+from kempnerforge.interop.write import Progress, nothing
+
+TOP = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
+LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.q_proj": "attn_q",
+    "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v",
+    "attention.o_proj": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Parts of ``layers.{i}`` -> of ``blk.{i}``."""
+
+SETTINGS = {
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "ffn_dim": "feed_forward_length",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+"""``[model]`` key -> key of the file, behind ``llama.``."""
+
+DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False}
+"""``tokenizer.ggml.pre`` -> whether digits stand alone, for byte-level BPE with GPT-2's rule for words."""
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of tokens."""
+
+
+@dataclass(frozen=True)
+class GGUFModel(Foreign):
+    """A file; ``path`` is the file itself."""
+
+    def read(self, progress: Progress = nothing) -> dict[str, Tensor]:
+        quants, opened = _package().quants, {tensor.name: tensor for tensor in _open(self.path).tensors}
+        cfg, tensors = self.job.model, {}
+        for ours, wanted in shapes(self.job).items():
+            source = opened[self.places[ours].name]
+            value = torch.from_numpy(np.array(quants.dequantize(source.data, source.tensor_type), dtype=np.float32))
+            if ".q_proj." in ours or ".k_proj." in ours:
+                value = _halves(value, cfg.n_heads if ".q_proj." in ours else cfg.kv_heads)
+            check_tensor(self.path, f"{source.name} ({ours})", value, wanted)
+            tensors[ours] = value
+            progress(f"reading {self.path.name}", len(tensors), len(self.places))
+        return tensors
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """(H * E, D): the file rotates neighbouring rows of a head against each other, we its first half against the second."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def is_one(path: Path) -> bool:
+    """Whether ``path`` is a GGUF file, by its name."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def open_gguf(path: Path) -> Foreign:
+    """Reads settings and names, not the weights.
+
+    Raises:
+        ValueError: it cannot be read, is not of the Llama architecture, or lacks tensors or has unknown ones.
+    """
+    fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
+    if fields.get("general.architecture") != "llama":
+        raise ValueError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
+    if scaling := fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
+        raise ValueError(f"{path}: its rotary positions are scaled ({scaling}), which is not read from GGUF; take the safetensors")
+    settings = {ours: fields[f"llama.{theirs}"] for ours, theirs in SETTINGS.items()}
+    model = ModelConfig(
+        **settings,
+        rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        tie_embeddings=TOP[HEAD] not in names,
+    )
+    if fields.get("llama.rope.dimension_count", model.head_width) != model.head_width:
+        raise ValueError(f"{path}: llama.rope.dimension_count is not the width of a head, {model.head_width}")
+    job = JobConfig(
+        model=model,
+        data=TextConfig(path="train.txt", prompt_template="{prompt}"),
+        train=TrainConfig(max_steps=1000, seq_len=min(MAX_TEXT, model.max_seq_len)),
+    )
+    places = {ours: Place(_name(ours.removeprefix("transformer."))) for ours in shapes(job)}
+    files = dict.fromkeys(names, path)
+    return GGUFModel(path, "LlamaForCausalLM", job, matched(path, places, files, lambda name: False), files)
+
+
+def _name(ours: str) -> str:
+    if ours in TOP:
+        return TOP[ours]
+    _, index, rest = ours.split(".", 2)
+    return f"blk.{index}.{LAYER[rest.removesuffix('.weight')]}.weight"
+
+
+def read_gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside the file.
+
+    Raises:
+        ValueError: it is not one that is known.
+    """
+    fields = _fields(path)
+    kind, rule = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or rule not in DIGITS:
+        raise ValueError(
+            f"{path}: its tokenizer is {kind!r} with the rule {rule!r}; 'gpt2' with {', '.join(map(repr, DIGITS))} is read;"
+            " name a directory that has it with --tokenizer"
+        )
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={token: k for k, token in enumerate(tokens)}, merges=merges))
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first = [pre_tokenizers.Digits(individual_digits=True)] if DIGITS[rule] else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, words])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == USER_DEFINED])
+    names = {role: fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
+    if names["eos"] is None:
+        raise ValueError(f"{path}: its tokenizer has no EOS token, so answers could not end")
+    named: dict[str, Any] = {role: None if number is None else tokens[number] for role, number in names.items()}
+    bos = named["bos"] if fields.get("tokenizer.ggml.add_bos_token", True) else None
+    template = fields.get("tokenizer.chat_template")
+    return Tokenizer(backend, eos=named["eos"], bos=bos, pad=named["padding"], chat_template=template)
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise ValueError("GGUF files need the package 'gguf': pip install 'kempnerforge[gguf]'") from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return _package().GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read as GGUF; {error}" if "kempnerforge[gguf]" not in str(error) else str(error)) from None
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in _open(path).fields.items()}

@@ -1,0 +1,128 @@
+"""Directories that transformers loads: ``config.json`` and safetensors, under the names that files on the hub have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
+from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
+from kempnerforge.interop.settings import hf_config
+
+SHARD_BYTES = 5_000_000_000
+
+NEW_EMBEDDING, NEW_HEAD = "new_tokens.embedding.weight", "new_tokens.output_head.weight"
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def nothing(what: str, done: int, total: int) -> None:
+    """A ``Progress`` that tells nobody."""
+
+
+def plain_embedding(cfg: ModelConfig, tensors: Mapping[str, Tensor], rows: int = 0) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same model with its new tokens as ordinary rows of embedding and head.
+
+    Args:
+        cfg: ``[model]``.
+        tensors: ours, by parameter name.
+        rows: further rows to append, each the mean of the others.
+    """
+    tensors = dict(tensors)
+    for whole, new in ((EMBEDDING, NEW_EMBEDDING), (HEAD, NEW_HEAD)):
+        added = [tensors.pop(f"transformer.{new}")] if f"transformer.{new}" in tensors else []
+        if (table := tensors.get(f"transformer.{whole}")) is None:
+            continue
+        if rows:
+            added.append(table.float().mean(0, keepdim=True).to(table.dtype).expand(rows, -1))
+        tensors[f"transformer.{whole}"] = torch.cat([table, *added]) if added else table  # (V + n, D)
+    return replace(cfg, vocab_size=cfg.vocab_size + len(cfg.new_tokens) + rows, new_tokens=[]), tensors
+
+
+def text_names(cfg: ModelConfig, family: str, prefix: str = "model.", head: str = HF_HEAD) -> dict[str, str]:
+    """Our parameter name -> the one in the files, of a backbone without new tokens.
+
+    Args:
+        prefix: of the text model in the files.
+        head: the full name of the output head there.
+    """
+    from kempnerforge.model.transformer import Transformer
+
+    assert not cfg.new_tokens
+    with torch.device("meta"):
+        ours = [name for name, _ in Transformer(cfg).named_parameters()]
+    return {f"transformer.{name}": head if name == HEAD else prefix + hf_name(name, family) for name in ours}
+
+
+def write_text(
+    path: Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None], family: str | None = None,
+    shard_bytes: int = SHARD_BYTES, progress: Progress = nothing,
+) -> dict[str, Any]:  # fmt: skip
+    """A language model that transformers loads.
+
+    Args:
+        path: a directory, made if it is not there.
+        cfg, tensors: as ``plain_embedding`` gives them.
+        ids: "bos_token_id", "eos_token_id" and "pad_token_id".
+        family: of transformers; None takes the first that can be this model.
+
+    Returns:
+        The content of ``config.json``.
+
+    Raises:
+        ValueError: no family of transformers can be this model.
+    """
+    config: dict[str, Any] = hf_config(cfg, family) | dict(ids) | {"torch_dtype": _dtype(tensors)}
+    names = text_names(cfg, config["model_type"])
+    write_config(path, config)
+    save_tensors(path, {theirs: tensors[ours] for ours, theirs in names.items()}, shard_bytes, progress)
+    return config
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str:
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def write_config(path: Path, config: Mapping[str, Any], name: str = CONFIG) -> None:
+    """``config.json`` or a file like it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = nothing) -> None:
+    """``model.safetensors``, or as many shards as are needed, with their index. Older weights there are replaced.
+
+    Args:
+        shard_bytes: of a file at most; a tensor that is larger has a file of its own.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for old in [path / INDEX, *path.glob("model*.safetensors")]:
+        old.unlink(missing_ok=True)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # NOTE: safetensors stores no two names for the same memory
+        save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in names}, path / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        done += sum(tensors[name].nbytes for name in names)
+        progress(f"writing {file}", done, total)
+    if len(shards) > 1:
+        write_config(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}, INDEX)

@@ -1,0 +1,113 @@
+"""Attention of rows that hold several samples, each sample attended alone.
+
+The samples of a batch are taken out of their rows and put into buckets of about the same length, one sample to a row of the bucket. Each
+bucket is then an ordinary small batch, and what it has read goes back to where it came from. Nothing of the size (S, S) is made: two rows of 2048
+positions with 50 to 290 samples take a tenth of the time of a dense mask on a CPU, and a fifth to nine tenths of that of a loop over samples.
+
+Shapes: B rows, S positions of a row, H query heads, G key/value heads, E head width; n samples in a bucket, L positions of its longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RowDocuments = Sequence[Sequence[tuple[int, int]]]
+"""For each row the (positions, texts) of its samples, in the order of the stream, without a gap, from its first position on."""
+
+SHORTEST = 0.85
+"""A sample goes into the bucket of a longer one if its length is at least this share: fewer and larger products for a little padding."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples that are attended together.
+
+    Attributes:
+        places: (n, L) int64, where the positions of each sample are stored, ``b * S + s``; behind its last one that is repeated.
+        mask: (n, 1, L, L) additive; None is plain causal, which keeps the repeated ones out of sight.
+    """
+
+    places: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A mask: samples see nothing of each other. What padding reads is left open; nobody looks at it.
+
+    Attributes:
+        buckets: they hold every sample once.
+        back: (B * S,) int64, where in the buckets, one behind the other, each position is; any place for padding.
+    """
+
+    buckets: tuple[Bucket, ...]
+    back: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """``attend(q, k, v, mask)`` within each sample.
+
+        Args:
+            q: (B, H, S, E).
+            k, v: (B, G, S, E).
+
+        Returns:
+            (B, S, H * E).
+        """
+        assert q.shape[2] == k.shape[2], "documents are whole"
+        stored = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B * S, H or G, E)
+        read = []
+        for bucket in self.buckets:
+            places = bucket.places.flatten()
+            parts = (x.index_select(0, places).unflatten(0, bucket.places.shape).transpose(1, 2) for x in stored)  # (n, H or G, L, E)
+            read.append(attend(*parts, bucket.mask).flatten(0, 1))  # (n * L, H * E)
+        return torch.cat(read).index_select(0, self.back).unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def in_buckets(rows: RowDocuments, masked: bool) -> list[tuple[bool, list[tuple[int, int, int]]]]:
+    """The samples as (row, first position in it, positions), longest first, and whether a bucket needs more than a causal mask.
+
+    Args:
+        rows: what each row holds.
+        masked: all of them do; otherwise those with several texts.
+    """
+    found: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+    for row, samples in enumerate(rows):
+        begin = 0
+        for length, texts in samples:
+            found[masked or texts > 1].append((row, begin, length))
+            begin += length
+    buckets: list[tuple[bool, list[tuple[int, int, int]]]] = []
+    for needs_mask, spans in found.items():
+        longest = 0
+        for span in sorted(spans, key=lambda span: -span[2]):
+            if not longest or span[2] < SHORTEST * longest:
+                longest = span[2]
+                buckets.append((needs_mask, []))
+            buckets[-1][1].append(span)
+    return buckets
+
+
+def take_apart(rows: RowDocuments, stored: Tensor, positions: int, mask: Callable[[Tensor, Tensor], Tensor], masked: bool) -> Documents:
+    """The mask of a stream that holds ``rows``.
+
+    Args:
+        stored: (B, T) int64, where each position of the stream is stored, ``b * S + s``; T is at least what the fullest row holds.
+        positions: B * S.
+        mask: makes that of a bucket, (n, 1, L, L) additive, of ``places`` (n, L) and which of them (n, L) are no repetition.
+        masked: all samples need one; otherwise those with several texts.
+    """
+    buckets, places, own = [], [], []
+    for needs_mask, spans in in_buckets(rows, masked):
+        row, begin, length = torch.tensor(spans, device=stored.device).T[..., None]  # (n, 1) each
+        step = torch.arange(spans[0][2], device=stored.device)
+        places.append(stored[row, begin + step.minimum(length - 1)])  # (n, L)
+        own.append(step < length)
+        buckets.append(Bucket(places[-1], mask(places[-1], own[-1]) if needs_mask else None))
+    flat, kept = (torch.cat([part.flatten() for part in parts]) for parts in (places, own))
+    target = torch.where(kept, flat, positions)
+    back = torch.zeros(positions + 1, dtype=torch.int64, device=stored.device)
+    return Documents(tuple(buckets), back.scatter(0, target, torch.arange(len(flat), device=stored.device))[:positions])

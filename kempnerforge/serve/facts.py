@@ -1,0 +1,41 @@
+"""What the page says of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kempnerforge.eval.draw import COLOURS
+from kempnerforge.serve.request import MAX_IMAGES
+from kempnerforge.training.answer import Answerer
+
+
+def facts_of(model: Answerer) -> dict[str, object]:
+    """Plain values: ``name``, ``about`` (what is shown beside it), and what the page goes by."""
+    job = model.assembly.job
+    count = sum(parameter.numel() for parameter in model.assembly.model.parameters())
+    about = {
+        "checkpoint": model.path.name,
+        "architecture": "text" if job.vlm is None else job.vlm.arch,
+        "parameters": _short(count),
+        "device": model.device.type,
+    }
+    return {
+        "name": _name(model.path),
+        "about": about,
+        "has_images": model.has_images,
+        "has_turns": model.has_turns,
+        "max_images": MAX_IMAGES,
+        "colours": list(COLOURS),
+    }
+
+
+def _name(path: Path) -> str:
+    """Of the run that a checkpoint belongs to."""
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

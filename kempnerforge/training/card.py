@@ -1,0 +1,67 @@
+"""The model card that goes with an exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.config import to_toml
+from kempnerforge.training.restore import Restored
+
+
+def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> str:
+    """``README.md`` of an export: what it is, what it was trained on, how well it does. The licence is left to whoever publishes it.
+
+    Args:
+        name: a title.
+        form: "hf" or "kempnerforge".
+        lines: facts about the conversion.
+    """
+    job, state = restored.assembly.job, restored.manifest.state
+    use = (
+        "Loads with the `from_pretrained` of its class in transformers."
+        if form == "hf"
+        else "No class of transformers is this model: `kempnerforge.load_pretrained` reads it (weights in `model.safetensors`, `config.toml`)."
+    )
+    stages = [
+        f"* `{stage.name}`: {stage.steps} steps of {stage.train.batch_size} samples; "
+        + ", ".join(f"`{section.source}`{_path(section)}" for section in stage.data.sections())
+        for stage in restored.assembly.stages
+    ]
+    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path).items()]
+    imported = state.get("imported", {})
+    parts = [
+        "---\ntags:\n- kempnerforge\n---",
+        f"# {name}",
+        use,
+        "\n".join(f"* {line}" for line in lines),
+        "**Licence: not stated.** Whoever publishes this chooses one that the licences of its parts and data allow.",
+        "## Data",
+        f"Weights of {imported['source']}, not trained here." if imported and not restored.manifest.step else "\n".join(stages),
+        f"## Metrics\n\nAt step {restored.manifest.step}, {state.get('samples_seen', 0):,} samples seen.",
+        "\n".join(["| metric | value |", "|---|---|", *metrics]) if metrics else "None were measured.",
+        "## Config",
+        f"```toml\n{to_toml(job).strip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _path(section: Any) -> str:
+    return f" ({section.path})" if getattr(section, "path", "") else ""
+
+
+def _metrics(checkpoint: Path) -> dict[str, float]:
+    """The latest value of each evaluation metric up to the checkpoint, from the run around it."""
+    file, step = checkpoint.parent.parent / "metrics.jsonl", int(checkpoint.name.partition("-")[2] or 0)
+    found: dict[str, float] = {}
+    if not file.is_file():
+        return found
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that was cut off when a run was killed
+            continue
+        if isinstance(row, dict) and row.get("step", 0) <= step:
+            found |= {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)}
+    return found

@@ -1,0 +1,226 @@
+"""``kempnerforge data check``: whole sources read in parallel, and what their sizes say about the job."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kempnerforge.config import DataConfig, JobConfig, Stage
+from kempnerforge.data.check import Bad, Found, Reader, is_stream, read_all, shared_images, spread
+from kempnerforge.data.check_facts import Batching, Limits, batching_modes, distribution, limits, recommended
+from kempnerforge.data.interleave import Layout
+from kempnerforge.data.sample import Source
+from kempnerforge.training.inspection import source_names
+from kempnerforge.training.setup import Assembly, assemble
+
+SHOWN_LEAKS = 5
+HELD_OUT = "held out"
+SIZES = ("texts", "images", "views", "text_tokens", "trained", "positions")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture, or all there is.
+
+    Attributes:
+        name: of the source.
+        samples: read.
+        bad: of them.
+        totals: of ``SIZES``, over the samples that have a size.
+    """
+
+    name: str
+    samples: int
+    bad: int
+    totals: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One source after reading.
+
+    Attributes:
+        name: the stages that train on it, or what is held out.
+        split: "train" or "test".
+        total: samples that there are.
+        found: what was read.
+        parts: by source.
+        layout: of rows in these stages.
+        now: the limits of the job; ``advice``: those that are recommended.
+        modes: what each batching mode would make of it.
+        batching: the mode of the job.
+        max_bad_fraction: of the job.
+    """
+
+    name: str
+    split: str
+    total: int
+    found: Found
+    parts: list[Part]
+    layout: Layout
+    now: Limits
+    advice: Limits
+    modes: list[Batching]
+    batching: str
+    max_bad_fraction: float
+
+    @property
+    def bad_fraction(self) -> float:
+        return len(self.found.bad) / max(len(self.found.indices), 1)
+
+    @property
+    def usable(self) -> bool:
+        """Whether training would go through."""
+        return self.bad_fraction <= self.max_bad_fraction and not any(bad.kind == "crash" for bad in self.found.bad)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Unusable samples by what is wrong with them."""
+        return dict(Counter(bad.kind for bad in self.found.bad).most_common())
+
+    def lengths(self, column: str) -> np.ndarray:
+        """A column of ``Found.sizes``, of the samples that have one."""
+        return self.found.column(column)[self.found.has_size]
+
+    def as_json(self) -> dict[str, Any]:
+        """All facts as plain values; unusable samples by kind alone."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "samples": self.total,
+            "read": len(self.found.indices),
+            "bad": len(self.found.bad),
+            "bad_kinds": self.kinds,
+            "bad_fraction": self.bad_fraction,
+            "max_bad_fraction": self.max_bad_fraction,
+            "usable": self.usable,
+            "totals": {name: int(self.lengths(name).sum()) for name in SIZES},
+            "distinct_images": self.found.distinct_images,
+            "sources": [asdict(part) for part in self.parts],
+            "text_tokens": distribution(self.lengths("text_tokens")),
+            "positions": distribution(self.lengths("positions")),
+            "limits": asdict(self.now),
+            "recommended": asdict(self.advice),
+            "batching": self.batching,
+            "modes": [asdict(mode) for mode in self.modes],
+        }
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Images of the held-out samples that training has seen, byte by byte.
+
+    Attributes:
+        stages: that train on them.
+        images: how many different ones.
+        pairs: (training sample, held-out sample) of the first ones.
+    """
+
+    stages: str
+    images: int
+    pairs: list[tuple[str, str]]
+
+
+def check_data(
+    job: JobConfig, workers: int, limit: int, images: bool, begin: Callable[[str, int], Callable[[int], object]]
+) -> tuple[list[Checked], list[Leak]]:
+    """Reads the data of all stages, and what is held out.
+
+    Args:
+        job: as for training.
+        workers: processes.
+        limit: samples of each source, evenly spread, or the first ones of a stream; 0 reads all.
+        images: decode them.
+        begin: told the name of each source and how many samples are read; returns what is told of progress.
+
+    Raises:
+        ValueError: the data cannot be read at all.
+    """
+    assembly = assemble(job, device="meta")
+    groups: list[list[Stage]] = []  # stages that train on the same
+    for stage in assembly.stages:
+        same = (g for g in groups if (g[0].data, g[0].train.seq_len) == (stage.data, stage.train.seq_len))
+        group = next(same, None)
+        groups.append([stage]) if group is None else group.append(stage)
+    checked: list[Checked] = []
+    for group in groups:
+        name = ", ".join(stage.name for stage in group)
+        checked.append(_check(assembly, name, assembly.sources[group[0].index], group[0], workers, limit, images, begin))
+    if assembly.held_out is None:
+        return checked, []
+    held_out = _check(assembly, HELD_OUT, assembly.held_out, assembly.stages[-1], workers, limit, images, begin)
+    leaks = []
+    for group, one in zip(groups, checked, strict=True):
+        pairs = shared_images(one.found, held_out.found)
+        if pairs:
+            source = assembly.sources[group[0].index]
+            shown = [(_name(source, a), _name(assembly.held_out, b)) for a, b in pairs[:SHOWN_LEAKS]]
+            leaks.append(Leak(one.name, len(pairs), shown))
+    return [*checked, held_out], leaks
+
+
+def _name(source: Source, index: int) -> str:
+    return source[index].id
+
+
+def _check(
+    assembly: Assembly,
+    name: str,
+    source: Source,
+    stage: Stage,
+    workers: int,
+    limit: int,
+    images: bool,
+    begin: Callable[[str, int], Callable[[int], object]],
+) -> Checked:
+    encoder = assembly.encoder(stage)
+    indices = spread(source, limit)
+    found = read_all(Reader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
+    return Checked(
+        name=name,
+        split=source.split,
+        total=len(source),
+        found=found,
+        parts=_parts(source, stage.data, found),
+        layout=encoder.layout,
+        now=limits(found, encoder.layout.max_text_len, encoder.layout.seq_len),
+        advice=recommended(found, encoder.layout),
+        modes=batching_modes(found, source, encoder.layout, stage.train, stage.data.max_images_per_row) if source.split == "train" else [],
+        batching=stage.data.batching,
+        max_bad_fraction=stage.data.max_bad_fraction,
+    )
+
+
+def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:
+    part_of = np.array([source.part(index) for index in found.indices.tolist()], dtype=np.int64)
+    bad = {bad.index for bad in found.bad}
+    is_bad = np.array([index in bad for index in found.indices.tolist()], dtype=bool)
+    parts = []
+    for number, name in enumerate(source_names(cfg)):
+        own = part_of == number
+        totals = {column: int(found.column(column)[own].sum()) for column in SIZES}
+        parts.append(Part(name, int(own.sum()), int((is_bad & own).sum()), totals))
+    return parts
+
+
+def write_bad_samples(path: Path, checked: list[Checked]) -> Path:
+    """Writes all unusable samples, one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for one in checked:
+            for bad in one.found.bad:
+                file.write(json.dumps(_bad_line(one, bad)) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def _bad_line(one: Checked, bad: Bad) -> dict[str, Any]:
+    return {"stages": one.name, "split": one.split, "index": bad.index, "id": bad.id, "kind": bad.kind, "reason": bad.reason}

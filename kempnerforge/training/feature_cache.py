@@ -1,0 +1,94 @@
+"""Features of images that a frozen encoder has seen, kept on disk, so that each image is encoded once.
+
+It pays where the encoder is a large part of a step and images come again; the share that it saves is about ``2 P_v T_v / (6 P T)``, with
+parameters P and tokens T of the encoder (v) and of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.seen import Seen
+from kempnerforge.distributed.world import World
+from kempnerforge.vlm.base import VLM
+
+NAME = "features"
+
+
+class FeatureCache:
+    """What ``model.vision_encoder`` gives, by its weights and the pixels it is given.
+
+    A feature that is there is used, also where its image stands in a batch that has to be encoded because of others: the value never depends
+    on which images were met together later. A micro-batch of which all ranks have everything is not encoded at all.
+
+    Args:
+        directory: may be shared by runs and processes; a file is written whole or not at all.
+        world: the encoder is sharded over it, so all ranks must agree on calling it.
+        dtype: of compute; features of another one are other features.
+    """
+
+    def __init__(self, directory: Path, world: World, dtype: torch.dtype) -> None:
+        self.directory, self.world, self.dtype = directory, world, dtype
+        self._folder: Path | None = None
+
+    def open(self, model: VLM) -> None:
+        """Uses the features of ``model``'s encoder as it is now. To be called when what trains has changed; an encoder that trains has none."""
+        if any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
+            self._folder = None
+            return
+        digest = hashlib.blake2b(f"{type(model.vision_encoder).__qualname__} {self.dtype}".encode(), digest_size=16)
+        for name, value in sorted([*model.vision_encoder.named_parameters(), *model.vision_encoder.named_buffers()]):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            digest.update(name.encode())
+            digest.update(whole.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._folder = self.directory / digest.hexdigest()
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def attach(self, batch: Batch) -> Batch:
+        """``batch``, which is still on the CPU, with what is known of its images. All ranks call it for each micro-batch."""
+        if self._folder is None or batch.images is None:
+            return batch
+        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
+        found = [self._read(key) for key in keys]
+        missing = sum(features is None for features in found)
+        return replace(batch, seen=Seen(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
+
+    def keep(self, batch: Batch) -> None:
+        """Stores what the model has found out about the images of a batch with ``attach``, once it has been through."""
+        seen = batch.seen
+        if seen is None or seen.computed is None:
+            return
+        computed = seen.computed.to("cpu", self.dtype)
+        for key, known, features in zip(seen.keys, seen.features, computed, strict=False):  # the blank image of an empty batch has no key
+            if known is None:
+                self._write(key, features)
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Tensor | None:
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)[NAME]
+        except (SafetensorError, KeyError, OSError):  # written by a machine that lost power: computed anew, and replaced
+            return None
+
+    def _write(self, key: str, features: Tensor) -> None:
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({NAME: features.contiguous()}, part)
+        os.replace(part, path)

@@ -1,0 +1,175 @@
+"""Views are made once, and are bitwise the same from wherever they come."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kempnerforge.config.images import AugmentConfig, ImagesConfig
+from kempnerforge.data import ImageError, Layout, Tokenizer
+from kempnerforge.data.image_cache import HEADER, DiskCache, ImageCache
+from kempnerforge.data.views import Views
+
+LAYOUT = Layout(image_tokens=2, image_size=32, max_text_len=8, seq_len=64, pad_to=32)
+TOKENIZER = Tokenizer.train(["."], 300)
+
+
+def noise(seed: int, width: int = 90, height: int = 60) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def views_of(folder: Path, mib: int = 0, **cfg: object) -> Views:
+    settings = {"fit": "tiles", "max_side": 64, "markers": False, "cache_dir": str(folder), **cfg}
+    return Views(ImagesConfig(**settings), LAYOUT, TOKENIZER, ImageCache(mib))  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    decoded: list[object] = []
+    made = Views._made
+
+    def counting(self: Views, image: object, change: object) -> list[np.ndarray]:
+        decoded.append(image)
+        return made(self, image, change)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Views, "_made", counting)
+    return decoded
+
+
+def test_memory_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decodes(monkeypatch)
+    sources = [noise(k) for k in range(3)]
+    (tmp_path / "a.png").write_bytes(sources[0])
+    views = Views(ImagesConfig(), Layout(2, 512, 8, 64, 32), TOKENIZER, ImageCache(2))  # 768 kB an image
+    for source in (sources[0], tmp_path / "a.png", sources[0], tmp_path / "a.png"):
+        assert np.array_equal(views.load(source)[0], views.load(sources[0])[0])
+    assert len(decoded) == 2
+    views.load(sources[1])  # sends the file away, the least recently used
+    views.load(sources[0])
+    assert len(decoded) == 3
+    views.load(tmp_path / "a.png")
+    assert len(decoded) == 4
+    off = Views(ImagesConfig(), LAYOUT, TOKENIZER, ImageCache(0))
+    off.load(sources[2])
+    off.load(sources[2])
+    assert len(decoded) == 6
+
+
+def test_one_memory_for_sections_that_make_different_views() -> None:
+    cache, image = ImageCache(8), noise(0)
+    by_fit = {fit: Views(ImagesConfig(fit=fit), LAYOUT, TOKENIZER, cache) for fit in ("squash", "crop", "letterbox")}
+    first = {fit: views.load(image)[0] for fit, views in by_fit.items()}
+    assert all(views.load(image)[0] is first[fit] for fit, views in by_fit.items())
+    assert not np.array_equal(first["squash"], first["crop"]) and not np.array_equal(first["crop"], first["letterbox"])
+
+
+def test_disk_gives_bitwise_the_same_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decodes(monkeypatch)
+    (tmp_path / "a.png").write_bytes(noise(1))
+    plain = views_of(tmp_path / "unused", cache_dir="")
+    for source in (noise(0), tmp_path / "a.png"):
+        want = plain.load(source)
+        assert len(want) == 5  # 2 x 2 tiles
+        first, again = views_of(tmp_path / "cache").load(source), views_of(tmp_path / "cache").load(source)
+        for got in (first, again):
+            assert len(got) == len(want) and all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+            assert not any(view.flags.writeable for view in got)
+    assert len(decoded) == 4
+    assert len(files(tmp_path / "cache")) == 2 and not (tmp_path / "unused").exists()
+
+
+def test_what_decides_the_views_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decodes(monkeypatch)
+    image = tmp_path / "a.png"
+    image.write_bytes(noise(1))
+    variants: list[dict[str, object]] = [{}, {"max_side": 96}, {"global_view": False}, {"resize_to_max_side": False}]
+    for variant in variants:
+        views_of(tmp_path / "cache", **variant).load(image)
+    assert len(decoded) == len(variants)
+    views_of(tmp_path / "cache", number_images=True).load(image)  # tokens are no part of it
+    assert len(decoded) == len(variants)
+    image.write_bytes(noise(2))
+    os.utime(image, ns=(1, 1))
+    changed = views_of(tmp_path / "cache").load(image)
+    assert len(decoded) == len(variants) + 1
+    assert np.array_equal(changed[0], views_of(tmp_path, cache_dir="").load(noise(2))[0])
+
+
+def test_damaged_entries_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = views_of(tmp_path).load(noise(0))
+    (entry,) = files(tmp_path)
+    good = entry.read_bytes()
+    bit = bytearray(good)
+    bit[-5] ^= 1
+    magic, crc, count, side = HEADER.unpack_from(good)
+    other_side = HEADER.pack(magic, crc, count * 4, side // 2) + good[HEADER.size :]
+    for damaged in (b"", good[:9], good[: HEADER.size], good[:-1], good + b"x", bytes(bit), b"npy1" + good[4:], other_side):
+        entry.write_bytes(damaged)
+        assert all(np.array_equal(a, b) for a, b in zip(views_of(tmp_path).load(noise(0)), want, strict=True))
+        assert entry.read_bytes() == good
+
+
+def test_changed_images_and_unusable_ones_are_not_kept(tmp_path: Path) -> None:
+    views = views_of(tmp_path, mib=8, augment=AugmentConfig(flip=1.0))
+    flipped = views.load(noise(0), rng=np.random.default_rng(0))
+    assert files(tmp_path) == []
+    assert np.array_equal(flipped[0][:, ::-1], views.load(noise(0))[0])
+    with pytest.raises(ImageError):
+        views.load(b"no image")
+    with pytest.raises(ImageError, match="no such file"):
+        views.load(tmp_path / "missing.png")
+    assert len(files(tmp_path)) == 1
+
+
+def _fill(folder: str, results: multiprocessing.Queue[bytes]) -> None:
+    views = views_of(Path(folder))
+    for _ in range(3):
+        for k in range(12):
+            results.put(b"".join(view.tobytes() for view in views.load(noise(k))))
+
+
+def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queues = [context.Queue() for _ in range(2)]
+    workers = [context.Process(target=_fill, args=(str(tmp_path), queue)) for queue in queues]
+    for worker in workers:
+        worker.start()
+    found = [[queue.get(timeout=60) for _ in range(36)] for queue in queues]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    plain = views_of(tmp_path, cache_dir="")
+    assert found[0] == found[1] == [b"".join(view.tobytes() for view in plain.load(noise(k))) for k in range(12)] * 3
+    assert len(files(tmp_path)) == 12 and not list(tmp_path.rglob(".*.part"))
+
+
+def test_a_disk_that_takes_no_more_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    views = views_of(tmp_path)
+    with pytest.warns(UserWarning, match="No space left on device; nothing more is kept"):
+        first = views.load(noise(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(first[0], views.load(noise(0))[0])
+    assert files(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="data.images.cache_dir = '.*file': File exists"):
+        DiskCache(str(tmp_path / "file"), "")

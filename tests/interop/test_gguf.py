@@ -1,0 +1,156 @@
+"""GGUF files as llama.cpp's converter writes them, in our backbone, against the model of transformers that they were made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.model.rope import rope_tables
+from kempnerforge.model.transformer import Context, Transformer
+from kempnerforge.training.convert import import_model, read_tokenizer
+from tests.interop.families import THEIRS
+
+gguf: Any = pytest.importorskip("gguf")
+HEADS, GROUPS = 4, 2
+NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+TEXTS = ["what is 2024 and 17?", "the cat sat on the mat, the Cat", "naïve café 123"]
+
+
+def words() -> tokenizers.Tokenizer:
+    """Byte-level BPE in which digits stand alone."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(
+        TEXTS * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    return backend
+
+
+def rows_in_turn(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What the converter does to q and k."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path: Path, model: Any, backend: tokenizers.Tokenizer, quantised: str = "", **changes: Any) -> None:
+    """``changes``: "architecture", "pre", or "drop", a tensor that is left out."""
+    out, cfg = gguf.GGUFWriter(path, changes.get("architecture", "llama")), model.config
+    out.add_block_count(cfg.num_hidden_layers)
+    out.add_context_length(64)
+    out.add_embedding_length(cfg.hidden_size)
+    out.add_feed_forward_length(cfg.intermediate_size)
+    out.add_head_count(cfg.num_attention_heads)
+    out.add_head_count_kv(cfg.num_key_value_heads)
+    out.add_layer_norm_rms_eps(cfg.rms_norm_eps)
+    out.add_rope_freq_base(cfg.rope_parameters["rope_theta"])
+    vocab = backend.get_vocab(with_added_tokens=True)
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre(changes.get("pre", "smollm"))
+    out.add_token_list(sorted(vocab, key=lambda token: vocab[token]))
+    out.add_token_types([3 if k < 3 else 1 for k in range(len(vocab))])
+    out.add_token_merges([" ".join(merge) for merge in json.loads(backend.to_str())["model"]["merges"]])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    out.add_pad_token_id(2)
+    out.add_add_bos_token(False)
+    for name, value in model.state_dict().items():
+        data = value.numpy()
+        if ".q_proj." in name or ".k_proj." in name:
+            data = rows_in_turn(data, HEADS if ".q_proj." in name else GROUPS)
+        ours = {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }
+        if name not in ours:
+            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            ours[name] = f"blk.{layer}.{NAMES[part]}.weight"
+        if ours[name] == changes.get("drop"):
+            continue
+        if ours[name] == quantised:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(ours[name], gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            out.add_tensor(ours[name], np.ascontiguousarray(data))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of the size of the vocabulary, and of widths that Q8_0 can have."""
+    torch.manual_seed(0)
+    size = len(words().get_vocab())
+    config = hf.LlamaConfig(**THEIRS | {"vocab_size": size, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1})
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    foreign = open_foreign(path)
+    ours = Transformer(foreign.job.model).eval()
+    ours.load_state_dict({name.removeprefix("transformer."): value for name, value in foreign.read().items()})
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        return ours.unembed(ours.run(ours.embed(ids), Context(rope_tables(positions, ours.cfg))))
+
+
+def test_logits(model: Any, tmp_path: Path) -> None:
+    ids = torch.randint(3, 250, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids).logits
+    write(tmp_path / "plain.gguf", model, words())
+    assert (logits(tmp_path / "plain.gguf", ids) - want).abs().max() <= 1e-5
+    write(tmp_path / "quantised.gguf", model, words(), quantised="blk.0.attn_q.weight")
+    assert 1e-5 < (logits(tmp_path / "quantised.gguf", ids) - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_tokenizer(model: Any, tmp_path: Path) -> None:
+    backend = words()
+    write(tmp_path / "m.gguf", model, backend)
+    ours = read_tokenizer(tmp_path / "m.gguf", None)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 2, 2)
+    for text in [*TEXTS, "  two spaces 00199\n"]:
+        assert ours.encode(text) == backend.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_import(model: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, words())
+    done = import_model(tmp_path / "m.gguf", tmp_path / "out")
+    assert done.difference is None and "nothing to compare with" in "\n".join(done.lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop": "blk.1.ffn_up.weight"}, r"lacks 1: blk\.1\.ffn_up\.weight"),
+        ({"architecture": "gemma"}, "general.architecture = 'gemma': only 'llama'"),
+        ({"pre": "qwen2"}, "'gpt2' with the rule 'qwen2'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str, model: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, words(), **changes)
+    with pytest.raises(ValueError, match=message):
+        import_model(tmp_path / "m.gguf", tmp_path / "out")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ValueError, match=r"broken.gguf: "):
+        open_foreign(tmp_path / "broken.gguf")

@@ -1,0 +1,132 @@
+"""Whole vision-language models of transformers as ours: every layout of their files, strictly, with the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kempnerforge.config import JobConfig
+from kempnerforge.interop.foreign import Foreign, open_foreign
+from kempnerforge.interop.vlms import fitting
+from kempnerforge.training.convert import read_tokenizer
+from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.training.verify import agreement, load_class, make_probe, our_logits, their_logits
+from tests.interop.tiny_vlms import IMAGE, MODELS, VOCAB, rename, save
+
+by_model = pytest.mark.parametrize("name", MODELS)
+HUB = {"vision_tower.": "vision_tower.vision_model."}
+MEMORY = {
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    paths = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, path in paths.items():
+        save(name, path)
+    return paths
+
+
+def built(foreign: Foreign) -> Assembly:
+    assembly = assemble(foreign.job, read_tokenizer(foreign.path, None), data=False)
+    assembly.model.load_state_dict(foreign.read(), strict=True)
+    assembly.model.eval()
+    return assembly
+
+
+@by_model
+def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
+    foreign = open_foreign(saved[name])
+    assembly = built(foreign)
+    probe = make_probe(assembly, foreign.image_id, VOCAB)
+    want = their_logits(load_class(saved[name], foreign.architecture), probe.inputs)
+    got = our_logits(assembly.model, probe.batch)
+    assert foreign.image_id == IMAGE and want.std() > 0.1
+    assert agreement(got, want).difference <= 1e-5
+    images = probe.batch.images
+    assert images is not None
+    images.zero_()
+    assert (our_logits(assembly.model, probe.batch) - got).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava"])
+@pytest.mark.parametrize("names", [HUB, MEMORY], ids=["hub", "memory"])
+def test_all_layouts_are_one_model(name: str, names: dict[str, str], saved: dict[str, Path], tmp_path: Path) -> None:
+    rename(saved[name], tmp_path, names)
+    got, want = open_foreign(tmp_path).read(), open_foreign(saved[name]).read()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@by_model
+@pytest.mark.parametrize("part", ["layer", "projector", "vision", "embedding"])
+def test_a_renamed_key_is_named(name: str, part: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    keys = load_file(saved[name] / "model.safetensors")
+    wanted = {
+        "layer": "layers.1.mlp.up_proj.weight",
+        "projector": ("projector.linear", "connector.modality_projection", "projector.linear_2"),
+        "vision": "encoder.layers.1.self_attn.k_proj.bias",
+        "embedding": "embed_tokens.weight",
+    }[part]
+    marks = (wanted,) if isinstance(wanted, str) else wanted
+    old = next(key for key in keys if any(mark in key for mark in marks))
+    rename(saved[name], tmp_path, {old: old + "_"})
+    with pytest.raises(ValueError, match=old.replace(".", r"\.")):
+        open_foreign(tmp_path)
+
+
+def test_an_unknown_tensor_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
+    rename(saved["llava"], tmp_path, {})
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"vision_tower.encoder.layers.0.extra.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no place for 1: vision_tower.encoder.layers.0.extra.weight"):
+        open_foreign(tmp_path)
+
+
+def test_a_head_that_should_be_tied_is_compared(saved: dict[str, Path], tmp_path: Path) -> None:
+    rename(saved["paligemma"], tmp_path, {})
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["language_model.model.embed_tokens.weight"]
+    save_file(tensors | {"language_model.lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    open_foreign(tmp_path).read()
+    save_file(tensors | {"language_model.lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.weight"):
+        open_foreign(tmp_path).read()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full', not 'default'"),
+        ("llava", {"vision_feature_layer": [-2, -3]}, r"vision_feature_layer = \[-2, -3\]: must be one layer"),
+        ("llava", {"model_type": "llava_next"}, "model_type = 'llava_next': whole models are read of paligemma, llava"),
+        ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "of a llava it can be 'clip_vision_model'"),
+        ("paligemma", {"text_config": {"model_type": "llama"}}, "of a paligemma it can be 'gemma' or 'gemma2'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(name: str, values: dict[str, Any], message: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    rename(saved[name], tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(ValueError, match=message):
+        open_foreign(tmp_path)
+
+
+@by_model
+def test_the_job_is_written_as_the_same_class(name: str, saved: dict[str, Path]) -> None:
+    kind = fitting(open_foreign(saved[name]).job)
+    assert kind == {"paligemma2": "paligemma", "smolvlm": "idefics3"}.get(name, name)
+
+
+def test_a_model_that_is_no_class_says_why() -> None:
+    with pytest.raises(ValueError, match=r"no class of transformers .*paligemma: vlm.arch is not 'joint_decoder'"):
+        fitting(JobConfig())

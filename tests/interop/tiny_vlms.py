@@ -1,0 +1,116 @@
+"""Tiny random vision-language models of transformers (and one of nanoVLM's form), saved with a tokenizer as they are on the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+VOCAB, IMAGE = 340, 3
+TOWER: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 160,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WORDS = ["what is in the picture?", "answer en where is the cat", "USER: a\nb ASSISTANT: caption en\n", "User: Assistant: user assistant"]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<end_of_utterance>", "<|im_start|>", "<|im_end|>"]
+
+
+def _paligemma() -> Any:
+    text = hf.GemmaConfig(**TEXT | {"num_key_value_heads": 1})
+    vision = hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
+    config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=32, image_token_id=IMAGE)
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+def _paligemma2() -> Any:
+    text = hf.Gemma2Config(**TEXT, sliding_window=160, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+    vision = hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
+    config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=32, image_token_id=IMAGE)
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+def _llava() -> Any:
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**TOWER), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE, image_seq_length=16
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _idefics3() -> Any:
+    vision = hf.models.idefics3.Idefics3VisionConfig(**TOWER)
+    config = hf.Idefics3Config(vision_config=vision, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2)
+    return hf.Idefics3ForConditionalGeneration(config)
+
+
+def _smolvlm() -> Any:
+    vision = hf.models.smolvlm.SmolVLMVisionConfig(**TOWER)
+    config = hf.SmolVLMConfig(vision_config=vision, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2)
+    return hf.SmolVLMForConditionalGeneration(config)
+
+
+MODELS = {"paligemma": _paligemma, "paligemma2": _paligemma2, "llava": _llava, "idefics3": _idefics3, "smolvlm": _smolvlm}
+
+
+def write_tokenizer(path: Path, prefix: bool) -> None:
+    """A small BPE. With ``prefix`` it is of Llama's kind: a space in front, BOS before every text."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never")
+    alphabet = [chr(i) for i in range(32, 127)] + ["\n", "▁"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(WORDS, trainer)
+    if prefix:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(path)
+
+
+def save(name: str, path: Path) -> Any:
+    """Writes a random model to ``path``; every tensor of it is away from its usual start."""
+    model = MODELS[name]().eval()
+    draws = torch.Generator().manual_seed(0)
+    for key, p in model.named_parameters():
+        nn.init.normal_(p, mean=float("norm" in key and "pali" not in name), std=0.1, generator=draws)
+    model.save_pretrained(path)
+    write_tokenizer(path, prefix=name == "llava")
+    mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if name == "llava" else ([0.5] * 3, [0.5] * 3)
+    size = {"shortest_edge": 28} if name == "llava" else {"height": 28, "width": 28}
+    images = {"image_mean": mean, "image_std": std, "size": size, "do_center_crop": name == "llava"}
+    (path / "preprocessor_config.json").write_text(json.dumps(images))
+    return model
+
+
+def rename(source: Path, target: Path, names: dict[str, str]) -> None:
+    """A copy of the model with its keys renamed by their beginnings."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors: dict[str, Tensor] = {}
+    for key, value in load_file(source / "model.safetensors").items():
+        old = max((old for old in names if key.startswith(old)), key=len, default="")
+        tensors[names.get(old, "") + key.removeprefix(old)] = value
+    save_file(tensors, target / "model.safetensors")

@@ -1,0 +1,61 @@
+"""Layers that differ from one another (without positions, with other positions) and norms behind both halves, in every arch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from kempnerforge.config import registry
+from kempnerforge.eval.generate import generate
+from kempnerforge.vlm.mot import MoT
+from tests.vlm.tiny import INTERLEAVED, MODEL, ONE, THREE, all_logits, gradients, picture, tiny, with_answer
+
+KINDS: dict[str, dict[str, Any]] = {
+    "smollm3": {"nope_interval": 2},
+    "gemma3": {"rope_local_theta": 100.0, "rope_global_interval": 3, "post_norms": True, "norm_plus_one": True, "qk_norm": True},
+}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+by_arch = pytest.mark.parametrize("arch", [*sorted(registry.archs), None], ids=str)
+
+
+@by_arch
+@by_kind
+def test_the_cache_is_the_full_forward_pass_and_norms_learn(arch: str | None, kind: str) -> None:
+    it = tiny(arch, model=replace(MODEL, **KINDS[kind]), noise=0.3)
+    it.model.eval()
+    images = [0] if it.model.has_images else []
+    rows = [("what is it?", images), ("<image> red?" if images else "red?", images)]
+    prompts = it.prompts(rows, [picture(0)])
+    made = torch.tensor(generate(it.model, prompts, max_new_tokens=4, eos_id=-1))
+    with torch.no_grad():
+        for step in range(4):
+            assert torch.equal(it.model(with_answer(prompts, made[:, :step])).logits.argmax(-1), made[:, step])
+    norms = {name: grad for name, grad in gradients(it.model, it.batch(ONE))[1].items() if "post_norm" in name}
+    assert bool(norms) == bool(KINDS[kind].get("post_norms"))
+    assert all(
+        grad.abs().max() > 0 for name, grad in norms.items() if name.endswith(".attention.post_norm.weight") and ".image." not in name
+    )
+
+
+@by_kind
+def test_towers_that_are_the_same_are_one_tower(kind: str) -> None:
+    """Layer i of every tower is a layer of the same kind."""
+    model = replace(MODEL, **KINDS[kind])
+    one, two = tiny("joint_decoder", model=model), tiny("mot", model=model)
+    missing = two.model.load_state_dict(one.model.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    cast(MoT, two.model)._copy_text(set())
+    for sample in (ONE, THREE, INTERLEAVED):
+        want = all_logits(one.model.eval(), one.batch(sample))
+        torch.testing.assert_close(all_logits(two.model.eval(), two.batch(sample)), want, rtol=1e-5, atol=1e-5)
+
+
+@by_kind
+def test_the_kind_is_seen(kind: str) -> None:
+    plain, other = tiny(None, model=MODEL), tiny(None, model=replace(MODEL, **KINDS[kind]))
+    other.model.load_state_dict(plain.model.state_dict(), strict=False)
+    batch = plain.batch(ONE)
+    assert (all_logits(plain.model, batch) - all_logits(other.model, batch)).abs().max() > 1e-3
