@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from kempnerforge.config.errors import visible
+
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
 
 Takes a checkpoint directory or a run directory (its newest checkpoint). --data.* keys change what it is evaluated on."""
@@ -26,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(values | {"by_answer": by_answer}))
         return 0
     for truth, (right, total) in sorted(by_answer.items(), key=lambda row: -row[1][1]):
-        print(f"  {truth:24s} {right:6d} / {total:<6d} {right / total:7.2%}", file=sys.stderr)
+        print(f"  {visible(truth):24s} {right:6d} / {total:<6d} {right / total:7.2%}", file=sys.stderr)
     for key, value in values.items():
         print(f"{key:24s} {value:.4f}" if isinstance(value, float) else f"{key:24s} {value}")
     return 0

@@ -15,9 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from kempnerforge.config.errors import visible
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
+NEWLINE = "\n"
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
@@ -87,13 +90,13 @@ def run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
         code = _exit_code(error, args.command)
         if code is None:
             raise
-        print(f"error: {error}" if code == 2 else f"stopped: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{'error' if code == 2 else f'stopped: {type(error).__name__}'}: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return code
 
 

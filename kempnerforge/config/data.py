@@ -142,6 +142,18 @@ class FileConfig(DataConfig):
 
 
 @dataclass
+class Splits:
+    """For data that may have splits, such as a Hugging Face dataset.
+
+    Attributes:
+        split, eval_split: of a dataset that has some; ``eval_split`` empty means ``eval_path`` alone says what is held out.
+    """
+
+    split: str = "train"
+    eval_split: str = ""
+
+
+@dataclass
 class TableConfig(FileConfig):
     """Rows with an image and texts, by column name.
 
@@ -173,16 +185,10 @@ class JsonlConfig(TableConfig):
 
 @registry.register_data_config
 @dataclass
-class HFDatasetConfig(TableConfig):
-    """A Hugging Face dataset: a directory of ``save_to_disk``, a Parquet/CSV/JSON file, or a hub id where there is a network.
-
-    Attributes:
-        split, eval_split: of a dataset that has splits; ``eval_split`` empty means ``eval_path`` alone says what is held out.
-    """
+class HFDatasetConfig(Splits, TableConfig):
+    """A Hugging Face dataset: a directory of ``save_to_disk``, a Parquet/CSV/JSON file, or a hub id where there is a network."""
 
     source: str = "hf_dataset"
-    split: str = "train"
-    eval_split: str = ""
 
 
 @registry.register_data_config

@@ -97,3 +97,8 @@ def kind(value: Any) -> str:
     if isinstance(value, datetime.date | datetime.time):
         return "a date or time"
     return next((name for cls, name in names.items() if isinstance(value, cls)), type(value).__name__)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Control characters as escapes, but for those in ``keep``: what is shown may quote data, which must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

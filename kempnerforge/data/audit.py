@@ -6,15 +6,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 
+from kempnerforge.config.errors import visible
 from kempnerforge.data.audit_rows import Decoder, Placed, Row, Segment, pieces_of, rows_of
 from kempnerforge.data.batch import IGNORE, Batch, Kind
 
 TRAINED, TRAINED_SPECIAL, DIM, IMAGE, SPECIAL, RESET = "\x1b[30;42m", "\x1b[4;30;42m", "\x1b[2m", "\x1b[36m", "\x1b[35m", "\x1b[0m"
-
-
-def visible(text: str) -> str:
-    """Line breaks and other controls as escapes, so that data cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 def row_name(row: Row, number: int) -> str:

@@ -116,7 +116,7 @@ def index_tar(path: str) -> Shard:
         raise ShardError(f"{path}: {error.strerror or error}") from None
     except ShardError as error:
         raise ShardError(f"{path}: {error}") from None
-    shard = Shard(path, list(kinds), b"", array("q"), array("q", [0]), array("H"), array("q"), array("q"))
+    shard = Shard(path, list(kinds), b"", array("q"), array("q", [0]), array("I"), array("q"), array("q"))
     written = [key.encode("utf-8", "surrogateescape") for key in numbers]
     shard.keys = b"".join(written)
     for number, key in enumerate(written):
@@ -149,6 +149,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         if not any(block):
             return
         name, offset, size, following = _plain(block, at) or _any(file, block, at)
+        if size < 0 or following <= at:
+            raise ShardError(f"damaged at byte {at}: a size below 0")
         if following > total:
             raise ShardError(f"cut off: {name!r} ends at byte {offset + size}, the file has {total}")
         if name:
@@ -186,7 +188,7 @@ def _any(file: BinaryIO, block: bytes, at: int) -> tuple[str, int, int, int]:
         file.seek(at)
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         info = tar.next()
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"damaged at byte {at}: {error}") from None

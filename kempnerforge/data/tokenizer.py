@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-CACHED_CHARACTERS = 256  # longer strings are rarely seen twice
+CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
 CHAT_TEMPLATE = "chat_template.jinja"
 # classes of transformers that add nothing to tokenizer.json
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -76,7 +76,7 @@ class Tokenizer:
         self._backends: dict[str, tokenizers.Tokenizer] = {"": self.backend}
         self.special_names: dict[int, str] = {id_: token.content for id_, token in self.backend.get_added_tokens_decoder().items()}
         self.special_names |= {vocab[name]: name for name in (self.eos, self.bos, self.pad) if name is not None}
-        self._cached = lru_cache(maxsize=65536)(self._encode)
+        self._cached = lru_cache(maxsize=CACHED)(self._encode)
 
     @property
     def base_vocab_size(self) -> int:

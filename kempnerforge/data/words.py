@@ -16,7 +16,7 @@ from kempnerforge.data.sample import SampleError, Text, text_size
 from kempnerforge.data.template import Piece, build_template
 from kempnerforge.data.tokenizer import CACHED_CHARACTERS, Tokenizer
 
-CACHED_TEXTS = 32768
+CACHED_TEXTS = 8192
 IMAGE, TOKEN, BREAK = "image", "token", "break"
 """What a name inside a piece is: the place of an image, a special token, or text that must not become the token of that name."""
 
@@ -154,6 +154,8 @@ class TextEncoder:
             found = dict.fromkeys(self.tokenizer.special_names.values(), TOKEN)
         elif self.template.specials:  # a sample's words must not pass for the template's
             found = dict.fromkeys((name for name in anywhere if name in self.template.own), BREAK)
+        if not own:
+            found |= dict.fromkeys((name for name in self.cfg.images.new_tokens() if name in anywhere), BREAK)
         if own or not literal:
             found[placeholder] = IMAGE
         elif placeholder in anywhere:

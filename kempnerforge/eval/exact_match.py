@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,24 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
+class Images(Sequence[ImageSource]):
+    """The first ``shown`` images of sample ``number``, read again when they are needed: those of a shard are bytes."""
+
+    source: Source = field(compare=False, repr=False)
+    number: int
+    shown: int
+
+    def __len__(self) -> int:
+        return self.shown
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.source[self.number].images[: self.shown][index]
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        return iter(self[:])
+
+
+@dataclass(frozen=True)
 class Question:
     """One answer of a held-out sample, asked for.
 
@@ -49,7 +67,7 @@ class Question:
     """
 
     sample_id: str
-    images: tuple[ImageSource, ...]
+    images: Sequence[ImageSource]
     prompt: str
     truth: str
     written: str = ""
@@ -124,10 +142,17 @@ def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tupl
                     continue
                 written = render_answer(section, answer)
                 so_far = _up_to(text, turn)
-                found.append(Question(sample.id, sample.images, prompt, answer, written, sample.part, so_far, text.kind))
+                images = Images(source, index, _shown(text, turn, section.image_placeholder, len(sample.images)))
+                found.append(Question(sample.id, images, prompt, answer, written, sample.part, so_far, text.kind))
     if limit and len(found) > limit:
         found = [found[i * len(found) // limit] for i in range(limit)]
     return found, skipped
+
+
+def _shown(text: Text, turn: int, placeholder: str, images: int) -> int:
+    """Images that the question of ``turn`` has seen: where prompts say it, those up to it."""
+    counts = [prompt.count(placeholder) + answer.count(placeholder) for prompt, answer in text.turns]
+    return sum(counts[: turn + 1]) if text.leading is None and sum(counts) == images else images
 
 
 def _up_to(text: Text, turn: int) -> Text | None:

@@ -43,6 +43,11 @@ class VisionEncoder(nn.Module):
         """Modules, disjoint and called one after the other, that may each be sharded, compiled or recomputed on its own."""
         raise NotImplementedError
 
+    @property
+    def signature(self) -> str:
+        """What decides, besides weights and buffers, which features come out; for ``train.feature_cache``."""
+        return repr(self)
+
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images``.
 

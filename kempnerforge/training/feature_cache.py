@@ -7,7 +7,10 @@ parameters P and tokens T of the encoder (v) and of the whole.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from kempnerforge.data.batch import Batch
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
 from kempnerforge.vlm.base import VLM
+
+LOG = logging.getLogger("kempnerforge")
 
 NAME = "features"
 
@@ -40,13 +45,15 @@ class FeatureCache:
     def __init__(self, directory: Path, world: World, dtype: torch.dtype) -> None:
         self.directory, self.world, self.dtype = directory, world, dtype
         self._folder: Path | None = None
+        self._writable = True
 
     def open(self, model: VLM) -> None:
         """Uses the features of ``model``'s encoder as it is now. To be called when what trains has changed; an encoder that trains has none."""
         if any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
             self._folder = None
             return
-        digest = hashlib.blake2b(f"{type(model.vision_encoder).__qualname__} {self.dtype}".encode(), digest_size=16)
+        facts = f"{model.job.vision_encoder} {model.vision_encoder.signature} {self.dtype}"
+        digest = hashlib.blake2b(facts.encode(), digest_size=16)
         for name, value in sorted([*model.vision_encoder.named_parameters(), *model.vision_encoder.named_buffers()]):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             digest.update(name.encode())
@@ -87,8 +94,17 @@ class FeatureCache:
             return None
 
     def _write(self, key: str, features: Tensor) -> None:
+        """A disk that takes no more is no reason to stop: from then on nothing is written."""
+        if not self._writable:
+            return
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({NAME: features.contiguous()}, part)
-        os.replace(part, path)
+        part = path.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({NAME: features.contiguous()}, part)
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            self._writable = False
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            LOG.warning("train.feature_cache = %r: %s; nothing more is kept", str(self.directory), error)

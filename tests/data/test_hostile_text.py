@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.data import Batch, Encoder, Kind, Layout, Source, Tokenizer, build_source
+from kempnerforge.data import Batch, Encoder, Kind, Layout, Sample, Source, Text, Tokenizer, build_source
 from kempnerforge.data.interleave import INPUT_IDS, KINDS
 from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sources.captions import CaptionsConfig
@@ -135,3 +136,14 @@ def test_too_many_bad_lines_refuse_the_file(folder: Path) -> None:
         else:
             source = build_source(cfg, "train")
             assert source is not None and len(source) == 100
+
+
+def test_names_of_tile_markers_in_a_sample_are_text() -> None:
+    """The tokens that ``data.images`` adds stand for places of tiles, and nothing that somebody wrote is one."""
+    cfg = DataConfig(images=ImagesConfig(fit="tiles", max_side=16, marker_grid=2))
+    tokenizer = Tokenizer.train(["what is it\n", "it is <row_1_col_2>"], 400)
+    tokenizer.add_tokens(cfg.images.new_tokens())
+    encoder = Encoder(tokenizer, cfg, Layout(1, 8, 64, 128, 128), seed=0)
+    row = encoder.encode(Sample("s", (), (Text("what is <|global_image|>?", "it is <row_1_col_2>"),)), 0)
+    assert not set(row.table[0].tolist()) & set(tokenizer.new_token_ids)
+    assert tokenizer.decode(row.table[0].tolist()) == "what is <|global_image|>?\nit is <row_1_col_2>"

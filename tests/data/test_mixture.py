@@ -289,3 +289,11 @@ def test_no_parts_are_refused() -> None:
 @pytest.mark.parametrize("name", ["mixture", "hf_stream"])
 def test_the_example_loads(name: str) -> None:
     assert load_config(Path(__file__).parents[2] / "configs" / "data" / f"{name}.toml").data.source == name
+
+
+def test_how_much_may_be_bad_holds_for_the_parts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 20)
+    Path(path).write_text(Path(path).read_text() + "no json\n")
+    with pytest.raises(ValueError, match="bad line"):
+        built(MixtureConfig(parts=[JsonlConfig(path=path)]))
+    assert len(built(MixtureConfig(parts=[JsonlConfig(path=path)], max_bad_fraction=0.2))) == 21

@@ -300,3 +300,12 @@ def test_a_window_that_is_too_small_for_a_step_is_refused(
         batches(source, make_encoder(batching="group"), size=64)
     with pytest.raises(ValueError, match="data.shuffle_buffer = 20: batching = 'pack' rearranges [0-9]+ samples at once"):
         batches(source, make_encoder(batching="pack"), size=64)
+
+
+def test_files_of_other_splits_are_not_trained_on(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    write_parquet(tmp_path, [4, 4], png((1, 2, 3)))
+    for number, file in enumerate(sorted(tmp_path.glob("*.parquet"))):
+        file.rename(tmp_path / f"{('train', 'test')[number]}-00000.parquet")
+    with pytest.raises(ValueError, match="test-00000.parquet is not of split 'train', as train-00000.parquet is; give a pattern"):
+        built(HFStreamConfig(path=str(tmp_path)))
+    assert len(built(HFStreamConfig(path=f"{tmp_path}/train-*.parquet", prompt_column=""))) == 4

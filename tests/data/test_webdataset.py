@@ -440,3 +440,21 @@ def test_columns_that_no_sample_has(tmp_path: Path, png: Png) -> None:
         built(path, image_column="gif", answer_column="json.caption")
     with pytest.raises(ValueError, match="root = 'x'"):
         WebDatasetConfig(path="a.tar", root="x")
+
+
+@pytest.mark.parametrize("size", [-1536, -512])
+def test_a_size_below_zero_is_refused(tmp_path: Path, size: int) -> None:
+    """An extended header may say any size; tarfile believes it."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+        info = tarfile.TarInfo("b.txt")
+        info.pax_headers = {"size": str(size)}
+        tar.addfile(info)
+    with pytest.raises(ShardError, match=r"a.tar: damaged at byte \d+: a size below 0"):
+        index_tar(str(path))
+
+
+def test_a_range_that_counts_down_is_refused() -> None:
+    with pytest.raises(ValueError, match="counts down"):
+        list(expand("x/{127..000}.tar"))

@@ -281,3 +281,15 @@ def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
     readable = [s for s, level in zip(held_out(LEVELS), LEVELS, strict=True) if level is not None]
     labels = torch.cat([torch.tensor(ENCODER.encode(s, 0).table[1]) for s in readable])
     assert one[3] == two[3] == pytest.approx(labels[labels >= 0].double().mean().item())
+
+
+def test_a_turn_is_asked_with_the_images_it_has_seen() -> None:
+    """Images stand where the conversation has them: none before the turn that brings the first."""
+    text = Text("hello", "hi", more=(("see <image> what?", "red"), ("and <image>?", "blue")))
+    pictures = (block(8, 8, 10), block(8, 8, 200))
+    found, skipped = questions(ListSource([Sample("s", pictures, (text,))]))
+    assert not skipped
+    assert [len(q.images) for q in found] == [0, 1, 2]
+    assert list(found[1].images) == [pictures[0]]
+    seen = [ENCODER.encode_question(q.asked, q.images) for q in found]
+    assert [len(prompt.image_at) for prompt in seen] == [0, 1, 2] and all(0 not in prompt.image_at for prompt in seen)

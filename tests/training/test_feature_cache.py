@@ -97,3 +97,11 @@ def test_images_that_change_are_not_kept(tmp_path: Path) -> None:
     config = make_job(tmp_path)
     with pytest.raises(ConfigError, match=r"feature_cache = 'x': data.images.augment changes the images"):
         load_config(config, ["--train.feature_cache=x", "--data.images.augment.flip=0.5"])
+
+
+def test_another_encoder_with_the_same_weights_has_other_features(tmp_path: Path) -> None:
+    make_job(tmp_path, extra=FROZEN)
+    cache = f"--train.feature_cache={tmp_path}/features"
+    assert sum(encoded(tmp_path, cache)[0]) == 16
+    assert sum(encoded(tmp_path, cache, "--vision_encoder.n_heads=4")[0]) == 16
+    assert sum(encoded(tmp_path, cache)[0]) == 0

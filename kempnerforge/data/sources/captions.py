@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.data import FileConfig
+from kempnerforge.config.data import FileConfig, Splits
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, count_images, nested_size
@@ -15,7 +15,7 @@ from kempnerforge.data.sources.table import RowSource, count_images, nested_size
 
 @registry.register_data_config
 @dataclass
-class CaptionsConfig(FileConfig):
+class CaptionsConfig(Splits, FileConfig):
     """JSON lines or a JSON list, CSV, TSV, Parquet, or a directory of ``save_to_disk``: an image and one or several captions a row.
 
     Attributes:
@@ -23,7 +23,6 @@ class CaptionsConfig(FileConfig):
         caption_columns: each holds a caption, a list of captions, or nothing. Several captions of an image share its tokens.
         prompt: what the model is asked for every caption; may be empty.
         quotes: whether fields of a CSV or TSV file may be quoted.
-        split, eval_split: of a dataset that has splits.
     """
 
     source: str = "captions"
@@ -31,8 +30,6 @@ class CaptionsConfig(FileConfig):
     caption_columns: list[str] = field(default_factory=lambda: ["caption"])
     prompt: str = ""
     quotes: bool = True
-    split: str = "train"
-    eval_split: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

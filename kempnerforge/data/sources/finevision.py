@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.data import FileConfig
+from kempnerforge.config.data import FileConfig, Splits
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import HFRows
 from kempnerforge.data.sources.table import RowSource, make_text, nested_size
@@ -18,20 +18,17 @@ TEXTS, IMAGES = "texts", "images"
 
 @registry.register_data_config
 @dataclass
-class FineVisionConfig(FileConfig):
+class FineVisionConfig(Splits, FileConfig):
     """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``) and, if it has them,
     ``relevance_ratings``, ``image_correspondence_ratings``, ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
 
     Attributes:
-        split, eval_split: of a dataset that has splits.
         relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating, formatting_min_rating: turns rated below are left
             out; turns without a rating stay.
         images_in_prompt: images stand at the head of the first question, inside the template (nanoVLM), and not in front of everything.
     """
 
     source: str = "finevision"
-    split: str = "train"
-    eval_split: str = ""
     relevance_min_rating: int = 1
     image_correspondence_min_rating: int = 1
     visual_dependency_min_rating: int = 1
@@ -84,6 +81,8 @@ class FineVision(RowSource):
                 continue
             if not isinstance(ratings, list) or len(ratings) != turns:
                 raise SampleError(f"column {column!r}: must hold a rating for each of {turns} turns")
+            if not isinstance(ratings[turn], int | float | None):
+                raise SampleError(f"column {column!r}: a rating must be a number, not {type(ratings[turn]).__name__}")
             if ratings[turn] is not None and ratings[turn] < least:
                 return False
         return True

@@ -93,7 +93,9 @@ def load(path: str, split: str) -> Any:
             suffix = os.path.splitext(path)[1].lower()
             if suffix not in BUILDERS:
                 raise ValueError(f"data files end in {', '.join(BUILDERS)}")
-            return datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
+            table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
+        elif os.path.splitext(path)[1].lower() in (*BUILDERS, ".tsv"):
+            raise ValueError("no such file")
         else:
             table = datasets.load_dataset(path)
     except Exception as error:
@@ -101,6 +103,8 @@ def load(path: str, split: str) -> Any:
             f"data: cannot read the dataset {path!r}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
         ) from None
     if isinstance(table, datasets.Dataset):
+        if split not in ("train", str(table.split)):
+            raise ValueError(f"data: split = {split!r}: the dataset {path!r} has no splits; name held-out rows by data.eval_path")
         return table
     if split not in table:
         raise ValueError(f"data: the dataset {path!r} has no split {split!r}; splits: {', '.join(map(str, table))}")

@@ -215,6 +215,12 @@ def _find(path: str, split: str) -> Tables:
     else:
         files = [path] if os.path.isfile(path) else glob(path, recursive=True)
     found = sorted({suffix(file) for file in files})
+    named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", os.path.basename(file))]
+    if os.path.isdir(path) and named and len(named) < len(files):
+        others = sorted(set(files) - set(named))
+        raise ValueError(
+            f"{os.path.basename(others[0])} is not of split {split!r}, as {os.path.basename(named[0])} is; give a pattern, as {split}-*"
+        )
     if len(found) == 1 and found[0] in kinds:
         return kinds[found[0]](sorted(files))
     if files or os.path.exists(path):
@@ -246,6 +252,8 @@ class HFStream(TableSource):
             raise ValueError(f"data: cannot read the stream {self.path!r}: {first_line(error)}") from None
         if cfg.eval_split and not cfg.eval_path and not isinstance(tables, Hub):
             raise ValueError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
+        if cfg.split != "train" and not isinstance(tables, Hub):
+            raise ValueError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
         self.require_columns(names, self.path)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer

@@ -8,7 +8,7 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of
-from kempnerforge.config.data import FileConfig
+from kempnerforge.config.data import FileConfig, Splits
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, count_images, nested_size
@@ -21,7 +21,7 @@ Part = str | tuple[ImageSource, ...]
 
 @registry.register_data_config
 @dataclass
-class InterleavedConfig(FileConfig):
+class InterleavedConfig(Splits, FileConfig):
     """JSON lines or a JSON list, Parquet, or a directory of ``save_to_disk``. A document is written without a template, BOS in front and EOS
     behind it.
 
@@ -34,7 +34,6 @@ class InterleavedConfig(FileConfig):
         before_image: written in front of every image but the first, such as "<|endofchunk|>" (OpenFlamingo).
         max_images: those of a document beyond it are left out; 0 takes all.
         min_similarity: of form "mmc4": images that match their sentence less are left out.
-        split, eval_split: of a dataset that has splits.
     """
 
     source: str = "interleaved"
@@ -45,8 +44,6 @@ class InterleavedConfig(FileConfig):
     before_image: str = ""
     max_images: int = 0
     min_similarity: float = 0.0
-    split: str = "train"
-    eval_split: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

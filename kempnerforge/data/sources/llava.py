@@ -79,7 +79,7 @@ class Llava(RowSource):
 
     def _said(self, entry: dict[str, Any]) -> tuple[str, str]:
         role, value = entry.get("from", entry.get("role")), entry.get("value", entry.get("content"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise SampleError(f"'conversations': {role!r} says something; known are {', '.join(ROLES)}")
         if not isinstance(value, str):
             raise SampleError(f"'conversations': what {role!r} says must be a string, not {type(value).__name__}")

@@ -145,7 +145,8 @@ class Mixture(Source):
 
     def __init__(self, cfg: MixtureConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self._set([Part(number, source) for number, part in enumerate(cfg.parts) if (source := _build(number, part, split)) is not None])
+        parts = [replace(part, max_bad_fraction=cfg.max_bad_fraction) for part in cfg.parts]
+        self._set([Part(number, source) for number, part in enumerate(parts) if (source := _build(number, part, split)) is not None])
 
     def _set(self, parts: list[Part]) -> None:
         self._parts = parts

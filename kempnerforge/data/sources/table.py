@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.data import DataConfig, FileConfig, TableConfig
+from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
 from kempnerforge.data.sources.rows import Rows
 
@@ -59,7 +59,7 @@ class FileSource(Source):
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
         assert isinstance(cfg, FileConfig)
-        return split == "train" or bool(cfg.eval_path) or bool(getattr(cfg, "eval_split", ""))
+        return split == "train" or bool(cfg.eval_path) or (isinstance(cfg, Splits) and bool(cfg.eval_split))
 
     @property
     def split_name(self) -> str:
@@ -68,10 +68,14 @@ class FileSource(Source):
         Raises:
             ValueError: training and held-out rows would be the same.
         """
-        asked = getattr(self.cfg, "eval_split", "") if self.split == "test" else ""
+        if not isinstance(self.cfg, Splits):
+            return ""
+        asked = self.cfg.eval_split if self.split == "test" else ""
         if asked and os.path.isfile(self.path):
             raise ValueError(f"data.eval_split = {asked!r}: {self.path} is a file and has no splits; name held-out rows by data.eval_path")
-        return asked or getattr(self.cfg, "split", "")
+        if asked == self.cfg.split and self.path == self.cfg.path:
+            raise ValueError(f"data.eval_split = {asked!r}: is data.split, so training rows would be evaluated on")
+        return asked or self.cfg.split
 
     @abstractmethod
     def row(self, index: int) -> Mapping[str, Any]:

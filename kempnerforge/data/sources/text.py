@@ -66,7 +66,7 @@ class PlainText(Source):
         yield from self._blocks
 
     def tokenised(self, tokenizer: Tokenizer, seq_len: int) -> Windows:
-        ids = [id_ for block in self._blocks for id_ in tokenizer.encode(block)]
+        ids = [id_ for k, block in enumerate(self._blocks) for id_ in tokenizer.encode(block, "text" if k else "")]
         return Windows(self, np.array([*ids, tokenizer.eos_id], dtype=np.int32), seq_len)
 
 

@@ -266,6 +266,8 @@ def expand(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = match[1], match[2]
+    if int(last) < int(first):
+        raise ValueError(f"{pattern!r}: {match[0]} counts down; write the smaller number first")
     for number in range(int(first), int(last) + 1):
         yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
