@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of
@@ -28,7 +28,7 @@ DEFAULT_MODULE_PATTERNS: dict[str, list[str]] = {
 
 MASKS = ("causal", "image_bidirectional", "prefix")
 
-_RESERVED_ARCHS: frozenset[str] = frozenset({"hf"})
+_RESERVED_ARCHS: frozenset[str] = frozenset()
 """Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
 
 
@@ -72,10 +72,13 @@ class VLMConfig:
         module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
             other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
+        masks: no key, but a fact about the class: the values that ``attention_mask`` takes.
 
     Raises:
         ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
     """
+
+    masks: ClassVar[tuple[str, ...]] = MASKS
 
     arch: str = "joint_decoder"
     max_text_len: int = 512
@@ -92,7 +95,7 @@ class VLMConfig:
         assert callable(patterns), "module_patterns has a default_factory in every class"
         self.module_patterns = {**patterns(), **self.module_patterns}
         at_least(self, 1, "max_text_len")
-        one_of(self, "attention_mask", MASKS)
+        one_of(self, "attention_mask", self.masks)
         starts = [stage.start_step for stage in self.freeze_schedule]
         if any(b <= a for a, b in pairwise(starts)):
             raise ValueError(f"freeze_schedule: start_step must increase strictly, got {starts}")
@@ -135,6 +138,13 @@ class VLMConfig:
     @property
     def latest_image_alone(self) -> str:
         """The key and value by which a word sees the image before it and no earlier one; nothing if it sees them all."""
+        return ""
+
+    @property
+    def files(self) -> str:
+        """A directory or hub id with the files of the model's own processor, if it has one: its tokenizer is taken unless ``data.tokenizer``
+        names another.
+        """
         return ""
 
     def check(self, job: JobConfig) -> None:

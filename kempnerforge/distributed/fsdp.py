@@ -62,4 +62,6 @@ def sync_gradients(model: nn.Module, sync: bool) -> None:
 
 def _recompute(unit: nn.Module) -> None:
     forward = unit.forward
-    unit.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)  # an attribute of the instance: no name moves
+    unit.forward = lambda *args, **kwargs: checkpoint(
+        forward, *args, use_reentrant=False, **kwargs
+    )  # an attribute of the instance: no name moves

@@ -47,7 +47,7 @@ class HFTower(VisionEncoder):
     def __init__(self, cfg: HFTowerConfig) -> None:
         tower = self._load(cfg)
         self.check_geometry(cfg, tower.config)
-        mean, std = (cfg.mean, cfg.std) if cfg.mean else _read_normalisation(cfg.path) or self.normalisation
+        mean, std = (cfg.mean, cfg.std) if cfg.mean else read_normalisation(cfg.path) or self.normalisation
         side = self.grid(tower.config)
         pixels = getattr(
             tower.config, "image_size", side * tower.config.patch_size
@@ -62,11 +62,15 @@ class HFTower(VisionEncoder):
         assert {id(p) for p in self.parameters()} == {id(p) for p in tower.parameters()}, "a parameter belongs to no child"
         self.train()
 
+    @property
+    def signature(self) -> str:
+        return self.tower.config.to_json_string()
+
     def _load(self, cfg: HFTowerConfig) -> Any:
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
         import transformers
 
-        kind = (cfg.settings or _read_config(cfg.path)).get("model_type")
+        kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if kind not in self.models:
             raise ValueError(f"{_where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
@@ -158,7 +162,7 @@ class Dinov2(HFTower):
         return tower
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
@@ -174,7 +178,7 @@ def _from_settings(config_class: Any, cfg: HFTowerConfig) -> Any:
     return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"})
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
     """``config.json`` of a directory or of a model on the hub."""
     from transformers import PretrainedConfig
 
@@ -186,10 +190,10 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         return PretrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
-        raise ValueError(f"path = {path!r}: neither a directory nor a hub model that can be read; {_first_line(error)}") from error
+        raise ValueError(f"path = {path!r}: neither a directory nor a hub model that can be read; {first_line(error)}") from error
 
 
-def _read_normalisation(path: str) -> Normalisation | None:
+def read_normalisation(path: str) -> Normalisation | None:
     """What the image processor beside the weights does, or None when there is none."""
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -219,7 +223,7 @@ def _load_weights(model_class: Any, config: Any, path: str) -> Any:
         with quiet():
             tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"path = {path!r}: its weights cannot be loaded; {_first_line(error)}") from error
+        raise ValueError(f"path = {path!r}: its weights cannot be loaded; {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -18,7 +18,7 @@ from kempnerforge.interop.huggingface import CONFIG
 from kempnerforge.interop.settings import hf_config
 from kempnerforge.interop.vlms import FITS, NORM_OF_CLS, WRAPPERS, fitting, processor_files, text_family, write_parts
 from kempnerforge.interop.write import Progress, nothing, plain_embedding, save_tensors, text_names, write_config, write_text
-from kempnerforge.model.hf_towers import HFTower
+from kempnerforge.model.hf_towers import HFTower, quiet
 from kempnerforge.training.card import model_card
 from kempnerforge.training.restore import Restored, restore
 from kempnerforge.training.setup import Assembly, assemble
@@ -26,6 +26,7 @@ from kempnerforge.training.verify import TOLERANCE, agreement, load_class, make_
 
 JOB_FILE, TOKENIZER = "config.toml", "tokenizer"
 FORMATS = ("hf", "kempnerforge")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def _export_own(restored: Restored, out: Path, family: str | None, verify: bool,
 
 def _export_hf(restored: Restored, out: Path, family: str | None, verify: bool, tolerance: float, progress: Progress) -> Converted:
     assembly = restored.assembly
+    if assembly.model.hf_model is not None:
+        return _export_as_it_is(assembly, out, verify, tolerance, progress)
     job, tokenizer = assembly.job, assembly.tokenizer
     try:
         kind = fitting(job) if job.vlm is not None else ""
@@ -204,14 +207,32 @@ def _export_hf(restored: Restored, out: Path, family: str | None, verify: bool, 
         architecture = write_text(out, cfg, tensors, ids, chosen, progress=progress)["architectures"][0]
     tokenizer.save(out)
     lines.insert(0, _described(assembly, architecture))
-    difference = None
-    if verify:
-        progress(f"running {architecture}", 0, 1)
-        probe = make_probe(assembly, image_id, tokenizer.base_vocab_size)
-        found = agreement(our_logits(assembly.model, probe.batch), their_logits(load_class(out, architecture), probe.inputs))
-        lines.append(found.require(f"ours and {architecture}", tolerance))
-        difference = found.difference
-    return Converted(out, lines, difference)
+    return _verified(assembly, out, architecture, image_id, lines, tolerance, progress) if verify else Converted(out, lines, None)
+
+
+def _verified(
+    assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], tolerance: float, progress: Progress
+) -> Converted:  # fmt: skip
+    """Loads what was written and compares."""
+    progress(f"running {architecture}", 0, 1)
+    probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size)
+    found = agreement(our_logits(assembly.model, probe.batch), their_logits(load_class(out, architecture), probe.inputs))
+    return Converted(out, [*lines, found.require(f"ours and {architecture}", tolerance)], found.difference)
+
+
+def _export_as_it_is(assembly: Assembly, out: Path, verify: bool, tolerance: float, progress: Progress) -> Converted:
+    """A model of transformers as it writes itself, with the files of its processor from where it came from."""
+    model, source = assembly.model.hf_model, Path(assembly.job.vlm.files if assembly.job.vlm is not None else "")
+    architecture = type(model).__name__
+    with quiet():
+        model.save_pretrained(out)
+    assembly.tokenizer.save(out)
+    copied = [name for name in PROCESSOR_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, out / name)
+    lines = [_described(assembly, architecture), f"files of the processor, from {source}: {', '.join(copied) or 'none'}"]
+    image_id = model.config.image_token_id
+    return _verified(assembly, out, architecture, image_id, lines, tolerance, progress) if verify else Converted(out, lines, None)
 
 
 def _image_token(assembly: Assembly) -> tuple[int, int, str]:

@@ -63,7 +63,7 @@ class Settings:
 def muon_names(model: nn.Module) -> frozenset[str]:
     """The hidden matrices: weights of linear layers, less the output head, which like the embedding faces the vocabulary (Jordan et al. 2024)."""
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return frozenset(linears) - {"transformer.output_head.weight"}
+    return frozenset(linears) - {"transformer.output_head.weight", "lm_head.weight"}  # ours, and that of models of transformers
 
 
 def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str, int]:

@@ -152,7 +152,7 @@ class Processor:
         return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.assembly.model.vision_encoder.normalisation)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.assembly.model.normalisation)
         return (pixels.float() / 255 - mean) / std
 
 

@@ -75,7 +75,7 @@ def assemble(
     """Puts ``job`` together.
 
     Args:
-        tokenizer: of an earlier part of this run; None takes that of ``run.init_from``, or resolves ``data.tokenizer``.
+        tokenizer: of an earlier part of this run; None takes that of ``run.init_from`` or of the model, or resolves ``data.tokenizer``.
         device: where the model is built; "meta" for shapes alone.
         data: False builds no sources (generation from a checkpoint).
 
@@ -95,7 +95,7 @@ def assemble(
     model = build_model(job, device)
     if model.has_images:
         for section in sections:
-            section.images.check(model.vision_encoder.image_size)
+            section.images.check(model.image_size)
     held_out = None
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
@@ -112,8 +112,8 @@ def _layout(job: JobConfig, model: VLM, seq_len: int) -> Layout:
     layout = Layout(image_tokens, 0, job.vlm.max_text_len, seq_len, pad_to=image_tokens + job.vlm.max_text_len)
     if not model.has_images:
         return layout
-    mean, _ = model.vision_encoder.normalisation
-    return replace(layout, image_size=model.vision_encoder.image_size, image_mean=mean)
+    mean, _ = model.normalisation
+    return replace(layout, image_size=model.image_size, image_mean=mean)
 
 
 def _new_tokens(job: JobConfig, tokenizer: Tokenizer, sections: Iterable[DataConfig]) -> list[str]:
@@ -158,11 +158,15 @@ def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
 
 
 def _inherited_tokenizer(job: JobConfig) -> Tokenizer | None:
-    """That of the run whose weights this one begins with, unless the config names another."""
-    if not job.run.init_from or job.data.tokenizer != "train":
+    """That of the run whose weights this one begins with, or that which belongs to the model, unless the config names another."""
+    if job.data.tokenizer != "train":
         return None
-    path = Path(job.run.init_from)
-    return saved_tokenizer(path) or saved_tokenizer(path.parent.parent)  # a run directory, or one of its checkpoints
+    found = None
+    if job.run.init_from:
+        path = Path(job.run.init_from)
+        found = saved_tokenizer(path) or saved_tokenizer(path.parent.parent)  # a run directory, or one of its checkpoints
+    named = job.vlm.files if job.vlm is not None else ""
+    return found or (Tokenizer.from_pretrained(named) if named else None)
 
 
 def initialise(job: JobConfig, model: VLM) -> None:

@@ -74,7 +74,7 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int) -> Pro
     images = None
     if model.has_images:
         images = torch.randint(256, (ROWS, 3, layout.image_size, layout.image_size), generator=rng, dtype=torch.uint8)
-    prefix = assembly.job.vlm is not None and assembly.job.vlm.attention_mask == "prefix"
+    prefix = model.attention_mask == "prefix"
     at = () if images is None else (0 if prefix else BEFORE,)
     batch = prompt_batch([Prompt(row.tolist(), at) for row in words], images, None, layout, 0)
     kinds = batch.kinds.clone()
@@ -84,9 +84,9 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int) -> Pro
     inputs = {"attention_mask": torch.ones_like(ids)}
     if images is not None and image_id is not None:
         ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
-        inputs["pixel_values"] = model.vision_encoder.normalise(images)
-        if prefix:
-            inputs["token_type_ids"] = (kinds == Kind.ANSWER).long()
+        inputs["pixel_values"] = model.normalise(images)
+        if model.attention_mask != "causal":  # what their classes go by
+            inputs["token_type_ids"] = (kinds == (Kind.ANSWER if prefix else Kind.IMAGE)).long()
     return Probe(batch, inputs | {"input_ids": ids})
 
 

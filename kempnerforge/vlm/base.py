@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn as nn
@@ -80,14 +80,15 @@ class VLM(nn.Module):
     causal_in_training: ClassVar[bool] = True
     """False: in training (never in evaluation) a position may depend on later ones, for instance through expert-choice routing."""
 
+    hf_model: Any = None
+    """The model of transformers that all of this is, if it is one."""
+
     def __init__(self, job: JobConfig) -> None:
         super().__init__()
         self.job = job
-        self.transformer = Transformer(job.model, self.block)
         self.num_image_tokens = 0
+        self.build()
         if self.has_images:
-            self.build_vision()
-            self.num_image_tokens = self.adapter.num_tokens
             job.check_sequence(self.num_image_tokens)
 
     # ---- what an arch overrides ------------------------------------------------------------------------------------
@@ -107,6 +108,15 @@ class VLM(nn.Module):
             The stream, (B, S, D), and what blocks may read besides it.
         """
         raise NotImplementedError
+
+    def build(self) -> None:
+        """Makes all children and sets ``num_image_tokens``. Whoever has other children overrides ``forward``, ``encode``, ``image_size``,
+        ``normalisation``, ``normalise`` and ``shard_units`` as well.
+        """
+        self.transformer = Transformer(self.job.model, self.block)
+        if self.has_images:
+            self.build_vision()
+            self.num_image_tokens = self.adapter.num_tokens
 
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
@@ -138,9 +148,28 @@ class VLM(nn.Module):
         rows = batch.image_rows[:, None].expand_as(columns)
         return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))
 
+    @property
+    def attention_mask(self) -> str:
+        """Who sees whom: one of ``MASKS``."""
+        return self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along each side of the images that it takes."""
+        return self.vision_encoder.image_size
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of RGB values in [0, 1]."""
+        return self.vision_encoder.normalisation
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, 3, H, H) uint8 -> the same shape, normalised."""
+        return self.vision_encoder.normalise(images)
+
     def segments(self, batch: Batch) -> Segments:
         """Who sees whom in a stream that is laid out as ``batch`` says."""
-        kind = self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
+        kind = self.attention_mask
         text_ids = batch.text_ids
         if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
             text_ids = text_ids * (_texts_of_sample(batch) > 1)
@@ -153,7 +182,7 @@ class VLM(nn.Module):
         if cache is not None:
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
             return cache.segments.mask(queries, dtype)
-        one_group = self.job.vlm is not None and self.job.vlm.attention_mask == "image_bidirectional" and batch.leading_images == 1
+        one_group = self.attention_mask == "image_bidirectional" and batch.leading_images == 1
         return segments.mask(queries, dtype, self.num_image_tokens if one_group else 0)
 
     def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
@@ -197,7 +226,10 @@ class VLM(nn.Module):
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        logits = self.transformer.unembed(self.read(x, ctx, batch))  # (T, V): the head runs on trained positions only
+        return self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)  # the head runs on trained positions only
+
+    def score(self, logits: Tensor, batch: Batch) -> Output:
+        """The loss of ``logits`` (T, V) at ``batch.targets``."""
         labels = batch.labels.flatten()[batch.targets]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         extra = [m.aux_loss for m in self.with_aux_loss if m.aux_loss is not None]
@@ -212,7 +244,7 @@ class VLM(nn.Module):
         Returns:
             New ids of each row, without the one that ended it.
         """
-        batch = prompts.batch.to(self.transformer.norm.weight.device)
+        batch = prompts.batch.to(next(self.parameters()).device)
         return generate(self, batch, max_new_tokens=max_new_tokens, eos_id=prompts.end_id, sampling=sampling)
 
     def shard_units(self) -> Iterator[nn.Module]:

@@ -74,7 +74,7 @@ TABLE = [
     Bad("duplicate table", ("job.toml", "line", "given twice"), extra="\n[model]\ndim = 64\n"),
     Bad("syntax error", ("job.toml", "line", "not valid TOML"), edit=(("lr = 2e-3", "lr = = 2e-3"),)),
     Bad("unknown arch", ("[vlm] arch", "joint_decodr", "joint_decoder"), edit=(("joint_decoder", "joint_decodr"),)),
-    Bad("reserved arch", ("[vlm] arch", "hf", "reserved"), edit=(("joint_decoder", "hf"),)),
+    Bad("arch without its files", ("[vlm] path = ''", "directory or a hub id"), edit=(("joint_decoder", "hf"),)),
     Bad("unknown source", ("[data] source", "jsonlines", "jsonl"), edit=(('"jsonl"', '"jsonlines"'),)),
     Bad("unknown encoder", ("[vision_encoder] type", "vitt", "vit"), edit=(('"vit"', '"vitt"'),)),
     Bad("odd grid", ("[adapter] factor", "2", "3 x 3"), edit=ODD_GRID),

@@ -113,7 +113,7 @@ BAD = [
     ("[model]\nn_heads = 3", "[model] n_heads = 3: must divide dim = 256"),
     ("[model.rope_scaling]\nfactor = 0.5", "[model] rope_scaling.factor = 0.5: must be >= 1"),
     ('[vlm]\narch = "mott"', "[vlm] arch = 'mott': no such vlm arch; registered: cross_attention"),
-    ('[vlm]\narch = "hf"', "[vlm] arch = 'hf': reserved"),
+    ('[vlm]\narch = "hf"', "[vlm] path = '': arch 'hf' needs a directory or a hub id"),
     ("[vlm]\narch = 3", "[vlm] arch = 3: must be a string, not an integer"),
     ('[vlm]\narch = "mot"\ncross_attention_n_heads = 2', "[vlm] cross_attention_n_heads = 2: unknown key"),
     ('[vision_encoder]\ntype = "vitt"', "[vision_encoder] type = 'vitt': no such vision encoder; registered"),

@@ -34,7 +34,7 @@ def count(name: str, *overrides: str) -> int:
 
 
 def test_all_are_counted() -> None:
-    assert {path.stem for path in PRESETS.glob("*.toml")} == set(COUNTS)
+    assert {path.stem for path in PRESETS.glob("*.toml") if not path.stem.startswith("hf-")} == set(COUNTS)
 
 
 @pytest.mark.parametrize("name", COUNTS)

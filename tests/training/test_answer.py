@@ -7,9 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from kempnerforge.training.answer import Answerer
-from tests.training.tiny import CONFIG, Ended, call, rows_of, write_config, write_rows
+from kempnerforge.training.restore import restore
+from tests.training.tiny import CONFIG, Ended, call, make_job, rows_of, write_config, write_rows
 
 ASKED = "is <image> left of <image>?"
 
@@ -78,3 +80,17 @@ def test_a_model_of_text_alone_takes_no_image(trained: Path) -> None:
     assert call("generate", trained / "text", "--prompt", ASKED).code == 0, "placeholders vanish"
     ended = call("generate", trained / "text", trained / "0.png", trained / "1.png", "--prompt", ASKED)
     assert ended.code == 2 and "takes no image" in ended.err
+
+
+def test_a_restored_model_normalises_as_it_did_in_training(tmp_path: Path) -> None:
+    """Its weights are in the compute dtype, its buffers are not: rounded to bf16, CLIP's mean of 0.48145 would be 0.4805."""
+    overrides = (
+        "--vision_encoder.mean=[0.48145, 0.45782, 0.40821]",
+        "--train.mixed_precision=bf16",
+        "--train.max_steps=1",
+        "--eval.at_end=false",
+    )
+    assert call("train", make_job(tmp_path), *overrides).code == 0
+    model = restore(tmp_path / "run", data=False).assembly.model
+    assert model.vision_encoder.mean.flatten().tolist() == pytest.approx([0.48145, 0.45782, 0.40821], abs=1e-7)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

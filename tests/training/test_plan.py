@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.config import load_config, registry
@@ -20,7 +21,7 @@ from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import Output
 from kempnerforge.vlm.joint_decoder import JointDecoder
 from tests.training.tiny import CONFIG, call, make_job
-from tests.vlm.tiny import LATE, ONE, THREE, Tiny, picture, tiny
+from tests.vlm.tiny import FOREIGN, LATE, ONE, THREE, Tiny, picture, tiny
 
 ARCHS: list[str | None] = [None, *registry.archs]
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
@@ -129,19 +130,20 @@ def test_parts_sum_to_all_there_is(arch: str | None):
     batch = it.batch(ONE, THREE, LATE)
     found = counted(it, batch)
     phases = [FlopCounterMode(display=False) for _ in range(2)]
-    with phases[0]:
-        total = real.model(batch).total
-    with phases[1]:
-        total.backward()
+    with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused kernel
+        with phases[0]:
+            total = real.model(batch).total
+        with phases[1]:
+            total.backward()
     forward, backward = (round(x * 3) for x in (found.forward_flops, found.backward_flops))
     assert forward == phases[0].get_total_flops() > 0
     assert backward == phases[1].get_total_flops() > forward
     assert sum(m.parameters for m in found.modules) == sum(p.numel() for p in real.model.parameters())
     # no product stays outside but those of a tied head
-    assert [m.name for m in found.modules if not m.parameters] == ["output head (tied)"]
+    assert [m.name for m in found.modules if not m.parameters] == ([] if arch in FOREIGN else ["output head (tied)"])
 
 
-@each_arch
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in FOREIGN], ids=str)
 def test_what_an_arch_adds_to_the_layers_is_a_part(arch: str | None):
     """The rows and their parameters are those of the children that a layer of a text model does not have."""
     it, text = tiny(arch, device="meta"), tiny(None, device="meta")
@@ -219,7 +221,7 @@ def test_generation_costs_what_it_costs(arch: str | None):
     prompt = it.prompts([("what colour is it?", [0])], [picture(0)])
     counts = []
     for tokens in (1, 2):
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             generate(real.model, prompt, max_new_tokens=tokens, eos_id=-1)
         counts.append(counter.get_total_flops())
     found = generation_cost(it.model, prompt)

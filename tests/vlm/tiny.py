@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,35 @@ SIZE = 16
 """Pixels of an image's side."""
 VISION = ViTConfig(image_size=SIZE, patch_size=8, dim=16, n_layers=2, n_heads=2)  # 4 tokens
 MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128, new_tokens=["<image>"])
+
+
+@cache
+def a_folder() -> tempfile.TemporaryDirectory[str]:
+    """Lives as long as the process."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def paligemma() -> dict[str, Any]:
+    """Keys of ``[vlm]`` for a PaliGemma of transformers, its config alone. All of its weights are read, and none is tied."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": SIZE}
+    text = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"intermediate_size": 64, "vocab_size": tokenizer(*MODEL.new_tokens).vocab_size, "max_position_embeddings": MODEL.max_seq_len}
+    config = {
+        "model_type": "paligemma",
+        "vision_config": {"model_type": "siglip_vision_model", "patch_size": 8, "vision_use_head": False, **vision},  # 4 tokens
+        "text_config": {"model_type": "gemma", "pad_token_id": None, "tie_word_embeddings": False, **text, **sizes},
+        "projection_dim": 32,
+        "tie_word_embeddings": False,
+    }
+    path = Path(a_folder().name, "paligemma")
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return {"path": str(path), "pretrained": False}
+
+
+FOREIGN: dict[str | None, Callable[[], dict[str, Any]]] = {"hf": paligemma}
+"""Archs that are built from files: their keys of ``[vlm]``. All sizes are in the files, and the text backbone is not ours."""
 
 
 @cache
@@ -87,9 +119,12 @@ def accepted_masks(arch: str | None) -> list[str]:
 
 def tiny_job(arch: str | None, mask: str = "causal", **sections: Any) -> JobConfig:
     """A job that any arch takes with its own defaults; None is a pure text run."""
-    vlm = None if arch is None else VLMConfig.for_arch(arch, max_text_len=64, attention_mask=mask)
+    keys = FOREIGN[arch]() if arch in FOREIGN else {}
+    vlm = None if arch is None else VLMConfig.for_arch(arch, max_text_len=64, attention_mask=mask, **keys)
     train = TrainConfig(max_steps=4, seq_len=96, mixed_precision="fp32")
     fixed = {"model": MODEL, "vision_encoder": VISION, "adapter": MLPAdapterConfig(), "data": TextConfig(path="unread.txt"), "train": train}
+    if keys:
+        fixed |= {"model": ModelConfig(max_seq_len=MODEL.max_seq_len, new_tokens=MODEL.new_tokens), "vision_encoder": ViTConfig()}
     return JobConfig(**{"vlm": vlm, **fixed, **sections})
 
 

@@ -1,0 +1,352 @@
+"""A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square images as ``pixel_values`` alone.
+
+Its own ``forward`` runs, behind its own embedding, from a stream that is laid out as ours are: words, image features in their places, a
+position and a row of the mask for each. So a mask is never left to the class (without ``token_type_ids`` PaliGemma's hides nothing of an
+answer in some versions), images may stand anywhere, one image in several rows, and several texts and samples in a row are exact.
+
+Shapes: B rows, S positions, K keys, D width, N images, F tokens of one image, T trained positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.config import JobConfig, ModelConfig, registry
+from kempnerforge.config.adapter import MLPAdapterConfig
+from kempnerforge.config.lora import LORA_PARAMETERS
+from kempnerforge.config.vision import ViTConfig
+from kempnerforge.config.vlm import MASKS, VLMConfig
+from kempnerforge.data.batch import Batch
+from kempnerforge.data.seen import Seen
+from kempnerforge.model.attention import additive
+from kempnerforge.model.hf_towers import Clip, Dinov2, Normalisation, Siglip2, first_line, quiet, read_config, read_normalisation
+from kempnerforge.model.transformer import Cache
+from kempnerforge.vlm.base import VLM, Output
+
+OWN_MASK = "model"
+"""The value of ``attention_mask`` that is what the class has learned with."""
+
+OWN_MASKS = {"paligemma": "prefix", "gemma3": "image_bidirectional"}
+"""``model_type`` -> its mask; all others are causal."""
+
+FIRST_POSITION = {"paligemma": 1}
+"""``model_type`` -> where it begins to count positions, if not at 0."""
+
+KEPT_KEYS = ("max_seq_len", "vocab_size", "new_tokens")
+"""Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may set the third.)"""
+
+NORMALISATIONS = {kind: family.normalisation for family in (Siglip2, Clip, Dinov2) for kind in family.models}
+"""``model_type`` of a vision tower -> what its family takes."""
+
+
+@registry.register_vlm_config
+@dataclass
+class HFConfig(VLMConfig):
+    """A whole model of transformers. Sizes and normalisation come from its files: ``[vision_encoder]`` and ``[adapter]`` are not read, and of
+    ``[model]`` only ``max_seq_len`` and ``new_tokens``, which the model must have room for.
+
+    Attributes:
+        attention_mask: "model" is what the class was trained with: "prefix" for PaliGemma, "image_bidirectional" for Gemma 3, else "causal".
+        path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or a hub id where there is a network.
+        pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false: with random ones.
+    """
+
+    masks: ClassVar[tuple[str, ...]] = (OWN_MASK, *MASKS)
+
+    arch: str = "hf"
+    module_patterns: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            "transformer": ["model.language_model.*", "model.text_model.*", "language_model.*", "lm_head.*"],
+            "vision_encoder": [
+                "model.vision_tower.*",
+                "model.vision_model.*",
+                *(f"model.visual.{part}*" for part in ("patch_embed.", "blocks.", "pos_embed.", "rotary_pos_emb.")),
+            ],
+            "adapter": [
+                "model.multi_modal_projector.*",
+                "model.connector.*",
+                "model.visual.merger.*",
+                "model.visual.deepstack_merger_list.*",
+            ],
+        }
+    )
+    attention_mask: str = field(default=OWN_MASK, kw_only=True)
+    path: str = field(default="", kw_only=True)
+    pretrained: bool = field(default=True, kw_only=True)
+
+    def image_tokens(self, job: JobConfig) -> None:
+        """None: the built model knows."""
+        return
+
+    @property
+    def files(self) -> str:
+        return self.path
+
+    def check(self, job: JobConfig) -> None:
+        if not self.path:
+            raise ValueError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
+        kept = {key: getattr(job.model, key) for key in KEPT_KEYS}
+        sections = {
+            "model": (job.model, ModelConfig(**kept)),
+            "vision_encoder": (job.vision_encoder, ViTConfig()),
+            "adapter": (job.adapter, MLPAdapterConfig()),
+        }
+        for name, (given, default) in sections.items():
+            if given != default:
+                same = type(given) is type(default)
+                keys = [f.name for f in fields(given) if not same or getattr(given, f.name) != getattr(default, f.name)]
+                raise ValueError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
+        if job.train.feature_cache:
+            raise ValueError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")
+
+
+@registry.register_arch("hf")
+class HF(VLM):
+    """``[vlm].path`` as transformers builds it; parameters have the names that they have there.
+
+    Raises:
+        ValueError: no such model, it takes more than square images, or does not fit the job.
+    """
+
+    def build(self) -> None:
+        cfg = self.config
+        model = _build(cfg.path)
+        # NOTE: the model itself stays outside the module tree and its children are adopted, so no name gets a prefix.
+        self.__dict__["hf_model"] = model
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        if {id(p) for p in self.parameters()} != {id(p) for p in model.parameters()}:
+            raise ValueError(f"path = {cfg.path!r}: {type(model).__name__} has parameters outside of its parts and cannot be used")
+        self.kind: str = model.config.model_type
+        self._image_size, self._normalisation = _image_geometry(cfg.path, model)
+        self.num_image_tokens = self._count_image_tokens()
+        self._check_room()
+
+    @property
+    def config(self) -> HFConfig:
+        """The ``[vlm]`` section."""
+        assert isinstance(self.job.vlm, HFConfig), "the loader makes the section of the arch's own class"
+        return self.job.vlm
+
+    @property
+    def attention_mask(self) -> str:
+        asked = self.config.attention_mask
+        return OWN_MASKS.get(self.kind, "causal") if asked == OWN_MASK else asked
+
+    @property
+    def image_size(self) -> int:
+        return self._image_size
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self._normalisation
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, 3, H, H) uint8 -> fp32 of the same shape."""
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
+        assert seen is None, "the config refuses a feature cache"
+        pixels = self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype)
+        core = getattr(self.hf_model, "model", None)
+        if hasattr(core, "connector"):
+            return _idefics_features(core, pixels)
+        found = self.hf_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return found if isinstance(found, Tensor) else torch.stack(list(found))  # (N, F, D)
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
+        words = self.hf_model.get_input_embeddings()(batch.input_ids)  # (B, S, D)
+        features = None
+        if batch.images is not None:
+            images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
+            features = self.encode(images)  # (N, F, D)
+        stream = self.insert(words, features, batch)
+        if cache is None:
+            return self.score(self._logits(stream, batch, None), batch)
+        logits = self._logits(stream, batch, cache)  # (B, V)
+        return Output(logits.new_zeros(()), logits)
+
+    def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no others."""
+        segments, past = self.segments(batch), None
+        self.hf_model.training = self.training  # it is outside of the module tree
+        if cache is not None:
+            cache.segments = segments = segments if cache.segments is None else cache.segments.extend(segments)
+            past = cache.kept.setdefault("past", _empty_cache())
+
+        def chosen(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0].flatten(0, 1)[batch.targets] if cache is None else args[0][:, -1],)  # (T, D) or (B, D)
+
+        handle = self.hf_model.get_output_embeddings().register_forward_pre_hook(chosen)
+        try:
+            found = self.hf_model(
+                inputs_embeds=stream,
+                attention_mask=additive(segments.visible(stream.shape[1]), stream.dtype),  # (B, 1, S, K)
+                position_ids=batch.positions + FIRST_POSITION.get(self.kind, 0),
+                past_key_values=past,
+                use_cache=past is not None,
+            )
+        finally:
+            handle.remove()
+        return found.logits.float()
+
+    def warm_start(self) -> None:
+        """The weights at ``path``, read with the class's own rules, but none may be missing or left over."""
+        cfg = self.config
+        if not cfg.pretrained or self.job.run.init_from:
+            return
+        own = {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in LORA_PARAMETERS}
+        for parameter in own.values():
+            parameter.data = parameter.data.new_empty(0)  # room for those that are read
+        loaded = dict(_load(type(self.hf_model), cfg.path).named_parameters())
+        assert loaded.keys() == own.keys(), "one class, one config, one set of names"
+        for name, parameter in own.items():
+            parameter.data = loaded[name].data
+
+    def shard_units(self) -> Iterator[nn.Module]:
+        """The layers of the language model and of the vision encoder: whatever transformers itself would checkpoint one by one."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        inside: set[int] = set()
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+                inside |= {id(child) for child in module.modules()}
+                yield module
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HF:
+        """Moves and casts. NOTE: buffers keep their precision: frequencies of rotary positions rounded to bf16 are other positions."""
+        buffers = [
+            (module, name, b) for module in self.modules() for name, b in module.named_buffers(recurse=False) if b.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in buffers:
+            if module._buffers[name] is not buffer:
+                module._buffers[name] = buffer.to(module._buffers[name].device)  # pyright: ignore[reportOptionalMemberAccess]
+        return self
+
+    def _count_image_tokens(self) -> int:
+        """Tokens of one image: what a blank one gives, which must be what the model's config says.
+
+        Raises:
+            ValueError: the model takes more than pixels, or its config says another number.
+        """
+        where = f"path = {self.config.path!r}"
+        takes = inspect.signature(self.hf_model.get_image_features).parameters.values()
+        needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
+        if needed:
+            raise ValueError(
+                f"{where}: {type(self.hf_model).__name__} needs {', '.join(needed)} beside pixel_values; only square images are given"
+            )
+        device = self.hf_model.get_input_embeddings().weight.device
+        try:
+            with torch.no_grad():
+                features = self.encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{where}: {type(self.hf_model).__name__} does not take square images; {first_line(error)}") from error
+        width = self.hf_model.get_input_embeddings().weight.shape[1]
+        if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
+            raise ValueError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
+        config = self.hf_model.config
+        for part, key in ((config, "image_seq_length"), (config, "mm_tokens_per_image"), (config.get_text_config(), "num_image_tokens")):
+            if (stated := getattr(part, key, None)) is not None and stated != features.shape[1]:
+                raise ValueError(f"{where}: an image gives {features.shape[1]} tokens, but {key} = {stated} in its config.json")
+        return features.shape[1]
+
+    def _check_room(self) -> None:
+        """
+        Raises:
+            ValueError: the model has too few positions or token embeddings for the job.
+        """
+        where, text, job = f"path = {self.config.path!r}", self.hf_model.config.get_text_config(), self.job.model
+        slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+        limits = {
+            "positions (max_position_embeddings)": getattr(text, "max_position_embeddings", None),
+            "positions in a layer (sliding_window)": getattr(text, "sliding_window", None) if slides else None,
+        }
+        for what, limit in limits.items():
+            if limit is not None and job.max_seq_len > limit:
+                raise ValueError(f"{where}: it sees {limit} {what}, model.max_seq_len = {job.max_seq_len} is more")
+        rows, wanted = self.hf_model.get_input_embeddings().weight.shape[0], job.vocab_size + len(job.new_tokens)
+        if wanted > rows:
+            raise ValueError(
+                f"{where}: its embedding has {rows} rows, and the tokenizer {wanted} tokens, {len(job.new_tokens)} of them new"
+            )
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _build(path: str) -> Any:
+    """The class that ``path`` names, with random weights in fp32."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    kind = read_config(path).get("model_type")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        known = type(config) in AutoModelForImageTextToText._model_mapping
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32) if known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"path = {path!r}: model_type {kind!r} cannot be built; {first_line(error)}") from error
+    if model is None or not hasattr(model, "get_image_features") or model.get_output_embeddings() is None:
+        raise ValueError(f"path = {path!r}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
+    return model.float()
+
+
+def _load(model_class: Any, path: str) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"path = {path!r}: its weights cannot be loaded; {first_line(error)}; pretrained = false begins without"
+        ) from error
+    kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
+    if wrong := [f"{len(keys)} {kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
+        raise ValueError(f"path = {path!r}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
+    return model.float()
+
+
+def _image_geometry(path: str, model: Any) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Pixels along a side, and the normalisation."""
+    vision = getattr(model.config, "vision_config", None)
+    size = getattr(vision, "image_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size = {size})"
+        )
+    assert vision is not None
+    found: Normalisation | None = read_normalisation(path) or NORMALISATIONS.get(vision.model_type)
+    if found is None:
+        raise ValueError(
+            f"path = {path!r}: has no image processor's config (preprocessor_config.json), so how to normalise images is not known"
+        )
+    return size, (tuple(found[0]), tuple(found[1]))
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _idefics_features(core: Any, pixels: Tensor) -> Tensor:
+    """Of Idefics 3 and SmolVLM. Their own method takes rows of images and drops those whose pixels are all 0."""
+    vision = core.vision_model
+    side = pixels.shape[-1] // vision.patch_size
+    whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)  # no patch is padding
+    x = vision.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    x = vision.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state
+    return core.connector(vision.post_layernorm(x))
+
+
+def _empty_cache() -> Any:
+    """Keys and values of all positions for every layer: which of them a layer sees, the mask says."""
+    from transformers import DynamicCache
+
+    return DynamicCache()

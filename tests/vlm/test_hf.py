@@ -1,0 +1,432 @@
+"""Models of transformers as one unit: what they compute is what transformers computes, and they train as every other arch does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kempnerforge import load_pretrained
+from kempnerforge.config import ConfigError, FreezeSpec, JobConfig, LoRAConfig, ModelConfig, TrainConfig, VLMConfig, load_config
+from kempnerforge.config.data import JsonlConfig
+from kempnerforge.config.vision import ViTConfig
+from kempnerforge.config.vlm import MASKS
+from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.collate import collate
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
+from kempnerforge.training.optimizer import muon_names
+from kempnerforge.training.pretrained import Processor
+from kempnerforge.training.setup import Assembly, assemble, initialise
+from kempnerforge.training.verify import agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.vlm.hf import HF, OWN_MASKS
+from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
+from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
+from tests.vlm.tiny import all_logits, copies, differing, picture
+
+ALIASES = ("transformer", "vision_encoder", "adapter")
+
+
+def _gemma3() -> Any:
+    window = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}
+    text = transformers.Gemma3TextConfig(**TEXT | {"num_key_value_heads": 1}, **window)
+    vision = transformers.SiglipVisionConfig(**TOWER, vision_use_head=False)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, image_token_index=IMAGE, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+MAKERS: dict[str, Callable[[], Any]] = {**MODELS, "gemma3": _gemma3}
+IMAGE_TOKENS = dict.fromkeys(MAKERS, 16) | dict.fromkeys(("idefics3", "smolvlm", "gemma3"), 4)
+by_model = pytest.mark.parametrize("name", MAKERS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    paths = {name: tmp_path_factory.mktemp(name) for name in MAKERS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "gemma3", _gemma3)
+        for name, path in paths.items():
+            save(name, path)
+    return paths
+
+
+def job_of(path: Path, **sections: Any) -> JobConfig:
+    """A job that trains the model at ``path``."""
+    own = sections.pop("own", {})
+    job = JobConfig(
+        **{
+            "model": ModelConfig(max_seq_len=128),
+            "vlm": VLMConfig.for_arch("hf", path=str(path), max_text_len=64, **own),
+            "data": JsonlConfig(path="unread", template="paligemma"),
+            "train": TrainConfig(max_steps=4, seq_len=96, mixed_precision="fp32"),
+            **sections,
+        }
+    )
+    job.validate()
+    return job
+
+
+def built(path: Path, **sections: Any) -> Assembly:
+    """As at the start of a run."""
+    assembly = assemble(job_of(path, **sections), data=False)
+    initialise(assembly.job, assembly.model)
+    return assembly
+
+
+def batch_of(assembly: Assembly, *samples: Sample) -> Batch:
+    encoder = assembly.encoder(assembly.stages[0])
+    return collate([encoder.encode(sample, seed=0) for sample in samples], assembly.tokenizer.pad_id, None)
+
+
+ONE = Sample("one", (picture(0),), (Text("what is in the picture?", "a cat"),))
+OTHER = Sample("other", (picture(1),), (Text("where?", "caption en"),))
+BLIND = Sample("no image", (), (Text("what is", "user"),))
+
+
+# ---- the same function ----------------------------------------------------------------------------------------------
+
+
+@by_model
+def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
+    assembly = built(saved[name])
+    model = assembly.model.eval()
+    theirs = load_class(saved[name], type(model.hf_model).__name__)
+    probe = make_probe(assembly, IMAGE, VOCAB)
+    want = their_logits(theirs, probe.inputs)
+    assert want.std() > 0.1
+    assert agreement(our_logits(model, probe.batch), want).difference <= 1e-6
+    assert model.num_image_tokens == IMAGE_TOKENS[name]
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in theirs.named_parameters()}
+    assert len(list(model.shard_units())) == TOWER["num_hidden_layers"] + TEXT["num_hidden_layers"]
+
+
+@by_model
+def test_greedy_tokens_are_those_of_generate(name: str, saved: dict[str, Path]) -> None:
+    """Prompts of unequal lengths, padded on the left, until each writes its end."""
+    assembly = built(saved[name])
+    model = assembly.model.eval()
+    theirs = load_class(saved[name], type(model.hf_model).__name__)
+    images = [Image.effect_noise((28, 28), 90), Image.effect_noise((28, 28), 30)]
+    asked = Processor(assembly)(images, ["what is in the picture?", "cat"])
+    inputs = dict(asked)
+    assert asked.attention_mask[1, 0] == 0 and asked.pixel_values is not None
+    if name in ("idefics3", "smolvlm"):
+        inputs["pixel_values"] = asked.pixel_values[:, None]
+    if name in OWN_MASKS or name == "paligemma2":
+        inputs["token_type_ids"] = (asked.batch.kinds == Kind.IMAGE).long() * (name == "gemma3")
+    made = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    free = made[:, asked.input_ids.shape[1] :].tolist()
+    end = free[0][6]
+    assert model.generate(replace(asked, end_id=-1), max_new_tokens=12) == free
+    assert model.generate(replace(asked, end_id=end), max_new_tokens=12) == [row[: row.index(end)] if end in row else row for row in free]
+
+
+@by_model
+def test_gradients_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
+    """The loss is a sum over trained tokens, and reaches every part."""
+    assembly = built(saved[name])
+    theirs = load_class(saved[name], type(assembly.model.hf_model).__name__)
+    probe = make_probe(assembly, IMAGE, VOCAB)
+    inputs = dict(probe.inputs)
+    if name in ("idefics3", "smolvlm"):
+        inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels[:, -4:-1] = inputs["input_ids"][:, -3:]
+    want = torch.nn.functional.cross_entropy(theirs(**inputs).logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    want.backward()
+    got = assembly.model(replace(probe.batch, labels=labels, targets=(labels.flatten() != IGNORE).nonzero().flatten()))
+    got.total.backward()
+    torch.testing.assert_close(got.loss, want, rtol=1e-5, atol=0)
+    grads = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
+    torch.testing.assert_close({k: p.grad for k, p in assembly.model.named_parameters() if p.grad is not None}, grads, rtol=1e-3, atol=1e-4)
+    for alias in ALIASES:
+        assert any(grads[key].any() for key in match_names(list(grads), alias, assembly.job.module_patterns(), ""))
+
+
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+@pytest.mark.parametrize("mask", ["model", "causal"])
+def test_nothing_of_an_answer_is_seen_before_it(name: str, mask: str, saved: dict[str, Path]) -> None:
+    """In training, where the class alone would need ``token_type_ids``; with its own mask image and prompt do see the whole prompt."""
+    assembly = built(saved[name], own={"attention_mask": mask})
+    model = assembly.model.train()
+    batch = batch_of(assembly, ONE)
+    want = all_logits(model, batch)
+    kinds = batch.kinds[0]
+    for place in range(len(kinds)):
+        if kinds[place] == Kind.IMAGE:
+            continue
+        ids = batch.input_ids.clone()
+        ids[0, place] = 7 if ids[0, place] != 7 else 8
+        moved = (all_logits(model, replace(batch, input_ids=ids)) - want)[0].abs().amax(-1) > 1e-6
+        ahead = mask == "model" and kinds[place] == Kind.PROMPT
+        assert torch.equal(moved, torch.arange(len(kinds)) >= (0 if ahead else place)), place
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3"])
+def test_rows_without_an_image_run_the_tower_all_the_same(name: str, saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one that is all 0 behind normalisation as well, which Idefics 3 by itself drops."""
+    assembly = built(saved[name])
+    model, batch = assembly.model, batch_of(assembly, BLIND)
+    monkeypatch.setattr(HF, "normalisation", ((0.0,) * 3, (1.0,) * 3))
+    assert batch.images is not None and len(batch.images) == 0
+    model(batch).total.backward()
+    seeing = match_names([n for n, _ in model.named_parameters()], "adapter", assembly.job.module_patterns(), "")
+    assert [n for n in seeing if (grad := model.get_parameter(n).grad) is None or grad.any()] == []
+    mixed = batch_of(assembly, BLIND, ONE)
+    only = replace(mixed, targets=mixed.targets[mixed.targets < mixed.input_ids.shape[1]])
+    torch.testing.assert_close(model(only).loss, model(batch).loss, rtol=1e-5, atol=1e-6)
+
+
+# ---- parts and names ------------------------------------------------------------------------------------------------
+
+
+@by_model
+def test_aliases_are_the_parts(name: str, saved: dict[str, Path]) -> None:
+    assembly = built(saved[name])
+    names = [n for n, _ in assembly.model.named_parameters()]
+    found = [n for alias in ALIASES for n in match_names(names, alias, assembly.job.module_patterns(), "")]
+    assert sorted(found) == sorted(names)
+    assert "lm_head.weight" not in muon_names(assembly.model)
+
+
+def test_aliases_are_the_parts_of_qwen() -> None:
+    """Whose parts are elsewhere. (Its images are no squares, so it is not trained here.)"""
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    with torch.device("meta"):
+        model = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(text_config=TEXT, vision_config=vision))
+    names = [n for n, _ in model.named_parameters()]
+    patterns = VLMConfig.for_arch("hf").module_patterns
+    found = {alias: match_names(names, alias, patterns, "") for alias in ALIASES}
+    assert sorted(n for hits in found.values() for n in hits) == sorted(names)
+    assert all(n.startswith("model.visual.merger.") for n in found["adapter"])
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava", "smolvlm"])
+def test_freezing_moves_exactly_what_it_says(name: str, saved: dict[str, Path]) -> None:
+    assembly = built(saved[name])
+    model, patterns = assembly.model, assembly.job.module_patterns()
+    names = [n for n, _ in model.named_parameters()]
+    layer = next(n for n in names if ".layers.1." in n and "vision" not in n).partition(".layers.1.")[0] + ".layers.1.*"
+    batch = batch_of(assembly, ONE, OTHER)
+    model(batch).total.backward()
+    learning = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-3}  # not rounding
+    for specs in (
+        [FreezeSpec("vision_encoder"), FreezeSpec("adapter")],
+        [FreezeSpec("transformer")],
+        [FreezeSpec("*"), FreezeSpec(layer, False)],
+    ):
+        trainable = trainable_names(names, specs, patterns)
+        apply_freeze(model, trainable)
+        before, optimizer = copies(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        model(batch).total.backward()
+        optimizer.step()
+        moved = {n.removeprefix("model.") for n in differing(before, copies(model))}
+        tied = {"lm_head.weight"} - set(names)
+        assert trainable & learning <= moved <= trainable | tied, specs
+    with pytest.raises(ValueError, match=r"freeze.module = 'vision_tower': matches no parameter; aliases: transformer, vision_encoder"):
+        trainable_names(names, [FreezeSpec("vision_tower")], patterns)
+
+
+@by_model
+def test_shapes_alone_are_enough_to_count(name: str, saved: dict[str, Path]) -> None:
+    """On the meta device, where nothing may look at a value."""
+    assembly = assemble(job_of(saved[name]), device="meta", data=False)
+    batch = batch_of(assembly, ONE, BLIND)
+    output = assembly.model(batch.to("meta"))
+    output.total.backward()
+    assert output.logits.shape == (batch.num_targets, VOCAB)
+
+
+def test_low_rank_adapters_go_around_pretrained_weights(saved: dict[str, Path]) -> None:
+    plain = built(saved["llava"])
+    assembly = built(saved["llava"], lora=[LoRAConfig("transformer", rank=2, dora=True)])
+    names = [n for n, _ in assembly.model.named_parameters()]
+    adapters = match_names(names, "lora", assembly.job.module_patterns(), "")
+    assert len(adapters) == 3 * (7 * 2 + 1) and all("vision" not in n for n in adapters)
+    batch = batch_of(plain, ONE)
+    torch.testing.assert_close(all_logits(assembly.model, batch), all_logits(plain.model, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_casting_leaves_rotary_frequencies_alone(saved: dict[str, Path]) -> None:
+    model = built(saved["llava"]).model
+    before = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    model.to(torch.bfloat16)
+    assert any("inv_freq" in n for n in before)
+    assert all(torch.equal(model.get_buffer(n), b) for n, b in before.items())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+RUN = CONFIG.split("[model]")[0] + (
+    '[model]\nmax_seq_len = 64\n[vlm]\narch = "hf"\npath = "{model}"\nmax_text_len = 48\n'
+    + '[[vlm.freeze]]\nmodule = "vision_encoder"\n'
+    + '[scheduler]\nname = "constant"\n'
+    + CONFIG[CONFIG.index("[data]") :].replace('source = "jsonl"', 'source = "jsonl"\ntemplate = "paligemma"')
+)
+
+
+def write(folder: Path, model: Path) -> Path:
+    return make_job(folder, config=RUN.replace("{model}", str(model)))
+
+
+@pytest.fixture(scope="module")
+def run(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, with its report."""
+    folder = tmp_path_factory.mktemp("run")
+    ended = call("train", write(folder, saved["paligemma"]), "--train.max_steps=4")
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def test_a_run_begins_with_the_pretrained_weights_and_learns(run: Path, saved: dict[str, Path]) -> None:
+    found = losses(run / "run")
+    assert len(found) == 4 and found[-1] < found[0]
+    assert "eval/exact_match" in metrics(run / "run")[-1] and (run / "run" / "report.html").is_file()
+    own, trained = load_file(saved["paligemma"] / "model.safetensors"), tensors(run / "run")
+    towers = {k.removeprefix("model."): v for k, v in trained.items() if k.startswith("model.model.vision_tower.")}
+    assert len(towers) > 10 and all(torch.equal(v, theirs(own, k)) for k, v in towers.items()), "they are frozen"
+
+
+def theirs(own: dict[str, Tensor], name: str) -> Tensor:
+    """The tensor of a file in the layout of the hub, which has other prefixes."""
+    hits = [key for key in own if key.endswith(name.removeprefix("model.vision_tower."))]
+    assert len(hits) == 1, name
+    return own[hits[0]]
+
+
+def test_resume_is_never_having_stopped(run: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    """Bitwise, and without the weights that it began with."""
+    model = Path(shutil.copytree(saved["paligemma"], tmp_path / "model"))
+    job = write(tmp_path, model)
+    assert call("train", job, "--train.max_steps=2").code == 0
+    (model / "model.safetensors").unlink()
+    assert call("train", job, "--train.max_steps=4").code == 0
+    assert_same_tensors(tensors(tmp_path / "run"), tensors(run / "run"))
+
+
+def test_checkpoints_are_evaluated_asked_and_exported(run: Path, tmp_path: Path) -> None:
+    ended = call("eval", run / "run")
+    assert ended.code == 0 and "exact_match" in ended.out, ended.err
+    asked = call("generate", run / "run", run / "0.png", "--prompt", "what is on the left?", "--max-new-tokens", "3")
+    assert asked.code == 0, asked.err
+    model, processor = load_pretrained(run / "run", device="cpu")
+    inputs = processor(images=run / "0.png", text="what is on the left?")
+    want = model.generate(inputs, max_new_tokens=5)
+    for form in ("hf", "kempnerforge"):
+        ended = call("export", run / "run", tmp_path / form, "--format", form)
+        assert ended.code == 0, ended.err
+    theirs = load_class(tmp_path / "hf", "PaliGemmaForConditionalGeneration")
+    again = job_of(tmp_path / "hf")
+    initialise(again, other := assemble(again, data=False).model)
+    for exported in (load_pretrained(tmp_path / "kempnerforge", device="cpu")[0], other.eval()):
+        assert exported.generate(inputs, max_new_tokens=5) == want
+    both = dict(inputs) | {"token_type_ids": torch.zeros_like(inputs.input_ids)}
+    made = theirs.generate(**both, max_new_tokens=5, do_sample=False, eos_token_id=inputs.end_id)[0, inputs.input_ids.shape[1] :]
+    assert made.tolist()[: len(want[0])] == want[0]
+
+
+def test_weights_of_another_run_go_before_the_pretrained_ones(run: Path, saved: dict[str, Path]) -> None:
+    job = job_of(saved["paligemma"])
+    job.run.init_from = str(run / "run")
+    assembly = assemble(job, data=False)
+    initialise(assembly.job, assembly.model)
+    trained = tensors(run / "run")
+    assert all(torch.equal(p, trained[f"model.{n}"]) for n, p in assembly.model.named_parameters())
+
+
+def test_other_weights_than_pretrained_ones_are_random(saved: dict[str, Path]) -> None:
+    random, loaded = built(saved["llava"], own={"pretrained": False}), built(saved["llava"])
+    assert len(differing(copies(random.model), copies(loaded.model))) > 30
+    again = built(saved["llava"], own={"pretrained": False})
+    assert differing(copies(random.model), copies(again.model)) == []
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def edited(source: Path, target: Path, **keys: Any) -> Path:
+    """A copy with other keys in its config.json."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    for key, value in keys.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"model": ModelConfig(dim=512)}, "does not read model.dim"),
+        ({"vision_encoder": ViTConfig(image_size=32)}, "does not read vision_encoder.image_size"),
+        ({"train": TrainConfig(max_steps=1, feature_cache="features")}, "set train.feature_cache = ''"),
+        ({"own": {"path": ""}}, "path = '': arch 'hf' needs a directory or a hub id"),
+    ],
+)
+def test_what_it_would_not_read_is_refused(section: dict[str, Any], words: str, tmp_path: Path) -> None:
+    own = {"path": str(tmp_path)} | section.pop("own", {})
+    job = JobConfig(**{"train": TrainConfig(max_steps=1), **section}, vlm=VLMConfig.for_arch("hf", **own))
+    with pytest.raises(ConfigError, match=words):
+        job.validate()
+
+
+def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    llava = saved["llava"]
+    text = tmp_path / "text"
+    transformers.LlamaConfig(**TEXT).save_pretrained(text)
+    qwen = tmp_path / "qwen"
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "image_size": 28}
+    transformers.Qwen2VLConfig(text_config=TEXT, vision_config=vision).save_pretrained(qwen)
+    shutil.copyfile(llava / "preprocessor_config.json", qwen / "preprocessor_config.json")
+    unknown = edited(saved["idefics3"], tmp_path / "unknown")
+    (unknown / "preprocessor_config.json").unlink()
+    cases = {
+        tmp_path / "none": "no such directory",
+        text: "model_type 'llama' is no model of transformers that reads images and words",
+        qwen: "Qwen2VLForConditionalGeneration does not take square images",
+        unknown: "preprocessor_config.json",
+        edited(llava, tmp_path / "count", image_seq_length=9): "an image gives 16 tokens, but image_seq_length = 9",
+        edited(llava, tmp_path / "short", text_config={"max_position_embeddings": 100}): "sees 100 positions .*model.max_seq_len = 128",
+        edited(
+            saved["paligemma2"], tmp_path / "slides", text_config={"sliding_window": 64}
+        ): "sees 64 positions in a layer .sliding_window",
+        edited(llava, tmp_path / "few", text_config={"vocab_size": 120}): "its embedding has 120 rows, and the tokenizer 173 tokens",
+    }
+    for path, words in cases.items():
+        job = job_of(path)
+        with pytest.raises(ValueError, match=words):
+            assemble(job, read(saved["llava"]), data=False)
+
+
+def read(path: Path) -> Any:
+    from kempnerforge.data.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(path)
+
+
+def test_wrong_weights_are_named(saved: dict[str, Path], tmp_path: Path) -> None:
+    path = edited(saved["llava"], tmp_path / "wrong")
+    weights = load_file(path / "model.safetensors")
+    key = next(key for key in weights if key.endswith("layers.0.mlp.up_proj.weight"))
+    weights[key.replace("up_proj", "upp_proj")] = weights.pop(key)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: .*layers.0.mlp.up_proj.weight; 1 left over: .*upp_proj"):
+        built(path)
+
+
+def test_the_example_loads() -> None:
+    job = load_config(Path(__file__).parents[2] / "configs" / "models" / "hf-paligemma.toml")
+    assert job.vlm is not None and job.vlm.arch == "hf" and job.vlm.files == "models/paligemma-3b-pt-224"
+    assert VLMConfig.class_for("hf").masks == ("model", *MASKS)
