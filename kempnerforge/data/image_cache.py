@@ -10,6 +10,7 @@ import uuid
 import warnings
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,23 @@ class ImageCache:
         while self.free < 0:
             _, oldest = self._kept.popitem(last=False)
             self.free += sum(view.nbytes for view in oldest)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Makes a file that appears whole or not at all, whoever else makes it at the same time; the folder it is in is made, too.
+
+    Args:
+        write: writes the content to the path it is given.
+    """
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(part)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 class DiskCache:
@@ -107,15 +125,14 @@ class DiskCache:
         if not self.writable:
             return
         pixels = np.stack(views)
-        part = path.with_name(f".{uuid.uuid4().hex}.part")
-        try:
-            path.parent.mkdir(exist_ok=True)
+
+        def fill(part: Path) -> None:
             with part.open("xb") as file:
                 file.write(HEADER.pack(MAGIC, zlib.crc32(pixels.data), len(views), len(views[0])))
                 file.write(pixels.data)
-            part.replace(path)
+
+        try:
+            write_whole(path, fill)
         except OSError as error:
             self.writable = False
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             warnings.warn(f"data.images.cache_dir = {str(self.directory)!r}: {error.strerror or error}; nothing more is kept", stacklevel=2)

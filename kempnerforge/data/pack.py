@@ -10,7 +10,7 @@ R, rows of an optimizer step; S, positions of a row; M, placements of a view in 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -21,6 +21,7 @@ from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.interleave import IMAGES, STARTS
 from kempnerforge.data.order import Order
 from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sampler import RankSampler
 
 WINDOW_ROWS = 64
 """Rows that a window fills, about. Its last row is seldom full, so half a row in so many is lost; four steps' worth if that is more."""
@@ -179,11 +180,10 @@ class Window:
     order: Order
 
 
-class PackSampler:
+class PackSampler(RankSampler[Pack]):
     """Yields micro-batches of packed rows for one rank, without end: a pure function of (seed, step), as ``StepSampler`` is.
 
-    A row is a tuple of ``(index, step)``. The R rows of a step are cut into ``world * accum`` micro-batches; micro-batch m of rank r is cut
-    ``m * world + r``. A phase of the order begins with the first window that begins at or behind the step of the phase.
+    A row is a tuple of ``(index, step)``. A phase of the order begins with the first window that begins at or behind the step of the phase.
 
     NOTE: which window a step is in is known from the number of rows in all windows before it. So a run that is resumed late measures the
     samples of all steps before once more, each of them once in all epochs, and packs them: 10 to 60 us and 6 us a sample on one core, half
@@ -195,10 +195,7 @@ class PackSampler:
         rows: R.
         seq_len: positions of a row.
         max_images: views of a row at most; 0 is no limit.
-        rank, world: this process and how many there are.
-        accum: micro-batches of one step on each rank.
-        seed: of the order of rows.
-        start_step: where iteration begins.
+        rank, world, accum, seed, start_step: as in ``RankSampler``.
 
     Raises:
         ValueError: the rows of a step cannot be cut evenly.
@@ -217,41 +214,24 @@ class PackSampler:
         seed: int = 0,
         start_step: int = 0,
     ) -> None:
-        assert 0 <= rank < world and start_step >= 0
-        if rows % (world * accum):
-            raise ValueError(f"train.batch_size = {rows}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
-        self.sizes, self.rows, self.seq_len, self.max_images = sizes, rows, seq_len, max_images
-        self.rank, self.world, self.accum, self.seed, self.start_step = rank, world, accum, seed, start_step
+        super().__init__(rows, rank, world, accum, seed, start_step)
+        self.sizes, self.seq_len, self.max_images = sizes, seq_len, max_images
         self._windows = [Window(0, 0, order.at(0, 0))]
         self._packed = lru_cache(maxsize=3)(self._pack)
         self._order = order
 
-    def __iter__(self) -> Iterator[list[Pack]]:
-        step = self.start_step
-        while True:
-            for micro in range(self.accum):
-                yield self.micro_batch(step, micro)
-            step += 1
-
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return PackSampler, (
-            self._order, self.sizes, self.rows, self.seq_len, self.max_images, self.rank, self.world, self.accum, self.seed, self.start_step
+            self._order, self.sizes, self.size, self.seq_len, self.max_images, self.rank, self.world, self.accum, self.seed, self.start_step
         )  # fmt: skip
 
-    def batch(self, step: int) -> list[Pack]:
-        """This rank's rows of all micro-batches of ``step``, in order."""
-        return [row for micro in range(self.accum) for row in self.micro_batch(step, micro)]
-
-    def micro_batch(self, step: int, micro: int) -> list[Pack]:
-        """This rank's rows of micro-batch ``micro`` of ``step``."""
-        size = self.rows // (self.world * self.accum)
-        first = (micro * self.world + self.rank) * size
-        return [tuple((index, step) for index in row) for row in self.global_rows(step)[first : first + size]]
+    def cut(self, step: int, begin: int, end: int) -> list[Pack]:
+        return [tuple((index, step) for index in row) for row in self.global_rows(step)[begin:end]]
 
     def global_rows(self, step: int) -> list[list[int]]:
         """The R rows of ``step`` over all ranks, as sample numbers."""
         found: list[list[int]] = []
-        for row in range(step * self.rows, (step + 1) * self.rows):
+        for row in range(step * self.size, (step + 1) * self.size):
             while row >= self._windows[-1].first_row:  # the rows of the last window are not counted yet
                 self._extend()
             number = bisect_right(self._windows, row, key=lambda window: window.first_row) - 1
@@ -263,16 +243,16 @@ class PackSampler:
         """Samples of a window: as many as fill about ``WINDOW_ROWS`` rows, judged by the first ones of the stream."""
         lengths = self.sizes(self._order.indices(0, PROBE))[:, 0]
         per_row = self.seq_len / lengths[lengths > 0].mean() if lengths.any() else 1
-        size = min(MAX_WINDOW, round(per_row * max(WINDOW_ROWS, 4 * self.rows)))
+        size = min(MAX_WINDOW, round(per_row * max(WINDOW_ROWS, 4 * self.size)))
         if self._order.window is not None:  # a stream is not read further ahead than it has to be
-            size = min(size, max(self._order.window, round(per_row * self.rows)))
+            size = min(size, max(self._order.window, round(per_row * self.size)))
         return max(1, size)
 
     def _extend(self) -> None:
         """Packs the last window; the next one begins behind it."""
         last = self._windows[-1]
         first_row, begin = last.first_row + len(self._packed(len(self._windows) - 1)), last.begin + self.window_size
-        self._windows.append(Window(first_row, begin, last.order.at(first_row // self.rows, begin)))
+        self._windows.append(Window(first_row, begin, last.order.at(first_row // self.size, begin)))
 
     def _pack(self, number: int) -> list[list[int]]:
         """The rows of a window, in random order; the samples of a row in that of the stream."""

@@ -6,12 +6,16 @@ Elastic determinism, as in MosaicML Streaming: the only state is the step. The s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from kempnerforge.data.order import Order, Shuffled
+
+T = TypeVar("T")
 
 WINDOW = 32
 """Global batches that are sorted by length together: enough to fill rows evenly, few enough to leave the order random."""
@@ -22,19 +26,59 @@ Lengths = Callable[[np.ndarray], np.ndarray]
 """(k,) sample numbers -> (k,) sizes."""
 
 
-class StepSampler:
-    """Yields micro-batches of ``(index, step)`` for one rank, without end; the step seeds what is random about a sample.
+class RankSampler(ABC, Generic[T]):
+    """Yields one rank's share of every optimizer step, micro-batch by micro-batch, without end.
 
-    A global batch is cut into ``world * accum`` micro-batches; micro-batch m of rank r is cut ``m * world + r``. A dataset smaller than a
-    global batch fills it with its next epochs.
+    The items of a step are cut into ``world * accum`` micro-batches; micro-batch m of rank r is cut ``m * world + r``.
 
     Args:
-        order: of the samples; a number stands for so many, shuffled. Its phases begin exactly with their steps.
-        global_batch: samples of one optimizer step.
+        size: items of one optimizer step, over all ranks.
         rank, world: this process and how many there are.
         accum: micro-batches of one step on each rank.
         seed: of what is shuffled here.
         start_step: where iteration begins.
+
+    Raises:
+        ValueError: the items of a step cannot be cut evenly.
+    """
+
+    def __init__(self, size: int, rank: int, world: int, accum: int, seed: int, start_step: int) -> None:
+        assert 0 <= rank < world and start_step >= 0
+        if size % (world * accum):
+            raise ValueError(f"train.batch_size = {size}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
+        self.size, self.rank, self.world, self.accum, self.seed, self.start_step = size, rank, world, accum, seed, start_step
+
+    def __iter__(self) -> Iterator[list[T]]:
+        step = self.start_step
+        while True:
+            for micro in range(self.accum):
+                yield self.micro_batch(step, micro)
+            step += 1
+
+    @abstractmethod
+    def cut(self, step: int, begin: int, end: int) -> list[T]:
+        """Items ``begin`` to ``end`` of ``step``."""
+
+    def batch(self, step: int) -> list[T]:
+        """This rank's items of all micro-batches of ``step``, in order."""
+        return [item for micro in range(self.accum) for item in self.micro_batch(step, micro)]
+
+    def micro_batch(self, step: int, micro: int) -> list[T]:
+        """This rank's items of micro-batch ``micro`` of ``step``."""
+        size = self.size // (self.world * self.accum)
+        first = (micro * self.world + self.rank) * size
+        return self.cut(step, first, first + size)
+
+
+class StepSampler(RankSampler[tuple[int, int]]):
+    """Yields micro-batches of ``(index, step)`` for one rank, without end; the step seeds what is random about a sample.
+
+    A dataset smaller than a global batch fills it with its next epochs.
+
+    Args:
+        order: of the samples; a number stands for so many, shuffled. Its phases begin exactly with their steps.
+        global_batch: samples of one optimizer step.
+        rank, world, accum, seed, start_step: as in ``RankSampler``.
         lengths: puts samples of like length together: runs of ``together`` global batches (fewer where the order's window holds fewer, so that
             a stream need not be read far ahead) are sorted by length, cut, and the cuts shuffled. None leaves the order alone.
         together: see ``lengths``.
@@ -55,43 +99,24 @@ class StepSampler:
         lengths: Lengths | None = None,
         together: int = WINDOW,
     ) -> None:
-        assert 0 <= rank < world and start_step >= 0
-        if global_batch % (world * accum):
-            raise ValueError(
-                f"train.batch_size = {global_batch}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}"
-            )
+        super().__init__(global_batch, rank, world, accum, seed, start_step)
         self.order = Shuffled(order, seed) if isinstance(order, int) else order
         for step in self.order.phase_steps:
             self.order = self.order.at(step, step * global_batch)
-        self.global_batch, self.rank, self.world, self.accum = global_batch, rank, world, accum
-        self.seed, self.start_step, self.lengths, self.together = seed, start_step, lengths, together
+        self.lengths, self.together = lengths, together
         self._window = lru_cache(maxsize=2)(self._group)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.start_step
-        while True:
-            for micro in range(self.accum):
-                yield self.micro_batch(step, micro)
-            step += 1
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return StepSampler, (
-            self.order, self.global_batch, self.rank, self.world, self.accum, self.seed, self.start_step, self.lengths, self.together
+            self.order, self.size, self.rank, self.world, self.accum, self.seed, self.start_step, self.lengths, self.together
         )  # fmt: skip
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """This rank's ``(index, step)`` of all micro-batches of ``step``, in order."""
-        return [item for micro in range(self.accum) for item in self.micro_batch(step, micro)]
-
-    def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
-        """This rank's part of micro-batch ``micro`` of ``step``."""
-        size = self.global_batch // (self.world * self.accum)
-        first = (micro * self.world + self.rank) * size
-        return [(int(index), step) for index in self.global_indices(step)[first : first + size]]
+    def cut(self, step: int, begin: int, end: int) -> list[tuple[int, int]]:
+        return [(int(index), step) for index in self.global_indices(step)[begin:end]]
 
     def global_indices(self, step: int) -> np.ndarray:
         """(G,) indices of ``step`` over all ranks."""
-        size = self.global_batch
+        size = self.size
         if self.lengths is None:
             return self.order.indices(step * size, (step + 1) * size)
         # the steps whose first sample lies in this stretch; windows do not reach over its end
@@ -103,6 +128,6 @@ class StepSampler:
     def _group(self, first: int, last: int) -> np.ndarray:
         """Steps ``first <= s < last``, grouped by length: (steps, G)."""
         assert self.lengths is not None
-        stream = self.order.indices(first * self.global_batch, last * self.global_batch)
-        stream = stream[np.argsort(self.lengths(stream), kind="stable")].reshape(last - first, self.global_batch)
+        stream = self.order.indices(first * self.size, last * self.size)
+        stream = stream[np.argsort(self.lengths(stream), kind="stable")].reshape(last - first, self.size)
         return stream[np.random.default_rng((self.seed, 1, first)).permutation(last - first)]

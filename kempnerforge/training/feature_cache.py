@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.data.batch import Batch
+from kempnerforge.data.image_cache import write_whole
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
 from kempnerforge.vlm.base import VLM
@@ -97,14 +95,8 @@ class FeatureCache:
         """A disk that takes no more is no reason to stop: from then on nothing is written."""
         if not self._writable:
             return
-        path = self._path(key)
-        part = path.with_name(f".{uuid.uuid4().hex}.part")
         try:
-            path.parent.mkdir(exist_ok=True)
-            save_file({NAME: features.contiguous()}, part)
-            os.replace(part, path)
+            write_whole(self._path(key), lambda part: save_file({NAME: features.contiguous()}, part))
         except (OSError, SafetensorError) as error:
             self._writable = False
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             LOG.warning("train.feature_cache = %r: %s; nothing more is kept", str(self.directory), error)

@@ -129,7 +129,7 @@ def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allo
     Raises:
         ValueError: they are not, and it was not said that this is meant.
     """
-    now = assembly.fingerprints()
+    now = assembly.fingerprints
     changed = [stage for stage, before in manifest.state.get("data", {}).items() if now.get(stage, before) != before]
     if changed and "data" not in allow:
         raise ValueError(

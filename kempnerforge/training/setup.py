@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Assembly:
         """That of the last stage, which evaluation and generation go by."""
         return self.layouts[-1]
 
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Stage -> what tells its training data from others."""
         return {stage.name: self.sources[stage.index].fingerprint() for stage in self.stages}

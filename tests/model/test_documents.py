@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kempnerforge.model import attention
 from kempnerforge.model.attention import DOCUMENTS_FROM, Segments, additive, attend, written_out
 from kempnerforge.model.documents import SHORTEST, Documents, RowDocuments, in_buckets
+from tests.model.test_attention import Holder, Layer
 
 ROWS: RowDocuments = (((9, 1), (30, 2), (4, 1), (28, 1)), ((40, 3),), ((1, 1), (33, 1), (29, 1), (27, 2)))
 """Samples of one text, of several, of one token; a row of one sample."""
@@ -123,23 +124,6 @@ def test_on_meta() -> None:
     on_meta = Segments(**{f.name: x.to("meta") if isinstance(x := getattr(found, f.name), Tensor) else x for f in fields(found)})
     o = attend(*(x.to("meta") for x in inputs(len(ROWS), found.num_keys, 4, 2, torch.float32)), on_meta.apart(ROWS, torch.float32))
     assert o.shape == (3, found.num_keys, 32) and o.is_meta
-
-
-class Layer(torch.nn.Module):
-    """Takes the mask inside a frozen dataclass, as a block does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = torch.nn.Linear(32, 3 * 32)
-
-    def forward(self, x: Tensor, holder: Holder) -> Tensor:
-        q, k, v = self.proj(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)  # (B, H, S, E)
-        return x + attend(q, k, v, holder.mask)
-
-
-@dataclass(frozen=True)
-class Holder:
-    mask: Documents
 
 
 def test_compiled_without_breaks_and_checkpointed() -> None:

@@ -35,7 +35,7 @@ class Checkpoints(Hook):
         tokenizer = self.run_dir / "tokenizer"
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
         self._files["config.toml"] = to_toml(trainer.job).encode()
-        self._data = trainer.assembly.fingerprints()
+        self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         due = self.cfg.interval and trainer.step % self.cfg.interval == 0
