@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from kempnerforge.config import ModelConfig
 from kempnerforge.data.batch import Batch
@@ -111,6 +112,17 @@ def parts(names: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def _counter() -> FlopCounterMode:
+    """NOTE: torch counts the gradient of the weights of a grouped convolution as if there were no groups, a depthwise one as C times what it is."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: object) -> int:
+    """Gradients of the input and of the weights cost as much as the forward pass each."""
+    transposed, _, _, wanted = rest[-4:]  # behind bias, stride, padding, dilation; between them output padding and groups
+    return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
+
+
 class Meter:
     """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product counted once.
 
@@ -123,7 +135,7 @@ class Meter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._counter = FlopCounterMode(display=False)
+        self._counter = _counter()
         self._flops: defaultdict[str, int] = defaultdict(int)
         self._running = [REST]
         self._booked = 0
@@ -183,7 +195,7 @@ class Meter:
         assert sum(found.values()) == self._counter.get_total_flops(), "every product belongs to one part"
         self._flops.clear()
         self._running, self._booked = [REST], 0
-        self._counter = FlopCounterMode(display=False)
+        self._counter = _counter()
         return found
 
 

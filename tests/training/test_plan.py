@@ -14,7 +14,7 @@ from kempnerforge.config import load_config, registry
 from kempnerforge.data.batch import Batch
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
-from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost, part_of, parts
+from kempnerforge.training.accounting import Cost, GenerationCost, _counter, cost, generation_cost, part_of, parts
 from kempnerforge.training.inspection import inspect_stages
 from kempnerforge.training.plan import dry_run, plan
 from kempnerforge.training.setup import assemble
@@ -184,6 +184,15 @@ def test_linear_layers_by_hand():
     products = 2 * 2 * length * length * heads
     found = by_part(counted(it, batch))
     assert found["transformer.layers"] == (job.model.n_layers * (linears + products), 2 * job.model.n_layers * (linears + products))
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_convolutions_by_hand(groups: int):
+    """A cell of the output takes a product for each channel of its group and each place of the kernel, and as many for either gradient."""
+    images = torch.randn(2, 8, 5, 5, device="meta", requires_grad=True)
+    with _counter() as counter:
+        torch.nn.Conv2d(8, 16, 3, groups=groups, device="meta")(images).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 2 * 16 * 3 * 3) * (8 // groups * 3 * 3)
 
 
 @pytest.mark.parametrize("prefix", ["vision_encoder.", "adapter.", "transformer."])
