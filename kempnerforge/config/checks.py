@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -32,6 +33,24 @@ def fraction(section: Any, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(section, key) <= 1:
             raise ValueError(f"{key} = {getattr(section, key)!r}: must be between 0 and 1")
+
+
+def not_default(section: Any) -> dict[str, Any]:
+    """The values of ``section`` that differ from its class's defaults, by key."""
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(section)}
+    return {key: value for key, default in defaults.items() if (value := getattr(section, key)) != default}
+
+
+def only_if(section: Any, read: object, reader: str, *keys: str) -> None:
+    """Each ``section.key`` is ``read``, or left at its default.
+
+    Args:
+        reader: what reads it: "form = 'text'".
+    """
+    for key in keys if not read else ():
+        if key in (found := not_default(section)):
+            shown = "" if is_dataclass(found[key]) else f" = {found[key]!r}"
+            raise ValueError(f"{key}{shown}: only {reader} reads it")
 
 
 def divides(section: Any, part: str, whole: str) -> None:

@@ -1,10 +1,10 @@
-"""``[model]``: the text backbone, with the knobs that the Llama, SmolLM2, SmolLM3, Qwen and Gemma families need."""
+"""``[model]``: the text backbone, with the knobs that the Llama, Mistral, SmolLM2, SmolLM3, Qwen and Gemma families need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kempnerforge.config.checks import at_least, more_than, one_of
+from kempnerforge.config.checks import at_least, more_than, one_of, only_if
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class ModelConfig:
         rope_local_theta: every ``rope_global_interval``-th layer has the two above, all others have this base and no scaling (Gemma 3);
             0: all layers are alike.
         nope_interval: every n-th layer has no rotary positions (SmolLM3); 0: none is without.
+        sliding_window: a token sees this many positions of its text at most, itself the last of them (Mistral: Jiang et al. 2023); positions
+            that see each other in both directions do so however far apart they are (PaliGemma 2). 0: all the way.
+        window_pattern: which layers that holds for, from the first on and repeated: "S" slides, "F" sees the full stream. "S" is Mistral,
+            "SF" Gemma 2, "SSSSSF" Gemma 3. Read with ``sliding_window`` alone.
         tie_embeddings: the output head is the embedding.
         embed_scale: embeddings times ``sqrt(dim)`` (Gemma).
         attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
@@ -78,6 +82,8 @@ class ModelConfig:
     rope_local_theta: float = 0.0
     rope_global_interval: int = 6
     nope_interval: int = 0
+    sliding_window: int = 0
+    window_pattern: str = "S"
     tie_embeddings: bool = True
     embed_scale: bool = False
     attention_scale: float = 0.0
@@ -90,9 +96,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len", "rope_global_interval")
         at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
-        at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval")
+        at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval", "sliding_window")
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", ("swiglu", "geglu", "gelu"))
+        if not self.window_pattern or set(self.window_pattern) - set("SF"):
+            raise ValueError(f"window_pattern = {self.window_pattern!r}: needs a letter for each layer, S (slides) or F (full), repeated")
+        only_if(self, self.sliding_window, "sliding_window", "window_pattern")
+        if self.sliding_window and not any(self.windows):
+            raise ValueError(f"sliding_window = {self.sliding_window}: window_pattern = {self.window_pattern!r} has it in no layer")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
         if "" in self.new_tokens or len(set(self.new_tokens)) != len(self.new_tokens):
@@ -103,6 +114,15 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
         if self.head_width % 2:
             raise ValueError(f"head_dim = {self.head_width}: rotary positions need an even one")
+
+    def window(self, layer: int) -> int:
+        """How many positions a token sees in ``layer`` at most; 0: all of them."""
+        return self.sliding_window if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """``window`` of the kinds of layers that there are."""
+        return tuple(sorted({self.window(layer) for layer in range(self.n_layers)}))
 
     @property
     def kv_heads(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
-from kempnerforge.interop.settings import check_facts, check_window, complete, hf_facts
+from kempnerforge.interop.settings import check_facts, complete, hf_facts
 from kempnerforge.model.transformer import Transformer
 
 log = logging.getLogger("kempnerforge")
@@ -47,7 +47,6 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     try:
         text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)
-        check_window(text, cfg)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None
     files = tensor_files(path)
@@ -63,18 +62,18 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     return {f"transformer.{ours}": tensors[theirs] for ours, theirs in names.items()}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json``.
+def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
+    """``config.json``, or a file like it.
 
     Raises:
         ValueError: there is none, or it is no JSON object.
     """
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG}: cannot be read; {error}") from None
+        raise ValueError(f"{path / name}: cannot be read; {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG}: holds no JSON object")
+        raise ValueError(f"{path / name}: holds no JSON object")
     return config
 
 
@@ -100,6 +99,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
         there = _names(file)
         if absent := [name for name, place in files.items() if place == file and name not in there]:
             raise ValueError(f"{file}: lacks {some(absent)}, which {INDEX} says it has")
+        files = dict.fromkeys(there, file) | files  # those that the index does not name are there, too
     return files
 
 

@@ -42,6 +42,7 @@ class Family:
         activation_key: the key of ``config.json`` that names the activation.
         activations: ``model.activation`` -> value of that key.
         settings: ``[model]`` key -> key of ``config.json``, for what other families do not have.
+        window_pattern: ``model.window_pattern`` of the layers that slide where ``layer_types`` does not say; empty: the class has no windows.
         constants: further keys of ``config.json``; they say that something which the class could do is off.
     """
 
@@ -51,6 +52,7 @@ class Family:
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=lambda: {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"})
     settings: Mapping[str, str] = field(default_factory=dict)
+    window_pattern: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -58,18 +60,28 @@ _GEMMA = frozenset({"norm_plus_one", "embed_scale"})
 _SCALE = {"attention_scale": "query_pre_attn_scalar"}
 _CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 _NO_BIAS = {"attention_bias": False}
+_NO_WINDOW = {"use_sliding_window": False}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", constants=_NO_BIAS | {"mlp_bias": False}),  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
-    "mistral": Family("MistralForCausalLM", constants={"sliding_window": None}),
-    "qwen2": Family("Qwen2ForCausalLM", frozenset({"qkv_bias"}), constants={"use_sliding_window": False}),  # Qwen2, Qwen2.5
-    "qwen3": Family("Qwen3ForCausalLM", frozenset({"qk_norm"}), constants=_NO_BIAS | {"use_sliding_window": False}),
+    "mistral": Family("MistralForCausalLM", window_pattern="S", constants={"sliding_window": None}),
+    "qwen2": Family("Qwen2ForCausalLM", frozenset({"qkv_bias"}), window_pattern="F", constants=_NO_WINDOW),  # Qwen2, Qwen2.5
+    "qwen3": Family("Qwen3ForCausalLM", frozenset({"qk_norm"}), window_pattern="F", constants=_NO_BIAS | _NO_WINDOW),
     "smollm3": Family(
-        "SmolLM3ForCausalLM", settings={"nope_interval": "no_rope_layer_interval"}, constants=_NO_BIAS | {"use_sliding_window": False}
+        "SmolLM3ForCausalLM",
+        settings={"nope_interval": "no_rope_layer_interval"},
+        window_pattern="F",
+        constants=_NO_BIAS | _NO_WINDOW,
     ),
     "gemma": Family("GemmaForCausalLM", _GEMMA, constants=_NO_BIAS),
     "gemma2": Family(
-        "Gemma2ForCausalLM", _GEMMA | {"post_norms"}, FOUR_NORMS, "hidden_activation", settings=_SCALE | _CAPS, constants=_NO_BIAS
+        "Gemma2ForCausalLM",
+        _GEMMA | {"post_norms"},
+        FOUR_NORMS,
+        "hidden_activation",
+        settings=_SCALE | _CAPS,
+        window_pattern="SF",
+        constants=_NO_BIAS,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -77,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         FOUR_NORMS,
         "hidden_activation",
         settings=_SCALE | _CAPS | {"rope_local_theta": "rope_local_base_freq", "rope_global_interval": "sliding_window_pattern"},
+        window_pattern="SSSSSF",
         constants=_NO_BIAS,
     ),
 }

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from kempnerforge.config.model import ModelConfig, RopeScaling
-from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES
+from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 
 PLAIN = (
     *("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "nope_interval"),
@@ -30,8 +30,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if key != "transformers_version"}
     try:
         return AutoConfig.for_model(**given).to_dict()
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ValueError(f"{config['model_type']}: transformers does not take this config; {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever a setting of another type makes of it
+        said = " ".join(str(error).split())
+        raise ValueError(f"{config['model_type']}: transformers does not take this config; {type(error).__name__}: {said}") from None
 
 
 def facts(cfg: ModelConfig) -> dict[str, Any]:
@@ -39,7 +40,16 @@ def facts(cfg: ModelConfig) -> dict[str, Any]:
     resolved: dict[str, Any] = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "ffn_dim": cfg.ffn_width}
     resolved["attention_scale"] = cfg.attention_scale or cfg.head_width**-0.5
     resolved["rope_global_interval"] = cfg.rope_global_interval if cfg.rope_local_theta else 0
+    resolved |= _windows(cfg.sliding_window, "".join("S" if cfg.window(layer) else "F" for layer in range(cfg.n_layers)))
     return {key: getattr(cfg, key) for key in (*PLAIN, *SWITCHES)} | resolved
+
+
+def _windows(size: int, layers: str) -> dict[str, Any]:
+    """What is said of windows, with ``layers`` as the shortest pattern that gives them."""
+    if not size or "S" not in layers:
+        return {"sliding_window": 0, "window_pattern": ""}
+    patterns = (layers[:length] for length in range(1, len(layers) + 1))
+    return {"sliding_window": size, "window_pattern": next(p for p in patterns if (p * len(layers))[: len(layers)] == layers)}
 
 
 def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +74,14 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     found["qkv_bias"] |= bool(config.get("attention_bias"))
     if (activation := _activation(name, config)) is not None:
         found["activation"] = activation
-    return found | _rope_facts(name, config)
+    return found | _rope_facts(name, config) | _window_facts(family, config)
+
+
+def _window_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """Mistral's class slides in all layers, whatever ``layer_types`` says."""
+    kinds = config.get("layer_types") if family.window_pattern != "S" else None
+    layers = "".join("S" if kind == "sliding_attention" else "F" for kind in kinds) if kinds else family.window_pattern
+    return _windows(config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0, layers)
 
 
 def _activation(family: str, config: dict[str, Any]) -> str | None:
@@ -126,23 +143,6 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise ValueError(f"rope_type = {kind!r}: the backbone has 'default', 'linear' and 'llama3'")
 
 
-def window(config: dict[str, Any]) -> int:
-    """How far back the tokens of a model see at most in some of its layers; 0: all the way."""
-    return config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0
-
-
-def check_window(config: dict[str, Any], cfg: ModelConfig) -> None:
-    """Refuses streams that are longer than the window of a model whose tokens see the last ones alone.
-
-    Raises:
-        ValueError: ``model.max_seq_len`` is longer.
-    """
-    if (size := window(config)) and cfg.max_seq_len > size:
-        raise ValueError(
-            f"sliding_window = {size}: the model was trained to see no further, set model.max_seq_len = {cfg.max_seq_len} to it"
-        )
-
-
 # ---- from one to the other ------------------------------------------------------------------------------------------
 
 
@@ -155,11 +155,13 @@ def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
     found, length = hf_facts(config), int(config["max_position_embeddings"])
     if not found["rope_local_theta"]:
         del found["rope_global_interval"]
+    if not found["sliding_window"]:
+        del found["window_pattern"]
     if math.isclose(found["attention_scale"], found["head_dim"] ** -0.5):
         del found["attention_scale"]
     floats: dict[str, Any] = {key: float(found[key]) for key in ("rope_theta", "rope_local_theta", "attention_softcap", "logit_softcap")}
     tied = bool(config.get("tie_word_embeddings", True))
-    return ModelConfig(**found | floats, vocab_size=vocab_size, max_seq_len=min(length, window(config) or length), tie_embeddings=tied)
+    return ModelConfig(**found | floats, vocab_size=vocab_size, max_seq_len=length, tie_embeddings=tied)
 
 
 def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
@@ -198,8 +200,6 @@ def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
         every = cfg.nope_interval
         config["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(cfg.n_layers)]
         config["no_rope_layer_interval"] = every or cfg.n_layers + 1
-    if name in ("gemma2", "gemma3_text"):
-        config["sliding_window"] = cfg.max_seq_len  # a row ends before the window does
     config |= {
         "architectures": [family.architecture],
         "model_type": name,
@@ -218,7 +218,25 @@ def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_seq_len,
             }
-    return config | dict(family.constants)
+    return config | dict(family.constants) | _written_windows(cfg, family)
+
+
+def _written_windows(cfg: ModelConfig, family: Family) -> dict[str, Any]:
+    """Only a window that a row can be longer than is said: with it the family has to be one that has windows, in the same layers."""
+    ours = facts(cfg)
+    if family.window_pattern and _bites(ours, cfg):
+        kinds = ["sliding_attention" if cfg.window(layer) else "full_attention" for layer in range(cfg.n_layers)]
+        chosen = {} if family.window_pattern == "S" else {"layer_types": kinds}
+        switch = {"use_sliding_window": True} if "use_sliding_window" in family.constants else {}
+        return {"sliding_window": ours["sliding_window"]} | chosen | switch
+    if "S" in family.window_pattern and "sliding_window" not in family.constants:  # this class has one always
+        return {"sliding_window": max(cfg.max_seq_len, ours["sliding_window"])}
+    return {}
+
+
+def _bites(facts: dict[str, Any], cfg: ModelConfig) -> bool:
+    """Whether a row of ``cfg`` can be longer than the window in ``facts``."""
+    return 0 < facts.get("sliding_window", 0) < cfg.max_seq_len
 
 
 def _whole(value: float) -> float | int:
@@ -227,7 +245,7 @@ def _whole(value: float) -> float | int:
 
 
 def check_facts(cfg: ModelConfig, theirs: dict[str, Any], names: dict[str, str]) -> None:
-    """Compares ``[model]`` with what another model's config says.
+    """Compares ``[model]`` with what another model's config says. Windows that no row is longer than are all the same.
 
     Args:
         names: our key -> what that config calls it.
@@ -236,6 +254,8 @@ def check_facts(cfg: ModelConfig, theirs: dict[str, Any], names: dict[str, str])
         ValueError: naming every key that differs, with both values.
     """
     ours = facts(cfg)
+    if not _bites(ours, cfg) and not _bites(theirs, cfg):
+        ours = {key: value for key, value in ours.items() if key not in ("sliding_window", "window_pattern")}
     lines = [
         f"{names.get(key, key)} = {value!r} there, model.{key} = {ours[key]!r} here"
         for key, value in theirs.items()

@@ -5,7 +5,7 @@ Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, S positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,7 +46,18 @@ class Prefix:
 
 
 Mask = Tensor | Prefix | Documents | BlockMask
-"""Any form of "who sees whom" that ``attend`` takes; a tensor is additive, (B, 1, Q, K)."""
+"""Any form of "who sees whom" that ``attend`` takes; a tensor is additive, (B or 1, 1, Q, K)."""
+
+
+@dataclass(frozen=True)
+class ByWindow:
+    """The masks of a stream that some layers see more of than others.
+
+    Attributes:
+        masks: by window of the layer; 0 has none.
+    """
+
+    masks: Mapping[int, Mask | None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,10 @@ class Segments:
     """The structure that attention follows, one number per key in storage order.
 
     A query sees a key of its own sample (padding, sample -1, sees padding) that belongs to the sample's shared part (text 0) or to its own
-    text, if the key does not come later in the stream or both are of one bidirectional group.
+    text, if the key does not come later in the stream or both are of one bidirectional group. With a window the key is fewer than so many
+    positions back, too, unless both are of one group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its
+    images within the window, so that it sees the same.) Positions are those of RoPE, as a distance between places in the row would count the
+    other texts about the same image, which a text does not see.
 
     Attributes:
         sample_ids: (B, K) int64; -1 is padding.
@@ -64,6 +78,8 @@ class Segments:
         has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
         documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded behind them.
             None: not known, or nowhere several in a row.
+        positions: (B, K) int64, where each key stands in its text, as RoPE has it. None: no layer has a window.
+        windows: those of the kinds of layers that there are; 0 is none.
     """
 
     sample_ids: Tensor
@@ -72,6 +88,8 @@ class Segments:
     order: Tensor | None = None
     has_documents: bool = True
     documents: RowDocuments | None = None
+    positions: Tensor | None = None
+    windows: tuple[int, ...] = (0,)
 
     @property
     def num_keys(self) -> int:
@@ -91,18 +109,22 @@ class Segments:
 
         order = index if self.order is None else taken(self.order, -1)
         groups = None if self.groups is None else taken(self.groups, 0)
-        return Segments(taken(self.sample_ids, -1), taken(self.text_ids, 0), groups, order, documents=self.documents)
+        positions = None if self.positions is None else taken(self.positions, 0)
+        ids = taken(self.sample_ids, -1), taken(self.text_ids, 0)
+        return Segments(*ids, groups, order, documents=self.documents, positions=positions, windows=self.windows)
 
     def extend(self, later: Segments) -> Segments:
         """These keys followed by ``later`` ones, which come behind all of these in the stream."""
-        groups = order = None
+        groups = order = positions = None
         if self.groups is not None or later.groups is not None:
             groups = torch.cat([s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)], dim=1)
         if self.order is not None or later.order is not None:
             earlier = self._order()
             order = torch.cat([earlier, later._order() + earlier.amax(dim=1, keepdim=True) + 1], dim=1)
         ids = [torch.cat(pair, dim=1) for pair in ((self.sample_ids, later.sample_ids), (self.text_ids, later.text_ids))]
-        return Segments(ids[0], ids[1], groups, order)
+        if self.positions is not None and later.positions is not None:
+            positions = torch.cat([self.positions, later.positions], dim=1)
+        return Segments(ids[0], ids[1], groups, order, positions=positions, windows=self.windows)
 
     def _order(self) -> Tensor:
         """(B, K)."""
@@ -110,14 +132,17 @@ class Segments:
             return self.order
         return torch.arange(self.num_keys, device=self.sample_ids.device).expand_as(self.sample_ids)
 
-    def rule(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def rule(self, window: int = 0) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """``rule(row, head, query, key) -> bool``, all index tensors that broadcast; the form that FlexAttention takes."""
-        samples, texts, groups, order = self.sample_ids, self.text_ids, self.groups, self.order
+        samples, texts, groups, order, positions = self.sample_ids, self.text_ids, self.groups, self.order, self.positions
+        assert not window or positions is not None, "a window is counted in positions"
 
         def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             text = texts[row, key]
             own = (samples[row, query] == samples[row, key]) & ((text == 0) | (text == texts[row, query]))
             reached = query >= key if order is None else order[row, query] >= order[row, key]
+            if window and positions is not None:
+                reached = reached & (positions[row, query] - positions[row, key] < window)
             if groups is not None:
                 group = groups[row, query]
                 reached = reached | ((group == groups[row, key]) & (group > 0))
@@ -125,16 +150,18 @@ class Segments:
 
         return may_look
 
-    def visible(self, num_queries: int | None = None) -> Tensor:
-        """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look."""
+    def visible(self, num_queries: int | None = None, window: int = 0) -> Tensor:
+        """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look in a layer with ``window``."""
         device = self.sample_ids.device
         row = torch.arange(self.sample_ids.shape[0], device=device)[:, None, None]
         key = torch.arange(self.num_keys, device=device)
         query = key if num_queries is None else key[self.num_keys - num_queries :]
-        return self.rule()(row, row, query[:, None], key)[:, None]
+        return self.rule(window)(row, row, query[:, None], key)[:, None]
 
-    def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | None:
+    def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | ByWindow | None:
         """What the last ``num_queries`` positions may see, in the cheapest form on this device; None is plain causal.
+
+        A window that every sample fits into is none, so that all layers share one mask.
 
         Args:
             num_queries: Q.
@@ -142,23 +169,36 @@ class Segments:
             leading: that many positions at the start of every row form one bidirectional group and see nothing else, and there is no
                 other group where ``has_documents`` is False; 0 makes no such promise.
         """
+        longest = max((length for row in self.documents for length, _ in row), default=0) if self.documents else self.num_keys
+        reach = {window: window if window < longest else 0 for window in self.windows}
+        masks = {window: self._form(num_queries, dtype, leading, window) for window in sorted(set(reach.values()))}
+        return ByWindow(masks) if len(masks) > 1 else masks[reach[self.windows[0]]]
+
+    def _form(self, num_queries: int, dtype: torch.dtype, leading: int, window: int) -> Mask | None:
         whole = num_queries == self.num_keys
         plain = whole and not self.has_documents and self.order is None
-        if plain and self.groups is None:
+        alike = plain and self.groups is None
+        if alike and not window:
             return None
         fast = whole and on_cuda(self.sample_ids)
         prefix = fast and leading >= PREFIX_FROM
-        if plain and prefix:
+        if plain and prefix and not window:
             return Prefix(leading)
         if fast and num_queries >= FLEX_FROM:
-            return self.blocks()
+            return self.blocks(window)
         if whole and self.documents and not on_cuda(self.sample_ids) and num_queries >= DOCUMENTS_FROM:
-            return self.apart(self.documents, dtype)
+            return self.apart(self.documents, dtype, window)
         if prefix:
-            return Prefix(leading, additive(self.visible(num_queries - leading), dtype))
-        return additive(self.visible(num_queries), dtype)
+            return Prefix(leading, additive(self.visible(num_queries - leading, window), dtype))
+        return additive((self._any_row() if alike else self).visible(num_queries, window), dtype)
 
-    def apart(self, rows: RowDocuments, dtype: torch.dtype) -> Documents:
+    def _any_row(self) -> Segments:
+        """What rows of one text that are padded on the right have in common."""
+        steps = torch.arange(self.num_keys, device=self.sample_ids.device)[None]  # (1, K)
+        nothing = torch.zeros_like(steps)
+        return Segments(nothing, nothing, positions=steps)
+
+    def apart(self, rows: RowDocuments, dtype: torch.dtype, window: int = 0) -> Documents:
         """All positions against all, one sample at a time."""
         batch, keys = self.sample_ids.shape
         stored = torch.arange(batch * keys, device=self.sample_ids.device).view(batch, keys)
@@ -169,14 +209,17 @@ class Segments:
 
         def mask(places: Tensor, own: Tensor) -> Tensor:
             samples, texts = self.sample_ids.flatten()[places], self.text_ids.flatten()[places]  # (n, L)
-            groups = None if self.groups is None else self.groups.flatten()[places]
-            return additive(Segments(samples.masked_fill(~own, -1), texts, groups).visible(), dtype)
+            groups, positions = (None if ids is None else ids.flatten()[places] for ids in (self.groups, self.positions))
+            bucket = Segments(samples.masked_fill(~own, -1), texts, groups, positions=positions)
+            return additive(bucket.visible(window=window), dtype)
 
-        return take_apart(rows, stored, batch * keys, mask, self.groups is not None)
+        return take_apart(rows, stored, batch * keys, mask, self.groups is not None, window)
 
-    def blocks(self) -> BlockMask:
+    def blocks(self, window: int = 0) -> BlockMask:
         """All positions against all, for FlexAttention (Dong et al. 2024)."""
-        return create_block_mask(self.rule(), self.sample_ids.shape[0], None, self.num_keys, self.num_keys, device=self.sample_ids.device)
+        return create_block_mask(
+            self.rule(window), self.sample_ids.shape[0], None, self.num_keys, self.num_keys, device=self.sample_ids.device
+        )
 
 
 def on_cuda(tensor: Tensor) -> bool:

@@ -67,18 +67,19 @@ class Documents:
         return torch.cat(read).index_select(0, self.back).unflatten(0, (q.shape[0], q.shape[2]))
 
 
-def in_buckets(rows: RowDocuments, masked: bool) -> list[tuple[bool, list[tuple[int, int, int]]]]:
+def in_buckets(rows: RowDocuments, masked: bool, window: int = 0) -> list[tuple[bool, list[tuple[int, int, int]]]]:
     """The samples as (row, first position in it, positions), longest first, and whether a bucket needs more than a causal mask.
 
     Args:
         rows: what each row holds.
         masked: all of them do; otherwise those with several texts.
+        window: those that are longer do as well; 0: there is none.
     """
     found: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
     for row, samples in enumerate(rows):
         begin = 0
         for length, texts in samples:
-            found[masked or texts > 1].append((row, begin, length))
+            found[masked or texts > 1 or 0 < window < length].append((row, begin, length))
             begin += length
     buckets: list[tuple[bool, list[tuple[int, int, int]]]] = []
     for needs_mask, spans in found.items():
@@ -91,17 +92,20 @@ def in_buckets(rows: RowDocuments, masked: bool) -> list[tuple[bool, list[tuple[
     return buckets
 
 
-def take_apart(rows: RowDocuments, stored: Tensor, positions: int, mask: Callable[[Tensor, Tensor], Tensor], masked: bool) -> Documents:
+def take_apart(
+    rows: RowDocuments, stored: Tensor, positions: int, mask: Callable[[Tensor, Tensor], Tensor], masked: bool, window: int = 0
+) -> Documents:
     """The mask of a stream that holds ``rows``.
 
     Args:
         stored: (B, T) int64, where each position of the stream is stored, ``b * S + s``; T is at least what the fullest row holds.
         positions: B * S.
         mask: makes that of a bucket, (n, 1, L, L) additive, of ``places`` (n, L) and which of them (n, L) are no repetition.
-        masked: all samples need one; otherwise those with several texts.
+        masked: all samples need one; otherwise those with several texts and those longer than ``window``.
+        window: 0: there is none.
     """
     buckets, places, own = [], [], []
-    for needs_mask, spans in in_buckets(rows, masked):
+    for needs_mask, spans in in_buckets(rows, masked, window):
         row, begin, length = torch.tensor(spans, device=stored.device).T[..., None]  # (n, 1) each
         step = torch.arange(spans[0][2], device=stored.device)
         places.append(stored[row, begin + step.minimum(length - 1)])  # (n, L)

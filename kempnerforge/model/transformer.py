@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.model.attention import Mask, Segments, attend
+from kempnerforge.model.attention import ByWindow, Mask, Segments, attend
 from kempnerforge.model.rope import Rope, rope_of_layer, rotate
 
 
@@ -49,12 +49,12 @@ class Context:
 
     Attributes:
         rope: tables of the stream's positions, for all layers; a block takes its own.
-        mask: who sees whom; None is plain causal.
+        mask: who sees whom, for all layers; None is plain causal. A block takes its own.
         cache: keys and values of earlier positions, when generating.
     """
 
     rope: Rope
-    mask: Mask | None = None
+    mask: Mask | ByWindow | None = None
     cache: Cache | None = None
 
 
@@ -163,6 +163,7 @@ class Block(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.scale, self.softcap = cfg.attention_scale or None, cfg.attention_softcap
+        self.window = cfg.window(layer)
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
         self.attention = Attention(cfg)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
@@ -181,7 +182,9 @@ class Block(nn.Module):
         """Attention with the cache and the mask of ``ctx`` -> (B, S, H * E)."""
         if ctx.cache is not None:
             k, v = ctx.cache.update(self.layer, k, v)
-        return attend(q, k, v, ctx.mask, scale=self.scale, softcap=self.softcap)
+        mask = ctx.mask.masks[self.window] if isinstance(ctx.mask, ByWindow) else ctx.mask
+        assert mask is not None or not 0 < self.window < k.shape[2], "beyond the window a layer needs the mask of Segments"
+        return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
 
     def post(self, x: Tensor, o: Tensor) -> Tensor:
         """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S, D)."""

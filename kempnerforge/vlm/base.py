@@ -23,7 +23,7 @@ from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.data.seen import Seen
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
-from kempnerforge.model.attention import Mask, Segments
+from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
@@ -174,9 +174,17 @@ class VLM(nn.Module):
         if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
             text_ids = text_ids * (_texts_of_sample(batch) > 1)
         groups = _bidirectional_groups(kind, batch, text_ids)
-        return Segments(batch.sample_ids, text_ids, groups, has_documents=batch.has_documents, documents=batch.documents or None)
+        return Segments(
+            batch.sample_ids,
+            text_ids,
+            groups,
+            has_documents=batch.has_documents,
+            documents=batch.documents or None,
+            positions=batch.positions if any(self.job.model.windows) else None,
+            windows=self.job.model.windows,
+        )
 
-    def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | None:
+    def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | ByWindow | None:
         """The mask of a stream with the structure ``segments``, in its cheapest form; None is plain causal."""
         queries = segments.num_keys
         if cache is not None:

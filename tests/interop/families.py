@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, RopeScaling
+from kempnerforge.model.attention import Segments
+from kempnerforge.model.rope import rope_tables
+from kempnerforge.model.transformer import Cache, Context, Transformer
 
 VOCAB = 97
 OURS: dict[str, Any] = {
@@ -55,8 +58,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "linear scaling": ("Llama", {"rope_scaling": RopeScaling("linear", 4.0)}, rope(kind="linear", factor=4.0)),
     "smollm2": ("Llama", {"rope_theta": 1e5, "tie_embeddings": True}, {"tie_word_embeddings": True, **rope(1e5)}),
-    "mistral": ("Mistral", {}, {"sliding_window": 64, "head_dim": 12}),
+    "mistral": ("Mistral", {"sliding_window": 8}, {"sliding_window": 8, "head_dim": 12}),
     "qwen2": ("Qwen2", {"qkv_bias": True, "tie_embeddings": True, "rope_theta": 1e6}, {"tie_word_embeddings": True, **rope(1e6)}),
+    "qwen2 with windows": (
+        "Qwen2",
+        {"qkv_bias": True, "rope_theta": 1e6, "n_layers": 3, "sliding_window": 8, "window_pattern": "FSS"},
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, **rope(1e6)},
+    ),
     "qwen3": ("Qwen3", {"qk_norm": True, "head_dim": 20, "rope_theta": 1e6}, {"head_dim": 20, **rope(1e6)}),
     "gemma": (
         "Gemma",
@@ -65,16 +73,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "gemma2": (
         "Gemma2",
-        GEMMA | {"post_norms": True, "attention_softcap": 5.0, "logit_softcap": 3.0, "attention_scale": 20**-0.5},
-        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 64}
+        GEMMA
+        | {"post_norms": True, "attention_softcap": 5.0, "logit_softcap": 3.0, "attention_scale": 20**-0.5}
+        | {"sliding_window": 8, "window_pattern": "SF"},
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 8}
         | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     ),
     "gemma3": (
         "Gemma3",
         GEMMA
         | {"post_norms": True, "qk_norm": True, "attention_scale": 20**-0.5, "n_layers": 4}
-        | {"rope_theta": 1e6, "rope_scaling": RopeScaling("linear", 8.0), "rope_local_theta": 1e4, "rope_global_interval": 3},
-        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 64, "num_hidden_layers": 4}
+        | {"rope_theta": 1e6, "rope_scaling": RopeScaling("linear", 8.0), "rope_local_theta": 1e4, "rope_global_interval": 3}
+        | {"sliding_window": 8, "window_pattern": "SSF"},
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 20, "sliding_window": 8, "num_hidden_layers": 4}
         | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
         | {
             "rope_parameters": {
@@ -88,12 +99,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"n_layers": 4, "nope_interval": 3, "rope_theta": 2e6, "tie_embeddings": True},
         {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True, **rope(2e6)},
     ),
+    "smollm3 with windows": (
+        "SmolLM3",
+        {"n_layers": 4, "nope_interval": 3, "rope_theta": 2e6, "sliding_window": 8, "window_pattern": "FFS"},
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "use_sliding_window": True, "sliding_window": 8, **rope(2e6)},
+    ),
 }
 
 
 def config_of(family: str, **knobs: Any) -> ModelConfig:
     """Our ``[model]`` for ``family``."""
     return ModelConfig(**OURS | FAMILIES[family][1] | knobs)
+
+
+def logits(model: Transformer, ids: Tensor, start: int = 0, cache: Cache | None = None) -> Tensor:
+    """(B, S, V) of texts, or of what follows the first ``start`` tokens of them, which are in ``cache``."""
+    positions, one = start + torch.arange(ids.shape[1]).expand_as(ids), torch.zeros_like(ids)
+    segments = Segments(one, one, has_documents=False, positions=positions, windows=model.cfg.windows)
+    if cache is not None:
+        segments = cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
+    ctx = Context(rope_tables(positions, model.cfg), segments.mask(ids.shape[1], torch.float32), cache)
+    return model.unembed(model.run(model.embed(ids), ctx))
 
 
 def save(family: str, path: Path, shard_size: str = "1GB", dtype: torch.dtype = torch.float32) -> Any:

@@ -18,9 +18,8 @@ from kempnerforge.interop.names import FAMILIES as TABLE
 from kempnerforge.interop.names import hf_name
 from kempnerforge.interop.settings import complete, facts, hf_config, hf_facts, model_config
 from kempnerforge.interop.write import plain_embedding, save_tensors, write_text
-from kempnerforge.model.rope import rope_tables
-from kempnerforge.model.transformer import Cache, Context, Transformer
-from tests.interop.families import FAMILIES, VOCAB, config_of, save
+from kempnerforge.model.transformer import Cache, Transformer
+from tests.interop.families import FAMILIES, VOCAB, config_of, logits, save
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -41,11 +40,6 @@ def backbone(weights: dict[str, Tensor], cfg: ModelConfig) -> Transformer:
     model = Transformer(cfg)
     model.load_state_dict({name.removeprefix("transformer."): value for name, value in weights.items()})
     return model.eval()
-
-
-def logits(model: Transformer, ids: Tensor, start: int = 0, cache: Cache | None = None) -> Tensor:
-    positions = start + torch.arange(ids.shape[1]).expand_as(ids)
-    return model.unembed(model.run(model.embed(ids), Context(rope_tables(positions, model.cfg), cache=cache)))
 
 
 def pair(family: str, tmp_path: Path) -> Pair:
@@ -147,7 +141,7 @@ def test_a_renamed_key_is_named(family: str, pairs: dict[str, Pair], tmp_path: P
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])
 def test_a_family_can_be_asked_for(family: str, pairs: dict[str, Pair]) -> None:
-    assert hf_config(pairs["mistral"].cfg, family)["model_type"] == family
+    assert hf_config(pairs["smollm2"].cfg, family)["model_type"] == family
 
 
 def test_what_no_family_can_say_is_refused() -> None:
@@ -155,10 +149,25 @@ def test_what_no_family_can_say_is_refused() -> None:
         hf_config(config_of("llama", activation="gelu"))
     with pytest.raises(ValueError, match="llama: another model .*qk_norm = False there"):
         hf_config(config_of("llama", qk_norm=True), "llama")
+    with pytest.raises(ValueError, match="llama: another model .*sliding_window = 0 there, model.sliding_window = 8 here"):
+        hf_config(config_of("mistral"), "llama")
+    with pytest.raises(ValueError, match="mistral: another model .*window_pattern = 'S' there, model.window_pattern = 'SF' here"):
+        hf_config(config_of("mistral", window_pattern="SF"), "mistral")
     with pytest.raises(ValueError, match="family 'gpt2': allowed are llama"):
         hf_config(config_of("llama"), "gpt2")
     with pytest.raises(ValueError, match="no language model"):
         hf_config(config_of("qwen2", rope_scaling=RopeScaling("linear", 2.0), logit_softcap=1.0))
+
+
+def test_a_window_that_no_row_is_longer_than_does_not_matter(pairs: dict[str, Pair]) -> None:
+    """It is neither asked for when weights are read, nor a reason not to write a model that has none."""
+    cfg = config_of("gemma2", sliding_window=0, window_pattern="S", max_seq_len=8)
+    assert read_text_weights(pairs["gemma2"].path, cfg)
+    with pytest.raises(ValueError, match="sliding_window = 8 there, model.sliding_window = 0 here"):
+        read_text_weights(pairs["gemma2"].path, config_of("gemma2", sliding_window=0, window_pattern="S", max_seq_len=9))
+    assert hf_config(cfg)["sliding_window"] == 8
+    assert hf_config(config_of("gemma2", max_seq_len=6))["sliding_window"] == 8
+    assert hf_config(config_of("mistral", max_seq_len=8))["model_type"] == "llama"
 
 
 def test_layers_in_another_order_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Layers that differ from one another (without positions, with other positions) and norms behind both halves, in every arch."""
+"""Layers that differ from one another (without positions, with other positions, with a window) and norms behind both halves, in every arch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ import pytest
 import torch
 
 from kempnerforge.config import registry
+from kempnerforge.data.batch import Kind
 from kempnerforge.eval.generate import generate
+from kempnerforge.model import attention
 from kempnerforge.vlm.mot import MoT
-from tests.vlm.tiny import FOREIGN, INTERLEAVED, MODEL, ONE, THREE, all_logits, gradients, picture, tiny, with_answer
+from tests.vlm.tiny import (
+    FOREIGN,
+    INTERLEAVED,
+    LATE,
+    MODEL,
+    ONE,
+    THREE,
+    TWICE,
+    all_logits,
+    gradients,
+    may_see,
+    picture,
+    tiny,
+    with_answer,
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "smollm3": {"nope_interval": 2},
     "gemma3": {"rope_local_theta": 100.0, "rope_global_interval": 3, "post_norms": True, "norm_plus_one": True, "qk_norm": True},
+    "windows": {"sliding_window": 5, "window_pattern": "SSF"},
 }
 by_kind = pytest.mark.parametrize("kind", KINDS)
 by_arch = pytest.mark.parametrize("arch", [*(arch for arch in registry.archs if arch not in FOREIGN), None], ids=str)
@@ -59,3 +76,41 @@ def test_the_kind_is_seen(kind: str) -> None:
     other.model.load_state_dict(plain.model.state_dict(), strict=False)
     batch = plain.batch(ONE)
     assert (all_logits(plain.model, batch) - all_logits(other.model, batch)).abs().max() > 1e-3
+
+
+@by_arch
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "dense"])
+def test_windows_do_not_count_what_else_is_in_a_row(arch: str | None, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither other samples nor other texts of the same image."""
+    monkeypatch.setattr(attention, "DOCUMENTS_FROM", 1)
+    it = tiny(arch, model=replace(MODEL, **KINDS["windows"]))
+    it.model.eval()
+    together = it.pack((LATE, THREE, ONE), (TWICE, INTERLEAVED))
+    together = together if apart else replace(together, documents=())
+    with torch.no_grad():
+        got = it.model(together).logits
+        for sample in (LATE, THREE, ONE, TWICE, INTERLEAVED):
+            for text in sample.texts:
+                want = it.model(it.batch(replace(sample, texts=(text,)))).logits
+                torch.testing.assert_close(got[: len(want)], want, rtol=1e-4, atol=1e-5)
+                got = got[len(want) :]
+    assert len(got) == 0
+
+
+@pytest.mark.parametrize(("arch", "mask"), [("joint_decoder", "causal"), ("joint_decoder", "prefix"), ("mot", "causal"), (None, "causal")])
+def test_a_word_is_seen_within_the_window_alone(arch: str | None, mask: str) -> None:
+    """One layer, so that nothing is passed on. A prefix sees all of itself."""
+    it = tiny(arch, mask, model=replace(MODEL, n_layers=1, sliding_window=4), noise=0.3)
+    it.model.eval()
+    for sample in (ONE, THREE, INTERLEAVED, TWICE):
+        one = it.batch(sample)
+        words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
+        batch = it.batch(*[sample] * (len(words) + 1))  # row j has its j-th word changed, the last row none
+        rows = torch.arange(len(words))
+        batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % it.encoder.tokenizer.base_vocab_size
+        logits = all_logits(it.model, batch)
+        moved = (logits[:-1] - logits[-1:]).abs().amax(-1) > 1e-6  # (words, S)
+        far = one.positions[0][:, None] - one.positions[0]
+        asked = (one.kinds[0] <= Kind.PROMPT) & (mask == "prefix")
+        near = (far < 4) | (asked[:, None] & asked)
+        assert torch.equal(moved, (may_see(one, mask) & near)[:, words].T), sample.id
