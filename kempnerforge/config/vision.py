@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, divides, more_than
@@ -27,6 +27,16 @@ class VisionEncoderConfig:
     def num_tokens(self) -> int | None:
         """Tokens for one image, or None when only the built encoder knows."""
         return None
+
+    def without_weights(self) -> VisionEncoderConfig:
+        """The same encoder, for weights that come from elsewhere: it reads none of its own."""
+        return self
+
+
+def check_normalisation(mean: list[float], std: list[float]) -> None:
+    """Refuses what is no mean and std of RGB values."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean = {mean}, std = {std}: each needs three numbers, std above 0")
 
 
 @registry.register_vision_config
@@ -71,8 +81,7 @@ class ViTConfig(VisionEncoderConfig):
             raise ValueError(f"image_size = {self.image_size}: must be a multiple of {'stride' if self.stride else 'patch_size'} = {step}")
         if -self.feature_layer > self.n_layers:
             raise ValueError(f"feature_layer = {self.feature_layer}: there are only n_layers = {self.n_layers} layers")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean = {self.mean}, std = {self.std}: each needs three numbers, std above 0")
+        check_normalisation(self.mean, self.std)
 
     @property
     def grid(self) -> int:
@@ -81,6 +90,45 @@ class ViTConfig(VisionEncoderConfig):
 
     def num_tokens(self) -> int:
         return self.grid**2 + self.cls_token
+
+
+@registry.register_vision_config
+@dataclass
+class EfficientNetLite0Config(VisionEncoderConfig):
+    """EfficientNet-Lite0 (Tan and Le 2019): a pretrained convolutional network, small enough for a laptop. Its last feature map gives
+    (image_size / 32)^2 tokens of 1280 channels.
+
+    Attributes:
+        path: the safetensors file that ``kempnerforge data fetch efficientnet-lite0`` makes.
+        pretrained: load the weights at ``path``; false builds the network with fresh ones.
+        image_size: pixels along each side, a multiple of 32; it was trained at 224.
+        mean, std: normalisation of RGB values in [0, 1].
+    """
+
+    type: str = "efficientnet_lite0"
+    path: str = ""
+    pretrained: bool = True
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: [127 / 255] * 3)
+    std: list[float] = field(default_factory=lambda: [128 / 255] * 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_layer != -1:
+            raise ValueError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives its last feature map alone, -1")
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(f"image_size = {self.image_size}: must be a multiple of 32")
+        if self.pretrained != bool(self.path):
+            raise ValueError(
+                f"path = {self.path!r}: pretrained = {str(self.pretrained).lower()} {'needs' if self.pretrained else 'reads no'} file"
+            )
+        check_normalisation(self.mean, self.std)
+
+    def num_tokens(self) -> int:
+        return (self.image_size // 32) ** 2
+
+    def without_weights(self) -> EfficientNetLite0Config:
+        return replace(self, path="", pretrained=False)
 
 
 @dataclass
@@ -104,8 +152,11 @@ class HFTowerConfig(VisionEncoderConfig):
         super().__post_init__()
         if bool(self.path) == bool(self.settings):
             raise ValueError(f"path = {self.path!r}: type {self.type!r} needs a local directory or a hub id, or else a table of settings")
-        if (self.mean or self.std) and (len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0):
-            raise ValueError(f"mean = {self.mean}, std = {self.std}: each needs three numbers, std above 0")
+        if self.mean or self.std:
+            check_normalisation(self.mean, self.std)
+
+    def without_weights(self) -> HFTowerConfig:
+        return replace(self, pretrained=False)
 
 
 @registry.register_vision_config
@@ -138,3 +189,24 @@ class Dinov2Config(HFTowerConfig):
     """DINOv2 (Oquab et al. 2023), with or without registers; CLS and register tokens are dropped."""
 
     type: str = "dinov2"
+
+
+@registry.register_vision_config
+@dataclass
+class MllamaTowerConfig(HFTowerConfig):
+    """The tower of Llama 3.2 Vision (Llama Team 2024, section 7): each patch has the last layer's features and, beside them, those of some
+    earlier ones. An image is one tile; the empty tiles behind it are encoded as well, as patches of the first see them.
+
+    Attributes:
+        intermediate_layers: those earlier layers, from 0. Read with ``settings``; at ``path`` they are in ``config.json``.
+    """
+
+    type: str = "mllama"
+    intermediate_layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_layer != -1:
+            raise ValueError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives the last layer and intermediate_layers, -1")
+        if bool(self.settings) != bool(self.intermediate_layers) or any(layer < 0 for layer in self.intermediate_layers):
+            raise ValueError(f"intermediate_layers = {self.intermediate_layers}: layers from 0, at least one with settings, none with path")

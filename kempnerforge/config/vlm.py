@@ -73,12 +73,14 @@ class VLMConfig:
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
             other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
         masks: no key, but a fact about the class: the values that ``attention_mask`` takes.
+        stands_for: no key either: ``model_type`` of the class in transformers that has blocks of this arch's own kind, if one has.
 
     Raises:
         ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
     """
 
     masks: ClassVar[tuple[str, ...]] = MASKS
+    stands_for: ClassVar[str] = ""
 
     arch: str = "joint_decoder"
     max_text_len: int = 512
@@ -181,8 +183,22 @@ class CrossAttentionConfig(VLMConfig):
         cross_attention_every_n_layers: one such block before every n-th layer.
         cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see ``resolved_heads``.
         cross_attention_media: which images before it in its own text a word sees: "all" of them, or the "latest" alone. With "latest", of
-            two images in front of the same word only the second is ever seen; Flamingo's data has one image for each stretch of text.
+            two images in front of the same word only the second is ever seen; Flamingo's data has one image for each stretch of text. With
+            "latest_group" it is seen with those before it that follow one another within a token each, which is that of the image itself in
+            Llama 3.2 Vision.
+        cross_attention_qk_norm: RMSNorm on each head's q and k (Llama 3.2 Vision).
+        cross_attention_media_norm: RMSNorm on the media before keys and values.
+        cross_attention_blind: what a block does to a word that sees no image. "feed_forward": the word reads nothing, and the feed-forward
+            acts on it all the same. "nothing": neither of the two (Llama 3.2 Vision as Meta has it). "attention": it reads all images of its
+            own text and of what that shares, later ones too, and the feed-forward leaves it alone (Llama 3.2 Vision in transformers). Where
+            there is no image at all the last two leave the text model as it is.
+        cross_attention_seen_tokens: of the tokens of an image so many are seen, the first; words that see no image may read the others. 0:
+            all. (Behind the only tile of an image in Llama 3.2 Vision stand those of empty ones.)
+        unwritten_tokens: so many tokens, the last of the vocabulary, are read and never written: the output head has no rows for them (the
+            token of an image in Llama 3.2 Vision). Not with ``model.tie_embeddings`` or ``model.new_tokens``.
     """
+
+    stands_for: ClassVar[str] = "mllama"
 
     arch: str = "cross_attention"
     module_patterns: dict[str, list[str]] = field(
@@ -195,12 +211,18 @@ class CrossAttentionConfig(VLMConfig):
     cross_attention_n_heads: int = 0
     cross_attention_n_kv_heads: int = 0
     cross_attention_media: str = field(default="all", kw_only=True)
+    cross_attention_qk_norm: bool = field(default=False, kw_only=True)
+    cross_attention_media_norm: bool = field(default=True, kw_only=True)
+    cross_attention_blind: str = field(default="feed_forward", kw_only=True)
+    cross_attention_seen_tokens: int = field(default=0, kw_only=True)
+    unwritten_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "cross_attention_every_n_layers")
-        at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads")
-        one_of(self, "cross_attention_media", ("all", "latest"))
+        at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads", "cross_attention_seen_tokens", "unwritten_tokens")
+        one_of(self, "cross_attention_media", ("all", "latest", "latest_group"))
+        one_of(self, "cross_attention_blind", ("feed_forward", "nothing", "attention"))
         if self.attention_mask == "image_bidirectional":
             raise ValueError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
         heads, kv = self.cross_attention_n_heads, self.cross_attention_n_kv_heads
@@ -235,6 +257,11 @@ class CrossAttentionConfig(VLMConfig):
         heads, _ = self.resolved_heads(model.n_heads)
         if not model.head_dim and model.dim % heads:
             raise ValueError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
+        if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
+            reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
+            raise ValueError(
+                f"unwritten_tokens = {self.unwritten_tokens}: are the last of the embedding and not in the head; not with {reason}"
+            )
 
     def warnings(self, job: JobConfig) -> list[str]:
         """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""

@@ -127,7 +127,7 @@ class TextEncoder:
     @property
     def _mark(self) -> int | None:
         """The token that stands at a placeholder where images take no position, if the tokenizer has one for it."""
-        if self.layout.image_tokens or not self.layout.image_size or self.cfg.image_placeholder not in self.tokenizer.new_tokens:
+        if self.layout.image_tokens or not self.layout.image_size or self.cfg.image_placeholder not in self.tokenizer.appended:
             return None
         return self.tokenizer.token_id(self.cfg.image_placeholder)
 

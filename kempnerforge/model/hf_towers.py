@@ -5,9 +5,11 @@ Shapes: N images, H x H pixels, F patches of one image, D width.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,15 +68,26 @@ class HFTower(VisionEncoder):
     def signature(self) -> str:
         return self.tower.config.to_json_string()
 
+    def standing_alone(self, cfg: HFTowerConfig) -> HFTowerConfig:
+        """``cfg``, of which this tower was made, with settings in place of its files."""
+        from transformers import PretrainedConfig
+
+        given = self.tower.config.to_dict()
+        kept = type(self.tower.config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
+        settings = {key: given[key] for key in sorted(kept) if isinstance(given[key], bool | int | float | str)}
+        settings |= {"model_type": self.tower.config.model_type, "num_hidden_layers": given["num_hidden_layers"] - 1 - cfg.feature_layer}
+        mean, std = self.normalisation
+        return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std))
+
     def _load(self, cfg: HFTowerConfig) -> Any:
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
         import transformers
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if kind not in self.models:
-            raise ValueError(f"{_where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise ValueError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
-        config = _from_settings(model_class.config_class, cfg) if cfg.settings else model_class.config_class.from_pretrained(cfg.path)
+        config = from_settings(model_class.config_class, cfg) if cfg.settings else model_class.config_class.from_pretrained(cfg.path)
         layers = config.num_hidden_layers
         if -cfg.feature_layer > layers:
             raise ValueError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
@@ -82,7 +95,7 @@ class HFTower(VisionEncoder):
         config.vision_use_head = False
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
             return model_class(config)
-        return _load_weights(model_class, config, cfg.path)
+        return load_weights(model_class, config, cfg.path)
 
     def grid(self, config: Any) -> int:
         """Patches along one side of an image."""
@@ -91,7 +104,7 @@ class HFTower(VisionEncoder):
     def check_geometry(self, cfg: HFTowerConfig, config: Any) -> None:
         """Refuses towers for anything but square RGB images."""
         if not isinstance(config.patch_size, int) or not isinstance(getattr(config, "image_size", 0), int) or config.num_channels != 3:
-            raise ValueError(f"{_where(cfg)}: only towers for square images with 3 channels can be used")
+            raise ValueError(f"{where(cfg)}: only towers for square images with 3 channels can be used")
 
     @property
     def units(self) -> list[nn.Module]:
@@ -166,16 +179,17 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _where(cfg: HFTowerConfig) -> str:
+def where(cfg: HFTowerConfig) -> str:
+    """What the user wrote, for messages."""
     return f"path = {cfg.path!r}" if cfg.path else "settings"
 
 
-def _from_settings(config_class: Any, cfg: HFTowerConfig) -> Any:
-    """The tower's config in transformers."""
+def from_settings(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
+    """The tower's config in transformers: its settings, and ``more``."""
     known = vars(config_class())
     if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
         raise ValueError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
-    return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"})
+    return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"}, **more)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -201,21 +215,24 @@ def read_normalisation(path: str) -> Normalisation | None:
         return None
     try:
         processor = ImageProcessingMixin.get_image_processor_dict(path)[0]
-    except OSError:  # there is no such file
+        mean, std, plain = processor.get("image_mean"), processor.get("image_std"), processor.get("do_normalize") is False
+    except (OSError, AttributeError, TypeError) as error:
+        if there := [name for name in ("preprocessor_config.json", "processor_config.json") if (Path(path) / name).is_file()]:
+            raise ValueError(f"path = {path!r}: {there[0]} cannot be read; {first_line(error)}") from error
         return None
-    if processor.get("do_normalize") is False:
+    if plain:
         return [0.0] * 3, [1.0] * 3
-    mean, std = processor.get("image_mean"), processor.get("image_std")
     if mean is None or std is None:
         return None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    numbers = [isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values) for values in (mean, std)]
+    if not all(numbers) or min(std) <= 0:
         raise ValueError(
             f"path = {path!r}: its image processor has image_mean = {mean}, image_std = {std}; three numbers each, std above 0"
         )
     return list(mean), list(std)
 
 
-def _load_weights(model_class: Any, config: Any, path: str) -> Any:
+def load_weights(model_class: Any, config: Any, path: str) -> Any:
     """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
     from safetensors import SafetensorError
 
@@ -245,3 +262,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+
+
+# NOTE: its tower is a subclass of the one here, so it can only be imported behind it.
+importlib.import_module("kempnerforge.model.mllama")

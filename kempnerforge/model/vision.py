@@ -84,5 +84,5 @@ def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:
 
 
 # NOTE: importing these registers the encoders of this package. It stands last because they import VisionEncoder from here.
-for _name in ("vit", "hf_towers"):
+for _name in ("vit", "hf_towers", "efficientnet"):
     importlib.import_module(f"kempnerforge.model.{_name}")

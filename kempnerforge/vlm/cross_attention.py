@@ -28,13 +28,15 @@ class Sight(NamedTuple):
 
     Attributes:
         mask: (B, 1, S, K * F) additive; None: whoever sees anything sees all.
-        seeing: (B, S, 1), 1 where a word sees at least one image, else 0.
+        seeing: (B, S, 1), 1 where a word reads of at least one image, else 0.
+        acting: (B, S, 1), 1 where the feed-forward acts, else 0; None: on every word.
 
     NOTE: a word that sees none is not masked, or its softmax would be over nothing (NaN): what it reads is multiplied by 0.
     """
 
     mask: Tensor | None
     seeing: Tensor
+    acting: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ class GatedCrossAttention(nn.Module):
     Args:
         cfg: of the text backbone; the head width is its own.
         n_heads, n_kv_heads: H and G.
+        qk_norm, media_norm: whether there are norms on each head's q and k, and on the media.
     """
 
-    def __init__(self, cfg: ModelConfig, n_heads: int, n_kv_heads: int) -> None:
+    def __init__(self, cfg: ModelConfig, n_heads: int, n_kv_heads: int, *, qk_norm: bool = False, media_norm: bool = True) -> None:
         super().__init__()
         self.head_dim = cfg.head_width
-        norm = lambda: RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
-        self.norm, self.media_norm, self.mlp_norm = norm(), norm(), norm()
+        norm = lambda dim, there=True: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one) if there else nn.Identity()
+        self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(cfg.dim, media_norm), norm(cfg.dim)
+        self.q_norm, self.k_norm = norm(self.head_dim, qk_norm), norm(self.head_dim, qk_norm)
         self.q_proj = nn.Linear(cfg.dim, n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
@@ -85,14 +89,15 @@ class GatedCrossAttention(nn.Module):
         sum, and with it the last bit, depends on how layers are sharded.
         """
         media = self.media_norm(media.view_as(media))
-        return self.heads(self.k_proj(media)), self.heads(self.v_proj(media))
+        return self.k_norm(self.heads(self.k_proj(media))), self.heads(self.v_proj(media))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        q = self.heads(self.q_proj(self.norm(x)))  # (B, H, S, E)
+        q = self.q_norm(self.heads(self.q_proj(self.norm(x))))  # (B, H, S, E)
         read = self.dropout(self.o_proj(attend(q, k, v, sight.mask, causal=False)))  # (B, S, D)
         x = x + self.attention_gate.tanh() * sight.seeing * read
-        return x + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(x))
+        hidden = self.mlp(self.mlp_norm(x))
+        return x + self.mlp_gate.tanh() * (hidden if sight.acting is None else sight.acting * hidden)
 
 
 class CrossAttentionBlock(Block):
@@ -101,13 +106,14 @@ class CrossAttentionBlock(Block):
     Args:
         cfg: of the text backbone.
         layer: i.
-        heads: H and G of the cross-attention.
+        vlm: heads and norms of the cross-attention.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int, heads: tuple[int, int]) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, vlm: CrossAttentionConfig) -> None:
         super().__init__(cfg, layer)
+        norms = {"qk_norm": vlm.cross_attention_qk_norm, "media_norm": vlm.cross_attention_media_norm}
         with aside():
-            self.cross_attention = GatedCrossAttention(cfg, *heads)
+            self.cross_attention = GatedCrossAttention(cfg, *vlm.resolved_heads(cfg.n_heads), **norms)
 
     def media_heads(self, ctx: MediaContext) -> tuple[Tensor, Tensor]:
         """Keys and values of the media, (B, G, K * F, E) each; with a cache they are computed once, with the prompt."""
@@ -135,18 +141,39 @@ class CrossAttention(VLM):
     def block(self, cfg: ModelConfig, layer: int) -> Block:
         if (layer + 1) % self.config.cross_attention_every_n_layers:
             return Block(cfg, layer)
-        return CrossAttentionBlock(cfg, layer, self.config.resolved_heads(cfg.n_heads))
+        return CrossAttentionBlock(cfg, layer, self.config)
+
+    def build(self) -> None:
+        super().build()
+        seen, unwritten = self.config.cross_attention_seen_tokens, self.config.unwritten_tokens
+        if seen > self.num_image_tokens:
+            raise ValueError(f"vlm.cross_attention_seen_tokens = {seen}: an image has {self.num_image_tokens} tokens")
+        if unwritten:
+            self.config.check(self.job)  # tokens that the data needs are known by now
+            head, rows = self.transformer.output_head, self.job.model.vocab_size - unwritten
+            if rows < 1 or head is None:
+                raise ValueError(f"vlm.unwritten_tokens = {unwritten}: model.vocab_size = {self.job.model.vocab_size}")
+            head.weight, head.out_features = nn.Parameter(head.weight.detach()[:rows].clone()), rows
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         ctx = self.context(batch, cache, words.dtype)
         if cache is not None and "sight" in cache.kept:  # words made after the prompt: no new media
             return words, MediaContext(ctx.rope, ctx.mask, cache, sight=cache.kept["sight"])
         media = lay_out(features, words, batch)  # (B, K, F, D)
-        tokens, latest = media.shape[2], self.config.cross_attention_media == "latest"
-        here = sight(visible(batch, latest), tokens, words.dtype)
+        here = self.sight(batch, media.shape[2], words.dtype)
         if cache is not None:
-            cache.kept["sight"] = sight(visible(following(batch), latest)[:, -1:], tokens, words.dtype)
+            cache.kept["sight"] = self.sight(following(batch), media.shape[2], words.dtype, last=1)
         return words, MediaContext(ctx.rope, ctx.mask, cache, media.flatten(1, 2), here)
+
+    def sight(self, batch: Batch, tokens: int, dtype: torch.dtype, last: int = 0) -> Sight:
+        """What the last so many words of ``batch`` see (0: all words), with images of ``tokens`` tokens each."""
+        cfg = self.config
+        seen = visible(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")[:, -last:]  # (B, S, K)
+        if cfg.cross_attention_blind == "feed_forward":
+            return sight(seen, tokens, dtype, first=cfg.cross_attention_seen_tokens)
+        acting = seen.any(-1, keepdim=True)  # (B, S, 1)
+        blind = own(batch)[:, -last:] & ~acting if cfg.cross_attention_blind == "attention" else None
+        return sight(seen, tokens, dtype, blind, cfg.cross_attention_seen_tokens)._replace(acting=acting.to(dtype))
 
 
 def lay_out(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
@@ -167,26 +194,38 @@ def lay_out(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
     return media.index_put((batch.image_rows, batch.image_slots), features[batch.image_index].to(words.dtype))
 
 
-def visible(batch: Batch, latest: bool) -> Tensor:
-    """Which images each position sees: those before it, of its own sample, that are shared or belong to its own text.
+def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
+    """``values`` (M,) of placements -> (B, 1, K), ``nothing`` where a row has fewer."""
+    table = values.new_full((len(batch.input_ids), max(1, batch.row_images)), nothing)
+    return table.index_put((batch.image_rows, batch.image_slots), values)[:, None]
+
+
+def own(batch: Batch) -> Tensor:
+    """(B, S, K) bool: the images of each position's own sample that are shared or belong to its own text, wherever they stand."""
+    texts = by_slot(batch, batch.image_text_ids, 0)
+    same_sample = by_slot(batch, batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]
+    return same_sample & ((texts == 0) | (texts == batch.text_ids[..., None]))
+
+
+def visible(batch: Batch, latest: bool, group: bool = False) -> Tensor:
+    """Which images each position sees: its ``own`` ones, as far as they stand before it.
 
     Args:
         latest: only the last of them (Flamingo, Alayrac et al. 2022, section 2.3), instead of all.
+        group: and those before that one that follow one another within a token each.
 
     Returns:
         (B, S, K) bool; False everywhere on padding.
     """
-
-    def by_slot(values: Tensor, nothing: int) -> Tensor:
-        table = values.new_full((len(batch.input_ids), max(1, batch.row_images)), nothing)
-        return table.index_put((batch.image_rows, batch.image_slots), values)[:, None]  # (B, 1, K)
-
-    texts = by_slot(batch.image_text_ids, 0)
     steps = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[:, None]  # (S, 1)
-    same_sample = by_slot(batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]  # (B, S, K)
-    seen = same_sample & ((texts == 0) | (texts == batch.text_ids[..., None])) & (by_slot(batch.image_starts, 0) <= steps)
-    if latest:  # those with no other one behind them
-        seen = seen & (seen.flip(-1).cumsum(-1).flip(-1) == 1)
+    starts = by_slot(batch, batch.image_starts, 0)  # (B, 1, K)
+    seen = own(batch) & (starts <= steps)  # (B, S, K)
+    if latest:
+        begins = torch.ones_like(starts)
+        if group:
+            begins[..., 1:] = starts.diff() > 1
+        number = begins.cumsum(-1)  # (B, 1, K), from 1
+        seen = seen & (number == (number * seen).amax(-1, keepdim=True))
     return seen
 
 
@@ -196,10 +235,20 @@ def following(batch: Batch) -> Batch:
     return replace(batch, **more)
 
 
-def sight(seen: Tensor, tokens: int, dtype: torch.dtype) -> Sight:
-    """What blocks need of ``seen`` (B, S, K), for images of ``tokens`` tokens each."""
-    any_seen = seen.any(-1, keepdim=True)  # (B, S, 1)
-    if seen.shape[-1] == 1:
-        return Sight(None, any_seen.to(dtype))
-    mask = additive((seen | ~any_seen).repeat_interleave(tokens, -1)[:, None], dtype)  # (B, 1, S, K * F)
-    return Sight(mask, any_seen.to(dtype))
+def sight(seen: Tensor, tokens: int, dtype: torch.dtype, blind: Tensor | None = None, first: int = 0) -> Sight:
+    """What blocks need of ``seen`` (B, S, K), for images of ``tokens`` tokens each.
+
+    Args:
+        blind: (B, S, K) bool, images that words read without seeing them.
+        first: of an image that is seen so many tokens are, the first; 0: all.
+    """
+    reads = seen if blind is None else seen | blind
+    any_read = reads.any(-1, keepdim=True)  # (B, S, 1)
+    if seen.shape[-1] == 1 and first in (0, tokens):
+        return Sight(None, any_read.to(dtype))
+    keys = reads.repeat_interleave(tokens, -1)  # (B, S, K * F)
+    if first:
+        there = torch.arange(tokens, device=seen.device) < first  # (F,)
+        keys = (seen[..., None] & there).flatten(2) | (blind.repeat_interleave(tokens, -1) if blind is not None else False)
+    mask = additive((keys | ~any_read)[:, None], dtype)  # (B, 1, S, K * F)
+    return Sight(mask, any_read.to(dtype))

@@ -247,6 +247,19 @@ def edit(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
+@by_case
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_settings_make_the_same_tower_without_its_files(case: Case, feature_layer: int, tmp_path: Path) -> None:
+    saved(case.model, tmp_path)
+    cfg = case.config(path=str(tmp_path), feature_layer=feature_layer)
+    ours = build_vision_encoder(cfg)
+    assert isinstance(ours, HFTower)
+    twin = build_vision_encoder(ours.standing_alone(cfg.without_weights()))
+    twin.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert torch.equal(twin(images(2)), ours(images(2)))
+
+
 def test_user_errors(tmp_path: Path) -> None:
     path = tmp_path / "clip"
     saved(CASES["clip"].model, path)
@@ -262,9 +275,14 @@ def test_user_errors(tmp_path: Path) -> None:
         build_vision_encoder(ClipConfig(path=str(tmp_path)))
     with pytest.raises(ValueError, match=r"feature_layer = -4: the tower in .* has only 3 layers"):
         build_vision_encoder(ClipConfig(path=good, feature_layer=-4))
-    (path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
-    with pytest.raises(ValueError, match="three numbers each"):
-        build_vision_encoder(ClipConfig(path=good))
+    for content in ('{"image_mean": [0.5], "image_std": [0.5]}', '{"image_mean": 0.5, "image_std": 0.5}'):
+        (path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(ValueError, match="three numbers each"):
+            build_vision_encoder(ClipConfig(path=good))
+    for content in ("{", "[]"):
+        (path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be read"):
+            build_vision_encoder(ClipConfig(path=good))
 
 
 def test_configs_that_do_not_fit(tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ def test_who_sees_what(text: str, every: list[str], latest: list[str]) -> None:
     assert matrix(text, latest=True) == latest
 
 
+@pytest.mark.parametrize(
+    ("text", "together"),
+    [
+        ("iiaaiaa", ["xx..", "xx..", "..xx"]),  # two in front of the same word
+        ("iaiaaiaa", ["xxx..", ".xx..", "...xx"]),  # one token is the image's own, two are not
+        ("aia|iiaib", [".x..", "..xx", "..xx", "...."]),  # the last belongs to text a, which is over
+    ],
+)
+def test_neighbours_are_seen_together(text: str, together: list[str]) -> None:
+    seen = visible(by_hand(text), latest=True, group=True)[0].T.tolist()
+    assert ["".join("x" if see else "." for see in column) for column in seen] == together
+
+
 def naive(batch: Batch, latest: bool) -> Tensor:
     """One position and image at a time."""
     seen = torch.zeros(*batch.input_ids.shape, batch.row_images, dtype=torch.bool)
