@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
     parser.add_argument("out", type=Path, help="directory to write; new or empty")
     parser.add_argument("--format", default="hf", choices=("hf", "kempnerforge"), help="default: hf")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
     parser.add_argument("--family", help="of a language model in transformers, such as mistral (default: the first that fits)")
     add_comparison(parser, no_verify="do not load what was written; it takes the memory of both models in fp32")
 
@@ -31,7 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
     with reporting(sys.stderr) as progress:
         done = export_model(
-            args.checkpoint, args.out, args.format, args.family, verify=not args.no_verify, tolerance=args.tolerance, progress=progress
+            args.checkpoint,
+            args.out,
+            args.format,
+            args.family,
+            dtype=args.dtype,
+            verify=not args.no_verify,
+            tolerance=args.tolerance,
+            progress=progress,
         )
     print_result(done.path, done.difference, done.lines, args.json)
     return 0

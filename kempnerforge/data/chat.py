@@ -26,7 +26,6 @@ class Slot(NamedTuple):
 
     Attributes:
         field: "system", "prompt" or "answer".
-        turn: of which turn.
         trims: whether the template removes white space in front, behind.
     """
 
@@ -48,8 +47,10 @@ class ChatTemplate(Template):
     none is given EOS, behind the last answer.
 
     Args:
-        tokenizer: brings the template.
         system: a system prompt that is going to be used, or nothing: what the template thinks of it is known at once.
+
+    Attributes:
+        listed: the template takes a message as a list of parts.
 
     Raises:
         ValueError: there is no chat template, or it is one that cannot be used.
@@ -69,11 +70,11 @@ class ChatTemplate(Template):
         self._skeletons: dict[tuple[int, bool], list[Piece | Slot]] = {}
         if "strftime_now" in self._source and "date_string" not in self._source:
             raise ValueError(f"{self._blame}: it writes today's date, so the data would change from day to day")
-        self._listed = False
+        self.listed = False
         try:
             self._opening = self._find_opening()
         except ValueError as error:
-            self._listed = True  # templates of vision-language models take a message as a list of parts
+            self.listed = True  # templates of vision-language models take a message as a list of parts
             try:
                 self._opening = self._find_opening()
             except ValueError:
@@ -158,7 +159,7 @@ class ChatTemplate(Template):
     def _render(self, fields: list[tuple[str, int]], generate: bool) -> str:
         roles = {"system": "system", "prompt": "user", "answer": "assistant"}
         contents: list[Any] = [f"{PAD}\ue000{k}\ue001{PAD}" for k in range(len(fields))]
-        if self._listed:
+        if self.listed:
             contents = [[{"type": "text", "text": content}] for content in contents]
         messages = [{"role": roles[field], "content": content} for (field, _), content in zip(fields, contents, strict=True)]
         try:

@@ -4,7 +4,6 @@ nanoVLM's. Strict: every tensor of the files has a place or is known to have non
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +19,7 @@ from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.interop import nanovlm
+from kempnerforge.interop import mllama, nanovlm
 from kempnerforge.interop.huggingface import CONFIG, check_tensor, read_config, some, tensor_files
 from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD, IGNORED
 from kempnerforge.interop.settings import complete, model_config
@@ -58,6 +56,7 @@ class Foreign:
         places: our parameter name -> where it is.
         files: tensor name -> file.
         image_id: the token that stands for a position of an image; None: the words know of no images.
+        image_is_word: images take no position, and that token stands in the stream as a word, the first one that sees its image.
         tied: head and embedding in the files, where both are there and ours has one for both.
     """
 
@@ -68,6 +67,7 @@ class Foreign:
     files: dict[str, Path]
     image_id: int | None = None
     tied: tuple[str, str] | None = None
+    image_is_word: bool = False
 
     @property
     def can_be_compared(self) -> bool:
@@ -116,7 +116,8 @@ def shapes(job: JobConfig) -> dict[str, Tensor]:
         if job.vlm is not None:
             encoder = parts.vision_encoder = build_vision_encoder(job.vision_encoder)
             parts.adapter = build_adapter(job.adapter, encoder.dim, job.model.dim, encoder.num_tokens)
-    return dict(parts.named_parameters())
+    found = dict[str, Tensor](parts.named_parameters())
+    return found if job.vlm is None or job.vlm.stands_for != mllama.KIND else found | mllama.added_shapes(job)
 
 
 def open_foreign(path: Path | str) -> Foreign:
@@ -136,13 +137,19 @@ def open_foreign(path: Path | str) -> Foreign:
             return _open_nanovlm(path, config, files)
         if config.get("model_type") in FAMILIES:
             return _open_text(path, config, files)
+        if config.get("model_type") == mllama.KIND:
+            return _open_mllama(path, config, files)
         return _open_vlm(path, config, files)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
+    except Exception as error:  # settings of a type or size that nobody has thought of, here or in transformers
+        raise ValueError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
 
 
 def _open_text(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     config = complete(config)
+    if config.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention = true: the backbone is causal")
     prefix = _prefix_of(path, HF_EMBEDDING, files)
     model = model_config(config, _rows(files, prefix + HF_EMBEDDING))
     length = min(MAX_TEXT, model.max_seq_len)
@@ -163,7 +170,7 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> For
     norm, fit = _image_processor(path)
     rows = [name for name in files if name.endswith(HF_EMBEDDING)]
     parts = read_parts(config, _rows(files, rows[0]) if rows else 1, norm)
-    wrapper, text = WRAPPERS[config["model_type"]], complete(config["text_config"])
+    wrapper, text = WRAPPERS[config["model_type"]], complete(config)["text_config"]
     job = _vlm_job(JobConfig(**vars(parts)), wrapper.data, fit)
     choices = [_names(job, wrapper, text["model_type"], layout) for layout in wrapper.layouts]
     names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
@@ -195,6 +202,19 @@ def _names(job: JobConfig, wrapper: Wrapper, family: str, layout: Layout) -> dic
     return names
 
 
+def _open_mllama(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
+    norm, fit = _image_processor(path)
+    rows = [name for name in files if name.endswith(HF_EMBEDDING)]
+    parts = mllama.read_parts(config, _rows(files, rows[0]) if rows else 0, norm)
+    job = _vlm_job(JobConfig(**vars(parts)), mllama.DATA, fit)
+    every = vars(job.vlm)["cross_attention_every_n_layers"]
+    ours = shapes(job)
+    choices = [{name: Place(mllama.name_of(name, every, layout)) for name in ours} for layout in mllama.LAYOUTS]
+    names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
+    places = matched(path, names, files, lambda name: False)
+    return Foreign(path, mllama.ARCHITECTURE, job, places, files, complete(config)["image_token_index"], image_is_word=True)
+
+
 def _open_nanovlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     job = _vlm_job(nanovlm.job_of(config), nanovlm.DATA, "squash")
     places = {ours: Place(*nanovlm.place(ours)) for ours in shapes(job)}
@@ -208,13 +228,13 @@ def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
     if assumed is None:
         with torch.device("meta"):
             assumed = job.adapter.num_tokens(build_vision_encoder(encoder).num_tokens)
+    assert job.vlm is not None
+    assumed = job.vlm.residual_stream_image_tokens(assumed)
     if job.model.max_seq_len <= assumed:
         raise ValueError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
     text = min(MAX_TEXT, job.model.max_seq_len - assumed)
     data = JsonlConfig(path="train.jsonl", prompt_column="prompt", images=ImagesConfig(fit=fit), **texts)
-    assert job.vlm is not None
-    vlm = VLMConfig(attention_mask=job.vlm.attention_mask, max_text_len=text)
-    return replace(job, vlm=vlm, data=data, train=TrainConfig(max_steps=1000, seq_len=assumed + text))
+    return replace(job, vlm=replace(job.vlm, max_text_len=text), data=data, train=TrainConfig(max_steps=1000, seq_len=assumed + text))
 
 
 def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None, str]:
@@ -222,7 +242,7 @@ def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None
     found: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (path / name).is_file():
-            content = json.loads((path / name).read_text(encoding="utf-8"))
+            content = read_config(path, name)
             found = content.get("image_processor", content)
             break
     fit = "crop" if found.get("do_center_crop") else "squash"

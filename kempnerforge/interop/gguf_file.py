@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,17 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def is_one(path: Path) -> bool:
-    """Whether ``path`` is a GGUF file, by its name."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
 def open_gguf(path: Path) -> Foreign:
     """Reads settings and names, not the weights.
 
     Raises:
-        ValueError: it cannot be read, is not of the Llama architecture, or lacks tensors or has unknown ones.
+        ValueError: it cannot be read, lacks a setting, is not of the Llama architecture, or lacks tensors or has unknown ones.
     """
     fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
     if fields.get("general.architecture") != "llama":
         raise ValueError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
-    if scaling := fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
+    scaling = "rope_freqs.weight" if "rope_freqs.weight" in names else fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
         raise ValueError(f"{path}: its rotary positions are scaled ({scaling}), which is not read from GGUF; take the safetensors")
     settings = {ours: fields[f"llama.{theirs}"] for ours, theirs in SETTINGS.items()}
     model = ModelConfig(
@@ -157,12 +154,39 @@ def _package() -> Any:
         raise ValueError("GGUF files need the package 'gguf': pip install 'kempnerforge[gguf]'") from None
 
 
+class _Fields(dict[str, Any]):
+    """What a file says of its model, by name."""
+
+    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
+        super().__init__(fields)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self._path}: does not say {name}")
+
+
 def _open(path: Path) -> Any:
+    return _read(path, *_version(path))[0]
+
+
+def _fields(path: Path) -> _Fields:
+    return _read(path, *_version(path))[1]
+
+
+def _version(path: Path) -> tuple[int, int]:
     try:
-        return _package().GGUFReader(path)
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, modified_ns: int, size: int) -> tuple[Any, _Fields]:
+    """The file, whose tensors stay on disk, and its fields: parsing a tokenizer of 50,000 tokens takes seconds."""
+    package = _package()
+    try:
+        opened = package.GGUFReader(path)
+        return opened, _Fields(path, {name: field.contents() for name, field in opened.fields.items()})
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as GGUF; {error}" if "kempnerforge[gguf]" not in str(error) else str(error)) from None
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in _open(path).fields.items()}
+        raise ValueError(f"{path}: cannot be read as GGUF; {error}") from None

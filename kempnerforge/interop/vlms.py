@@ -5,7 +5,6 @@ What they are here: the class's vision tower under its own names, an adapter, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,14 +15,11 @@ from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, hf_config, model_config
-from kempnerforge.model.vision import VisionEncoder
 
 BOOKKEEPING = {"initializer_range", "initializer_factor", "projection_dim", "vocab_size", "vision_use_head", "num_image_tokens"}
 """Keys of a tower's config that do not change what its patches are."""
-
-FITS = ("squash", "crop")
-"""``data.images.fit`` that image processors of transformers have."""
 
 NORM_OF_CLS = ("post_layernorm.weight", "post_layernorm.bias")
 """In CLIP it is for the CLS token alone: our tower has none, and the class wants them all the same."""
@@ -60,7 +56,6 @@ class Wrapper:
         mask: ``vlm.attention_mask``.
         data: keys of ``[data]`` that say how its texts are written, with one image in front of the prompt.
         fixed: keys of ``config.json`` -> the one value that can be read.
-        processor: its processor and image processor in transformers; empty: none of them makes single views.
         images_by_row: its ``pixel_values`` have an axis for the images of a row.
     """
 
@@ -75,7 +70,6 @@ class Wrapper:
     mask: str
     data: Mapping[str, Any]
     fixed: Mapping[str, Any]
-    processor: tuple[str, ...] = ()
     images_by_row: bool = False
     tower_aliases: tuple[str, ...] = ()
 
@@ -94,7 +88,7 @@ def _idefics(architecture: str, kind: str) -> Wrapper:
         {
             "template": "turns",
             "turns": TurnsConfig(
-                user="User:<image>{prompt}<end_of_utterance>\n",
+                user=f"User:{FRAME}{{prompt}}<end_of_utterance>\n",
                 assistant="Assistant:",
                 answer=" {answer}",
                 end="<end_of_utterance>",
@@ -120,7 +114,6 @@ WRAPPERS: dict[str, Wrapper] = {
         "prefix",
         {"template": "paligemma"},
         {},
-        ("PaliGemmaProcessor", "SiglipImageProcessor"),
     ),
     "llava": Wrapper(
         "LlavaForConditionalGeneration",
@@ -134,7 +127,6 @@ WRAPPERS: dict[str, Wrapper] = {
         "causal",
         {"prompt_template": "USER: <image>\n{prompt} ASSISTANT:", "answer_template": " {answer}"},
         {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default"},
-        ("LlavaProcessor", "CLIPImageProcessor"),
     ),
     "idefics3": _idefics("Idefics3ForConditionalGeneration", "idefics3"),
     "smolvlm": _idefics("SmolVLMForConditionalGeneration", "smolvlm"),
@@ -284,43 +276,3 @@ def write_parts(job: JobConfig, kind: str, tower: Any, image_tokens: int, image_
     else:
         config |= {"image_token_id": image_id}
     return config
-
-
-def processor_files(kind: str, encoder: VisionEncoder, fit: str, image_tokens: int) -> dict[str, dict[str, Any]]:
-    """Files of the processor, by name; the tokenizer's are not among them. Empty where transformers has no processor that does the same.
-
-    Args:
-        encoder: ours.
-        fit: ``data.images.fit``.
-        image_tokens: of one image.
-    """
-    wrapper = WRAPPERS[kind]
-    if not wrapper.processor or fit not in FITS:
-        return {}
-    size, (mean, std) = encoder.image_size, encoder.normalisation
-    square = {"height": size, "width": size}
-    images: dict[str, Any] = {
-        "processor_class": wrapper.processor[0],
-        "image_processor_type": wrapper.processor[1],
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size} if fit == "crop" else square,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-    processor: dict[str, Any] = {"processor_class": wrapper.processor[0]}
-    if kind == "paligemma":
-        images["image_seq_length"] = image_tokens
-    else:
-        images |= {"do_center_crop": fit == "crop", "crop_size": square}
-        processor |= {
-            "patch_size": size // math.isqrt(image_tokens),
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-            "image_token": "<image>",
-        }
-    return {"preprocessor_config.json": images, "processor_config.json": processor}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
@@ -21,12 +23,36 @@ SHARD_BYTES = 5_000_000_000
 
 NEW_EMBEDDING, NEW_HEAD = "new_tokens.embedding.weight", "new_tokens.output_head.weight"
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
 def nothing(what: str, done: int, total: int) -> None:
     """A ``Progress`` that tells nobody."""
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[None]:
+    """``path`` as a directory to write into. After an error, or Ctrl-C, all is as it was.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be made.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: already there; give a directory that is new or empty")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for left in path.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for folder in made:
+            folder.rmdir()
+        raise
 
 
 def plain_embedding(cfg: ModelConfig, tensors: Mapping[str, Tensor], rows: int = 0) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -126,3 +152,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
         progress(f"writing {file}", done, total)
     if len(shards) > 1:
         write_config(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}, INDEX)
+
+
+def cast_files(path: Path, dtype: torch.dtype) -> None:
+    """The weights at ``path`` and its ``config.json``, if there is one, in ``dtype``. Tensors of whole numbers stay what they are."""
+    if (path / CONFIG).is_file():
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+            section.pop("dtype", None)
+        write_config(path, config | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    if dtype == torch.float32:
+        return
+    size = 0
+    for file in sorted(path.glob("model*.safetensors")):
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        size += sum(t.nbytes for t in tensors.values())
+    if (path / INDEX).is_file():
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        write_config(path, index | {"metadata": index["metadata"] | {"total_size": size}}, INDEX)

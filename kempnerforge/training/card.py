@@ -29,7 +29,7 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
         + ", ".join(f"`{section.source}`{_path(section)}" for section in stage.data.sections())
         for stage in restored.assembly.stages
     ]
-    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path).items()]
+    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path, restored.manifest.step).items()]
     imported = state.get("imported", {})
     parts = [
         "---\ntags:\n- kempnerforge\n---",
@@ -51,17 +51,17 @@ def _path(section: Any) -> str:
     return f" ({section.path})" if getattr(section, "path", "") else ""
 
 
-def _metrics(checkpoint: Path) -> dict[str, float]:
-    """The latest value of each evaluation metric up to the checkpoint, from the run around it."""
-    file, step = checkpoint.parent.parent / "metrics.jsonl", int(checkpoint.name.partition("-")[2] or 0)
+def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
+    """The latest value of each evaluation metric up to ``step``, from the run around the checkpoint, if it still is in one."""
+    file = checkpoint.resolve().parent.parent / "metrics.jsonl"
     found: dict[str, float] = {}
-    if not file.is_file():
+    if checkpoint.resolve().parent.name != "checkpoints" or not file.is_file():
         return found
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # a line that was cut off when a run was killed
             continue
-        if isinstance(row, dict) and row.get("step", 0) <= step:
+        if isinstance(row, dict) and isinstance(at := row.get("step", 0), int) and at <= step:
             found |= {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)}
     return found

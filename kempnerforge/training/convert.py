@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import JobConfig, to_toml
+from kempnerforge.config.vision import HFTowerConfig
 from kempnerforge.data.tokenizer import Tokenizer
-from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.interop import mllama
+from kempnerforge.interop.foreign import Foreign, open_foreign
 from kempnerforge.interop.huggingface import CONFIG
 from kempnerforge.interop.settings import hf_config
-from kempnerforge.interop.vlms import FITS, NORM_OF_CLS, WRAPPERS, fitting, processor_files, text_family, write_parts
-from kempnerforge.interop.write import Progress, nothing, plain_embedding, save_tensors, text_names, write_config, write_text
+from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_parts
+from kempnerforge.interop.write import (
+    DTYPES,
+    Progress,
+    cast_files,
+    fresh,
+    nothing,
+    plain_embedding,
+    save_tensors,
+    text_names,
+    write_config,
+    write_text,
+)
 from kempnerforge.model.hf_towers import HFTower, quiet
+from kempnerforge.model.mllama import MllamaTower
 from kempnerforge.training.card import model_card
+from kempnerforge.training.export_processor import FILES, write_processor
+from kempnerforge.training.processor import origin
 from kempnerforge.training.restore import Restored, restore
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.training.verify import TOLERANCE, agreement, load_class, make_probe, our_logits, their_logits
 
 JOB_FILE, TOKENIZER = "config.toml", "tokenizer"
 FORMATS = ("hf", "kempnerforge")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json")
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,15 +61,14 @@ class Converted:
     difference: float | None
 
 
-def empty_directory(path: Path) -> Path:
-    """``path``, if nothing is there yet.
+class How(NamedTuple):
+    """How a model is written: as ``export_model`` takes it."""
 
-    Raises:
-        ValueError: something is.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: already there; give a directory that is new or empty")
-    return path
+    family: str | None
+    dtype: torch.dtype
+    verify: bool
+    tolerance: float
+    progress: Progress
 
 
 # ---- theirs to ours -------------------------------------------------------------------------------------------------
@@ -70,11 +86,15 @@ def import_model(
         tolerance: see ``Agreement.require``.
 
     Raises:
-        ValueError: it cannot be read, or is not the same model afterwards; nothing is written then.
+        ValueError: it cannot be read, or is not the same model afterwards; nothing is left behind then.
     """
-    empty_directory(out)
+    with fresh(out):
+        return _import_into(out, source, tokenizer, verify, tolerance, progress)
+
+
+def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, tolerance: float, progress: Progress) -> Converted:
     foreign = open_foreign(source)
-    words = read_tokenizer(source, tokenizer)
+    words = tokenizer_of(foreign, tokenizer)
     assembly = assemble(foreign.job, words, data=False)
     weights = foreign.read(progress)
     assembly.model.load_state_dict(weights, strict=True, assign=True)
@@ -93,7 +113,9 @@ def import_model(
         difference = found.difference
     elif not foreign.can_be_compared:
         lines.append("transformers does not load it: nothing to compare with")
-    _write_run(out, assembly, {"source": str(source), "architecture": foreign.architecture, "image_id": foreign.image_id})
+    kept, line = origin(assembly, foreign)
+    lines += [line] if line else []
+    _write_run(out, assembly, kept)
     lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
     return Converted(out, lines, difference)
 
@@ -114,6 +136,24 @@ def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
     return Tokenizer.from_pretrained(path if path.is_absolute() else Path.cwd() / path)
 
 
+def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
+    """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that stands at every placeholder.
+
+    Raises:
+        ValueError: there is no tokenizer, or that token is another one.
+    """
+    words = read_tokenizer(foreign.path, given)
+    if not foreign.image_is_word:
+        return words
+    name = _mark(foreign.job)
+    if words.token_id(name) != foreign.image_id:
+        raise ValueError(
+            f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
+        )
+    marks = dict.fromkeys([*words.appended, name])
+    return Tokenizer(words.backend, eos=words.eos, bos=words.bos, pad=words.pad, appended=[*marks], chat_template=words.chat_template)
+
+
 def _mark(job: JobConfig) -> str:
     return job.data.image_placeholder
 
@@ -125,9 +165,10 @@ def _described(assembly: Assembly, name: str) -> str:
 
 
 def _write_run(out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    """NOTE: ``run.dir`` is another directory than ``out``, which is a run already, and the place to begin from."""
     assembly.tokenizer.save(out / TOKENIZER)
-    job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{out.name}", init_from=str(out)))
+    home = out.resolve()
+    job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{home.name}-trained", init_from=str(home)))
     (out / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
     files = {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in sorted((out / TOKENIZER).iterdir())}
     files[JOB_FILE] = to_toml(replace(job, run=replace(job.run, init_from=""))).encode()
@@ -139,100 +180,163 @@ def _write_run(out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
 
 
 def export_model(
-    checkpoint: Path, out: Path, form: str = "hf", family: str | None = None, *, verify: bool = True, tolerance: float = TOLERANCE,
-    progress: Progress = nothing,
+    checkpoint: Path, out: Path, form: str = "hf", family: str | None = None, *, dtype: str = "fp32", verify: bool = True,
+    tolerance: float = TOLERANCE, progress: Progress = nothing,
 ) -> Converted:  # fmt: skip
-    """Writes a trained model: averaged weights where there are any, LoRA adapters folded in, fp32.
+    """Writes a trained model: averaged weights where there are any, LoRA adapters folded in.
 
     Args:
         checkpoint: a checkpoint or run directory.
         form: "hf": what a class of transformers loads; "kempnerforge": safetensors and our config, which ``load_pretrained`` reads.
         family: of a language model in transformers; None takes the first that can be it.
-        verify: load what was written and compare its logits with ours.
+        dtype: of the weights: "fp32", "bf16" or "fp16".
+        verify: load what was written and compare its logits with ours, both of the rounded weights, computed in fp32; and say what the
+            rounding does to ours.
 
     Raises:
-        ValueError: no class of transformers is this model, or what it loads is another model; nothing is left behind then.
+        ValueError: no class of transformers is this model, what it loads is another model, or a weight does not fit ``dtype``; nothing is
+            left behind then.
     """
     if form not in FORMATS:
         raise ValueError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
-    empty_directory(out)
-    try:
-        restored = restore(checkpoint, ["--train.mixed_precision=fp32"], data=False)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
-    restored.assembly.model.cpu()
-    try:
-        converted = (_export_hf if form == "hf" else _export_own)(restored, out, family, verify, tolerance, progress)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
-    (out / "README.md").write_text(model_card(restored, out.name, form, converted.lines), encoding="utf-8")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
+    how = How(family, DTYPES[dtype], verify, tolerance, progress)
+    with fresh(out):
+        try:
+            restored = restore(checkpoint, ["--train.mixed_precision=fp32"], data=False)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        assembly = restored.assembly
+        if family is not None and (form != "hf" or assembly.job.vlm is not None):
+            raise ValueError(f"--family = {family!r}: only a language model that goes out with --format hf has one")
+        if form != "hf" and assembly.model.hf_model is not None:
+            raise ValueError(f"{checkpoint}: is a model of transformers; it goes out with --format hf")
+        assembly.model.cpu()
+        rounding = _rounded(assembly, how)
+        converted = (_export_hf if form == "hf" else _export_own)(restored, out, how)
+        converted = replace(converted, lines=[*converted.lines, rounding])
+        (out / "README.md").write_text(model_card(restored, out.resolve().name, form, converted.lines), encoding="utf-8")
     return converted
 
 
-def _export_own(restored: Restored, out: Path, family: str | None, verify: bool, tolerance: float, progress: Progress) -> Converted:
+def _rounded(assembly: Assembly, how: How) -> str:
+    """Rounds the weights, which stay in fp32, to those of ``how.dtype``, and says so.
+
+    Raises:
+        ValueError: one of them is too large.
+    """
+    name, model = str(how.dtype).removeprefix("torch."), assembly.model
+    if how.dtype == torch.float32:
+        return f"weights in {name}"
+    batch = make_probe(assembly, None, assembly.tokenizer.base_vocab_size).batch if how.verify else None
+    before = our_logits(model, batch) if batch is not None else None
+    for key, p in model.named_parameters():
+        rounded = p.detach().to(how.dtype)
+        if rounded.isinf().any():
+            raise ValueError(f"--dtype = {name}: {key} has a value of {p.abs().max().item():.3g}, which does not fit")
+        p.data.copy_(rounded)
+    if before is None or batch is None:
+        return f"weights in {name}, rounded from float32"
+    found = agreement(before, our_logits(model, batch))
+    return (
+        f"weights in {name}, rounded from float32: logits before and after, max|difference| {found.difference:.2g}, "
+        f"max|logit| {found.scale:.3g}"
+    )
+
+
+def _export_own(restored: Restored, out: Path, how: How) -> Converted:
     assembly = restored.assembly
-    save_tensors(out, dict(assembly.model.named_parameters()), progress=progress)
+    save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
+    cast_files(out, how.dtype)
     assembly.tokenizer.save(out / TOKENIZER)
-    (out / JOB_FILE).write_text(to_toml(replace(assembly.job, lora=[])), encoding="utf-8")
+    tower, encoder = assembly.job.vision_encoder.without_weights(), assembly.model._modules.get("vision_encoder")
+    if isinstance(tower, HFTowerConfig) and isinstance(encoder, HFTower):
+        tower = encoder.standing_alone(tower)
+    (out / JOB_FILE).write_text(to_toml(replace(assembly.job, lora=[], vision_encoder=tower)), encoding="utf-8")
     return Converted(out, [_described(assembly, "kempnerforge")], None)
 
 
-def _export_hf(restored: Restored, out: Path, family: str | None, verify: bool, tolerance: float, progress: Progress) -> Converted:
+def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
     assembly = restored.assembly
     if assembly.model.hf_model is not None:
-        return _export_as_it_is(assembly, out, verify, tolerance, progress)
+        return _export_as_it_is(assembly, out, how)
     job, tokenizer = assembly.job, assembly.tokenizer
     try:
-        kind = fitting(job) if job.vlm is not None else ""
-        chosen: str = text_family(job, kind) if kind else hf_config(job.model, family)["model_type"]
+        kind, chosen = _class_of(assembly, how.family)
     except ValueError as error:
         raise ValueError(f"{restored.path}: {error}; --format kempnerforge writes safetensors with our config") from None
     lines, image_id, rows = [], None, 0
     if kind:
         image_id, rows, line = _image_token(assembly)
         lines.append(line)
-        if (fit := job.data.images.fit) not in FITS or not WRAPPERS[kind].processor:
-            lines.append(
-                f"no files for the image processor are written: a {kind} with data.images.fit = {fit!r} has none that does the same"
-            )
     cfg, tensors = plain_embedding(job.model, dict(assembly.model.named_parameters()), rows)
     plain = replace(job, model=cfg)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if kind:
         assert image_id is not None
-        architecture = WRAPPERS[kind].architecture
-        _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, progress)
+        architecture = WRAPPERS[kind].architecture if kind in WRAPPERS else mllama.ARCHITECTURE
+        _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, how.progress)
     else:
-        architecture = write_text(out, cfg, tensors, ids, chosen, progress=progress)["architectures"][0]
+        architecture = write_text(out, cfg, tensors, ids, chosen, progress=how.progress)["architectures"][0]
+    cast_files(out, how.dtype)
     tokenizer.save(out)
-    lines.insert(0, _described(assembly, architecture))
-    return _verified(assembly, out, architecture, image_id, lines, tolerance, progress) if verify else Converted(out, lines, None)
+    _write_ends(out, assembly)
+    lines = [_described(assembly, architecture), *lines, *write_processor(out, assembly, kind)]
+    return _verified(assembly, out, architecture, image_id, lines, how)
 
 
-def _verified(
-    assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], tolerance: float, progress: Progress
-) -> Converted:  # fmt: skip
-    """Loads what was written and compares."""
-    progress(f"running {architecture}", 0, 1)
+def _write_ends(out: Path, assembly: Assembly) -> None:
+    """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and EOS."""
+    tokenizer, end = assembly.tokenizer, assembly.encoder(assembly.stages[-1]).end_id()
+    there = json.loads((out / GENERATION).read_text(encoding="utf-8")) if (out / GENERATION).is_file() else {}
+    stop = end if end == tokenizer.eos_id else [end, tokenizer.eos_id]
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}
+    write_config(out, there | ids, GENERATION)
+
+
+def _class_of(assembly: Assembly, family: str | None) -> tuple[str, str]:
+    """``model_type`` of the whole model, empty for a language model, and of its text model.
+
+    Raises:
+        ValueError: no class of transformers is this model.
+    """
+    job = assembly.job
+    if job.vlm is None:
+        return "", hf_config(job.model, family)["model_type"]
+    if job.vlm.stands_for != mllama.KIND:
+        return (kind := fitting(job)), text_family(job, kind)
+    mllama.check(job)
+    if (name := _mark(job)) not in assembly.tokenizer.appended:
+        raise ValueError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
+    return mllama.KIND, mllama.FAMILY
+
+
+def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], how: How) -> Converted:
+    """Loads what was written and compares, if that is wanted."""
+    if not how.verify:
+        return Converted(out, lines, None)
+    how.progress(f"running {architecture}", 0, 1)
     probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size)
     found = agreement(our_logits(assembly.model, probe.batch), their_logits(load_class(out, architecture), probe.inputs))
-    return Converted(out, [*lines, found.require(f"ours and {architecture}", tolerance)], found.difference)
+    return Converted(out, [*lines, found.require(f"ours and {architecture}", how.tolerance)], found.difference)
 
 
-def _export_as_it_is(assembly: Assembly, out: Path, verify: bool, tolerance: float, progress: Progress) -> Converted:
+def _export_as_it_is(assembly: Assembly, out: Path, how: How) -> Converted:
     """A model of transformers as it writes itself, with the files of its processor from where it came from."""
     model, source = assembly.model.hf_model, Path(assembly.job.vlm.files if assembly.job.vlm is not None else "")
     architecture = type(model).__name__
     with quiet():
         model.save_pretrained(out)
+    cast_files(out, how.dtype)
     assembly.tokenizer.save(out)
-    copied = [name for name in PROCESSOR_FILES if (source / name).is_file()]
+    _write_ends(out, assembly)
+    copied = [name for name in FILES if (source / name).is_file()]
     for name in copied:
         shutil.copyfile(source / name, out / name)
-    lines = [_described(assembly, architecture), f"files of the processor, from {source}: {', '.join(copied) or 'none'}"]
-    image_id = model.config.image_token_id
-    return _verified(assembly, out, architecture, image_id, lines, tolerance, progress) if verify else Converted(out, lines, None)
+    processor = write_processor(out, assembly, model.config.model_type, given=bool(copied))
+    lines = [_described(assembly, architecture), *processor]
+    return _verified(assembly, out, architecture, model.config.image_token_id, lines, how)
 
 
 def _image_token(assembly: Assembly) -> tuple[int, int, str]:
@@ -247,14 +351,18 @@ def _image_token(assembly: Assembly) -> tuple[int, int, str]:
         found = tokenizer.token_id(name)
         origin = "added to the tokenizer, its embedding the mean of all"
     assert found is not None
-    return found, max(0, found + 1 - rows.vocab_size - len(rows.new_tokens)), f"image token: {name!r}, id {found} ({origin})"
+    return found, max(0, found + 1 - rows.vocab_size - len(rows.new_tokens)), f"image token: `{name}`, id {found} ({origin})"
 
 
 def _write_vlm(
     out: Path, assembly: Assembly, kind: str, family: str, tensors: dict[str, Tensor], image_id: int, ids: dict[str, Any], progress: Progress
 ) -> None:  # fmt: skip
-    """Config, weights and the files of the processor."""
-    job, wrapper, encoder = assembly.job, WRAPPERS[kind], assembly.model.vision_encoder
+    """Config and weights."""
+    if isinstance(encoder := assembly.model.vision_encoder, MllamaTower):
+        write_config(out, mllama.write_parts(assembly.job, encoder, image_id, ids))
+        save_tensors(out, mllama.write_tensors(assembly.job, tensors), progress=progress)
+        return
+    job, wrapper = assembly.job, WRAPPERS[kind]
     assert isinstance(encoder, HFTower), "the class has a vision tower of transformers"
     tower, layout = encoder.tower.config, wrapper.layouts[0]
     names = text_names(job.model, family, layout.text, layout.head)
@@ -264,5 +372,3 @@ def _write_vlm(
         written.setdefault(layout.vision + name, fill(tower.hidden_size))
     write_config(out, write_parts(job, kind, tower, assembly.layout.image_tokens, image_id, ids))
     save_tensors(out, written, progress=progress)
-    for name, content in processor_files(kind, encoder, job.data.images.fit, assembly.layout.image_tokens).items():
-        write_config(out, content, name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kempnerforge.checkpoint import Manifest, load_weights, resolve
 from kempnerforge.config import load_config
@@ -42,12 +43,18 @@ def restore(path: Path, overrides: Sequence[str] = (), *, data: bool) -> Restore
     """
     path = resolve(path)
     job = load_config(path / "config.toml", overrides)
-    assembly = assemble(job, saved_tokenizer(path), data=data)
+    encoder = job.vision_encoder
+    assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=data)
+    assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
     merge(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(job.train.mixed_precision, device)
-    assembly.model.to(device).eval()
-    for parameter in assembly.model.parameters():  # buffers stay in fp32, as in training: rounded, a mean of 0.481 would be 0.480
-        parameter.data = parameter.data.to(dtype)
+    cast(assembly.model.to(device).eval(), dtype)
     return Restored(path, manifest, assembly, device)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """The parameters of ``model`` in ``dtype``. Buffers stay in fp32, as in training: rounded, a mean of 0.481 would be 0.480."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

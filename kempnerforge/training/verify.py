@@ -16,8 +16,9 @@ from torch import Tensor
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
+from kempnerforge.interop import mllama
 from kempnerforge.interop.vlms import WRAPPERS
-from kempnerforge.model.hf_towers import quiet
+from kempnerforge.model.hf_towers import first_line, quiet
 from kempnerforge.training.setup import Assembly
 from kempnerforge.vlm.base import VLM
 
@@ -64,7 +65,7 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int) -> Pro
     have it), else behind a few words.
 
     Args:
-        image_id: what stands at the positions of an image in transformers.
+        image_id: what stands at the positions of an image in transformers. Where images take no position it is a word of the stream.
         vocab_size: words are drawn from so many.
     """
     rng = torch.Generator().manual_seed(0)
@@ -76,6 +77,8 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int) -> Pro
         images = torch.randint(256, (ROWS, 3, layout.image_size, layout.image_size), generator=rng, dtype=torch.uint8)
     prefix = model.attention_mask == "prefix"
     at = () if images is None else (0 if prefix else BEFORE,)
+    if at and image_id is not None and not layout.image_tokens:
+        words = torch.cat([words[:, : at[0]], words.new_full((ROWS, 1), image_id), words[:, at[0] :]], dim=1)
     batch = prompt_batch([Prompt(row.tolist(), at) for row in words], images, None, layout, 0)
     kinds = batch.kinds.clone()
     kinds[:, -ANSWER:] = Kind.ANSWER
@@ -94,13 +97,16 @@ def load_class(path: Path, architecture: str) -> Any:
     """A model of transformers in fp32, every one of whose parameters has been read.
 
     Raises:
-        ValueError: keys are missing, left over or of another shape.
+        ValueError: it cannot be loaded, or keys are missing, left over or of another shape.
     """
     import transformers
 
     cls = getattr(transformers, architecture)
-    with quiet():
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    except Exception as error:  # whatever a file that it does not expect makes of it
+        raise ValueError(f"{path}: {architecture} of transformers does not load it; {type(error).__name__}: {first_line(error)}") from error
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
     if wrong := [f"{kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
         raise ValueError(f"{path}: {architecture} finds keys {'; '.join(wrong)}")
@@ -117,6 +123,8 @@ def our_logits(model: VLM, batch: Batch) -> Tensor:
 def their_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, S, V)."""
     inputs, wrapper = dict(inputs), WRAPPERS.get(model.config.model_type)
+    if model.config.model_type == mllama.KIND:
+        inputs = mllama.class_inputs(inputs, model.config)
     if wrapper is not None and wrapper.images_by_row:
         inputs["pixel_values"] = inputs["pixel_values"][:, None]  # (B, images of a row, 3, H, W)
     return model(**inputs, use_cache=False).logits.float()

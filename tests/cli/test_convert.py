@@ -59,7 +59,7 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def ours(path: Path, seed: int = 0, **sections: Any) -> Path:
+def ours(path: Path, seed: int = 0, large: float = 0.5, **sections: Any) -> Path:
     """A checkpoint of a fresh model of ours, as a run leaves it."""
     tokenizer = Tokenizer.train(WORDS, 320)
     assembly = assemble(replace(JobConfig(), **sections), tokenizer, data=False)
@@ -69,7 +69,7 @@ def ours(path: Path, seed: int = 0, **sections: Any) -> Path:
     tokenizer.save(path / "tokenizer")
     files = {f"tokenizer/{file.name}": file.read_bytes() for file in (path / "tokenizer").iterdir()}
     files["config.toml"] = to_toml(assembly.job).encode()
-    averages = {"transformer.norm.weight": torch.full((assembly.job.model.dim,), 0.5)}
+    averages = {"transformer.norm.weight": torch.full((assembly.job.model.dim,), large)}
     save_training(path / "checkpoints", 7, assembly.model, [], {"step": 7, "samples_seen": 21}, files, 1, averages)
     return path
 
@@ -166,6 +166,35 @@ def test_export_takes_averages_adapters_and_new_tokens(tmp_path: Path) -> None:
     assert torch.allclose(table[-1], table[:-2].mean(0), atol=1e-6)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "At step 7, 21 samples seen" in card and "added to the tokenizer" in card
+
+
+@pytest.mark.parametrize("form", ["hf", "kempnerforge"])
+def test_weights_are_rounded_when_asked(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = ours(tmp_path / "run", **llava_like())
+    assert run(["export", str(run_dir), str(tmp_path / "out"), "--format", form, "--dtype", "bf16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert form == "kempnerforge" or 0 <= found["difference"] <= 1e-5  # both of the rounded weights
+    line = next(line for line in found["notes"] if line.startswith("weights in bfloat16, rounded from float32: logits before and after"))
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as opened:
+        assert {opened.get_tensor(name).dtype for name in opened.keys()} == {torch.bfloat16}  # noqa: SIM118
+    model, _ = kempnerforge.load_pretrained(tmp_path / "out", device="cpu", dtype=torch.float32)
+    exact, _ = kempnerforge.load_pretrained(run_dir, device="cpu", dtype=torch.float32)
+    weights = dict(exact.named_parameters())
+    assert all(
+        torch.equal(p, weights[k].bfloat16().float()) for k, p in model.named_parameters() if k in weights and p.shape == weights[k].shape
+    )
+    if form == "hf":
+        assert hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    run_dir = ours(tmp_path / "run", **llava_like(), large=1e5)
+    with pytest.raises(ValueError, match=r"--dtype = float16: transformer.norm.weight has a value of 1e\+05, which does not fit"):
+        export_model(run_dir, tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="--dtype = 'fp8': allowed are fp32, bf16, fp16"):
+        export_model(run_dir, tmp_path / "out", dtype="fp8")
 
 
 def test_what_no_class_is_goes_out_in_our_own_form(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from kempnerforge import load_pretrained
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Context, Transformer
@@ -50,9 +51,10 @@ def rows_in_turn(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(path: Path, model: Any, backend: tokenizers.Tokenizer, quantised: str = "", **changes: Any) -> None:
-    """``changes``: "architecture", "pre", or "drop", a tensor that is left out."""
+    """``changes``: "architecture", "pre", "drop", a tensor that is left out, or "silent": the number of layers is not said."""
     out, cfg = gguf.GGUFWriter(path, changes.get("architecture", "llama")), model.config
-    out.add_block_count(cfg.num_hidden_layers)
+    if not changes.get("silent"):
+        out.add_block_count(cfg.num_hidden_layers)
     out.add_context_length(64)
     out.add_embedding_length(cfg.hidden_size)
     out.add_feed_forward_length(cfg.intermediate_size)
@@ -137,6 +139,10 @@ def test_import(model: Any, tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", model, words())
     done = import_model(tmp_path / "m.gguf", tmp_path / "out")
     assert done.difference is None and "nothing to compare with" in "\n".join(done.lines)
+    _, processor = load_pretrained(tmp_path / "out", device="cpu")
+    assert processor(text="the cat").input_ids.shape[1] > 1
+    with pytest.raises(ValueError, match="a prompt without an image needs at least one token"):  # this tokenizer has no BOS
+        processor(text=["the cat", ""])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,7 @@ def test_import(model: Any, tmp_path: Path) -> None:
     [
         ({"drop": "blk.1.ffn_up.weight"}, r"lacks 1: blk\.1\.ffn_up\.weight"),
         ({"architecture": "gemma"}, "general.architecture = 'gemma': only 'llama'"),
+        ({"silent": True}, r"m\.gguf: does not say llama\.block_count"),
         ({"pre": "qwen2"}, "'gpt2' with the rule 'qwen2'"),
     ],
 )

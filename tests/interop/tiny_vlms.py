@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ TEXT: dict[str, Any] = {
 }
 WORDS = ["what is in the picture?", "answer en where is the cat", "USER: a\nb ASSISTANT: caption en\n", "User: Assistant: user assistant"]
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<end_of_utterance>", "<|im_start|>", "<|im_end|>"]
+FRAMES = ["<fake_token_around_image>", "<global-img>"]
+"""What Idefics 3 has around an image."""
 
 
 def _paligemma() -> Any:
@@ -47,7 +50,7 @@ def _paligemma() -> Any:
 
 
 def _paligemma2() -> Any:
-    text = hf.Gemma2Config(**TEXT, sliding_window=160, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+    text = hf.Gemma2Config(**TEXT, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
     vision = hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
     config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=32, image_token_id=IMAGE)
     return hf.PaliGemmaForConditionalGeneration(config)
@@ -75,12 +78,12 @@ def _smolvlm() -> Any:
 MODELS = {"paligemma": _paligemma, "paligemma2": _paligemma2, "llava": _llava, "idefics3": _idefics3, "smolvlm": _smolvlm}
 
 
-def write_tokenizer(path: Path, prefix: bool) -> None:
-    """A small BPE. With ``prefix`` it is of Llama's kind: a space in front, BOS before every text."""
+def write_tokenizer(path: Path, prefix: bool, more: Sequence[str] = ()) -> None:
+    """A small BPE, with ``more`` special tokens. With ``prefix`` it is of Llama's kind: a space in front, BOS before every text."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never")
     alphabet = [chr(i) for i in range(32, 127)] + ["\n", "▁"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*SPECIAL, *more], initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(WORDS, trainer)
     if prefix:
         backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
@@ -95,7 +98,7 @@ def save(name: str, path: Path) -> Any:
     for key, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in key and "pali" not in name), std=0.1, generator=draws)
     model.save_pretrained(path)
-    write_tokenizer(path, prefix=name == "llava")
+    write_tokenizer(path, prefix=name == "llava", more=FRAMES if name in ("idefics3", "smolvlm") else ())
     mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if name == "llava" else ([0.5] * 3, [0.5] * 3)
     size = {"shortest_edge": 28} if name == "llava" else {"height": 28, "width": 28}
     images = {"image_mean": mean, "image_std": std, "size": size, "do_center_crop": name == "llava"}

@@ -1,0 +1,162 @@
+"""Processors of transformers as data: the files that make one do what our data code does, and what a directory's own does otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kempnerforge.config.images import ImagesConfig
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
+FRAMED = ("Idefics3Processor", "SmolVLMProcessor")
+"""These write ``FRAME`` in the place of "<image>"."""
+FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
+FRAME = f"{FAKE}{GLOBAL}<image>{FAKE}"
+BICUBIC = 3
+
+
+class Known(NamedTuple):
+    """What the processors of one ``model_type`` are.
+
+    Attributes:
+        processors: classes that can serve; its own is the first. LLaVA's is the one that writes nothing but the images' tokens into a text.
+        images: the class of its image processor.
+        defaults: settings of that class, where they decide what becomes of an image.
+    """
+
+    processors: tuple[str, ...]
+    images: str
+    defaults: dict[str, Any]
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+_SPLITTING: dict[str, Any] = {
+    "do_image_splitting": True,
+    "resample": 1,
+    "do_resize": True,
+    "size": {"longest_edge": 1456},
+    "max_image_size": {"longest_edge": 364},
+}
+KNOWN = {
+    "paligemma": Known((PALIGEMMA, LLAVA), "SiglipImageProcessor", {"resample": BICUBIC, "do_resize": True, "size": _square(224)}),
+    "llava": Known(
+        (LLAVA,),
+        "CLIPImageProcessor",
+        {"resample": BICUBIC, "do_resize": True, "do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": _square(224)},
+    ),
+    "idefics3": Known(("Idefics3Processor", LLAVA), "Idefics3ImageProcessor", _SPLITTING),
+    "smolvlm": Known(("SmolVLMProcessor", LLAVA), "SmolVLMImageProcessor", _SPLITTING),
+}
+"""``model_type`` -> its processors. One that is not here has none that makes single views."""
+
+
+# ---- ours to theirs -------------------------------------------------------------------------------------------------
+
+
+def candidates(
+    kind: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig, image_tokens: int, placeholder: str
+) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
+    """Processors that may do what our data code does, the likeliest first: class -> its files by name, without those of the tokenizer.
+
+    Args:
+        size: pixels of a view's side.
+        normalisation: mean and std.
+        images: ``data.images``.
+        image_tokens: of one image.
+        placeholder: ``data.image_placeholder``.
+    """
+    known = KNOWN.get(kind)
+    framed = known is not None and known.processors[0] in FRAMED
+    if known is None or images.fit not in (("squash",) if framed else ("squash", "crop")):
+        return {}
+    (mean, std), square = normalisation, _square(size)
+    pixels: dict[str, Any] = {
+        "image_processor_type": known.images if images.fit == "squash" else KNOWN["llava"].images,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if images.fit == "crop" else square,
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "image_seq_length": image_tokens,
+    }
+    if framed:
+        pixels |= {"do_image_splitting": False, "max_image_size": {"longest_edge": size}}
+    else:
+        pixels |= {"do_center_crop": images.fit == "crop", "crop_size": square}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in known.processors:
+        settings = _settings(name, size, image_tokens, placeholder)
+        if settings is not None:
+            found[name] = {PREPROCESSOR: {"processor_class": name, **pixels}, PROCESSOR: {"processor_class": name, **settings}}
+    return found
+
+
+def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict[str, Any] | None:
+    """Of a processor's own; None: it cannot serve."""
+    if name != LLAVA:
+        return ({"image_seq_len": image_tokens} if name in FRAMED else {}) if placeholder == "<image>" else None
+    side = math.isqrt(image_tokens)
+    patch = size // side  # what it counts the tokens of an image with
+    if (size // patch) ** 2 != image_tokens:
+        return None
+    return {
+        "patch_size": patch,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+        "image_token": placeholder,
+    }
+
+
+# ---- theirs ---------------------------------------------------------------------------------------------------------
+
+
+class Followed(NamedTuple):
+    """The processor of a directory, as far as ours follows it.
+
+    Attributes:
+        name: its class.
+        differences: what it does with an image that we do not; empty: ids and pixels are the same.
+    """
+
+    name: str
+    differences: tuple[str, ...] = ()
+
+
+def followed(path: Path, kind: str, side: int) -> Followed | None:
+    """What the processor of a directory is; None: of a kind that we do not follow.
+
+    Args:
+        path: the directory.
+        kind: its ``model_type``.
+        side: pixels of a view's side in our model.
+    """
+    known = KNOWN.get(kind)
+    if known is None:
+        return None
+    files = [json.loads((path / name).read_text(encoding="utf-8")) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
+    names = [file["processor_class"] for file in files if file.get("processor_class") in known.processors]
+    name = names[0] if names else known.processors[0]
+    if not files:
+        return Followed(name)
+    images = known.defaults | next((file["image_processor"] for file in files if "image_processor" in file), files[-1])
+    wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "size": _square(side)}
+    if known.defaults is _SPLITTING:
+        wanted |= {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
+    elif images.get("do_center_crop"):
+        wanted |= {"size": {"shortest_edge": side}, "crop_size": _square(side)}
+    if images.get("do_pad") and known.defaults is not _SPLITTING:
+        wanted["do_pad"] = False
+    older = {"crop_size": side, "size": side} if images.get("do_center_crop") else {}  # one number for the short side, and for the square
+    differing = {key: found for key, value in wanted.items() if (found := images.get(key)) not in (value, older.get(key, value))}
+    return Followed(name, tuple(f"{key} = {json.dumps(found)}" for key, found in differing.items()))

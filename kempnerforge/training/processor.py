@@ -1,0 +1,248 @@
+"""From images and texts to what a model reads: the inputs that ``load_pretrained`` comes with.
+
+Shapes: B rows, S positions, N views, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.data.collate import prompt_batch
+from kempnerforge.data.images import opened
+from kempnerforge.data.interleave import Prompt
+from kempnerforge.data.sample import ImageSource
+from kempnerforge.interop.foreign import Foreign
+from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, followed
+from kempnerforge.interop.vlms import WRAPPERS
+from kempnerforge.training.setup import Assembly
+
+Picture = Image.Image | Path | str | bytes | np.ndarray
+"""An image: opened, a file, encoded, or (H, W, 3) uint8 RGB."""
+AS_IT_IS = "tokenizer"
+"""What ``Processor`` follows for a language model: the text is the prompt."""
+
+
+@dataclass(frozen=True)
+class Inputs(Mapping[str, Tensor]):
+    """What a processor makes: the tensors that processors of transformers make, and the batch that our models take.
+
+    Attributes:
+        input_ids: (B, S) int64, left padded; positions of images hold the image token.
+        attention_mask: (B, S) int64.
+        pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros, where the class takes it so; None
+            without images.
+        batch: the same as a ``Batch``.
+        end_id: the token that ends an answer.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None
+    batch: Batch
+    end_id: int
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return found if self.pixel_values is None else found | {"pixel_values": self.pixel_values}
+
+
+class Processor:
+    """From images and texts to what a model reads.
+
+    A model that was trained here gets its texts as in training, by its template. One that comes from transformers gets the ids and the
+    pixels that its processor there makes: PaliGemma's puts images, BOS and a line break around a prompt; LLaVA's takes the text as it is,
+    with "<image>" where an image stands; that of Idefics 3 puts tokens around each image besides; and a language model's tokenizer takes
+    the text as it is, too. Of images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
+
+    Images are upright and transparency is laid on white, as in training. Only where a processor of transformers is followed, an image that
+    is opened already is not turned by its EXIF orientation, as there.
+
+    Args:
+        assembly: of the model.
+        follows: the class of the processor in transformers that is followed, or ``AS_IT_IS``; empty: the template.
+        image_id: the token at positions of images, if the source says.
+        by_row: ``pixel_values`` have an axis for the images of a row.
+
+    Raises:
+        ValueError: the tokenizer has not the tokens that such a processor writes.
+    """
+
+    def __init__(self, assembly: Assembly, follows: str = "", image_id: int | None = None, *, by_row: bool = False) -> None:
+        self.assembly, self.follows, self.by_row = assembly, follows, by_row
+        self.tokenizer, self.layout = assembly.tokenizer, assembly.layout
+        self.encoder = assembly.encoder(assembly.stages[-1])
+        self.placeholder = self.encoder.texts[0].cfg.image_placeholder
+        self.image_token_id = self.tokenizer.token_id(self.placeholder) if image_id is None else image_id
+        self.end_id = self.encoder.texts[0].end_id
+        # NOTE: a copy that knows special tokens inside a text, as tokenizers of transformers do
+        self._plain = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
+        self._plain.encode_special_tokens = False
+        if follows in FRAMED and self.tokenizer.token_id(FAKE) is None:
+            raise ValueError(f"the tokenizer has no {FAKE!r}, which a {follows} puts around images")
+
+    def __call__(
+        self, images: Picture | Sequence[Picture | Sequence[Picture]] | None = None, text: str | Sequence[str] = ""
+    ) -> Inputs:  # fmt: skip
+        """One prompt or several.
+
+        Args:
+            images: those of the prompt; of several prompts one image each, or a list of images each.
+            text: the prompts.
+
+        Raises:
+            ValueError: images and prompts do not fit together, or an image cannot be used.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        literally = self.follows not in ("", AS_IT_IS)
+        sources = [[_encoded(image, literally) for image in group] for group in _grouped(images, len(texts))]
+        if any(sources) and not self.assembly.model.has_images:
+            raise ValueError("this model was trained on text alone and takes no image")
+        prompts = [self._prompt(words, group) for words, group in zip(texts, sources, strict=True)]
+        if any(not prompt.ids and not group for prompt, group in zip(prompts, sources, strict=True)):
+            raise ValueError("text = '': a prompt without an image needs at least one token")
+        views = [self._views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
+        pixels, numbers = None, None
+        if self.assembly.model.has_images:
+            size = self.layout.image_size
+            flat = [view for row in views for view in row]
+            stack = np.stack(flat) if flat else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
+            pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
+            ends = np.cumsum([len(row) for row in views])
+            numbers = [range(end - len(row), end) for row, end in zip(views, ends.tolist(), strict=True)]
+        batch = prompt_batch(prompts, pixels, numbers, self.layout, self.tokenizer.pad_id)
+        ids = batch.input_ids
+        if self.image_token_id is not None:
+            ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.image_token_id)
+        normalised = self._normalised(pixels, [len(row) for row in views]) if pixels is not None and len(pixels) else None
+        return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def _prompt(self, text: str, images: Sequence[ImageSource]) -> Prompt:
+        if not self.follows:
+            return self.encoder.encode_question(text, images)
+        if self.follows == PALIGEMMA:
+            if self.placeholder not in text:
+                text = self.placeholder * len(images) + text
+            behind = text.rfind(self.placeholder) + len(self.placeholder) if self.placeholder in text else 0
+            text = f"{text[:behind]}{self.tokenizer.bos}{text[behind:]}\n"
+        elif self.follows in FRAMED:
+            text = text.replace(self.placeholder, FRAME)
+        found = self._plain.encode(text, add_special_tokens=self.follows != PALIGEMMA).ids
+        ids: list[int] = []
+        at: list[int] = []
+        for token in found:
+            (at if token == self.image_token_id else ids).append(len(ids) if token == self.image_token_id else token)
+        if len(at) != len(images):
+            raise ValueError(f"{len(at)} of {self.placeholder!r} in the text and {len(images)} images: must be as many")
+        return Prompt(ids, tuple(at), tuple(self.encoder.images[0].blocks(images)))
+
+    def _views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
+        blocks = zip(images, prompt.blocks_of(self.layout.image_tokens), strict=True)
+        return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
+
+    def _normalised(self, pixels: Tensor, counts: Sequence[int]) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.assembly.model.normalisation)
+        normalised = (pixels.float() / 255 - mean) / std  # (N, 3, H, W)
+        if not self.by_row:
+            return normalised
+        return pad_sequence([*normalised.split(list(counts))], batch_first=True)  # (B, images of a row, 3, H, W)
+
+
+def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, texts: int) -> list[list[Picture]]:
+    """The images of each text."""
+    if images is None:
+        return [[] for _ in range(texts)]
+    if isinstance(images, Image.Image | Path | str | bytes | np.ndarray):
+        return [[images] for _ in range(texts)]
+    groups: list[list[Any]] = [list(group) if isinstance(group, list | tuple) else [group] for group in images]
+    if texts == 1 and not any(isinstance(group, list | tuple) for group in images):
+        return [[image for group in groups for image in group]]
+    if len(groups) != texts:
+        raise ValueError(f"{len(groups)} images or lists of images for {texts} texts: must be as many")
+    return groups
+
+
+def _encoded(image: Picture, literally: bool) -> ImageSource:
+    """As the data code takes it. What is opened already becomes a PNG, which loses nothing and is decoded at its full size.
+
+    Args:
+        literally: as processors of transformers do it: files are decoded at full size, opened images are not turned, 16 bits become 8 by
+            clipping.
+    """
+    if isinstance(image, str):
+        image = Path(image)
+    if isinstance(image, bytes | Path):
+        if not literally:
+            return image
+        with opened(image) as picture:
+            image = picture.pixels(picture.size)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    if not literally:
+        image = ImageOps.exif_transpose(image)
+    if literally or not image.mode.startswith("I"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+# ---- models of transformers -----------------------------------------------------------------------------------------
+
+
+def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
+    """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of its processor, or nothing."""
+    kept: dict[str, Any] = {"source": str(foreign.path), "architecture": foreign.architecture, "image_id": foreign.image_id}
+    found = followed(foreign.path, _kind(foreign.architecture), assembly.layout.image_size)
+    if found is None:
+        return kept, ""
+    name, other = found.name, list(found.differences)
+    if name in FRAMED and assembly.tokenizer.token_id(FAKE) is None:
+        name = LLAVA
+        other.append(f"{FAKE!r} around images, which the tokenizer has not")
+    line = (
+        f"its {found.name} does otherwise with images ({'; '.join(other)}): here an image is one square of {assembly.layout.image_size} pixels, "
+        "bicubic, so ids and pixels are not the same"
+    )
+    return kept | {"processor": name}, line if other else ""
+
+
+def processing(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Processor`` for a model with this ``origin``; of one that was trained here it is empty."""
+    architecture = kept.get("architecture", "")
+    kind = _kind(architecture)
+    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", _OWN.get(kind, ""))
+    return {"follows": follows, "image_id": kept.get("image_id"), "by_row": bool(kind and follows and WRAPPERS[kind].images_by_row)}
+
+
+_OWN = {kind: known.processors[0] for kind, known in KNOWN.items() if known.processors[0] not in FRAMED}
+"""Followed where a run does not say more."""
+
+
+def _kind(architecture: str) -> str:
+    """The ``model_type`` of a vision-language class."""
+    return next((kind for kind, wrapper in WRAPPERS.items() if wrapper.architecture == architecture), "")
