@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.config import load_config
+from kempnerforge.config.errors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kempnerforge.training.data_check import Checked, Leak
 
-HELP = """Check whole data sources before training, or fetch one.
+HELP = """Check whole data sources before training, fetch one, or write what is held out for lm-eval.
 
 "check" reads every sample of every stage, and what is held out: which cannot be used and why, how long texts and rows are, how much of the
 rows each batching mode would waste, which limits fit, and whether held-out images stand in the training data. "fetch" gets a source that is
-not part of the package. See "data check --help" and "data fetch --help"."""
+not part of the package. "lm-eval" makes a task of the held-out questions. See "data check --help" and so on."""
 
 CHECK_HELP = """Read every sample of every stage of a config, and what is held out.
 
@@ -32,6 +33,15 @@ allows."""
 FETCH_HELP = """Get the files of a source that is not part of the package, through the system's package client.
 
 Prints where they are."""
+
+LM_EVAL_HELP = """Write the held-out questions of a config, or of a run, as a task that lm-eval scores any model on.
+
+Puts a Parquet file of images, questions and answers, the task kempnerforge_vqa and its functions into a directory, which may be moved. An
+exported model is scored on it by
+
+  lm-eval run --model hf-multimodal --model_args pretrained=EXPORT --apply_chat_template --include_path OUT --tasks kempnerforge_vqa
+
+with the accuracy of "kempnerforge eval". pip install "kempnerforge[lm-eval]" gets lm-eval; this command does without."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fetch = actions.add_parser("fetch", help=FETCH_HELP.splitlines()[0], description=FETCH_HELP, allow_abbrev=False, formatter_class=raw)
     fetch.add_argument("name", help="which source")
     fetch.add_argument("--root", type=Path, default=Path("data"), help="directory that its files go below (default: data)")
+    task = actions.add_parser(
+        "lm-eval", help=LM_EVAL_HELP.splitlines()[0], description=LM_EVAL_HELP, allow_abbrev=False, formatter_class=raw
+    )
+    task.add_argument("config", type=Path, help="the TOML file, or a run directory")
+    task.add_argument("out", type=Path, help="directory to write")
+    task.add_argument("--limit", type=int, default=0, metavar="N", help="write N questions, spread over the split (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return _fetch(args) if args.action == "fetch" else _check(args)
+    return {"check": _check, "fetch": _fetch, "lm-eval": _lm_eval}[args.action](args)
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -61,6 +77,26 @@ def _fetch(args: argparse.Namespace) -> int:
     from kempnerforge.data.fetch import fetch
 
     print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+def _lm_eval(args: argparse.Namespace) -> int:
+    if args.limit < 0:
+        raise ValueError(f"--limit {args.limit}: must be at least 0")
+    config = args.config / "config.toml" if args.config.is_dir() else args.config
+    job = load_config(config, args.overrides)
+    from kempnerforge.cli.progress import reporting
+    from kempnerforge.data.sources import build_source
+    from kempnerforge.eval.lm_eval_task import TASK, write_task
+
+    source = build_source(job.resolved_stages()[-1].data, "test")
+    if source is None:
+        raise ValueError(f"data.eval_path = '': {config} names no held-out data")
+    with reporting(sys.stderr) as progress:
+        written = write_task(source, args.out, job.eval, args.limit, progress)
+    for sample, reason in written.left_out[:5]:
+        print(f"left out: {visible(sample)}: {visible(reason)}", file=sys.stderr)
+    print(f"{written.path}: task {TASK}, {written.questions:,} questions, {len(written.left_out):,} left out", file=sys.stderr)
     return 0
 
 
@@ -96,8 +132,6 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
-    from kempnerforge.data.audit import visible
-
     for one in checked:
         _show_source(console, one)
     for leak in leaks:
@@ -112,7 +146,6 @@ def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
 def _show_source(console: Console, one: Checked) -> None:
     from rich.table import Table
 
-    from kempnerforge.data.audit import visible
     from kempnerforge.data.check_facts import COVERED, MULTIPLE, histogram
     from kempnerforge.training.histogram import bar_lines
 

@@ -221,3 +221,22 @@ image_column = ""
 def test_inspect_refuses_wrong_numbers(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     assert call("inspect", job, "-n", 0).code == call("inspect", job, "--step", -1).code == 2
+
+
+# ---- data lm-eval ----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_questions_become_a_task(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    ended = call("data", "lm-eval", job, tmp_path / "task", "--limit", 3)
+    assert ended.code == 0 and "task kempnerforge_vqa, 3 questions, 0 left out" in ended.err, ended
+    assert {path.name for path in (tmp_path / "task").iterdir()} == {"kempnerforge_vqa.yaml", "questions.parquet", "vqa.py"}
+    (tmp_path / "1.png").write_bytes(b"no image")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    ended = call("data", "lm-eval", job, tmp_path / "task", "--eval.max_new_tokens=9")
+    assert ended.code == 0 and "7 questions, 1 left out" in ended.err and "left out: test.jsonl:2: image " in ended.err, ended
+    assert "max_gen_toks: 9\n" in (tmp_path / "task" / "kempnerforge_vqa.yaml").read_text()
+    ended = call("data", "lm-eval", job, tmp_path / "task", "--limit", -1)
+    assert ended.code == 2 and "--limit -1: must be at least 0" in ended.err
+    ended = call("data", "lm-eval", job, tmp_path / "task", "--data.eval_path=")
+    assert ended.code == 2 and "names no held-out data" in ended.err, ended

@@ -1,0 +1,140 @@
+"""Held-out questions as a task for lm-eval (EleutherAI's lm-evaluation-harness), in a directory that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kempnerforge.config import EvalConfig
+from kempnerforge.data.images import opened
+from kempnerforge.data.sample import ImageSource, SampleError, Source
+from kempnerforge.eval.exact_match import Question, questions
+
+FILES = Path(__file__).with_name("lm_eval")
+TASK, TABLE = "kempnerforge_vqa", "questions.parquet"
+MARK = "<image>"
+"""The place of an image in a question, to lm-eval."""
+ROWS = 1024
+"""Questions that are in memory at a time."""
+Progress = Callable[[str, int, int], object]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What ``write_task`` has made.
+
+    Attributes:
+        questions: rows of the table.
+        left_out: (sample id, reason) of what cannot be asked.
+    """
+
+    path: Path
+    questions: int
+    left_out: list[tuple[str, str]]
+
+
+def write_task(source: Source, out: Path, cfg: EvalConfig, limit: int = 0, progress: Progress | None = None) -> Written:
+    """Writes the questions that ``evaluate`` asks, with their images, and the task that lm-eval runs on them.
+
+    A question is the sample's prompt without a template: the chat template of a model writes the rest. An image is what its file holds, or a
+    PNG of it upright and in RGB where readers could differ.
+
+    Args:
+        source: what is held out.
+        out: a directory, made if it is not there; files of an earlier task in it are replaced.
+        cfg: says how long an answer may be.
+        limit: questions at most, spread over the source; 0: all.
+        progress: told how many questions are done.
+
+    Raises:
+        ValueError: there is no question that can be asked.
+    """
+    asked, left_out = questions(source, limit)
+    out.mkdir(parents=True, exist_ok=True)
+    written = _write_table(source, asked, out / TABLE, left_out, progress)
+    if not written:
+        (out / TABLE).unlink()
+        raise ValueError(f"none of {len(asked)} held-out questions can be written{f'; the first: {left_out[0][1]}' if left_out else ''}")
+    task = (FILES / f"{TASK}.yaml").read_text(encoding="utf-8")
+    default = f"max_gen_toks: {EvalConfig().max_new_tokens}\n"
+    assert default in task
+    (out / f"{TASK}.yaml").write_text(task.replace(default, f"max_gen_toks: {cfg.max_new_tokens}\n"), encoding="utf-8")
+    shutil.copyfile(FILES / "vqa.py", out / "vqa.py")
+    return Written(out, written, left_out)
+
+
+def _write_table(
+    source: Source, asked: Sequence[Question], path: Path, left_out: list[tuple[str, str]], progress: Progress | None
+) -> int:  # fmt: skip
+    """Rows of a parquet file that ``datasets`` opens with its images as such; their number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, List, Value
+    from datasets import Image as ImageColumn
+
+    schema = Features(
+        {"id": Value("string"), "images": List(ImageColumn()), "question": Value("string"), "answer": Value("string")}
+    ).arrow_schema
+    count, encode = 0, lru_cache(maxsize=64)(encoded)  # the questions of an image follow one another
+    with pq.ParquetWriter(path, schema) as file:
+        for begin in range(0, len(asked), ROWS):
+            rows: list[dict[str, Any]] = []
+            for question in asked[begin : begin + ROWS]:
+                try:
+                    rows.append(_row(question, source.cfg.sections()[question.part].image_placeholder, encode))
+                except SampleError as error:
+                    left_out.append((question.sample_id, str(error)))
+            file.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+            if progress is not None:
+                progress("writing questions", min(begin + ROWS, len(asked)), len(asked))
+    return count
+
+
+def _row(question: Question, placeholder: str, encode: Callable[[ImageSource], bytes]) -> dict[str, Any]:
+    images = [{"bytes": encode(image), "path": None} for image in question.images]
+    asked = _asked(question, placeholder, len(images))
+    return {"id": question.sample_id, "images": images, "question": asked, "answer": question.written or question.truth}
+
+
+def _asked(question: Question, placeholder: str, images: int) -> str:
+    """The prompt with the places of its images marked as lm-eval has them.
+
+    Raises:
+        SampleError: it is more than one question, or a mark in it is text.
+    """
+    text = question.conversation
+    if text is not None and (text.more or text.system):
+        raise SampleError("a question with a conversation before it, or a system prompt of its own")
+    literal = text is not None and text.leading is not None
+    marked = not literal and placeholder in question.prompt
+    prompt = question.prompt.replace(placeholder, MARK) if marked else MARK * images + question.prompt
+    if prompt.count(MARK) != images or (literal and placeholder in question.prompt):
+        raise SampleError(f"the prompt names {MARK} or {placeholder} where no image stands")
+    return prompt
+
+
+def encoded(image: ImageSource) -> bytes:
+    """An image that every reader opens alike: its file as it is where a plain reading gives the pixels that ours gives, else a PNG of these. They
+    differ where an image is turned, transparent, or not in 8 bits.
+
+    Raises:
+        ImageError: it cannot be used.
+    """
+    with opened(image) as picture:
+        ours = picture.pixels(picture.size)
+    content = image if isinstance(image, bytes) else image.read_bytes()
+    with Image.open(io.BytesIO(content)) as plain:
+        theirs = plain.convert("RGB")
+    if theirs.size == ours.size and theirs.tobytes() == ours.tobytes():
+        return content
+    ours.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
