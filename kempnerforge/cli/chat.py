@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kempnerforge.cli.asking import add_sampling, sampling_of
+
 if TYPE_CHECKING:
     from kempnerforge.serve.terminal import Chat
 
@@ -22,21 +24,14 @@ stdout; the exit code is 2 if one of them could not be answered."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
     parser.add_argument("images", type=Path, nargs="*", help="image files")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 64, or what there is room for)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    add_sampling(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from kempnerforge.eval.generate import Sampling
     from kempnerforge.serve.terminal import Chat
     from kempnerforge.training.answer import Answerer
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = sampling_of(args)
     model = Answerer(args.checkpoint, args.overrides)
     chat = Chat(model, sys.stdout, note, has_turns=model.has_turns, max_new_tokens=args.max_new_tokens, sampling=sampling)
     chat.add(args.images)

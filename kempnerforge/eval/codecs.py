@@ -56,10 +56,6 @@ class Box:
         """(x0, y0, x1, y1) on an image of that size."""
         return self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height
 
-    def holds(self, point: Point) -> bool:
-        """Whether ``point`` lies in the box or on its edge."""
-        return self.x0 <= point.x <= self.x1 and self.y0 <= point.y <= self.y1
-
 
 @dataclass(frozen=True)
 class Point:
@@ -87,8 +83,8 @@ class Point:
 
 _BOX = re.compile(
     r"(?P<locs>(?:<loc[0-9]{4}>)+)"  # a run of another length than four is no box
-    r"\s*(?P<segs>(?:<seg[0-9]{3}>)*)"
-    r"[^\S\n]*(?P<label>[^;<>\n]*)"
+    r"(?:\s*(?P<segs>(?:<seg[0-9]{3}>)+))?"
+    r"[^\S\n]*(?P<label>[^;<>\n]*)"  # of the same line
 )
 _NUMBER = re.compile(r"[0-9]+")
 
@@ -98,7 +94,7 @@ def decode_boxes(text: str) -> list[Box]:
     boxes = []
     for match in _BOX.finditer(text):
         locs = [int(n) for n in _NUMBER.findall(match["locs"])]
-        codes = tuple(int(n) for n in _NUMBER.findall(match["segs"]))
+        codes = tuple(int(n) for n in _NUMBER.findall(match["segs"] or ""))
         if len(locs) != 4 or max(locs) >= LOC_BINS or locs[0] > locs[2] or locs[1] > locs[3]:
             continue
         if len(codes) != SEG_CODES or max(codes) >= SEG_BINS:
@@ -142,16 +138,15 @@ def decode_points(text: str) -> list[Point]:
     """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)", "Click(63.5, 44.5)", "p=635,445". Coordinates above
     100 are no point and skipped. A label is what a tag says; the other forms have none.
     """
-    tags = list(_TAG.finditer(text))
-    begins = [tag.start() for tag in tags]
+    tags = [(tag.start(), tag.end("attributes"), _label(tag)) for tag in _TAG.finditer(text)]
     points = []
     for match in _PLACE.finditer(text):
         tenths = match[5] is not None
         x, y = (float(n) / (10 if tenths else 1) for n in match.groups() if n is not None)
         if x <= 100 and y <= 100:
-            before = bisect_right(begins, match.start()) - 1
-            inside = before >= 0 and match.start() < tags[before].end("attributes")
-            points.append(Point(x / 100, y / 100, _label(tags[before]) if inside else ""))
+            before = bisect_right(tags, match.start(), key=lambda tag: tag[0]) - 1
+            inside = before >= 0 and match.start() < tags[before][1]
+            points.append(Point(x / 100, y / 100, tags[before][2] if inside else ""))
     return points
 
 
@@ -177,11 +172,6 @@ def encode_points(points: Sequence[Point]) -> str:
         return f'<point x="{places[0][0]:.1f}" y="{places[0][1]:.1f}" alt="{label}">{label}</point>'
     attributes = " ".join(f'x{k}="{x:.1f}" y{k}="{y:.1f}"' for k, (x, y) in enumerate(places, 1))
     return f'<points {attributes} alt="{label}">{label}</points>'
-
-
-def encode_count(points: Sequence[Point]) -> str:
-    """The answer that points first and counts then; ``NO_POINTS`` where there is nothing."""
-    return f"Counting the {encode_points(points)} shows a total of {len(points)}." if points else NO_POINTS
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------------
@@ -215,42 +205,3 @@ class Marks:
 def decode(text: str) -> Marks:
     """All boxes and points in ``text``."""
     return Marks(tuple(decode_boxes(text)), tuple(decode_points(text)))
-
-
-# ---- score --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PointScore:
-    """How well points hit their targets; a question without targets is right if there is no point."""
-
-    precision: float
-    recall: float
-
-    @property
-    def f1(self) -> float:
-        """Harmonic mean."""
-        total = self.precision + self.recall
-        return 2 * self.precision * self.recall / total if total else 0.0
-
-
-def score_points(points: Sequence[Point], targets: Sequence[Box]) -> PointScore:
-    """Each point may hit one target that it lies in, each target counts once; of all ways to pair them the one with most hits (augmenting
-    paths, Kuhn 1955).
-    """
-    if not points or not targets:
-        both = float(not points and not targets)
-        return PointScore(both, both)
-    owner: dict[int, int] = {}  # target -> point
-
-    def place(point: int, tried: set[int]) -> bool:
-        for target, box in enumerate(targets):
-            if target not in tried and box.holds(points[point]):
-                tried.add(target)
-                if target not in owner or place(owner[target], tried):
-                    owner[target] = point
-                    return True
-        return False
-
-    hits = sum(place(point, set()) for point in range(len(points)))
-    return PointScore(hits / len(points), hits / len(targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ HALO = "#000000"
 MIN_SIDE = 448
 """Pixels: a smaller image is enlarged by a whole factor first, so that labels can be read."""
 MAX_SIDE = 4096
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of files with images, those that are read and those that are written."""
 
 Rect = tuple[float, float, float, float]
 
@@ -67,24 +70,37 @@ def draw(image: Image.Image, marks: Marks) -> Image.Image:
     return picture
 
 
+def check_place(path: Path, images: Iterable[ImageSource]) -> None:
+    """Whether a drawing may be written to ``path``.
+
+    Raises:
+        ValueError: its suffix is not one of ``SUFFIXES``, its folder is not there, or it is one of ``images``, which would be lost.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: cannot be written: {path.parent} is no folder")
+    if path.exists() and any(isinstance(image, Path) and image.exists() and path.samefile(image) for image in images):
+        raise ValueError(f"{path}: is an image that is asked about, and would be lost; write to another file")
+
+
 def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
-    """Writes ``image`` with the boxes and points of ``answer`` on it.
+    """Writes ``image`` with the boxes and points of ``answer`` on it. A file that is there already is replaced.
 
     Args:
         path: its suffix says in which format.
 
     Raises:
-        ValueError: the image cannot be used, the file cannot be written, or Pillow writes no such format.
+        ValueError: the image cannot be used, or the file not be written; see ``check_place``.
     """
-    Image.init()
-    if path.suffix.lower() not in Image.EXTENSION:
-        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take .png")
+    check_place(path, [image])
     with opened(image) as picture:
         drawn = draw(picture.pixels(picture.size), decode(answer))
     try:
-        drawn.save(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from None
+        drawn.save(encoded := io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+        path.write_bytes(encoded.getvalue())
+    except (OSError, ValueError) as error:  # the latter: too large for the format
+        raise ValueError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

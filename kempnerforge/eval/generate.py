@@ -14,6 +14,7 @@ from torch import Tensor
 from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.model.transformer import Cache
 
+TINY = torch.finfo(torch.float32).tiny
 UNFINISHED = "\ufffd"
 """What decoders write for bytes that are no character, or the beginning of one."""
 
@@ -27,7 +28,10 @@ class Sampling:
         top_k: keep the k most likely; 0 keeps all.
         top_p: keep the fewest most likely tokens whose mass reaches ``top_p``, the one that crosses it included (Holtzman et al. 2020, the
             rule of transformers); 1 keeps all.
-        seed: of the draws.
+        seed: of the draws, a 64-bit integer.
+
+    Raises:
+        ValueError: one of them cannot be.
     """
 
     temperature: float = 0.0
@@ -36,17 +40,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(
                 f"temperature = {self.temperature}, top_k = {self.top_k}, top_p = {self.top_p}: need >= 0, >= 0, and more than 0 up to 1"
             )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: must be a 64-bit integer")
 
 
 def choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
     """(B, V) -> (B,) token ids."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, TINY)  # the largest is 0 at any temperature
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

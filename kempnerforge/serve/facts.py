@@ -31,6 +31,7 @@ def facts_of(model: Answerer) -> dict[str, object]:
 
 def _name(path: Path) -> str:
     """Of the run that a checkpoint belongs to."""
+    path = path.resolve()
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 

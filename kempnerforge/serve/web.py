@@ -100,10 +100,12 @@ def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Serve
     Raises:
         ValueError: they cannot be had.
     """
+    if not host:  # to the system that means all addresses
+        raise ValueError("--host '': name an address; 0.0.0.0 is all of this machine's")
     try:
         return Server((host, port), desk, facts)
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535"
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535, a host a name or an address"
         raise ValueError(f"--host {host} --port {port}: cannot listen there: {why}") from None
 
 

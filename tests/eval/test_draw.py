@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kempnerforge.eval.codecs import Box, Marks, Point
-from kempnerforge.eval.draw import COLOURS, MAX_SIDE, MIN_SIDE, draw, save_drawn
+from kempnerforge.eval.draw import COLOURS, MAX_SIDE, MIN_SIDE, SUFFIXES, draw, save_drawn
 
 SIDE = 500
 
@@ -105,8 +105,34 @@ def test_nothing_raises(boxes: list[tuple[float, float, float, float, str]], poi
     draw(Image.new(mode, size), marks)
 
 
-@pytest.mark.parametrize("name", ["out", "out.xyz", "no/such/folder/out.png"])
+@pytest.mark.parametrize("name", ["out", "out.xyz", "out.psd", "no/such/folder/out.png"])
 def test_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="out"):
         save_drawn(tmp_path / "a.png", "", tmp_path / name)
+
+
+def test_the_image_itself_is_never_written_over(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").symlink_to("a.png")
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ValueError, match="would be lost"):
+            save_drawn(tmp_path / "a.png", "", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_formats_that_are_written(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (448, 448)).save(tmp_path / "a.png")
+    for _ in range(2):
+        save_drawn(tmp_path / "a.png", "", tmp_path / f"out{suffix}")
+    assert Image.open(tmp_path / f"out{suffix}").size == (448, 448)
+
+
+def test_a_drawing_that_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 17_000)).save(tmp_path / "long.png")
+    (tmp_path / "out.webp").write_bytes(b"kept")
+    with pytest.raises(ValueError, match="out.webp: cannot be written"):
+        save_drawn(tmp_path / "long.png", "", tmp_path / "out.webp")
+    assert (tmp_path / "out.webp").read_bytes() == b"kept"

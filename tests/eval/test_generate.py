@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -72,11 +73,20 @@ def test_seeds() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-45, 1e-320])
+def test_a_very_low_temperature_is_the_most_likely(temperature: float) -> None:
+    logits = torch.tensor([[1e4, 1e4 + 2, -1e4]])
+    assert choose(logits, Sampling(temperature), rng()).tolist() == [1]
+    assert int((frequencies(logits, Sampling(inf)) > 0.3).sum()) == 3
+
+
 def test_bf16_logits() -> None:
     assert choose(torch.zeros(3, 5, dtype=torch.bfloat16), Sampling(1.0, top_k=2, top_p=0.9), rng()).shape == (3,)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -0.1}, {"temperature": nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"seed": 2**63}]
+)
 def test_bad_settings(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)

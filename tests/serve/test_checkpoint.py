@@ -14,8 +14,10 @@ from urllib.request import urlopen
 import pytest
 from PIL import Image
 
-from kempnerforge.cli import chat, generate
+from kempnerforge.cli import chat
+from kempnerforge.cli.main import run as main
 from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.eval.draw import SUFFIXES
 from kempnerforge.serve.facts import facts_of
 from kempnerforge.serve.terminal import Chat
 from kempnerforge.training.answer import Answer, Answerer
@@ -179,10 +181,51 @@ def test_drawings(trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
         (("1.png", "2.png", "--draw", "x.png"), "name a folder"),
         (("1.png", "1.png", "--draw", "x"), "two images"),
         (("1.png", "--draw", "x.doc"), "no format of images"),
+        (("1.png", "--draw", "x.psd"), "no format of images"),
+        (("1.png", "--draw", "x/y.png"), "no folder"),
+        (("1.png", "--draw", "1.png"), "would be lost"),
+        ((".", "--draw", "."), "would be lost"),
     ],
 )
 def test_drawings_that_cannot_be(trained: Path, pictures: Path, argv: tuple[str, ...], why: str) -> None:
-    ended = call("generate", trained / "run", *(str(pictures / word) if word[0] in "12x" else word for word in argv))
+    before = {file: file.read_bytes() for file in pictures.iterdir()}
+    ended = call("generate", trained / "run", *(str(pictures / word) if word[0] in "12x." else word for word in argv))
+    assert ended.code == 2 and why in ended.err and not ended.out
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_folder_with_a_dot_takes_drawings(trained: Path, pictures: Path) -> None:
+    (pictures / "v1.0").mkdir()
+    ended = call("generate", trained / "run", pictures / "1.png", "--draw", pictures / "v1.0", "--max-new-tokens=1")
+    assert ended.code == 0 and (pictures / "v1.0" / "1.png").is_file()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_not_steered(trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pictures / "a\x1b[31m.png").write_bytes((pictures / "1.png").read_bytes())
+    (pictures / ".hidden.png").write_bytes(b"what an archive left there")
+    monkeypatch.setattr(Answer, "__iter__", lambda self: iter(["a\x1b[2J\n", "b"]))
+    monkeypatch.setattr("sys.stdout", out := Terminal())
+    assert main(["generate", str(trained / "run"), str(pictures)]) == 0
+    assert "\x1b" not in out.getvalue() and "a\\x1b[31m.png: a\ufffd[2J\nb\n" in out.getvalue()
+    assert len(out.getvalue().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--temperature", "nan"), "temperature = nan"),
+        (("--temperature", "1", "--seed", str(10**20)), "64-bit"),
+        (("--top-k", "3"), "only read with a --temperature"),
+        (("--seed", "3"), "only read with a --temperature"),
+    ],
+)
+def test_options_that_cannot_be(trained: Path, words: tuple[str, ...], why: str) -> None:
+    ended = call("generate", trained / "run", *words)
     assert ended.code == 2 and why in ended.err
 
 
@@ -190,4 +233,4 @@ def test_folders_hold_what_is_opened() -> None:
     from kempnerforge.data.images import FORMATS
 
     Image.init()
-    assert {Image.EXTENSION[suffix] for suffix in generate.SUFFIXES} == set(FORMATS)
+    assert {Image.EXTENSION[suffix] for suffix in SUFFIXES} == set(FORMATS)

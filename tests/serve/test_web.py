@@ -114,7 +114,7 @@ def test_questions_wait_in_line() -> None:
         for number in range(4):
             threads.append(threading.Thread(target=ask, args=(str(number),)))
             threads[-1].start()
-            wait_for(lambda: len(model.asked) + len(server.desk._waiting) == len(threads))
+            wait_for(lambda: len(model.asked) == 1 and len(server.desk._waiting) == len(threads) - 1)
         goes_on.set()
         for thread in threads:
             thread.join()
@@ -310,3 +310,9 @@ def test_a_port_that_is_taken(server: Server) -> None:
     for port in (server.server_port, 70000, -1):
         with pytest.raises(ValueError, match=f"--port {port}: cannot listen"):
             bind("127.0.0.1", port, server.desk, FACTS)
+
+
+@pytest.mark.parametrize("host", ["", "a\0b", "no.such.host.invalid"])
+def test_hosts_that_cannot_be(server: Server, host: str) -> None:
+    with pytest.raises(ValueError, match="--host"):
+        bind(host, 0, server.desk, FACTS)

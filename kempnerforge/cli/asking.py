@@ -1,0 +1,36 @@
+"""What commands that ask a model share: how its tokens are chosen, and what a terminal is shown of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kempnerforge.eval.generate import Sampling
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of an answer."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 64, or what the model has room for)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens alone (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold a share P of the mass (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What those options say.
+
+    Raises:
+        ValueError: one is out of its range, or is not read, as nothing is drawn.
+    """
+    from kempnerforge.eval.generate import Sampling
+
+    found = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.temperature == 0 and found != Sampling():
+        raise ValueError("--top-k, --top-p and --seed are only read with a --temperature above 0")
+    return found
