@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS, VLMConfig
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.seen import Seen
-from kempnerforge.model.attention import additive
+from kempnerforge.model.attention import Segments, additive
 from kempnerforge.model.hf_towers import Clip, Dinov2, Normalisation, Siglip2, first_line, quiet, read_config, read_normalisation
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import VLM, Output
@@ -175,7 +175,7 @@ class HF(VLM):
 
     def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
         """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no others."""
-        segments, past = self.segments(batch), None
+        segments, past = replace(self.segments(batch), positions=batch.positions), None
         self.hf_model.training = self.training  # it is outside of the module tree
         if cache is not None:
             cache.segments = segments = segments if cache.segments is None else cache.segments.extend(segments)
@@ -184,18 +184,37 @@ class HF(VLM):
         def chosen(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             return (args[0].flatten(0, 1)[batch.targets] if cache is None else args[0][:, -1],)  # (T, D) or (B, D)
 
-        handle = self.hf_model.get_output_embeddings().register_forward_pre_hook(chosen)
+        masks = self._masks(segments, stream)
+        mask = next(iter(masks.values()))
+
+        def masked(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, named | {"attention_mask": masks if len(masks) > 1 else mask}
+
+        # NOTE: not every class with images hands several masks down
+        handles = [
+            self.hf_model.get_output_embeddings().register_forward_pre_hook(chosen),
+            self.hf_model.get_decoder().register_forward_pre_hook(masked, with_kwargs=True),
+        ]
         try:
             found = self.hf_model(
                 inputs_embeds=stream,
-                attention_mask=additive(segments.visible(stream.shape[1]), stream.dtype),  # (B, 1, S, K)
+                attention_mask=mask,
                 position_ids=batch.positions + FIRST_POSITION.get(self.kind, 0),
                 past_key_values=past,
                 use_cache=past is not None,
             )
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return found.logits.float()
+
+    def _masks(self, segments: Segments, stream: Tensor) -> dict[str, Tensor]:
+        """(B, 1, S, K) for each kind of layer that there is."""
+        text = self.hf_model.config.get_text_config()
+        window = getattr(text, "sliding_window", None) or 0
+        kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"]) if window else {"full_attention"}
+        visible = {kind: segments.visible(stream.shape[1], window if kind == "sliding_attention" else 0) for kind in kinds}
+        return {kind: additive(seen, stream.dtype) for kind, seen in visible.items()}
 
     def warm_start(self) -> None:
         """The weights at ``path``, read with the class's own rules, but none may be missing or left over."""
@@ -265,14 +284,11 @@ class HF(VLM):
             ValueError: the model has too few positions or token embeddings for the job.
         """
         where, text, job = f"path = {self.config.path!r}", self.hf_model.config.get_text_config(), self.job.model
-        slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
-        limits = {
-            "positions (max_position_embeddings)": getattr(text, "max_position_embeddings", None),
-            "positions in a layer (sliding_window)": getattr(text, "sliding_window", None) if slides else None,
-        }
-        for what, limit in limits.items():
-            if limit is not None and job.max_seq_len > limit:
-                raise ValueError(f"{where}: it sees {limit} {what}, model.max_seq_len = {job.max_seq_len} is more")
+        limit = getattr(text, "max_position_embeddings", None)
+        if limit is not None and job.max_seq_len > limit:
+            raise ValueError(f"{where}: it sees {limit} positions (max_position_embeddings), model.max_seq_len = {job.max_seq_len} is more")
+        if other := set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"{where}: has layers with {', '.join(sorted(other))}, for which there is no mask here")
         rows, wanted = self.hf_model.get_input_embeddings().weight.shape[0], job.vocab_size + len(job.new_tokens)
         if wanted > rows:
             raise ValueError(
