@@ -53,6 +53,8 @@ def rows_fit(job: JobConfig) -> Found:
     """A row is not longer than the model reads."""
     if job.train.seq_len > job.model.max_seq_len:
         yield ("train",), f"seq_len = {job.train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
+    if job.eval.text_path and job.eval.text_window > job.model.max_seq_len:
+        yield ("eval",), f"text_window = {job.eval.text_window}: must be at most model.max_seq_len = {job.model.max_seq_len}"
 
 
 @_reads("vision_encoder", "adapter", "vlm", "model", "train")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kempnerforge.config.checks import at_least, fraction, more_than, one_of
+from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
 
 
 @dataclass
@@ -229,6 +229,9 @@ class EvalConfig:
         blind: repeat each evaluation with blank images.
         exact_match: generate an answer to each held-out question and compare it with the truth.
         loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no questions it is always measured.
+        text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the perplexity: what is left of the
+            language model, or has become of it.
+        text_window: tokens of it that are read together, each after those before it.
     """
 
     interval: int = 0
@@ -239,7 +242,10 @@ class EvalConfig:
     blind: bool = True
     exact_match: bool = True
     loss: bool = False
+    text_path: str = ""
+    text_window: int = 512
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")
-        at_least(self, 1, "batch_size", "max_new_tokens")
+        at_least(self, 1, "batch_size", "max_new_tokens", "text_window")
+        only_if(self, bool(self.text_path), "text_path", "text_window")

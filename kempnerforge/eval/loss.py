@@ -1,14 +1,24 @@
-"""Held-out loss: what is left to measure where there is no answer to generate."""
+"""Held-out loss: what is left to measure where there is no answer to generate; and the perplexity of plain text."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from kempnerforge.config.data import TextConfig
 from kempnerforge.data.collate import collate
 from kempnerforge.data.encode import Encoded, Encoder
+from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sources.build import build_source
+from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import Ranks
 from kempnerforge.eval.mode import mode
+
+TOKENS_AT_ONCE = 4096
+MAX_EXPONENT = 700.0
+"""Of a double."""
 
 
 @torch.no_grad()
@@ -41,6 +51,37 @@ def held_out_loss(
                 tokens += batch.num_targets
     loss, tokens = ranks.sum([loss, tokens])
     return loss / max(1.0, tokens)
+
+
+class PlainText:
+    """A text that a model reads without any image, in windows of which each token but the first of all is predicted once.
+
+    Args:
+        path: of the text, UTF-8.
+        window: tokens read together.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+
+    def __init__(self, path: str, window: int, tokenizer: Tokenizer) -> None:
+        try:
+            source = build_source(TextConfig(path=path), "train")
+        except ValueError as error:
+            raise ValueError(str(error).replace("data.path", "eval.text_path")) from None
+        assert source is not None
+        self.windows = source.tokenised(tokenizer, window)
+        self._encoder = Encoder(tokenizer, self.windows.cfg, Layout(0, 0, window, window, window), 0)
+        self._rows = max(1, TOKENS_AT_ONCE // window)
+
+    def perplexity(self, model: torch.nn.Module, ranks: Ranks, device: torch.device, limit: int) -> float:
+        """``exp`` of the mean cross-entropy of a token.
+
+        Args:
+            limit: windows at most, spread evenly over the text; 0 takes all.
+        """
+        loss = held_out_loss(model, self.windows, self._encoder, ranks, device, rows=self._rows, limit=limit)
+        return math.exp(min(loss, MAX_EXPONENT))
 
 
 def _any_sample(source: Source, encoder: Encoder) -> Encoded:

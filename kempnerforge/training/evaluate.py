@@ -8,6 +8,7 @@ from pathlib import Path
 from kempnerforge.eval.exact_match import evaluate, questions
 from kempnerforge.eval.loss import held_out_loss
 from kempnerforge.training.restore import restore
+from kempnerforge.training.setup import evaluated
 
 
 class OneProcess:
@@ -32,14 +33,19 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int) -> tup
     Raises:
         ValueError: there is nothing held out.
     """
-    restored = restore(path, overrides, data=True)
+    restored = restore(path, overrides, data=False)
     assembly, device, ranks = restored.assembly, restored.device, OneProcess()
-    source, cfg, encoder = assembly.held_out, assembly.job.eval, assembly.encoder(assembly.stages[-1])
-    if source is None:
-        raise ValueError(f"data.eval_path = '': {path} has no held-out data")
+    cfg, encoder = assembly.job.eval, assembly.encoder(assembly.stages[-1])
+    source, plain_text = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    if source is None and plain_text is None:
+        raise ValueError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
     values: dict[str, object] = {"checkpoint": str(restored.path), "step": restored.manifest.step}
-    asked, skipped = questions(source, limit)
     seeing = None
+    if plain_text is not None:
+        values["text_perplexity"] = plain_text.perplexity(assembly.model, ranks, device, limit)
+    if source is None:
+        return values, {}
+    asked, skipped = questions(source, limit)
     if asked and cfg.exact_match:
         seeing = evaluate(assembly.model, asked, encoder, cfg, ranks, device)
         values |= {"exact_match": seeing.exact_match, "questions": seeing.total, "unreadable": len(skipped) + len(seeing.skipped)}

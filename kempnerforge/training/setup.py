@@ -18,6 +18,7 @@ from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.eval.loss import PlainText
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
 from kempnerforge.vlm.base import VLM
@@ -33,6 +34,7 @@ class Assembly:
         layouts: what the data must know of the model, stage by stage.
         sources: the training data of each stage.
         held_out: what is evaluated (the last stage's), or None.
+        plain_text: what it is evaluated on besides, or None.
     """
 
     job: JobConfig
@@ -42,6 +44,7 @@ class Assembly:
     layouts: list[Layout]
     sources: list[Source]
     held_out: Source | None
+    plain_text: PlainText | None = None
 
     @property
     def layout(self) -> Layout:
@@ -98,12 +101,17 @@ def assemble(
     if model.has_images:
         for section in sections:
             section.images.check(model.image_size)
-    held_out = None
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
-        held_out = build_source(stages[-1].data, "test", tokenizer, stages[-1].train.seq_len)
+    held_out, plain_text = evaluated(job, stages[-1], tokenizer) if data else (None, None)
     layouts = [_layout(job, model, stage.train.seq_len) for stage in stages]
-    return Assembly(job, stages, tokenizer, model, layouts, sources, held_out)
+    return Assembly(job, stages, tokenizer, model, layouts, sources, held_out, plain_text)
+
+
+def evaluated(job: JobConfig, last: Stage, tokenizer: Tokenizer) -> tuple[Source | None, PlainText | None]:
+    """What there is to evaluate on: the held-out data of the ``last`` stage, and plain text."""
+    plain_text = PlainText(job.eval.text_path, job.eval.text_window, tokenizer) if job.eval.text_path else None
+    return build_source(last.data, "test", tokenizer, last.train.seq_len), plain_text
 
 
 def _layout(job: JobConfig, model: VLM, seq_len: int) -> Layout:

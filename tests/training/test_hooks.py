@@ -121,6 +121,30 @@ def test_held_out_loss_where_there_is_nothing_to_ask(tmp_path: Path):
     assert found["loss"] == pytest.approx(summary["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_perplexity_of_plain_text(held_out: bool, tmp_path: Path):
+    job = make_job(tmp_path)
+    (text := tmp_path / "plain.txt").write_text("which colour is it? it is red. " * 8)
+    more = [f"--eval.text_path={text}", "--eval.text_window=16", *([] if held_out else ["--data.eval_path="])]
+    assert call("train", job, "--eval.interval=2", "--train.max_steps=3", *more).code == 0
+    rows = [row for row in metrics(tmp_path / "run") if "eval/text_perplexity" in row]
+    assert [row["step"] for row in rows] == [2, 3] and all(1 < row["eval/text_perplexity"] < 600 for row in rows)
+    assert ("eval/exact_match" in rows[0]) is held_out
+    ended = call("eval", tmp_path / "run", "--json", f"--eval.text_path={text}")
+    assert json.loads(ended.out)["text_perplexity"] == pytest.approx(rows[-1]["eval/text_perplexity"], rel=1e-5)
+    assert "Plain text" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_plain_text_that_is_not_there(tmp_path: Path):
+    job = make_job(tmp_path)
+    ended = call("train", job, f"--eval.text_path={tmp_path / 'none.txt'}", "--eval.text_window=8")
+    assert ended.code == 2 and "eval.text_path" in ended.err and "none.txt" in ended.err
+    ended = call("train", job, "--eval.text_window=8")
+    assert ended.code == 2 and "text_window = 8: only text_path reads it" in ended.err
+    ended = call("train", job, "--eval.text_path=x", "--eval.text_window=65")
+    assert ended.code == 2 and "text_window = 65: must be at most model.max_seq_len = 64" in ended.err
+
+
 def test_console_time_left_after_a_restart_and_a_bad_loss(capsys: pytest.CaptureFixture[str]):
     """Rates come from this process's own steps, and one loss that is not a number does not stay."""
     console = ConsoleProgress()

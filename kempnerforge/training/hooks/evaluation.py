@@ -16,7 +16,7 @@ PRIOR_SAMPLES = 50_000
 
 
 class Evaluation(Hook):
-    """Exact match of generated answers with and without the images; held-out loss where the data have no questions.
+    """Exact match of generated answers with and without the images; held-out loss where the data have no questions; perplexity of plain text.
 
     Attributes:
         seeing, blind: the final scores, once ``finish`` has run.
@@ -53,11 +53,15 @@ class Evaluation(Hook):
                 self.prior = question_only_prior(answered, self._all)
 
     def _evaluate(self, trainer: Trainer, limit: int) -> tuple[Score | None, Score | None]:
-        if trainer.assembly.held_out is None:
-            return None, None
-        encoder = trainer.assembly.encoder(trainer.stages[-1])
-        world, device, self.values = trainer.world, trainer.world.device, {}
+        assembly, world, device, self.values = trainer.assembly, trainer.world, trainer.world.device, {}
         seeing = blind = None
+        if assembly.plain_text is not None:
+            self.values["eval/text_perplexity"] = assembly.plain_text.perplexity(trainer.model, world, device, limit)
+        if assembly.held_out is None:
+            if self.values:
+                trainer.record(self.values)
+            return None, None
+        encoder = assembly.encoder(trainer.stages[-1])
         if self._all and self.cfg.exact_match:
             asked = self._all if not limit else [self._all[i * len(self._all) // limit] for i in range(min(limit, len(self._all)))]
             seeing = evaluate(trainer.model, asked, encoder, self.cfg, world, device)
@@ -67,9 +71,7 @@ class Evaluation(Hook):
                 self.values |= scores(blind, "_blind")
         if self.cfg.loss or seeing is None:
             rows = max(1, trainer.stage.train.batch_size // world.size)
-            self.values["eval/loss"] = held_out_loss(
-                trainer.model, trainer.assembly.held_out, encoder, world, device, rows=rows, limit=limit
-            )
+            self.values["eval/loss"] = held_out_loss(trainer.model, assembly.held_out, encoder, world, device, rows=rows, limit=limit)
         trainer.record(self.values)
         return seeing, blind
 
