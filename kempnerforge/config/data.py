@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, fraction, one_of
+from kempnerforge.config.checks import at_least, fraction, one_of, only_if
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TurnsConfig, check_template
 
@@ -53,9 +54,11 @@ class DataConfig:
         image_cache_mib: decoded images kept in memory, per process.
         images: what an image becomes: one square or several, and how it is changed in training.
         needs_images: no key, but a fact about the class: its samples make no sense to a job without ``[vlm]``.
+        unread: no key either: the keys above that samples of this class have no use for.
     """
 
     needs_images: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = ()
 
     source: str = "easy_vqa"
     tokenizer: str = "train"
@@ -86,15 +89,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         one_of(self, "batching", ("group", "pad", "pack"))
         one_of(self, "group_by", ("characters", "positions"))
-        if self.group_by != "characters" and self.batching != "group":
-            raise ValueError(f"group_by = {self.group_by!r}: only batching = 'group' reads it")
+        only_if(self, self.batching == "group", "batching = 'group'", "group_by")
         at_least(self, 0, "max_images_per_row", "num_workers", "image_cache_mib")
-        if self.max_images_per_row and self.batching != "pack":
-            raise ValueError(f"max_images_per_row = {self.max_images_per_row}: only batching = 'pack' reads it")
+        only_if(self, self.batching == "pack", "batching = 'pack'", "max_images_per_row")
         at_least(self, 300, "tokenizer_vocab_size")
         fraction(self, "max_bad_fraction")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
             raise ValueError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
+        only_if(self, False, "a source of prompts, answers and images", *self.unread)
         check_template(self)
 
 
@@ -117,8 +119,7 @@ class EasyVQAConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "form", ("captions", "questions"))
-        if self.with_captions and self.form == "captions":
-            raise ValueError("with_captions = true: only form = 'questions' reads it")
+        only_if(self, self.form == "questions", "form = 'questions'", "with_captions")
 
 
 @dataclass
@@ -142,7 +143,7 @@ class FileConfig(DataConfig):
 
 
 @dataclass
-class Splits:
+class Splits(FileConfig):
     """For data that may have splits, such as a Hugging Face dataset.
 
     Attributes:
@@ -151,6 +152,27 @@ class Splits:
 
     split: str = "train"
     eval_split: str = ""
+
+
+def is_csv(path: str) -> bool:
+    """Whether ``path`` names a CSV or TSV file."""
+    return path.lower().endswith((".csv", ".tsv")) and not os.path.isdir(path)
+
+
+def is_file_of_rows(path: str) -> bool:
+    """Whether ``path`` names a JSON, CSV or TSV file, which has no splits."""
+    return is_csv(path) or (path.lower().endswith((".json", ".jsonl")) and not os.path.isdir(path))
+
+
+@dataclass
+class RowsConfig(Splits):
+    """Rows of a JSON, CSV or TSV file, or of a dataset."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dataset, held_out = not is_file_of_rows(self.path), not is_file_of_rows(self.eval_path or self.path)
+        only_if(self, dataset or (held_out and not self.eval_split), "a dataset, which no JSON, CSV or TSV file is,", "split")
+        only_if(self, held_out, "a dataset, which no JSON, CSV or TSV file is,", "eval_split")
 
 
 @dataclass
@@ -173,6 +195,9 @@ class TableConfig(FileConfig):
         super().__post_init__()
         if not self.answer_column and not self.texts_column:
             raise ValueError("answer_column = '': name the column of the trained text, or set texts_column")
+        only_if(
+            self, not self.texts_column, "texts_column = ''", *(key for key in ("prompt_column", "answer_column") if getattr(self, key))
+        )
 
 
 @registry.register_data_config
@@ -194,12 +219,15 @@ class HFDatasetConfig(Splits, TableConfig):
 @registry.register_data_config
 @dataclass
 class TextConfig(DataConfig):
-    """Plain text: a file, cut into windows of ``train.seq_len`` tokens, all of them trained.
+    """Plain text: a file, cut into windows of ``train.seq_len`` tokens, all of them trained. It is written without a template;
+    ``template`` and what belongs to it say how the model is asked something afterwards.
 
     Attributes:
         path: the training text, UTF-8.
         eval_path: held-out text; empty means nothing is evaluated.
     """
+
+    unread: ClassVar[tuple[str, ...]] = ("answer_template", "truncate", "image_placeholder", "images")
 
     source: str = "text"
     path: str = ""

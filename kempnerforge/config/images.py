@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from itertools import chain
 
-from kempnerforge.config.checks import at_least, fraction, one_of
+from kempnerforge.config.checks import at_least, fraction, one_of, only_if
 
 GLOBAL_MARKER = "<|global_image|>"
 """Stands before the view of a whole image (nanoVLM's name)."""
-_READ_BY = {
-    "tiling": ("tiles", None),
-    "global_view": ("tiles", None),
-    "markers": ("tiles", None),
-    "max_side": ("tiles", "grid"),
-    "resize_to_max_side": ("tiles", "grid"),
-    "marker_grid": ("tiles", "grid"),
-    "pinpoints": ("tiles", "anyres"),
-    "max_tiles": ("tiles", "overlap"),
-    "overlap": ("tiles", "overlap"),
-}
-"""Key -> the ``fit`` and the ``tiling`` (None: any) that read it."""
+_OF_TILES = ("tiling", "global_view", "markers")
+_OF_TILING = {"grid": ("max_side", "resize_to_max_side", "marker_grid"), "anyres": ("pinpoints",), "overlap": ("max_tiles", "overlap")}
+"""Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
 
 
 def tile_marker(row: int, column: int) -> str:
@@ -59,6 +51,7 @@ class AugmentConfig:
         at_least(self, 1, "crop_ratio")
         if not self.crop_scale:
             raise ValueError("crop_scale = 0.0: must be more than 0")
+        only_if(self, self.crop_scale < 1, "crop_scale < 1", "crop_ratio")
 
 
 @dataclass
@@ -109,11 +102,10 @@ class ImagesConfig:
             raise ValueError(f"overlap = {self.overlap}: must be between 0 and 0.5")
         if not self.pinpoints or min(map(min, self.pinpoints)) < 1:
             raise ValueError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column")
-        for key, default in ((f.name, f.default_factory() if callable(f.default_factory) else f.default) for f in fields(self)):
-            fit, tiling = _READ_BY.get(key, (self.fit, None))
-            if getattr(self, key) != default and (self.fit != fit or tiling not in (None, self.tiling)):
-                reader = f"tiling = {tiling!r}" if self.fit == fit else f"fit = {fit!r}"
-                raise ValueError(f"{key} = {getattr(self, key)!r}: only {reader} reads it")
+        only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
+        for tiling, keys in _OF_TILING.items():
+            only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
+        only_if(self, self.markers, "markers = true", "marker_grid")
 
     @property
     def has_markers(self) -> bool:

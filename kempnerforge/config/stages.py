@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from kempnerforge.config.build import INVALID, UNIONS, class_named, construct, convert, convert_fields, fields_of
-from kempnerforge.config.checks import at_least
+from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import Key, Problems
 from kempnerforge.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
@@ -125,16 +125,6 @@ def _other_source(section: DataConfig, table: dict[str, Any], key: Key, problems
         return INVALID
     if chosen is type(section):
         return _replace(section, table, key, problems)
-    kept = {part: value for part, value in _not_default(section).items() if part in fields_of(chosen)}
+    kept = {part: value for part, value in not_default(section).items() if part in fields_of(chosen) and part not in chosen.unread}
     values = kept | _convert(chosen, table, key, problems) | {union.key: name}
     return construct(chosen, chosen, values, kept.keys() | table.keys(), key, problems)
-
-
-def _not_default(section: Any) -> dict[str, Any]:
-    """The values of ``section`` that differ from its class's defaults."""
-    values = {}
-    for f in fields(section):
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        if getattr(section, f.name) != default:
-            values[f.name] = getattr(section, f.name)
-    return values

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from kempnerforge.config.checks import one_of
+from kempnerforge.config.checks import one_of, only_if
 
 TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
 WITH_SYSTEM = ("chat", "turns")
@@ -59,10 +59,8 @@ def check_template(section: Any) -> None:
     one_of(section, "template", TEMPLATES)
     for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
         one_field(section, key, name)
-        if section.template != "prompt" and getattr(section, key) != getattr(type(section), key):
-            raise ValueError(f"{key} = {getattr(section, key)!r}: only template = 'prompt' reads it, and template = {section.template!r}")
-    if section.template != "turns" and section.turns != TurnsConfig():
-        raise ValueError(f"turns: only template = 'turns' reads it, and template = {section.template!r}")
+        only_if(section, section.template == "prompt", "template = 'prompt'", key)
+    only_if(section, section.template == "turns", "template = 'turns'", "turns")
     if section.system and section.template not in WITH_SYSTEM:
         raise ValueError(
             f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"

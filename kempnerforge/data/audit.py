@@ -31,8 +31,6 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool, names: Mapping[in
     """Each row as text with its trained tokens marked.
 
     Args:
-        batch: as training gets it.
-        tokenizer: of the model.
         color: mark trained tokens by a green background and print the rest dim; otherwise put trained tokens in [brackets], and write a
             bracket or the name of a special token that the text itself holds behind a backslash.
         names: special tokens by id, which are spelled out; None knows BOS and EOS alone.
@@ -116,7 +114,6 @@ def audit(
     positions with a label. Windows of plain text, where each position is trained, need no EOS and end on a token beyond the row.
 
     Args:
-        batch: as training gets it.
         eos_id: id of EOS; None leaves the check for the end of answers out.
         ends: further tokens that an answer may end in, such as the template's end of a turn.
         every_turn: each answer of a conversation has an end. False: its last one alone, as with templates that write none.

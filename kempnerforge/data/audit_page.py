@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kempnerforge.data.audit import count, image_length, visible
+from kempnerforge.config.errors import visible
+from kempnerforge.data.audit import count, image_length
 from kempnerforge.data.audit_rows import Decoder, Piece, Row, pieces_of
 
 SMALL_SIDE, MAX_SIDE = 96, 512
@@ -56,9 +57,9 @@ background:var(--image);box-shadow:none}.tokens .p{background:var(--padding);col
 """
 
 
-def text(value: object) -> str:
-    """Escaped for HTML and XML; controls and half surrogates become visible escapes."""
-    return escape(visible(str(value)), quote=True)
+def text(value: object, keep: str = "") -> str:
+    """Escaped for HTML and XML; controls (but those to ``keep``) and half surrogates become visible escapes."""
+    return escape(visible(str(value), keep + "\u00a0"), quote=True)
 
 
 def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]) -> dict[str, Any]:
@@ -144,27 +145,26 @@ def _view(slot: int, image: Mapping[str, Any], images: np.ndarray | None) -> str
     first, last = image["start"], image["start"] + image["positions"] - 1
     where = f"columns {first}–{last}" if image["positions"] else f"before column {first}"
     known = images is not None and 0 <= image["picture"] < len(images)
-    shown = picture(images[image["picture"]], f"image {slot}") if known and images is not None else "(no such image)"
+    shown = picture(images[image["picture"]].transpose(1, 2, 0), f"image {slot}") if known and images is not None else "(no such image)"
     return f"<figure>{shown}<figcaption>image {slot} · {_text_name(image)}<br>{where}</figcaption></figure>"
 
 
-def picture(image: np.ndarray, name: str) -> str:
+def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> str:
     """An ``img`` element with the pixels in it.
 
     Args:
-        image: (3, H, W) uint8, RGB.
+        image: (H, W, 3) uint8, RGB.
         name: read aloud instead of it.
+        side: of a larger one, to which it is shrunk.
     """
-    drawn = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))  # (H, W, 3)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
+    drawn, buffer = Image.fromarray(np.ascontiguousarray(image)), io.BytesIO()
     small = max(drawn.size) <= SMALL_SIDE
-    drawn.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = io.BytesIO()
-    if small:
-        drawn.save(buffer, "PNG", optimize=True)
-    else:
-        drawn.save(buffer, "JPEG", quality=88)
+    drawn.thumbnail((side, side))
+    kind, options = ("png", {"optimize": True}) if small else ("jpeg", {"quality": 88})
+    drawn.save(buffer, kind, **options)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    kind = "png" if small else "jpeg"
     return f'<img{" class=small" if small else ""} alt="{text(name)}" src="data:image/{kind};base64,{data}">'
 
 

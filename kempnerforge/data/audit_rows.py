@@ -167,7 +167,6 @@ class Piece:
         start, end: its positions; none where an image takes none, and one beyond the row for the last token of a window.
         trained: whether the model learns to say it.
         text: as decoded, unescaped; the name of a special token.
-        ids: of its tokens.
         picture: number in ``Batch.images``, and which of the row's images it is.
     """
 
@@ -182,14 +181,7 @@ class Piece:
 
 
 def pieces_of(row: Row, segment: Segment, tokenizer: Decoder, names: Mapping[int, str]) -> Iterator[Piece]:
-    """``segment`` in pieces, in order.
-
-    Args:
-        row: which it is of.
-        segment: one of its segments.
-        tokenizer: of the model.
-        names: special tokens by id.
-    """
+    """``segment`` in pieces, in order."""
     items = list(_items(row, segment, names))
     for (what, trained, _), group in groupby(items, key=lambda item: (item.what, item.trained, item.slot)):
         run = list(group)
@@ -234,10 +226,8 @@ def _token(id_: int, at: int, trained: bool, names: Mapping[int, str]) -> Piece:
 
 
 def _texts(run: Sequence[Piece], decode: Callable[[Sequence[int]], str]) -> Iterator[Piece]:
-    """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once.
-
-    What a token says may depend on the one before (a space in front of it), and a character may take several tokens: each is decoded behind
-    the last one that was shown, and tokens that say nothing by themselves wait for the next.
+    """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once. A token may depend on the one before, and
+    a character may take several: each is decoded behind the last one that was shown, and those that say nothing by themselves wait.
     """
     ids = [id_ for piece in run for id_ in piece.ids]
     context, begin = 0, 0  # tokens that are decoded along, tokens that are shown

@@ -15,8 +15,6 @@ class Change(NamedTuple):
 
     Attributes:
         box: the part that is taken: left, upper, right and lower edge as shares of width and height.
-        flip: mirror left and right.
-        brightness, contrast, saturation: factors.
     """
 
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)

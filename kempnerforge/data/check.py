@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import os
 import time
@@ -32,11 +33,8 @@ class Bad:
     """A sample that cannot be used.
 
     Attributes:
-        index: in the source.
-        id: its name in messages.
         kind: "row" (the source cannot read it), "image", "text", "length" (a text that does not fit into a row, or too many images), or "crash": not refused as
             unusable, but with an exception that would end training.
-        reason: in words.
     """
 
     index: int
@@ -54,7 +52,6 @@ class Found:
         sizes: (n, len(COLUMNS)) int64. ``positions``: of a row with all of a sample's texts and images; ``row``: of its row under the limits
             of the job, 0 if it is refused; ``text_tokens``: of all texts; ``longest``: of one text; ``needed``: positions of a row with the
             longest text alone; ``trained``: labels; ``texts``; ``images``; ``views``. All 0 where a sample has no size.
-        bad: those that cannot be used.
         digests: (m,) 16 bytes each, of the content of every image of a usable sample.
         digest_owners: (m,) the samples that they are of.
     """
@@ -84,8 +81,6 @@ class Reader:
     """Reads samples of one source.
 
     Args:
-        source: the samples.
-        encoder: that of training.
         images: decode them, and take digests of their content.
     """
 
@@ -131,11 +126,7 @@ class Reader:
         return Found(taken, sizes, bad, np.array(digests, dtype="S16"), np.array(owners, dtype=np.int64))
 
     def _size(self, sample: Sample, sizes: np.ndarray) -> None:
-        """Fills in one row of ``Found.sizes``.
-
-        Raises:
-            SampleError: the sample cannot be encoded, however much room there is.
-        """
+        """Fills in one row of ``Found.sizes``; raises SampleError if the sample cannot be encoded, however much room there is."""
         positions, views = self.roomy.measure(sample)
         if not positions:
             positions = self.roomy.encode(sample, 0).table.shape[1]  # says what is wrong
@@ -175,14 +166,8 @@ class Reader:
 
 def digest(image: ImageSource) -> bytes:
     """16 bytes that stand for the content of an encoded image."""
-    hashed = hashlib.blake2b(digest_size=16)
-    if isinstance(image, bytes):
-        hashed.update(image)
-    else:
-        with image.open("rb") as file:
-            while block := file.read(2**20):
-                hashed.update(block)
-    return hashed.digest()
+    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callable[[int], object] = int, alone_s: float = ALONE_S) -> Found:
@@ -190,7 +175,6 @@ def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callabl
 
     Args:
         reader: of the source. It is sent to each worker, so its source must be picklable, as for a loader.
-        indices: which samples.
         workers: processes; 1 reads all in this one.
         done: told how many more are read, again and again.
         alone_s: seconds that this process reads by itself before it starts others.

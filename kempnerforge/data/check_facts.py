@@ -49,8 +49,6 @@ class Limits:
     """Limits of a row, and what they would do to the samples that were read.
 
     Attributes:
-        max_text_len: text tokens of a row.
-        seq_len: positions of a row.
         too_long: samples with a text that does not fit at all: they are refused, or cut where ``data.truncate`` says so.
         shortened: samples of which not all texts fit into one row.
     """
@@ -90,12 +88,10 @@ class Batching:
     """What one mode would make of the samples.
 
     Attributes:
-        mode: of ``data.batching``.
         seq_len: of packed rows, else 0.
         useful: share of all positions that is no padding.
         trained: share of all positions that has a label.
         row_length: mean length of a row.
-        samples_per_row: mean.
     """
 
     mode: str
@@ -115,8 +111,6 @@ class Sizes:
     """Sizes of samples from what was read. Those that were refused count as the median of the others, as they are replaced.
 
     Args:
-        found: what was read.
-        n: samples of the source.
         max_images: views of a row at most; a sample with more is refused. 0 is no limit.
     """
 
@@ -146,9 +140,6 @@ def batching_modes(found: Found, source: Source, layout: Layout, train_cfg: Trai
 
     Args:
         found: what was read. If that is not all, the modes are laid out over what was, in any order.
-        source: what it was read from.
-        layout: of the rows.
-        train_cfg: batch size and seed.
         max_images: views of a packed row at most; 0 is no limit.
     """
     sizes = Sizes(found, len(source), max_images)

@@ -72,7 +72,6 @@ def prompt_batch(
         images: (N, 3, H, W) uint8, or None where the job has none.
         image_of_row: which image (or images: the views of the prompt, in order) each row has, so that rows can share one; None: row b has
             image b.
-        layout: what the model needs.
         pad_id: the id on padding and on positions of images.
     """
     chosen = range(len(prompts)) if image_of_row is None else image_of_row
@@ -97,14 +96,8 @@ def prompt_batch(
 def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
 ) -> Batch:
-    """A batch.
-
-    Args:
-        rows: table (6, S) and placements (4, M) of each, as in ``Row``.
-        indices: which image of the batch stands at each placement, row by row.
-        begins: the first column of each row.
-        length: S.
-        others: fields of ``Batch``.
+    """``rows`` (table and placements of each, as in ``Row``) from the columns ``begins`` on; ``indices``: which image of the batch stands at
+    each placement, row by row.
     """
     table = np.zeros((6, len(rows), length), dtype=np.int64)  # (6, B, S)
     table[INPUT_IDS], table[LABELS], table[SAMPLE_IDS] = pad_id, IGNORE, -1
@@ -134,12 +127,7 @@ def _batch(
 
 
 def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
-    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``.
-
-    Args:
-        kinds: (B, S).
-        placements: images of each row.
-    """
+    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S), ``placements`` counts the images of each row."""
     images = (kinds == Kind.IMAGE).sum(axis=1)  # (B,) positions
     alike = placements[0] > 0 and len(set(placements)) == 1 and images.min() == images.max() > 0
     leading = alike and bool((kinds[:, : images[0]] == Kind.IMAGE).all())

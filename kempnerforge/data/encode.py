@@ -58,14 +58,12 @@ class Encoded:
     """One row.
 
     Attributes:
-        id: of the sample.
         table: (5, S) int64: input_ids, labels, positions, text_ids, kinds, as in ``Batch``. Image positions hold 0 for an id.
         images: n arrays of (H, W, 3) uint8: the views of the sample's images.
         placements: (3, M) int64: number of the view, first position, text; in the order of the row.
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of those that this one stands in for.
-        part: the sample's.
     """
 
     id: str
@@ -86,9 +84,6 @@ class Encoder:
     """Encodes samples for one model.
 
     Args:
-        tokenizer: of the model.
-        data_cfg: templates, placeholder, what images become, and size of their cache.
-        layout: what the model needs.
         seed: of choices among texts that do not all fit, and of what changes images in training.
 
     Raises:
@@ -111,7 +106,6 @@ class Encoder:
         """One row from one sample. Nothing is cut: a text is there in full or not at all, and so are the views of an image.
 
         Args:
-            sample: what to encode.
             seed: decides which texts are taken when they do not all fit, and what changes the images; the same seed does the same.
             training: ``data.images.augment`` applies.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import struct
-import uuid
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from kempnerforge.data.files import write_whole
 from kempnerforge.data.sample import ImageSource
 
 HEADER = struct.Struct("<4sIII")  # MAGIC, CRC-32 of the pixels, number of views, their side in pixels
@@ -51,23 +49,6 @@ class ImageCache:
         while self.free < 0:
             _, oldest = self._kept.popitem(last=False)
             self.free += sum(view.nbytes for view in oldest)
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes a file that appears whole or not at all, whoever else makes it at the same time; the folder it is in is made, too.
-
-    Args:
-        write: writes the content to the path it is given.
-    """
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write(part)
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
 
 
 class DiskCache:

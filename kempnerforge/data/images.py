@@ -35,9 +35,6 @@ class Picture:
 
     Attributes:
         size: (width, height) in pixels, upright.
-
-    Args:
-        data: the encoded image.
     """
 
     def __init__(self, data: BinaryIO) -> None:
@@ -76,7 +73,6 @@ def load_image(source: ImageSource, size: int) -> np.ndarray:
 
     Args:
         source: a file, or the encoded image.
-        size: pixels of a side.
 
     Returns:
         (size, size, 3) uint8.

@@ -79,7 +79,6 @@ class Prompt(NamedTuple):
     """What stands before an answer.
 
     Attributes:
-        ids: tokens of the text.
         image_at: for each image the offset in ``ids`` before which it stands; 0 is in front of everything.
         blocks: what each image is in the row; empty: each is one view and nothing else.
     """
@@ -134,9 +133,6 @@ class Words:
     def spread(self, skip: int, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
         """The text with its images in it, but for the first ``skip``.
 
-        Args:
-            blocks: of all images of the sample.
-
         Returns:
             Table (5, A + the sum of L over the n images in it), and where the n blocks begin.
         """
@@ -180,9 +176,7 @@ def lay_out(texts: Sequence[Words], shared: int, blocks: Sequence[Block]) -> tup
     """One row: the images that all texts share, then the texts.
 
     Args:
-        texts: those that the row holds.
         shared: images in front.
-        blocks: of all images.
 
     Returns:
         Columns (5, S), and placements (3, M): number of the view over all images, first position, text.

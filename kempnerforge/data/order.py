@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from math import gcd, lcm
+from typing import Any
 
 import numpy as np
 
@@ -46,12 +47,22 @@ class Order(ABC):
         return self
 
 
+class Kept:
+    """What ``make`` gave for the last ``size`` numbers that it was asked for; a pickled copy has nothing of it."""
+
+    def __init__(self, make: Callable[..., Any], size: int) -> None:
+        self._make, self._size = make, size
+        self._call = lru_cache(maxsize=size)(make)
+
+    def __call__(self, *numbers: int) -> Any:
+        return self._call(*numbers)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return Kept, (self._make, self._size)
+
+
 class Shuffled(Order):
     """The permutations of all epochs in a row.
-
-    Args:
-        n: number of samples.
-        seed: of the permutations.
 
     Raises:
         ValueError: no samples.
@@ -61,10 +72,7 @@ class Shuffled(Order):
         if n < 1:
             raise ValueError("data: no samples")
         self.n, self.seed = n, seed
-        self._cached = lru_cache(maxsize=3)(self._permute)
-
-    def __reduce__(self) -> tuple[type, tuple[int, ...]]:
-        return type(self), (self.n, self.seed)
+        self._cached = Kept(self._permute, 3)
 
     def indices(self, begin: int, end: int) -> np.ndarray:
         parts = []
@@ -91,8 +99,6 @@ class Windowed(Shuffled):
     """For sources that are read from front to back: each epoch in the order of the source, shuffled only inside consecutive windows.
 
     Args:
-        n: number of samples.
-        seed: of the permutations.
         window: samples that are shuffled together; 1 leaves the order of the source. A source that has no more than one window of samples
             is taken to have them all in memory.
     """
@@ -103,9 +109,6 @@ class Windowed(Shuffled):
         self._window = min(window, n)
         self.window = window if window < n else None
         self._windows = -(-n // self._window)  # of an epoch
-
-    def __reduce__(self) -> tuple[type, tuple[int, ...]]:
-        return type(self), (self.n, self.seed, self._window)
 
     def _from(self, position: int) -> np.ndarray:
         epoch, offset = divmod(position, self.n)
@@ -168,7 +171,6 @@ class Mixed(Order):
     """Several orders interleaved by weight. Each goes on with its own stream from phase to phase; one that is used up begins its next epoch.
 
     Args:
-        orders: of the parts.
         offsets: what is added to the sample numbers of each part.
         phases: (optimizer step, weights of the parts): the mixture from that step on. Steps increase; the first is 0.
         begins: the stream positions at which the phases begin, of the first ones that are known. They increase and begin with 0.
@@ -190,9 +192,6 @@ class Mixed(Order):
         self._before = [np.zeros(len(orders), dtype=np.int64)]  # visits to each part before each phase
         for cycle, (begin, end) in zip(self._cycles, pairwise(begins), strict=False):
             self._before.append(self._before[-1] + cycle.counts(end - begin))
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.orders, self.offsets, self.phases, self.begins)
 
     def at(self, step: int, position: int) -> Mixed:
         due = sum(start <= step for start in self.phase_steps)

@@ -12,14 +12,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 
 from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.interleave import IMAGES, STARTS
-from kempnerforge.data.order import Order
+from kempnerforge.data.order import Kept, Order
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.data.sampler import RankSampler
 
@@ -107,7 +107,6 @@ def knapsack(sizes: np.ndarray, capacity: int, max_images: int = 0) -> list[list
 
     Args:
         sizes: (n, 2) positions and images of each sample.
-        capacity: positions of a row.
         max_images: of a row; 0 is no limit.
 
     Returns:
@@ -141,7 +140,6 @@ class Sizes:
     """Sizes of a source's samples, each measured when it is first asked for.
 
     Args:
-        source: the samples.
         encoder: measures them; samples with more than ``data.max_images_per_row`` views cannot be used.
     """
 
@@ -158,6 +156,10 @@ class Sizes:
             positions, views = self.measure(index)
             self._known[index] = positions + 1, views + 1
         return self._known[indices].astype(np.int64) - 1
+
+    def positions(self, indices: np.ndarray) -> np.ndarray:
+        """(k,) sample numbers -> (k,) positions."""
+        return self(indices)[:, 0]
 
     def measure(self, index: int) -> tuple[int, int]:
         """Positions and views of one sample."""
@@ -190,10 +192,7 @@ class PackSampler(RankSampler[Pack]):
     a minute for a million captions. Every rank does that for all samples of the job. ``benchmarks/packing.py`` measures it.
 
     Args:
-        order: of the samples.
-        sizes: of samples.
         rows: R.
-        seq_len: positions of a row.
         max_images: views of a row at most; 0 is no limit.
         rank, world, accum, seed, start_step: as in ``RankSampler``.
 
@@ -217,13 +216,7 @@ class PackSampler(RankSampler[Pack]):
         super().__init__(rows, rank, world, accum, seed, start_step)
         self.sizes, self.seq_len, self.max_images = sizes, seq_len, max_images
         self._windows = [Window(0, 0, order.at(0, 0))]
-        self._packed = lru_cache(maxsize=3)(self._pack)
-        self._order = order
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return PackSampler, (
-            self._order, self.sizes, self.size, self.seq_len, self.max_images, self.rank, self.world, self.accum, self.seed, self.start_step
-        )  # fmt: skip
+        self._packed, self._order = Kept(self._pack, 3), order
 
     def cut(self, step: int, begin: int, end: int) -> list[Pack]:
         return [tuple((index, step) for index in row) for row in self.global_rows(step)[begin:end]]

@@ -27,14 +27,15 @@ class EncodedSamples(Dataset["Encoded | Row | DataError"]):
     one on every run.
 
     Args:
-        source: the samples.
-        encoder: makes rows of them.
         seed: of replacements.
+
+    Attributes:
+        sizes: of the samples, for the sampler too.
     """
 
     def __init__(self, source: Source, encoder: Encoder, seed: int) -> None:
         self.source, self.encoder, self.seed = source, encoder, seed
-        self._sizes = Sizes(source, encoder)
+        self.sizes = Sizes(source, encoder)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,7 +78,7 @@ class EncodedSamples(Dataset["Encoded | Row | DataError"]):
 
     def _stand_in(self, index: int, step: int, room: _Room, skipped: list[tuple[str, str]]) -> Encoded | None:
         for candidate in self._others(index, step):
-            positions, views = self._sizes.measure(candidate)
+            positions, views = self.sizes.measure(candidate)
             if not positions or room.has(positions, views):  # one that is seen to be unusable is counted
                 encoded = self._fit(candidate, index, step, room, skipped)
                 if encoded is not None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from kempnerforge.data.order import Order, Shuffled
+from kempnerforge.data.order import Kept, Order, Shuffled
 
 T = TypeVar("T")
 
@@ -33,10 +32,8 @@ class RankSampler(ABC, Generic[T]):
 
     Args:
         size: items of one optimizer step, over all ranks.
-        rank, world: this process and how many there are.
         accum: micro-batches of one step on each rank.
         seed: of what is shuffled here.
-        start_step: where iteration begins.
 
     Raises:
         ValueError: the items of a step cannot be cut evenly.
@@ -77,11 +74,9 @@ class StepSampler(RankSampler[tuple[int, int]]):
 
     Args:
         order: of the samples; a number stands for so many, shuffled. Its phases begin exactly with their steps.
-        global_batch: samples of one optimizer step.
         rank, world, accum, seed, start_step: as in ``RankSampler``.
         lengths: puts samples of like length together: runs of ``together`` global batches (fewer where the order's window holds fewer, so that
             a stream need not be read far ahead) are sorted by length, cut, and the cuts shuffled. None leaves the order alone.
-        together: see ``lengths``.
 
     Raises:
         ValueError: no samples, or the global batch cannot be cut evenly.
@@ -104,12 +99,7 @@ class StepSampler(RankSampler[tuple[int, int]]):
         for step in self.order.phase_steps:
             self.order = self.order.at(step, step * global_batch)
         self.lengths, self.together = lengths, together
-        self._window = lru_cache(maxsize=2)(self._group)
-
-    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return StepSampler, (
-            self.order, self.size, self.rank, self.world, self.accum, self.seed, self.start_step, self.lengths, self.together
-        )  # fmt: skip
+        self._window = Kept(self._group, 2)
 
     def cut(self, step: int, begin: int, end: int) -> list[tuple[int, int]]:
         return [(int(index), step) for index in self.global_indices(step)[begin:end]]

@@ -13,10 +13,8 @@ class Seen:
     """Features that an earlier pass of the (frozen) encoder has given.
 
     Attributes:
-        keys: one of each image, N.
         features: (F, E) of each image; None where they are not known.
         complete: on all ranks they are known of all images: the encoder is not called.
-        dtype: of the features.
         computed: (N, F, E) what the encoder gave in this pass; None until it was called.
     """
 

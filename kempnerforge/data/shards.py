@@ -38,8 +38,6 @@ class Shard:
     """The index of one tar, about 50 bytes a member. S samples, M members.
 
     Attributes:
-        path: of the tar.
-        extensions: all that there are.
         keys, key_ends: the keys of all samples in a row (UTF-8, as in the tar), and where each ends.
         firsts: (S + 1,) number of each sample's first member.
         kinds: (M,) which extension.
@@ -64,11 +62,7 @@ class Shard:
         return self.keys[begin : self.key_ends[index]].decode("utf-8", "replace")
 
     def members(self, index: int) -> dict[str, Member]:
-        """Of sample ``index``, by extension.
-
-        Raises:
-            SampleError: one is there twice.
-        """
+        """Of sample ``index``, by extension. Raises SampleError: one is there twice."""
         found: dict[str, Member] = {}
         for number in range(self.firsts[index], self.firsts[index + 1]):
             extension = self.extensions[self.kinds[number]]
@@ -78,11 +72,7 @@ class Shard:
         return found
 
     def read(self, member: Member) -> bytes:
-        """The content of ``member``.
-
-        Raises:
-            SampleError: it is no longer there.
-        """
+        """The content of ``member``. Raises SampleError: it is no longer there."""
         try:
             with open(self.path, "rb", buffering=0) as file:  # opened anew: an offset shared with forked workers would move under them
                 file.seek(member.offset)
@@ -130,11 +120,7 @@ def index_tar(path: str) -> Shard:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files in a tar.
-
-    Raises:
-        ShardError: it is damaged.
-    """
+    """(name, offset, size) of the regular files in a tar; raises ShardError if it is damaged."""
     total = os.fstat(file.fileno()).st_size
     start = file.read(BLOCK)
     for magic, name in COMPRESSED.items():
@@ -174,23 +160,15 @@ def _plain(block: bytes, at: int) -> tuple[str, int, int, int] | None:
 
 
 def _any(file: BinaryIO, block: bytes, at: int) -> tuple[str, int, int, int]:
-    """The same for any header, through ``tarfile``: long names of GNU and of PAX, sizes above 8 GiB, what is no regular file (with no name).
-
-    Raises:
-        ShardError: no header of a tar.
-    """
+    """The same for any header, through ``tarfile``: long names of GNU and of PAX, sizes above 8 GiB, what is no regular file (with no name)."""
     try:
-        if (
-            block[156:157] in (b"x", b"g", b"X", b"L", b"K")
-            and tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size > MAX_HEADER
-        ):
-            raise ShardError(f"damaged at byte {at}: a header of more than {MAX_HEADER} bytes")
+        long = block[156:157] in (b"x", b"g", b"X", b"L", b"K")
+        if long and tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size > MAX_HEADER:
+            raise ValueError(f"a header of more than {MAX_HEADER} bytes")
         file.seek(at)
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         info = tar.next()
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, ShardError):
-            raise
         raise ShardError(f"damaged at byte {at}: {error}") from None
     if info is None:
         raise ShardError(f"damaged at byte {at}: a header without a member")

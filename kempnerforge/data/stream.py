@@ -20,27 +20,18 @@ class RowStream:
     opened anew. Every process reads for itself.
 
     Args:
-        open_at: opens the stream.
         keep: rows that stay in memory, those that were read last; the table that the stream handed out last comes on top.
     """
 
     def __init__(self, open_at: Opener, keep: int) -> None:
-        self._open_at, self._limit = open_at, -(-keep // BLOCK) + 2
+        self._open_at, self._keep, self._limit = open_at, keep, -(-keep // BLOCK) + 2
         self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_open_at": self._open_at, "_limit": self._limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return RowStream, (self._open_at, self._keep)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The values of row ``index`` by column.
-
-        Raises:
-            SampleError: the stream ends before it, or cannot be read so far.
-        """
+        """The values of row ``index`` by column. Raises SampleError: the stream ends before it, or cannot be read so far."""
         number, offset = divmod(index, BLOCK)
         block = self._block(number)
         if offset >= block.num_rows:

@@ -23,8 +23,6 @@ class Piece(NamedTuple):
     """A stretch of a conversation.
 
     Attributes:
-        text: what is written.
-        trained: whether the model learns to write it.
         field: "system", "prompt" or "answer" where the sample's words stand; empty for the template's own.
         eos: the EOS token stands here, and ``text`` is empty.
     """
@@ -57,14 +55,7 @@ class Template(ABC):
 
     @abstractmethod
     def pieces(self, text: Text, system: str) -> list[Piece]:
-        """
-        Args:
-            text: of strings.
-            system: the system prompt, or nothing.
-
-        Raises:
-            ValueError: the template cannot write this.
-        """
+        """What is written of ``text``, which is of strings; raises ValueError where the template cannot."""
 
 
 class PromptTemplate(Template):
@@ -110,11 +101,7 @@ class PaliGemmaTemplate(Template):
 
 
 class TurnsTemplate(Template):
-    """``[data.turns]``.
-
-    Raises:
-        ValueError: ``end`` is not the name of a token.
-    """
+    """``[data.turns]``."""
 
     specials = True
 
@@ -153,11 +140,7 @@ def _no_system(system: str, template: str) -> None:
 
 
 def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
-    """The template of ``cfg``.
-
-    Raises:
-        ValueError: it does not fit the tokenizer.
-    """
+    """The template of ``cfg``; raises ValueError if it does not fit the tokenizer."""
     if cfg.template == "chat":
         from kempnerforge.data.chat import ChatTemplate
 

@@ -30,9 +30,7 @@ class Views:
     """Makes views as ``data.images`` says.
 
     Args:
-        cfg: that section.
         layout: size of views, positions that one takes, and the colour around an image.
-        tokenizer: has the tokens between views.
         cache: in memory; may be shared with others.
 
     Raises:
@@ -104,7 +102,6 @@ class Views:
         """The views of an image, in the order of its block; read-only.
 
         Args:
-            image: a file, or the encoded image.
             expected: how many the block has.
             rng: draws the changes of ``augment``; None changes nothing. What is changed is not kept in a cache.
 
@@ -149,8 +146,6 @@ def cut(image: Image.Image, frame: Frame, side: int, change: Change, fill: tuple
 
     Args:
         image: the whole image in RGB, at any scale.
-        frame: where views are.
-        side: pixels of a view.
         change: what is done to the image before it is laid on the canvas.
         fill: colour of the canvas, RGB.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from kempnerforge.data.audit_page import text
 
 WIDTH, HEIGHT = 480.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 468.0, 58.0, 232.0  # the plot area
@@ -44,7 +45,6 @@ class Series:
     """One line. ``None`` and values that are not finite (or beyond 1e100) leave a gap.
 
     Attributes:
-        name: what the legend calls it.
         x, y: of equal length, in order of x.
         smooth: draw the values faintly and an exponential moving average boldly; it starts anew at each band.
     """
@@ -60,7 +60,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Maps values in [low, high] to positions in [start, end]."""
 
     low: float
@@ -87,18 +87,18 @@ def format_number(value: float) -> str:
     scales: tuple[tuple[float, str], ...] = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
     for number, (scale, unit) in enumerate(scales):
         if size >= scale:
-            text = f"{value / scale:.3g}"
-            if "e" in text:  # 999.6 rounds up to the next unit
+            shown = f"{value / scale:.3g}"
+            if "e" in shown:  # 999.6 rounds up to the next unit
                 larger, larger_unit = scales[max(number - 1, 0)]
                 return f"{value / larger:.3g}{larger_unit}"
-            return f"{text}{unit}"
+            return f"{shown}{unit}"
     return f"{value:.3g}"
 
 
 def format_percent(value: float) -> str:
     """``0.9931`` -> ``99.3 %``."""
-    text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')}\u00a0%"  # a space that does not break
+    shown = f"{100 * value:.1f}"
+    return f"{shown.removesuffix('.0')}\u00a0%"  # a space that does not break
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -116,7 +116,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Round values that enclose [low, high] on a logarithmic axis: powers of ten, with 2 and 5 times those when there are few."""
     assert 0 < low <= high
-    if low == high:
+    if high <= low * (1 + 1e-6):
         low, high = low / 2, high * 2
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     fine = math.log10(high / low) <= 2.5
@@ -169,7 +169,6 @@ def line_chart(
         y_range: limits of the y axis; lines are clipped there. By default all values fit.
         log: logarithmic y axis; values that are not positive leave gaps.
         rules: (y, name) horizontal reference lines.
-        y_format: text of a y value.
     """
     assert len(series) <= 4, "a chart has four colours"
     lines = [[(float(x), _finite(y, log)) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(_finite(x, False))] for one in series]
@@ -184,17 +183,11 @@ def line_chart(
     ]
     last = [next((y for _, y in reversed(avg or line) if math.isfinite(y)), None) for avg, line in zip(smooth, lines, strict=True)]
     about = "; ".join(f"{one.name}: {'no values' if y is None else f'last {y_format(y)}'}" for one, y in zip(series, last, strict=True))
-    head = (
-        f'<svg class="kf-chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"'
-        f' aria-label="{_text(f"{title}. {about}")}"><title>{_text(title)}</title>'
-        f"<desc>{_text(f'{y_label} over {x_label}. {about}')}</desc><style>{STYLE}</style>"
-        f'<text class="kf-title" x="2" y="15">{_text(title)}</text><text x="2" y="34">{_text(y_label)}</text>'
-    )
     parts = [
-        head,
+        head(title, y_label, x_label, about),
         *_legend([(one.name, "" if y is None else y_format(y)) for one, y in zip(series, last, strict=True)]),
         *_bands(bands, x_axis),
-        *_grid(x_axis, x_ticks, y_axis, y_ticks, x_label, y_format),
+        *grid(x_axis, x_ticks, y_axis, y_ticks, x_label, y_format),
         _CLIP,
         *_rules(rules, y_axis, y_format),
     ]
@@ -212,10 +205,14 @@ _CLIP = (
 )
 
 
-def _text(text: str) -> str:
-    """Escaped, and without the characters that XML does not allow (controls, surrogates)."""
-    kept = "".join(c if c >= " " and not "\ud800" <= c <= "\udfff" and c not in "\ufffe\uffff" else "\ufffd" for c in text)
-    return escape(kept, quote=True)
+def head(title: str, y_label: str, x_label: str, about: str) -> str:
+    """How the element of a chart begins; ``about`` says what it shows."""
+    return (
+        f'<svg class="kf-chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"'
+        f' aria-label="{text(f"{title}. {about}")}"><title>{text(title)}</title>'
+        f"<desc>{text(f'{y_label} over {x_label}. {about}')}</desc><style>{STYLE}</style>"
+        f'<text class="kf-title" x="2" y="15">{text(title)}</text><text x="2" y="34">{text(y_label)}</text>'
+    )
 
 
 def _finite(value: float | None, log: bool) -> float:
@@ -225,40 +222,36 @@ def _finite(value: float | None, log: bool) -> float:
     return float(value)
 
 
-def _x_axis(values: list[float]) -> tuple[_Axis, list[float]]:
+def _x_axis(values: list[float]) -> tuple[Axis, list[float]]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if 0 <= low <= high / 4 or low == high > 0:
         low = 0.0  # a run is shown from its beginning
     if low == high:
         low, high = low - 1, high + 1
-    return _Axis(low, high, LEFT, RIGHT), [tick for tick in nice_ticks(low, high) if low <= tick <= high]
+    return Axis(low, high, LEFT, RIGHT), [tick for tick in nice_ticks(low, high) if low <= tick <= high]
 
 
-def _y_axis(values: list[float], y_range: tuple[float, float] | None, log: bool) -> tuple[_Axis, list[float]]:
+def _y_axis(values: list[float], y_range: tuple[float, float] | None, log: bool) -> tuple[Axis, list[float]]:
     if y_range is not None:
         low, high = y_range
         if not low < high or (log and low <= 0):
             raise ValueError(f"y_range = {y_range}: must be an interval{', above 0 on a logarithmic axis' if log else ''}")
         ticks = [tick for tick in (log_ticks(low, high) if log else nice_ticks(low, high)) if low <= tick <= high]
-        return _Axis(low, high, BOTTOM, TOP, log), ticks
+        return Axis(low, high, BOTTOM, TOP, log), ticks
     low, high = (min(values), max(values)) if values else (0.1 if log else 0.0, 1.0)
     if not log and 0 < low <= 0.7 * high:
         low = 0.0
     ticks = log_ticks(low, high) if log else nice_ticks(low, high)
     inside = [tick for tick in ticks if low <= tick <= high]
     if log and len(inside) >= 2:
-        return _Axis(min(low / 1.15, inside[0]), max(high * 1.15, inside[-1]), BOTTOM, TOP, log), inside
-    return _Axis(ticks[0], ticks[-1], BOTTOM, TOP, log), ticks
+        return Axis(min(low / 1.15, inside[0]), max(high * 1.15, inside[-1]), BOTTOM, TOP, log), inside
+    return Axis(ticks[0], ticks[-1], BOTTOM, TOP, log), ticks
 
 
-def _width(text: str, size: float = 11) -> float:
-    return 0.56 * size * len(text)
-
-
-def _cut(text: str, room: float, size: float) -> str:
-    """``text``, shortened to what fits into ``room``; empty where hardly anything does."""
+def _cut(name: str, room: float, size: float) -> str:
+    """``name``, shortened to what fits into ``room``; empty where hardly anything does."""
     letters = int(room / (0.56 * size))
-    return text if len(text) <= letters else f"{text[: letters - 1]}…" if letters >= 4 else ""
+    return name if len(name) <= letters else f"{name[: letters - 1]}…" if letters >= 4 else ""
 
 
 def _legend(entries: list[tuple[str, str]]) -> list[str]:
@@ -267,7 +260,7 @@ def _legend(entries: list[tuple[str, str]]) -> list[str]:
     for number, (name, value) in reversed(list(enumerate(entries))):
         y = 15 + 19 * number if len(entries) <= 2 else 15 + 19 * (number % 2)
         x = RIGHT if number + 2 >= len(entries) or len(entries) <= 2 else RIGHT - 150
-        shown = f'<tspan class="kf-name">{_text(_cut(name, 130, 11))}</tspan> <tspan>{_text(value)}</tspan>'
+        shown = f'<tspan class="kf-name">{text(_cut(name, 130, 11))}</tspan> <tspan>{text(value)}</tspan>'
         parts.append(
             f'<text x="{x - 14:g}" y="{y}" text-anchor="end">{shown}</text>'
             f'<rect x="{x - 9:g}" y="{y - 6}" width="9" height="4" rx="2" fill="var(--kf-{number % 4 + 1})"/>'
@@ -275,7 +268,7 @@ def _legend(entries: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def _bands(bands: Sequence[Band], axis: _Axis) -> list[str]:
+def _bands(bands: Sequence[Band], axis: Axis) -> list[str]:
     parts = []
     for number, (start, end, name) in enumerate(bands):
         left, right = axis(max(start, axis.low)), axis(min(end, axis.high))
@@ -287,39 +280,40 @@ def _bands(bands: Sequence[Band], axis: _Axis) -> list[str]:
         if start > axis.low:
             parts.append(f'<line class="kf-edge" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 12:g}" y2="{BOTTOM:g}"/>')
         if shown := _cut(name, right - left - 6, 10):
-            parts.append(f'<text class="kf-band-name" x="{left + 4:.1f}" y="{TOP - 4:g}">{_text(shown)}<title>{_text(name)}</title></text>')
+            parts.append(f'<text class="kf-band-name" x="{left + 4:.1f}" y="{TOP - 4:g}">{text(shown)}<title>{text(name)}</title></text>')
     return parts
 
 
-def _grid(
-    x_axis: _Axis, x_ticks: list[float], y_axis: _Axis, y_ticks: list[float], x_label: str, y_format: Callable[[float], str]
+def grid(
+    x_axis: Axis, x_ticks: list[float], y_axis: Axis, y_ticks: list[float], x_label: str, y_format: Callable[[float], str]
 ) -> list[str]:
+    """Lines, ticks and their numbers, and the label of the x axis."""
     parts = []
     for tick in y_ticks:
         y = y_axis(tick)
         parts.append(f'<line class="kf-grid" x1="{LEFT:g}" x2="{RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6:g}" y="{y + 4:.1f}" text-anchor="end">{_text(y_format(tick))}</text>')
+        parts.append(f'<text x="{LEFT - 6:g}" y="{y + 4:.1f}" text-anchor="end">{text(y_format(tick))}</text>')
     parts.append(f'<line class="kf-axis" x1="{LEFT:g}" x2="{RIGHT:g}" y1="{BOTTOM:g}" y2="{BOTTOM:g}"/>')
     for tick in x_ticks:
         x = x_axis(tick)
         anchor = "end" if x > RIGHT - 12 else "middle"
         parts.append(f'<line class="kf-axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM:g}" y2="{BOTTOM + 4:g}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 17:g}" text-anchor="{anchor}">{_text(format_number(tick))}</text>')
-    parts.append(f'<text x="{(LEFT + RIGHT) / 2:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{_text(x_label)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 17:g}" text-anchor="{anchor}">{text(format_number(tick))}</text>')
+    parts.append(f'<text x="{(LEFT + RIGHT) / 2:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{text(x_label)}</text>')
     return parts
 
 
-def _rules(rules: Sequence[tuple[float, str]], axis: _Axis, y_format: Callable[[float], str]) -> list[str]:
+def _rules(rules: Sequence[tuple[float, str]], axis: Axis, y_format: Callable[[float], str]) -> list[str]:
     parts = []
     for value, name in rules:
         y = axis(value)
         parts.append(f'<line class="kf-rule" x1="{LEFT:g}" x2="{RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        label = _text(_cut(f"{name} {y_format(value)}", RIGHT - LEFT, 11))
+        label = text(_cut(f"{name} {y_format(value)}", RIGHT - LEFT, 11))
         parts.append(f'<text class="kf-over" x="{LEFT + 4:g}" y="{y - 5 if y > TOP + 24 else y + 14:.1f}">{label}</text>')
     return parts
 
 
-def _path(points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> str:
+def _path(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     """Path data, with a gap at each value that is missing and at most two points a column of the plot."""
     runs: list[list[Point]] = [[]]
     for x, y in points:
@@ -340,13 +334,7 @@ def _path(points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> str:
 
 
 def _line(
-    name: str,
-    line: list[Point],
-    average: list[Point] | None,
-    colour: str,
-    x_axis: _Axis,
-    y_axis: _Axis,
-    y_format: Callable[[float], str],
+    name: str, line: list[Point], average: list[Point] | None, colour: str, x_axis: Axis, y_axis: Axis, y_format: Callable[[float], str]
 ) -> list[str]:
     """The values faintly below their average; or the values alone, each marked when there are few."""
     if average:
@@ -357,7 +345,7 @@ def _line(
     points = [(x, y) for x, y in line if math.isfinite(y)]
     dots = [
         f'<circle class="kf-dot" cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{colour}">'
-        f"<title>{_text(f'{name}, step {x:g}: {y_format(y)}')}</title></circle>"
+        f"<title>{text(f'{name}, step {x:g}: {y_format(y)}')}</title></circle>"
         for x, y in points
     ]
     path = f'<path class="kf-line" stroke="{colour}" d="{_path(line, x_axis, y_axis)}"/>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
-from kempnerforge.data.check import Bad, Found, Reader, is_stream, read_all, shared_images, spread
+from kempnerforge.data.check import Found, Reader, is_stream, read_all, shared_images, spread
 from kempnerforge.data.check_facts import Batching, Limits, batching_modes, distribution, limits, recommended
-from kempnerforge.data.interleave import Layout
+from kempnerforge.data.files import write_text
 from kempnerforge.data.sample import Source
 from kempnerforge.training.inspection import source_names
 from kempnerforge.training.setup import Assembly, assemble
@@ -30,9 +29,6 @@ class Part:
     """One source of a mixture, or all there is.
 
     Attributes:
-        name: of the source.
-        samples: read.
-        bad: of them.
         totals: of ``SIZES``, over the samples that have a size.
     """
 
@@ -48,15 +44,9 @@ class Checked:
 
     Attributes:
         name: the stages that train on it, or what is held out.
-        split: "train" or "test".
         total: samples that there are.
-        found: what was read.
-        parts: by source.
-        layout: of rows in these stages.
         now: the limits of the job; ``advice``: those that are recommended.
         modes: what each batching mode would make of it.
-        batching: the mode of the job.
-        max_bad_fraction: of the job.
     """
 
     name: str
@@ -64,7 +54,6 @@ class Checked:
     total: int
     found: Found
     parts: list[Part]
-    layout: Layout
     now: Limits
     advice: Limits
     modes: list[Batching]
@@ -118,8 +107,6 @@ class Leak:
     """Images of the held-out samples that training has seen, byte by byte.
 
     Attributes:
-        stages: that train on them.
-        images: how many different ones.
         pairs: (training sample, held-out sample) of the first ones.
     """
 
@@ -134,10 +121,7 @@ def check_data(
     """Reads the data of all stages, and what is held out.
 
     Args:
-        job: as for training.
-        workers: processes.
         limit: samples of each source, evenly spread, or the first ones of a stream; 0 reads all.
-        images: decode them.
         begin: told the name of each source and how many samples are read; returns what is told of progress.
 
     Raises:
@@ -149,25 +133,19 @@ def check_data(
         same = (g for g in groups if (g[0].data, g[0].train.seq_len) == (stage.data, stage.train.seq_len))
         group = next(same, None)
         groups.append([stage]) if group is None else group.append(stage)
-    checked: list[Checked] = []
-    for group in groups:
-        name = ", ".join(stage.name for stage in group)
-        checked.append(_check(assembly, name, assembly.sources[group[0].index], group[0], workers, limit, images, begin))
+    read = lambda name, source, stage: _check(assembly, name, source, stage, workers, limit, images, begin)
+    checked = [read(", ".join(stage.name for stage in group), assembly.sources[group[0].index], group[0]) for group in groups]
     if assembly.held_out is None:
         return checked, []
-    held_out = _check(assembly, HELD_OUT, assembly.held_out, assembly.stages[-1], workers, limit, images, begin)
+    held_out = read(HELD_OUT, assembly.held_out, assembly.stages[-1])
     leaks = []
     for group, one in zip(groups, checked, strict=True):
         pairs = shared_images(one.found, held_out.found)
         if pairs:
             source = assembly.sources[group[0].index]
-            shown = [(_name(source, a), _name(assembly.held_out, b)) for a, b in pairs[:SHOWN_LEAKS]]
+            shown = [(source[a].id, assembly.held_out[b].id) for a, b in pairs[:SHOWN_LEAKS]]
             leaks.append(Leak(one.name, len(pairs), shown))
     return [*checked, held_out], leaks
-
-
-def _name(source: Source, index: int) -> str:
-    return source[index].id
 
 
 def _check(
@@ -180,8 +158,7 @@ def _check(
     images: bool,
     begin: Callable[[str, int], Callable[[int], object]],
 ) -> Checked:
-    encoder = assembly.encoder(stage)
-    indices = spread(source, limit)
+    encoder, layout, indices = assembly.encoder(stage), assembly.layouts[stage.index], spread(source, limit)
     found = read_all(Reader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
     return Checked(
         name=name,
@@ -189,10 +166,9 @@ def _check(
         total=len(source),
         found=found,
         parts=_parts(source, stage.data, found),
-        layout=encoder.layout,
-        now=limits(found, encoder.layout.max_text_len, encoder.layout.seq_len),
-        advice=recommended(found, encoder.layout),
-        modes=batching_modes(found, source, encoder.layout, stage.train, stage.data.max_images_per_row) if source.split == "train" else [],
+        now=limits(found, layout.max_text_len, layout.seq_len),
+        advice=recommended(found, layout),
+        modes=batching_modes(found, source, layout, stage.train, stage.data.max_images_per_row) if source.split == "train" else [],
         batching=stage.data.batching,
         max_bad_fraction=stage.data.max_bad_fraction,
     )
@@ -212,15 +188,5 @@ def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:
 
 def write_bad_samples(path: Path, checked: list[Checked]) -> Path:
     """Writes all unusable samples, one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for one in checked:
-            for bad in one.found.bad:
-                file.write(json.dumps(_bad_line(one, bad)) + "\n")
-    os.replace(temporary, path)
-    return path
-
-
-def _bad_line(one: Checked, bad: Bad) -> dict[str, Any]:
-    return {"stages": one.name, "split": one.split, "index": bad.index, "id": bad.id, "kind": bad.kind, "reason": bad.reason}
+    about = [({"stages": one.name, "split": one.split}, asdict(bad)) for one in checked for bad in one.found.bad]
+    return write_text(path, "".join(json.dumps(source | bad) + "\n" for source, bad in about))

@@ -8,9 +8,10 @@ from pathlib import Path
 from kempnerforge.data.audit import count
 from kempnerforge.data.audit_page import text
 from kempnerforge.data.check_facts import COVERED, MULTIPLE, Batching, Limits, histogram
+from kempnerforge.training.charts import format_percent
 from kempnerforge.training.data_check import HELD_OUT, Checked, Leak
 from kempnerforge.training.histogram import bar_chart
-from kempnerforge.training.pages import percent, table, write_page
+from kempnerforge.training.pages import table, tiles, write_page
 
 BINS = 60
 SHOWN_BAD = 20
@@ -20,14 +21,7 @@ RULE = (
 
 
 def write_data_page(path: Path, title: str, checked: Sequence[Checked], leaks: Sequence[Leak]) -> Path:
-    """Writes the page.
-
-    Args:
-        path: of the file.
-        title: name of the run.
-        checked: all sources.
-        leaks: images that training and held-out data share.
-    """
+    """Writes the page."""
     head = f"<header><h1>{text(title)}: data</h1></header>"
     style = ".good{color:var(--good)}.bad{color:var(--bad)}.card.pad{padding:12px 16px;border-color:var(--bad)}"
     return write_page(path, f"{title}: data", "\n".join([head, *map(_leak, leaks), *map(_section, checked)]), style)
@@ -42,15 +36,15 @@ def _leak(leak: Leak) -> str:
 def _section(one: Checked) -> str:
     totals = one.as_json()["totals"]
     read = len(one.found.indices)
-    bad = f"{len(one.found.bad):,} of {read:,} ({percent(one.bad_fraction)}), {percent(one.max_bad_fraction)} allowed"
-    tiles = [
-        ("Samples", f"{read:,}", f"of {one.total:,} read"),
-        ("Unusable", f"{len(one.found.bad):,}", bad),
-        ("Texts", f"{totals['texts']:,}", f"{totals['text_tokens']:,} tokens, {totals['trained']:,} trained"),
-        ("Images", f"{totals['images']:,}", f"{totals['views']:,} views; {one.found.distinct_images:,} of different content"),
+    bad = f"{len(one.found.bad):,} of {read:,} ({format_percent(one.bad_fraction)}), {format_percent(one.max_bad_fraction)} allowed"
+    cards = [
+        ("Samples", f"{read:,}", f"of {one.total:,} read", ""),
+        ("Unusable", f"{len(one.found.bad):,}", bad, "good" if one.usable else "bad"),
+        ("Texts", f"{totals['texts']:,}", f"{totals['text_tokens']:,} tokens, {totals['trained']:,} trained", ""),
+        ("Images", f"{totals['images']:,}", f"{totals['views']:,} views; {one.found.distinct_images:,} of different content", ""),
     ]
     title = "held out" if one.name == HELD_OUT else f"stage {one.name}"
-    body = [f"<section><h2>{text(title)}</h2>", _tiles(tiles, one.usable), _charts(one)]
+    body = [f"<section><h2>{text(title)}</h2>", tiles(cards), _charts(one)]
     if len(one.parts) > 1:
         rows = [(part.name, *(f"{n:,}" for n in (part.samples, part.bad, *part.totals.values()))) for part in one.parts]
         body += ["<h2>Sources</h2>", table(("source", "samples", "unusable", *(n.replace("_", " ") for n in one.parts[0].totals)), rows)]
@@ -67,16 +61,6 @@ def _section(one: Checked) -> str:
             table(("sample", "kind", "reason"), rows, numbers=False),
         ]
     return "\n".join([*body, "</section>"])
-
-
-def _tiles(tiles: Sequence[tuple[str, str, str]], usable: bool) -> str:
-    kinds = {"Unusable": "good" if usable else "bad"}
-    cards = "".join(
-        f'<div class="tile"><div class="label">{label}</div><div class="value {kinds.get(label, "")}">{text(value)}</div>'
-        f'<div class="more">{text(more)}</div></div>'
-        for label, value, more in tiles
-    )
-    return f'<div class="tiles">{cards}</div>'
 
 
 def _charts(one: Checked) -> str:
@@ -101,5 +85,5 @@ def _limits(one: Checked) -> str:
 
 
 def _mode(mode: Batching) -> tuple[str, ...]:
-    useful, trained = percent(mode.useful), percent(mode.trained)
+    useful, trained = format_percent(mode.useful), format_percent(mode.trained)
     return mode.name, useful, trained, f"{mode.row_length:,.1f}", f"{mode.samples_per_row:,.1f}"

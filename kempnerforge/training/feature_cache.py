@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.image_cache import write_whole
+from kempnerforge.data.files import write_whole
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
 from kempnerforge.vlm.base import VLM

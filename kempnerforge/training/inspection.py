@@ -31,16 +31,11 @@ class Inspection:
     """What was seen of one stage.
 
     Attributes:
-        name: of the stage.
-        sources: names of the sections that it mixes.
         shares: positions of all rows read, by what stands there.
         parts: of each section: samples and texts read, texts shown, and positions by what stands there.
-        rows: those shown, as text.
         facts: the same as plain values, see ``describe``.
-        cards: the same as HTML.
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
-        texts_left_out: texts that did not fit into their rows.
         sheet: the contact sheet, where there are images.
     """
 

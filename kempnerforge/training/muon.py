@@ -41,8 +41,6 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: two-dimensional parameters, or groups of them.
         lr: times ``sqrt(max(1, rows / columns))`` for each matrix.
-        momentum: Nesterov's.
-        weight_decay: decoupled.
 
     State: ``momentum_buffer``, sharded like its parameter.
     """

@@ -73,11 +73,7 @@ def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str,
 
 
 def lr_scales(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Name -> factor on the learning rate. Of the patterns that match a name the last one counts.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
+    """Name -> factor on the learning rate. Of the patterns that match a name the last one counts. Raises ValueError: a pattern matches nothing."""
     scales = dict.fromkeys(names, 1.0)
     for module, scale in cfg.lr_scale.items():
         scales.update(dict.fromkeys(match_names(names, module, patterns, "optimizer.lr_scale"), scale))
@@ -104,9 +100,7 @@ class Optimizers:
 
     Args:
         model: its parameters are partitioned; each is in exactly one group. Matrices decay, vectors do not.
-        stages: all stages of the run.
         patterns: aliases for ``groups`` and ``lr_scale``.
-        ema_decay: ``[train].ema_decay``.
 
     Raises:
         ValueError: a pattern matches nothing, or the settings do not go together.

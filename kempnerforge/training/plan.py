@@ -58,10 +58,7 @@ def plan(job: JobConfig) -> Plan:
 
 
 def _check_patterns(assembly: Assembly) -> None:
-    """
-    Raises:
-        ValueError: a pattern of a freeze spec, a learning-rate scale or a group matches nothing, or nothing would train.
-    """
+    """Raises ValueError for a pattern that matches nothing, or where nothing would train."""
     job = assembly.job
     patterns = job.module_patterns()
     names = [name for name, _ in assembly.model.named_parameters()]

@@ -14,6 +14,7 @@ from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, diff, load_config, to_toml
+from kempnerforge.data.files import write_text
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
 from kempnerforge.training.hooks import default_hooks
@@ -60,10 +61,6 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """
-    Raises:
-        ValueError: it cannot be made, or not be written to.
-    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,7 +79,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
             LOG.warning("%s", line)
         if tokenizer is None:
             _write_tokenizer(assembly.tokenizer, run_dir)
-        _write(run_dir / "config.toml", to_toml(job))
+        write_text(run_dir / "config.toml", to_toml(job))
     world.barrier()
     found = find(run_dir / "checkpoints")
     if found is None:
@@ -102,11 +99,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
 
 
 def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None:
-    """What is in ``run_dir`` was made by the same config, up to what may change, and what is meant to.
-
-    Raises:
-        ValueError: it was not; the message shows the difference.
-    """
+    """What is in ``run_dir`` was made by the same config, up to what may change, and what is meant to."""
     path = run_dir / "config.toml"
     if not path.exists() or not (run_dir / "checkpoints").is_dir():
         return
@@ -124,11 +117,7 @@ def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None
 
 
 def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
-    """The training data are those that the run was begun with, also where the paths that lead to them are.
-
-    Raises:
-        ValueError: they are not, and it was not said that this is meant.
-    """
+    """The training data are those that the run was begun with, also where the paths that lead to them are."""
     now = assembly.fingerprints
     changed = [stage for stage, before in manifest.state.get("data", {}).items() if now.get(stage, before) != before]
     if changed and "data" not in allow:
@@ -146,12 +135,6 @@ def _write_tokenizer(tokenizer, run_dir: Path) -> None:
     if (run_dir / "tokenizer").exists():
         shutil.rmtree(run_dir / "tokenizer")
     part.rename(run_dir / "tokenizer")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _move_aside(run_dir: Path, world: World) -> None:

@@ -78,8 +78,6 @@ class Trainer:
 
     Args:
         assembly: the job put together; its model is sharded in place.
-        world: the processes.
-        hooks: called in this order.
     """
 
     def __init__(self, assembly: Assembly, world: World, hooks: Sequence[Hook]) -> None:

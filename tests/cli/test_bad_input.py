@@ -96,7 +96,9 @@ TABLE = [
     Bad("missing held-out file", ("data.eval_path", "none.jsonl", "No such file"), argv=("--data.eval_path=none.jsonl",)),
     Bad("data path is a directory", ("data.path", "directory"), argv=("--data.path=.",)),
     Bad("empty data", ("train.jsonl", "no rows"), prepare=lambda folder: (folder / "train.jsonl").write_text("")),
-    Bad("missing column", ("data.prompt_column = 'question'", "answer, image, prompt"), argv=("--data.prompt_column=question",)),
+    Bad(
+        "missing column", ("no column 'question' for data.prompt_column", "answer, image, prompt"), argv=("--data.prompt_column=question",)
+    ),
     Bad("column missing in a row", ("1 of 16 rows", "'answer'"), prepare=rewrite(lambda rows: rows[3].pop("answer"))),
     Bad(
         "bad JSON line",

@@ -20,6 +20,7 @@ from kempnerforge.config.images import AugmentConfig, ImagesConfig
         ({"fit": "crop", "tiling": "anyres"}, "tiling = 'anyres': only fit = 'tiles' reads it"),
         ({"fit": "letterbox", "markers": False}, "markers = False: only fit = 'tiles' reads it"),
         ({"fit": "tiles", "max_tiles": 6}, "max_tiles = 6: only tiling = 'overlap' reads it"),
+        ({"fit": "tiles", "markers": False, "marker_grid": 4}, "marker_grid = 4: only markers = true reads it"),
         ({"fit": "tiles", "tiling": "anyres", "max_side": 64}, "max_side = 64: only tiling = 'grid' reads it"),
         ({"fit": "tiles", "tiling": "anyres", "pinpoints": []}, "pinpoints = "),
         ({"fit": "tiles", "tiling": "anyres", "pinpoints": [(0, 2)]}, "pinpoints = "),
@@ -39,6 +40,7 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         ({"flip": 1.5}, "flip = 1.5"),
         ({"crop_scale": 0.0}, "crop_scale = 0.0: must be more than 0"),
         ({"crop_ratio": 0.5}, "crop_ratio = 0.5: must be >= 1"),
+        ({"crop_ratio": 2.0}, "crop_ratio = 2.0: only crop_scale < 1 reads it"),
         ({"contrast": -0.1}, "contrast = -0.1"),
     ],
 )
@@ -49,7 +51,7 @@ def test_refused_changes(settings: dict[str, Any], message: str) -> None:
 
 
 def test_nothing_is_changed_by_default() -> None:
-    assert not ImagesConfig().augment.enabled and not AugmentConfig(crop_ratio=2).enabled
+    assert not ImagesConfig().augment.enabled
     assert all(AugmentConfig(**{key: 0.5}).enabled for key in ("flip", "crop_scale", "brightness", "contrast", "saturation"))
 
 

@@ -497,14 +497,12 @@ def test_an_answer_goes_on_behind_its_tiles() -> None:
 def test_contact_sheet_places_every_image() -> None:
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9], [250, 200, 10]], dtype=torch.uint8)
     images = colours[:, :, None, None].expand(5, 3, 16, 16)
-    sheet = contact_sheet(images, ["a"] * 5, columns=2, tile=32)
+    sheet = contact_sheet(images.numpy(), ["a"] * 5, columns=2, tile=32)
     assert sheet.mode == "RGB" and sheet.width == 12 + 2 * 44
     pixels = np.asarray(sheet)
     centres = [tuple(pixels[y, x]) for y, x in zip(*np.nonzero((pixels != 255).any(-1)), strict=True)]
     assert all(tuple(colour) in set(centres) for colour in colours.tolist())
     assert tuple(pixels[12 + 16, 12 + 16]) == (255, 0, 0) and tuple(pixels[12 + 16, 12 + 44 + 16]) == (0, 255, 0)
-    as_array = contact_sheet(images.numpy(), ["a"] * 5, columns=2, tile=32)
-    assert np.array_equal(np.asarray(as_array), pixels)
 
 
 @pytest.mark.parametrize("caption", ["", "word " * 50, "x" * 500, "日本語 العربية \U0001f600", "\ud800 \x00\x1b\t", "a\n\nb", "é" * 300])
@@ -529,7 +527,7 @@ def test_small_images_keep_sharp_pixels_and_tall_ones_their_shape() -> None:
 
 
 def test_empty_and_wrong_input() -> None:
-    assert isinstance(contact_sheet(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), []), Image.Image)
+    assert isinstance(contact_sheet(np.zeros((0, 3, 4, 4), np.uint8), []), Image.Image)
     for images, captions in ((np.zeros((1, 3, 4, 4), np.float32), [""]), (np.zeros((1, 4, 4, 3), np.uint8), [""])):
         with pytest.raises(ValueError, match="uint8"):
             contact_sheet(images, captions)

@@ -177,8 +177,8 @@ def test_wrong_labels_are_shown_where_they_are() -> None:
 
 def test_pictures_are_exact_when_small_and_shrunk_when_large() -> None:
     for side, kind, shown in ((8, "png", 8), (96, "png", 96), (200, "jpeg", 200), (1000, "jpeg", 512)):
-        image = np.zeros((3, side, side), np.uint8)
-        image[0] = 255
+        image = np.zeros((side, side, 3), np.uint8)
+        image[..., 0] = 255
         html = picture(image, '"><script>')
         assert "<script>" not in html and ("class=small" in html) == (kind == "png")
         data = re.search(r"base64,([^\"]+)", html)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
+from kempnerforge.data.pack import Sizes
 
 MakeEncoder = Callable[..., Encoder]
 
@@ -141,3 +142,14 @@ def test_slow_libraries_are_not_imported() -> None:
     code = "import sys, kempnerforge.data; print([m for m in ('transformers', 'datasets', 'pandas', 'easy_vqa') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("cfg", [{"batching": "pack"}, {"group_by": "positions"}])
+def test_sizes_are_kept_once(
+    list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample], monkeypatch: pytest.MonkeyPatch, cfg: dict[str, Any]
+) -> None:
+    made: list[object] = []
+    init = Sizes.__init__
+    monkeypatch.setattr(Sizes, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
+    assert next(iter(loader(list_source(pictures), make_encoder(**cfg)))).num_targets
+    assert len(made) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 
 from kempnerforge.config import load_config
-from kempnerforge.config.data import DataConfig
+from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate
 from kempnerforge.data.audit import audit
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.finevision import FineVisionConfig
+from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
+from kempnerforge.data.sources.openmoji import OpenMojiConfig
+from kempnerforge.data.sources.probe import ProbeConfig
 from tests.data.conftest import png
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
@@ -103,7 +108,7 @@ def test_llava_conversations_that_are_skipped(root: Path, conversations: Any, me
 
 
 def test_llava_files_that_are_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match="no row has 'conversations' or 'messages'; there are id"):
+    with pytest.raises(ValueError, match="no column 'conversations' for data.source = 'llava'; columns: id"):
         built(LlavaConfig(path=dump(root / "rows.json", [{"id": 1}])))
     with pytest.raises(ValueError, match=r"data\.path = '.*nowhere.json': No such file"):
         built(LlavaConfig(path=str(root / "nowhere.json")))
@@ -140,7 +145,7 @@ def test_finevision_turns_by_their_ratings(hf: Any, tmp_path: Path) -> None:
     assert "none of 1 turns is rated high enough" in reason(chosen, 1)
     assert chosen[2].texts == (Text("i", "j", leading=1),), "without ratings all stay"
     assert "rated high enough" in reason(built(replace(cfg, formatting_min_rating=2)), 2)
-    with pytest.raises(ValueError, match="no column 'images'; columns: answer"):
+    with pytest.raises(ValueError, match="no column 'texts' for data.source = 'finevision', 'images' for .*; columns: answer"):
         hf.Dataset.from_dict({"answer": ["a"]}).save_to_disk(str(tmp_path / "other"))
         built(replace(cfg, path=str(tmp_path / "other")))
 
@@ -188,7 +193,7 @@ def test_captions_of_lists_and_columns(root: Path) -> None:
         messages = ["no caption in 'caption', 'other'", "column 'image': no image", "a caption must be a string, not int", "no caption"]
         for index, message in enumerate(messages, 2):
             assert message in reason(source, index)
-    with pytest.raises(ValueError, match=r"no column for data\.caption_columns = 'text'; columns: caption, image, other"):
+    with pytest.raises(ValueError, match="no column 'text' for data.caption_columns; columns: caption, image, other"):
         built(CaptionsConfig(path=str(root / "rows.jsonl"), caption_columns=["caption", "text"]))
 
 
@@ -257,7 +262,7 @@ def test_documents_have_no_turns(root: Path) -> None:
         InterleavedConfig(path="x", template="chat")
     with pytest.raises(ValueError, match="min_similarity = 0.5: only form = 'mmc4' reads it"):
         InterleavedConfig(path="x", min_similarity=0.5)
-    with pytest.raises(ValueError, match="form = 'lists' needs the column 'images'; columns: texts"):
+    with pytest.raises(ValueError, match="no column 'images' for data.form = 'lists'; columns: texts"):
         document(root, {"texts": ["a"]}, form="lists")
 
 
@@ -299,3 +304,58 @@ def test_example_configs(name: str, root: Path, hf: Any) -> None:
     encoder = Encoder(tokenizer, cfg, Layout(2, 8 if job.vlm else 0, 400, 512, 0), seed=0)
     batch = collate([encoder.encode(source[0], 0)], 0, None)
     assert batch.num_targets > 0 and audit(batch, tokenizer.eos_id, ends=encoder.texts[0].ends) == []
+
+
+# ---- options that nothing would read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "keys", "key", "reader"),
+    [
+        (CaptionsConfig, {"path": "a.json", "quotes": False}, "quotes = False", "a CSV or TSV file"),
+        (CaptionsConfig, {"path": "a.parquet", "quotes": False}, "quotes = False", "a CSV or TSV file"),
+        (CaptionsConfig, {"path": "a.csv", "split": "val"}, "split = 'val'", "a dataset"),
+        (CaptionsConfig, {"path": "a", "eval_path": "b.tsv", "eval_split": "val"}, "eval_split = 'val'", "a dataset"),
+        (CaptionsConfig, {"path": "a.csv", "prompt": "say", "template": "plain"}, "prompt = 'say'", "a template other than 'plain'"),
+        (InterleavedConfig, {"path": "a.jsonl", "split": "val"}, "split = 'val'", "a dataset"),
+        (InterleavedConfig, {"path": "a", "form": "lists", "image_token": "<i>"}, "image_token = '<i>'", "form = 'text'"),
+        (InterleavedConfig, {"path": "a", "joiner": "|"}, "joiner = '|'", "form = 'lists' or 'mmc4'"),
+        (InterleavedConfig, {"path": "a", "before_image": "|", "max_images": 1}, "before_image = '|'", "max_images = 0 or 2"),
+        (JsonlConfig, {"path": "a", "texts_column": "t", "prompt_column": "q"}, "prompt_column = 'q'", "texts_column = ''"),
+        (JsonlConfig, {"path": "a", "texts_column": "t", "answer_column": "b"}, "answer_column = 'b'", "texts_column = ''"),
+        (
+            TextConfig,
+            {"path": "a", "answer_template": "{answer}!"},
+            "answer_template = '{answer}!'",
+            "a source of prompts, answers and images",
+        ),
+        (TextConfig, {"path": "a", "truncate": True}, "truncate = True", "a source of prompts, answers and images"),
+        (TextConfig, {"path": "a", "images": ImagesConfig(fit="crop")}, "images", "a source of prompts, answers and images"),
+        (HFStreamConfig, {"path": "a", "eval_num_samples": 3}, "eval_num_samples = 3", "a job with eval_path or eval_split"),
+        (OpenMojiConfig, {"held_out_every": 5}, "held_out_every = 5", "eval_on = 'names'"),
+        (ProbeConfig, {"reading": "words", "reading_length": 5}, "reading_length = 5", "reading = 'digits' or 'letters'"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(cls: type[DataConfig], keys: dict[str, Any], key: str, reader: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{key}: only {reader}')}.* reads it$"):
+        cls(**keys)
+
+
+def test_options_that_something_reads_are_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "set.json").mkdir()
+    CaptionsConfig(path="a.jsonl", eval_path="b.CSV", quotes=False)
+    CaptionsConfig(path="a.jsonl", eval_path="b", split="val")  # of b
+    CaptionsConfig(path="a.jsonl", eval_path="b", eval_split="val")
+    CaptionsConfig(path=str(tmp_path / "set.json"), split="val")
+    InterleavedConfig(path="a", form="mmc4", joiner="|", before_image="|", max_images=2)
+    JsonlConfig(path="a", texts_column="t", answer_column="")
+
+
+def test_the_message_names_the_file_and_a_stage_of_text_drops_what_it_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[data]\nsource = "captions"\npath = "a.json"\nquotes = false\n[train]\nmax_steps = 1\n')
+    with pytest.raises(ValueError, match=r"a\.toml: \[data\] quotes = False: only a CSV or TSV file"):
+        load_config(tmp_path / "a.toml")
+    job = load_config(
+        None, ["--data.source=jsonl", "--data.path=a", "--data.truncate=true", '--stages=[{name="t",steps=1,data={source="text"}}]']
+    )
+    assert [stage.data.truncate for stage in job.resolved_stages()] == [False]

@@ -173,7 +173,8 @@ def spell(tokenizer: Tokenizer, ids: list[int]) -> str:
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_is_trained(name: str, template: str, image_tokens: int, datasets_folder: Path, tokenizer: Tokenizer) -> None:
     make, path, keys, expected = SOURCES[name]
-    cfg = make(path=str(datasets_folder / path), **keys, **TEMPLATES[template])
+    asked = {key: value for key, value in keys.items() if (template, key) != ("plain", "prompt")}  # which nothing would read
+    cfg = make(path=str(datasets_folder / path), **asked, **TEMPLATES[template])
     source = build_source(cfg, "train")
     assert source is not None and len(source) == len(expected)
     encoder = Encoder(tokenizer, cfg, Layout(image_tokens, 8, 1000, 2000, 0), seed=0)

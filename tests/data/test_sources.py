@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig, JsonlConfig, TextConfig
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image, text_corpus
 from kempnerforge.data.audit import audit
-from kempnerforge.data.loader import row_classes
+from kempnerforge.data.loader import RowClasses
 from kempnerforge.data.sources.table import resolve_image
 
 Png = Callable[..., bytes]
@@ -181,8 +182,8 @@ def test_interleaved_rows_of_a_file(root: Path, make_encoder: Callable[..., Enco
     assert [source.num_images(index) for index in range(4)] == [2, 1, 0, 1]
     assert starts(source, make_encoder(image_tokens=4)) == [[0, 6, 16], [5], []]
     layout = make_encoder(image_tokens=4).layout
-    assert row_classes(source, layout) == [(8 + 24 // 4) // 16, 0, 0, 0]
-    assert row_classes(source, Layout(32, 8, 100, 100, 0)) == [4, 2, 0, 2]
+    assert RowClasses(source, layout)(np.arange(4)).tolist() == [(8 + 24 // 4) // 16, 0, 0, 0]
+    assert RowClasses(source, Layout(32, 8, 100, 100, 0))(np.arange(4)).tolist() == [4, 2, 0, 2]
     corpus = list(text_corpus(source))
     assert not any("<image>" in text for text in corpus) and "see " in corpus
 
@@ -212,7 +213,7 @@ def test_jsonl_splits(tmp_path: Path) -> None:
         (["[" * 100_000], "line 1: not JSON"),
         (["{"] * 9, "9 bad lines: line 1: .*line 5: [^;]*$"),
         ([""], "no rows"),
-        ([{"caption": "a", "picture": "b"}], "no column for data.answer_column = 'answer'; columns: caption, picture"),
+        ([{"caption": "a", "picture": "b"}], "no column 'answer' for data.answer_column; columns: caption, picture"),
         ([{"answer": "a"}, {"caption": "a"}], "1 of 2 rows have no column 'answer'"),
     ],
 )
@@ -296,7 +297,7 @@ def test_hf_dataset_on_disk(hf: Any, tmp_path: Path, png: Png) -> None:
 
     with pytest.raises(ValueError, match="no split 'dev'; splits: train, val"):
         build_source(HFDatasetConfig(path=cfg.path, split="dev"), "train")
-    with pytest.raises(ValueError, match="no column for data.answer_column = 'label'; columns: answer, image, q"):
+    with pytest.raises(ValueError, match="no column 'label' for data.answer_column; columns: answer, image, q"):
         build_source(HFDatasetConfig(path=cfg.path, answer_column="label"), "train")
 
 

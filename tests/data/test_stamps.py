@@ -72,6 +72,34 @@ def test_several_languages_are_several_texts(folder: Path) -> None:
     assert texts["stamps/food/silent"] == (Text("fi", "Hiljaa.", kind="fi"),)
 
 
+def test_questions_about_the_groups(folder: Path) -> None:
+    for split, captions in (("train", 1), ("test", 0)):
+        source = built(folder, split, form="questions", with_captions=True, held_out_every=3)
+        assert names(source) == names(built(folder, split, held_out_every=3))  # held out are the same stamps
+        for k in range(len(source)):
+            sample = source[k]
+            group = sample.id.split("/")[1]
+            other = {"animals": "food", "food": "animals"}[group]
+            assert sample.texts == (
+                Text("which group does the picture belong to?", group, kind="group"),
+                Text(f"does the picture belong to {group}?", "yes", kind="yes or no"),
+                Text(f"does the picture belong to {other}?", "no", kind="yes or no"),
+                *[Text("", f"A {Path(sample.id).name}.")] * captions,
+            )
+
+
+def test_a_question_has_another_group_if_there_is_one(folder: Path) -> None:
+    for k in range(4):
+        (folder / f"group{k}").mkdir()
+        (folder / f"group{k}" / "x.txt").write_text("X.")
+        (folder / f"group{k}" / "x.png").write_bytes((folder / "food" / "silent.png").read_bytes())
+    source = built(folder, form="questions")
+    denied = {text.prompt for k in range(len(source)) for text in source[k].texts if text.answer == "no"}
+    assert len(denied) > 3  # not always the same one
+    with pytest.raises(ValueError, match="form = 'questions' is about the folders in it that stamps lie in, and needs two"):
+        built(folder / "group0", form="questions")
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no captions in 'tlh'; there are de, en, fi, pt_BR, sr@latin"):
         built(folder, languages=["en", "tlh"])
@@ -81,6 +109,8 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
             built(tmp_path / place)
     with pytest.raises(ValueError, match="path = ''.*kempnerforge data fetch stamps"):
         StampsConfig()
+    with pytest.raises(ValueError, match="with_captions = True: only form = 'questions' reads it"):
+        StampsConfig(path="x", with_captions=True)
     with pytest.raises(ValueError, match="each once"):
         StampsConfig(path="x", languages=["en", "en"])
     (folder / "food" / "thing00.txt").write_bytes(b"\xff")

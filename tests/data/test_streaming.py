@@ -173,7 +173,7 @@ def test_jsonl_lines_fail_one_by_one(tmp_path: Path, png: Callable[..., bytes]) 
         ({"path": "{tmp}/mixed"}, "files end in .jsonl, .parquet"),
         ({"path": "{tmp}/mixed/broken.parquet"}, "cannot read the stream .*broken.parquet"),
         ({"num_samples": 0}, "data.num_samples = 0: .* does not say how many rows it has; say it"),
-        ({"answer_column": "label"}, "no column for data.answer_column = 'label'; columns: answer"),
+        ({"answer_column": "label"}, "no column 'label' for data.answer_column; columns: answer"),
         ({"eval_split": "test", "path": "{tmp}/lines"}, "files have no splits; name held-out files in eval_path"),
         ({"eval_split": "test"}, "is a file and has no splits"),
         ({"eval_path": "{tmp}/rows.jsonl"}, "data.eval_num_samples = 0: .* does not say"),

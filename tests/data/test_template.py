@@ -408,7 +408,7 @@ def test_truncation_keeps_images_and_ends(tokenizer: Tokenizer, turns: list[tupl
         ({"template": "chatml"}, "template = 'chatml': allowed are 'prompt', 'chat', 'plain', 'paligemma', 'turns'"),
         ({"template": "chat", "prompt_template": "Q {prompt}"}, "prompt_template = 'Q {prompt}': only template = 'prompt' reads it"),
         ({"template": "plain", "answer_template": "{answer}!"}, "answer_template = '{answer}!': only template = 'prompt' reads it"),
-        ({"turns": TurnsConfig(user="{prompt}")}, "turns: only template = 'turns' reads it, and template = 'prompt'"),
+        ({"turns": TurnsConfig(user="{prompt}")}, "turns: only template = 'turns' reads it"),
         ({"system": "a"}, "system = 'a': template = 'prompt' has no place for it; chat and turns have"),
         ({"prompt_template": "{prompt!r}"}, "must contain {prompt} once and no other field"),
     ],

@@ -434,9 +434,9 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
 
 def test_columns_that_no_sample_has(tmp_path: Path, png: Png) -> None:
     path = write(tmp_path / "a.tar", {"1.txt": "a", "1.gif": png((1, 1, 1))})
-    with pytest.raises(ValueError, match=r"a.tar: no member for data.image_column = 'jpg;.*; members: gif, txt"):
+    with pytest.raises(ValueError, match=r"a.tar: no column 'jpg;.*' for data.image_column; columns: gif, txt"):
         built(path)
-    with pytest.raises(ValueError, match=r"a.tar: no member .json \(column 'json.caption'\); members: gif, txt"):
+    with pytest.raises(ValueError, match=r"a.tar: no column 'json.caption' for data.answer_column; columns: gif, txt"):
         built(path, image_column="gif", answer_column="json.caption")
     with pytest.raises(ValueError, match="root = 'x'"):
         WebDatasetConfig(path="a.tar", root="x")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kempnerforge.config import TrainConfig
-from kempnerforge.config.data import TextConfig
+from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import collate, prompt_batch
@@ -45,7 +45,7 @@ SAMPLES = [
 
 def build(arch: str, mask: str) -> Tiny:
     job = tiny_job(
-        arch, mask, data=TextConfig(path="unread.txt", images=TILES), train=TrainConfig(max_steps=4, seq_len=96, mixed_precision="fp32")
+        arch, mask, data=JsonlConfig(path="unread.jsonl", images=TILES), train=TrainConfig(max_steps=4, seq_len=96, mixed_precision="fp32")
     )
     tokenizer = Tokenizer.train(["what colour is it?\n", "red", "blue", "yes", "no"] * 4, 300)
     assembly = assemble(job, tokenizer, data=False)

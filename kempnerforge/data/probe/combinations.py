@@ -26,13 +26,8 @@ class Combinations:
     """Those that training sees, under ``False``, and those that are held out, under ``True``.
 
     Attributes:
-        colours, shapes: names, in their order.
-        max_count: things of a kind at most.
         every: one combination in so many is held out.
-        seed: shifts which.
-        pairs: (colour, shape).
-        counts: shape -> how many.
-        partners: (shape, another shape).
+        pairs, counts, partners: (colour, shape); shape -> how many; (shape, another shape).
     """
 
     colours: Sequence[str]

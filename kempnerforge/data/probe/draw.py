@@ -40,8 +40,6 @@ def draw(placed: Sequence[Placed], side: int, rng: Random, background: str = "wh
     """The picture as a PNG.
 
     Args:
-        placed: what is on it.
-        side: pixels.
         rng: of background and noise.
         background: "white", or "varied": some pale colour.
         noise: standard deviation of Gaussian noise on every value; 1 is the range of values.
@@ -56,8 +54,7 @@ def draw(placed: Sequence[Placed], side: int, rng: Random, background: str = "wh
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels + np.random.default_rng(rng.getrandbits(64)).normal(0, 255 * noise, pixels.shape)
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -78,11 +75,7 @@ def _draw(pen: ImageDraw.ImageDraw, one: Placed, side: int) -> None:
 
 @lru_cache(maxsize=64)
 def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font.
-
-    Raises:
-        ValueError: this Pillow was built without FreeType.
-    """
+    """Pillow's own font; raises ValueError where it was built without FreeType."""
     font = ImageFont.load_default(pixels)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise ValueError("data.source = 'probe': this Pillow has no FreeType and cannot write; install a wheel of it: pip install pillow")

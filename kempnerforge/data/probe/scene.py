@@ -29,11 +29,8 @@ class Thing:
     """A coloured shape, or a coloured piece of writing.
 
     Attributes:
-        colour: of ``COLOURS``.
         shape: of ``SHAPES``; empty for writing.
-        writing: what is written.
         at: its centre, where that is decided already.
-        limit: its size at most.
     """
 
     colour: str

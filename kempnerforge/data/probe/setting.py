@@ -19,12 +19,7 @@ ALPHABETS = {"digits": DIGITS, "letters": LETTERS}
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample before it is drawn.
-
-    Attributes:
-        scenes: what is on each of its pictures.
-        texts: what is asked.
-    """
+    """A sample before it is drawn."""
 
     scenes: tuple[tuple[Thing, ...], ...]
     texts: tuple[Text, ...]
@@ -35,9 +30,7 @@ class Setting:
     """One sample's dice and rules.
 
     Attributes:
-        cfg: the knobs.
         known: which combinations are held out.
-        rng: the sample's own.
         unseen: questions are about combinations that are held out; else about the others. What is not asked about is never held out.
     """
 

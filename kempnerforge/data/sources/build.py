@@ -14,10 +14,7 @@ def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None
     """The samples of ``split``; None when ``cfg`` names none.
 
     Args:
-        cfg: the ``[data]`` section.
-        split: "train" or "test".
         tokenizer: cuts running text into windows; without it a source still serves ``text_corpus``.
-        seq_len: tokens of a window.
 
     Raises:
         ValueError: unknown source; data that are missing or not what ``cfg`` says.

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.data import FileConfig, Splits
+from kempnerforge.config.checks import only_if
+from kempnerforge.config.data import RowsConfig, is_csv
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size
+from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
 
 
 @registry.register_data_config
 @dataclass
-class CaptionsConfig(Splits, FileConfig):
+class CaptionsConfig(RowsConfig):
     """JSON lines or a JSON list, CSV, TSV, Parquet, or a directory of ``save_to_disk``: an image and one or several captions a row.
 
     Attributes:
@@ -37,27 +38,21 @@ class CaptionsConfig(Splits, FileConfig):
             raise ValueError(f"caption_columns = {self.caption_columns!r}: name at least one column")
         if not self.image_column:
             raise ValueError("image_column = '': name the column of the image")
+        only_if(self, is_csv(self.path) or is_csv(self.eval_path), "a CSV or TSV file, by path or eval_path,", "quotes")
+        only_if(self, self.template != "plain", "a template other than 'plain', which leaves prompts out,", "prompt")
 
 
 @registry.register_source("captions")
 class Captions(RowSource):
-    """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no place of an image.
-
-    Raises:
-        ValueError: the file cannot be read, or lacks a configured column.
-    """
+    """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no place of an image."""
 
     cfg: CaptionsConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: CaptionsConfig, split: str) -> None:
         super().__init__(cfg, split)
-        columns = cfg.caption_columns
-        self.rows = open_rows(
-            self.path, self.key, self.split_name, self._measure, columns, cfg.image_column, cfg.max_bad_fraction, cfg.quotes
-        )
-        self.need(image_column=cfg.image_column)
-        for column in columns:
-            self.need(caption_columns=column)
+        named = {cfg.image_column: "data.image_column", **dict.fromkeys(cfg.caption_columns, "data.caption_columns")}
+        self.rows = open_rows(self, self._measure, cfg.caption_columns, cfg.image_column, cfg.quotes)
+        require_columns(self.path, self.rows.columns, named)
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         return sum(nested_size(row.get(column)) for column in self.cfg.caption_columns), count_images(row.get(self.cfg.image_column))

@@ -47,11 +47,7 @@ class DigitsConfig(DataConfig):
 
 @registry.register_source("digits")
 class Digits(Source):
-    """The first four fifths to train on, the last to test, in the order of the file.
-
-    Raises:
-        ValueError: scikit-learn is not installed.
-    """
+    """The first four fifths to train on, the last to test, in the order of the file."""
 
     cfg: DigitsConfig
 
@@ -67,15 +63,13 @@ class Digits(Source):
         return len(self._numbers)
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """The questions about sample ``index``."""
         digit = self._digits[self._numbers[index]]
         return tuple(Text(QUESTIONS[name][0], QUESTIONS[name][1](digit), kind=name) for name in self.cfg.questions)
 
     def __getitem__(self, index: int) -> Sample:
         number = self._numbers[index]
         shades = (255 - self._pixels[number] * (255 / 16)).round().astype(np.uint8)  # black on white
-        buffer = io.BytesIO()
-        Image.fromarray(shades).save(buffer, "PNG")
+        Image.fromarray(shades).save(buffer := io.BytesIO(), "PNG")
         return Sample(f"digits/{number}", (buffer.getvalue(),), self.texts(index))
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.data import FileConfig, Splits
+from kempnerforge.config.data import Splits
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import HFRows
-from kempnerforge.data.sources.table import RowSource, make_text, nested_size
+from kempnerforge.data.sources.table import RowSource, make_text, nested_size, require_columns
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 TEXTS, IMAGES = "texts", "images"
@@ -18,7 +18,7 @@ TEXTS, IMAGES = "texts", "images"
 
 @registry.register_data_config
 @dataclass
-class FineVisionConfig(Splits, FileConfig):
+class FineVisionConfig(Splits):
     """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``) and, if it has them,
     ``relevance_ratings``, ``image_correspondence_ratings``, ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
 
@@ -48,11 +48,7 @@ class FineVisionConfig(Splits, FileConfig):
 
 @registry.register_source("finevision")
 class FineVision(RowSource):
-    """One sample per row, its turns one conversation. "<image>" in a text is text.
-
-    Raises:
-        ValueError: as ``HFRows``; a column is missing.
-    """
+    """One sample per row, its turns one conversation. "<image>" in a text is text."""
 
     cfg: FineVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -60,9 +56,7 @@ class FineVision(RowSource):
         super().__init__(cfg, split)
         measure = lambda row: (nested_size(row.get(TEXTS)), 0)
         self.rows = HFRows(self.path, self.split_name, measure, [TEXTS], IMAGES, others=list(cfg.least()))
-        missing = {TEXTS, IMAGES} - self.rows.columns
-        if missing:
-            raise ValueError(f"{self.path}: no column {sorted(missing)[0]!r}; columns: {', '.join(sorted(self.rows.columns))}")
+        require_columns(self.path, self.rows.columns, {TEXTS: "data.source = 'finevision'", IMAGES: "data.source = 'finevision'"})
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         images = self.images_of(row[IMAGES], IMAGES)

@@ -10,15 +10,11 @@ from kempnerforge.data.sources.table import RowSource, TableSource
 
 @registry.register_source("hf_dataset")
 class HFDataset(RowSource, TableSource):
-    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet, CSV or JSON file, or a hub id. Images stay encoded until they are used.
-
-    Raises:
-        ValueError: it cannot be read, has no such split, or lacks a configured column.
-    """
+    """Rows of a dataset."""
 
     cfg: HFDatasetConfig
 
     def __init__(self, cfg: HFDatasetConfig, split: str) -> None:
         super().__init__(cfg, split)
         self.rows = HFRows(self.path, self.split_name, self.measure, self.text_columns, cfg.image_column)
-        self.require_columns(self.rows.columns, self.path)
+        self.require_columns(self.path, self.rows.columns)

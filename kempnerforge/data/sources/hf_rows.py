@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from kempnerforge.config.data import is_csv, is_file_of_rows
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.rows import CsvRows, Measure, Rows, json_rows
+from kempnerforge.data.sources.table import FileSource
+from kempnerforge.data.stream import first_line
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 class HFRows(Rows):
-    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet, CSV or JSON file, or a hub id. Images stay encoded until they are used.
+    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet, CSV or JSON file, or a hub id. Images stay encoded.
 
     Args:
-        path: of the dataset.
-        split: of a dataset that has splits.
         measure: characters of a row's texts.
         texts: columns that ``measure`` reads.
         images: column of images, or nothing.
@@ -36,8 +38,6 @@ class HFRows(Rows):
         self._images = images if images in self.columns else ""
         kept = dict.fromkeys([*self._texts, *([self._images] if self._images else []), *others])
         self._table = undecoded(table.select_columns([column for column in kept if column in self.columns]), self._images)
-        self._lengths: list[int] | None = None
-        self._counts: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -52,14 +52,27 @@ class HFRows(Rows):
         return f"{self.path.rstrip('/')}[{self.split}][{index}]"
 
     def length(self, index: int) -> int:
-        if self._lengths is None:
-            self._lengths = [self._measure(row)[0] for row in self._table.select_columns(self._texts)]
         return self._lengths[index]
 
     def num_images(self, index: int) -> int:
-        if self._counts is None:
-            self._counts = _counts(self._table, self._images)
         return self._counts[index] if self._counts else int(bool(self._images))
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [self._measure(row)[0] for row in self._table.select_columns(self._texts)]
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Images of each row by the lengths of their lists; empty where they are no lists, or rows are chosen from a larger table."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not self._images or self._table._indices is not None:
+            return []
+        values = self._table.data.column(self._images)
+        if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+            return []
+        return [count or 0 for count in pc.list_value_length(values).to_pylist()]  # pyright: ignore[reportAttributeAccessIssue]
 
     def fingerprint(self) -> str:
         if os.path.exists(self.path):
@@ -67,23 +80,16 @@ class HFRows(Rows):
         return digest(len(self), self.split, getattr(self._table, "_fingerprint", ""))
 
 
-def open_rows(
-    path: str, key: str, split: str, measure: Measure, texts: Sequence[str], images: str, max_bad_fraction: float, quotes: bool = True
-) -> Rows:
-    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``. Arguments as of ``IndexedRows`` and ``HFRows``."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in (".json", ".jsonl", ".csv", ".tsv") and not os.path.isdir(path):
-        if suffix in (".csv", ".tsv"):
-            return CsvRows(path, key, measure, (), max_bad_fraction, quotes=quotes)
-        return json_rows(path, key, measure, (), max_bad_fraction)
-    return HFRows(path, split, measure, texts, images)
+def open_rows(source: FileSource, measure: Measure, texts: Sequence[str], images: str, quotes: bool = True) -> Rows:
+    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``. Arguments as of ``HFRows`` and ``CsvRows``."""
+    split, args = source.split_name, (source.path, source.key, measure, (), source.cfg.max_bad_fraction)
+    if not is_file_of_rows(source.path):
+        return HFRows(source.path, split, measure, texts, images)
+    return CsvRows(*args, quotes=quotes) if is_csv(source.path) else json_rows(*args)
 
 
 def load(path: str, split: str) -> Any:
-    """
-    Raises:
-        ValueError: it cannot be read, or has no such split.
-    """
+    """The rows of a split; raises ValueError if it cannot be read, or is not there."""
     import datasets
 
     try:
@@ -99,9 +105,7 @@ def load(path: str, split: str) -> Any:
         else:
             table = datasets.load_dataset(path)
     except Exception as error:
-        raise ValueError(
-            f"data: cannot read the dataset {path!r}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
-        ) from None
+        raise ValueError(f"data: cannot read the dataset {path!r}: {first_line(error)}") from None
     if isinstance(table, datasets.Dataset):
         if split not in ("train", str(table.split)):
             raise ValueError(f"data: split = {split!r}: the dataset {path!r} has no splits; name held-out rows by data.eval_path")
@@ -121,16 +125,3 @@ def undecoded(table: Any, column: str) -> Any:
     if isinstance(getattr(feature, "feature", None), datasets.Image):
         return table.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return table
-
-
-def _counts(table: Any, column: str) -> list[int]:
-    """Images of each row by the lengths of their lists; empty where they are no lists, or rows are chosen from a larger table."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if not column or table._indices is not None:
-        return []
-    values = table.data.column(column)
-    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        return []
-    return [count or 0 for count in pc.list_value_length(values).to_pylist()]  # pyright: ignore[reportAttributeAccessIssue]

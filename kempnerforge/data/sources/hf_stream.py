@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least
+from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.order import Order, Windowed
@@ -49,6 +49,7 @@ class HFStreamConfig(HFDatasetConfig):
         super().__post_init__()
         at_least(self, 1, "shuffle_buffer")
         at_least(self, 0, "num_samples", "eval_num_samples")
+        only_if(self, self.eval_path or self.eval_split, "a job with eval_path or eval_split", "eval_num_samples")
         if "://" in self.path or "://" in self.eval_path:
             raise ValueError(f"path = {self.path!r}: URLs are not fetched; name local files, or a hub id")
 
@@ -77,15 +78,22 @@ class Tables(ABC):
         """Of the content, as far as it can be looked at without reading all of it."""
 
     def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
-        """The values by column that ``row`` of a table stands for.
-
-        Raises:
-            SampleError: none.
-        """
+        """The values by column that ``row`` of a table stands for; raises SampleError if it stands for none."""
         return row
 
 
-class Parquet(Tables):
+class Files(Tables):
+    """Local files, one behind the other."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = files
+
+    def fingerprint(self) -> str:
+        """Of the sizes of all files and the content of the outermost ones."""
+        return digest(*map(os.path.getsize, self.files), file_fingerprint(self.files[0]), file_fingerprint(self.files[-1]))
+
+
+class Parquet(Files):
     """Parquet files. Their footers say how many rows each row group has, so that reading may begin with any of them.
 
     NOTE: read by Arrow itself. Through ``datasets`` the memory of a process grows with what it has read of a file, until the end of the file.
@@ -96,7 +104,8 @@ class Parquet(Tables):
     def __init__(self, files: Sequence[str]) -> None:
         import pyarrow.parquet
 
-        self.files, self._groups, self._begins = files, [], [0]  # (file, number in it) of all row groups, and the first row of each
+        super().__init__(files)
+        self._groups, self._begins = [], [0]  # (file, number in it) of all row groups, and the first row of each
         for file in files:
             about = pyarrow.parquet.read_metadata(file)
             self._groups += [(file, number) for number in range(about.num_row_groups)]
@@ -123,23 +132,14 @@ class Parquet(Tables):
                 for batch in rows.iter_batches(BLOCK, row_groups=numbers, columns=columns, use_threads=False):
                     yield pyarrow.Table.from_batches([batch])
 
-    def fingerprint(self) -> str:
-        return _files_fingerprint(self.files)
 
-
-class Lines(Tables):
-    """JSONL files, line by line, so that one bad line is one bad sample. Tables have one column, "text", with the bytes of a line as Latin-1
-    has them; blank lines are no rows.
-    """
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = files
+class Lines(Files):
+    """JSONL files, line by line, so that one bad line is one bad sample. Tables have one column, "line"; blank lines are no rows."""
 
     def names(self) -> Collection[str]:
         """Those of the first good lines."""
-        found: set[str] = set()
-        reason = "no lines"
-        for row in next(self.open_at(0, ())[1]).to_pylist():
+        found, reason, first = set[str](), "no lines", next(self._read(), None)
+        for row in first.to_pylist() if first is not None else ():
             try:
                 found.update(self.values(row))
             except SampleError as error:
@@ -149,19 +149,20 @@ class Lines(Tables):
         return found
 
     def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
-        import datasets
+        return 0, self._read()
 
-        files = list(self.files)
-        return 0, _without_blanks(
-            _tables(datasets.load_dataset("text", data_files=files, split="train", streaming=True, encoding="latin-1"))
-        )
+    def _read(self) -> Iterator[Any]:
+        import pyarrow
 
-    def fingerprint(self) -> str:
-        return _files_fingerprint(self.files)
+        for path in self.files:
+            with open(path, "rb") as file:
+                lines = (line for line in file if line.strip())
+                while block := list(islice(lines, BLOCK)):
+                    yield pyarrow.table({"line": block})
 
     def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
         try:
-            return parse_line(row["text"].encode("latin-1"))
+            return parse_line(row["line"])
         except ValueError as error:
             raise SampleError(str(error)) from None
 
@@ -187,28 +188,14 @@ class Hub(Tables):
         return digest(self.path, self.split, self.rows)
 
 
-def _files_fingerprint(files: Sequence[str]) -> str:
-    """Of the sizes of all files and the content of the outermost ones."""
-    return digest(*map(os.path.getsize, files), file_fingerprint(files[0]), file_fingerprint(files[-1]))
-
-
 def _tables(dataset: Any) -> Iterator[Any]:
     """Arrow tables of ``BLOCK`` rows; images stay as they are stored."""
     return dataset.with_format("arrow").iter(batch_size=BLOCK)
 
 
-def _without_blanks(tables: Iterator[Any]) -> Iterator[Any]:
-    import pyarrow
-
-    return (table.filter(pyarrow.array([bool(line.strip()) for line in table["text"].to_pylist()])) for table in tables)
-
-
 def _find(path: str, split: str) -> Tables:
-    """
-    Raises:
-        ValueError: no such files, files of several kinds, or nothing on the hub.
-    """
-    kinds: dict[str, type[Parquet | Lines]] = {".parquet": Parquet, ".jsonl": Lines}
+    """What ``path`` names; raises ValueError for no such files, files of several kinds, or nothing on the hub."""
+    kinds: dict[str, type[Files]] = {".parquet": Parquet, ".jsonl": Lines}
     suffix = lambda file: os.path.splitext(file)[1].lower()
     if os.path.isdir(path):
         files = [file for file in glob(os.path.join(path, "**"), recursive=True) if suffix(file) in kinds]
@@ -232,11 +219,7 @@ def _find(path: str, split: str) -> Tables:
 
 @registry.register_source("hf_stream")
 class HFStream(TableSource):
-    """Sample k is row k of the stream.
-
-    Raises:
-        ValueError: it cannot be read, does not say how many rows it has and is not told, or lacks a configured column.
-    """
+    """Sample k is row k of the stream."""
 
     cfg: HFStreamConfig
 
@@ -250,11 +233,12 @@ class HFStream(TableSource):
             names = tables.names()
         except Exception as error:  # whatever files, Arrow or a network raise
             raise ValueError(f"data: cannot read the stream {self.path!r}: {first_line(error)}") from None
-        if cfg.eval_split and not cfg.eval_path and not isinstance(tables, Hub):
-            raise ValueError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
-        if cfg.split != "train" and not isinstance(tables, Hub):
-            raise ValueError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
-        self.require_columns(names, self.path)
+        if not isinstance(tables, Hub):
+            if cfg.eval_split and (split == "test" or not cfg.eval_path):
+                raise ValueError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
+            if cfg.split != "train" and (split == "train" or not cfg.eval_split):
+                raise ValueError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
+        self.require_columns(self.path, names)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer
         self._whole_rows = RowStream(partial(tables.open_at, columns=self.columns), keep)
@@ -297,8 +281,4 @@ class HFStream(TableSource):
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Mapping[str, Any]:
-        row = self._tables.values(self._whole_rows.row(index))
-        lacking = next((column for column in self.columns if column not in row), None)
-        if lacking is not None:
-            raise SampleError(f"has no column {lacking!r}")
-        return row
+        return self._tables.values(self._whole_rows.row(index))

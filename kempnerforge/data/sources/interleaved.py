@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, one_of
-from kempnerforge.config.data import FileConfig, Splits
+from kempnerforge.config.checks import at_least, one_of, only_if
+from kempnerforge.config.data import RowsConfig
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size
+from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
 
 FORMS = {"text": ("text", "images"), "lists": ("texts", "images"), "mmc4": ("text_list", "image_info")}
 """Columns of texts and images, by ``data.form``."""
@@ -21,7 +21,7 @@ Part = str | tuple[ImageSource, ...]
 
 @registry.register_data_config
 @dataclass
-class InterleavedConfig(Splits, FileConfig):
+class InterleavedConfig(RowsConfig):
     """JSON lines or a JSON list, Parquet, or a directory of ``save_to_disk``. A document is written without a template, BOS in front and EOS
     behind it.
 
@@ -51,31 +51,25 @@ class InterleavedConfig(Splits, FileConfig):
         at_least(self, 0, "max_images")
         if self.template != "prompt":
             raise ValueError(f"template = {self.template!r}: a document has no turns; only 'prompt' is allowed")
-        if self.min_similarity and self.form != "mmc4":
-            raise ValueError(f"min_similarity = {self.min_similarity}: only form = 'mmc4' reads it")
+        only_if(self, self.form == "text", "form = 'text'", "image_token")
+        only_if(self, self.form != "text", "form = 'lists' or 'mmc4'", "joiner")
+        only_if(self, self.form == "mmc4", "form = 'mmc4'", "min_similarity")
+        only_if(self, self.max_images != 1, "max_images = 0 or 2 and more", "before_image")
         if not self.image_token.strip():
             raise ValueError(f"image_token = {self.image_token!r}: must not be blank")
 
 
 @registry.register_source("interleaved")
 class Interleaved(RowSource):
-    """One sample per document, with one text.
-
-    Raises:
-        ValueError: the file cannot be read, or lacks a column of its form.
-    """
+    """One sample per document, with one text."""
 
     cfg: InterleavedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: InterleavedConfig, split: str) -> None:
         super().__init__(cfg, split)
         self._texts, self._images = FORMS[cfg.form]
-        args = (self._measure, [self._texts], self._images, cfg.max_bad_fraction)
-        self.rows = open_rows(self.path, self.key, self.split_name, *args)
-        missing = {self._texts, self._images} - self.rows.columns
-        if missing:
-            there = ", ".join(sorted(self.rows.columns))
-            raise ValueError(f"{self.path}: form = {cfg.form!r} needs the column {sorted(missing)[0]!r}; columns: {there}")
+        self.rows = open_rows(self, self._measure, [self._texts], self._images)
+        require_columns(self.path, self.rows.columns, dict.fromkeys(FORMS[cfg.form], f"data.form = {cfg.form!r}"))
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         images = count_images(row.get(self._images))

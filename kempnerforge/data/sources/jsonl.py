@@ -12,13 +12,9 @@ __all__ = ["Jsonl", "parse_line"]
 
 @registry.register_source("jsonl")
 class Jsonl(RowSource, TableSource):
-    """Rows of a JSONL file. All lines are read once and judged; afterwards only where each begins and its size is kept.
-
-    Raises:
-        ValueError: no such file, no rows, too many lines that are not JSON objects (named by number) or lack a configured column.
-    """
+    """Rows of a JSONL file."""
 
     def __init__(self, cfg: JsonlConfig, split: str) -> None:
         super().__init__(cfg, split)
         self.rows = JsonLines(self.path, self.key, self.measure, self.columns, cfg.max_bad_fraction)
-        self.require_columns(self.rows.columns, self.path)
+        self.require_columns(self.path, self.rows.columns)

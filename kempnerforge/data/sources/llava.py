@@ -10,7 +10,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.data import FileConfig
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.rows import json_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size
+from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
 
 ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer", "system": "system"}
 
@@ -40,9 +40,6 @@ class LlavaConfig(FileConfig):
 class Llava(RowSource):
     """One sample per conversation, all of it one text. An answer in front of the first question is left out, as LLaVA does it, and so is a
     question at the end that nobody answers.
-
-    Raises:
-        ValueError: as ``IndexedRows``.
     """
 
     cfg: LlavaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -50,8 +47,8 @@ class Llava(RowSource):
     def __init__(self, cfg: LlavaConfig, split: str) -> None:
         super().__init__(cfg, split)
         self.rows = json_rows(self.path, self.key, _measure, (), cfg.max_bad_fraction)
-        if not {"conversations", "messages"} & self.rows.columns:
-            raise ValueError(f"{self.path}: no row has 'conversations' or 'messages'; there are {', '.join(sorted(self.rows.columns))}")
+        if "messages" not in self.rows.columns:
+            require_columns(self.path, self.rows.columns, {"conversations": "data.source = 'llava'"})
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         text = self._conversation(row.get("conversations", row.get("messages")))

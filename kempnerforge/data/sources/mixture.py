@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import more_than
+from kempnerforge.config.checks import more_than, not_default
 from kempnerforge.config.data import JOB_KEYS, DataConfig
 from kempnerforge.data.fingerprint import digest
 from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
@@ -76,7 +76,7 @@ class MixtureConfig(DataConfig):
         if not self.parts:
             raise ValueError("parts = []: a mixture needs at least one [[data.parts]] table")
         own = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
-        for key in _changed(self):
+        for key in not_default(self):
             if key not in own:
                 raise ValueError(f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
         for index, part in enumerate(self.parts):
@@ -99,7 +99,7 @@ class MixtureConfig(DataConfig):
     def _check_part(self, index: int, part: DataConfig) -> None:
         if part.source == MIXTURE:
             raise ValueError(f"parts[{index}].source = {MIXTURE!r}: a mixture of mixtures is not possible; list the inner parts here")
-        for key in _changed(part):
+        for key in not_default(part):
             if key in JOB_KEYS:
                 raise ValueError(f"parts[{index}].{key} = {getattr(part, key)!r}: holds for the whole job; set it in [data]")
 
@@ -110,21 +110,11 @@ class MixtureConfig(DataConfig):
             raise ValueError(f"{key} = {weights}: none may be below 0, and not all 0")
 
 
-def _changed(section: DataConfig) -> Iterator[str]:
-    """The keys of ``section`` that differ from the defaults of its class."""
-    for f in fields(section):
-        default: Any = f.default_factory() if f.default_factory is not MISSING else f.default
-        if getattr(section, f.name) != default:
-            yield f.name
-
-
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Samples of a mixture.
 
     Attributes:
         number: of the ``[[data.parts]]`` table.
-        source: the samples.
         characters: what its ``length`` counts, in characters.
     """
 
@@ -135,11 +125,7 @@ class Part:
 
 @registry.register_source(MIXTURE)
 class Mixture(Source):
-    """The samples of all parts, numbered one part after the other.
-
-    Raises:
-        ValueError: a part's data are missing or not what it says.
-    """
+    """The samples of all parts, numbered one part after the other."""
 
     cfg: MixtureConfig
 
@@ -154,7 +140,7 @@ class Mixture(Source):
 
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
-        return any(_kind(part).has(part, split) for part in cfg.sections())
+        return any(registry.sources.get(part.source).has(part, split) for part in cfg.sections())
 
     def tokenised(self, tokenizer: Tokenizer, seq_len: int) -> Mixture:
         parts = []
@@ -167,16 +153,17 @@ class Mixture(Source):
 
     def order(self, seed: int) -> Order:
         """By weight; the parts are shuffled independently of each other."""
-        own = lambda weights: [weights[part.number] for part in self._parts]
+        pick = lambda weights: [weights[part.number] for part in self._parts]
         sizes = [len(part.source) for part in self._parts]
         if self.cfg.weights:
-            weights = own(self.cfg.weights)
+            weights = pick(self.cfg.weights)
         elif self.cfg.temperature == 1:
             weights = sizes
         else:
             weights = [(size / max(sizes)) ** (1 / self.cfg.temperature) for size in sizes]
-        phases = [(0, weights), *((phase.start_step, own(phase.weights)) for phase in self.cfg.phases)]
-        return Mixed([part.source.order(_part_seed(seed, part.number)) for part in self._parts], self._offsets[:-1], phases)
+        phases = [(0, weights), *((phase.start_step, pick(phase.weights)) for phase in self.cfg.phases)]
+        seeds = (int(np.random.default_rng((seed, 2, part.number)).integers(2**32)) for part in self._parts)  # alike parts: other orders
+        return Mixed([part.source.order(own) for part, own in zip(self._parts, seeds, strict=True)], self._offsets[:-1], phases)
 
     def __len__(self) -> int:
         return self._offsets[-1]
@@ -218,15 +205,8 @@ class Mixture(Source):
         return self._parts[position], range(len(self))[index] - offset, offset
 
 
-def _kind(cfg: DataConfig) -> type[Source]:
-    return registry.sources.get(cfg.source)
-
-
 def _build(number: int, cfg: DataConfig, split: str) -> Source | None:
-    """
-    Raises:
-        ValueError: the data are missing or not what ``cfg`` says, or nothing of them is to train on.
-    """
+    """As ``build_source``; a part must have something to train on."""
     try:
         source = build_source(cfg, split)
     except ValueError as error:
@@ -234,8 +214,3 @@ def _build(number: int, cfg: DataConfig, split: str) -> Source | None:
     if source is None and split == "train":
         raise ValueError(f"data.parts[{number}]: source = {cfg.source!r}: has no training samples")
     return source
-
-
-def _part_seed(seed: int, number: int) -> int:
-    """Parts of one size are not in one order."""
-    return int(np.random.default_rng((seed, 2, number)).integers(2**32))

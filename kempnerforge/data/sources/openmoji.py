@@ -20,7 +20,7 @@ from typing import ClassVar
 from PIL import Image, ImageDraw, ImageFont
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, one_of
+from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.sample import Sample, Source, Text
 
@@ -60,15 +60,12 @@ class OpenMojiConfig(DataConfig):
         at_least(self, 1, "views")
         at_least(self, 2, "held_out_every")
         at_least(self, 8, "picture_size")
+        only_if(self, self.eval_on == "names", "eval_on = 'names'", "held_out_every")
 
 
 @registry.register_source("openmoji")
 class OpenMoji(Source):
-    """Samples ``openmoji/CODE/VIEW``: all views of an emoji, then those of the next, by code point.
-
-    Raises:
-        ValueError: neither the folder nor the package is there.
-    """
+    """Samples ``openmoji/CODE/VIEW``: all views of an emoji, then those of the next, by code point."""
 
     cfg: OpenMojiConfig
 
@@ -91,7 +88,6 @@ class OpenMoji(Source):
         return len(self._named) * len(self._views)
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """The caption of sample ``index``."""
         return (Text("", self._named[range(len(self))[index] // len(self._views)][1]),)
 
     def __getitem__(self, index: int) -> Sample:
@@ -100,7 +96,7 @@ class OpenMoji(Source):
         return Sample(f"openmoji/{code:04X}/{view}", (self._draw(code, view),), self.texts(index))
 
     def _draw(self, code: int, view: int) -> bytes:
-        """The picture as a PNG, a pure function of its arguments."""
+        """A PNG, a pure function of its arguments."""
         side, rng = self.cfg.picture_size, Random(f"{code}/{view}")
         width = rng.uniform(0.6, 0.95) * side
         x, y = (side / 2 + rng.uniform(-1, 1) * (side - width) / 2 for _ in range(2))
@@ -108,8 +104,7 @@ class OpenMoji(Source):
         pen = ImageDraw.Draw(image)
         font = _font(self._font, max(1, round(width / GLYPH)))
         pen.text((x, y), chr(code), fill="black", font=font, embedded_color=True, anchor="mm")
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
+        image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
         return buffer.getvalue()
 
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, fraction, more_than, one_of
+from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
 from kempnerforge.data.probe.scene import GAP
@@ -25,7 +25,7 @@ FULL = 0.4
 @registry.register_data_config
 @dataclass
 class ProbeConfig(DataConfig):
-    """Drawn pictures and questions about them.
+    """Drawn pictures and questions about them. What belongs to skills that are not chosen lies idle, so that stages may choose in turn.
 
     Attributes:
         skills: which, of "counting", "relation", "binding", "reading", "comparison", "pointing" (the default, all six) and "description", a
@@ -88,6 +88,7 @@ class ProbeConfig(DataConfig):
         at_least(self, 8, "picture_size")
         more_than(self, 0, "min_size")
         fraction(self, "noise")
+        only_if(self, self.reading != "words", "reading = 'digits' or 'letters'", "reading_length")
         for key, known, least in (("skills", SKILLS, 1), ("shapes", SHAPES, 3), ("palette", COLOURS, 3)):
             self._check_names(key, list(known), least)
         if not self.min_size <= self.max_size <= 0.35:
@@ -146,7 +147,6 @@ class Probe(Source):
         return replace(made, texts=tuple(replace(text, kind=self.skill(index)) for text in made.texts)), rng
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """The texts of sample ``index``; nothing is drawn."""
         return self.draft(index)[0].texts
 
     def num_images(self, index: int) -> int:

@@ -46,10 +46,7 @@ class Rows(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """
-        Raises:
-            SampleError: this row cannot be read.
-        """
+        """Row ``index``; raises SampleError if it cannot be read."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -70,11 +67,9 @@ class IndexedRows(Rows):
     """Rows of a file that is read once and judged; afterwards rows are read where they stand.
 
     Args:
-        path: the file.
         key: the config key that names it, for messages.
         measure: what to keep of each row for batching.
         needed: columns that every row has.
-        max_bad_fraction: of rows that cannot be used.
 
     Raises:
         ValueError: no such file, no rows, or too many that cannot be parsed or lack a needed column (the first are named by number).
@@ -83,29 +78,26 @@ class IndexedRows(Rows):
     unit, units = "line", "lines"
 
     def __init__(self, path: str, key: str, measure: Measure, needed: Sequence[str] = (), max_bad_fraction: float = 0.0) -> None:
-        self.path, self.needed = path, tuple(needed)
-        self._begins, self._sizes, self._numbers = array("q"), array("q"), array("q")
-        self._lengths, self._images = array("q"), array("q")
-        self.columns = set()
-        shown: list[str] = []
-        bad, lacking = 0, Counter[str]()
+        self.path, self.columns = path, set()
+        kept = [array("q") for _ in range(5)]
+        self._begins, self._sizes, self._numbers, self._lengths, self._images = kept
+        bad: list[str] = []
+        lacking = Counter[str]()
         try:
             with open(path, "rb") as file:
-                for begin, size, number, row in self._scan(file):
-                    length, images = (0, 0) if isinstance(row, ValueError) else measure(row)
-                    columns = (self._begins, self._sizes, self._numbers, self._lengths, self._images)
-                    for column, value in zip(columns, (begin, size, number, length, images), strict=True):
+                for *place, row in self._scan(file):
+                    measured = (0, 0) if isinstance(row, ValueError) else measure(row)
+                    for column, value in zip(kept, (*place, *measured), strict=True):
                         column.append(value)
                     if isinstance(row, ValueError):
-                        bad += 1
-                        shown += [f"{self.unit} {number}: {row}"] * (len(shown) < SHOWN_ROWS)
+                        bad.append(f"{self.unit} {place[2]}: {row}" if len(bad) < SHOWN_ROWS else "")
                     else:
                         self.columns |= row.keys()
-                        lacking.update(column for column in self.needed if column not in row)
+                        lacking.update(column for column in needed if column not in row)
         except OSError as error:
             raise ValueError(f"data.{key} = {path!r}: {error.strerror or error}") from None
-        if bad > max_bad_fraction * len(self) or (bad and bad == len(self)):
-            raise ValueError(f"{path}: {bad} bad {self.units}: {'; '.join(shown)}")
+        if len(bad) > max_bad_fraction * len(self) or (bad and len(bad) == len(self)):
+            raise ValueError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")
         if not len(self):
             raise ValueError(f"{path}: no rows")
         absent = next((column for column, count in lacking.most_common() if count > max_bad_fraction * len(self)), None)
@@ -117,12 +109,9 @@ class IndexedRows(Rows):
     def _scan(self, file: BinaryIO) -> Iterator[Found]:
         """All rows of ``file``."""
 
-    @abstractmethod
     def _parse(self, content: bytes) -> dict[str, Any]:
-        """
-        Raises:
-            ValueError: ``content`` is not a row.
-        """
+        """The row in ``content``; raises ValueError if it is none."""
+        return parse_line(content)
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -131,13 +120,9 @@ class IndexedRows(Rows):
         try:
             with open(self.path, "rb") as file:  # opened anew: an offset shared with forked workers would move under them
                 file.seek(self._begins[index])
-                row = self._parse(file.read(self._sizes[index]))
+                return self._parse(file.read(self._sizes[index]))
         except (OSError, ValueError) as error:
             raise SampleError(f"cannot be read: {error}") from None
-        absent = next((column for column in self.needed if column not in row), None)
-        if absent is not None:
-            raise SampleError(f"has no column {absent!r}")
-        return row
 
     def name(self, index: int) -> str:
         return f"{Path(self.path).name}:{self._numbers[index]}"
@@ -161,9 +146,6 @@ class JsonLines(IndexedRows):
             begin, end = end, end + len(line)
             if line.removeprefix(BOM if number == 1 else b"").strip():
                 yield begin, len(line), number, _attempt(parse_line, line)
-
-    def _parse(self, content: bytes) -> dict[str, Any]:
-        return parse_line(content)
 
 
 class JsonList(IndexedRows):
@@ -191,9 +173,6 @@ class JsonList(IndexedRows):
                     break
             if depth or content[behind:].strip():
                 raise ValueError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} behind entry {number}")
-
-    def _parse(self, content: bytes) -> dict[str, Any]:
-        return parse_line(content)
 
 
 class CsvRows(IndexedRows):
@@ -259,10 +238,7 @@ class CsvRows(IndexedRows):
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: not UTF-8, not JSON, not an object.
-    """
+    """The object in ``line``; raises ValueError if that is not UTF-8, not JSON, not an object."""
     try:
         row = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except json.JSONDecodeError as error:

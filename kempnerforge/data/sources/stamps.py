@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least
+from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.sources.table import resolve_image
@@ -30,6 +30,9 @@ class StampsConfig(DataConfig):
         languages: as the files name them, "en", "de", "pt_BR", "zh_CN". With several, each caption is a text of its own, whose prompt is the
             name of its language.
         held_out_every: one stamp in so many is held out, by its name.
+        form: "captions"; or "questions" about the group that a stamp is sorted into, the outermost of its folders: which one it is, and of
+            one or another group whether it belongs to it.
+        with_captions: with "questions", the captions ride along in training as further texts.
     """
 
     needs_images: ClassVar[bool] = True
@@ -38,9 +41,13 @@ class StampsConfig(DataConfig):
     path: str = ""
     languages: list[str] = field(default_factory=lambda: [ENGLISH])
     held_out_every: int = 10
+    form: str = "captions"
+    with_captions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(self, "form", ("captions", "questions"))
+        only_if(self, self.form == "questions", "form = 'questions'", "with_captions")
         at_least(self, 2, "held_out_every")
         if not self.path:
             raise ValueError("path = '': source 'stamps' needs the folder that this makes: kempnerforge data fetch stamps")
@@ -63,12 +70,19 @@ class Stamps(Source):
         self._root = os.path.realpath(cfg.path)
         self._stamps: list[tuple[str, tuple[Text, ...]]] = []
         known: set[str] = set()
-        for name in find_stamps(self._root):
+        names = find_stamps(self._root)
+        groups = sorted({_group(name) for name in names})
+        if cfg.form == "questions" and len(groups) < 2:
+            raise ValueError(f"data.path = {cfg.path!r}: form = 'questions' is about the folders in it that stamps lie in, and needs two")
+        asks, tells = cfg.form == "questions", cfg.form == "captions" or (cfg.with_captions and split == "train")
+        for name in names:
             said = read_captions(os.path.join(self._root, f"{name}.txt"))
             known |= said.keys()
             texts = tuple(_text(language, said[language], cfg) for language in cfg.languages if language in said)
-            if texts and (zlib.crc32(name.encode("utf-8", "surrogateescape")) % cfg.held_out_every == 0) is (split == "test"):
-                self._stamps.append((name, texts))
+            number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
+            if texts and (number % cfg.held_out_every == 0) is (split == "test"):
+                questions = _questions(_group(name), groups, number // cfg.held_out_every) if asks else ()
+                self._stamps.append((name, questions + texts * tells))
         if not known:
             raise ValueError(f"data.path = {cfg.path!r}: no stamps there; get them with: kempnerforge data fetch stamps")
         if missing := [language for language in cfg.languages if language not in known]:
@@ -78,7 +92,7 @@ class Stamps(Source):
         return len(self._stamps)
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """The captions of sample ``index``."""
+        """What is said about sample ``index``."""
         return self._stamps[index][1]
 
     def __getitem__(self, index: int) -> Sample:
@@ -88,6 +102,18 @@ class Stamps(Source):
 
 def _text(language: str, caption: str, cfg: StampsConfig) -> Text:
     return Text(language, caption, kind=language) if len(cfg.languages) > 1 else Text("", caption)
+
+
+def _group(name: str) -> str:
+    return name.partition(os.sep)[0]
+
+
+def _questions(group: str, groups: list[str], number: int) -> tuple[Text, ...]:
+    """About a stamp of ``group``; ``number`` chooses the other one that is asked for."""
+    others = [other for other in groups if other != group]
+    which = Text("which group does the picture belong to?", group, kind="group")
+    asked = {group: "yes", others[number % len(others)]: "no"}
+    return which, *(Text(f"does the picture belong to {name}?", answer, kind="yes or no") for name, answer in asked.items())
 
 
 def find_stamps(root: str) -> list[str]:

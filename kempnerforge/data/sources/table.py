@@ -40,12 +40,7 @@ def resolve_image(value: str, root: str) -> Path:
 
 
 class FileSource(Source):
-    """A source whose samples are rows, of a file or something like it. Subclasses give ``row`` and what a row means.
-
-    Args:
-        cfg: where the rows are.
-        split: "train" or "test".
-    """
+    """A source whose samples are rows, of a file or something like it. Subclasses give ``row`` and what a row means."""
 
     cfg: FileConfig
 
@@ -63,11 +58,7 @@ class FileSource(Source):
 
     @property
     def split_name(self) -> str:
-        """The split to read, of a dataset that has some.
-
-        Raises:
-            ValueError: training and held-out rows would be the same.
-        """
+        """The split to read, of a dataset that has some. Raises ValueError: training and held-out rows would be the same."""
         if not isinstance(self.cfg, Splits):
             return ""
         asked = self.cfg.eval_split if self.split == "test" else ""
@@ -87,11 +78,7 @@ class FileSource(Source):
 
     @abstractmethod
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        """What a row means.
-
-        Raises:
-            SampleError: it means nothing usable.
-        """
+        """What a row means. Raises SampleError: it means nothing usable."""
 
     def __getitem__(self, index: int) -> Sample:
         name = self.row_id(index)
@@ -142,16 +129,6 @@ class RowSource(FileSource):
     def fingerprint(self) -> str:
         return self.rows.fingerprint()
 
-    def need(self, **columns: str) -> None:
-        """
-        Raises:
-            ValueError: a column is not there. ``columns`` are config keys and their values.
-        """
-        missing = [f"data.{key} = {column!r}" for key, column in columns.items() if column not in self.rows.columns]
-        if missing:
-            there = ", ".join(sorted(self.rows.columns)) or "none"
-            raise ValueError(f"{self.path}: no column for {', '.join(missing)}; columns: {there}")
-
 
 class TableSource(FileSource):
     """Rows with an image and texts in columns that ``cfg`` names."""
@@ -164,7 +141,7 @@ class TableSource(FileSource):
         self.columns = self.text_columns + ([cfg.image_column] if cfg.image_column else [])
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        images = self.images_of(row[self.cfg.image_column], self.cfg.image_column) if self.cfg.image_column else ()
+        images = self.images_of(_value(row, self.cfg.image_column), self.cfg.image_column) if self.cfg.image_column else ()
         return Sample(name, images, self.texts_of(row))
 
     def measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
@@ -172,34 +149,37 @@ class TableSource(FileSource):
         characters = sum(nested_size(row.get(column)) for column in self.text_columns)
         return characters, count_images(row.get(self.cfg.image_column)) if self.cfg.image_column else 0
 
-    def require_columns(self, available: Collection[str], where: str) -> None:
-        """
-        Raises:
-            ValueError: a configured column is not among ``available``.
-        """
-        keys = ("image_column", "prompt_column", "answer_column", "texts_column")
-        missing = [
-            f"data.{key} = {getattr(self.cfg, key)!r}" for key in keys if getattr(self.cfg, key) in set(self.columns) - set(available)
-        ]
-        if missing:
-            raise ValueError(f"{where}: no column for {', '.join(missing)}; columns: {', '.join(sorted(available)) or 'none'}")
+    def require_columns(self, where: str, there: Collection[str]) -> None:
+        """As the function, of the configured columns."""
+        keys = {getattr(self.cfg, key): f"data.{key}" for key in ("texts_column", "answer_column", "prompt_column", "image_column")}
+        require_columns(where, there, {column: keys[column] for column in self.columns})
 
     def texts_of(self, row: Mapping[str, Any]) -> tuple[Text, ...]:
         cfg = self.cfg
         if not cfg.texts_column:
-            prompt = row[cfg.prompt_column] if cfg.prompt_column else ""
-            return (make_text(prompt, row[cfg.answer_column], cfg.prompt_column, cfg.answer_column),)
-        entries = row[cfg.texts_column]
+            prompt = _value(row, cfg.prompt_column) if cfg.prompt_column else ""
+            return (make_text(prompt, _value(row, cfg.answer_column), cfg.prompt_column, cfg.answer_column),)
+        entries = _value(row, cfg.texts_column)
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             raise SampleError(f"column {cfg.texts_column!r}: must be a list of {{prompt, answer}} objects")
         return tuple(make_text(entry.get("prompt") or "", entry.get("answer"), "prompt", "answer") for entry in entries)
 
 
+def require_columns(where: str, there: Collection[str], needed: Mapping[str, str]) -> None:
+    """Raises ValueError if a column of ``needed`` (column -> the key that needs it) is not ``there``; ``where`` is the file."""
+    if missing := [f"{column!r} for {key}" for column, key in needed.items() if column not in there]:
+        raise ValueError(f"{where}: no column {', '.join(missing)}; columns: {', '.join(sorted(there)[:20]) or 'none'}")
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    try:
+        return row[column]
+    except KeyError:
+        raise SampleError(f"has no column {column!r}") from None
+
+
 def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) -> Text:
-    """
-    Raises:
-        SampleError: not strings, or nothing to train.
-    """
+    """A text of one turn; raises SampleError for what is no string, or nothing to train."""
     for column, value in ((prompt_column, prompt), (answer_column, answer)):
         if not isinstance(value, str):
             raise SampleError(f"column {column!r}: must be a string, not {type(value).__name__}")

@@ -24,9 +24,6 @@ class PlainText(Source):
     token but the first is predicted once. The last window may be shorter.
 
     Before ``tokenised`` it serves as a corpus for a tokenizer, with its blocks as samples.
-
-    Raises:
-        ValueError: no such file, empty, not UTF-8.
     """
 
     cfg: TextConfig
@@ -71,13 +68,7 @@ class PlainText(Source):
 
 
 class Windows(Source):
-    """Windows of ``seq_len`` tokens and the one behind them.
-
-    Args:
-        text: the text that the tokens are of.
-        ids: (tokens,) the stream.
-        seq_len: tokens that a row reads.
-    """
+    """Windows of ``seq_len`` tokens and the one behind them."""
 
     def __init__(self, text: PlainText, ids: np.ndarray, seq_len: int) -> None:
         super().__init__(text.cfg, text.split)

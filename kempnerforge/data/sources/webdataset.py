@@ -104,11 +104,6 @@ class WebDataset(TableSource):
         return Row(shard, shard.members(offset), self.cfg.image_column)
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """The texts of sample ``index``; its images are not read.
-
-        Raises:
-            SampleError: they cannot be used.
-        """
         try:
             return self.texts_of(self.row(index))
         except SampleError as error:
@@ -141,10 +136,7 @@ class WebDataset(TableSource):
         return number, index - (self._ends[number - 1] if number else 0)
 
     def _shard(self, number: int) -> Shard:
-        """
-        Raises:
-            ShardError: it cannot be read, or is not what the manifest says.
-        """
+        """Raises ShardError if it cannot be read, or is not what the manifest says."""
         if number not in self._open:
             try:
                 self._open[number] = _checked(self._shards[number])
@@ -156,26 +148,18 @@ class WebDataset(TableSource):
         return shard
 
     def _require_members(self, shard: Shard) -> None:
-        """
-        Raises:
-            ValueError: no sample of ``shard`` has the members of a configured column.
-        """
+        """Raises ValueError if no sample of ``shard`` has the members of a configured column."""
         there = set(shard.extensions)
-        for column in self.text_columns:
-            if column not in there and column.partition(".")[0] not in there:
-                raise ValueError(f"{shard.path}: no member .{column.partition('.')[0]} (column {column!r}); members: {_listed(there)}")
-        wanted = image_extensions(self.cfg.image_column)
-        plain = {NUMBERED.sub(r"\2", extension) for extension in there}
-        if wanted and not plain & set(wanted):
-            raise ValueError(f"{shard.path}: no member for data.image_column = {self.cfg.image_column!r}; members: {_listed(there)}")
+        there.update([column for column in self.text_columns if column.partition(".")[0] in there])
+        if {NUMBERED.sub(r"\2", extension) for extension in there}.intersection(image_extensions(self.cfg.image_column)):
+            there.add(self.cfg.image_column)
+        self.require_columns(shard.path, there)
 
 
 class Row(Mapping[str, Any]):
     """The columns of one sample; each is read when it is asked for.
 
     Args:
-        shard: where the sample is.
-        members: of the sample.
         image_column: the column whose value is a list of encoded images.
     """
 
@@ -189,10 +173,7 @@ class Row(Mapping[str, Any]):
         return len(self._members)
 
     def __getitem__(self, column: str) -> Any:
-        """
-        Raises:
-            SampleError: no such member or field, too large, not UTF-8, not JSON.
-        """
+        """Raises SampleError for no such member or field, or one that is too large, not UTF-8 or not JSON."""
         if column == self._image_column:
             images = self.images()
             if not images:
@@ -219,11 +200,7 @@ class Row(Mapping[str, Any]):
         return []
 
     def member(self, column: str) -> tuple[Member, str, list[str]]:
-        """The member of a text column, its extension, and the field in it.
-
-        Raises:
-            SampleError: it is not there.
-        """
+        """The member of a text column, its extension, and the field in it. Raises SampleError: it is not there."""
         if column in self._members:
             return self._members[column], column, []
         name, *fields = column.split(".")

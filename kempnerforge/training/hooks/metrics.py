@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import IO
 
 from kempnerforge.config import MetricsConfig
+from kempnerforge.data.files import write_text
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -72,9 +72,7 @@ def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _step_of(line) <= step - (evaluates_again and '"eval/' in line)]
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

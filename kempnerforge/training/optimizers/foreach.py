@@ -48,7 +48,6 @@ class ForeachOptimizer(torch.optim.Optimizer):
         """One step of ``params``, in place; ``grads`` stay as they are.
 
         Args:
-            group: hyper-parameters.
             params, grads: local parts; never empty lists.
             states: of the whole parameters.
         """

@@ -15,10 +15,8 @@ class Lion(ForeachOptimizer):
     """Every entry moves by ``lr``, whatever the size of its gradient.
 
     Args:
-        params: parameters, or groups of them.
         lr: a third to a tenth of AdamW's, with a weight decay larger by the same factor.
         betas: of the interpolation that is stepped along, and of the momentum that is kept.
-        weight_decay: decoupled.
 
     State: ``exp_avg``, sharded like its parameter.
     """

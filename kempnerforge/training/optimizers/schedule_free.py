@@ -20,7 +20,6 @@ class ScheduleFreeAdamW(ForeachOptimizer):
     """AdamW without momentum, and with an average in its place. The learning rate should be constant behind a warm-up.
 
     Args:
-        params: parameters, or groups of them.
         lr: often larger than AdamW's.
         betas: y = (1 - beta1) z + beta1 x, so beta1 > 0, and it must not change while there is state; beta2 of the second moment.
         eps: added to the root of the second moment.
@@ -81,12 +80,7 @@ class ScheduleFreeAdamW(ForeachOptimizer):
 def _move(
     group: dict[str, Any], share: float, correction: float, y: list[Tensor], grad: list[Tensor], z: list[Tensor], second: list[Tensor]
 ) -> None:
-    """One step of parameters with one history.
-
-    Args:
-        share: of the new z in the average.
-        correction: of the second moment's bias.
-    """
+    """One step of parameters with one history; ``share`` is that of the new z, ``correction`` for the second moment's bias."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     FOREACH["mul_"](second, beta2)
     FOREACH["addcmul_"](second, grad, grad, value=1 - beta2)
