@@ -128,8 +128,8 @@ def test_limit_spreads_as_it_does_in_evaluation(tmp_path: Path) -> None:
     want = [question.sample_id for question in questions(source, 4)[0]]
     assert [row["id"] for row in read(tmp_path)] == want
     with pytest.raises(ValueError, match="none of 1 held-out questions can be written; the first: image 8 bytes: not an image"):
-        write_task(ListSource([Sample("s", (BROKEN,), (Text("what?", "red"),))]), tmp_path, CFG)
-    assert list(tmp_path.iterdir()) == []
+        write_task(ListSource([Sample("s", (BROKEN,), (Text("what?", "red"),))]), tmp_path / "none", CFG)
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 def test_the_task_is_whole(tmp_path: Path) -> None:
