@@ -69,7 +69,6 @@ class HFTower(VisionEncoder):
         return self.tower.config.to_json_string()
 
     def standing_alone(self, cfg: HFTowerConfig) -> HFTowerConfig:
-        """``cfg``, of which this tower was made, with settings in place of its files."""
         from transformers import PretrainedConfig
 
         given = self.tower.config.to_dict()

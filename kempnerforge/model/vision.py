@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class VisionEncoder(nn.Module):
     def signature(self) -> str:
         """What decides, besides weights and buffers, which features come out; for ``train.feature_cache``."""
         return repr(self)
+
+    def standing_alone(self, cfg: Any) -> VisionEncoderConfig:
+        """``cfg``, of which this encoder was made, so that it can be made again without the files that were read, for weights from elsewhere."""
+        return cfg.without_weights()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images``.

@@ -65,7 +65,7 @@ class Answerer:
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
-        restored = restore(path, overrides, data=False)
+        restored = restore(path, overrides)
         self.path, self.device, self.assembly = restored.path, restored.device, restored.assembly
         self.encoder = self.assembly.encoder(self.assembly.stages[-1])
         self.has_images = self.assembly.model.has_images

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import JobConfig, to_toml
-from kempnerforge.config.vision import HFTowerConfig
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import Foreign, open_foreign
@@ -204,7 +203,7 @@ def export_model(
     how = How(family, DTYPES[dtype], verify, tolerance, progress)
     with fresh(out):
         try:
-            restored = restore(checkpoint, ["--train.mixed_precision=fp32"], data=False)
+            restored = restore(checkpoint, ["--train.mixed_precision=fp32"])
         except CheckpointError as error:
             raise ValueError(str(error)) from None
         assembly = restored.assembly
@@ -250,10 +249,10 @@ def _export_own(restored: Restored, out: Path, how: How) -> Converted:
     save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
     cast_files(out, how.dtype)
     assembly.tokenizer.save(out / TOKENIZER)
-    tower, encoder = assembly.job.vision_encoder.without_weights(), assembly.model._modules.get("vision_encoder")
-    if isinstance(tower, HFTowerConfig) and isinstance(encoder, HFTower):
-        tower = encoder.standing_alone(tower)
-    (out / JOB_FILE).write_text(to_toml(replace(assembly.job, lora=[], vision_encoder=tower)), encoding="utf-8")
+    job = replace(assembly.job, lora=[])
+    if assembly.model.has_images:
+        job = replace(job, vision_encoder=assembly.model.vision_encoder.standing_alone(job.vision_encoder))
+    (out / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
     return Converted(out, [_described(assembly, "kempnerforge")], None)
 
 

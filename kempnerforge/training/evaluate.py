@@ -33,7 +33,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int) -> tup
     Raises:
         ValueError: there is nothing held out.
     """
-    restored = restore(path, overrides, data=False)
+    restored = restore(path, overrides)
     assembly, device, ranks = restored.assembly, restored.device, OneProcess()
     cfg, encoder = assembly.job.eval, assembly.encoder(assembly.stages[-1])
     source, plain_text = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)

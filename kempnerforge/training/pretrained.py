@@ -51,7 +51,7 @@ def load_pretrained(
         model, processor = _exported(path)
     else:
         try:
-            restored = restore(path, ["--train.mixed_precision=fp32"] if dtype is not None else [], data=False)
+            restored = restore(path, ["--train.mixed_precision=fp32"] if dtype is not None else [])
         except CheckpointError as error:
             raise ValueError(
                 f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"

@@ -30,12 +30,11 @@ class Restored:
     device: torch.device
 
 
-def restore(path: Path, overrides: Sequence[str] = (), *, data: bool) -> Restored:
-    """Loads a checkpoint, or the newest one of a run directory.
+def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
+    """Loads a checkpoint, or the newest one of a run directory, without its data.
 
     Args:
         overrides: of the config that the checkpoint holds.
-        data: build its data sources too.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -44,7 +43,7 @@ def restore(path: Path, overrides: Sequence[str] = (), *, data: bool) -> Restore
     path = resolve(path)
     job = load_config(path / "config.toml", overrides)
     encoder = job.vision_encoder
-    assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=data)
+    assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
     merge(assembly.model)

@@ -25,6 +25,7 @@ from kempnerforge.data.sample import Sample, Text
 from kempnerforge.eval.exact_match import Answer, Question, evaluate, questions
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.training.restore import restore
+from kempnerforge.training.setup import evaluated
 from tests.eval.scripted import BROKEN, Alone, ListSource, grey
 from tests.training.tiny import call, rows_of, write_config, write_rows
 
@@ -232,12 +233,13 @@ def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_pa
     """As lm-eval asks: the export's chat template writes the prompt, its processor makes ids and pixels."""
     folder = exported(tmp_path, prompt)
     processor = transformers.AutoProcessor.from_pretrained(folder / "hf")
-    assembly = restore(folder / "run", data=True).assembly
-    assert assembly.held_out is not None
+    assembly = restore(folder / "run").assembly
+    held_out, _ = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    assert held_out is not None
     encoder = assembly.encoder(assembly.stages[-1])
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     mean, std = (np.array(values) for values in assembly.model.normalisation)
-    for row, question in zip(read(folder / "task"), questions(assembly.held_out)[0], strict=True):
+    for row, question in zip(read(folder / "task"), questions(held_out)[0], strict=True):
         content = [{"type": "image"}, {"type": "text", "text": row["question"].removeprefix("<image>")}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         made = processor(images=row["images"], text=[text], return_tensors="pt")
@@ -253,9 +255,10 @@ def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_pa
 def test_lm_eval_gives_every_answer_that_ours_gives(tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     folder = exported(tmp_path, IMAGE_INSIDE, steps=40)
-    assembly = restore(folder / "run", data=True).assembly
-    assert assembly.held_out is not None
-    asked = questions(assembly.held_out)[0]
+    assembly = restore(folder / "run").assembly
+    held_out, _ = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    assert held_out is not None
+    asked = questions(held_out)[0]
     ours = evaluate(assembly.model, asked, assembly.encoder(assembly.stages[-1]), assembly.job.eval, Alone(), torch.device("cpu"))
     theirs = lm_eval.simple_evaluate(
         model="hf-multimodal",

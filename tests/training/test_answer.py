@@ -91,6 +91,6 @@ def test_a_restored_model_normalises_as_it_did_in_training(tmp_path: Path) -> No
         "--eval.at_end=false",
     )
     assert call("train", make_job(tmp_path), *overrides).code == 0
-    model = restore(tmp_path / "run", data=False).assembly.model
+    model = restore(tmp_path / "run").assembly.model
     assert model.vision_encoder.mean.flatten().tolist() == pytest.approx([0.48145, 0.45782, 0.40821], abs=1e-7)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
