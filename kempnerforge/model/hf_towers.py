@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -69,14 +69,7 @@ class HFTower(VisionEncoder):
         return self.tower.config.to_json_string()
 
     def standing_alone(self, cfg: HFTowerConfig) -> HFTowerConfig:
-        from transformers import PretrainedConfig
-
-        given = self.tower.config.to_dict()
-        kept = type(self.tower.config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
-        settings = {key: given[key] for key in sorted(kept) if isinstance(given[key], bool | int | float | str)}
-        settings |= {"model_type": self.tower.config.model_type, "num_hidden_layers": given["num_hidden_layers"] - 1 - cfg.feature_layer}
-        mean, std = self.normalisation
-        return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std))
+        return with_settings(cfg, self.tower.config, self.normalisation)
 
     def _load(self, cfg: HFTowerConfig) -> Any:
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
@@ -181,6 +174,18 @@ def first_line(error: BaseException) -> str:
 def where(cfg: HFTowerConfig) -> str:
     """What the user wrote, for messages."""
     return f"path = {cfg.path!r}" if cfg.path else "settings"
+
+
+def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Sequence[float]], **more: Any) -> Any:
+    """``cfg`` with the settings of a tower's ``config`` in place of its files, and ``more``."""
+    from transformers import PretrainedConfig
+
+    given = config.to_dict()
+    kept = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
+    settings = {key: given[key] for key in sorted(kept) if isinstance(given[key], bool | int | float | str)}
+    settings |= {"model_type": config.model_type, "num_hidden_layers": given["num_hidden_layers"] - 1 - cfg.feature_layer}
+    mean, std = normalisation
+    return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std), **more)
 
 
 def from_settings(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.vision import MllamaTowerConfig
-from kempnerforge.model.hf_towers import Clip, from_settings, load_weights, read_config, read_normalisation, where
+from kempnerforge.model.hf_towers import Clip, from_settings, load_weights, read_config, read_normalisation, where, with_settings
 from kempnerforge.model.vision import VisionEncoder
 
 
@@ -50,6 +50,10 @@ class MllamaTower(VisionEncoder):
     @property
     def signature(self) -> str:
         return self.tower.config.to_json_string()
+
+    def standing_alone(self, cfg: MllamaTowerConfig) -> MllamaTowerConfig:
+        layers = list(self.tower.config.intermediate_layers_indices)
+        return with_settings(cfg, self.tower.config, self.normalisation, intermediate_layers=layers)
 
     @property
     def units(self) -> list[nn.Module]:

@@ -369,6 +369,18 @@ def test_options_that_do_not_go_together() -> None:
 # ---- the tower ------------------------------------------------------------------------------------------------------
 
 
+def test_settings_make_the_same_tower_without_its_files(saved: Path) -> None:
+    cfg = MllamaTowerConfig(path=str(saved))
+    tower = MllamaTower(cfg)
+    alone = tower.standing_alone(cfg)
+    assert alone.path == "" and alone.settings and alone.intermediate_layers
+    twin = MllamaTower(alone)
+    twin.load_state_dict(tower.state_dict())
+    images = torch.randint(0, 256, (2, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(twin(images), tower(images))
+
+
 def test_the_tower_alone(saved: Path, ours: Assembly) -> None:
     """From a directory, and on nothing."""
     encoder = MllamaTower(MllamaTowerConfig(path=str(saved)))
