@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from kempnerforge.config.errors import InputError
+
 if TYPE_CHECKING:
     from kempnerforge.eval.generate import Sampling
 
@@ -32,5 +34,5 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
     found = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.temperature == 0 and found != Sampling():
-        raise ValueError("--top-k, --top-p and --seed are only read with a --temperature above 0")
+        raise InputError("--top-k, --top-p and --seed are only read with a --temperature above 0")
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.config import load_config
-from kempnerforge.config.errors import visible
+from kempnerforge.config.errors import InputError, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fetch(args: argparse.Namespace) -> int:
     if args.overrides:
-        raise ValueError(f"data fetch: {' '.join(args.overrides)}: not understood")
+        raise InputError(f"data fetch: {' '.join(args.overrides)}: not understood")
     from kempnerforge.data.fetch import fetch
 
     print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)))
@@ -82,7 +82,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _lm_eval(args: argparse.Namespace) -> int:
     if args.limit < 0:
-        raise ValueError(f"--limit {args.limit}: must be at least 0")
+        raise InputError(f"--limit {args.limit}: must be at least 0")
     config = args.config / "config.toml" if args.config.is_dir() else args.config
     job = load_config(config, args.overrides)
     from kempnerforge.cli.progress import reporting
@@ -91,7 +91,7 @@ def _lm_eval(args: argparse.Namespace) -> int:
 
     source = build_source(job.resolved_stages()[-1].data, "test")
     if source is None:
-        raise ValueError(f"data.eval_path = '': {config} names no held-out data")
+        raise InputError(f"data.eval_path = '': {config} names no held-out data")
     with reporting(sys.stderr) as progress:
         written = write_task(source, args.out, job.eval, args.limit, progress)
     for sample, reason in written.left_out[:5]:
@@ -102,7 +102,7 @@ def _lm_eval(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     if args.workers < 1 or args.limit < 0:
-        raise ValueError(f"--workers {args.workers} --limit {args.limit}: must be at least 1 and 0")
+        raise InputError(f"--workers {args.workers} --limit {args.limit}: must be at least 1 and 0")
     job = load_config(args.config, args.overrides)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

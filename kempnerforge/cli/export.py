@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kempnerforge.cli.progress import add_comparison, print_result, reporting
+from kempnerforge.config.errors import InputError
 
 HELP = """Write a trained model for others to load.
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.overrides:
-        raise ValueError(f"export: {' '.join(args.overrides)}: not understood")
+        raise InputError(f"export: {' '.join(args.overrides)}: not understood")
     from kempnerforge.training.convert import export_model
 
     with reporting(sys.stderr) as progress:

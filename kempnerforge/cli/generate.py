@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
-from kempnerforge.config.errors import visible
+from kempnerforge.config.errors import InputError, visible
 
 HELP = """Ask a trained model about images.
 
@@ -82,7 +82,7 @@ def _images_at(path: Path) -> list[Path]:
     shown = (file for file in path.iterdir() if not file.name.startswith("."))
     found = sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
-        raise ValueError(f"{path}: has no files with {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: has no files with {', '.join(SUFFIXES)}")
     return found
 
 
@@ -98,15 +98,15 @@ def _places(draw: Path | None, groups: Sequence[Sequence[Path]], images: Sequenc
     if draw is None:
         return [None] * len(groups)
     if not groups[0]:
-        raise ValueError("--draw needs an image")
+        raise InputError("--draw needs an image")
     places = [draw]
     if not draw.suffix or draw.is_dir():
         places = [draw / f"{group[0].stem}.png" for group in groups]
         if twice := next((place for place in places if places.count(place) > 1), None):
-            raise ValueError(f"--draw {draw}: two images would be written to {twice}")
+            raise InputError(f"--draw {draw}: two images would be written to {twice}")
         draw.mkdir(parents=True, exist_ok=True)
     elif len(groups) > 1:
-        raise ValueError(f"--draw {draw}: a file, and there are {len(groups)} questions; name a folder")
+        raise InputError(f"--draw {draw}: a file, and there are {len(groups)} questions; name a folder")
     for place in places:
         check_place(place, images)
     return [*places]

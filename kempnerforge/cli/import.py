@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kempnerforge.cli.progress import add_comparison, print_result, reporting
+from kempnerforge.config.errors import InputError
 
 HELP = """Make a run directory of a model that was trained elsewhere.
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.overrides:
-        raise ValueError(f"import: {' '.join(args.overrides)}: not understood")
+        raise InputError(f"import: {' '.join(args.overrides)}: not understood")
     from kempnerforge.training.convert import import_model
 
     with reporting(sys.stderr) as progress:

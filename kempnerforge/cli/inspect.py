@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.config import load_config
+from kempnerforge.config.errors import InputError
 
 if TYPE_CHECKING:
     from kempnerforge.training.inspection import Inspection
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.n < 1 or args.step < 0:
-        raise ValueError(f"-n {args.n} --step {args.step}: must be at least 1 and 0")
+        raise InputError(f"-n {args.n} --step {args.step}: must be at least 1 and 0")
     job = load_config(args.config, args.overrides)
     from kempnerforge.training.inspection import inspect_stages, write_inspection
 

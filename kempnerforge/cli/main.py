@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from kempnerforge.config.errors import visible
+from kempnerforge.config.errors import InputError, visible
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, NotImplementedError) as error:
+    except InputError as error:
         print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:

@@ -6,7 +6,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.dump import diff, to_dict, to_toml
-from kempnerforge.config.errors import ConfigError
+from kempnerforge.config.errors import ConfigError, InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loader import load_config
 from kempnerforge.config.lora import LoRAConfig
@@ -36,6 +36,7 @@ __all__ = [
     "EvalConfig",
     "FreezeSpec",
     "FreezeStage",
+    "InputError",
     "JobConfig",
     "JointDecoderConfig",
     "LoRAConfig",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least
+from kempnerforge.config.errors import InputError
 
 
 @dataclass
@@ -45,7 +46,7 @@ class LinearAdapterConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_dim:
-            raise ValueError(f"hidden_dim = {self.hidden_dim}: type 'linear' has no hidden layer; take 'mlp_2layer'")
+            raise InputError(f"hidden_dim = {self.hidden_dim}: type 'linear' has no hidden layer; take 'mlp_2layer'")
 
 
 @registry.register_adapter_config
@@ -69,9 +70,9 @@ class GridAdapterConfig(AdapterConfig):
     def num_tokens(self, num_features: int) -> int:
         side = math.isqrt(num_features)
         if side * side != num_features:
-            raise ValueError(f"type = {self.type!r}: needs a square grid of features, the vision encoder gives {num_features}")
+            raise InputError(f"type = {self.type!r}: needs a square grid of features, the vision encoder gives {num_features}")
         if side % self.factor:
-            raise ValueError(f"factor = {self.factor}: does not divide the grid of {side} x {side} vision features")
+            raise InputError(f"factor = {self.factor}: does not divide the grid of {side} x {side} vision features")
         return (side // self.factor) ** 2
 
 

@@ -6,33 +6,35 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from kempnerforge.config.errors import InputError
+
 
 def one_of(section: Any, key: str, allowed: Iterable[Any]) -> None:
     """``section.key`` is one of ``allowed``."""
     value, options = getattr(section, key), list(allowed)
     if value not in options:
-        raise ValueError(f"{key} = {value!r}: allowed are {', '.join(repr(o) for o in options)}")
+        raise InputError(f"{key} = {value!r}: allowed are {', '.join(repr(o) for o in options)}")
 
 
 def at_least(section: Any, low: float, *keys: str) -> None:
     """Each ``section.key`` is >= ``low``."""
     for key in keys:
         if not getattr(section, key) >= low:
-            raise ValueError(f"{key} = {getattr(section, key)!r}: must be >= {low}")
+            raise InputError(f"{key} = {getattr(section, key)!r}: must be >= {low}")
 
 
 def more_than(section: Any, low: float, *keys: str) -> None:
     """Each ``section.key`` is > ``low``."""
     for key in keys:
         if not getattr(section, key) > low:
-            raise ValueError(f"{key} = {getattr(section, key)!r}: must be > {low}")
+            raise InputError(f"{key} = {getattr(section, key)!r}: must be > {low}")
 
 
 def fraction(section: Any, *keys: str) -> None:
     """Each ``section.key`` lies in [0, 1]."""
     for key in keys:
         if not 0 <= getattr(section, key) <= 1:
-            raise ValueError(f"{key} = {getattr(section, key)!r}: must be between 0 and 1")
+            raise InputError(f"{key} = {getattr(section, key)!r}: must be between 0 and 1")
 
 
 def not_default(section: Any) -> dict[str, Any]:
@@ -50,11 +52,11 @@ def only_if(section: Any, read: object, reader: str, *keys: str) -> None:
     for key in keys if not read else ():
         if key in (found := not_default(section)):
             shown = "" if is_dataclass(found[key]) else f" = {found[key]!r}"
-            raise ValueError(f"{key}{shown}: only {reader} reads it")
+            raise InputError(f"{key}{shown}: only {reader} reads it")
 
 
 def divides(section: Any, part: str, whole: str) -> None:
     """``section.part`` divides ``section.whole``."""
     p, w = getattr(section, part), getattr(section, whole)
     if w % p:
-        raise ValueError(f"{part} = {p}: must divide {whole} = {w}")
+        raise InputError(f"{part} = {p}: must divide {whole} = {w}")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, fraction, one_of, only_if
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TurnsConfig, check_template
 
@@ -95,7 +96,7 @@ class DataConfig:
         at_least(self, 300, "tokenizer_vocab_size")
         fraction(self, "max_bad_fraction")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
-            raise ValueError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
+            raise InputError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
         only_if(self, False, "a source of prompts, answers and images", *self.unread)
         check_template(self)
 
@@ -139,7 +140,7 @@ class FileConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ValueError(f"path = '': source {self.source!r} needs one")
+            raise InputError(f"path = '': source {self.source!r} needs one")
 
 
 @dataclass
@@ -194,7 +195,7 @@ class TableConfig(FileConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.answer_column and not self.texts_column:
-            raise ValueError("answer_column = '': name the column of the trained text, or set texts_column")
+            raise InputError("answer_column = '': name the column of the trained text, or set texts_column")
         only_if(
             self, not self.texts_column, "texts_column = ''", *(key for key in ("prompt_column", "answer_column") if getattr(self, key))
         )
@@ -236,4 +237,4 @@ class TextConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ValueError("path = '': source 'text' needs one")
+            raise InputError("path = '': source 'text' needs one")

@@ -12,7 +12,19 @@ Key = tuple[str | int, ...]
 """Where a value stands: ``("model", "dim")``, ``("stages", 0, "steps")``."""
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """What the user gave cannot be used: config, data, arguments, somebody's files. Commands print it and end with exit code 2.
+
+    NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own code is a defect and keeps its
+    traceback; where a library rejects the user's input, the call is wrapped and raises this.
+    """
+
+
+class NotBuiltError(InputError, NotImplementedError):
+    """What was asked for has a name or a config and no implementation."""
+
+
+class ConfigError(InputError):
     """The config cannot be used. ``problems`` has one line for each thing that is wrong, with file, key, value and what is allowed."""
 
     def __init__(self, problems: Iterable[str]) -> None:

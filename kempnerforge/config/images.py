@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from kempnerforge.config.checks import at_least, fraction, one_of, only_if
+from kempnerforge.config.errors import InputError
 
 GLOBAL_MARKER = "<|global_image|>"
 """Stands before the view of a whole image (nanoVLM's name)."""
@@ -50,7 +51,7 @@ class AugmentConfig:
         fraction(self, "flip", "crop_scale", "brightness", "contrast", "saturation")
         at_least(self, 1, "crop_ratio")
         if not self.crop_scale:
-            raise ValueError("crop_scale = 0.0: must be more than 0")
+            raise InputError("crop_scale = 0.0: must be more than 0")
         only_if(self, self.crop_scale < 1, "crop_scale < 1", "crop_ratio")
 
 
@@ -99,9 +100,9 @@ class ImagesConfig:
         one_of(self, "tiling", ("grid", "anyres", "overlap"))
         at_least(self, 1, "max_side", "marker_grid", "max_tiles")
         if not 0 <= self.overlap <= 0.5:
-            raise ValueError(f"overlap = {self.overlap}: must be between 0 and 0.5")
+            raise InputError(f"overlap = {self.overlap}: must be between 0 and 0.5")
         if not self.pinpoints or min(map(min, self.pinpoints)) < 1:
-            raise ValueError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column")
+            raise InputError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column")
         only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
@@ -148,11 +149,11 @@ class ImagesConfig:
             return
         if self.max_side % image_size:
             near = max(1, round(self.max_side / image_size)) * image_size
-            raise ValueError(
+            raise InputError(
                 f"data.images.max_side = {self.max_side}: must be a multiple of the vision encoder's {image_size} pixels, such as {near}"
             )
         if self.markers and self.max_side > self.marker_grid * image_size:
-            raise ValueError(
+            raise InputError(
                 f"data.images.max_side = {self.max_side}: with tiles of {image_size} pixels that is {self.max_side // image_size} rows, "
                 f"and there are markers for marker_grid = {self.marker_grid}"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
-from kempnerforge.config.errors import Problems
+from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
@@ -120,7 +120,7 @@ class JobConfig:
         row = min(length for length in rows if isinstance(length, int))
         model = self.model.max_seq_len
         if image + text > min(model, row):
-            raise ValueError(
+            raise InputError(
                 f"max_text_len = {text}: with {image} image tokens in the stream that is {image + text} positions, but "
                 f"model.max_seq_len = {model} and train.seq_len = {row}; both must be at least {image + text}"
             )

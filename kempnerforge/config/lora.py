@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kempnerforge.config.checks import at_least, more_than
+from kempnerforge.config.errors import InputError
 
 LORA_PARAMETERS = ("lora_a", "lora_b", "magnitude")
 """What an adapter adds to a layer, by name."""
@@ -41,11 +42,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if not self.module:
-            raise ValueError("module = '': a LoRA table needs an alias or a pattern")
+            raise InputError("module = '': a LoRA table needs an alias or a pattern")
         at_least(self, 1, "rank")
         more_than(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout!r}: must be at least 0 and below 1")
+            raise InputError(f"dropout = {self.dropout!r}: must be at least 0 and below 1")
 
 
 def is_adapter(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, more_than, one_of, only_if
+from kempnerforge.config.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,20 @@ class ModelConfig:
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", ("swiglu", "geglu", "gelu"))
         if not self.window_pattern or set(self.window_pattern) - set("SF"):
-            raise ValueError(f"window_pattern = {self.window_pattern!r}: needs a letter for each layer, S (slides) or F (full), repeated")
+            raise InputError(f"window_pattern = {self.window_pattern!r}: needs a letter for each layer, S (slides) or F (full), repeated")
         only_if(self, self.sliding_window, "sliding_window", "window_pattern")
         if self.sliding_window and not any(self.windows):
-            raise ValueError(f"sliding_window = {self.sliding_window}: window_pattern = {self.window_pattern!r} has it in no layer")
+            raise InputError(f"sliding_window = {self.sliding_window}: window_pattern = {self.window_pattern!r} has it in no layer")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
+            raise InputError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
         if "" in self.new_tokens or len(set(self.new_tokens)) != len(self.new_tokens):
-            raise ValueError(f"new_tokens = {self.new_tokens}: needs names, each once")
+            raise InputError(f"new_tokens = {self.new_tokens}: needs names, each once")
         if not self.head_dim and self.dim % self.n_heads:
-            raise ValueError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
+            raise InputError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
+            raise InputError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
         if self.head_width % 2:
-            raise ValueError(f"head_dim = {self.head_width}: rotary positions need an even one")
+            raise InputError(f"head_dim = {self.head_width}: rotary positions need an even one")
 
     def window(self, layer: int) -> int:
         """How many positions a token sees in ``layer`` at most; 0: all of them."""

@@ -28,6 +28,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kempnerforge.config.errors import InputError
+
 
 class Registry:
     """One kind of thing, by name.
@@ -55,7 +57,7 @@ class Registry:
     def _add(self, name: str, cls: type) -> type:
         there = self._entries.get(name)
         if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{self.kind} {name!r} is already registered by {there.__module__}.{there.__qualname__}")
+            raise InputError(f"{self.kind} {name!r} is already registered by {there.__module__}.{there.__qualname__}")
         self._entries[name] = cls
         return cls
 
@@ -66,7 +68,7 @@ class Registry:
             ValueError: there is none; the message lists what is there.
         """
         if name not in self:
-            raise ValueError(f"{self.key} = {name!r}: no such {self.kind}; {self.known(name)}")
+            raise InputError(f"{self.key} = {name!r}: no such {self.kind}; {self.known(name)}")
         return self._entries[name]
 
     def import_all(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from kempnerforge.config.build import INVALID, UNIONS, class_named, construct, convert, convert_fields, fields_of
 from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import Key, Problems
+from kempnerforge.config.errors import InputError, Key, Problems
 from kempnerforge.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
 
@@ -36,7 +36,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise ValueError(f"name = {self.name!r}: a stage needs one")
+            raise InputError(f"name = {self.name!r}: a stage needs one")
         at_least(self, 1, "steps")
 
 

@@ -7,6 +7,7 @@ from string import Formatter
 from typing import Any
 
 from kempnerforge.config.checks import one_of, only_if
+from kempnerforge.config.errors import InputError
 
 TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
 WITH_SYSTEM = ("chat", "turns")
@@ -49,9 +50,9 @@ def one_field(section: Any, key: str, name: str) -> None:
     try:
         fields = [(part, spec, conversion) for _, part, spec, conversion in Formatter().parse(value) if part is not None]
     except ValueError as error:
-        raise ValueError(f"{key} = {value!r}: {error}") from None
+        raise InputError(f"{key} = {value!r}: {error}") from None
     if fields != [(name, "", None)]:
-        raise ValueError(f"{key} = {value!r}: must contain {{{name}}} once and no other field")
+        raise InputError(f"{key} = {value!r}: must contain {{{name}}} once and no other field")
 
 
 def check_template(section: Any) -> None:
@@ -62,7 +63,7 @@ def check_template(section: Any) -> None:
         only_if(section, section.template == "prompt", "template = 'prompt'", key)
     only_if(section, section.template == "turns", "template = 'turns'", "turns")
     if section.system and section.template not in WITH_SYSTEM:
-        raise ValueError(
+        raise InputError(
             f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"
         )
 

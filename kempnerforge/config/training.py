@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
+from kempnerforge.config.errors import InputError
 
 
 @dataclass
@@ -26,9 +27,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.dir:
-            raise ValueError("dir = '': a run needs a directory")
+            raise InputError("dir = '': a run needs a directory")
         if self.init_allow and not self.init_from:
-            raise ValueError(f"init_allow = {self.init_allow}: is only read with init_from")
+            raise InputError(f"init_allow = {self.init_allow}: is only read with init_from")
 
 
 @dataclass
@@ -74,9 +75,9 @@ class TrainConfig:
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
+            raise InputError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
         if self.batch_size % self.grad_accum_steps:
-            raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
+            raise InputError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
 
 
 @dataclass
@@ -102,7 +103,7 @@ class OptimizerGroup:
         given = [key for key in ("lr", "muon_lr", "weight_decay", "warmup_steps") if getattr(self, key) is not None]
         at_least(self, 0, *given)
         if not given and self.betas is None:
-            raise ValueError(f"module = {self.module!r}: the group changes nothing; give lr, muon_lr, weight_decay, betas or warmup_steps")
+            raise InputError(f"module = {self.module!r}: the group changes nothing; give lr, muon_lr, weight_decay, betas or warmup_steps")
         _check_betas(self.betas or ())
 
 
@@ -142,17 +143,17 @@ class OptimizerConfig:
         more_than(self, 0, "eps")
         _check_betas(self.betas)
         if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
+            raise InputError(f"muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
         for pattern, scale in self.lr_scale.items():
             if scale < 0:
-                raise ValueError(f"lr_scale.{pattern} = {scale}: must be >= 0")
+                raise InputError(f"lr_scale.{pattern} = {scale}: must be >= 0")
         if self.name == "schedule_free_adamw" and not all(g.betas[0] for g in (self, *self.groups) if g.betas is not None):
-            raise ValueError(f"betas = {list(self.betas)}: the first one must be > 0 for 'schedule_free_adamw', here and in groups")
+            raise InputError(f"betas = {list(self.betas)}: the first one must be > 0 for 'schedule_free_adamw', here and in groups")
 
 
 def _check_betas(betas: Iterable[float]) -> None:
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas = {list(betas)}: must lie in [0, 1)")
+        raise InputError(f"betas = {list(betas)}: must lie in [0, 1)")
 
 
 @dataclass

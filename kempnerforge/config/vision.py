@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, divides, more_than
+from kempnerforge.config.errors import InputError
 
 
 @dataclass
@@ -22,7 +23,7 @@ class VisionEncoderConfig:
 
     def __post_init__(self) -> None:
         if self.feature_layer >= 0:
-            raise ValueError(f"feature_layer = {self.feature_layer}: count from the end, -1 is the last layer")
+            raise InputError(f"feature_layer = {self.feature_layer}: count from the end, -1 is the last layer")
 
     def num_tokens(self) -> int | None:
         """Tokens for one image, or None when only the built encoder knows."""
@@ -36,7 +37,7 @@ class VisionEncoderConfig:
 def check_normalisation(mean: list[float], std: list[float]) -> None:
     """Refuses what is no mean and std of RGB values."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean = {mean}, std = {std}: each needs three numbers, std above 0")
+        raise InputError(f"mean = {mean}, std = {std}: each needs three numbers, std above 0")
 
 
 @registry.register_vision_config
@@ -76,11 +77,11 @@ class ViTConfig(VisionEncoderConfig):
         divides(self, "n_heads", "dim")
         step = self.stride or self.patch_size
         if step > self.patch_size or (self.patch_size - step) % 2:
-            raise ValueError(f"stride = {step}: must be at most patch_size = {self.patch_size} and differ from it by an even number")
+            raise InputError(f"stride = {step}: must be at most patch_size = {self.patch_size} and differ from it by an even number")
         if self.image_size % step:
-            raise ValueError(f"image_size = {self.image_size}: must be a multiple of {'stride' if self.stride else 'patch_size'} = {step}")
+            raise InputError(f"image_size = {self.image_size}: must be a multiple of {'stride' if self.stride else 'patch_size'} = {step}")
         if -self.feature_layer > self.n_layers:
-            raise ValueError(f"feature_layer = {self.feature_layer}: there are only n_layers = {self.n_layers} layers")
+            raise InputError(f"feature_layer = {self.feature_layer}: there are only n_layers = {self.n_layers} layers")
         check_normalisation(self.mean, self.std)
 
     @property
@@ -115,11 +116,11 @@ class EfficientNetLite0Config(VisionEncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.feature_layer != -1:
-            raise ValueError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives its last feature map alone, -1")
+            raise InputError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives its last feature map alone, -1")
         if self.image_size < 32 or self.image_size % 32:
-            raise ValueError(f"image_size = {self.image_size}: must be a multiple of 32")
+            raise InputError(f"image_size = {self.image_size}: must be a multiple of 32")
         if self.pretrained != bool(self.path):
-            raise ValueError(
+            raise InputError(
                 f"path = {self.path!r}: pretrained = {str(self.pretrained).lower()} {'needs' if self.pretrained else 'reads no'} file"
             )
         check_normalisation(self.mean, self.std)
@@ -151,7 +152,7 @@ class HFTowerConfig(VisionEncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.path) == bool(self.settings):
-            raise ValueError(f"path = {self.path!r}: type {self.type!r} needs a local directory or a hub id, or else a table of settings")
+            raise InputError(f"path = {self.path!r}: type {self.type!r} needs a local directory or a hub id, or else a table of settings")
         if self.mean or self.std:
             check_normalisation(self.mean, self.std)
 
@@ -207,6 +208,6 @@ class MllamaTowerConfig(HFTowerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.feature_layer != -1:
-            raise ValueError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives the last layer and intermediate_layers, -1")
+            raise InputError(f"feature_layer = {self.feature_layer}: type {self.type!r} gives the last layer and intermediate_layers, -1")
         if bool(self.settings) != bool(self.intermediate_layers) or any(layer < 0 for layer in self.intermediate_layers):
-            raise ValueError(f"intermediate_layers = {self.intermediate_layers}: layers from 0, at least one with settings, none with path")
+            raise InputError(f"intermediate_layers = {self.intermediate_layers}: layers from 0, at least one with settings, none with path")

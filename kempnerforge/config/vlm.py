@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of
+from kempnerforge.config.errors import InputError, NotBuiltError
 
 if TYPE_CHECKING:
     from kempnerforge.config.job import JobConfig
@@ -46,7 +47,7 @@ class FreezeSpec:
 
     def __post_init__(self) -> None:
         if not self.module:
-            raise ValueError("module = '': a freeze spec needs an alias or a pattern")
+            raise InputError("module = '': a freeze spec needs an alias or a pattern")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class VLMConfig:
     def __post_init__(self) -> None:
         cls = self.class_for(self.arch)
         if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
-            raise ValueError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
+            raise InputError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
         patterns = next(f.default_factory for f in fields(self) if f.name == "module_patterns")
         assert callable(patterns), "module_patterns has a default_factory in every class"
         self.module_patterns = {**patterns(), **self.module_patterns}
@@ -100,7 +101,7 @@ class VLMConfig:
         one_of(self, "attention_mask", self.masks)
         starts = [stage.start_step for stage in self.freeze_schedule]
         if any(b <= a for a, b in pairwise(starts)):
-            raise ValueError(f"freeze_schedule: start_step must increase strictly, got {starts}")
+            raise InputError(f"freeze_schedule: start_step must increase strictly, got {starts}")
 
     @staticmethod
     def class_for(arch: str) -> type[VLMConfig]:
@@ -111,7 +112,7 @@ class VLMConfig:
             NotImplementedError: ``arch`` is reserved for later.
         """
         if arch in _RESERVED_ARCHS and arch not in registry.vlm_configs:
-            raise NotImplementedError(f"arch = {arch!r}: reserved, not built yet; {registry.vlm_configs.known()}")
+            raise NotBuiltError(f"arch = {arch!r}: reserved, not built yet; {registry.vlm_configs.known()}")
         return registry.vlm_configs.get(arch)
 
     @classmethod
@@ -224,10 +225,10 @@ class CrossAttentionConfig(VLMConfig):
         one_of(self, "cross_attention_media", ("all", "latest", "latest_group"))
         one_of(self, "cross_attention_blind", ("feed_forward", "nothing", "attention"))
         if self.attention_mask == "image_bidirectional":
-            raise ValueError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
+            raise InputError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
         heads, kv = self.cross_attention_n_heads, self.cross_attention_n_kv_heads
         if heads and kv and heads % kv:
-            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide cross_attention_n_heads = {heads}")
+            raise InputError(f"cross_attention_n_kv_heads = {kv}: must divide cross_attention_n_heads = {heads}")
 
     def residual_stream_image_tokens(self, num_tokens: int) -> int:
         """0: the residual stream carries text only."""
@@ -247,19 +248,19 @@ class CrossAttentionConfig(VLMConfig):
         kv = self.cross_attention_n_kv_heads or heads
         if heads % kv:
             source = "cross_attention_n_heads" if self.cross_attention_n_heads else "model.n_heads, as cross_attention_n_heads = 0"
-            raise ValueError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention ({source})")
+            raise InputError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention ({source})")
         return heads, kv
 
     def check(self, job: JobConfig) -> None:
         every, model = self.cross_attention_every_n_layers, job.model
         if every > model.n_layers:
-            raise ValueError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
+            raise InputError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
         heads, _ = self.resolved_heads(model.n_heads)
         if not model.head_dim and model.dim % heads:
-            raise ValueError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
+            raise InputError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
-            raise ValueError(
+            raise InputError(
                 f"unwritten_tokens = {self.unwritten_tokens}: are the last of the embedding and not in the head; not with {reason}"
             )
 
@@ -313,22 +314,22 @@ class MoTConfig(VLMConfig):
         super().__post_init__()
         names = list(self.mot_modalities)
         if len(set(names)) != len(names) or not {"image", "text"} <= set(names):
-            raise ValueError(f"mot_modalities = {names}: needs at least 'image' and 'text', each name once")
+            raise InputError(f"mot_modalities = {names}: needs at least 'image' and 'text', each name once")
         if bad := [
             name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_") or name in BLOCK_PARTS
         ]:
-            raise ValueError(
+            raise InputError(
                 f"mot_modalities = {names}: {bad[0]!r} cannot name a tower; use a Python identifier, none of {', '.join(BLOCK_PARTS)}"
             )
         if not self.untie or len(set(self.untie)) != len(self.untie) or not set(self.untie) <= set(UNTIE):
-            raise ValueError(f"untie = {self.untie}: needs one or more of {', '.join(repr(part) for part in UNTIE)}, each once")
+            raise InputError(f"untie = {self.untie}: needs one or more of {', '.join(repr(part) for part in UNTIE)}, each once")
         one_of(self, "norm_placement", ("pre", "paper"))
         at_least(self, 0, "mot_image_n_heads", "mot_image_n_kv_heads")
         heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
         if heads and kv and heads % kv:
-            raise ValueError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
+            raise InputError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
         if self.mot_warm_start_path and not self.mot_warm_start_from_text:
-            raise ValueError(f"mot_warm_start_path = {self.mot_warm_start_path!r}: is only read with mot_warm_start_from_text = true")
+            raise InputError(f"mot_warm_start_path = {self.mot_warm_start_path!r}: is only read with mot_warm_start_from_text = true")
 
     def resolved_image_heads(self, model_n_heads: int, model_n_kv_heads: int = 0) -> tuple[int, int]:
         """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's."""
@@ -339,7 +340,7 @@ class MoTConfig(VLMConfig):
         text = (job.model.n_heads, job.model.kv_heads)
         image = self.resolved_image_heads(*text)
         if image != text:
-            raise ValueError(
+            raise InputError(
                 f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}: one attention over both "
                 f"modalities needs the text tower's head counts, model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
             )

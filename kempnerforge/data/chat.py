@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.template import EOS_PIECE, Piece, Template
 from kempnerforge.data.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ class ChatTemplate(Template):
 
     def __init__(self, tokenizer: Tokenizer, system: str) -> None:
         if tokenizer.chat_template is None:
-            raise ValueError("data.template = 'chat': the tokenizer has no chat template; data.template = 'turns' lets you write one")
+            raise InputError("data.template = 'chat': the tokenizer has no chat template; data.template = 'turns' lets you write one")
         self._source = tokenizer.chat_template
         names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
         self._tokens = {key: name for key, name in names.items() if name is not None}
@@ -69,7 +70,7 @@ class ChatTemplate(Template):
         self._end = re.compile(rf"(\s*)({'|'.join(map(re.escape, specials))})") if specials else None
         self._skeletons: dict[tuple[int, bool], list[Piece | Slot]] = {}
         if "strftime_now" in self._source and "date_string" not in self._source:
-            raise ValueError(f"{self._blame}: it writes today's date, so the data would change from day to day")
+            raise InputError(f"{self._blame}: it writes today's date, so the data would change from day to day")
         self.listed = False
         try:
             self._opening = self._find_opening()
@@ -150,10 +151,10 @@ class ChatTemplate(Template):
         for number, (field, _) in enumerate(fields):
             if numbers.count(number) != 1:
                 what = {"system": "the system prompt", "prompt": "what the user says", "answer": "an answer"}[field]
-                raise ValueError(f"{self._blame}: it writes {what} {numbers.count(number)} times, or alters it")
+                raise InputError(f"{self._blame}: it writes {what} {numbers.count(number)} times, or alters it")
         order = [slot.turn for slot in slots if slot is not None and slot.field == "answer"]
         if order != sorted(order) or "\ue000" in "".join(parts[0::4]):
-            raise ValueError(f"{self._blame}: it alters messages or their order")
+            raise InputError(f"{self._blame}: it alters messages or their order")
         return parts[0::4], [slot for slot in slots if slot is not None]
 
     def _render(self, fields: list[tuple[str, int]], generate: bool) -> str:
@@ -170,5 +171,5 @@ class ChatTemplate(Template):
             )
         except Exception as error:  # a template may fail in any way that its language allows
             with_system = " with a system prompt" if fields[0][0] == "system" else ""
-            raise ValueError(f"{self._blame}{with_system}: {str(error).strip() or type(error).__name__}") from None
+            raise InputError(f"{self._blame}{with_system}: {str(error).strip() or type(error).__name__}") from None
         return rendered[0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import IGNORE
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import ImageError
@@ -227,7 +228,7 @@ def _in_pool(reader: Reader, chunks: Sequence[Sequence[int]], workers: int) -> I
             yield part
     except BrokenProcessPool:
         first, last = chunks[read][0], chunks[min(read + workers, len(chunks) - 1)][-1]
-        raise ValueError(
+        raise InputError(
             f"a process died while it read samples {first} to {last}: out of memory, or a file that crashes its decoder;"
             " --workers 1 reads them one after another in this process"
         ) from None

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sources.openmoji import DRAWINGS, FONT, emoji_names
 from kempnerforge.data.sources.stamps import find_stamps
 
@@ -35,7 +36,7 @@ MAX_UNPACKED = 2**30
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-class FetchError(ValueError):
+class FetchError(InputError):
     """The data could not be fetched, and what to do about it."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.files import write_whole
 from kempnerforge.data.sample import ImageSource
 
@@ -71,9 +72,9 @@ class DiskCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"data.images.cache_dir = {directory!r}: {error.strerror or error}") from None
+            raise InputError(f"data.images.cache_dir = {directory!r}: {error.strerror or error}") from None
         if not os.access(self.directory, os.W_OK | os.X_OK):
-            raise ValueError(f"data.images.cache_dir = {directory!r}: cannot be written to")
+            raise InputError(f"data.images.cache_dir = {directory!r}: cannot be written to")
 
     def path(self, image: ImageSource) -> Path | None:
         """Where the views of ``image`` lie; None: there is no such file."""

@@ -12,6 +12,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import Encoder, Layout
@@ -98,7 +99,7 @@ def build_loader(
     if order.window is not None and (group or pack):
         together = sampler.window_size if isinstance(sampler, PackSampler) else size
         if together > 2 * order.window:
-            raise ValueError(
+            raise InputError(
                 f"data.shuffle_buffer = {order.window}: batching = {cfg.batching!r} rearranges {together} samples at once; "
                 f"use at least {-(-together // 2)}"
             )

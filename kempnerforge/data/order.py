@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from kempnerforge.config.errors import InputError
+
 ENDLESS = sys.maxsize
 
 
@@ -70,7 +72,7 @@ class Shuffled(Order):
 
     def __init__(self, n: int, seed: int) -> None:
         if n < 1:
-            raise ValueError("data: no samples")
+            raise InputError("data: no samples")
         self.n, self.seed = n, seed
         self._cached = Kept(self._permute, 3)
 

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from torch.utils.data import Dataset
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.collate import collate
 from kempnerforge.data.encode import Encoded, Encoder
@@ -18,7 +19,7 @@ MAX_TRIES = 20
 """Candidates in place of one unusable sample before the data are judged unusable."""
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The data cannot be used at all."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest
 from kempnerforge.data.order import Order, Shuffled
 from kempnerforge.data.template import render_answer, stretches
@@ -24,7 +25,7 @@ LOOKED_AT = 8
 """Samples that the fingerprint of a source is made of, unless the source knows better."""
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """This sample cannot be used, and why. It is skipped and counted; the run goes on."""
 
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.order import Kept, Order, Shuffled
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class RankSampler(ABC, Generic[T]):
     def __init__(self, size: int, rank: int, world: int, accum: int, seed: int, start_step: int) -> None:
         assert 0 <= rank < world and start_step >= 0
         if size % (world * accum):
-            raise ValueError(f"train.batch_size = {size}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
+            raise InputError(f"train.batch_size = {size}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
         self.size, self.rank, self.world, self.accum, self.seed, self.start_step = size, rank, world, accum, seed, start_step
 
     def __iter__(self) -> Iterator[list[T]]:

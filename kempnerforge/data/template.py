@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import TurnsConfig, fill
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class TurnsTemplate(Template):
     def __init__(self, turns: TurnsConfig, tokenizer: Tokenizer | None) -> None:
         self.cfg, self.bos, self.end = turns, turns.bos, turns.end
         if self.end and tokenizer is not None and self.end not in tokenizer.special_names.values():
-            raise ValueError(
+            raise InputError(
                 f"data.turns.end = {self.end!r}: the tokenizer has no such token; add it to model.new_tokens, or leave it empty"
             )
         self.own = "\0".join((turns.system, turns.user, turns.assistant, turns.answer, turns.end, turns.separator))
@@ -130,13 +131,13 @@ def _around(template: str, value: str, field: str, trained: bool) -> list[Piece]
 
 def _only_turn(text: Text, template: str) -> tuple[str, str]:
     if text.more:
-        raise ValueError(f"data.template = {template!r}: a text of {len(text.more) + 1} turns, it writes one")
+        raise InputError(f"data.template = {template!r}: a text of {len(text.more) + 1} turns, it writes one")
     return text.turns[0]
 
 
 def _no_system(system: str, template: str) -> None:
     if system:
-        raise ValueError(f"data.template = {template!r}: the text has a system prompt, and there is no place for it")
+        raise InputError(f"data.template = {template!r}: the text has a system prompt, and there is no place for it")
 
 
 def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
@@ -146,7 +147,7 @@ def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
 
         return ChatTemplate(tokenizer, cfg.system)
     if cfg.template == "paligemma" and tokenizer.bos_id is None:
-        raise ValueError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
+        raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
     return _of_config(cfg, tokenizer)
 
 

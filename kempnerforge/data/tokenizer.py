@@ -12,6 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from kempnerforge.config.errors import InputError
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -62,7 +64,7 @@ class Tokenizer:
         vocab = backend.get_vocab(with_added_tokens=True)
         missing = [token for token in (self.eos, self.bos, self.pad) if token is not None and token not in vocab]
         if missing:
-            raise ValueError(f"data.tokenizer: special token {missing[0]!r} is not in the vocabulary")
+            raise InputError(f"data.tokenizer: special token {missing[0]!r} is not in the vocabulary")
         self.eos_id: int = vocab[self.eos]
         self.pad_id: int = vocab[self.pad]
         self.bos_id: int | None = None if self.bos is None else vocab[self.bos]
@@ -110,20 +112,20 @@ class Tokenizer:
         if not names:
             return
         if names[: len(there)] != there:
-            raise ValueError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(there)}")
+            raise InputError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(there)}")
         known = self.backend.get_vocab(with_added_tokens=True)
         for name in (added := names[len(there) :]):
             if not name or names.count(name) > 1:
-                raise ValueError(f"model.new_tokens = {list(names)}: needs names, each once")
+                raise InputError(f"model.new_tokens = {list(names)}: needs names, each once")
             if name in known:
-                raise ValueError(f"model.new_tokens: {name!r} is in the tokenizer's vocabulary already; take another name, or leave it out")
+                raise InputError(f"model.new_tokens: {name!r} is in the tokenizer's vocabulary already; take another name, or leave it out")
         # NOTE: special ones would not be recognised inside a text, as no special token's name is
         self.backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in added])
         vocab = self.backend.get_vocab(with_added_tokens=True)
         self.new_tokens = self._appended = names
         self._changed(vocab)
         if [vocab[name] for name in names] != self.new_token_ids:
-            raise ValueError(f"model.new_tokens = {list(names)}: the tokenizer's ids have gaps, so new ones cannot follow them")
+            raise InputError(f"model.new_tokens = {list(names)}: the tokenizer's ids have gaps, so new ones cannot follow them")
 
     def _fingerprint(self, vocab: dict[str, int]) -> str:
         parts = json.loads(self.backend.to_str())
@@ -150,7 +152,7 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise
             bad = next((i for i, char in enumerate(text) if 0xD800 <= ord(char) <= 0xDFFF), 0)
-            raise ValueError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
+            raise InputError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
 
     def encode(self, text: str, behind: str = "") -> list[int]:
         """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
@@ -213,19 +215,19 @@ class Tokenizer:
             return plain
         names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
         if names_a_path and not Path(path_or_id).is_dir():
-            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: no such directory")
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory")
         from transformers import AutoTokenizer
 
         try:
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: cannot be loaded: {reason}") from None
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: cannot be loaded: {reason}") from None
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
         if loaded.eos_token is None:
-            raise ValueError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
         # a copy: transformers keeps its own
         return cls(
             tokenizers.Tokenizer.from_str(backend.to_str()),
@@ -301,7 +303,7 @@ def _read_plain(path: Path) -> Tokenizer | None:
         chat = path / CHAT_TEMPLATE
         chat_template = chat.read_text(encoding="utf-8") if chat.is_file() else _default_template(config.get("chat_template"))
     except Exception as error:
-        raise ValueError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
+        raise InputError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
     return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"], appended=appended, chat_template=chat_template)
 
 

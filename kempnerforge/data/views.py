@@ -13,6 +13,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import GLOBAL_MARKER, ImagesConfig, tile_marker
 from kempnerforge.data.augment import Change, draw
 from kempnerforge.data.image_cache import DiskCache, ImageCache, content_key
@@ -48,7 +49,7 @@ class Views:
         for name in cfg.new_tokens():
             found = tokenizer.token_id(name)
             if found is None:
-                raise ValueError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
+                raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
         deciding = {**dataclasses.asdict(cfg), "augment": None, "cache_dir": None, "markers": None, "number_images": None}

@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Kind
 from kempnerforge.data.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS, Layout, Prompt, Words
 from kempnerforge.data.sample import SampleError, Text, text_size
@@ -108,9 +109,9 @@ class TextEncoder:
         if not self.layout.image_size:
             return Prompt(line.ids)
         if line.at and len(line.at) != num_images:
-            raise ValueError(f"{len(line.at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
+            raise InputError(f"{len(line.at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
         if self._needs_behind and len(line.ids) in line.at:
-            raise ValueError(f"an image ends the prompt, and no token behind it could see it: {self._remedy}")
+            raise InputError(f"an image ends the prompt, and no token behind it could see it: {self._remedy}")
         return Prompt(line.ids, tuple(line.at) or (0,) * num_images)
 
     @property
@@ -257,7 +258,7 @@ class TextEncoder:
             key, template = (
                 ("answer_template", self.cfg.answer_template) if self.cfg.template == "prompt" else ("turns", self.cfg.turns.answer)
             )
-            raise ValueError(f"data.{key} = {template!r}: {name!r} behind text cannot be generated")
+            raise InputError(f"data.{key} = {template!r}: {name!r} behind text cannot be generated")
         return self._begin(self._tokenise([*pieces[:start], Piece(name * count, True)], text.leading is not None))
 
     def _line(self, text: Text) -> _Line:

@@ -22,6 +22,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kempnerforge.config.errors import InputError
+
 LOC_BINS = 1024
 SEG_BINS = 128
 SEG_CODES = 16
@@ -48,9 +50,9 @@ class Box:
 
     def __post_init__(self) -> None:
         if not (0 <= self.x0 <= self.x1 <= 1 and 0 <= self.y0 <= self.y1 <= 1):
-            raise ValueError(f"box ({self.x0}, {self.y0}, {self.x1}, {self.y1}): needs 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1")
+            raise InputError(f"box ({self.x0}, {self.y0}, {self.x1}, {self.y1}): needs 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1")
         if self.codes and (len(self.codes) != SEG_CODES or not all(0 <= code < SEG_BINS for code in self.codes)):
-            raise ValueError(f"box: {len(self.codes)} mask codes {self.codes}: needs {SEG_CODES} from 0 to {SEG_BINS - 1}, or none")
+            raise InputError(f"box: {len(self.codes)} mask codes {self.codes}: needs {SEG_CODES} from 0 to {SEG_BINS - 1}, or none")
 
     def pixels(self, width: float, height: float) -> tuple[float, float, float, float]:
         """(x0, y0, x1, y1) on an image of that size."""
@@ -72,7 +74,7 @@ class Point:
 
     def __post_init__(self) -> None:
         if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
-            raise ValueError(f"point ({self.x}, {self.y}): needs 0 <= x <= 1 and 0 <= y <= 1")
+            raise InputError(f"point ({self.x}, {self.y}): needs 0 <= x <= 1 and 0 <= y <= 1")
 
     def pixels(self, width: float, height: float) -> tuple[float, float]:
         """(x, y) on an image of that size."""
@@ -115,7 +117,7 @@ def encode_boxes(boxes: Sequence[Box]) -> str:
 
 def _encode_box(box: Box) -> str:
     if re.search(r"[;<>\n]", box.label):
-        raise ValueError(f"box label {box.label!r}: must not hold ';', '<', '>' or a line break")
+        raise InputError(f"box label {box.label!r}: must not hold ';', '<', '>' or a line break")
     sides = (min(round(side * LOC_BINS), LOC_BINS - 1) for side in (box.y0, box.x0, box.y1, box.x1))
     locs = "".join(f"<loc{side:04d}>" for side in sides)
     codes = "".join(f"<seg{code:03d}>" for code in box.codes)
@@ -165,7 +167,7 @@ def encode_points(points: Sequence[Point]) -> str:
         return NO_POINTS
     labels = {point.label.strip() for point in points}
     if len(labels) > 1:
-        raise ValueError(f"points with labels {sorted(labels)}: one answer has one label; encode them apart")
+        raise InputError(f"points with labels {sorted(labels)}: one answer has one label; encode them apart")
     label = html.escape(labels.pop(), quote=False).replace('"', "&quot;")
     places = sorted((round(100 * point.x, 1), round(100 * point.y, 1)) for point in points)
     if len(places) == 1:

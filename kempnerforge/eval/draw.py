@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.images import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Box, Marks, Point, decode
@@ -77,11 +78,11 @@ def check_place(path: Path, images: Iterable[ImageSource]) -> None:
         ValueError: its suffix is not one of ``SUFFIXES``, its folder is not there, or it is one of ``images``, which would be lost.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take one of {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: cannot be written: {path.parent} is no folder")
+        raise InputError(f"{path}: cannot be written: {path.parent} is no folder")
     if path.exists() and any(isinstance(image, Path) and image.exists() and path.samefile(image) for image in images):
-        raise ValueError(f"{path}: is an image that is asked about, and would be lost; write to another file")
+        raise InputError(f"{path}: is an image that is asked about, and would be lost; write to another file")
 
 
 def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
@@ -100,7 +101,7 @@ def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
         drawn.save(encoded := io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
         path.write_bytes(encoded.getvalue())
     except (OSError, ValueError) as error:  # the latter: too large for the format
-        raise ValueError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

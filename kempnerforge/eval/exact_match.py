@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kempnerforge.config import EvalConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.interleave import Block, Prompt
@@ -194,7 +195,7 @@ def evaluate(
     score = _score(answers, ranks, skipped, sorted({q.kind for q in asked if q.kind}))
     if asked and not score.total:
         reason = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"eval: none of {len(asked)} held-out questions can be read{reason}")
+        raise InputError(f"eval: none of {len(asked)} held-out questions can be read{reason}")
     return score
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import IGNORE, Batch, Kind
 from kempnerforge.model.transformer import Cache
 
@@ -41,11 +42,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise ValueError(
+            raise InputError(
                 f"temperature = {self.temperature}, top_k = {self.top_k}, top_p = {self.top_p}: need >= 0, >= 0, and more than 0 up to 1"
             )
         if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed = {self.seed}: must be a 64-bit integer")
+            raise InputError(f"seed = {self.seed}: must be a 64-bit integer")
 
 
 def choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from kempnerforge.config import EvalConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.images import opened
 from kempnerforge.data.sample import ImageSource, SampleError, Source
 from kempnerforge.eval.exact_match import Question, questions
@@ -62,7 +63,7 @@ def write_task(source: Source, out: Path, cfg: EvalConfig, limit: int = 0, progr
     written = _write_table(source, asked, out / TABLE, left_out, progress)
     if not written:
         (out / TABLE).unlink()
-        raise ValueError(f"none of {len(asked)} held-out questions can be written{f'; the first: {left_out[0][1]}' if left_out else ''}")
+        raise InputError(f"none of {len(asked)} held-out questions can be written{f'; the first: {left_out[0][1]}' if left_out else ''}")
     task = (FILES / f"{TASK}.yaml").read_text(encoding="utf-8")
     default = f"max_gen_toks: {EvalConfig().max_new_tokens}\n"
     assert default in task

@@ -7,6 +7,7 @@ import math
 import torch
 
 from kempnerforge.config.data import TextConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.collate import collate
 from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.interleave import Layout
@@ -68,7 +69,7 @@ class PlainText:
         try:
             source = build_source(TextConfig(path=path), "train")
         except ValueError as error:
-            raise ValueError(str(error).replace("data.path", "eval.text_path")) from None
+            raise InputError(str(error).replace("data.path", "eval.text_path")) from None
         assert source is not None
         self.windows = source.tokenised(tokenizer, window)
         self._encoder = Encoder(tokenizer, self.windows.cfg, Layout(0, 0, window, window, window), 0)
@@ -90,4 +91,4 @@ def _any_sample(source: Source, encoder: Encoder) -> Encoded:
             return encoder.encode(source[index], seed=index)
         except SampleError:
             continue
-    raise ValueError(f"data.eval_path: none of {len(source)} held-out samples can be read")
+    raise InputError(f"data.eval_path: none of {len(source)} held-out samples can be read")

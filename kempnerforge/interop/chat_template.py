@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import WITH_SYSTEM
 from kempnerforge.data.chat import DATE, ChatTemplate
 from kempnerforge.data.sample import Text
@@ -192,4 +193,4 @@ def render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer) 
     try:
         return render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **kept)[0][0]
     except TemplateError as error:
-        raise ValueError(str(error)) from None
+        raise InputError(str(error)) from None

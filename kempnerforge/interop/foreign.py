@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kempnerforge.config.data import JsonlConfig, TextConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
@@ -105,7 +106,7 @@ class Foreign:
             with safe_open(self.files[name], framework="pt") as opened:
                 pair.append(opened.get_tensor(name))
         if not torch.equal(*pair):
-            raise ValueError(f"{self.path}: {self.tied[0]} is not {self.tied[1]}, but its {CONFIG} says that they are tied")
+            raise InputError(f"{self.path}: {self.tied[0]} is not {self.tied[1]}, but its {CONFIG} says that they are tied")
 
 
 def shapes(job: JobConfig) -> dict[str, Tensor]:
@@ -141,15 +142,15 @@ def open_foreign(path: Path | str) -> Foreign:
             return _open_mllama(path, config, files)
         return _open_vlm(path, config, files)
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
+        raise InputError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
     except Exception as error:  # settings of a type or size that nobody has thought of, here or in transformers
-        raise ValueError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
+        raise InputError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
 
 
 def _open_text(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     config = complete(config)
     if config.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention = true: the backbone is causal")
+        raise InputError("use_bidirectional_attention = true: the backbone is causal")
     prefix = _prefix_of(path, HF_EMBEDDING, files)
     model = model_config(config, _rows(files, prefix + HF_EMBEDDING))
     length = min(MAX_TEXT, model.max_seq_len)
@@ -231,7 +232,7 @@ def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
     assert job.vlm is not None
     assumed = job.vlm.residual_stream_image_tokens(assumed)
     if job.model.max_seq_len <= assumed:
-        raise ValueError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
+        raise InputError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
     text = min(MAX_TEXT, job.model.max_seq_len - assumed)
     data = JsonlConfig(path="train.jsonl", prompt_column="prompt", images=ImagesConfig(fit=fit), **texts)
     return replace(job, vlm=replace(job.vlm, max_text_len=text), data=data, train=TrainConfig(max_steps=1000, seq_len=assumed + text))
@@ -255,7 +256,7 @@ def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None
 def _prefix_of(path: Path, name: str, files: dict[str, Path]) -> str:
     found = [there.removesuffix(name) for there in files if there == name or there.endswith("." + name)]
     if len(found) != 1:
-        raise ValueError(f"{path}: needs one text model, but {len(found)} tensors are called {name}")
+        raise InputError(f"{path}: needs one text model, but {len(found)} tensors are called {name}")
     return found[0]
 
 
@@ -271,7 +272,7 @@ def matched(path: Path, places: dict[str, Place], files: dict[str, Path], spare:
     unknown = {name for name in files.keys() - wanted if not spare(name) and not IGNORED.search(name)}
     if missing or unknown:
         kinds = (("lacks", missing), ("has no place for", unknown))
-        raise ValueError(f"{path}: " + "; ".join(f"{kind} {len(names)}: {some(names)}" for kind, names in kinds if names))
+        raise InputError(f"{path}: " + "; ".join(f"{kind} {len(names)}: {some(names)}" for kind, names in kinds if names))
     if rest := [name for name in files.keys() - wanted if not IGNORED.search(name)]:
         log.info("%s: %d tensors that the model does not read are left aside: %s", path, len(rest), some(rest))
     return places

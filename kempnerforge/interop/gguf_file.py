@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from kempnerforge.config.data import TextConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.training import TrainConfig
@@ -86,10 +87,10 @@ def open_gguf(path: Path) -> Foreign:
     """
     fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
     if fields.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
+        raise InputError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
     scaling = "rope_freqs.weight" if "rope_freqs.weight" in names else fields.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise ValueError(f"{path}: its rotary positions are scaled ({scaling}), which is not read from GGUF; take the safetensors")
+        raise InputError(f"{path}: its rotary positions are scaled ({scaling}), which is not read from GGUF; take the safetensors")
     settings = {ours: fields[f"llama.{theirs}"] for ours, theirs in SETTINGS.items()}
     model = ModelConfig(
         **settings,
@@ -98,7 +99,7 @@ def open_gguf(path: Path) -> Foreign:
         tie_embeddings=TOP[HEAD] not in names,
     )
     if fields.get("llama.rope.dimension_count", model.head_width) != model.head_width:
-        raise ValueError(f"{path}: llama.rope.dimension_count is not the width of a head, {model.head_width}")
+        raise InputError(f"{path}: llama.rope.dimension_count is not the width of a head, {model.head_width}")
     job = JobConfig(
         model=model,
         data=TextConfig(path="train.txt", prompt_template="{prompt}"),
@@ -125,7 +126,7 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     fields = _fields(path)
     kind, rule = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or rule not in DIGITS:
-        raise ValueError(
+        raise InputError(
             f"{path}: its tokenizer is {kind!r} with the rule {rule!r}; 'gpt2' with {', '.join(map(repr, DIGITS))} is read;"
             " name a directory that has it with --tokenizer"
         )
@@ -140,7 +141,7 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == USER_DEFINED])
     names = {role: fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
     if names["eos"] is None:
-        raise ValueError(f"{path}: its tokenizer has no EOS token, so answers could not end")
+        raise InputError(f"{path}: its tokenizer has no EOS token, so answers could not end")
     named: dict[str, Any] = {role: None if number is None else tokens[number] for role, number in names.items()}
     bos = named["bos"] if fields.get("tokenizer.ggml.add_bos_token", True) else None
     template = fields.get("tokenizer.chat_template")
@@ -151,7 +152,7 @@ def _package() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError:
-        raise ValueError("GGUF files need the package 'gguf': pip install 'kempnerforge[gguf]'") from None
+        raise InputError("GGUF files need the package 'gguf': pip install 'kempnerforge[gguf]'") from None
 
 
 class _Fields(dict[str, Any]):
@@ -162,7 +163,7 @@ class _Fields(dict[str, Any]):
         self._path = path
 
     def __missing__(self, name: str) -> Any:
-        raise ValueError(f"{self._path}: does not say {name}")
+        raise InputError(f"{self._path}: does not say {name}")
 
 
 def _open(path: Path) -> Any:
@@ -177,7 +178,7 @@ def _version(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
     return found.st_mtime_ns, found.st_size
 
 
@@ -189,4 +190,4 @@ def _read(path: Path, modified_ns: int, size: int) -> tuple[Any, _Fields]:
         opened = package.GGUFReader(path)
         return opened, _Fields(path, {name: field.contents() for name, field in opened.fields.items()})
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as GGUF; {error}") from None
+        raise InputError(f"{path}: cannot be read as GGUF; {error}") from None

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
 from kempnerforge.interop.settings import check_facts, complete, hf_facts
@@ -48,7 +49,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
         text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)
     except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {error}") from None
+        raise InputError(f"{path / CONFIG}: {error}") from None
     files = tensor_files(path)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     with torch.device("meta"):
@@ -56,7 +57,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     names = _match(path, wanted, files, tied, text["model_type"])
     tensors = _read(files, set(names.values()))
     if cfg.tie_embeddings and (head := _head(files)) and not torch.equal(_read(files, {head})[head], tensors[names[EMBEDDING]]):
-        raise ValueError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
+        raise InputError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
     for ours, theirs in names.items():
         check_tensor(path, f"{theirs} (transformer.{ours})", tensors[theirs], wanted[ours])
     return {f"transformer.{ours}": tensors[theirs] for ours, theirs in names.items()}
@@ -71,9 +72,9 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
     try:
         config = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / name}: cannot be read; {error}") from None
+        raise InputError(f"{path / name}: cannot be read; {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path / name}: holds no JSON object")
+        raise InputError(f"{path / name}: holds no JSON object")
     return config
 
 
@@ -88,17 +89,17 @@ def tensor_files(path: Path) -> dict[str, Path]:
             shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = {name: path / shard for name, shard in shards.items() if Path(shard).name == shard}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
+            raise InputError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
         if files.keys() != shards.keys():
-            raise ValueError(f"{path / INDEX}: names files outside its directory")
+            raise InputError(f"{path / INDEX}: names files outside its directory")
     elif (path / WEIGHTS).is_file():
         files = dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
     else:
-        raise ValueError(f"{path}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+        raise InputError(f"{path}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
     for file in sorted(set(files.values())):
         there = _names(file)
         if absent := [name for name, place in files.items() if place == file and name not in there]:
-            raise ValueError(f"{file}: lacks {some(absent)}, which {INDEX} says it has")
+            raise InputError(f"{file}: lacks {some(absent)}, which {INDEX} says it has")
         files = dict.fromkeys(there, file) | files  # those that the index does not name are there, too
     return files
 
@@ -108,7 +109,7 @@ def _names(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as opened:
             return set(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot be read; {error}") from None
+        raise InputError(f"{file}: cannot be read; {error}") from None
 
 
 def _read(files: dict[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
@@ -123,16 +124,16 @@ def _match(path: Path, wanted: Iterable[str], files: dict[str, Path], tied: bool
     """Our name -> the name in the files, for all that is wanted."""
     found = [name.removesuffix(HF_EMBEDDING) for name in files if name == HF_EMBEDDING or name.endswith("." + HF_EMBEDDING)]
     if len(found) != 1:
-        raise ValueError(f"{path}: needs one text model, but {len(found)} tensors are called {HF_EMBEDDING}")
+        raise InputError(f"{path}: needs one text model, but {len(found)} tensors are called {HF_EMBEDDING}")
     prefix, head = found[0], _head(files)
     names = {ours: prefix + hf_name(ours, family) for ours in wanted if ours != HEAD}
     if HEAD in wanted:
         names[HEAD] = head or (names[EMBEDDING] if tied else HF_HEAD)
     if missing := [name for name in names.values() if name not in files]:
-        raise ValueError(f"{path}: lacks {some(missing)}")
+        raise InputError(f"{path}: lacks {some(missing)}")
     rest = [name for name in files if name not in names.values() and name != head and not IGNORED.search(name)]
     if unknown := [name for name in rest if not OTHER_PARTS.match(name)]:
-        raise ValueError(f"{path}: has {len(unknown)} tensors that [model] has no place for: {some(unknown)}")
+        raise InputError(f"{path}: has {len(unknown)} tensors that [model] has no place for: {some(unknown)}")
     if rest:
         log.info("%s: %d tensors that are not of the text model are left aside: %s", path, len(rest), some(rest))
     return names
@@ -144,10 +145,10 @@ def _head(files: dict[str, Path]) -> str | None:
 
 def check_tensor(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(f"{path}: {name} is {tensor.dtype}; quantised weights are not read")
+        raise InputError(f"{path}: {name} is {tensor.dtype}; quantised weights are not read")
     if tensor.shape != wanted.shape:
         rows = "; model.vocab_size must be the number of rows" if HF_EMBEDDING in name or HF_HEAD in name else ""
-        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}{rows}")
+        raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}{rows}")
 
 
 def some(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import LinearAdapterConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
@@ -93,14 +94,14 @@ def read_parts(config: dict[str, Any], rows: int, norm: tuple[list[float], list[
     full = complete(config)
     text, vision = full["text_config"], full["vision_config"]
     if rows not in (0, text["vocab_size"] + SPARE):
-        raise ValueError(f"text_config.vocab_size = {text['vocab_size']}: the embedding has {rows} rows, not {SPARE} more")
+        raise InputError(f"text_config.vocab_size = {text['vocab_size']}: the embedding has {rows} rows, not {SPARE} more")
     every = _interval(text["cross_attention_layers"], text["num_hidden_layers"])
     layers = text["num_hidden_layers"] - len(text["cross_attention_layers"])
     model = model_config(
         text | {"model_type": FAMILY, "num_hidden_layers": layers, "tie_word_embeddings": False}, text["vocab_size"] + SPARE
     )
     if vision["supported_aspect_ratios"] != (ratios := grids(vision["max_num_tiles"])):
-        raise ValueError(f"vision_config.supported_aspect_ratios = {vision['supported_aspect_ratios']}: must be {ratios}")
+        raise InputError(f"vision_config.supported_aspect_ratios = {vision['supported_aspect_ratios']}: must be {ratios}")
     mean, std = norm or ([], [])
     tower = MllamaTowerConfig(
         settings=_tower_settings(vision), intermediate_layers=vision["intermediate_layers_indices"], mean=mean, std=std
@@ -115,7 +116,7 @@ def _interval(blocks: list[int], layers: int) -> int:
     every = blocks[0] + 1 if blocks else 0
     if every and blocks == block_layers(every, layers - len(blocks)):
         return every
-    raise ValueError(f"text_config.cross_attention_layers = {blocks} of {layers}: ours stand in front of every n-th of the other layers")
+    raise InputError(f"text_config.cross_attention_layers = {blocks} of {layers}: ours stand in front of every n-th of the other layers")
 
 
 def block_layers(every: int, layers: int) -> list[int]:
@@ -193,7 +194,7 @@ def check(job: JobConfig) -> None:
     """
     cfg, tower = job.model, job.vision_encoder
     if not isinstance(tower, MllamaTowerConfig):
-        raise ValueError(
+        raise InputError(
             f"no class of transformers is this model ({KIND}: vision_encoder.type = {tower.type!r}, not {MllamaTowerConfig.type!r})"
         )
     how = dict(vars(job.vlm))
@@ -208,7 +209,7 @@ def check(job: JobConfig) -> None:
     if cfg.head_width * cfg.n_heads != cfg.dim:
         wrong.append(f"model.head_dim = {cfg.head_width}, not model.dim / model.n_heads")
     if wrong:
-        raise ValueError(f"no class of transformers is this model ({KIND}: {'; '.join(wrong)})")
+        raise InputError(f"no class of transformers is this model ({KIND}: {'; '.join(wrong)})")
     hf_config(cfg, FAMILY)
 
 
@@ -225,7 +226,7 @@ def write_parts(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mappin
     check(job)
     how, cfg = vars(job.vlm), job.model
     if how["cross_attention_seen_tokens"] != encoder.tile_tokens:
-        raise ValueError(f"vlm.cross_attention_seen_tokens = {how['cross_attention_seen_tokens']}: a tile has {encoder.tile_tokens}")
+        raise InputError(f"vlm.cross_attention_seen_tokens = {how['cross_attention_seen_tokens']}: a tile has {encoder.tile_tokens}")
     every = how["cross_attention_every_n_layers"]
     text = hf_config(cfg, FAMILY) | dict(ids)
     for key in ("architectures", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"):

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from kempnerforge.config.adapter import PixelShuffleConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
@@ -64,9 +65,9 @@ def job_of(config: dict[str, Any]) -> JobConfig:
         ValueError: a setting that we have not.
     """
     if config.get("vit_cls_flag"):
-        raise ValueError("vit_cls_flag = true: the CLS token alone stands for an image; only patches are read")
+        raise InputError("vit_cls_flag = true: the CLS token alone stands for an image; only patches are read")
     if not config.get("lm_tie_weights", True):
-        raise ValueError("lm_tie_weights = false: cannot be read")
+        raise InputError("lm_tie_weights = false: cannot be read")
     model = ModelConfig(
         dim=config["lm_hidden_dim"],
         n_layers=config["lm_n_blocks"],

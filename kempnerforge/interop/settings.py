@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 
@@ -32,7 +33,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         return AutoConfig.for_model(**given).to_dict()
     except Exception as error:  # whatever a setting of another type makes of it
         said = " ".join(str(error).split())
-        raise ValueError(f"{config['model_type']}: transformers does not take this config; {type(error).__name__}: {said}") from None
+        raise InputError(f"{config['model_type']}: transformers does not take this config; {type(error).__name__}: {said}") from None
 
 
 def facts(cfg: ModelConfig) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"model_type = {name!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
+        raise InputError(f"model_type = {name!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     found: dict[str, Any] = {ours: config[theirs] for ours, theirs in SETTINGS.items() if config.get(theirs) is not None}
     if "head_dim" not in found and {"dim", "n_heads"} <= found.keys():
@@ -90,7 +91,7 @@ def _activation(family: str, config: dict[str, Any]) -> str | None:
     if name is None or (family == "gemma" and name == "gelu"):
         return "geglu" if family.startswith("gemma") else None
     if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act = {name!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
+        raise InputError(f"hidden_act = {name!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 
@@ -114,10 +115,10 @@ def _layers_apart(config: dict[str, Any]) -> dict[str, Any]:
     if kinds:
         interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
         if kinds != [("sliding_attention", "full_attention")[(layer + 1) % interval == 0] for layer in range(len(kinds))]:
-            raise ValueError(f"layer_types = {kinds}: the backbone has every n-th layer global, all others local")
+            raise InputError(f"layer_types = {kinds}: the backbone has every n-th layer global, all others local")
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type = {local['rope_type']!r} of sliding_attention: the backbone scales global layers alone")
+        raise InputError(f"rope_type = {local['rope_type']!r} of sliding_attention: the backbone scales global layers alone")
     return {"rope_global_interval": interval, "rope_local_theta": local.get("rope_theta") or config.get("rope_local_base_freq") or 1e4}
 
 
@@ -127,7 +128,7 @@ def _without_rope(config: dict[str, Any]) -> int:
     if layers:
         interval = layers.index(0) + 1 if 0 in layers else 0
         if list(layers) != [int(not interval or (layer + 1) % interval != 0) for layer in range(len(layers))]:
-            raise ValueError(f"no_rope_layers = {layers}: the backbone leaves out the positions of every n-th layer")
+            raise InputError(f"no_rope_layers = {layers}: the backbone leaves out the positions of every n-th layer")
     return interval
 
 
@@ -140,7 +141,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     if kind == "llama3":
         length = int(rope["original_max_position_embeddings"])
         return RopeScaling("llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), length)
-    raise ValueError(f"rope_type = {kind!r}: the backbone has 'default', 'linear' and 'llama3'")
+    raise InputError(f"rope_type = {kind!r}: the backbone has 'default', 'linear' and 'llama3'")
 
 
 # ---- from one to the other ------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
         ValueError: no family can, or ``family`` cannot.
     """
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"family {family!r}: allowed are {', '.join(FAMILIES)}")
+        raise InputError(f"family {family!r}: allowed are {', '.join(FAMILIES)}")
     problems = []
     for name in FAMILIES if family is None else [family]:
         try:
@@ -185,13 +186,13 @@ def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
         else:
             return written
     reasons = "; ".join(problems) if family else f"not even {problems[0]}"
-    raise ValueError(f"[model] is no language model of transformers ({reasons})")
+    raise InputError(f"[model] is no language model of transformers ({reasons})")
 
 
 def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
     family, ours = FAMILIES[name], facts(cfg)
     if cfg.activation not in family.activations:
-        raise ValueError(f"model.activation = {cfg.activation!r}: it has {', '.join(family.activations)}")
+        raise InputError(f"model.activation = {cfg.activation!r}: it has {', '.join(family.activations)}")
     config: dict[str, Any] = {theirs: ours[key] for key, theirs in SETTINGS.items()}
     config |= {theirs: ours[key] or None for key, theirs in family.settings.items()}
     if "attention_scale" in family.settings:
@@ -262,7 +263,7 @@ def check_facts(cfg: ModelConfig, theirs: dict[str, Any], names: dict[str, str])
         if key in ours and not _same(ours[key], value)
     ]
     if lines:
-        raise ValueError("another model than [model] describes: " + "; ".join(lines))
+        raise InputError("another model than [model] describes: " + "; ".join(lines))
 
 
 def _same(a: Any, b: Any) -> bool:

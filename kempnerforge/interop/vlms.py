@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kempnerforge.config.adapter import AdapterConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
@@ -157,21 +158,21 @@ def read_parts(config: dict[str, Any], vocab_size: int, norm: tuple[list[float],
     """
     kind = config.get("model_type")
     if kind not in WRAPPERS:
-        raise ValueError(f"model_type = {kind!r}: whole models are read of {', '.join(WRAPPERS)}")
+        raise InputError(f"model_type = {kind!r}: whole models are read of {', '.join(WRAPPERS)}")
     wrapper = WRAPPERS[kind]
     for key, allowed in (("text_config", wrapper.families), ("vision_config", (wrapper.tower_type, *wrapper.tower_aliases))):
         if (named := (config.get(key) or {}).get("model_type", allowed[0])) not in allowed:
-            raise ValueError(f"{key}.model_type = {named!r}: of a {kind} it can be {' or '.join(map(repr, allowed))}")
+            raise InputError(f"{key}.model_type = {named!r}: of a {kind} it can be {' or '.join(map(repr, allowed))}")
     full = complete(config)
     if wrong := [f"{key} = {full.get(key)!r}, not {value!r}" for key, value in wrapper.fixed.items() if full.get(key) != value]:
-        raise ValueError(f"a {kind} with {'; '.join(wrong)}: cannot be read")
+        raise InputError(f"a {kind} with {'; '.join(wrong)}: cannot be read")
     text, vision = complete(full["text_config"]), full["vision_config"]
     if vision["model_type"] != wrapper.tower_type:
-        raise ValueError(f"vision_config.model_type = {vision['model_type']!r}: of a {kind} it can be {wrapper.tower_type!r}")
+        raise InputError(f"vision_config.model_type = {vision['model_type']!r}: of a {kind} it can be {wrapper.tower_type!r}")
     text["tie_word_embeddings"] = full.get("tie_word_embeddings", text["tie_word_embeddings"])
     layer = full.get("vision_feature_layer", -1)
     if not isinstance(layer, int) or layer >= 0:
-        raise ValueError(f"vision_feature_layer = {layer!r}: must be one layer, counted from the end")
+        raise InputError(f"vision_feature_layer = {layer!r}: must be one layer, counted from the end")
     mean, std = norm or ([], [])
     tower = wrapper.tower(feature_layer=layer, settings=tower_settings(vision, wrapper.tower), mean=mean, std=std)
     model = model_config(text, vocab_size)
@@ -204,7 +205,7 @@ def fitting(job: JobConfig) -> str:
             return kind
         except ValueError as error:
             reasons.append(f"{kind}: {error}")
-    raise ValueError(f"no class of transformers is this model ({'; '.join(reasons)})")
+    raise InputError(f"no class of transformers is this model ({'; '.join(reasons)})")
 
 
 def text_family(job: JobConfig, kind: str) -> str:
@@ -215,19 +216,19 @@ def text_family(job: JobConfig, kind: str) -> str:
     """
     wrapper = WRAPPERS[kind]
     if job.vlm is None or job.vlm.arch != VLMConfig.arch:
-        raise ValueError(f"vlm.arch is not {VLMConfig.arch!r}")
+        raise InputError(f"vlm.arch is not {VLMConfig.arch!r}")
     if job.vlm.attention_mask != wrapper.mask:
-        raise ValueError(f"vlm.attention_mask = {job.vlm.attention_mask!r}, not {wrapper.mask!r}")
+        raise InputError(f"vlm.attention_mask = {job.vlm.attention_mask!r}, not {wrapper.mask!r}")
     if not isinstance(job.vision_encoder, wrapper.tower):
-        raise ValueError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {wrapper.tower.type!r}")
+        raise InputError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {wrapper.tower.type!r}")
     if wrapper.tower is SiglipConfig and job.vision_encoder.feature_layer != -1:
-        raise ValueError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not -1")
+        raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not -1")
     like = wrapper.adapter({"text_config": {"hidden_size": job.model.dim}, "scale_factor": getattr(job.adapter, "factor", 1)})
     ours = job.adapter
     if isinstance(ours, MLPAdapterConfig):
         ours = MLPAdapterConfig(hidden_dim=ours.hidden_dim or job.model.dim, bias=ours.bias)
     if ours != like:
-        raise ValueError(f"[adapter] is {ours}, not {like}")
+        raise InputError(f"[adapter] is {ours}, not {like}")
     problems = []
     for family in wrapper.families:
         try:
@@ -235,7 +236,7 @@ def text_family(job: JobConfig, kind: str) -> str:
             return family
         except ValueError as error:
             problems.append(str(error))
-    raise ValueError(problems[0])
+    raise InputError(problems[0])
 
 
 def write_parts(job: JobConfig, kind: str, tower: Any, image_tokens: int, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kempnerforge.checkpoint import CheckpointError, load, resolve, tensor_info
 from kempnerforge.checkpoint.state import AVERAGED, MODEL
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.huggingface import CONFIG, read_text_weights
 from kempnerforge.interop.names import EMBEDDING, HEAD
@@ -46,7 +47,7 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
             load(checkpoint, averaged, prefix=AVERAGED)
             tensors |= {MODEL + name.removeprefix(AVERAGED): t for name, t in averaged.items()}
     except CheckpointError as error:
-        raise ValueError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
+        raise InputError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
     return _with_head({name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}, checkpoint, cfg)
 
 
@@ -56,7 +57,7 @@ def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -
     if not cfg.tie_embeddings and head is None and embedding is not None:
         return tensors | {f"transformer.{HEAD}": embedding}
     if cfg.tie_embeddings and head is not None and not (embedding is not None and torch.equal(head, embedding)):
-        raise ValueError(f"{checkpoint}: transformer.{HEAD} is not the embedding; set model.tie_embeddings = false")
+        raise InputError(f"{checkpoint}: transformer.{HEAD} is not the embedding; set model.tie_embeddings = false")
     return tensors
 
 
@@ -71,11 +72,11 @@ def _check_config(checkpoint: Path, cfg: ModelConfig) -> None:
             table["rope_scaling"] = RopeScaling(**scaling)
         theirs = facts(ModelConfig(**table))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read; {error}") from None
+        raise InputError(f"{file}: cannot be read; {error}") from None
     try:
         check_facts(cfg, theirs, {})
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
 
 
 @torch.no_grad()
@@ -100,10 +101,10 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | st
     if wrong := sorted(other_shape - passed_over):
         shapes = [f"{name} has shape {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here" for name in wrong[:3]]
         rows = "; model.vocab_size must be the number of rows of the embedding" if any("token_embedding" in name for name in wrong) else ""
-        raise ValueError(f"{source}: {'; '.join(shapes)}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}{rows}")
+        raise InputError(f"{source}: {'; '.join(shapes)}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}{rows}")
     taken = shared - passed_over
     if not taken:
-        raise ValueError(f"{source}: none of its {len(weights)} tensors has a place in the model; it has {', '.join(sorted(weights)[:3])}")
+        raise InputError(f"{source}: none of its {len(weights)} tensors has a place in the model; it has {', '.join(sorted(weights)[:3])}")
     for name in taken:
         own[name].copy_(weights[name])
     fresh = sorted(own.keys() - taken)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
@@ -42,7 +43,7 @@ def fresh(path: Path) -> Iterator[None]:
         OSError: it cannot be made.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: already there; give a directory that is new or empty")
+        raise InputError(f"{path}: already there; give a directory that is new or empty")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:

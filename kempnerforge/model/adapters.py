@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig, PerceiverConfig
+from kempnerforge.config.errors import InputError, NotBuiltError
 from kempnerforge.model.attention import attend
 
 
@@ -193,14 +194,14 @@ def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: i
         ValueError: the adapter cannot take ``num_features``, for instance because a CLS token is among them.
     """
     if cfg.type not in registry.adapters:
-        raise NotImplementedError(f"adapter.type = {cfg.type!r}: has a config but no model; {registry.adapters.known(cfg.type)}")
+        raise NotBuiltError(f"adapter.type = {cfg.type!r}: has a config but no model; {registry.adapters.known(cfg.type)}")
     try:
         adapter = registry.adapters.get(cfg.type)(cfg, in_dim, out_dim, num_features)
     except ValueError as error:
         grid = math.isqrt(num_features - 1)
         if num_features > 1 and grid**2 == num_features - 1:
             hint = f"that is {grid} x {grid} and one more: leave out the CLS token, or take an adapter that needs no grid"
-            raise ValueError(f"{error} ({hint})") from error
+            raise InputError(f"{error} ({hint})") from error
         raise
     assert isinstance(adapter, Adapter), f"{type(adapter).__name__} is not an Adapter"
     return adapter

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.model.vision import VisionEncoder
 
@@ -112,19 +113,19 @@ def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         there = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"path = {str(path)!r}: cannot be read; {error}; kempnerforge data fetch efficientnet-lite0 makes it") from None
+        raise InputError(f"path = {str(path)!r}: cannot be read; {error}; kempnerforge data fetch efficientnet-lite0 makes it") from None
     names = published_names()
     expected = {f"{conv}.weight" for conv, _ in names.values()}
     expected |= {f"{norm}.{part}" for _, norm in names.values() for part in ("weight", "bias", "running_mean", "running_var")}
     found = {name for name in there if not name.endswith("num_batches_tracked") and name not in CLASSIFIER}
     if different := sorted(found ^ expected):
-        raise ValueError(f"path = {str(path)!r}: is no EfficientNet-Lite0; {', '.join(different[:4])} missing or unknown")
+        raise InputError(f"path = {str(path)!r}: is no EfficientNet-Lite0; {', '.join(different[:4])} missing or unknown")
     tensors = {}
     for ours, (conv, norm) in names.items():
         scale = there[f"{norm}.weight"] * (there[f"{norm}.running_var"] + BATCH_NORM_EPS).rsqrt()  # (C,)
         weight = there[f"{conv}.weight"]
         if weight.shape != wanted[f"{ours}.weight"].shape:
-            raise ValueError(f"path = {str(path)!r}: {conv}.weight is {tuple(weight.shape)}, not {tuple(wanted[f'{ours}.weight'].shape)}")
+            raise InputError(f"path = {str(path)!r}: {conv}.weight is {tuple(weight.shape)}, not {tuple(wanted[f'{ours}.weight'].shape)}")
         tensors[f"{ours}.weight"] = weight * scale[:, None, None, None]
         tensors[f"{ours}.bias"] = there[f"{norm}.bias"] - there[f"{norm}.running_mean"] * scale
     return tensors

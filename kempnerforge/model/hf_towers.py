@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.vision import HFTowerConfig
 from kempnerforge.model.vision import VisionEncoder
 
@@ -77,12 +78,12 @@ class HFTower(VisionEncoder):
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if kind not in self.models:
-            raise ValueError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
         config = from_settings(model_class.config_class, cfg) if cfg.settings else model_class.config_class.from_pretrained(cfg.path)
         layers = config.num_hidden_layers
         if -cfg.feature_layer > layers:
-            raise ValueError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
+            raise InputError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers + 1 + cfg.feature_layer
         config.vision_use_head = False
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
@@ -96,7 +97,7 @@ class HFTower(VisionEncoder):
     def check_geometry(self, cfg: HFTowerConfig, config: Any) -> None:
         """Refuses towers for anything but square RGB images."""
         if not isinstance(config.patch_size, int) or not isinstance(getattr(config, "image_size", 0), int) or config.num_channels != 3:
-            raise ValueError(f"{where(cfg)}: only towers for square images with 3 channels can be used")
+            raise InputError(f"{where(cfg)}: only towers for square images with 3 channels can be used")
 
     @property
     def units(self) -> list[nn.Module]:
@@ -192,7 +193,7 @@ def from_settings(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
     """The tower's config in transformers: its settings, and ``more``."""
     known = vars(config_class())
     if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
-        raise ValueError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
+        raise InputError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
     return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"}, **more)
 
 
@@ -202,13 +203,13 @@ def read_config(path: str) -> dict[str, Any]:
 
     looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise ValueError(f"path = {path!r}: no such directory")
+        raise InputError(f"path = {path!r}: no such directory")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"path = {path!r}: this directory has no config.json")
+        raise InputError(f"path = {path!r}: this directory has no config.json")
     try:
         return PretrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
-        raise ValueError(f"path = {path!r}: neither a directory nor a hub model that can be read; {first_line(error)}") from error
+        raise InputError(f"path = {path!r}: neither a directory nor a hub model that can be read; {first_line(error)}") from error
 
 
 def read_normalisation(path: str) -> Normalisation | None:
@@ -222,7 +223,7 @@ def read_normalisation(path: str) -> Normalisation | None:
         mean, std, plain = processor.get("image_mean"), processor.get("image_std"), processor.get("do_normalize") is False
     except (OSError, AttributeError, TypeError) as error:
         if there := [name for name in ("preprocessor_config.json", "processor_config.json") if (Path(path) / name).is_file()]:
-            raise ValueError(f"path = {path!r}: {there[0]} cannot be read; {first_line(error)}") from error
+            raise InputError(f"path = {path!r}: {there[0]} cannot be read; {first_line(error)}") from error
         return None
     if plain:
         return [0.0] * 3, [1.0] * 3
@@ -230,7 +231,7 @@ def read_normalisation(path: str) -> Normalisation | None:
         return None
     numbers = [isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values) for values in (mean, std)]
     if not all(numbers) or min(std) <= 0:
-        raise ValueError(
+        raise InputError(
             f"path = {path!r}: its image processor has image_mean = {mean}, image_std = {std}; three numbers each, std above 0"
         )
     return list(mean), list(std)
@@ -244,11 +245,11 @@ def load_weights(model_class: Any, config: Any, path: str) -> Any:
         with quiet():
             tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"path = {path!r}: its weights cannot be loaded; {first_line(error)}") from error
+        raise InputError(f"path = {path!r}: its weights cannot be loaded; {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"path = {path!r}: weights are missing: {', '.join(missing[:3])}{more}")
+        raise InputError(f"path = {path!r}: weights are missing: {', '.join(missing[:3])}{more}")
     return tower
 
 

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LORA_PARAMETERS, LoRAConfig
 from kempnerforge.model.transformer import aside
 
@@ -114,7 +115,7 @@ def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str,
         found = [name for name in layers if any(fnmatchcase(name, p) or fnmatchcase(f"{name}.weight", p) for p in wanted)]
         if not found:
             near = difflib.get_close_matches(table.module, [*patterns, *layers], n=4, cutoff=0.4)
-            raise ValueError(
+            raise InputError(
                 f"lora.module = {table.module!r}: matches no linear layer; aliases: {', '.join(patterns) or 'none'}; near names:"
                 f' {", ".join(near) or "none"} (a raw pattern matches full names of layers, for example "transformer.layers.*.q_proj")'
             )

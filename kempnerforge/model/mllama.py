@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.model.hf_towers import Clip, from_settings, load_weights, read_config, read_normalisation, where, with_settings
 from kempnerforge.model.vision import VisionEncoder
@@ -74,7 +75,7 @@ class MllamaTower(VisionEncoder):
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if kind not in self.models:
-            raise ValueError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         config = self._config(cfg)
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
             return MllamaVisionModel(config)
@@ -105,9 +106,9 @@ def check_config(name: str, config: Any) -> None:
         ValueError: naming the key.
     """
     if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int) or config.num_channels != 3:
-        raise ValueError(f"{name}: only towers for square images with 3 channels can be used")
+        raise InputError(f"{name}: only towers for square images with 3 channels can be used")
     if config.supported_aspect_ratios != grids(config.max_num_tiles):
-        raise ValueError(f"{name}: supported_aspect_ratios = {config.supported_aspect_ratios}, not {grids(config.max_num_tiles)}")
+        raise InputError(f"{name}: supported_aspect_ratios = {config.supported_aspect_ratios}, not {grids(config.max_num_tiles)}")
     layers = config.intermediate_layers_indices
     if not layers or not all(0 <= layer < config.num_hidden_layers for layer in layers):
-        raise ValueError(f"{name}: intermediate_layers_indices = {layers}: there are num_hidden_layers = {config.num_hidden_layers}")
+        raise InputError(f"{name}: intermediate_layers_indices = {layers}: there are num_hidden_layers = {config.num_hidden_layers}")

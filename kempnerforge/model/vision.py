@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
+from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.config.vision import VisionEncoderConfig
 
 
@@ -81,7 +82,7 @@ def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:
     """
     if cfg.type not in registry.vision_encoders:
         known = registry.vision_encoders.known(cfg.type)
-        raise NotImplementedError(f"vision_encoder.type = {cfg.type!r}: has a config but no model; {known}")
+        raise NotBuiltError(f"vision_encoder.type = {cfg.type!r}: has a config but no model; {known}")
     encoder = registry.vision_encoders.get(cfg.type)(cfg)
     assert isinstance(encoder, VisionEncoder), f"{type(encoder).__name__} is not a VisionEncoder"
     assert cfg.num_tokens() in (None, encoder.num_tokens), f"{cfg.type}: config and encoder disagree on the number of tokens"

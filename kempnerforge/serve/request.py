@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.eval.generate import Sampling
 
 MAX_BODY = 64 * 2**20
@@ -43,14 +44,14 @@ def read_question(body: bytes) -> Question:
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
-        raise ValueError("the request is not JSON") from None
+        raise InputError("the request is not JSON") from None
     if not isinstance(given, dict):
-        raise ValueError("the request is not a JSON object")
+        raise InputError("the request is not a JSON object")
     if unknown := sorted(given.keys() - set(KEYS)):
-        raise ValueError(f"{unknown[0][:40]!r} is not a key of a question: {', '.join(KEYS)}")
+        raise InputError(f"{unknown[0][:40]!r} is not a key of a question: {', '.join(KEYS)}")
     prompt = given.get("prompt", "")
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
-        raise ValueError(f"prompt: must be text of at most {MAX_PROMPT} characters")
+        raise InputError(f"prompt: must be text of at most {MAX_PROMPT} characters")
     wanted = _number(given, "max_new_tokens", None, whole=True)
     sampling = Sampling(
         _number(given, "temperature", 0.0),
@@ -66,25 +67,25 @@ def _number(given: dict[str, Any], key: str, default: Any, whole: bool = False) 
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or abs(value) > 1e18 or math.isnan(value):
-        raise ValueError(f"{key} = {str(value)[:40]}: must be a {'whole ' if whole else ''}number")
+        raise InputError(f"{key} = {str(value)[:40]}: must be a {'whole ' if whole else ''}number")
     return value
 
 
 def _history(given: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in given):
-        raise ValueError("history: must be a list of [prompt, answer]")
+        raise InputError("history: must be a list of [prompt, answer]")
     if not all(isinstance(text, str) for turn in given for text in turn):
-        raise ValueError("history: prompts and answers must be text")
+        raise InputError("history: prompts and answers must be text")
     return tuple((prompt, answer) for prompt, answer in given)
 
 
 def _images(given: object) -> tuple[bytes, ...]:
     if not isinstance(given, list) or len(given) > MAX_IMAGES:
-        raise ValueError(f"images: must be a list of at most {MAX_IMAGES}")
+        raise InputError(f"images: must be a list of at most {MAX_IMAGES}")
     images = []
     for number, image in enumerate(given, 1):
         try:
             images.append(base64.b64decode(image, validate=True))
         except (TypeError, ValueError, binascii.Error):
-            raise ValueError(f"image {number}: is not base64") from None
+            raise InputError(f"image {number}: is not base64") from None
     return tuple(images)

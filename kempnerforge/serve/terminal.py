@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.images import opened
 from kempnerforge.eval.codecs import Marks, decode
 from kempnerforge.eval.draw import save_drawn
@@ -73,7 +74,7 @@ class Chat:
         elif name in self._commands:
             self._commands[name](rest.strip())
         else:
-            raise ValueError(f"{name}: no such command\n{HELP}")
+            raise InputError(f"{name}: no such command\n{HELP}")
         return True
 
     def add(self, images: Sequence[Path]) -> None:
@@ -91,9 +92,9 @@ class Chat:
         try:
             paths = [Path(word).expanduser() for word in shlex.split(rest)]
         except ValueError as error:
-            raise ValueError(f"/image {rest}: {error}") from None
+            raise InputError(f"/image {rest}: {error}") from None
         if not paths:
-            raise ValueError("/image needs a path")
+            raise InputError("/image needs a path")
         self.add(paths)
         self._list()
 
@@ -122,7 +123,7 @@ class Chat:
     def _draw(self, rest: str) -> None:
         marks = decode(self.last)
         if not rest or not self.images or not marks:
-            raise ValueError("/draw PATH needs a path, an image, and an answer with boxes or points in it")
+            raise InputError("/draw PATH needs a path, an image, and an answer with boxes or points in it")
         save_drawn(self.images[0], self.last, Path(rest).expanduser())
         self._note(f"{counted(marks)} drawn into {rest}")
 

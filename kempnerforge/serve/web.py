@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, cast
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.serve.desk import Busy, Desk, Event, Ticket
 from kempnerforge.serve.document import document
 from kempnerforge.serve.request import MAX_BODY, read_question
@@ -101,12 +102,12 @@ def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Serve
         ValueError: they cannot be had.
     """
     if not host:  # to the system that means all addresses
-        raise ValueError("--host '': name an address; 0.0.0.0 is all of this machine's")
+        raise InputError("--host '': name an address; 0.0.0.0 is all of this machine's")
     try:
         return Server((host, port), desk, facts)
     except (OSError, OverflowError, TypeError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535, a host a name or an address"
-        raise ValueError(f"--host {host} --port {port}: cannot listen there: {why}") from None
+        raise InputError(f"--host {host} --port {port}: cannot listen there: {why}") from None
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import WITH_SYSTEM
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
@@ -80,7 +81,7 @@ class Answerer:
         step = together or 1
         if len(images) % step or (together and not images and self.has_images):
             name = self.encoder.cfg.image_placeholder
-            raise ValueError(f"{len(images)} images, and a prompt with {together} of {name!r}: give a multiple of {together} images")
+            raise InputError(f"{len(images)} images, and a prompt with {together} of {name!r}: give a multiple of {together} images")
         return [tuple(images[k : k + step]) for k in range(0, len(images), step)] or [()]
 
     @property
@@ -110,9 +111,9 @@ class Answerer:
         """
         if images and not self.has_images:
             name = images[0] if isinstance(images[0], Path) else "image"
-            raise ValueError(f"{name}: this model was trained on text alone and takes no image")
+            raise InputError(f"{name}: this model was trained on text alone and takes no image")
         if history and not self.encoder.texts[0].has_turns:
-            raise ValueError("the template of this model writes one turn and takes no earlier ones")
+            raise InputError("the template of this model writes one turn and takes no earlier ones")
         tokenizer, layout, texts = self.encoder.tokenizer, self.encoder.layout, self.encoder.texts[0]
         placeholder = texts.cfg.image_placeholder
         turns = [(asked, answer.replace(placeholder, "")) for asked, answer in history]  # what a model writes is no place for an image
@@ -120,12 +121,12 @@ class Answerer:
         start = asked.length(layout.image_tokens)
         room = self.assembly.job.model.max_seq_len - start
         if room < 1:
-            raise ValueError(
+            raise InputError(
                 f"no room for an answer: the prompt's {start} positions, model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )
         wanted = max_new_tokens if max_new_tokens is not None else min(MAX_NEW_TOKENS, room)
         if not 1 <= wanted <= room:
-            raise ValueError(
+            raise InputError(
                 f"--max-new-tokens = {wanted}: must be at least 1, and with the prompt's {start} positions"
                 f" at most model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )

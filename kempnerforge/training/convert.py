@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import JobConfig, to_toml
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import Foreign, open_foreign
@@ -131,7 +132,7 @@ def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
 
         return read_gguf_tokenizer(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"{path}: has no tokenizer (tokenizer.json); name a directory that has one with --tokenizer")
+        raise InputError(f"{path}: has no tokenizer (tokenizer.json); name a directory that has one with --tokenizer")
     return Tokenizer.from_pretrained(path if path.is_absolute() else Path.cwd() / path)
 
 
@@ -146,7 +147,7 @@ def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
         return words
     name = _mark(foreign.job)
     if words.token_id(name) != foreign.image_id:
-        raise ValueError(
+        raise InputError(
             f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
         )
     marks = dict.fromkeys([*words.appended, name])
@@ -197,20 +198,20 @@ def export_model(
             left behind then.
     """
     if form not in FORMATS:
-        raise ValueError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
+        raise InputError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
+        raise InputError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
     how = How(family, DTYPES[dtype], verify, tolerance, progress)
     with fresh(out):
         try:
             restored = restore(checkpoint, ["--train.mixed_precision=fp32"])
         except CheckpointError as error:
-            raise ValueError(str(error)) from None
+            raise InputError(str(error)) from None
         assembly = restored.assembly
         if family is not None and (form != "hf" or assembly.job.vlm is not None):
-            raise ValueError(f"--family = {family!r}: only a language model that goes out with --format hf has one")
+            raise InputError(f"--family = {family!r}: only a language model that goes out with --format hf has one")
         if form != "hf" and assembly.model.hf_model is not None:
-            raise ValueError(f"{checkpoint}: is a model of transformers; it goes out with --format hf")
+            raise InputError(f"{checkpoint}: is a model of transformers; it goes out with --format hf")
         assembly.model.cpu()
         rounding = _rounded(assembly, how)
         converted = (_export_hf if form == "hf" else _export_own)(restored, out, how)
@@ -233,7 +234,7 @@ def _rounded(assembly: Assembly, how: How) -> str:
     for key, p in model.named_parameters():
         rounded = p.detach().to(how.dtype)
         if rounded.isinf().any():
-            raise ValueError(f"--dtype = {name}: {key} has a value of {p.abs().max().item():.3g}, which does not fit")
+            raise InputError(f"--dtype = {name}: {key} has a value of {p.abs().max().item():.3g}, which does not fit")
         p.data.copy_(rounded)
     if before is None or batch is None:
         return f"weights in {name}, rounded from float32"
@@ -264,7 +265,7 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
     try:
         kind, chosen = _class_of(assembly, how.family)
     except ValueError as error:
-        raise ValueError(f"{restored.path}: {error}; --format kempnerforge writes safetensors with our config") from None
+        raise InputError(f"{restored.path}: {error}; --format kempnerforge writes safetensors with our config") from None
     lines, image_id, rows = [], None, 0
     if kind:
         image_id, rows, line = _image_token(assembly)
@@ -307,7 +308,7 @@ def _class_of(assembly: Assembly, family: str | None) -> tuple[str, str]:
         return (kind := fitting(job)), text_family(job, kind)
     mllama.check(job)
     if (name := _mark(job)) not in assembly.tokenizer.appended:
-        raise ValueError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
+        raise InputError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
     return mllama.KIND, mllama.FAMILY
 
 

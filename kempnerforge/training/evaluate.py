@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.eval.exact_match import evaluate, questions
 from kempnerforge.eval.loss import held_out_loss
 from kempnerforge.training.restore import restore
@@ -38,7 +39,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int) -> tup
     cfg, encoder = assembly.job.eval, assembly.encoder(assembly.stages[-1])
     source, plain_text = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
     if source is None and plain_text is None:
-        raise ValueError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
+        raise InputError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
     values: dict[str, object] = {"checkpoint": str(restored.path), "step": restored.manifest.step}
     seeing = None
     if plain_text is not None:

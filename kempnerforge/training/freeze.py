@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch.nn as nn
 
 from kempnerforge.config import FreezeSpec, JobConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
 
@@ -23,7 +24,7 @@ def match_names(names: Sequence[str], module: str, patterns: Mapping[str, Sequen
     if not found:
         prefixes = sorted({".".join(name.split(".")[: depth + 1]) for name in names for depth in range(name.count(".") + 1)})
         near = difflib.get_close_matches(module, [*patterns, *prefixes], n=4, cutoff=0.4)
-        raise ValueError(
+        raise InputError(
             f"{key} = {module!r}: matches no parameter; aliases: {', '.join(patterns) or 'none'}; near names: {', '.join(near) or 'none'}"
             ' (a raw pattern matches full parameter names, for example "transformer.layers.0.*")'
         )
@@ -43,7 +44,7 @@ def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns:
         hit = match_names(all_names, spec.module, patterns, "freeze.module")
         frozen = frozen | set(hit) if spec.frozen else frozen - set(hit)
     if len(frozen) == len(all_names):
-        raise ValueError("freeze: everything is frozen, nothing would train")
+        raise InputError("freeze: everything is frozen, nothing would train")
     return frozenset(all_names) - frozen
 
 

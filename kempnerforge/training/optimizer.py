@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from kempnerforge.config import OptimizerConfig, Stage
+from kempnerforge.config.errors import InputError
 from kempnerforge.training.ema import Averaging, Ema, swapped, write
 from kempnerforge.training.freeze import match_names
 from kempnerforge.training.muon import Muon
@@ -133,12 +134,12 @@ class Optimizers:
 
     def _schedule_free(self, optimizer: ScheduleFreeAdamW) -> ScheduleFreeAdamW:
         if self.ema is not None:
-            raise ValueError(
+            raise InputError(
                 "train.ema_decay: 'schedule_free_adamw' keeps an average of its own; set ema_decay = 0, or take another optimizer"
             )
         for group in optimizer.param_groups:
             if len(firsts := {s.betas[0] for s in group["settings"]}) > 1:
-                raise ValueError(
+                raise InputError(
                     f"optimizer.betas: the first one is {sorted(firsts)} in different stages, but with 'schedule_free_adamw' the average is"
                     " made with it; use one for the whole run"
                 )

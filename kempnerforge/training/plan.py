@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kempnerforge.config import JobConfig, Stage
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
@@ -117,7 +118,7 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
         size, count = layout.image_size, sum(len(block.starts) for block in prompt.blocks)
         images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None
         return prompt_batch([prompt], images, [list(range(count))], layout, encoder.tokenizer.pad_id)
-    raise ValueError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")
+    raise InputError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")
 
 
 def dry_run(job: JobConfig) -> list[str]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from kempnerforge.checkpoint import CheckpointError
 from kempnerforge.config import load_config
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
@@ -53,7 +54,7 @@ def load_pretrained(
         try:
             restored = restore(path, ["--train.mixed_precision=fp32"] if dtype is not None else [])
         except CheckpointError as error:
-            raise ValueError(
+            raise InputError(
                 f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"
             ) from None
         model = restored.assembly.model
@@ -83,6 +84,6 @@ def _exported(path: Path) -> tuple[VLM, Processor]:
     own = dict(assembly.model.named_parameters())
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
+        raise InputError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     return assembly.model, Processor(assembly)

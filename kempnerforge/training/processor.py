@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.images import opened
@@ -100,7 +101,7 @@ class Processor:
         self._plain = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
         self._plain.encode_special_tokens = False
         if follows in FRAMED and self.tokenizer.token_id(FAKE) is None:
-            raise ValueError(f"the tokenizer has no {FAKE!r}, which a {follows} puts around images")
+            raise InputError(f"the tokenizer has no {FAKE!r}, which a {follows} puts around images")
 
     def __call__(
         self, images: Picture | Sequence[Picture | Sequence[Picture]] | None = None, text: str | Sequence[str] = ""
@@ -118,10 +119,10 @@ class Processor:
         literally = self.follows not in ("", AS_IT_IS)
         sources = [[_encoded(image, literally) for image in group] for group in _grouped(images, len(texts))]
         if any(sources) and not self.assembly.model.has_images:
-            raise ValueError("this model was trained on text alone and takes no image")
+            raise InputError("this model was trained on text alone and takes no image")
         prompts = [self._prompt(words, group) for words, group in zip(texts, sources, strict=True)]
         if any(not prompt.ids and not group for prompt, group in zip(prompts, sources, strict=True)):
-            raise ValueError("text = '': a prompt without an image needs at least one token")
+            raise InputError("text = '': a prompt without an image needs at least one token")
         views = [self._views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
         pixels, numbers = None, None
         if self.assembly.model.has_images:
@@ -158,7 +159,7 @@ class Processor:
         for token in found:
             (at if token == self.image_token_id else ids).append(len(ids) if token == self.image_token_id else token)
         if len(at) != len(images):
-            raise ValueError(f"{len(at)} of {self.placeholder!r} in the text and {len(images)} images: must be as many")
+            raise InputError(f"{len(at)} of {self.placeholder!r} in the text and {len(images)} images: must be as many")
         return Prompt(ids, tuple(at), tuple(self.encoder.images[0].blocks(images)))
 
     def _views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
@@ -183,7 +184,7 @@ def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, tex
     if texts == 1 and not any(isinstance(group, list | tuple) for group in images):
         return [[image for group in groups for image in group]]
     if len(groups) != texts:
-        raise ValueError(f"{len(groups)} images or lists of images for {texts} texts: must be as many")
+        raise InputError(f"{len(groups)} images or lists of images for {texts} texts: must be as many")
     return groups
 
 

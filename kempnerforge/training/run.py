@@ -14,6 +14,7 @@ from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, diff, load_config, to_toml
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.files import write_text
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
@@ -64,9 +65,9 @@ def _make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}") from None
+        raise InputError(f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}") from None
     if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise ValueError(f"run.dir = {str(run_dir)!r}: cannot be written to")
+        raise InputError(f"run.dir = {str(run_dir)!r}: cannot be written to")
 
 
 def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], leaving: bool) -> bool:
@@ -108,7 +109,7 @@ def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None
     changes = [line for line in lines if not line.startswith(meant)]
     if changes:
         listed = "\n  ".join(changes)
-        raise ValueError(
+        raise InputError(
             f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\n"
             "change it back, name another directory, use --fresh, or say --allow-change=KEY for what is meant to change"
         )
@@ -121,7 +122,7 @@ def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allo
     now = assembly.fingerprints
     changed = [stage for stage, before in manifest.state.get("data", {}).items() if now.get(stage, before) != before]
     if changed and "data" not in allow:
-        raise ValueError(
+        raise InputError(
             f"run.dir = {str(run_dir)!r}: the training data of stage {', '.join(map(repr, changed))} are no longer those that the run was begun"
             " with; put them back, use --fresh, or say --allow-change=data if it is meant"
         )

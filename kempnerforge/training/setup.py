@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import Encoder, Layout
 from kempnerforge.data.loader import build_loader
@@ -144,7 +145,7 @@ def _cut_off(job: JobConfig, stages: list[Stage]) -> list[Stage]:
 def _source(cfg: DataConfig) -> Source:
     source = build_source(cfg, "train")
     if source is None or not len(source):
-        raise ValueError(f"data.source = {cfg.source!r}: has no training samples")
+        raise InputError(f"data.source = {cfg.source!r}: has no training samples")
     return source
 
 
@@ -159,9 +160,9 @@ def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
     """Entries of the embedding, without the new tokens: these have one of their own."""
     asked, there = job.model.vocab_size, tokenizer.base_vocab_size
     if asked and asked < there:
-        raise ValueError(f"model.vocab_size = {asked}: the tokenizer has {there} tokens; use at least as many, or 0 to follow it")
+        raise InputError(f"model.vocab_size = {asked}: the tokenizer has {there} tokens; use at least as many, or 0 to follow it")
     if asked > there and job.model.new_tokens:
-        raise ValueError(
+        raise InputError(
             f"model.vocab_size = {asked}: model.new_tokens follow the tokenizer's {there} tokens without a gap; use 0 or {there}"
         )
     return asked or there
@@ -202,7 +203,7 @@ def initialise(job: JobConfig, model: VLM) -> None:
                 if (found := sorted(name for name in names if not allowed(name)))
             ]
             if problems:
-                raise ValueError(
+                raise InputError(
                     f"run.init_from = {job.run.init_from!r}: of the model's parameters it {'; it '.join(problems)}."
                     " List patterns of what may differ in run.init_allow"
                 )

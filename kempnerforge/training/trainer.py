@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.config import Stage
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
 from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
@@ -200,7 +201,7 @@ class Trainer:
         )
         self._account(batches, samples, bad, by_part)
         if not targets:
-            raise ValueError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
+            raise InputError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
         loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(self.model, index == len(batches) - 1)
@@ -241,6 +242,6 @@ class Trainer:
         limit, enough = self.stage.data.max_bad_fraction, min(1000, len(self.assembly.sources[self.stage.index]))
         if self.samples_seen >= enough and self.samples_bad > limit * self.samples_seen:
             last = f"; the last: {self.bad_samples[-1][1]}" if self.bad_samples else ""
-            raise ValueError(
+            raise InputError(
                 f"data: {self.samples_bad} of {self.samples_seen} samples could not be used, data.max_bad_fraction = {limit} allows fewer{last}"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
@@ -48,7 +49,7 @@ class Agreement:
         """
         line = f"logits of {what}: max|difference| {self.difference:.2g}, max|logit| {self.scale:.3g}"
         if not self.difference <= tolerance * self.scale:
-            raise ValueError(f"{line}; more than {tolerance:g} of it: these are two different models")
+            raise InputError(f"{line}; more than {tolerance:g} of it: these are two different models")
         return line
 
 
@@ -106,10 +107,10 @@ def load_class(path: Path, architecture: str) -> Any:
         with quiet():
             model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except Exception as error:  # whatever a file that it does not expect makes of it
-        raise ValueError(f"{path}: {architecture} of transformers does not load it; {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{path}: {architecture} of transformers does not load it; {type(error).__name__}: {first_line(error)}") from error
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
     if wrong := [f"{kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
-        raise ValueError(f"{path}: {architecture} finds keys {'; '.join(wrong)}")
+        raise InputError(f"{path}: {architecture} finds keys {'; '.join(wrong)}")
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kempnerforge.config import JobConfig, registry
+from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.model.lora import adapt
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
@@ -19,9 +20,7 @@ def arch_class(job: JobConfig) -> type[VLM]:
     if job.vlm is None:
         return TextOnly
     if job.vlm.arch not in registry.archs:
-        raise NotImplementedError(
-            f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}"
-        )
+        raise NotBuiltError(f"vlm.arch = {job.vlm.arch!r}: its config is known, but no model is built for it yet; {registry.archs.known()}")
     return registry.archs.get(job.vlm.arch)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import CrossAttentionConfig
 from kempnerforge.data.batch import Batch
 from kempnerforge.model.attention import additive, attend
@@ -147,12 +148,12 @@ class CrossAttention(VLM):
         super().build()
         seen, unwritten = self.config.cross_attention_seen_tokens, self.config.unwritten_tokens
         if seen > self.num_image_tokens:
-            raise ValueError(f"vlm.cross_attention_seen_tokens = {seen}: an image has {self.num_image_tokens} tokens")
+            raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: an image has {self.num_image_tokens} tokens")
         if unwritten:
             self.config.check(self.job)  # tokens that the data needs are known by now
             head, rows = self.transformer.output_head, self.job.model.vocab_size - unwritten
             if rows < 1 or head is None:
-                raise ValueError(f"vlm.unwritten_tokens = {unwritten}: model.vocab_size = {self.job.model.vocab_size}")
+                raise InputError(f"vlm.unwritten_tokens = {unwritten}: model.vocab_size = {self.job.model.vocab_size}")
             head.weight, head.out_features = nn.Parameter(head.weight.detach()[:rows].clone()), rows
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS, VLMConfig
@@ -90,7 +91,7 @@ class HFConfig(VLMConfig):
 
     def check(self, job: JobConfig) -> None:
         if not self.path:
-            raise ValueError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
+            raise InputError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
         kept = {key: getattr(job.model, key) for key in KEPT_KEYS}
         sections = {
             "model": (job.model, ModelConfig(**kept)),
@@ -101,9 +102,9 @@ class HFConfig(VLMConfig):
             if given != default:
                 same = type(given) is type(default)
                 keys = [f.name for f in fields(given) if not same or getattr(given, f.name) != getattr(default, f.name)]
-                raise ValueError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
+                raise InputError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
         if job.train.feature_cache:
-            raise ValueError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")
+            raise InputError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")
 
 
 @registry.register_arch("hf")
@@ -122,7 +123,7 @@ class HF(VLM):
         for name, child in model.named_children():
             self.add_module(name, child)
         if {id(p) for p in self.parameters()} != {id(p) for p in model.parameters()}:
-            raise ValueError(f"path = {cfg.path!r}: {type(model).__name__} has parameters outside of its parts and cannot be used")
+            raise InputError(f"path = {cfg.path!r}: {type(model).__name__} has parameters outside of its parts and cannot be used")
         self.kind: str = model.config.model_type
         self._image_size, self._normalisation = _image_geometry(cfg.path, model)
         self.num_image_tokens = self._count_image_tokens()
@@ -260,7 +261,7 @@ class HF(VLM):
         takes = inspect.signature(self.hf_model.get_image_features).parameters.values()
         needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
         if needed:
-            raise ValueError(
+            raise InputError(
                 f"{where}: {type(self.hf_model).__name__} needs {', '.join(needed)} beside pixel_values; only square images are given"
             )
         device = self.hf_model.get_input_embeddings().weight.device
@@ -268,14 +269,14 @@ class HF(VLM):
             with torch.no_grad():
                 features = self.encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where}: {type(self.hf_model).__name__} does not take square images; {first_line(error)}") from error
+            raise InputError(f"{where}: {type(self.hf_model).__name__} does not take square images; {first_line(error)}") from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
         if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
-            raise ValueError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
+            raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
         config = self.hf_model.config
         for part, key in ((config, "image_seq_length"), (config, "mm_tokens_per_image"), (config.get_text_config(), "num_image_tokens")):
             if (stated := getattr(part, key, None)) is not None and stated != features.shape[1]:
-                raise ValueError(f"{where}: an image gives {features.shape[1]} tokens, but {key} = {stated} in its config.json")
+                raise InputError(f"{where}: an image gives {features.shape[1]} tokens, but {key} = {stated} in its config.json")
         return features.shape[1]
 
     def _check_room(self) -> None:
@@ -286,12 +287,12 @@ class HF(VLM):
         where, text, job = f"path = {self.config.path!r}", self.hf_model.config.get_text_config(), self.job.model
         limit = getattr(text, "max_position_embeddings", None)
         if limit is not None and job.max_seq_len > limit:
-            raise ValueError(f"{where}: it sees {limit} positions (max_position_embeddings), model.max_seq_len = {job.max_seq_len} is more")
+            raise InputError(f"{where}: it sees {limit} positions (max_position_embeddings), model.max_seq_len = {job.max_seq_len} is more")
         if other := set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"{where}: has layers with {', '.join(sorted(other))}, for which there is no mask here")
+            raise InputError(f"{where}: has layers with {', '.join(sorted(other))}, for which there is no mask here")
         rows, wanted = self.hf_model.get_input_embeddings().weight.shape[0], job.vocab_size + len(job.new_tokens)
         if wanted > rows:
-            raise ValueError(
+            raise InputError(
                 f"{where}: its embedding has {rows} rows, and the tokenizer {wanted} tokens, {len(job.new_tokens)} of them new"
             )
 
@@ -309,9 +310,9 @@ def _build(path: str) -> Any:
         known = type(config) in AutoModelForImageTextToText._model_mapping
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32) if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"path = {path!r}: model_type {kind!r} cannot be built; {first_line(error)}") from error
+        raise InputError(f"path = {path!r}: model_type {kind!r} cannot be built; {first_line(error)}") from error
     if model is None or not hasattr(model, "get_image_features") or model.get_output_embeddings() is None:
-        raise ValueError(f"path = {path!r}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
+        raise InputError(f"path = {path!r}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
     return model.float()
 
 
@@ -322,12 +323,12 @@ def _load(model_class: Any, path: str) -> Any:
         with quiet():
             model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(
+        raise InputError(
             f"path = {path!r}: its weights cannot be loaded; {first_line(error)}; pretrained = false begins without"
         ) from error
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
     if wrong := [f"{len(keys)} {kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
-        raise ValueError(f"path = {path!r}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
+        raise InputError(f"path = {path!r}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
     return model.float()
 
 
@@ -336,13 +337,13 @@ def _image_geometry(path: str, model: Any) -> tuple[int, tuple[tuple[float, ...]
     vision = getattr(model.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     if not isinstance(size, int):
-        raise ValueError(
+        raise InputError(
             f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size = {size})"
         )
     assert vision is not None
     found: Normalisation | None = read_normalisation(path) or NORMALISATIONS.get(vision.model_type)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"path = {path!r}: has no image processor's config (preprocessor_config.json), so how to normalise images is not known"
         )
     return size, (tuple(found[0]), tuple(found[1]))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoTConfig, registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import is_adapter
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
@@ -94,7 +95,7 @@ class MoTBlock(Block):
         with aside():
             for name in self.modalities[:-1]:
                 if hasattr(self, name):
-                    raise ValueError(f"mot_modalities: {name!r} cannot name a tower, a block has something else of that name")
+                    raise InputError(f"mot_modalities: {name!r} cannot name a tower, a block has something else of that name")
                 self.add_module(name, Tower(cfg, untie))
         # NOTE: a tuple hides the modules from registration: shared parts stay the block's, once.
         self.towers = tuple(self._parts(name) for name in self.modalities)
@@ -219,7 +220,7 @@ class MoT(VLM):
             try:
                 taken = take_weights(self, read_weights(path, self.job.model), path, optional=("vision_encoder.", "adapter."))
             except ValueError as error:
-                raise ValueError(f"vlm.mot_warm_start_path: {error}") from None
+                raise InputError(f"vlm.mot_warm_start_path: {error}") from None
         copied = self._copy_text(taken)
         log.info("mot: %d tensors of other towers are copies of the text tower's", copied)
 

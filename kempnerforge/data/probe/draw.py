@@ -11,6 +11,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.probe.scene import COLOURS, Placed
 
 FINE = 4
@@ -78,5 +79,5 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font; raises ValueError where it was built without FreeType."""
     font = ImageFont.load_default(pixels)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ValueError("data.source = 'probe': this Pillow has no FreeType and cannot write; install a wheel of it: pip install pillow")
+        raise InputError("data.source = 'probe': this Pillow has no FreeType and cannot write; install a wheel of it: pip install pillow")
     return font

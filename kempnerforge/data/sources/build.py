@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Source
 from kempnerforge.data.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None
         return None
     source = kind(cfg, split)
     if len(source) < 1:
-        raise ValueError(f"data.source = {cfg.source!r}: no samples in split {split!r}")
+        raise InputError(f"data.source = {cfg.source!r}: no samples in split {split!r}")
     return source if tokenizer is None else source.tokenised(tokenizer, seq_len)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import only_if
 from kempnerforge.config.data import RowsConfig, is_csv
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
@@ -35,9 +36,9 @@ class CaptionsConfig(RowsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.caption_columns or not all(self.caption_columns):
-            raise ValueError(f"caption_columns = {self.caption_columns!r}: name at least one column")
+            raise InputError(f"caption_columns = {self.caption_columns!r}: name at least one column")
         if not self.image_column:
-            raise ValueError("image_column = '': name the column of the image")
+            raise InputError("image_column = '': name the column of the image")
         only_if(self, is_csv(self.path) or is_csv(self.eval_path), "a CSV or TSV file, by path or eval_path,", "quotes")
         only_if(self, self.template != "plain", "a template other than 'plain', which leaves prompts out,", "prompt")
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
 
 QUESTIONS = {
@@ -42,7 +43,7 @@ class DigitsConfig(DataConfig):
         super().__post_init__()
         unknown = [name for name in self.questions if name not in QUESTIONS]
         if unknown or not self.questions or len(set(self.questions)) < len(self.questions):
-            raise ValueError(f"questions = {self.questions!r}: allowed are {', '.join(map(repr, QUESTIONS))}, each once, and at least one")
+            raise InputError(f"questions = {self.questions!r}: allowed are {', '.join(map(repr, QUESTIONS))}, each once, and at least one")
 
 
 @registry.register_source("digits")
@@ -77,4 +78,4 @@ def _package() -> Any:
     try:
         return importlib.import_module("sklearn.datasets")
     except ImportError:
-        raise ValueError("data.source = 'digits' needs the package scikit-learn: pip install \"kempnerforge[digits]\"") from None
+        raise InputError("data.source = 'digits' needs the package scikit-learn: pip install \"kempnerforge[digits]\"") from None

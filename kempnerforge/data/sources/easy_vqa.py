@@ -8,6 +8,7 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import EasyVQAConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
 
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
@@ -56,5 +57,5 @@ def _package() -> Any:
     try:
         import easy_vqa
     except ImportError:
-        raise ValueError("data.source = 'easy_vqa' needs the package easy-vqa: pip install \"kempnerforge[quickstart]\"") from None
+        raise InputError("data.source = 'easy_vqa' needs the package easy-vqa: pip install \"kempnerforge[quickstart]\"") from None
     return easy_vqa

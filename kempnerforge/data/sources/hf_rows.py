@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from kempnerforge.config.data import is_csv, is_file_of_rows
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.rows import CsvRows, Measure, Rows, json_rows
@@ -98,20 +99,20 @@ def load(path: str, split: str) -> Any:
         elif os.path.isfile(path):
             suffix = os.path.splitext(path)[1].lower()
             if suffix not in BUILDERS:
-                raise ValueError(f"data files end in {', '.join(BUILDERS)}")
+                raise InputError(f"data files end in {', '.join(BUILDERS)}")
             table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
         elif os.path.splitext(path)[1].lower() in (*BUILDERS, ".tsv"):
-            raise ValueError("no such file")
+            raise InputError("no such file")
         else:
             table = datasets.load_dataset(path)
     except Exception as error:
-        raise ValueError(f"data: cannot read the dataset {path!r}: {first_line(error)}") from None
+        raise InputError(f"data: cannot read the dataset {path!r}: {first_line(error)}") from None
     if isinstance(table, datasets.Dataset):
         if split not in ("train", str(table.split)):
-            raise ValueError(f"data: split = {split!r}: the dataset {path!r} has no splits; name held-out rows by data.eval_path")
+            raise InputError(f"data: split = {split!r}: the dataset {path!r} has no splits; name held-out rows by data.eval_path")
         return table
     if split not in table:
-        raise ValueError(f"data: the dataset {path!r} has no split {split!r}; splits: {', '.join(map(str, table))}")
+        raise InputError(f"data: the dataset {path!r} has no split {split!r}; splits: {', '.join(map(str, table))}")
     return table[split]
 
 

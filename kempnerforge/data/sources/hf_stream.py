@@ -16,6 +16,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.order import Order, Windowed
 from kempnerforge.data.sample import SampleError
@@ -51,7 +52,7 @@ class HFStreamConfig(HFDatasetConfig):
         at_least(self, 0, "num_samples", "eval_num_samples")
         only_if(self, self.eval_path or self.eval_split, "a job with eval_path or eval_split", "eval_num_samples")
         if "://" in self.path or "://" in self.eval_path:
-            raise ValueError(f"path = {self.path!r}: URLs are not fetched; name local files, or a hub id")
+            raise InputError(f"path = {self.path!r}: URLs are not fetched; name local files, or a hub id")
 
 
 class Tables(ABC):
@@ -145,7 +146,7 @@ class Lines(Files):
             except SampleError as error:
                 reason = str(error)
         if not found:
-            raise ValueError(reason)
+            raise InputError(reason)
         return found
 
     def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
@@ -205,15 +206,15 @@ def _find(path: str, split: str) -> Tables:
     named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", os.path.basename(file))]
     if os.path.isdir(path) and named and len(named) < len(files):
         others = sorted(set(files) - set(named))
-        raise ValueError(
+        raise InputError(
             f"{os.path.basename(others[0])} is not of split {split!r}, as {os.path.basename(named[0])} is; give a pattern, as {split}-*"
         )
     if len(found) == 1 and found[0] in kinds:
         return kinds[found[0]](sorted(files))
     if files or os.path.exists(path):
-        raise ValueError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
+        raise InputError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
     if os.path.isabs(path) or path.startswith(".") or has_magic(path) or suffix(path) in kinds:
-        raise ValueError("no such files")
+        raise InputError("no such files")
     return Hub(path, split)
 
 
@@ -232,12 +233,12 @@ class HFStream(TableSource):
             tables = _find(self.path, name)
             names = tables.names()
         except Exception as error:  # whatever files, Arrow or a network raise
-            raise ValueError(f"data: cannot read the stream {self.path!r}: {first_line(error)}") from None
+            raise InputError(f"data: cannot read the stream {self.path!r}: {first_line(error)}") from None
         if not isinstance(tables, Hub):
             if cfg.eval_split and (split == "test" or not cfg.eval_path):
-                raise ValueError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
+                raise InputError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
             if cfg.split != "train" and (split == "train" or not cfg.eval_split):
-                raise ValueError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
+                raise InputError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
         self.require_columns(self.path, names)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer
@@ -248,9 +249,9 @@ class HFStream(TableSource):
         train = self.split == "train"
         key, asked = ("num_samples", self.cfg.num_samples) if train else ("eval_num_samples", self.cfg.eval_num_samples)
         if not asked and there is None:
-            raise ValueError(f"data.{key} = 0: {self.path} does not say how many rows it has; say it")
+            raise InputError(f"data.{key} = 0: {self.path} does not say how many rows it has; say it")
         if there is not None and asked > there:
-            raise ValueError(f"data.{key} = {asked}: {self.path} has {there} rows")
+            raise InputError(f"data.{key} = {asked}: {self.path} has {there} rows")
         return asked or there or 0
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import RowsConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
@@ -50,13 +51,13 @@ class InterleavedConfig(RowsConfig):
         one_of(self, "form", FORMS)
         at_least(self, 0, "max_images")
         if self.template != "prompt":
-            raise ValueError(f"template = {self.template!r}: a document has no turns; only 'prompt' is allowed")
+            raise InputError(f"template = {self.template!r}: a document has no turns; only 'prompt' is allowed")
         only_if(self, self.form == "text", "form = 'text'", "image_token")
         only_if(self, self.form != "text", "form = 'lists' or 'mmc4'", "joiner")
         only_if(self, self.form == "mmc4", "form = 'mmc4'", "min_similarity")
         only_if(self, self.max_images != 1, "max_images = 0 or 2 and more", "before_image")
         if not self.image_token.strip():
-            raise ValueError(f"image_token = {self.image_token!r}: must not be blank")
+            raise InputError(f"image_token = {self.image_token!r}: must not be blank")
 
 
 @registry.register_source("interleaved")

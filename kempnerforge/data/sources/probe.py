@@ -13,6 +13,7 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
 from kempnerforge.data.probe.scene import GAP
 from kempnerforge.data.probe.skills import QUESTIONS
@@ -92,29 +93,29 @@ class ProbeConfig(DataConfig):
         for key, known, least in (("skills", SKILLS, 1), ("shapes", SHAPES, 3), ("palette", COLOURS, 3)):
             self._check_names(key, list(known), least)
         if not self.min_size <= self.max_size <= 0.35:
-            raise ValueError(f"max_size = {self.max_size}: must be between min_size = {self.min_size} and 0.35")
+            raise InputError(f"max_size = {self.max_size}: must be between min_size = {self.min_size} and 0.35")
         smallest = min(len(self.shapes), len(self.palette), self.max_count)
         if self.held_out_every > smallest:
-            raise ValueError(
+            raise InputError(
                 f"held_out_every = {self.held_out_every}: must be at most {smallest}, the smallest of shapes, palette and max_count"
             )
         if self.max_count - -(-self.max_count // self.held_out_every) < self.compared_images:
-            raise ValueError(
+            raise InputError(
                 f"max_count = {self.max_count}: leaves fewer than compared_images = {self.compared_images} numbers to train on"
             )
         counted = self.max_count if {"counting", "comparison"} & set(self.skills) else 1
         things = min(self.texts, len(self.shapes)) * counted + self.distractors
         if things * (self.min_size * (1 + GAP)) ** 2 > FULL:
-            raise ValueError(
+            raise InputError(
                 f"min_size = {self.min_size}: up to {things} things (texts x max_count + distractors) do not fit; make it smaller"
             )
 
     def _check_names(self, key: str, known: list[str], least: int) -> None:
         names: list[str] = getattr(self, key)
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{key} = {names!r}: {unknown[0]!r} is none; allowed are {', '.join(map(repr, known))}")
+            raise InputError(f"{key} = {names!r}: {unknown[0]!r} is none; allowed are {', '.join(map(repr, known))}")
         if len(names) < least or (least > 1 and len(set(names)) < len(names)):
-            raise ValueError(f"{key} = {names!r}: at least {least} are needed" + (", each once" if least > 1 else ""))
+            raise InputError(f"{key} = {names!r}: at least {least} are needed" + (", each once" if least > 1 else ""))
 
 
 @registry.register_source("probe")

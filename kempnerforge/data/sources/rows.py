@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 
@@ -95,15 +96,15 @@ class IndexedRows(Rows):
                         self.columns |= row.keys()
                         lacking.update(column for column in needed if column not in row)
         except OSError as error:
-            raise ValueError(f"data.{key} = {path!r}: {error.strerror or error}") from None
+            raise InputError(f"data.{key} = {path!r}: {error.strerror or error}") from None
         if len(bad) > max_bad_fraction * len(self) or (bad and len(bad) == len(self)):
-            raise ValueError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")
+            raise InputError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")
         if not len(self):
-            raise ValueError(f"{path}: no rows")
+            raise InputError(f"{path}: no rows")
         absent = next((column for column, count in lacking.most_common() if count > max_bad_fraction * len(self)), None)
         if absent is not None and absent in self.columns:
             count = lacking[absent]
-            raise ValueError(f"{path}: {count} of {len(self)} rows have no column {absent!r}; write null for a row without images")
+            raise InputError(f"{path}: {count} of {len(self)} rows have no column {absent!r}; write null for a row without images")
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[Found]:
@@ -167,12 +168,12 @@ class JsonList(IndexedRows):
                     behind = match.end()
                 elif depth <= 1 or opens:  # on the level of the list there are objects and commas, and nothing else
                     if not (opens or token in b"[]") or content[behind : match.start()].strip(BOM + b", \t\r\n"):
-                        raise ValueError(f"{self.path}: entry {number + 1} is not an object")
+                        raise InputError(f"{self.path}: entry {number + 1} is not an object")
                     begin, behind = match.start(), match.end() if depth <= 1 else behind
                 if depth <= 0:
                     break
             if depth or content[behind:].strip():
-                raise ValueError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} behind entry {number}")
+                raise InputError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} behind entry {number}")
 
 
 class CsvRows(IndexedRows):
@@ -208,7 +209,7 @@ class CsvRows(IndexedRows):
                 values = next(reader, None)
             except csv.Error as error:
                 if "unexpected end" in str(error):
-                    raise ValueError(f"{self.path}: row {number}: a quote that is never closed") from None
+                    raise InputError(f"{self.path}: row {number}: a quote that is never closed") from None
                 yield open_at, end - open_at, number, ValueError(f"not CSV: {error}")
                 continue
             if values is None:
@@ -225,15 +226,15 @@ class CsvRows(IndexedRows):
             lines = (line.decode("utf-8", "surrogateescape") for line in io.BytesIO(content))
             values = next(self._reader(lines), [])
         except csv.Error as error:
-            raise ValueError(f"not CSV: {error}") from None
+            raise InputError(f"not CSV: {error}") from None
         return self._row(values)
 
     def _row(self, values: list[str]) -> dict[str, Any]:
         if len(values) != len(self._names):
-            raise ValueError(f"{len(values)} fields, {len(self._names)} column names")
+            raise InputError(f"{len(values)} fields, {len(self._names)} column names")
         bad = next((value for value in values if any("\udc80" <= c <= "\udcff" for c in value)), None)
         if bad is not None:
-            raise ValueError(f"not UTF-8: {bad[:40]!r}")
+            raise InputError(f"not UTF-8: {bad[:40]!r}")
         return dict(zip(self._names, values, strict=True))
 
 
@@ -242,13 +243,13 @@ def parse_line(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+        raise InputError(f"not UTF-8 at byte {error.start}") from None
     except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+        raise InputError("not JSON: nested too deeply") from None
     if type(row) is not dict:
-        raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
+        raise InputError(f"a JSON object is needed, not {type(row).__name__}")
     return row
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.sources.table import resolve_image
 
@@ -50,9 +51,9 @@ class StampsConfig(DataConfig):
         only_if(self, self.form == "questions", "form = 'questions'", "with_captions")
         at_least(self, 2, "held_out_every")
         if not self.path:
-            raise ValueError("path = '': source 'stamps' needs the folder that this makes: kempnerforge data fetch stamps")
+            raise InputError("path = '': source 'stamps' needs the folder that this makes: kempnerforge data fetch stamps")
         if not self.languages or len(set(self.languages)) < len(self.languages):
-            raise ValueError(f"languages = {self.languages!r}: at least one, and each once")
+            raise InputError(f"languages = {self.languages!r}: at least one, and each once")
 
 
 @registry.register_source("stamps")
@@ -73,7 +74,7 @@ class Stamps(Source):
         names = find_stamps(self._root)
         groups = sorted({_group(name) for name in names})
         if cfg.form == "questions" and len(groups) < 2:
-            raise ValueError(f"data.path = {cfg.path!r}: form = 'questions' is about the folders in it that stamps lie in, and needs two")
+            raise InputError(f"data.path = {cfg.path!r}: form = 'questions' is about the folders in it that stamps lie in, and needs two")
         asks, tells = cfg.form == "questions", cfg.form == "captions" or (cfg.with_captions and split == "train")
         for name in names:
             said = read_captions(os.path.join(self._root, f"{name}.txt"))
@@ -84,9 +85,9 @@ class Stamps(Source):
                 questions = _questions(_group(name), groups, number // cfg.held_out_every) if asks else ()
                 self._stamps.append((name, questions + texts * tells))
         if not known:
-            raise ValueError(f"data.path = {cfg.path!r}: no stamps there; get them with: kempnerforge data fetch stamps")
+            raise InputError(f"data.path = {cfg.path!r}: no stamps there; get them with: kempnerforge data fetch stamps")
         if missing := [language for language in cfg.languages if language not in known]:
-            raise ValueError(f"data.languages: no captions in {missing[0]!r}; there are {', '.join(sorted(known))}")
+            raise InputError(f"data.languages: no captions in {missing[0]!r}; there are {', '.join(sorted(known))}")
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -138,7 +139,7 @@ def read_captions(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8-sig") as file:
             first, *lines = file.read().splitlines() or [""]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
     said = {ENGLISH: first.strip()}
     for line in lines:
         language, ending, caption = line.partition(".utf8=")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
 from kempnerforge.data.sources.rows import Rows
 
@@ -63,9 +64,9 @@ class FileSource(Source):
             return ""
         asked = self.cfg.eval_split if self.split == "test" else ""
         if asked and os.path.isfile(self.path):
-            raise ValueError(f"data.eval_split = {asked!r}: {self.path} is a file and has no splits; name held-out rows by data.eval_path")
+            raise InputError(f"data.eval_split = {asked!r}: {self.path} is a file and has no splits; name held-out rows by data.eval_path")
         if asked == self.cfg.split and self.path == self.cfg.path:
-            raise ValueError(f"data.eval_split = {asked!r}: is data.split, so training rows would be evaluated on")
+            raise InputError(f"data.eval_split = {asked!r}: is data.split, so training rows would be evaluated on")
         return asked or self.cfg.split
 
     @abstractmethod
@@ -168,7 +169,7 @@ class TableSource(FileSource):
 def require_columns(where: str, there: Collection[str], needed: Mapping[str, str]) -> None:
     """Raises ValueError if a column of ``needed`` (column -> the key that needs it) is not ``there``; ``where`` is the file."""
     if missing := [f"{column!r} for {key}" for column, key in needed.items() if column not in there]:
-        raise ValueError(f"{where}: no column {', '.join(missing)}; columns: {', '.join(sorted(there)[:20]) or 'none'}")
+        raise InputError(f"{where}: no column {', '.join(missing)}; columns: {', '.join(sorted(there)[:20]) or 'none'}")
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.tokenizer import Tokenizer
@@ -36,11 +37,11 @@ class PlainText(Source):
             content = self.path.read_bytes()
             text = content.decode("utf-8-sig")
         except OSError as error:
-            raise ValueError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}") from None
+            raise InputError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"data.{key} = {str(self.path)!r}: not UTF-8: byte {error.start}: {error.reason}") from None
+            raise InputError(f"data.{key} = {str(self.path)!r}: not UTF-8: byte {error.start}: {error.reason}") from None
         if not text.strip():
-            raise ValueError(f"data.{key} = {str(self.path)!r}: empty")
+            raise InputError(f"data.{key} = {str(self.path)!r}: empty")
         self._blocks = list(_blocks(text))
 
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
@@ -54,7 +55,7 @@ class WebDatasetConfig(TableConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.root:
-            raise ValueError(f"root = {self.root!r}: the images of source 'webdataset' are in its shards; leave it empty")
+            raise InputError(f"root = {self.root!r}: the images of source 'webdataset' are in its shards; leave it empty")
 
 
 class Listed(NamedTuple):
@@ -244,7 +245,7 @@ def expand(pattern: str) -> Iterator[str]:
         return
     first, last = match[1], match[2]
     if int(last) < int(first):
-        raise ValueError(f"{pattern!r}: {match[0]} counts down; write the smaller number first")
+        raise InputError(f"{pattern!r}: {match[0]} counts down; write the smaller number first")
     for number in range(int(first), int(last) + 1):
         yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
@@ -252,13 +253,13 @@ def expand(pattern: str) -> Iterator[str]:
 def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
     found = sorted(glob.glob(pattern, recursive=True))
     if not found:
-        raise ValueError(f"{key} = {shown!r}: no tars there")
+        raise InputError(f"{key} = {shown!r}: no tars there")
     return (Listed(path, None) for path in found)
 
 
 def _there(shard: Listed, where: str) -> Listed:
     if not os.path.isfile(shard.path):
-        raise ValueError(f"{where}: no such shard: {shard.path}")
+        raise InputError(f"{where}: no such shard: {shard.path}")
     return shard
 
 
@@ -267,22 +268,22 @@ def _manifest(path: str, key: str) -> Iterator[Listed]:
         with open(path, encoding="utf-8-sig") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
-        raise ValueError(f"{key} = {path!r}: {error.strerror or error}") from None
+        raise InputError(f"{key} = {path!r}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{key} = {path!r}: not UTF-8 at byte {error.start}") from None
+        raise InputError(f"{key} = {path!r}: not UTF-8 at byte {error.start}") from None
     if not lines:
-        raise ValueError(f"{key} = {path!r}: lists no shards")
+        raise InputError(f"{key} = {path!r}: lists no shards")
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
+            raise InputError(f"{where}: not JSON: {error}") from None
         name, samples = (entry.get("shard"), entry.get("num_sequences")) if type(entry) is dict else (None, None)
         if type(name) is not str or type(samples) is not int or samples < 0:
-            raise ValueError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {line.strip()[:200]}')
+            raise InputError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {line.strip()[:200]}')
         if not name or "\0" in name or ":" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise ValueError(f"{where}: shard = {name!r}: must be a path below the manifest's directory")
+            raise InputError(f"{where}: shard = {name!r}: must be a path below the manifest's directory")
         full = os.path.join(os.path.dirname(path), name if name.endswith(".tar") else f"{name}.tar")
         yield _there(Listed(full, samples), where)
 
