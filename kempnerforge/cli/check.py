@@ -30,14 +30,14 @@ def run(args: argparse.Namespace) -> int:
 
     found = plan(job)
     if args.json:
-        print(json.dumps({"warnings": job.warnings(), "stages": [_as_json(stage) for stage in found.stages]}))
+        print(json.dumps({"warnings": found.assembly.warnings(), "stages": [_as_json(stage) for stage in found.stages]}))
         return 0
     print(to_toml(found.assembly.job))
     tokenizer, layout = found.assembly.tokenizer, found.assembly.layout
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:
         _show(stage)
-    for line in job.warnings():
+    for line in found.assembly.warnings():
         print(f"warning: {line}", file=sys.stderr)
     return 0
 

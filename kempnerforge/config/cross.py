@@ -10,6 +10,7 @@ from kempnerforge.config.errors import Key
 if TYPE_CHECKING:
     from kempnerforge.config.data import DataConfig
     from kempnerforge.config.job import JobConfig
+    from kempnerforge.config.training import OptimizerConfig, SchedulerConfig
 
 Found = Iterator[tuple[Key, str]]
 
@@ -46,6 +47,23 @@ def stage_names(job: JobConfig) -> Found:
     for index, name in enumerate(names):
         if name in names[:index]:
             yield ("stages", index), f"name = {name!r}: stage #{names.index(name) + 1} has this name, too"
+
+
+@_reads("train", "scheduler", "optimizer", "stages")
+def warmup_and_decay_fit(job: JobConfig) -> Found:
+    """A run without stages has room for both. (Of stages ``stage_fits`` says it.)"""
+    if not job.stages and job.train.max_steps and job.scheduler.name == "wsd":
+        for message in _overlap(job.scheduler, job.optimizer, job.train.max_steps):
+            yield ("scheduler",), message
+
+
+def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
+    """Why warm-up and decay of "wsd" do not fit into ``steps``."""
+    decay = scheduler.decay_steps(steps)
+    groups = [(f"optimizer.groups of {group.module!r}: ", group.warmup_steps) for group in optimizer.groups]
+    for where, warmup in [("", scheduler.warmup_steps), *groups]:
+        if warmup is not None and warmup + decay > steps:
+            yield f"{where}warmup_steps = {warmup}: with the {decay} steps that 'wsd' decays in that is more than the {steps} there are"
 
 
 @_reads("model", "train")
@@ -154,6 +172,9 @@ def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_onl
             yield ("stages", index, "optimizer"), f"groups: {group.module!r} warms up for {group.warmup_steps} of {steps} steps"
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
+    if scheduler is not None and optimizer is not None and scheduler.name == "wsd" and scheduler.warmup_steps <= steps:
+        for message in _overlap(scheduler, optimizer, steps):
+            yield ("stages", index, "scheduler"), message
     train = sections.get("train")
     if train is not None and "seq_len" in job.stages[index].train and train.seq_len > job.model.max_seq_len:
         yield ("stages", index, "train"), f"seq_len = {train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"

@@ -137,8 +137,10 @@ class JobConfig:
                 lines.append(f"stage {stage.name!r} starts at step {start} and never runs, {cap}")
             start += stage.steps
         for stage in self.resolved_stages():
-            if stage.scheduler.warmup_steps > stage.steps:
-                lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {stage.scheduler.warmup_steps} warm-up steps, {cap}")
+            warmup = max([stage.scheduler.warmup_steps, *(group.warmup_steps or 0 for group in stage.optimizer.groups)])
+            if warmup > stage.steps:
+                lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {warmup} warm-up steps, {cap}")
+            lines += self._muon_alone(stage)
             if stage.optimizer.name == "schedule_free_adamw" and stage.scheduler.name != "constant":
                 lines.append(
                     f"stage {stage.name!r}: 'schedule_free_adamw' is made for scheduler.name = 'constant', not {stage.scheduler.name!r}"
@@ -148,6 +150,16 @@ class JobConfig:
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")
         return lines
+
+    def _muon_alone(self, stage: Stage) -> list[str]:
+        """Where ``stage`` or a group of it changes ``lr``, which with "muon" is that of the rest alone, and leaves ``muon_lr``."""
+        if stage.optimizer.name != "muon":
+            return []
+        changed = self.stages[stage.index].optimizer if self.stages else {}
+        places = ["optimizer.lr"] if "lr" in changed and "muon_lr" not in changed else []
+        places += [f"lr of group {g.module!r}" for g in stage.optimizer.groups if g.lr is not None and g.muon_lr is None]
+        told = f"is of what AdamW takes; the matrices stay at optimizer.muon_lr = {stage.optimizer.muon_lr:g} unless it is set beside it"
+        return [f"stage {stage.name!r}: {place} {told}" for place in places]
 
     def validate(self) -> None:
         """Runs every check between sections. ``load_config`` has done it; for jobs made by a program.

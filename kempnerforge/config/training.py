@@ -115,8 +115,8 @@ class OptimizerConfig:
         name: "adamw" (Loshchilov and Hutter 2019); "muon" (Jordan et al. 2024) for hidden matrices, with AdamW for the rest; "lion" (Chen et
             al. 2023: a third of AdamW's learning rate or less, betas 0.9 and 0.99); or "schedule_free_adamw" (Defazio et al. 2024: wants a
             constant schedule behind its warm-up; evaluation and generation use its average of the weights).
-        lr: peak learning rate of all but Muon.
-        muon_lr, muon_momentum: of the matrices that Muon takes.
+        lr: peak learning rate, reached at the end of the warm-up, of all that Muon does not take.
+        muon_lr, muon_momentum: the same, and the momentum, of the matrices that Muon takes; ``lr`` does not move them.
         betas: of AdamW and Lion; for "schedule_free_adamw" the first one interpolates between the average and the newest weights.
         eps: of AdamW, with or without a schedule.
         weight_decay: of matrices; vectors have none.
@@ -158,13 +158,13 @@ def _check_betas(betas: Iterable[float]) -> None:
 
 @dataclass
 class SchedulerConfig:
-    """Learning rate over a stage, as a factor on the peak.
+    """Learning rate over a stage, as a factor on the peak, ``optimizer.lr``, which is reached where the warm-up ends.
 
     Attributes:
         name: "cosine", "linear", "wsd" (warm-up, stable, decay: Hu et al. 2024) or "constant".
-        warmup_steps: linear warm-up.
-        min_lr_ratio: the factor that decay ends at.
-        decay_fraction: share of the stage that "wsd" decays in.
+        warmup_steps: of the linear warm-up; the last of them has the peak. The decay of "cosine" and "linear" begins behind it.
+        min_lr_ratio: the factor at the last step of the stage.
+        decay_fraction: share of the stage that "wsd" decays in, at its end.
     """
 
     name: str = "cosine"
@@ -176,6 +176,10 @@ class SchedulerConfig:
         one_of(self, "name", ("cosine", "linear", "wsd", "constant"))
         at_least(self, 0, "warmup_steps")
         fraction(self, "min_lr_ratio", "decay_fraction")
+
+    def decay_steps(self, steps: int) -> int:
+        """How many of the last of ``steps`` "wsd" decays in: one or more if it decays at all, and never the first, which has the peak."""
+        return min(steps - 1, max(1, round(self.decay_fraction * steps))) if self.decay_fraction else 0
 
 
 @dataclass

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch.nn as nn
 
-from kempnerforge.config import FreezeSpec, JobConfig
+from kempnerforge.config import FreezeSpec, JobConfig, Stage
 from kempnerforge.config.errors import InputError
-from kempnerforge.config.lora import lora_frozen
+from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
+from kempnerforge.training.accounting import part_of
 
 
 def match_names(names: Sequence[str], module: str, patterns: Mapping[str, Sequence[str]], key: str) -> list[str]:
@@ -46,6 +48,22 @@ def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns:
     if len(frozen) == len(all_names):
         raise InputError("freeze: everything is frozen, nothing would train")
     return frozenset(all_names) - frozen
+
+
+def remarks_on_lora(stages: Iterable[Stage], job: JobConfig, names: Sequence[str]) -> list[str]:
+    """A line for each set of parts that trains beside LoRA adapters without a freeze spec that says so."""
+    patterns, found = job.module_patterns(), defaultdict(list)
+    for stage in stages if job.lora else ():
+        specs = job.freeze_at(stage.start)
+        told = {name for spec in specs for name in match_names(names, spec.module, patterns, "freeze.module")}
+        beside = trainable_names(names, specs, patterns) - told
+        found[tuple(dict.fromkeys(part_of(name) for name in names if name in beside and not is_adapter(name)))].append(repr(stage.name))
+    return [
+        f"stage {', '.join(stages)}: beside the LoRA adapters there train {', '.join(parts)}, as no freeze spec names them; freeze them"
+        f' (freeze = [{{ module = "{parts[0]}.*" }}, ..., {{ module = "lora", frozen = false }}]), or name them with frozen = false'
+        for parts, stages in found.items()
+        if parts
+    ]
 
 
 def freeze_boundaries(job: JobConfig, names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> frozenset[int]:

@@ -125,6 +125,7 @@ class Optimizers:
         self.ema = Ema(ema_decay) if ema_decay else None
         self._averaging: Averaging | None = self.ema
         self._step = 0
+        self.muon_lr: float | None = None
         if rows[True]:
             self.all.append(Muon(rows[True], lr=cfg.muon_lr, momentum=cfg.muon_momentum))
         if rows[False]:
@@ -146,7 +147,7 @@ class Optimizers:
         return optimizer
 
     def set_step(self, stage: Stage, step: int) -> float:
-        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rate of the section (not Muon's)."""
+        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rate of the section. Muon's is in ``muon_lr`` then."""
         cfg, self._step = stage.optimizer, step
         into = step - stage.start
         for optimizer in self.all:
@@ -157,7 +158,9 @@ class Optimizers:
                 group["lr"] = (own.muon_lr if muon else own.lr) * factor
                 group["weight_decay"] = own.weight_decay if group["decays"] else 0.0
                 group.update({"momentum": cfg.muon_momentum} if muon else {"betas": own.betas, "eps": cfg.eps})
-        return cfg.lr * lr_factor(stage.scheduler, into, stage.planned_steps)
+        factor = lr_factor(stage.scheduler, into, stage.planned_steps)
+        self.muon_lr = cfg.muon_lr * factor if cfg.name == "muon" else None
+        return cfg.lr * factor
 
     def step(self) -> None:
         if self.ema is not None:

@@ -125,7 +125,7 @@ def dry_run(job: JobConfig) -> list[str]:
     """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
     assembly = assemble(job)
     _check_patterns(assembly)
-    lines = [f"warning: {line}" for line in job.warnings()]
+    lines = [f"warning: {line}" for line in assembly.warnings()]
     for stage in assembly.stages:
         batch = next(assembly.batches(stage, stage.start))
         with torch.no_grad():

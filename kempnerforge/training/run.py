@@ -76,7 +76,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
     tokenizer = saved_tokenizer(run_dir) if begun else None
     assembly = assemble(job, tokenizer)
     if world.is_main:
-        for line in job.warnings():
+        for line in assembly.warnings():
             LOG.warning("%s", line)
         if tokenizer is None:
             _write_tokenizer(assembly.tokenizer, run_dir)

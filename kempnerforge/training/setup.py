@@ -22,6 +22,7 @@ from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.loss import PlainText
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
+from kempnerforge.training.freeze import remarks_on_lora
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 
@@ -56,6 +57,11 @@ class Assembly:
     def fingerprints(self) -> dict[str, str]:
         """Stage -> what tells its training data from others."""
         return {stage.name: self.sources[stage.index].fingerprint() for stage in self.stages}
+
+    def warnings(self) -> list[str]:
+        """What is allowed but may not be meant, of the config and of the names of the model's parameters."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return [*self.job.warnings(), *remarks_on_lora(self.stages, self.job, names)]
 
     def encoder(self, stage: Stage) -> Encoder:
         return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed)

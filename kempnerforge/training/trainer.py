@@ -36,6 +36,7 @@ class StepResult:
         aux_loss: of the model's parts, as it was added to the loss; 0 if there is none.
         grad_norm: before clipping.
         lr: AdamW's, at scale 1.
+        muon_lr: Muon's, where there is one.
         skipped: loss or gradient was not finite; nothing moved.
         tokens, images, samples: useful tokens, images and rows that went in.
         texts_left_out: texts that did not fit into their rows.
@@ -47,6 +48,7 @@ class StepResult:
     aux_loss: float
     grad_norm: float
     lr: float
+    muon_lr: float | None
     skipped: bool
     tokens: int
     images: int
@@ -230,7 +232,8 @@ class Trainer:
             raise TrainingFault(f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite, {policy}")
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        return StepResult(self.stage, total / targets, aux / targets, norm, lr, not finite, tokens, images, samples, left_out, seconds)
+        rates = lr, self.optimizers.muon_lr
+        return StepResult(self.stage, total / targets, aux / targets, norm, *rates, not finite, tokens, images, samples, left_out, seconds)
 
     def _account(self, batches: list[Batch], samples: int, bad: int, by_part: list[int]) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]

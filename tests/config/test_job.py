@@ -28,6 +28,7 @@ from kempnerforge.config import (
 )
 from kempnerforge.config.adapter import PixelShuffleConfig
 from kempnerforge.config.data import EasyVQAConfig, JsonlConfig, TextConfig
+from kempnerforge.config.training import OptimizerGroup
 from kempnerforge.config.vision import SiglipConfig, ViTConfig
 
 HEAD = '[vlm]\narch = "joint_decoder"\n'
@@ -170,6 +171,22 @@ def test_warnings_of_short_and_long_runs() -> None:
         "stage 'train' ends after 5 of its 8 warm-up steps, train.max_steps = 5"
     ]
     assert job(stages=stages(10), train=TrainConfig(max_steps=50)).warnings() == ["train.max_steps = 50: the stages end at step 10"]
+
+
+def test_a_learning_rate_that_muon_does_not_read() -> None:
+    """Where ``lr`` changes for a stage or a group, and ``muon_lr`` stays."""
+
+    def said(name: str, optimizer: dict[str, object], *groups: OptimizerGroup) -> list[str]:
+        base = OptimizerConfig(name=name, muon_lr=0.03, groups=list(groups))
+        return job(optimizer=base, stages=[StageConfig("a", 5), StageConfig("b", 5, optimizer=optimizer)]).warnings()
+
+    (line,) = said("muon", {"lr": 1e-4})
+    assert line == (
+        "stage 'b': optimizer.lr is of what AdamW takes; the matrices stay at optimizer.muon_lr = 0.03 unless it is set beside it"
+    )
+    assert len(said("muon", {}, OptimizerGroup("adapter", lr=1e-4))) == 2, "a group of both stages"
+    assert said("adamw", {"lr": 1e-4}) == said("muon", {"lr": 1e-4, "muon_lr": 1e-3}) == said("muon", {"muon_lr": 1e-3}) == []
+    assert said("muon", {}, OptimizerGroup("adapter", lr=1e-4, muon_lr=1e-3)) == []
 
 
 def test_closed_gates_that_stay_frozen() -> None:

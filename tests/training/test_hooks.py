@@ -56,6 +56,15 @@ def test_lines_of_metrics_their_keys_and_when_they_come(tmp_path: Path):
     )
 
 
+def test_the_rate_of_muon_is_recorded_beside_that_of_the_rest(tmp_path: Path):
+    stages = '[[stages]]\nname = "a"\nsteps = 2\n[[stages]]\nname = "b"\nsteps = 2\noptimizer.lr = 1e-4\n'
+    job = make_job(tmp_path, extra=stages)
+    argv = ("--optimizer.name=muon", "--optimizer.muon_lr=0.03", "--train.max_steps=0", "--scheduler.name=constant", "--eval.at_end=false")
+    assert call("train", job, *argv).code == 0
+    rates = [(row["train/lr"], row["train/muon_lr"]) for row in metrics(tmp_path / "run")]
+    assert rates == [(2e-3, 0.03)] * 2 + [(1e-4, 0.03)] * 2
+
+
 def test_rates_count_useful_tokens_alone(tmp_path: Path):
     """With rows padded to their full length, padding is not throughput."""
     assert call("train", make_job(tmp_path), "--data.batching=pad", "--eval.at_end=false").code == 0

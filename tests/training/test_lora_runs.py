@@ -97,6 +97,23 @@ def test_a_freeze_spec_thaws_and_the_last_one_counts(folder: Path) -> None:
     assert "vision_encoder.layers.1.mlp.fc1.weight" not in trainable and "vision_encoder.layers.1.mlp.fc1.magnitude" in trainable
 
 
+def test_what_trains_beside_adapters_is_remarked_until_a_freeze_spec_names_it(folder: Path) -> None:
+    def said(*overrides: str) -> list[str]:
+        return [line for line in assemble(load_config(folder / "job.toml", overrides)).warnings() if "LoRA" in line]
+
+    (line,) = said("--vlm.freeze=[]")
+    parts = "transformer.token_embedding, transformer.layers, transformer.norm, vision_encoder, adapter"
+    assert line.startswith("stage 'train': beside the LoRA adapters there train") and all(part in line for part in parts.split(", "))
+    (line,) = said('--vlm.freeze=[{module = "transformer"}, {module = "vision_encoder"}, {module = "lora", frozen = false}]')
+    assert "there train adapter, as" in line and '{ module = "adapter.*" }' in line
+    assert said(ALONE) == []
+    named = '{module = "transformer"}, {module = "vision_encoder"}, {module = "adapter", frozen = false}, {module = "lora", frozen = false}'
+    assert said(f"--vlm.freeze=[{named}]") == []
+    plain = assemble(load_config(folder / "plain.toml", ["--vlm.freeze=[]"])).warnings()
+    assert not any("LoRA" in line for line in plain)
+    assert "beside the LoRA adapters" in call("check", folder / "job.toml", "--vlm.freeze=[]").err
+
+
 STAGES = """
 [[stages]]
 name = "align"

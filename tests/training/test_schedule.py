@@ -1,67 +1,114 @@
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kempnerforge.config import SchedulerConfig, load_config
+from kempnerforge.config import ConfigError, SchedulerConfig, load_config
 from kempnerforge.training.schedule import DECAYS, lr_factor
 from tests.training.tiny import make_job
 
 
 @given(
     st.sampled_from(sorted(DECAYS)),
-    st.integers(0, 50),
-    st.floats(0, 1),
-    st.floats(0, 1),
     st.integers(1, 300),
-    st.data(),
+    st.integers(0, 300),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.none() | st.integers(0, 300),
 )
-def test_factor_lies_between_0_and_1_and_never_rises_after_warmup(
-    name: str, warmup: int, floor: float, share: float, steps: int, data: st.DataObject
-):
+@example("cosine", 20, 10, 0.0, 0.2, None)
+@example("wsd", 1, 0, 0.0, 0.2, None)
+@example("linear", 7, 7, 0.1, 0.2, 0)
+@example("wsd", 9, 0, 0.1, 1.0, None)
+def test_a_factor_rises_to_the_peak_and_falls_to_its_foot(name: str, steps: int, warmup: int, floor: float, share: float, own: int | None):
+    """Over every schedule, also with a warm-up of a group's own: peak exactly 1 where the warm-up ends, foot exactly at the last step."""
     cfg = SchedulerConfig(name=name, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=share)
-    step = data.draw(st.integers(0, steps - 1))
-    now, later = lr_factor(cfg, step, steps), lr_factor(cfg, step + 1, steps)
-    assert 0 <= now <= 1
-    if step >= warmup:
-        assert later <= now + 1e-12 and now >= floor - 1e-12
+    rising = max(1, warmup if own is None else own)
+    assume(rising <= steps and (name != "wsd" or rising + cfg.decay_steps(steps) <= steps))
+    factors = [lr_factor(cfg, step, steps, own) for step in range(steps)]
+    assert factors[:rising] == [(step + 1) / rising for step in range(rising)] and factors[rising - 1] == 1.0
+    after = factors[rising - 1 :]
+    assert all(later <= now and floor <= now <= 1 for now, later in pairwise(after))
+    decays = name in ("cosine", "linear") or (name == "wsd" and share > 0)
+    assert after[-1] == pytest.approx(floor if decays and len(after) > 1 else 1.0, abs=1e-12)
+    if name == "wsd":
+        flat = steps - cfg.decay_steps(steps)
+        assert set(factors[rising - 1 : flat]) == {1.0} and all(f < 1.0 for f in factors[flat:] if floor < 1)
 
 
-def test_warmup_is_linear_and_its_first_step_moves():
-    cfg = SchedulerConfig(name="constant", warmup_steps=4)
-    assert [lr_factor(cfg, step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert lr_factor(SchedulerConfig(name="constant"), 0, 10) == 1.0
+def transformers_rates(schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler], steps: int, **settings: object) -> list[float]:
+    """The rates of its steps 0 to ``steps``, for a peak of 1."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler, rates = schedule(optimizer, **settings), []
+    for _ in range(steps + 1):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(1, 12), (4, 20), (10, 20), (19, 20)])
+@pytest.mark.parametrize("name", ["cosine", "cosine with a floor", "linear", "wsd", "constant"])
+def test_the_closed_forms_are_those_of_transformers_one_step_on(name: str, warmup: int, steps: int):
+    """Their step 0 has a rate of 0: it moves nothing. Ours begins with their step 1 and so arrives at the foot, their step ``steps``, too."""
+    optimization = pytest.importorskip("transformers").optimization
+    decay = SchedulerConfig(decay_fraction=0.05).decay_steps(steps)
+    ours, schedule, settings = {
+        "cosine": (SchedulerConfig("cosine", min_lr_ratio=0.0), "get_cosine_schedule_with_warmup", {"num_training_steps": steps}),
+        "cosine with a floor": (
+            SchedulerConfig("cosine", min_lr_ratio=0.1),
+            "get_cosine_with_min_lr_schedule_with_warmup",
+            {"num_training_steps": steps, "min_lr_rate": 0.1},
+        ),
+        "linear": (SchedulerConfig("linear", min_lr_ratio=0.0), "get_linear_schedule_with_warmup", {"num_training_steps": steps}),
+        "wsd": (
+            SchedulerConfig("wsd", min_lr_ratio=0.0, decay_fraction=0.05),
+            "get_wsd_schedule",
+            {"num_stable_steps": steps - warmup - decay, "num_decay_steps": decay, "decay_type": "linear"},
+        ),
+        "constant": (SchedulerConfig("constant"), "get_constant_schedule_with_warmup", {}),
+    }[name]
+    theirs = transformers_rates(getattr(optimization, schedule), steps, num_warmup_steps=warmup, **settings)
+    assert [lr_factor(ours, step, steps, warmup) for step in range(steps)] == pytest.approx(theirs[1:], abs=1e-12)
+
+
+def test_without_warmup_the_first_step_has_the_peak():
+    for name in DECAYS:
+        cfg = SchedulerConfig(name=name, min_lr_ratio=0.2, decay_fraction=0.5)
+        expected = {
+            "cosine": [1, 0.8, 0.4, 0.2],
+            "linear": [1, 1 - 0.8 / 3, 1 - 1.6 / 3, 0.2],
+            "wsd": [1, 1, 0.6, 0.2],
+            "constant": [1] * 4,
+        }
+        assert [lr_factor(cfg, step, 4) for step in range(4)] == pytest.approx(expected[name]), name
+        assert lr_factor(cfg, 0, 1) == 1.0, "a stage of one step"
+        assert lr_factor(cfg, 99, 4) == pytest.approx(expected[name][-1]), "behind the end it stays at the foot"
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("overrides", "message"),
     [
-        ("cosine", [1.0, 0.5 + 0.25 * math.sqrt(2), 0.5, 0.5 - 0.25 * math.sqrt(2), 0.0]),
-        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
-        ("wsd", [1.0, 1.0, 1.0, 0.5, 0.0]),
-        ("constant", [1.0] * 5),
+        (
+            ["--scheduler.warmup_steps=9"],
+            "[scheduler] warmup_steps = 9: with the 2 steps that 'wsd' decays in that is more than the 10 there",
+        ),
+        (['--optimizer.groups=[{module="adapter", warmup_steps=9}]'], "optimizer.groups of 'adapter': warmup_steps = 9: with the 2 steps"),
+        (['--stages=[{name="a", steps=10}, {name="b", steps=5}]', "--scheduler.warmup_steps=5"], "with the 1 steps that 'wsd' decays in"),
     ],
 )
-def test_shapes(name: str, expected: list[float]):
-    cfg = SchedulerConfig(name=name, min_lr_ratio=0.0, decay_fraction=0.5)
-    assert [lr_factor(cfg, step, 8) for step in (0, 2, 4, 6, 8)] == pytest.approx(expected)
-    with_floor = SchedulerConfig(name=name, min_lr_ratio=0.2, decay_fraction=0.5)
-    assert [lr_factor(with_floor, step, 8) for step in (0, 2, 4, 6, 8)] == pytest.approx([0.2 + 0.8 * e for e in expected])
-
-
-def test_cosine_is_that_of_torch():
-    cfg = SchedulerConfig(name="cosine", min_lr_ratio=0.1)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.1)
-    for step in range(20):
-        assert lr_factor(cfg, step, 20) == pytest.approx(oracle.get_last_lr()[0], abs=1e-9)
-        optimizer.step()
-        oracle.step()
+def test_warmup_and_decay_do_not_overlap(overrides: list[str], message: str):
+    given = ["--scheduler.name=wsd", "--vlm.arch=joint_decoder", "--train.max_steps=10", *overrides]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, given)
+    assert message in str(caught.value)
+    load_config(None, [word.replace("=9", "=8").replace("warmup_steps=5", "warmup_steps=4") for word in given])
 
 
 def test_a_stage_cut_short_keeps_its_learning_rate(tmp_path: Path):

@@ -39,6 +39,7 @@ class Metrics(Hook):
                 **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,
                 "train/lr": result.lr,
+                **({"train/muon_lr": result.muon_lr} if result.muon_lr is not None else {}),
                 "train/tokens_per_s": sum(r.tokens for r in self._window) / seconds,
                 "train/images_per_s": sum(r.images for r in self._window) / seconds,
                 "train/step_s": seconds / len(self._window),
