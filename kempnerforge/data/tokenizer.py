@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from kempnerforge.config.errors import InputError
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
 CHAT_TEMPLATE = "chat_template.jinja"
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 # classes of transformers that add nothing to tokenizer.json
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -93,6 +95,14 @@ class Tokenizer:
     def new_token_ids(self) -> list[int]:
         """Ids of ``new_tokens``."""
         return list(range(self.base_vocab_size, self.vocab_size))
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that are a byte each, where the decoder joins them ("byte fallback"): what it makes of one depends on its neighbours."""
+        decoder = self.backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return frozenset()
+        return frozenset(id_ for name, id_ in self.backend.get_vocab(with_added_tokens=True).items() if BYTE_TOKEN.fullmatch(name))
 
     def token_id(self, name: str) -> int | None:
         """The id of the token called ``name``, if there is one."""

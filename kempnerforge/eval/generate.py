@@ -5,7 +5,7 @@ Shapes: B rows, S prompt positions (left padded), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,38 +140,47 @@ def generate(
 
 
 class TextStream:
-    """Text of tokens as they come, a character at a time at the finest: one whose bytes lie in several tokens is held back until it is whole.
+    """Text of tokens as they come, a character at a time at the finest: together the pieces are the text of all tokens at once. What later
+    tokens may still change is held back: a character whose bytes lie in several tokens, and a run of byte tokens, of which a decoder of byte
+    fallback makes replacement characters, all of them, if one is stray.
 
     Only the tokens since the last piece but one are decoded at each step, so the work grows with the length of the text, not with its square.
 
     Args:
         decode: ids -> text.
+        byte_ids: tokens of byte fallback, as ``Tokenizer.byte_ids``.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], byte_ids: Collection[int] = ()) -> None:
         self.ids: list[int] = []
-        self._decode = decode
+        self._decode, self._byte_ids = decode, byte_ids
+        self._in_bytes = False  # the last token that is written is one of them
         # ids[:_shown] have been given out, and decoding begins a piece earlier, as some decoders trim the first token
         self._begin = self._shown = 0
         self._before = ""  # the text of ids[_begin:_shown]
+        self._given = 0  # characters
 
     def push(self, token: int) -> str:
         """The text that ``token`` adds, which may be none yet."""
         self.ids.append(token)
-        text = self._decode(self.ids[self._begin :])
-        if text.endswith(UNFINISHED) or not text.startswith(self._before) or len(text) == len(self._before):
+        self._in_bytes = token in self._byte_ids or (self._in_bytes and not self._decode([token]))
+        if self._in_bytes:
             return ""
-        return self._give(text)
+        text = self._decode(self.ids[self._begin :])
+        return "" if text.endswith(UNFINISHED) else self._give(text)
 
     def finish(self) -> str:
-        """What was held back and never became whole."""
-        text = self._decode(self.ids[self._begin :])
-        return self._give(text) if text.startswith(self._before) else ""
+        """What was held back."""
+        return self._give(self._decode(self.ids[self._begin :]))
 
     def _give(self, text: str) -> str:
         piece = text[len(self._before) :]
-        self._begin, self._shown = self._shown, len(self.ids)
-        self._before = self._decode(self.ids[self._begin :])
+        if not text.startswith(self._before):  # a decoder that changes what is out already: no word behind it may be lost
+            piece = self._decode(self.ids)[self._given :]
+        if piece:
+            self._begin, self._shown = self._shown, len(self.ids)
+            self._before = self._decode(self.ids[self._begin :])
+            self._given += len(piece)
         return piece
 
 

@@ -27,15 +27,18 @@ class Answer:
         tokens: ids, as the model makes them.
         ends: those that end the answer.
         decode: ids -> text.
+        byte_ids: see ``TextStream``.
 
     Attributes:
         num_tokens: made so far, the one that ended it among them.
     """
 
-    def __init__(self, tokens: Iterable[int], ends: Collection[int], decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self, tokens: Iterable[int], ends: Collection[int], decode: Callable[[Sequence[int]], str], byte_ids: Collection[int] = ()
+    ) -> None:
         self.num_tokens = 0
         self._tokens, self._ends, self._decode = iter(tokens), ends, decode
-        self._stream = TextStream(decode)
+        self._stream = TextStream(decode, byte_ids)
 
     def __iter__(self) -> Iterator[str]:
         for token in self._tokens:
@@ -133,7 +136,7 @@ class Answerer:
         views = self._views(images, asked)
         batch = prompt_batch([asked], views, [range(0 if views is None else len(views))], layout, tokenizer.pad_id).to(self.device)
         tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.end_id, sampling=sampling)
-        return Answer(tokens, texts.ends, tokenizer.decode)
+        return Answer(tokens, texts.ends, tokenizer.decode, tokenizer.byte_ids)
 
     def _views(self, images: Sequence[ImageSource], asked: Prompt) -> torch.Tensor | None:
         """(N, 3, H, W) uint8, all views of ``images``; None where the model takes none."""

@@ -7,16 +7,20 @@ from math import inf, nan
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.collate import prompt_batch
+from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.generate import Sampling, TextStream, choose, generate, generate_stream, tokens_of
 from kempnerforge.model.transformer import Cache
+from kempnerforge.training.answer import Answer
 from kempnerforge.vlm.base import Output
 from tests.eval.scripted import ENCODER, TEXT_ENCODER, TOKENIZER, Scripted
 from tests.vlm.tiny import tiny
@@ -213,6 +217,36 @@ def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
 def test_any_tokens_stream_to_their_text(ids: list[int]) -> None:
     """Bytes that are no characters, and special tokens in the middle."""
     assert "".join(streamed_text(ids)) == TOKENIZER.decode(ids)
+
+
+def byte_fallback() -> Tokenizer:
+    """As SentencePiece models of LLaMA's kind are: words with a blank in front, and a byte each for all else."""
+    pieces = ["<pad>", "<bos>", "<eos>", *(f"<0x{k:02X}>" for k in range(256)), *"\u2581theca\u00e9", "\u2581the", "\u2581cat", "\ufffd"]
+    backend = tokenizers.Tokenizer(models.BPE({piece: k for k, piece in enumerate(pieces)}, [], byte_fallback=True))
+    backend.add_special_tokens(pieces[:3])
+    trimmed = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(trimmed)
+    return Tokenizer(backend, eos="<eos>", bos="<bos>", pad="<pad>")
+
+
+FALLBACK = byte_fallback()
+FALLBACK_IDS = st.integers(0, FALLBACK.vocab_size - 1) | st.sampled_from([2, 3 + 0x0A, 3 + 0xE2, 3 + 0x82, 3 + 0xAC, FALLBACK.vocab_size - 3])
+
+
+@settings(deadline=None)
+@given(st.lists(FALLBACK_IDS, max_size=40))
+def test_any_tokens_of_byte_fallback_stream_to_their_text(ids: list[int]) -> None:
+    """One stray byte makes replacement characters of its whole run, of bytes that were a text so far as well."""
+    answer = Answer(ids, {FALLBACK.vocab_size}, FALLBACK.decode, FALLBACK.byte_ids)
+    assert "".join(answer) == FALLBACK.decode(ids) == answer.text
+
+
+def test_what_stands_behind_a_stray_byte_is_streamed() -> None:
+    names = ["<0x0A>", "<0xE2>", "\u2581the", "\u2581cat"]
+    ids = [FALLBACK.token_id(name) or 0 for name in names]
+    assert len(FALLBACK.byte_ids) == 256 and not TOKENIZER.byte_ids
+    assert [*Answer(ids, (), FALLBACK.decode, FALLBACK.byte_ids)] == ["", "", "\ufffd\ufffd the", " cat", ""]
+    assert "".join(streamed_text(ids, FALLBACK.decode)).endswith(" the cat")  # nor where nobody says which tokens are bytes
 
 
 def test_decoders_that_trim_the_first_token() -> None:
