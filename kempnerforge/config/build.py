@@ -14,8 +14,9 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
+from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import Key, Problems, kind, place, show
+from kempnerforge.config.errors import Key, Problems, UnreadError, kind, place, show
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
 
@@ -154,6 +155,9 @@ def construct(
         try:
             made = make(**{name: value for name, value in values.items() if name not in left_out})
         except (ValueError, NotImplementedError) as error:
+            if isinstance(error, UnreadError) and not complete and problems.is_recorded((*key, error.key)):
+                values[error.key] = defaults(cls)[error.key]  # nobody has chosen it
+                continue
             message = str(error)
             mentioned = [name for name in re.findall(r"\w+", message) if name in names]
             if left_out and not set(mentioned) <= set(values) - left_out:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, UnreadError
 
 
 def one_of(section: Any, key: str, allowed: Iterable[Any]) -> None:
@@ -39,8 +39,12 @@ def fraction(section: Any, *keys: str) -> None:
 
 def not_default(section: Any) -> dict[str, Any]:
     """The values of ``section`` that differ from its class's defaults, by key."""
-    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(section)}
-    return {key: value for key, default in defaults.items() if (value := getattr(section, key)) != default}
+    return {key: value for key, default in defaults(type(section)).items() if (value := getattr(section, key)) != default}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The default of each key of a section, ``MISSING`` where it has none."""
+    return {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(cls)}
 
 
 def only_if(section: Any, read: object, reader: str, *keys: str) -> None:
@@ -52,7 +56,7 @@ def only_if(section: Any, read: object, reader: str, *keys: str) -> None:
     for key in keys if not read else ():
         if key in (found := not_default(section)):
             shown = "" if is_dataclass(found[key]) else f" = {found[key]!r}"
-            raise InputError(f"{key}{shown}: only {reader} reads it")
+            raise UnreadError(key, f"{key}{shown}: only {reader} reads it")
 
 
 def divides(section: Any, part: str, whole: str) -> None:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import tomli_w
 
+from kempnerforge.config.files import RECORD, as_toml
 from kempnerforge.config.job import JobConfig
 
 
 def to_dict(section: Any) -> dict[str, Any]:
     """A job or a section as plain tables, arrays and scalars, defaults included. None has no TOML and is left out."""
-    table = _plain(section)
+    table = as_toml(section)
     assert isinstance(table, dict), f"{type(section).__name__} is no section"
     return table
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items() if entry is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
-
-
 def to_toml(job: JobConfig) -> str:
-    """The resolved job; ``load_config`` reads an equal one from it."""
-    return tomli_w.dumps(to_dict(job))
+    """The resolved job; ``load_config`` reads an equal one from it, and takes nothing in it for a choice that stands against a later one."""
+    return RECORD + tomli_w.dumps(to_dict(job))
 
 
 def diff(old: JobConfig, new: JobConfig) -> list[str]:

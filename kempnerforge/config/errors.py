@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 Key = tuple[str | int, ...]
@@ -18,6 +18,21 @@ class InputError(ValueError):
     NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own code is a defect and keeps its
     traceback; where a library rejects the user's input, the call is wrapped and raises this.
     """
+
+
+class UnreadError(InputError):
+    """A key that is set, and that nothing reads beside the other keys of its section.
+
+    Args:
+        key: its name in the section; the message begins with it.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, str(self))
 
 
 class NotBuiltError(InputError, NotImplementedError):
@@ -41,10 +56,12 @@ class Problems:
     Args:
         origin: where values come from when nothing else is known of them: the file; empty for a config made by a program.
         origins: where single keys come from. The longest prefix of a key that is listed counts.
+        records: the origins that are resolved jobs, where nothing tells what was chosen from what was a default.
     """
 
-    def __init__(self, origin: str = "", origins: dict[Key, str] | None = None) -> None:
+    def __init__(self, origin: str = "", origins: dict[Key, str] | None = None, records: Collection[str] = ()) -> None:
         self.origin, self.origins = origin, origins if origins is not None else {}
+        self.records = records
         self.lines: list[str] = []
 
     def add(self, key: Key, text: str) -> None:
@@ -66,6 +83,11 @@ class Problems:
     def origin_of(self, key: Key) -> str:
         """The file that ``key`` stands in, or "command line"."""
         return next((self.origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.origins), self.origin)
+
+    def is_recorded(self, key: Key) -> bool:
+        """Whether all that stands at ``key`` comes from a resolved job."""
+        inside = {origin for known, origin in self.origins.items() if known[: len(key)] == key}
+        return {self.origin_of(key), *inside} <= set(self.records)
 
     def raise_if_any(self) -> None:
         if self.lines:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
+from kempnerforge.config.checks import defaults
 from kempnerforge.config.errors import ConfigError, Key, Problems, show
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
+RECORD = "# A resolved job: every key is here, also those that nobody has set.\n"
+"""The first line of what ``to_toml`` writes. A key in such a file is no choice: what is laid over it may leave it unread, and it goes back to
+its default then.
+"""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One TOML file, without its ``extends``."""
+    """One TOML file, without its ``extends``; ``record``: it is a resolved job."""
 
     path: Path
     table: dict[str, Any]
+    record: bool = False
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -95,7 +101,8 @@ def read_layers(path: Path) -> list[Layer]:
             raise ConfigError([f"{layers[-1].path}: extends = {show(str(path))}: the files extend each other in a circle"])
         seen.append(path.resolve())
         parent = table.pop("extends", None)
-        layers.append(Layer(path, table))
+        with path.open("rb") as file:
+            layers.append(Layer(path, table, file.read(len(RECORD)) == RECORD.encode()))
         if parent is None:
             return layers[::-1]
         if not isinstance(parent, str) or not parent:
@@ -109,28 +116,59 @@ def merge(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -> tuple
     Args:
         layers: the most basic one first.
         unions: sections whose class depends on a key. When a layer changes it, keys of the layers below that the new class lacks are
-            dropped.
+            dropped, and of a record those that are at the default of the old one.
     """
     merged: dict[str, Any] = {}
     origins: dict[Key, str] = {}
+    records = {str(layer.path) for layer in layers if layer.record}
     for layer in layers:
         for section, union in unions.items():
-            _drop_foreign(merged.get(section), layer.table.get(section), union)
+            below, above = merged.get(section), layer.table.get(section)
+            if isinstance(below, dict) and isinstance(above, dict) and isinstance(name := above.get(union.key), str):
+                recorded = {key for key in below if origins.get((section, key)) in records}
+                _switch(below, name, union, recorded, below.keys())
         _overlay(merged, layer.table, str(layer.path), origins, ())
     return merged, origins
 
 
-def _drop_foreign(below: Any, above: Any, union: Discriminator) -> None:
-    if not isinstance(below, dict) or not isinstance(above, dict) or not isinstance(above.get(union.key), str):
+def switch_recorded(table: dict[str, Any], key: Key, argument: Argument, unions: Mapping[str, Discriminator], problems: Problems) -> None:
+    """Before ``argument`` is assigned to ``key``, where that selects another class: what a record says of the old one goes."""
+    union = unions.get(str(key[0]))
+    if union is None or len(key) < 2 or key[-1] != union.key:
         return
-    if above[union.key] == below.get(union.key):
+    below: Any = table
+    for part in key[:-1]:
+        entries = enumerate(below) if isinstance(below, list) else below.items() if isinstance(below, dict) else ()
+        below = {str(name): entry for name, entry in entries}.get(str(part))
+    if isinstance(below, dict):
+        path = tuple(int(part) if str(part).isdecimal() else part for part in key[:-1])
+        recorded = {name for name in below if problems.is_recorded((*path, name))}
+        _switch(below, argument.resolve(str), union, recorded, recorded)
+
+
+def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Collection[str], droppable: Collection[str]) -> None:
+    """Takes out of ``below`` what does not outlast the class called ``name``: of ``droppable`` the keys that it lacks, of ``recorded`` those
+    that are at the default of the class before.
+    """
+    if name == (old := below.get(union.key)):
         return
     try:
-        known = fields_of(union.class_for(above[union.key]))
+        known = fields_of(union.class_for(name))
+        before = defaults(union.class_for(old)) if isinstance(old, str) and recorded else {}
     except (ValueError, NotImplementedError):
         return  # an unknown name is reported when the section is built
-    for name in [name for name in below if name not in known]:
-        del below[name]
+    left = {key for key in recorded if key in before and as_toml(before[key]) == below[key]}
+    for key in [key for key in below if key in left or (key in droppable and key not in known)]:
+        del below[key]
+
+
+def as_toml(value: Any) -> Any:
+    """A section or a value of one as it stands in a file: tables, arrays and scalars. None has no TOML and is left out."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+    if isinstance(value, dict):
+        return {name: as_toml(entry) for name, entry in value.items() if entry is not None}
+    return [as_toml(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], origin: str, origins: dict[Key, str], key: Key) -> None:

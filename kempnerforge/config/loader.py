@@ -12,7 +12,7 @@ from typing import Any
 
 from kempnerforge.config.build import INVALID, UNIONS, convert, convert_fields, fields_of, plain
 from kempnerforge.config.errors import ConfigError, Problems
-from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers
+from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
@@ -38,10 +38,11 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
     given = parse_overrides(overrides, arguments)
     plugins = _load_plugins(layers, given)
     table, origins = merge(layers, _UNION_SECTIONS)
-    arguments.origins = origins
+    arguments.origins, arguments.records = origins, {str(layer.path) for layer in layers if layer.record}
     for key, value in given:
+        switch_recorded(table, key, value, _UNION_SECTIONS, arguments)
         assign(table, key, value, arguments)
-    problems = Problems(origin, origins)
+    problems = Problems(origin, origins, arguments.records)
     problems.lines = arguments.lines
     sections = convert_fields(JobConfig, table | {"plugins": plugins}, (), problems)
     broken = {name for name, section in sections.items() if section is INVALID}

@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from kempnerforge.config.checks import one_of, only_if
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, UnreadError
 
 TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
 WITH_SYSTEM = ("chat", "turns")
@@ -63,8 +63,8 @@ def check_template(section: Any) -> None:
         only_if(section, section.template == "prompt", "template = 'prompt'", key)
     only_if(section, section.template == "turns", "template = 'turns'", "turns")
     if section.system and section.template not in WITH_SYSTEM:
-        raise InputError(
-            f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"
+        raise UnreadError(
+            "system", f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"
         )
 
 

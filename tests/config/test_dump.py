@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,13 @@ from kempnerforge.config import (
     to_dict,
     to_toml,
 )
-from kempnerforge.config.data import EasyVQAConfig, JsonlConfig, TextConfig
+from kempnerforge.config.data import DataConfig, EasyVQAConfig, JsonlConfig, TextConfig
+from kempnerforge.config.errors import ConfigError
+from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.template import TEMPLATES, TurnsConfig
+
+registry.vlm_configs.import_all()
+registry.data_configs.import_all()
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 number = st.floats(0, 1e300)
@@ -140,3 +147,58 @@ def test_diff() -> None:
     assert "stages[0].name: unset -> 'a'" in lines
     assert diff(old, old) == []
     assert diff(new, old)[0] == "model.rope_scaling.factor: 2.0 -> unset"
+
+
+# a resolved job under another layer
+
+
+OTHERS = {
+    "vlm.arch": [*registry.vlm_configs],
+    "vision_encoder.type": [*registry.vision_configs],
+    "adapter.type": [*registry.adapter_configs],
+    "data.source": [*registry.data_configs],
+    "data.template": TEMPLATES,
+    "data.batching": ("group", "pad", "pack"),
+    "data.images.fit": ("squash", "crop", "letterbox", "tiles"),
+    "data.images.tiling": ("grid", "anyres", "overlap"),
+    "data.form": ("captions", "questions"),
+    "optimizer.name": ("adamw", "muon", "lion", "schedule_free_adamw"),
+    "scheduler.name": ("cosine", "linear", "wsd", "constant"),
+}
+CHOSEN = {
+    "vlm": [VLMConfig.for_arch(arch) for arch in registry.vlm_configs if arch != "hf"],
+    "data": [
+        EasyVQAConfig(with_captions=True, image_placeholder="<i>"),
+        JsonlConfig(path="a.jsonl", prompt_template="Q {prompt}", answer_template="A {answer}"),
+        JsonlConfig(path="a.jsonl", template="turns", system="Be brief.", turns=TurnsConfig(user="U {prompt}")),
+        JsonlConfig(path="a.jsonl", batching="pack", max_images_per_row=2, images=ImagesConfig(fit="tiles", max_side=64, marker_grid=4)),
+        TextConfig(path="a.txt", prompt_template="{prompt}"),
+    ],
+}
+NEEDED = ("missing", "needs one", "path", "parts = []")
+
+
+@pytest.mark.parametrize("data", CHOSEN["data"], ids=lambda data: f"{data.source}-{data.template}-{data.batching}")
+@pytest.mark.parametrize("key", OTHERS)
+def test_nothing_in_a_resolved_job_stands_against_another_choice(key: str, data: DataConfig, tmp_path: Path) -> None:
+    """By an argument and by a file that extends it: refused is the new choice itself, or for the lack of what it needs."""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    job = JobConfig(vlm=CHOSEN["vlm"][len(key) % len(CHOSEN["vlm"])], data=data)
+    job.train.max_steps, job.model.max_seq_len, job.train.seq_len = 10, 4096, 4096
+    job.validate()
+    (tmp_path / "config.toml").write_text(to_toml(job))
+    *tables, name = key.split(".")
+    for value in OTHERS[key]:
+        above = tmp_path / "above.toml"
+        above.write_text(f'extends = "config.toml"\n[{".".join(tables)}]\n{name} = "{value}"\n')
+        for path, arguments in ((tmp_path / "config.toml", [f"--{key}={value}"]), (above, [])):
+            try:
+                made = load_config(path, arguments)
+            except ConfigError as error:
+                meant = (*NEEDED, f"{name} = {value!r}: ", f"{tables[-1]}: only", "template = 'turns': a document has no turns")
+                assert all(any(word in line for word in meant) for line in error.problems), error.problems
+                continue
+            found = to_dict(made)
+            for table in tables:
+                found = found[table]
+            assert found[name] == value

@@ -230,7 +230,9 @@ def byte_fallback() -> Tokenizer:
 
 
 FALLBACK = byte_fallback()
-FALLBACK_IDS = st.integers(0, FALLBACK.vocab_size - 1) | st.sampled_from([2, 3 + 0x0A, 3 + 0xE2, 3 + 0x82, 3 + 0xAC, FALLBACK.vocab_size - 3])
+FALLBACK_IDS = st.integers(0, FALLBACK.vocab_size - 1) | st.sampled_from(
+    [2, 3 + 0x0A, 3 + 0xE2, 3 + 0x82, 3 + 0xAC, FALLBACK.vocab_size - 3]
+)
 
 
 @settings(deadline=None)

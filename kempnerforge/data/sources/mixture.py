@@ -14,7 +14,7 @@ import numpy as np
 from kempnerforge.config import registry
 from kempnerforge.config.checks import more_than, not_default
 from kempnerforge.config.data import JOB_KEYS, DataConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, UnreadError
 from kempnerforge.data.fingerprint import digest
 from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
 from kempnerforge.data.order import Mixed, Order
@@ -79,7 +79,7 @@ class MixtureConfig(DataConfig):
         own = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
         for key in not_default(self):
             if key not in own:
-                raise InputError(f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
+                raise UnreadError(key, f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
         for index, part in enumerate(self.parts):
             self._check_part(index, part)
         more_than(self, 0, "temperature")
