@@ -149,8 +149,6 @@ def open_foreign(path: Path | str) -> Foreign:
 
 def _open_text(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     config = complete(config)
-    if config.get("use_bidirectional_attention"):
-        raise InputError("use_bidirectional_attention = true: the backbone is causal")
     prefix = _prefix_of(path, HF_EMBEDDING, files)
     model = model_config(config, _rows(files, prefix + HF_EMBEDDING))
     length = min(MAX_TEXT, model.max_seq_len)

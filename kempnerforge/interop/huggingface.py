@@ -26,6 +26,8 @@ from kempnerforge.model.transformer import Transformer
 log = logging.getLogger("kempnerforge")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+"""Of the package peft, with which transformers puts an adapter on what it loads."""
 
 
 def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -56,6 +58,8 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
         wanted = Transformer(replace(cfg, new_tokens=[])).state_dict()
     names = _match(path, wanted, files, tied, text["model_type"])
     tensors = _read(files, set(names.values()))
+    if tied and not cfg.tie_embeddings and (head := _head(files)) and not torch.equal(tensors[head], tensors[names[EMBEDDING]]):
+        raise InputError(f"{path}: {head} is not {names[EMBEDDING]}, but its {CONFIG} says that they are tied")
     if cfg.tie_embeddings and (head := _head(files)) and not torch.equal(_read(files, {head})[head], tensors[names[EMBEDDING]]):
         raise InputError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
     for ours, theirs in names.items():
@@ -79,28 +83,53 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it.
+    """Tensor name -> the file that holds it. Weights in other formats beside safetensors are not looked at, as in transformers.
 
     Raises:
-        ValueError: there are no safetensors, or they are not what their index says.
+        ValueError: there are no safetensors, two sets of them, or they are not what their index says.
     """
-    if (path / INDEX).is_file():
-        try:
-            shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {name: path / shard for name, shard in shards.items() if Path(shard).name == shard}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
-        if files.keys() != shards.keys():
-            raise InputError(f"{path / INDEX}: names files outside its directory")
-    elif (path / WEIGHTS).is_file():
-        files = dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
-    else:
-        raise InputError(f"{path}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+    if (path / ADAPTER).is_file():
+        raise InputError(f"{path}: has {ADAPTER}, so there is an adapter beside the weights: merge it first, or take that file away")
+    if not _is_sharded(path):
+        return dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
+    files = _index(path)
     for file in sorted(set(files.values())):
         there = _names(file)
         if absent := [name for name, place in files.items() if place == file and name not in there]:
             raise InputError(f"{file}: lacks {some(absent)}, which {INDEX} says it has")
         files = dict.fromkeys(there, file) | files  # those that the index does not name are there, too
+    return files
+
+
+def _is_sharded(path: Path) -> bool:
+    """Whether the weights are those of an index.
+
+    Raises:
+        ValueError: there is none and no single file either, or there are both, and the single one is not a shard.
+    """
+    if not (path / WEIGHTS).is_file():
+        if not (path / INDEX).is_file():
+            raise InputError(f"{path}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+        return True
+    if not (path / INDEX).is_file():
+        return False
+    shards = set(_index(path).values())
+    if shards == {path / WEIGHTS}:
+        return True
+    if there := [shard.name for shard in shards if shard.is_file()]:
+        raise InputError(f"{path}: has two sets of weights, {WEIGHTS} and the {len(there)} shards of {INDEX}; take one of them away")
+    log.warning("%s: none of the shards that %s names is there; %s is read", path, INDEX, WEIGHTS)
+    return False
+
+
+def _index(path: Path) -> dict[str, Path]:
+    try:
+        shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = {name: path / shard for name, shard in shards.items() if Path(shard).name == shard}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
+    if files.keys() != shards.keys():
+        raise InputError(f"{path / INDEX}: names files outside its directory")
     return files
 
 

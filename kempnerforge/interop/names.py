@@ -44,6 +44,7 @@ class Family:
         settings: ``[model]`` key -> key of ``config.json``, for what other families do not have.
         window_pattern: ``model.window_pattern`` of the layers that slide where ``layer_types`` does not say; empty: the class has no windows.
         constants: further keys of ``config.json``; they say that something which the class could do is off.
+        also: further keys that it follows; see ``interop.keys``.
     """
 
     architecture: str
@@ -54,24 +55,39 @@ class Family:
     settings: Mapping[str, str] = field(default_factory=dict)
     window_pattern: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
 
 _GEMMA = frozenset({"norm_plus_one", "embed_scale"})
 _SCALE = {"attention_scale": "query_pre_attn_scalar"}
-_CAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+_CAP = {"logit_softcap": "final_logit_softcapping"}
 _NO_BIAS = {"attention_bias": False}
 _NO_WINDOW = {"use_sliding_window": False}
+_CHOICE = ("layer_types", "use_sliding_window")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", constants=_NO_BIAS | {"mlp_bias": False}),  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
     "mistral": Family("MistralForCausalLM", window_pattern="S", constants={"sliding_window": None}),
-    "qwen2": Family("Qwen2ForCausalLM", frozenset({"qkv_bias"}), window_pattern="F", constants=_NO_WINDOW),  # Qwen2, Qwen2.5
-    "qwen3": Family("Qwen3ForCausalLM", frozenset({"qk_norm"}), window_pattern="F", constants=_NO_BIAS | _NO_WINDOW),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",  # Qwen2, Qwen2.5
+        frozenset({"qkv_bias"}),
+        window_pattern="F",
+        constants=_NO_WINDOW,
+        also=(*_CHOICE, "max_window_layers"),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        frozenset({"qk_norm"}),
+        window_pattern="F",
+        constants=_NO_BIAS | _NO_WINDOW,
+        also=(*_CHOICE, "max_window_layers"),
+    ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         settings={"nope_interval": "no_rope_layer_interval"},
         window_pattern="F",
         constants=_NO_BIAS | _NO_WINDOW,
+        also=(*_CHOICE, "no_rope_layers"),
     ),
     "gemma": Family("GemmaForCausalLM", _GEMMA, constants=_NO_BIAS),
     "gemma2": Family(
@@ -79,18 +95,20 @@ FAMILIES: dict[str, Family] = {
         _GEMMA | {"post_norms"},
         FOUR_NORMS,
         "hidden_activation",
-        settings=_SCALE | _CAPS,
+        settings=_SCALE | _CAP | {"attention_softcap": "attn_logit_softcapping"},
         window_pattern="SF",
         constants=_NO_BIAS,
+        also=("layer_types",),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         _GEMMA | {"post_norms", "qk_norm"},
         FOUR_NORMS,
         "hidden_activation",
-        settings=_SCALE | _CAPS | {"rope_local_theta": "rope_local_base_freq", "rope_global_interval": "sliding_window_pattern"},
+        settings=_SCALE | _CAP | {"rope_local_theta": "rope_local_base_freq", "rope_global_interval": "sliding_window_pattern"},
         window_pattern="SSSSSF",
         constants=_NO_BIAS,
+        also=("layer_types", "_sliding_window_pattern"),
     ),
 }
 """``model_type`` -> family. A model is written as the first that can say all that its ``[model]`` does."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.interop.keys import check_keys, followed
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 
 PLAIN = (
@@ -57,12 +58,16 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     """The same of a ``config.json`` (the text part of it), as far as it says so.
 
     Raises:
-        ValueError: a model, activation or position scaling that the backbone does not have.
+        ValueError: a model, activation, position scaling or other setting that the backbone does not have.
     """
     name = config.get("model_type")
     if name not in FAMILIES:
         raise InputError(f"model_type = {name!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
+    check_keys(name, config)
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
+        if key in followed(name) and (value := config.get(key)) is not None and value <= 0:
+            raise InputError(f"{key} = {value}: must be more than 0, or null")
     found: dict[str, Any] = {ours: config[theirs] for ours, theirs in SETTINGS.items() if config.get(theirs) is not None}
     if "head_dim" not in found and {"dim", "n_heads"} <= found.keys():
         found["head_dim"] = found["dim"] // found["n_heads"]
@@ -72,27 +77,34 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
         found["attention_scale"] = (found["attention_scale"] or 256) ** -0.5  # what the classes have by default
     elif "head_dim" in found:
         found["attention_scale"] = found["head_dim"] ** -0.5
-    found["qkv_bias"] |= bool(config.get("attention_bias"))
     if (activation := _activation(name, config)) is not None:
         found["activation"] = activation
     return found | _rope_facts(name, config) | _window_facts(family, config)
 
 
 def _window_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """Mistral's class slides in all layers, whatever ``layer_types`` says."""
-    kinds = config.get("layer_types") if family.window_pattern != "S" else None
+    """Mistral's class slides in all layers, whatever ``layer_types`` says; those of Llama and Gemma have no windows."""
+    if not family.window_pattern:
+        return _windows(0, "")
+    kinds = config.get("layer_types") if "layer_types" in family.also else None
+    size = config.get("sliding_window") or 0
+    if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"layer_types has {sorted(other)[0]!r}: the backbone has 'full_attention' and 'sliding_attention'")
+    if not size and "sliding_attention" in (kinds or ()):
+        raise InputError("layer_types has 'sliding_attention', and sliding_window = null: its class has no such layers")
     layers = "".join("S" if kind == "sliding_attention" else "F" for kind in kinds) if kinds else family.window_pattern
-    return _windows(config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0, layers)
+    return _windows(size, layers)
 
 
-def _activation(family: str, config: dict[str, Any]) -> str | None:
+def _activation(name: str, config: dict[str, Any]) -> str | None:
     """Gemma's tanh GELU is called "gelu" in older files."""
-    name = config.get("hidden_activation") or config.get("hidden_act")
-    if name is None or (family == "gemma" and name == "gelu"):
-        return "geglu" if family.startswith("gemma") else None
-    if name not in ACTIVATIONS:
-        raise InputError(f"hidden_act = {name!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
+    key = FAMILIES[name].activation_key
+    value = config.get(key)
+    if value is None or (name == "gemma" and value == "gelu"):
+        return "geglu" if name.startswith("gemma") else None
+    if value not in ACTIVATIONS:
+        raise InputError(f"{key} = {value!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[value]
 
 
 def _rope_facts(family: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +145,13 @@ def _without_rope(config: dict[str, Any]) -> int:
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"rope_parameters = {rope}: this class has the same rotary positions in all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
+    if (part := rope.get("partial_rotary_factor")) not in (None, 1):
+        raise InputError(f"partial_rotary_factor = {part}: the backbone turns whole heads")
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))
     if kind == "llama3":

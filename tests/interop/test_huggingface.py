@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kempnerforge.config import ModelConfig
 from kempnerforge.interop import read_text_weights
+from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.model.transformer import Transformer
 from tests.interop.families import FAMILIES, VOCAB, config_of, logits, save
 
@@ -178,7 +179,7 @@ def test_another_model_is_refused(saved: Path, knobs: dict[str, Any], message: s
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
         ({"model_type": "mistral", "sliding_window": 32}, "sliding_window = 32 there, model.sliding_window = 0 here"),
-        ({"attention_bias": True}, "qkv_bias = True there"),
+        ({"attention_bias": True}, "attention_bias = True: of a llama only null or false can be read"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -216,6 +217,7 @@ def test_directories_that_hold_nothing_are_refused(llama: Path, tmp_path: Path) 
     (llama / "model.safetensors").write_bytes(b"\x80\x04 not safe")
     with pytest.raises(ValueError, match=r"model.safetensors: cannot be read"):
         read_text_weights(llama, cfg)
+    (llama / "model.safetensors").unlink()
     index = llama / "model.safetensors.index.json"
     for content, message in [
         ("[]", "is no index"),
@@ -228,3 +230,78 @@ def test_directories_that_hold_nothing_are_refused(llama: Path, tmp_path: Path) 
     (llama / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="no JSON object"):
         read_text_weights(llama, cfg)
+
+
+# ---- two sets of weights --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(llama: Path, tmp_path: Path) -> Path:
+    """A directory with shards, their index, and a single file of other weights, which transformers would read."""
+    save("llama", tmp_path / "shards", shard_size="30KB")
+    edit_tensors(llama, **{"model.norm.weight": torch.full((48,), 7.0)})
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, llama / file.name)
+    return llama
+
+
+def test_two_sets_of_weights_are_refused_with_both_names(sharded: Path) -> None:
+    with pytest.raises(ValueError, match=r"two sets of weights, model\.safetensors and the \d+ shards of model\.safetensors\.index\.json"):
+        read_text_weights(sharded, config_of("llama"))
+    next(sharded.glob("model-*")).unlink()
+    with pytest.raises(ValueError, match="two sets of weights"):
+        read_text_weights(sharded, config_of("llama"))
+
+
+def test_an_index_of_shards_that_are_gone_hides_nothing(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for shard in sharded.glob("model-*"):
+        shard.unlink()
+    weights = read_text_weights(sharded, config_of("llama"))
+    assert (weights["transformer.norm.weight"] == 7).all()
+    assert "none of the shards that model.safetensors.index.json names is there" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin", "model.gguf", "model.fp16.safetensors"])
+def test_what_transformers_does_not_read_is_not_read(name: str, saved: Path, llama: Path) -> None:
+    (llama / name).write_bytes(b"other weights")
+    got, want = (read_text_weights(path, config_of("llama")) for path in (llama, saved))
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_an_adapter_beside_the_weights_is_refused(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has adapter_config\.json, so there is an adapter beside the weights"):
+        read_text_weights(llama, config_of("llama"))
+
+
+def test_a_head_that_should_be_tied_and_is_another_is_refused_by_every_door(llama: Path) -> None:
+    edit_config(llama, tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, but its config\.json says that they are tied"
+    ):
+        read_text_weights(llama, config_of("llama"))
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, but its config\.json says that they are tied"
+    ):
+        open_foreign(llama).read()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "use_bidirectional_attention": {"use_bidirectional_attention": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "is_causal": {"is_causal": False},
+    "rope_type": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}},
+    "quantization_config": {"quantization_config": {"quant_method": "bitsandbytes"}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_import_refuses_init_from_refuses(name: str, llama: Path) -> None:
+    edit_config(llama, **SETTINGS[name])
+    said = []
+    for door in (lambda: open_foreign(llama), lambda: read_text_weights(llama, config_of("llama"))):
+        with pytest.raises(ValueError, match=name) as caught:
+            door()
+        said.append(str(caught.value))
+    assert said[0] == said[1]

@@ -1,0 +1,112 @@
+"""What is made of each key of a language model's ``config.json``: it is followed, its class does not read it, or one value of it can be read.
+
+Keys that nobody has sorted here are let pass only where they cannot matter: they have the value that the class has by default, or occur nowhere
+in the class's own files. ``tests/interop/test_keys.py`` changes every key of every family and compares with what transformers makes of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.config.errors import InputError
+from kempnerforge.interop.names import FAMILIES, SETTINGS
+
+FOLLOWED = frozenset({"max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"})
+"""By every family, besides ``SETTINGS`` and what its entry in ``FAMILIES`` names."""
+
+BOOKKEEPING = frozenset({
+    *("architectures", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label"),
+    *("initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states"),
+    *("pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
+    *("_attn_implementation", "_name_or_path", "attention_dropout", "unk_token_id"),
+})  # fmt: skip
+"""Of a model, of its training or of what it came with; none changes a logit. (``attention_dropout`` acts in training: ``model.dropout`` here.)"""
+
+_OFF = (None, False)
+ONLY: dict[str, tuple[Any, ...]] = {
+    "is_causal": (None, True),
+    "quantization_config": (None,),
+    "transformers_weights": (None,),
+    "use_bidirectional_attention": _OFF,
+}
+"""Keys that every class, or what it is built of, reads -> the values that can be read here."""
+
+OFF: dict[str, tuple[str, ...]] = {
+    "attention_bias": ("llama", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
+    "mlp_bias": ("llama", "smollm3"),
+    "attn_logit_softcapping": ("gemma3_text",),  # its class takes it and does not apply it
+}
+"""Further keys that must be off -> in which families."""
+
+UNREAD: dict[str, frozenset[str]] = {"mistral": frozenset({"layer_types"})}
+"""Keys that a class's files name and that change nothing: here a warning about them."""
+
+
+def followed(family: str) -> frozenset[str]:
+    """Keys that ``[model]`` follows."""
+    entry = FAMILIES[family]
+    windows = ("sliding_window",) if entry.window_pattern else ()
+    return FOLLOWED | set(SETTINGS.values()) | set(entry.settings.values()) | {entry.activation_key, *windows, *entry.also}
+
+
+def allowed(family: str) -> dict[str, tuple[Any, ...]]:
+    """Key -> the values that can be read."""
+    return ONLY | {key: _OFF for key, families in OFF.items() if family in families}
+
+
+def check_keys(family: str, config: dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: naming a key, its value and what is allowed.
+    """
+    only, known = allowed(family), followed(family) | BOOKKEEPING | UNREAD.get(family, frozenset())
+    for key, value in config.items():
+        if key in only and value not in only[key]:
+            what = " or ".join("null" if kept is None else str(kept).lower() for kept in only[key])
+            raise InputError(f"{key} = {_short(value)}: of a {family} only {what} can be read")
+        if key in only or key in known or value is None:
+            continue
+        if value != defaults(family).get(key) and re.search(rf"\b{re.escape(key)}\b", _source(family)):
+            raise InputError(
+                f"{key} = {_short(value)}: the class of a {family} reads it, and it has no place here; leave it out if it is off"
+            )
+
+
+@lru_cache
+def defaults(family: str) -> dict[str, Any]:
+    """All that the class writes of a model nobody has set anything of."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[family]().to_dict()
+
+
+@lru_cache
+def _source(family: str) -> str:
+    """The class's own files."""
+    from transformers import CONFIG_MAPPING
+
+    folder = Path(inspect.getfile(CONFIG_MAPPING[family])).parent
+    return "\n".join(
+        file.read_text(encoding="utf-8") for pattern in ("modeling_*.py", "configuration_*.py") for file in folder.glob(pattern)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def table() -> str:
+    """What is made of the keys of each family's class, in Markdown."""
+    lines = ["| family | followed | one value can be read | not read by its class |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        keys, only = {*defaults(family), *BOOKKEEPING}, allowed(family)
+        values = [f"`{key}` ({' or '.join('null' if v is None else str(v).lower() for v in only[key])})" for key in sorted(only)]
+        kept = [f"`{key}`" for key in sorted(keys & followed(family))]
+        rest = [f"`{key}`" for key in sorted(keys - followed(family) - only.keys())]
+        lines.append(f"| {family} | {', '.join(kept)} | {', '.join(values)} | {', '.join(rest)} |")
+    return "\n".join(lines) + "\n"
