@@ -20,7 +20,7 @@ from torch import Tensor
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
-from kempnerforge.interop.settings import check_facts, complete, hf_facts
+from kempnerforge.interop.settings import check_facts, complete, hf_facts, text_part
 from kempnerforge.model.transformer import Transformer
 
 log = logging.getLogger("kempnerforge")
@@ -46,7 +46,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     """
     path = Path(path)
     config = read_config(path)
-    text = config.get("text_config", config)
+    text = text_part(config)
     try:
         text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)

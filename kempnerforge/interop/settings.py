@@ -37,6 +37,14 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{config['model_type']}: transformers does not take this config; {type(error).__name__}: {said}") from None
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model in a ``config.json``, which may be all of it. PaliGemma says there that its prefix sees both ways: a mask, here."""
+    text = config.get("text_config", config)
+    if config.get("model_type") == "paligemma" and isinstance(text, dict):
+        return {key: value for key, value in text.items() if key != "use_bidirectional_attention"}
+    return text
+
+
 def facts(cfg: ModelConfig) -> dict[str, Any]:
     """What decides how the backbone computes, by key of ``[model]``, with zeros resolved. Vocabulary and head are left to the tensors."""
     resolved: dict[str, Any] = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "ffn_dim": cfg.ffn_width}

@@ -17,7 +17,7 @@ from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.processors import FRAME
-from kempnerforge.interop.settings import complete, hf_config, model_config
+from kempnerforge.interop.settings import complete, hf_config, model_config, text_part
 
 BOOKKEEPING = {"initializer_range", "initializer_factor", "projection_dim", "vocab_size", "vision_use_head", "num_image_tokens"}
 """Keys of a tower's config that do not change what its patches are."""
@@ -166,7 +166,7 @@ def read_parts(config: dict[str, Any], vocab_size: int, norm: tuple[list[float],
     full = complete(config)
     if wrong := [f"{key} = {full.get(key)!r}, not {value!r}" for key, value in wrapper.fixed.items() if full.get(key) != value]:
         raise InputError(f"a {kind} with {'; '.join(wrong)}: cannot be read")
-    text, vision = complete(full["text_config"]), full["vision_config"]
+    text, vision = complete(text_part(full)), full["vision_config"]
     if vision["model_type"] != wrapper.tower_type:
         raise InputError(f"vision_config.model_type = {vision['model_type']!r}: of a {kind} it can be {wrapper.tower_type!r}")
     text["tie_word_embeddings"] = full.get("tie_word_embeddings", text["tie_word_embeddings"])

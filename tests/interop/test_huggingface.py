@@ -286,6 +286,14 @@ def test_a_head_that_should_be_tied_and_is_another_is_refused_by_every_door(llam
         open_foreign(llama).read()
 
 
+def test_the_text_of_a_paligemma_may_see_both_ways(tmp_path: Path) -> None:
+    """Its class sets that itself; which of our positions do is ``vlm.attention_mask``."""
+    save("gemma", tmp_path / "gemma")
+    text = json.loads((tmp_path / "gemma" / "config.json").read_text()) | {"use_bidirectional_attention": True}
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps({"model_type": "paligemma", "text_config": text}))
+    assert read_text_weights(tmp_path / "gemma", config_of("gemma"))
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "use_bidirectional_attention": {"use_bidirectional_attention": True},
     "attention_bias": {"attention_bias": True},
