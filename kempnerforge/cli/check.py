@@ -29,15 +29,20 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.training.plan import plan
 
     found = plan(job)
+    held_out = found.assembly.examined
+    warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ())]
     if args.json:
-        print(json.dumps({"warnings": found.assembly.warnings(), "stages": [_as_json(stage) for stage in found.stages]}))
+        stages = [_as_json(stage) for stage in found.stages]
+        print(json.dumps({"warnings": warnings, "stages": stages, "held_out": held_out.counts() if held_out else None}))
         return 0
     print(to_toml(found.assembly.job))
     tokenizer, layout = found.assembly.tokenizer, found.assembly.layout
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:
         _show(stage)
-    for line in found.assembly.warnings():
+    if held_out:
+        print(held_out.summary())
+    for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
     return 0
 

@@ -28,7 +28,7 @@ CHECK_HELP = """Read every sample of every stage of a config, and what is held o
 
 Decodes each image. Lists all samples that cannot be used in bad_samples.jsonl, and draws index.html, both in run.dir/data-check. The
 recommended limits leave 99.5 percent of the samples whole. Exit code 2 says that more samples are unusable than data.max_bad_fraction
-allows."""
+allows, of those to train on or of those held out."""
 
 FETCH_HELP = """Get the files of a source that is not part of the package, through the system's package client.
 
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("config", help="the TOML file")
     check.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that read (default: one a core)")
     check.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="read only N samples of each source, evenly spread (of a stream the first ones)"
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="read only N samples of each source, drawn by train.seed (of a stream the first ones)",
     )
     check.add_argument("--no-images", action="store_true", help="decode no images, and do not compare them")
     check.add_argument("--out", type=Path, help="directory for index.html and bad_samples.jsonl (default: run.dir/data-check)")
@@ -64,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     task.add_argument("config", type=Path, help="the TOML file, or a run directory")
     task.add_argument("out", type=Path, help="directory to write")
-    task.add_argument("--limit", type=int, default=0, metavar="N", help="write N questions, spread over the split (default: all)")
+    task.add_argument("--limit", type=int, default=0, metavar="N", help="write N questions, drawn by train.seed (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,17 +90,24 @@ def _lm_eval(args: argparse.Namespace) -> int:
     config = args.config / "config.toml" if args.config.is_dir() else args.config
     job = load_config(config, args.overrides)
     from kempnerforge.cli.progress import reporting
-    from kempnerforge.data.sources import build_source
     from kempnerforge.eval.lm_eval_task import TASK, write_task
+    from kempnerforge.training.setup import assemble, evaluated, saved_tokenizer
 
-    source = build_source(job.resolved_stages()[-1].data, "test")
+    tokenizer = saved_tokenizer(args.config) if args.config.is_dir() else None
+    assembly = assemble(job, tokenizer, device="meta", data=tokenizer is None)
+    source, _ = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
     if source is None:
         raise InputError(f"data.eval_path = '': {config} names no held-out data")
     with reporting(sys.stderr) as progress:
-        written = write_task(source, args.out, job.eval, args.limit, progress)
+        written = write_task(source, assembly.encoder(assembly.stages[-1]), args.out, assembly.job.eval, args.limit, progress)
+    for line in written.held_out.remarks():
+        print(f"warning: {visible(line)}", file=sys.stderr)
     for sample, reason in written.left_out[:5]:
         print(f"left out: {visible(sample)}: {visible(reason)}", file=sys.stderr)
-    print(f"{written.path}: task {TASK}, {written.questions:,} questions, {len(written.left_out):,} left out", file=sys.stderr)
+    counts = (
+        f"{written.questions:,} questions, {len(written.left_out):,} left out, {written.too_long:,} with answers too long to be written"
+    )
+    print(f"{written.path}: task {TASK}, {counts}", file=sys.stderr)
     return 0
 
 
@@ -128,12 +139,14 @@ def _check(args: argparse.Namespace) -> int:
     else:
         _show(Console(width=100, highlight=False, markup=False, soft_wrap=True), checked, leaks)
         print(f"page: {page}\nunusable samples: {bad}")
-    return 0 if all(one.usable for one in checked if one.split == "train") else 2
+    return 0 if all(one.usable for one in checked) else 2
 
 
 def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
     for one in checked:
         _show_source(console, one)
+        for line in one.remarks:
+            print(f"warning: {visible(line)}", file=sys.stderr)
     for leak in leaks:
         print(
             f"warning: stages {leak.stages}: {leak.images:,} of the held-out images stand in the training data, byte by byte:",
@@ -160,6 +173,8 @@ def _show_source(console: Console, one: Checked) -> None:
     console.print(f"unusable: {facts['bad']:,}{kinds} ({one.bad_fraction:.2%}, data.max_bad_fraction = {one.max_bad_fraction:.2%})")
     for bad in one.found.bad[:5]:
         console.print(f"  {bad.kind}: {visible(bad.reason)}")
+    if one.held_out is not None:
+        console.print(one.held_out.summary())
     if not len(one.lengths("positions")):
         return
     console.print("text tokens of a sample:")

@@ -7,28 +7,38 @@ import json
 import sys
 from pathlib import Path
 
-from kempnerforge.config.errors import visible
+from kempnerforge.config.errors import InputError, visible
 
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
 
-Takes a checkpoint directory or a run directory (its newest checkpoint). --data.* keys change what it is evaluated on."""
+Takes a checkpoint directory or a run directory (its newest checkpoint). --data.* keys change what it is evaluated on. Beside the scores stand
+the questions that were asked, those that could not be read, and those whose true answer takes more tokens than eval.max_new_tokens.
+--predictions writes each question and its answers, one JSON object a line, from which every number can be counted again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="ask N questions, spread over the split (default: all)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="ask N questions, drawn by train.seed (default: all)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every question and its answers, one JSON object a line")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     from kempnerforge.training.evaluate import evaluate_checkpoint
 
-    values, by_answer = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit)
+    if args.limit < 0:
+        raise InputError(f"--limit {args.limit}: must be at least 0")
+    if args.predictions is not None and args.predictions.is_dir():
+        raise InputError(f"--predictions {args.predictions}: is a directory")
+    found = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit, args.predictions)
+    for line in found.remarks:
+        print(f"warning: {visible(line)}", file=sys.stderr)
     if args.json:
-        print(json.dumps(values | {"by_answer": by_answer}))
+        held_out = found.held_out.counts() if found.held_out else None
+        print(json.dumps(found.values | {"by_answer": found.by_answer, "held_out": held_out}))
         return 0
-    for truth, (right, total) in sorted(by_answer.items(), key=lambda row: -row[1][1]):
+    for truth, (right, total) in sorted(found.by_answer.items(), key=lambda row: -row[1][1]):
         print(f"  {visible(truth):24s} {right:6d} / {total:<6d} {right / total:7.2%}", file=sys.stderr)
-    for key, value in values.items():
+    for key, value in found.values.items():
         print(f"{key:24s} {value:.4f}" if isinstance(value, float) else f"{key:24s} {value}")
     return 0

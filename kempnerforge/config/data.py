@@ -51,7 +51,8 @@ class DataConfig:
             not fill whole batches; "positions" measures every row and sorts by that, with more samples at a time: least padding.
         max_images_per_row: of "pack"; a tile of an image counts as one. Samples with more are skipped. 0: as many as there is room for.
         num_workers: loader processes; 0 loads in the training process.
-        max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run.
+        max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run, and of those held
+            out it keeps the run from starting.
         image_cache_mib: decoded images kept in memory, per process.
         images: what an image becomes: one square or several, and how it is changed in training.
         needs_images: no key, but a fact about the class: its samples make no sense to a job without ``[vlm]``.

@@ -228,9 +228,10 @@ class EvalConfig:
     Attributes:
         interval: steps between evaluations during training; 0 means none.
         at_end: evaluate when training is done.
-        samples: texts that are asked during training, spread over the split; at the end all are. 0 means all here, too.
+        samples: texts that are asked during training, drawn once by ``train.seed``; at the end all are. 0 means all here, too.
         batch_size: texts generated together.
-        max_new_tokens: of one answer.
+        max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside the score: no model can write
+            them whole.
         blind: repeat each evaluation with blank images.
         exact_match: generate an answer to each held-out question and compare it with the truth.
         loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no questions it is always measured.

@@ -19,6 +19,7 @@ from kempnerforge.data.batch import IGNORE
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import ImageError
 from kempnerforge.data.interleave import LABELS
+from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source
 
 UNLIMITED = 2**30
@@ -236,8 +237,8 @@ def _in_pool(reader: Reader, chunks: Sequence[Sequence[int]], workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def spread(source: Source, limit: int) -> list[int]:
-    """``limit`` samples of ``source``, and of each part of a mixture, evenly spread; the first ones of a stream. All of them for 0."""
+def spread(source: Source, limit: int, seed: int) -> list[int]:
+    """``limit`` samples of ``source``, and of each part of a mixture, drawn by ``seed``; the first ones of a stream. All of them for 0."""
     n = len(source)
     if not limit:
         return list(range(n))
@@ -245,7 +246,7 @@ def spread(source: Source, limit: int) -> list[int]:
         return list(range(min(n, limit)))
     part_of = np.fromiter((source.part(index) for index in range(n)), dtype=np.int64, count=n)
     groups = (np.flatnonzero(part_of == part) for part in np.unique(part_of))
-    return sorted(int(group[at * len(group) // min(limit, len(group))]) for group in groups for at in range(min(limit, len(group))))
+    return sorted(int(group[at]) for group in groups for at in drawn(len(group), limit, seed))
 
 
 def is_stream(source: Source) -> bool:

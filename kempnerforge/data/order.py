@@ -97,6 +97,15 @@ class Shuffled(Order):
         return np.random.default_rng((self.seed, 0, epoch)).permutation(self.n)
 
 
+def drawn(n: int, limit: int, seed: int) -> list[int]:
+    """At most ``limit`` of ``n`` numbers, each once, ascending; 0 takes all. They are the first of a seeded permutation: the same at each call,
+    a smaller limit draws a part of what a larger one draws, and no pattern in the source (the second text of each picture) can be met.
+    """
+    if not limit or limit >= n:
+        return list(range(n))
+    return np.sort(Shuffled(n, seed).indices(0, limit)).tolist()
+
+
 class Windowed(Shuffled):
     """For sources that are read from front to back: each epoch in the order of the source, shuffled only inside consecutive windows.
 

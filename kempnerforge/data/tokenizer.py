@@ -39,6 +39,7 @@ class Tokenizer:
         new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they stand in a text.
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
+        unknown_id: of the token that stands for what the tokenizer does not know, if there is one.
         special_names: names of added and special tokens by id.
         fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not part of it: it decides what the
             text is.
@@ -146,6 +147,8 @@ class Tokenizer:
             parts["model"].get("merges"),
             parts["model"]["type"],
         ]
+        unknown = parts["model"].get("unk_token")
+        self.unknown_id: int | None = parts["model"].get("unk_id") if unknown is None else vocab.get(unknown)
         specials = [self.bos_id, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
 

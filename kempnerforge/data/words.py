@@ -114,6 +114,16 @@ class TextEncoder:
             raise InputError(f"an image ends the prompt, and no token behind it could see it: {self._remedy}")
         return Prompt(line.ids, tuple(line.at) or (0,) * num_images)
 
+    def answer_ids(self, text: Text) -> list[int]:
+        """The last answer of ``text`` as it is trained: what has to be generated behind its prompt, without the token that ends it.
+
+        Raises:
+            SampleError: as ``encode``.
+        """
+        line, prompt = self._line(text), self._open(text, check=False)
+        ids = line.ids[len(prompt.ids) :]
+        return ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+
     @property
     def has_turns(self) -> bool:
         """Whether the template can write conversations of several turns."""

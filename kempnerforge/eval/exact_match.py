@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
@@ -16,9 +18,10 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.interleave import Block, Prompt
-from kempnerforge.data.sample import ImageSource, SampleError, Source, Text, render_answer
+from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.eval.mode import mode
+from kempnerforge.eval.questions import Question, Truth, Truths, plain
 
 BLANK = 128
 """The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
@@ -35,132 +38,81 @@ class Ranks(Protocol):
 
     def sum(self, values: Sequence[float]) -> list[float]: ...
 
-
-@dataclass(frozen=True)
-class Images(Sequence[ImageSource]):
-    """The first ``shown`` images of sample ``number``, read again when they are needed: those of a shard are bytes."""
-
-    source: Source = field(compare=False, repr=False)
-    number: int
-    shown: int
-
-    def __len__(self) -> int:
-        return self.shown
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source[self.number].images[: self.shown][index]
-
-    def __iter__(self) -> Iterator[ImageSource]:
-        return iter(self[:])
-
-
-@dataclass(frozen=True)
-class Question:
-    """One answer of a held-out sample, asked for.
-
-    Attributes:
-        prompt: its turn's.
-        truth: the answer.
-        written: the answer as the template writes it; empty: as ``truth``.
-        part: the section of the data that it is from.
-        conversation: all up to the question; None: ``prompt`` is all there is.
-        kind: what is asked, for scores.
-    """
-
-    sample_id: str
-    images: Sequence[ImageSource]
-    prompt: str
-    truth: str
-    written: str = ""
-    part: int = 0
-    conversation: Text | None = None
-    kind: str = ""
-
-    @property
-    def asked(self) -> str | Text:
-        """What ``Encoder.encode_question`` takes."""
-        return self.conversation or self.prompt
-
-    @property
-    def unseen(self) -> tuple[str | Text, int, int]:
-        """What is left of the question when nobody looks: the prompt and its templates, and how many images there are."""
-        return self.asked, self.part, len(self.images)
+    def gather(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question and what the model wrote."""
+    """A question and what the model wrote.
+
+    Attributes:
+        number: of the question among those that were asked.
+        truth: what is right, as the tokenizer writes it.
+        too_long: that takes more tokens than an answer may have.
+    """
 
     question: Question
+    number: int
     text: str
+    truth: Truth
+    too_long: bool
 
     @property
     def right(self) -> bool:
-        return _plain(self.text) == _plain(self.question.written or self.question.truth)
+        return plain(self.text) == self.truth.text
 
 
-@dataclass
+@dataclass(frozen=True)
 class Score:
-    """Counts over all ranks; ``by_truth`` and ``answers`` are this rank's alone.
+    """What was asked, over all ranks; every count is one over the answers.
 
     Attributes:
-        by_truth, by_kind: (right, total) of the questions with this answer, of this kind.
+        asked: all questions, in their order.
+        answers: to those that could be asked, in the same order.
+        unreadable: number of a question -> why it could not be asked.
     """
 
-    right: int
-    total: int
-    by_truth: dict[str, tuple[int, int]] = field(default_factory=dict)
-    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    asked: Sequence[Question]
+    answers: list[Answer]
+    unreadable: dict[int, str]
+
+    @property
+    def total(self) -> int:
+        return len(self.answers)
+
+    @cached_property
+    def right(self) -> int:
+        return sum(answer.right for answer in self.answers)
 
     @property
     def exact_match(self) -> float:
         return self.right / max(1, self.total)
 
+    @property
+    def too_long(self) -> int:
+        """Questions among ``total`` whose true answer cannot be written whole."""
+        return sum(answer.too_long for answer in self.answers)
 
-def _plain(text: str) -> str:
-    return " ".join(text.split())
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(sample id, reason) of the questions that could not be asked."""
+        return [(self.asked[number].sample_id, reason) for number, reason in self.unreadable.items()]
 
+    @cached_property
+    def by_truth(self) -> dict[str, tuple[int, int]]:
+        """(right, total) of the questions with this answer, as the tokenizer writes it."""
+        return self._by(lambda answer: answer.truth.text)
 
-def questions(source: Source, limit: int = 0) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The answers of ``source``, those of a conversation turn by turn, at most ``limit`` (0: all) spread evenly over it; and (sample id,
-    reason) of what cannot be asked: samples that cannot be read, and answers with images in them, which no model here writes.
-    """
-    found: list[Question] = []
-    skipped: list[tuple[str, str]] = []
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-        except SampleError as error:
-            skipped.append((str(index), str(error)))
-            continue
-        section = source.cfg.sections()[sample.part]
-        for text in sample.texts:
-            for turn, (prompt, answer) in enumerate(text.turns):
-                if text.leading is None and section.image_placeholder in answer:
-                    skipped.append((sample.id, "the answer holds images, which cannot be generated"))
-                    continue
-                written = render_answer(section, answer)
-                so_far = _up_to(text, turn)
-                images = Images(source, index, _shown(text, turn, section.image_placeholder, len(sample.images)))
-                found.append(Question(sample.id, images, prompt, answer, written, sample.part, so_far, text.kind))
-    if limit and len(found) > limit:
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found, skipped
+    @cached_property
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """(right, total) of the questions of this kind, where they have one."""
+        return {kind: counts for kind, counts in self._by(lambda answer: answer.question.kind).items() if kind}
 
-
-def _shown(text: Text, turn: int, placeholder: str, images: int) -> int:
-    """Images that the question of ``turn`` has seen: where prompts say it, those up to it."""
-    counts = [prompt.count(placeholder) + answer.count(placeholder) for prompt, answer in text.turns]
-    return sum(counts[: turn + 1]) if text.leading is None and sum(counts) == images else images
-
-
-def _up_to(text: Text, turn: int) -> Text | None:
-    """``text`` up to the question of ``turn``; None: it is a prompt and nothing else."""
-    if not turn:
-        return replace(text, answer="", more=(), kind="") if text.system or text.leading is not None else None
-    return replace(text, more=(*text.more[: turn - 1], (text.more[turn - 1][0], "")), kind="")
+    def _by(self, key: Callable[[Answer], str]) -> dict[str, tuple[int, int]]:
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for answer in self.answers:
+            groups[key(answer)].append(answer.right)
+        return {name: (sum(right), len(right)) for name, right in sorted(groups.items())}
 
 
 def evaluate(
@@ -173,7 +125,7 @@ def evaluate(
     *,
     blind: bool = False,
 ) -> Score:
-    """Generates an answer to every question and compares it with the truth, both with their white space normalised.
+    """Generates an answer to every question and compares it with the truth, both as the tokenizer writes them, white space normalised.
 
     With ``blind`` all views are the same grey, so every distinct prompt is answered once for each number of images (and, where it depends on
     an image's size how many views it has, for each of these). What cannot be read is skipped and counted.
@@ -181,22 +133,35 @@ def evaluate(
     Raises:
         ValueError: nothing can be read.
     """
-    mine = list(asked[ranks.rank :: ranks.size])
-    skipped: list[tuple[str, str]] = []
-    keys = [_key(q, encoder, skipped) if blind else q for q in mine]
-    work = list({key: q for key, q in zip(keys, mine, strict=True) if key is not None}.items())
-    chunks = _chunks(work, encoder, cfg.batch_size)
-    rounds = int(max(_gather(len(chunks), ranks)))
-    texts: dict[Hashable, str] = {}
+    truths, true = Truths(encoder), dict[int, Truth]()
+    keys, reasons = dict[int, Hashable](), dict[int, str]()
+    for number in range(ranks.rank, len(asked), ranks.size):
+        try:
+            true[number] = truths.of(asked[number])
+            keys[number] = _key(asked[number], encoder) if blind else number
+        except InputError as error:
+            reasons[number] = str(error)
+    work = {key: asked[number] for number, key in keys.items()}
+    chunks = _chunks(list(work.items()), encoder, cfg.batch_size)
+    rounds = max(ranks.gather(len(chunks)))
+    texts, failed = dict[Hashable, str](), dict[Hashable, str]()
     with mode(model, training=False):
         for chunk in islice(chain(chunks, repeat([])), rounds):
-            texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, skipped))
-    answers = [Answer(q, texts[key]) for key, q in zip(keys, mine, strict=True) if key in texts]
-    score = _score(answers, ranks, skipped, sorted({q.kind for q in asked if q.kind}))
-    if asked and not score.total:
-        reason = f"; the first: {skipped[0][1]}" if skipped else ""
+            texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, failed))
+    mine = {number: (texts[key], true[number]) for number, key in keys.items() if key in texts}
+    reasons |= {number: failed[key] for number, key in keys.items() if key in failed}
+    answered, unreadable = dict[int, tuple[str, Truth]](), dict[int, str]()
+    for theirs, why in ranks.gather((mine, reasons)):
+        answered |= theirs
+        unreadable |= why
+    answers = [
+        Answer(asked[number], number, text, truth, truth.tokens > cfg.max_new_tokens) for number, (text, truth) in sorted(answered.items())
+    ]
+    unreadable = dict(sorted(unreadable.items()))
+    if asked and not answers:
+        reason = f"; the first: {next(iter(unreadable.values()))}" if unreadable else ""
         raise InputError(f"eval: none of {len(asked)} held-out questions can be read{reason}")
-    return score
+    return Score(asked, answers, unreadable)
 
 
 def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) -> list[list[tuple[Hashable, Question]]]:
@@ -207,33 +172,27 @@ def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) 
     return [group[i : i + size] for group in by_end.values() for i in range(0, len(group), size)]
 
 
-def question_only_prior(train: Sequence[Question], asked: Sequence[Question]) -> float:
+def question_only_prior(train: Sequence[Question], asked: Sequence[Question], encoder: Encoder) -> float:
     """Exact match of the best guess without an image: for each prompt (and number of images) its most frequent answer in training, else
-    that of all prompts.
+    that of all prompts. Answers are told apart as the tokenizer writes them.
     """
+    truths, overall = Truths(encoder), Counter[str]()
     by_prompt: dict[tuple[str | Text, int, int], Counter[str]] = defaultdict(Counter)
     for question in train:
-        by_prompt[question.unseen][_plain(question.truth)] += 1
-    overall = Counter(_plain(question.truth) for question in train)
+        with suppress(SampleError):  # nor is it trained on
+            truth = truths.of(question).text
+            by_prompt[question.unseen][truth] += 1
+            overall[truth] += 1
     if not overall or not asked:
         return 0.0
     guess = {prompt: answers.most_common(1)[0][0] for prompt, answers in by_prompt.items()}
     fallback = overall.most_common(1)[0][0]
-    return sum(guess.get(q.unseen, fallback) == _plain(q.truth) for q in asked) / len(asked)
+    return sum(guess.get(q.unseen, fallback) == truths.of(q).text for q in asked) / len(asked)
 
 
-def _gather(value: float, ranks: Ranks) -> list[float]:
-    """``value`` of every rank, in rank order."""
-    return ranks.sum([value if rank == ranks.rank else 0.0 for rank in range(ranks.size)])
-
-
-def _key(question: Question, encoder: Encoder, skipped: list[tuple[str, str]]) -> Hashable:
-    """What two questions share that cannot be told apart without looking; None: this one cannot be asked."""
-    try:
-        return question.unseen, tuple(encoder.images[question.part].blocks(question.images))
-    except SampleError as error:
-        skipped.append((question.sample_id, str(error)))
-        return None
+def _key(question: Question, encoder: Encoder) -> Hashable:
+    """What two questions share that cannot be told apart without looking."""
+    return question.unseen, tuple(encoder.images[question.part].blocks(question.images))
 
 
 def _answer(
@@ -244,10 +203,10 @@ def _answer(
     ranks: Ranks,
     device: torch.device,
     blind: bool,
-    skipped: list[tuple[str, str]],
+    failed: dict[Hashable, str],
 ) -> dict[Hashable, str]:
-    """By its key, what the model writes to each question of ``chunk`` that can be read. Without any it is asked nothing, about a blank image,
-    as all ranks must call it equally often.
+    """By its key, what the model writes to each question of ``chunk`` that can be read; ``failed`` gets why the others cannot. Without any it is
+    asked nothing, about a blank image, as all ranks must call it equally often.
     """
     size = encoder.layout.image_size
     prompts, keys, places = [], [], []
@@ -257,8 +216,8 @@ def _answer(
             prompt = encoder.encode_question(question.asked, question.images, question.part)
             pairs = zip(question.images, prompt.blocks, strict=True) if size else ()
             places.append([place for image, block in pairs for place in pictures.places(None if blind else image, block, question.part)])
-        except ValueError as error:
-            skipped.append((question.sample_id, str(error)))
+        except InputError as error:
+            failed[key] = str(error)
             continue
         prompts.append(prompt)
         keys.append(key)
@@ -308,16 +267,3 @@ class _Pictures:
             return None
         shape = (0, self.size, self.size, 3)
         return torch.from_numpy(np.stack(self._pixels) if self._pixels else np.zeros(shape, np.uint8)).permute(0, 3, 1, 2)
-
-
-def _score(answers: list[Answer], ranks: Ranks, skipped: list[tuple[str, str]], kinds: list[str]) -> Score:
-    groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    of_kind = {kind: [0, 0] for kind in kinds}
-    for answer in answers:
-        for counts in (groups[answer.question.truth], of_kind.get(answer.question.kind, [0, 0])):
-            counts[0] += answer.right
-            counts[1] += 1
-    totals = [sum(counts[k] for counts in groups.values()) for k in range(2)]
-    right, total, *by_kind = map(int, ranks.sum([*totals, *(count for kind in kinds for count in of_kind[kind])]))
-    pairs = dict(zip(kinds, zip(by_kind[::2], by_kind[1::2], strict=True), strict=True))
-    return Score(right, total, {k: (r, n) for k, (r, n) in sorted(groups.items())}, pairs, answers, skipped)

@@ -14,9 +14,11 @@ from PIL import Image
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import opened
+from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import ImageSource, SampleError, Source
-from kempnerforge.eval.exact_match import Question, questions
+from kempnerforge.eval.questions import HeldOut, Question, Truths, examine
 
 FILES = Path(__file__).with_name("lm_eval")
 TASK, TABLE = "kempnerforge_vqa", "questions.parquet"
@@ -35,69 +37,90 @@ class Written:
     Attributes:
         questions: rows of the table.
         left_out: (sample id, reason) of what cannot be asked.
+        too_long: rows whose answer cannot be written whole in as many tokens as the task allows.
+        held_out: all that could be asked.
     """
 
     path: Path
     questions: int
     left_out: list[tuple[str, str]]
+    too_long: int
+    held_out: HeldOut
 
 
-def write_task(source: Source, out: Path, cfg: EvalConfig, limit: int = 0, progress: Progress | None = None) -> Written:
+def write_task(
+    source: Source, encoder: Encoder, out: Path, cfg: EvalConfig, limit: int = 0, progress: Progress | None = None
+) -> Written:  # fmt: skip
     """Writes the questions that ``evaluate`` asks, with their images, and the task that lm-eval runs on them.
 
     A question is the sample's prompt without a template: the chat template of a model writes the rest. An image is what its file holds, or a
-    PNG of it upright and in RGB where readers could differ.
+    PNG of it upright and in RGB where readers could differ. An answer is right as it is, or as the tokenizer of the job writes it. The task
+    says in its metadata how many questions there are, and how many of them have answers too long for it.
 
     Args:
         source: what is held out.
+        encoder: of the job.
         out: a directory, made if it is not there; files of an earlier task in it are replaced.
         cfg: says how long an answer may be.
-        limit: questions at most, spread over the source; 0: all.
+        limit: questions at most, drawn by the seed of ``encoder``; 0: all.
         progress: told how many questions are done.
 
     Raises:
         ValueError: there is no question that can be asked.
     """
-    asked, left_out = questions(source, limit)
+    held_out = examine(source, encoder, cfg, encoder.seed, pictures=0)
+    asked, left_out = [held_out.questions[at] for at in drawn(len(held_out.questions), limit, encoder.seed)], list(held_out.skipped)
     out.mkdir(parents=True, exist_ok=True)
-    written = _write_table(source, asked, out / TABLE, left_out, progress)
-    if not written:
+    lengths = _write_table(source, asked, Truths(encoder), out / TABLE, left_out, progress)
+    if not lengths:
         (out / TABLE).unlink()
         raise InputError(f"none of {len(asked)} held-out questions can be written{f'; the first: {left_out[0][1]}' if left_out else ''}")
     task = (FILES / f"{TASK}.yaml").read_text(encoding="utf-8")
-    default = f"max_gen_toks: {EvalConfig().max_new_tokens}\n"
-    assert default in task
-    (out / f"{TASK}.yaml").write_text(task.replace(default, f"max_gen_toks: {cfg.max_new_tokens}\n"), encoding="utf-8")
+    too_long = sum(tokens > cfg.max_new_tokens for tokens in lengths)
+    facts = {"questions": len(lengths), "left_out": len(left_out), "too_long": too_long}
+    default, version = f"max_gen_toks: {EvalConfig().max_new_tokens}\n", "  version: 1.0\n"
+    assert default in task and version in task
+    task = task.replace(default, f"max_gen_toks: {cfg.max_new_tokens}\n")
+    task = task.replace(version, version + "".join(f"  {key}: {count}\n" for key, count in facts.items()))
+    (out / f"{TASK}.yaml").write_text(task, encoding="utf-8")
     shutil.copyfile(FILES / "vqa.py", out / "vqa.py")
-    return Written(out, written, left_out)
+    return Written(out, len(lengths), left_out, too_long, held_out)
 
 
 def _write_table(
-    source: Source, asked: Sequence[Question], path: Path, left_out: list[tuple[str, str]], progress: Progress | None
-) -> int:  # fmt: skip
-    """Rows of a parquet file that ``datasets`` opens with its images as such; their number."""
+    source: Source,
+    asked: Sequence[Question],
+    truths: Truths,
+    path: Path,
+    left_out: list[tuple[str, str]],
+    progress: Progress | None,
+) -> list[int]:
+    """Rows of a parquet file that ``datasets`` opens with its images as such; the tokens of their answers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, List, Value
     from datasets import Image as ImageColumn
 
     schema = Features(
-        {"id": Value("string"), "images": List(ImageColumn()), "question": Value("string"), "answer": Value("string")}
+        {"id": Value("string"), "images": List(ImageColumn())}
+        | {key: Value("string") for key in ("question", "answer", "compared")}  # as the tokenizer writes the answer
     ).arrow_schema
-    count, encode = 0, lru_cache(maxsize=64)(encoded)  # the questions of an image follow one another
+    lengths, encode = list[int](), lru_cache(maxsize=64)(encoded)  # the questions of an image follow one another
     with pq.ParquetWriter(path, schema) as file:
         for begin in range(0, len(asked), ROWS):
             rows: list[dict[str, Any]] = []
             for question in asked[begin : begin + ROWS]:
                 try:
-                    rows.append(_row(question, source.cfg.sections()[question.part].image_placeholder, encode))
+                    truth = truths.of(question)
+                    row = _row(question, source.cfg.sections()[question.part].image_placeholder, encode)
+                    rows.append(row | {"compared": truth.text})
+                    lengths.append(truth.tokens)
                 except SampleError as error:
                     left_out.append((question.sample_id, str(error)))
             file.write_table(pa.Table.from_pylist(rows, schema=schema))
-            count += len(rows)
             if progress is not None:
                 progress("writing questions", min(begin + ROWS, len(asked)), len(asked))
-    return count
+    return lengths
 
 
 def _row(question: Question, placeholder: str, encode: Callable[[ImageSource], bytes]) -> dict[str, Any]:

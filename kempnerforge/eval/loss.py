@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,7 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.collate import collate
 from kempnerforge.data.encode import Encoded, Encoder
 from kempnerforge.data.interleave import Layout
+from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.tokenizer import Tokenizer
@@ -22,36 +24,64 @@ MAX_EXPONENT = 700.0
 """Of a double."""
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """A mean over samples, on all ranks.
+
+    Attributes:
+        nats: mean cross-entropy per trained token.
+        samples: that it is of.
+        skipped: (sample, reason) of those that were to be read and cannot be.
+        left_out: texts of the samples that did not fit into their rows.
+    """
+
+    nats: float
+    samples: int
+    skipped: list[tuple[str, str]]
+    left_out: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats, MAX_EXPONENT))
+
+
 @torch.no_grad()
 def held_out_loss(
     model: torch.nn.Module, source: Source, encoder: Encoder, ranks: Ranks, device: torch.device, *, rows: int, limit: int
-) -> float:
+) -> HeldOutLoss:
     """Mean cross-entropy in nats per trained token over ``source``.
 
     Args:
         rows: samples a rank takes at once.
-        limit: samples at most, spread evenly over the source; 0 takes all.
+        limit: samples at most, drawn by the seed of ``encoder``; 0 takes all.
+
+    Raises:
+        ValueError: none can be read.
     """
-    count = min(limit, len(source)) if limit else len(source)
-    indices = [i * len(source) // count for i in range(count)]
+    indices = drawn(len(source), limit, encoder.seed)
     step = rows * ranks.size
-    loss = tokens = 0.0
+    loss, tokens, samples, left_out, skipped = 0.0, 0, 0, 0, list[tuple[str, str]]()
     with mode(model, training=False):
-        for start in range(0, count, step):
+        for start in range(0, len(indices), step):
             encoded = []
             for index in indices[start : start + step][ranks.rank :: ranks.size]:
                 try:
                     encoded.append(encoder.encode(source[index], seed=index))
-                except SampleError:
-                    continue
+                except SampleError as error:
+                    skipped.append((str(index), str(error)))
             fill = [] if encoded else [_any_sample(source, encoder)]  # every rank calls the model equally often
             batch = collate(encoded or fill, encoder.tokenizer.pad_id, None).to(device)
             batch_loss = float(model(batch).loss)
             if encoded:
                 loss += batch_loss
                 tokens += batch.num_targets
-    loss, tokens = ranks.sum([loss, tokens])
-    return loss / max(1.0, tokens)
+                samples += len(encoded)
+                left_out += sum(one.left_out for one in encoded)
+    loss, tokens, samples, left_out = ranks.sum([loss, tokens, samples, left_out])
+    skipped = [sample for theirs in ranks.gather(skipped) for sample in theirs]
+    if not samples:
+        raise InputError(f"eval: none of {len(indices)} held-out samples can be read{f'; the first: {skipped[0][1]}' if skipped else ''}")
+    return HeldOutLoss(loss / max(1.0, tokens), int(samples), skipped, int(left_out))
 
 
 class PlainText:
@@ -60,29 +90,29 @@ class PlainText:
     Args:
         path: of the text, UTF-8.
         window: tokens read together.
+        seed: of the windows that are drawn where not all are read.
 
     Raises:
         ValueError: it cannot be read.
     """
 
-    def __init__(self, path: str, window: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: str, window: int, tokenizer: Tokenizer, seed: int = 0) -> None:
         try:
             source = build_source(TextConfig(path=path), "train")
         except ValueError as error:
             raise InputError(str(error).replace("data.path", "eval.text_path")) from None
         assert source is not None
         self.windows = source.tokenised(tokenizer, window)
-        self._encoder = Encoder(tokenizer, self.windows.cfg, Layout(0, 0, window, window, window), 0)
+        self._encoder = Encoder(tokenizer, self.windows.cfg, Layout(0, 0, window, window, window), seed)
         self._rows = max(1, TOKENS_AT_ONCE // window)
 
-    def perplexity(self, model: torch.nn.Module, ranks: Ranks, device: torch.device, limit: int) -> float:
-        """``exp`` of the mean cross-entropy of a token.
+    def measure(self, model: torch.nn.Module, ranks: Ranks, device: torch.device, limit: int) -> HeldOutLoss:
+        """The loss of a token, whose ``perplexity`` is that of the text.
 
         Args:
-            limit: windows at most, spread evenly over the text; 0 takes all.
+            limit: windows at most, drawn from all over the text; 0 takes all.
         """
-        loss = held_out_loss(model, self.windows, self._encoder, ranks, device, rows=self._rows, limit=limit)
-        return math.exp(min(loss, MAX_EXPONENT))
+        return held_out_loss(model, self.windows, self._encoder, ranks, device, rows=self._rows, limit=limit)
 
 
 def _any_sample(source: Source, encoder: Encoder) -> Encoded:

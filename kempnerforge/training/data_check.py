@@ -14,8 +14,10 @@ import numpy as np
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.check import Found, Reader, is_stream, read_all, shared_images, spread
 from kempnerforge.data.check_facts import Batching, Limits, batching_modes, distribution, limits, recommended
+from kempnerforge.data.encode import Encoder
 from kempnerforge.data.files import write_text
 from kempnerforge.data.sample import Source
+from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.training.inspection import source_names
 from kempnerforge.training.setup import Assembly, assemble
 
@@ -47,6 +49,7 @@ class Checked:
         total: samples that there are.
         now: the limits of the job; ``advice``: those that are recommended.
         modes: what each batching mode would make of it.
+        held_out: its questions and answers, if it is held out.
     """
 
     name: str
@@ -59,6 +62,12 @@ class Checked:
     modes: list[Batching]
     batching: str
     max_bad_fraction: float
+    held_out: HeldOut | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What keeps a score on it from being what it seems."""
+        return self.held_out.remarks() if self.held_out is not None else []
 
     @property
     def bad_fraction(self) -> float:
@@ -66,8 +75,10 @@ class Checked:
 
     @property
     def usable(self) -> bool:
-        """Whether training would go through."""
-        return self.bad_fraction <= self.max_bad_fraction and not any(bad.kind == "crash" for bad in self.found.bad)
+        """Whether training would go through. A question may be asked that is too long to be trained on."""
+        counted = [bad for bad in self.found.bad if self.held_out is None or bad.kind != "length"]
+        most = self.max_bad_fraction * len(self.found.indices)
+        return len(counted) <= most and not any(bad.kind == "crash" for bad in counted)
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -99,6 +110,7 @@ class Checked:
             "recommended": asdict(self.advice),
             "batching": self.batching,
             "modes": [asdict(mode) for mode in self.modes],
+            **({"held_out": self.held_out.counts(), "remarks": self.remarks} if self.held_out is not None else {}),
         }
 
 
@@ -121,7 +133,7 @@ def check_data(
     """Reads the data of all stages, and what is held out.
 
     Args:
-        limit: samples of each source, evenly spread, or the first ones of a stream; 0 reads all.
+        limit: samples of each source, drawn by ``train.seed``, or the first ones of a stream; 0 reads all.
         begin: told the name of each source and how many samples are read; returns what is told of progress.
 
     Raises:
@@ -158,7 +170,8 @@ def _check(
     images: bool,
     begin: Callable[[str, int], Callable[[int], object]],
 ) -> Checked:
-    encoder, layout, indices = assembly.encoder(stage), assembly.layouts[stage.index], spread(source, limit)
+    encoder, layout, job = assembly.encoder(stage), assembly.layouts[stage.index], assembly.job
+    indices = spread(source, limit, job.train.seed)
     found = read_all(Reader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
     return Checked(
         name=name,
@@ -171,7 +184,15 @@ def _check(
         modes=batching_modes(found, source, layout, stage.train, stage.data.max_images_per_row) if source.split == "train" else [],
         batching=stage.data.batching,
         max_bad_fraction=stage.data.max_bad_fraction,
+        held_out=_examined(source, encoder, job, found) if name == HELD_OUT else None,
     )
+
+
+def _examined(source: Source, encoder: Encoder, job: JobConfig, found: Found) -> HeldOut:
+    """The questions of what was read, without what would end an evaluation, too."""
+    crashed = {bad.index for bad in found.bad if bad.kind == "crash"}
+    chosen = [index for index in found.indices.tolist() if index not in crashed]
+    return examine(source, encoder, job.eval, job.train.seed, chosen=chosen, pictures=0)
 
 
 def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:

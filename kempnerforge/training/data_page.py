@@ -43,8 +43,15 @@ def _section(one: Checked) -> str:
         ("Texts", f"{totals['texts']:,}", f"{totals['text_tokens']:,} tokens, {totals['trained']:,} trained", ""),
         ("Images", f"{totals['images']:,}", f"{totals['views']:,} views; {one.found.distinct_images:,} of different content", ""),
     ]
+    if one.held_out is not None:
+        known = one.held_out
+        more = (
+            f"{known.too_long:,} with answers of more than eval.max_new_tokens = {known.max_new_tokens} tokens; the longest {known.longest}"
+        )
+        cards.append(("Questions", f"{len(known.questions):,}", more, "bad" if known.too_long else ""))
     title = "held out" if one.name == HELD_OUT else f"stage {one.name}"
     body = [f"<section><h2>{text(title)}</h2>", tiles(cards), _charts(one)]
+    body += [f'<p class="note">{text(line)}</p>' for line in one.remarks]
     if len(one.parts) > 1:
         rows = [(part.name, *(f"{n:,}" for n in (part.samples, part.bad, *part.totals.values()))) for part in one.parts]
         body += ["<h2>Sources</h2>", table(("source", "samples", "unusable", *(n.replace("_", " ") for n in one.parts[0].totals)), rows)]

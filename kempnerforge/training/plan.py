@@ -53,6 +53,7 @@ def plan(job: JobConfig) -> Plan:
         ValueError: something does not fit; as training would say.
     """
     assembly = assemble(job, device="meta")
+    assembly.check_held_out()
     _check_patterns(assembly)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
@@ -124,6 +125,7 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
 def dry_run(job: JobConfig) -> list[str]:
     """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
     assembly = assemble(job)
+    assembly.check_held_out()
     _check_patterns(assembly)
     lines = [f"warning: {line}" for line in assembly.warnings()]
     for stage in assembly.stages:

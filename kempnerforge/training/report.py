@@ -26,6 +26,7 @@ class Example:
     Attributes:
         image: (H, W, 3) uint8, RGB.
         prompt, truth, answer: the question, the expected and the generated answer.
+        right: whether the two are the same as the tokenizer writes them.
         blind_answer: the answer with the image blanked; None where that was not asked.
     """
 
@@ -33,15 +34,18 @@ class Example:
     prompt: str
     truth: str
     answer: str
+    right: bool
     blind_answer: str | None = None
-
-    @property
-    def right(self) -> bool:
-        return self.answer.split() == self.truth.split()
 
 
 def write_report(
-    run_dir: Path, *, config_toml: str, stages: Sequence[tuple[str, int, int]], examples: Sequence[Example], summary: Mapping[str, object]
+    run_dir: Path,
+    *,
+    config_toml: str,
+    stages: Sequence[tuple[str, int, int]],
+    examples: Sequence[Example],
+    summary: Mapping[str, object],
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and what is given; an old report is replaced in one move.
 
@@ -51,7 +55,9 @@ def write_report(
         summary: facts of the whole run, each optional. ``name``, ``arch``, ``device`` (text); ``parameters``, ``trainable_parameters``,
             ``steps``, ``train_s``, ``questions`` (how many were asked at the end); ``exact_match``, ``exact_match_blind``,
             ``question_only_prior`` (shares); ``loss`` (held out); ``tokens_per_s``, ``images_per_s``; ``by_answer``: answer -> (right, total). What is missing
-            comes from the metrics or is left out; other plain values appear in the header under their own name.
+            comes from the metrics or is left out; other plain values appear in the header under their own name. ``unreadable`` and ``too_long``
+            (beside ``questions``), ``loss_samples`` and ``loss_unreadable`` are said beside their score.
+        remarks: what has to be known beside the scores.
 
     Returns:
         The path of the report.
@@ -62,6 +68,7 @@ def write_report(
     sections = [
         _header(name, facts, stages),
         _tiles(facts),
+        "".join(f'<p class="note">{text(line)}</p>' for line in remarks),
         _charts(metrics, facts, stages),
         _answers(facts.by_answer),
         _examples(examples),
@@ -112,6 +119,7 @@ def _tiles(facts: Facts) -> str:
         if total:
             low, high = wilson_interval(seen * total, total)
             more = f"{round(seen * total):,} of {total:,} right; 95\u00a0% interval {100 * low:.1f} to {format_percent(high)}"
+            more += facts.beside("unreadable", "could not be asked") + facts.beside("too_long", "cannot be written in eval.max_new_tokens")
         cards.append(("Exact match", _percent(seen), more, "lead"))
     if blind is not None:
         more = "image blanked" + (f"; {base[1]}: {format_percent(base[0])}" if base else ": the same questions")
@@ -121,7 +129,10 @@ def _tiles(facts: Facts) -> str:
         cards.append(("What the image adds", points, "difference of the two", ""))
     loss = facts.result("loss")
     if loss is not None:
-        cards.append(("Held-out loss", f"{loss:.4g}", f"nats a token; perplexity {format_number(math.exp(min(loss, 700.0)))}", "lead"))
+        said = facts.beside("loss_samples", "samples") + facts.beside("loss_unreadable", "could not be read")
+        cards.append(
+            ("Held-out loss", f"{loss:.4g}", f"nats a token; perplexity {format_number(math.exp(min(loss, 700.0)))}{said}", "lead")
+        )
     tokens, images, seconds = facts.rate("tokens_per_s"), facts.rate("images_per_s"), facts.number("train_s")
     if tokens is not None:
         more = "useful tokens, padding not counted" + (f"; {format_number(images)} images/s" if images else "")

@@ -52,7 +52,10 @@ class Facts:
     """The summary, with the metrics' last word where it is silent."""
 
     HEADER = ("name", "arch", "parameters", "trainable_parameters", "steps", "train_s", "device")
-    TILES = ("questions", "exact_match", "exact_match_blind", "question_only_prior", "loss", "tokens_per_s", "images_per_s", "by_answer")
+    TILES = (
+        "questions", "unreadable", "too_long", "exact_match", "exact_match_blind", "question_only_prior", "loss", "loss_samples",
+        "loss_unreadable", "tokens_per_s", "images_per_s", "by_answer",
+    )  # fmt: skip
 
     def __init__(self, summary: Mapping[str, object], metrics: Metrics) -> None:
         self.summary, self.metrics = summary, metrics
@@ -86,6 +89,11 @@ class Facts:
             return None
         asked = self.number("questions")
         return int(asked) if asked else sum(total for _, total in self.by_answer.values()) or None
+
+    def beside(self, key: str, words: str) -> str:
+        """A count of the summary as it stands beside a score; empty where there is none."""
+        count = self.number(key)
+        return f"; {count:,.0f} {words}" if count is not None else ""
 
     def baseline(self) -> tuple[float, str] | None:
         """What an answer without looking reaches: the given prior, or always saying the most frequent answer."""

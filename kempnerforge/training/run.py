@@ -75,6 +75,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
     begun = (run_dir / "checkpoints").is_dir()  # otherwise the data may have been mended since, and the tokenizer is of the old ones
     tokenizer = saved_tokenizer(run_dir) if begun else None
     assembly = assemble(job, tokenizer)
+    assembly.check_held_out()
     if world.is_main:
         for line in assembly.warnings():
             LOG.warning("%s", line)

@@ -20,6 +20,7 @@ from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.loss import PlainText
+from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
 from kempnerforge.training.freeze import remarks_on_lora
@@ -62,6 +63,17 @@ class Assembly:
         """What is allowed but may not be meant, of the config and of the names of the model's parameters."""
         names = [name for name, _ in self.model.named_parameters()]
         return [*self.job.warnings(), *remarks_on_lora(self.stages, self.job, names)]
+
+    @cached_property
+    def examined(self) -> HeldOut | None:
+        """What is held out, read as far as it can be without pixels; None where there is nothing."""
+        last, job = self.stages[-1], self.job
+        return examine(self.held_out, self.encoder(last), job.eval, job.train.seed) if self.held_out is not None else None
+
+    def check_held_out(self) -> None:
+        """Raises InputError if this job evaluates on held-out data of which more than ``data.max_bad_fraction`` cannot be read, or all."""
+        if (self.job.eval.interval or self.job.eval.at_end) and self.examined is not None:
+            self.examined.require(self.stages[-1].data.max_bad_fraction)
 
     def encoder(self, stage: Stage) -> Encoder:
         return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed)
@@ -117,7 +129,7 @@ def assemble(
 
 def evaluated(job: JobConfig, last: Stage, tokenizer: Tokenizer) -> tuple[Source | None, PlainText | None]:
     """What there is to evaluate on: the held-out data of the ``last`` stage, and plain text."""
-    plain_text = PlainText(job.eval.text_path, job.eval.text_window, tokenizer) if job.eval.text_path else None
+    plain_text = PlainText(job.eval.text_path, job.eval.text_window, tokenizer, job.train.seed) if job.eval.text_path else None
     return build_source(last.data, "test", tokenizer, last.train.seq_len), plain_text
 
 

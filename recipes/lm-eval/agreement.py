@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from kempnerforge.eval.exact_match import evaluate, questions
+from kempnerforge.eval.exact_match import evaluate
 from kempnerforge.training.evaluate import OneProcess
 from kempnerforge.training.restore import restore
 
@@ -19,10 +19,9 @@ from kempnerforge.training.restore import restore
 def main(run: str, samples: str) -> int:
     restored = restore(Path(run), ["--train.mixed_precision=fp32"], data=True)
     assembly = restored.assembly
-    assert assembly.held_out is not None
+    assert assembly.examined is not None
     logged = [json.loads(line) for line in Path(samples).read_text(encoding="utf-8").splitlines()]
-    asked, _ = questions(assembly.held_out)
-    asked = [asked[one["doc_id"]] for one in logged]
+    asked = [assembly.examined.questions[one["doc_id"]] for one in logged]
     assert [question.sample_id for question in asked] == [one["doc"]["id"] for one in logged], "the questions of another run"
     ours = evaluate(assembly.model, asked, assembly.encoder(assembly.stages[-1]), assembly.job.eval, OneProcess(), restored.device)
     same = 0

@@ -46,14 +46,15 @@ def test_check_says_what_is_there(tmp_path: Path) -> None:
 
 
 def test_check_as_text(tmp_path: Path) -> None:
-    ended = call("data", "check", make_job(tmp_path), "--out", tmp_path / "seen", "--limit", 4)
+    ended = call("data", "check", make_job(tmp_path), "--out", tmp_path / "seen", "--limit", 12)
     assert ended.code == 0 and (tmp_path / "seen" / "index.html").exists() and not (tmp_path / "run").exists()
     assert (
-        "== train: 4 of 16 samples read" in ended.out
+        "== train: 12 of 16 samples read" in ended.out
+        and "held out: 8 samples, 8 questions; of 8 samples 0 cannot be read" in ended.out
         and "group (the job's)" in ended.out
         and "recommended: vlm.max_text_len = 64" in ended.out
     )
-    assert "warning: stages train: " in ended.err and "train.jsonl:1 and test.jsonl:1" in ended.err
+    assert "warning: stages train: " in ended.err and re.search(r"train.jsonl:\d+ and test.jsonl:\d", ended.err)
 
 
 def test_check_lists_what_cannot_be_used(tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ class Mixture(ListSource):
 
 @given(st.integers(1, 300), st.integers(0, 400))
 def test_spread_takes_as_many_as_asked_from_all_over(n: int, limit: int) -> None:
-    chosen = spread(ListSource([None] * n), limit)
+    chosen = spread(ListSource([None] * n), limit, 0)
     assert chosen == sorted(set(chosen)) and len(chosen) == (min(n, limit) or n) and set(chosen) <= set(range(n))
-    assert chosen[0] == 0 and n - chosen[-1] <= -(-n // len(chosen))
+    assert chosen == spread(ListSource([None] * n), limit, 0)
     source = Mixture([None] * n)
-    counts = np.bincount([source.part(index) for index in spread(source, limit)], minlength=2)
+    counts = np.bincount([source.part(index) for index in spread(source, limit, 0)], minlength=2)
     whole = np.bincount([source.part(index) for index in range(n)], minlength=2)
     assert (counts == np.minimum(whole, limit or n)).all()
 
@@ -209,7 +209,7 @@ def test_longer_packs_are_tried_until_they_are_full(make_encoder: Callable[..., 
 
 def test_a_part_of_a_source_stands_for_it(make_encoder: Callable[..., Encoder], pictures: list[Sample]) -> None:
     source, encoder = ListSource(pictures * 3), make_encoder(max_text_len=90, seq_len=96)
-    found = read_all(Reader(source, encoder, False), spread(source, 20), 1)
+    found = read_all(Reader(source, encoder, False), spread(source, 20, 0), 1)
     assert len(found.indices) == 20
     modes = batching_modes(found, source, encoder.layout, TrainConfig(batch_size=4, seq_len=96), 0)
     assert all(0 < mode.useful <= 1 for mode in modes)

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from kempnerforge.data.encode import Encoder, Layout
 from kempnerforge.data.sample import Sample, SampleError, Source, Text
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop
-from kempnerforge.eval.exact_match import Question, evaluate, questions
-from kempnerforge.eval.loss import held_out_loss
+from kempnerforge.eval.exact_match import Score, evaluate
+from kempnerforge.eval.loss import HeldOutLoss, held_out_loss
+from kempnerforge.eval.questions import Question, questions
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import Output
 
@@ -44,6 +45,9 @@ class Alone:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class ListSource(Source):
@@ -128,16 +132,14 @@ LEVELS = [10, 200, None, 20, 30, None, 240]
 
 
 def two_ranks(out: str) -> None:
-    """Scores and losses over two ranks; rank 0 writes them."""
+    """Scores and losses over two ranks; each writes what it knows."""
     code = 0
     try:
         world = start(DistributedConfig(timeout_s=60))
         model = Scripted(shade, lambda labels: labels.double())
-        score = evaluate(model, asked_of(held_out(LEVELS)), ENCODER, EvalConfig(batch_size=1, max_new_tokens=4), world, DEVICE)
-        calls = world.sum([len(model.asked) if world.rank == rank else 0 for rank in range(2)])
-        loss = held_out_loss(model, ListSource(held_out(LEVELS)), ENCODER, world, DEVICE, rows=1, limit=0)
-        mine = [answer.question.sample_id for answer in score.answers]
-        torch.save((score.right, score.total, calls, loss, mine), f"{out}/{world.rank}.pt")
+        score, loss = both(model, world)
+        calls = world.gather(len(model.asked))
+        torch.save((calls, facts(score, loss)), f"{out}/{world.rank}.pt")
         stop()
     except BaseException:
         traceback.print_exc()
@@ -146,5 +148,29 @@ def two_ranks(out: str) -> None:
     os._exit(code)
 
 
-def written(path: Path) -> tuple[int, int, list[float], float, list[str]]:
+def both(model: Scripted, ranks: Any) -> tuple[Score, HeldOutLoss]:
+    """The score and the loss of ``LEVELS``; the model says "red" where it is dark, also where that is wrong."""
+    samples = [
+        sample if k != 4 else replace(sample, texts=(Text("what colour?", "blue", kind="odd"),))
+        for k, sample in enumerate(held_out(LEVELS))
+    ]
+    source = ListSource(samples)
+    score = evaluate(model, questions(source)[0], ENCODER, EvalConfig(batch_size=1, max_new_tokens=4), ranks, DEVICE)
+    return score, held_out_loss(model, source, ENCODER, ranks, DEVICE, rows=1, limit=0)
+
+
+def facts(score: Score, loss: HeldOutLoss) -> dict[str, Any]:
+    """All that is said of both, as plain values."""
+    return {
+        "counts": [score.right, score.total, score.too_long],
+        "by_truth": score.by_truth,
+        "by_kind": score.by_kind,
+        "answers": [(a.number, a.question.sample_id, a.text, a.right) for a in score.answers],
+        "unreadable": score.skipped,
+        "loss": [loss.nats, loss.samples],
+        "loss skipped": sorted(loss.skipped),
+    }
+
+
+def written(path: Path) -> tuple[list[int], dict[str, Any]]:
     return torch.load(path, weights_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from kempnerforge.config import DataConfig, EvalConfig
@@ -19,19 +20,21 @@ from kempnerforge.data.encode import Encoder
 from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
-from kempnerforge.eval.exact_match import BLANK, Answer, Question, evaluate, question_only_prior, questions
+from kempnerforge.eval.exact_match import BLANK, Answer, evaluate, question_only_prior
+from kempnerforge.eval.questions import Question, Truth, questions
 from tests.dist import run_ranks
 from tests.eval.scripted import (
     BROKEN,
     DEVICE,
     ENCODER,
-    LEVELS,
     TEXT_ENCODER,
     TOKENIZER,
     Alone,
     ListSource,
     Scripted,
     asked_of,
+    both,
+    facts,
     grey,
     held_out,
     shade,
@@ -128,7 +131,7 @@ def test_blind_tells_numbers_of_images_apart() -> None:
 
 def test_the_prior_tells_numbers_of_images_apart() -> None:
     known = [Question("s", (BROKEN,) * count, "q", str(count)) for count in (0, 1, 1, 2)]
-    assert question_only_prior(known, known) == 1
+    assert question_only_prior(known, known, TEXT_ENCODER) == 1
 
 
 def test_answers_with_images_are_not_asked_for() -> None:
@@ -145,9 +148,15 @@ def test_a_job_without_images_asks_about_words_alone() -> None:
 
 
 def test_white_space_does_not_count() -> None:
-    assert Answer(question("", " dark\nred "), "dark  red").right
-    assert not Answer(question("", "dark red"), "darkred").right
-    assert not Answer(question("", "Red"), "red").right
+    def right(truth: str, said: str) -> bool:
+        return Answer(question("", truth), 0, said, Truth(truth, 1, False), False).right
+
+    assert right("dark red", " dark\n  red ")
+    assert not right("dark red", "darkred")
+    assert not right("Red", "red")
+    asked = [question("one", " dark\nred "), question("two", "dark red")]
+    score = evaluate(Scripted(lambda prompt, level: "dark  red"), asked, TEXT_ENCODER, replace(CFG, max_new_tokens=30), Alone(), DEVICE)
+    assert score.by_truth == {"dark red": (2, 2)}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -174,19 +183,27 @@ def test_questions() -> None:
     assert skipped == [("1", "row 1 is broken")]
 
 
-@pytest.mark.parametrize(
-    ("limit", "want"), [(0, range(10)), (99, range(10)), (10, range(10)), (5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (1, [0])]
-)
-def test_a_limit_spreads_over_the_split(limit: int, want: list[int]) -> None:
-    samples = [Sample(str(k), (), (Text("p", "x"),)) for k in range(10)]
-    assert [int(q.sample_id) for q in questions(ListSource(samples), limit)[0]] == list(want)
+@given(st.integers(1, 300), st.integers(0, 400), st.integers(0, 5))
+def test_a_subset_asks_each_question_once_and_always_the_same(n: int, limit: int, seed: int) -> None:
+    source = ListSource([Sample(str(k), (), (Text("p", "x"),)) for k in range(n)])
+    drawn, again = ([int(q.sample_id) for q in questions(source, limit, seed)[0]] for _ in range(2))
+    assert drawn == again == sorted(set(drawn)) and len(drawn) == (min(n, limit) or n)
+    assert set(drawn) <= {int(q.sample_id) for q in questions(source, limit + 1 if limit else 0, seed)[0]}
+
+
+@pytest.mark.parametrize("texts", [2, 3, 4, 8])
+def test_a_subset_does_not_meet_the_same_text_of_each_picture(texts: int) -> None:
+    """As many texts as the subset leaves out: every n-th question would be the first of its picture."""
+    samples = [Sample(str(k), (), tuple(Text(str(number), "x") for number in range(texts))) for k in range(100)]
+    counts = [sum(int(q.prompt) == number for q in questions(ListSource(samples), 100)[0]) for number in range(texts)]
+    assert sum(counts) == 100 and all(abs(count - 100 / texts) < 20 for count in counts), counts
 
 
 def test_the_prior_of_questions_alone() -> None:
     train = [question("a", "1"), question("a", "1"), question("a", "2"), question("b", "2"), question("b", "2"), question("b", " 2")]
     asked = [question("a", "1"), question("a", "2"), question("b", "2"), question("never seen", "2"), question("never seen", "1")]
-    assert question_only_prior(train, asked) == 3 / 5
-    assert question_only_prior(train, []) == question_only_prior([], asked) == 0
+    assert question_only_prior(train, asked, TEXT_ENCODER) == 3 / 5
+    assert question_only_prior(train, [], TEXT_ENCODER) == question_only_prior([], asked, TEXT_ENCODER) == 0
 
 
 def test_a_real_model() -> None:
@@ -271,16 +288,17 @@ KINDS = [("red", "reading"), ("blue", "counting"), ("red", "counting"), ("blue",
 
 @pytest.mark.dist
 def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
-    """All are asked once, ranks call the model equally often, and both know the total, whoever has the unreadable ones."""
+    """All are asked once, ranks call the model equally often, and both know all that one process would: each answer, by answer and by kind, and
+    what could not be read, whoever had it.
+    """
     results = run_ranks("tests.eval.scripted:two_ranks", 2, tmp_path, timeout=60)
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
     one, two = written(tmp_path / "0.pt"), written(tmp_path / "1.pt")
-    assert one[:2] == two[:2] == (5, 5)
-    assert one[2] == [4, 4]
-    assert one[4] == ["s0", "s4", "s6"] and two[4] == ["s1", "s3"]
-    readable = [s for s, level in zip(held_out(LEVELS), LEVELS, strict=True) if level is not None]
-    labels = torch.cat([torch.tensor(ENCODER.encode(s, 0).table[1]) for s in readable])
-    assert one[3] == two[3] == pytest.approx(labels[labels >= 0].double().mean().item())
+    assert one[0] == two[0] == [4, 4]
+    alone = facts(*both(Scripted(shade, lambda labels: labels.double()), Alone()))
+    assert alone["counts"] == [4, 5, 0] and alone["by_kind"] == {"odd": (0, 1)}
+    assert alone["by_truth"] == {"blue": (2, 3), "red": (2, 2)} and [name for name, _ in alone["unreadable"]] == ["s2", "s5"]
+    assert one[1] == two[1] == alone
 
 
 def test_a_turn_is_asked_with_the_images_it_has_seen() -> None:

@@ -22,11 +22,12 @@ from PIL import Image
 from kempnerforge.config import DataConfig, EvalConfig
 from kempnerforge.data.images import opened
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.eval.exact_match import Answer, Question, evaluate, questions
+from kempnerforge.eval.exact_match import Answer, evaluate
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
+from kempnerforge.eval.questions import Question, Truth, questions
 from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import evaluated
-from tests.eval.scripted import BROKEN, Alone, ListSource, grey
+from tests.eval.scripted import BROKEN, ENCODER, Alone, ListSource, grey
 from tests.training.tiny import call, rows_of, write_config, write_rows
 
 CFG = EvalConfig()
@@ -71,7 +72,7 @@ def test_images_are_the_same_to_every_reader(tmp_path: Path) -> None:
     plain = [tmp_path / "file.png", saved(noise("RGB"), "JPEG"), saved(noise("L"), "PNG"), saved(noise("RGB"), "WEBP", lossless=True)]
     others = [saved(noise("RGB"), "JPEG", exif=turned), saved(noise("RGBA"), "PNG"), saved(noise("LA"), "PNG"), saved(deep, "PNG")]
     images = [*plain, *others]
-    write_task(ListSource([Sample("a", tuple(images), (Text("what?", "noise"),))]), tmp_path / "out", CFG)
+    write_task(ListSource([Sample("a", tuple(images), (Text("what?", "noise"),))]), ENCODER, tmp_path / "out", CFG)
     (row,) = read(tmp_path / "out")
     for source, found in zip(images, row["images"], strict=True):
         with opened(source) as picture:
@@ -106,7 +107,7 @@ def test_questions_are_those_of_evaluate_without_the_template(tmp_path: Path) ->
         Sample("broken", (BROKEN,), (Text("what?", "red"),)),
         None,
     ]
-    written = write_task(Placed(samples), tmp_path, CFG)
+    written = write_task(Placed(samples), ENCODER, tmp_path, CFG)
     rows = read(tmp_path)
     assert [(row["id"], row["question"], row["answer"], len(row["images"])) for row in rows] == [
         ("front", "<image>what?", "red.", 1),
@@ -125,16 +126,16 @@ def test_questions_are_those_of_evaluate_without_the_template(tmp_path: Path) ->
 
 def test_limit_spreads_as_it_does_in_evaluation(tmp_path: Path) -> None:
     source = ListSource([Sample(f"s{k}", (grey(k),), (Text("what?", "red"),)) for k in range(10)])
-    assert write_task(source, tmp_path, CFG, limit=4).questions == 4
+    assert write_task(source, ENCODER, tmp_path, CFG, limit=4).questions == 4
     want = [question.sample_id for question in questions(source, 4)[0]]
     assert [row["id"] for row in read(tmp_path)] == want
     with pytest.raises(ValueError, match="none of 1 held-out questions can be written; the first: image 8 bytes: not an image"):
-        write_task(ListSource([Sample("s", (BROKEN,), (Text("what?", "red"),))]), tmp_path / "none", CFG)
+        write_task(ListSource([Sample("s", (BROKEN,), (Text("what?", "red"),))]), ENCODER, tmp_path / "none", CFG)
     assert list((tmp_path / "none").iterdir()) == []
 
 
 def test_the_task_is_whole(tmp_path: Path) -> None:
-    write_task(ListSource([Sample("s", (grey(1),), (Text("what?", "red"),))]), tmp_path, EvalConfig(max_new_tokens=40))
+    write_task(ListSource([Sample("s", (grey(1),), (Text("what?", "red"),))]), ENCODER, tmp_path, EvalConfig(max_new_tokens=40))
     named: list[str] = []
     loader = type("Loader", (yaml.SafeLoader,), {})
     loader.add_constructor("!function", lambda loader, node: named.append(node.value))  # type: ignore[attr-defined]
@@ -151,8 +152,8 @@ WORDS = st.text("ab .\t\n\u00a0\u2003", max_size=6)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(WORDS, WORDS)
 def test_an_answer_is_right_to_both_or_to_none(truth: str, said: str) -> None:
-    right = Answer(Question("s", (), "what?", truth), said).right
-    assert functions().score({"answer": truth}, [said]) == {"exact_match": float(right)}
+    right = Answer(Question("s", (), "what?", truth), 0, said, Truth(" ".join(truth.split()), 1, False), False).right
+    assert functions().score({"answer": truth, "compared": truth}, [said]) == {"exact_match": float(right)}
 
 
 # ---- what others make of it -----------------------------------------------------------------------------------------

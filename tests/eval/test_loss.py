@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.eval.loss import PlainText, held_out_loss
+from kempnerforge.eval.loss import HeldOutLoss, PlainText, held_out_loss
 from tests.eval.scripted import DEVICE, TEXT_ENCODER, Alone, ListSource, Scripted, shade
 from tests.vlm.tiny import NO_IMAGE, ONE, THREE, all_logits, tiny
 
@@ -21,20 +22,37 @@ SAMPLES = [
 
 
 def mean_of(samples: list[Sample | None], **settings: int) -> float:
-    return held_out_loss(
-        Scripted(shade, lambda labels: labels.double()), ListSource(samples), TEXT_ENCODER, Alone(), DEVICE, **{"limit": 0, **settings}
-    )
+    return loss_of(samples, **settings).nats
+
+
+def loss_of(samples: list[Sample | None], **settings: int) -> HeldOutLoss:
+    model = Scripted(shade, lambda labels: labels.double())
+    return held_out_loss(model, ListSource(samples), TEXT_ENCODER, Alone(), DEVICE, **{"limit": 0, **settings})
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 10])
 def test_the_mean_over_trained_tokens(rows: int) -> None:
     """Each label is its own loss here; a sample that cannot be used is left out, also when it is a batch of its own."""
-    assert mean_of(SAMPLES, rows=rows) == pytest.approx((10 + 20 + 40 + 1 + 2 + 3 + 4) / 7)
+    loss = loss_of(SAMPLES, rows=rows)
+    assert loss.nats == pytest.approx((10 + 20 + 40 + 1 + 2 + 3 + 4) / 7)
+    assert loss.samples == 3 and loss.skipped == [("1", "row 1 is broken")] and loss.left_out == 0
 
 
-@pytest.mark.parametrize(("limit", "want"), [(1, 15.0), (2, (10 + 20 + 40) / 3), (4, 80 / 7), (9, 80 / 7)])
-def test_a_limit_spreads_over_the_source(limit: int, want: float) -> None:
-    assert mean_of(SAMPLES, rows=2, limit=limit) == pytest.approx(want)
+@pytest.mark.parametrize("limit", [1, 7, 39, 40, 99])
+def test_a_limit_takes_samples_once_by_the_seed(limit: int) -> None:
+    samples: list[Sample | None] = [Sample(str(k), (), (Text("", (3, k)),)) for k in range(40)]
+    loss = loss_of(samples, rows=4, limit=limit)
+    taken = drawn(40, limit, TEXT_ENCODER.seed)
+    assert loss.samples == len(set(taken)) == min(limit, 40)
+    assert loss.nats == pytest.approx(sum(taken) / len(taken)) and loss.nats == mean_of(samples, rows=4, limit=limit)
+
+
+def test_texts_that_do_not_fit_are_counted() -> None:
+    """32 tokens fit into a row: of three texts of twelve, two."""
+    answers = [" ".join("red" for _ in range(count)) for count in (3, 4, 5)]
+    lengths = [TEXT_ENCODER.texts[0].encode(Text("what colour?", answer)).table.shape[1] for answer in answers]
+    assert max(lengths) <= 32 < sum(lengths)
+    assert loss_of([Sample("s", (), tuple(Text("what colour?", answer) for answer in answers))], rows=1).left_out > 0
 
 
 def test_nothing_readable_is_an_error() -> None:
@@ -53,7 +71,7 @@ def test_of_a_real_model_by_hand() -> None:
         total -= all_logits(it.model, batch)[kept].log_softmax(-1).gather(-1, batch.labels[kept][:, None]).sum().item()
         count += int(kept.sum())
     got = held_out_loss(it.model, ListSource(samples), it.encoder, Alone(), DEVICE, rows=2, limit=0)
-    assert got == pytest.approx(total / count, rel=1e-5)
+    assert got.nats == pytest.approx(total / count, rel=1e-5)
     assert it.model.training
 
 
@@ -74,5 +92,9 @@ def test_perplexity_of_plain_text_by_hand(arch: str | None, tmp_path: Path) -> N
         losses += [-scores[at, token].item() for at, token in enumerate(window[1:])]
     assert len(losses) == len(ids) - 1
     text = PlainText(str(path), 8, tokenizer)
-    assert text.perplexity(it.model, Alone(), DEVICE, 0) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
-    assert text.perplexity(it.model, Alone(), DEVICE, 1) == pytest.approx(math.exp(sum(losses[:8]) / 8), rel=1e-4)
+    assert text.measure(it.model, Alone(), DEVICE, 0).perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    (begin,) = (8 * at for at in drawn(-(-len(losses) // 8), 1, 0))
+    part = text.measure(it.model, Alone(), DEVICE, 1)
+    assert part.samples == 1 and part.perplexity == pytest.approx(
+        math.exp(sum(losses[begin : begin + 8]) / len(losses[begin : begin + 8])), rel=1e-4
+    )

@@ -24,6 +24,8 @@ TRAIN_KEYS = {
     "train/stage", "train/skipped_steps", "data/samples", "data/bad_samples", "data/texts_left_out",
 }  # fmt: skip
 
+EVAL_KEYS = {"step", "eval/exact_match", "eval/exact_match_blind", "eval/questions", "eval/unreadable", "eval/too_long"}
+
 
 @dataclass
 class Line:
@@ -45,7 +47,7 @@ def test_lines_of_metrics_their_keys_and_when_they_come(tmp_path: Path):
     assert ended.code == 0, ended
     rows = metrics(tmp_path / "run", timing=True)
     for row in rows:
-        assert set(row) in (TRAIN_KEYS, {"step", "eval/exact_match", "eval/exact_match_blind", "eval/questions"})
+        assert set(row) in (TRAIN_KEYS, EVAL_KEYS)
     assert lines_of(tmp_path / "run") == Line(train=[4, 8, 10], evaluation=[3, 6, 9, 10])
     assert [row["eval/questions"] for row in rows if "eval/questions" in row] == [3, 3, 3, 8]  # all of them at the end
     train = [row for row in rows if "train/loss" in row]
@@ -104,11 +106,13 @@ def test_summary_and_report(tmp_path: Path):
     last = [row for row in metrics(run, timing=True) if "train/loss" in row][-1]
     assert summary["arch"] == "joint_decoder" and summary["steps"] == 6 and summary["world_size"] == 1
     assert summary["train_s"] == pytest.approx(last["train/elapsed_s"]) and summary["samples"] == 24
-    assert summary["questions"] == 7  # the spoiled one cannot be asked
+    assert (summary["questions"], summary["unreadable"], summary["too_long"]) == (7, 1, 0)  # the spoiled one cannot be asked
     # of the questions about the left side most answers in training are one colour, of the right side likewise
     assert 0 < summary["question_only_prior"] < 1
     page = (run / "report.html").read_text()
-    assert page.count("data:image/") >= 7 and "what is on the left?" in page and "max_text_len = 48" in page
+    assert (
+        page.count("data:image/") >= 7 and "what is on the left?" in page and "max_text_len = 48" in page and "1 could not be asked" in page
+    )
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from kempnerforge.config import to_toml
 from kempnerforge.data.images import load_image
+from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import SampleError
 from kempnerforge.eval.exact_match import Answer, Score
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.training.trainer import Hook, Trainer
+
+LOG = logging.getLogger("kempnerforge")
 
 EXAMPLES = 24
 """Test images in the report."""
@@ -26,7 +30,7 @@ class Report(Hook):
     def finish(self, trainer: Trainer) -> None:
         if not trainer.done or not trainer.world.is_main:
             return
-        job, values = trainer.job, self.evaluation.values
+        job, final = trainer.job, self.evaluation.final
         summary: dict[str, object] = {
             "arch": job.vlm.arch if job.vlm is not None else "text_only",
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -35,29 +39,33 @@ class Report(Hook):
             "samples": trainer.samples_seen,
             "bad_samples": trainer.samples_bad,
             "world_size": trainer.world.size,
-            **{key.removeprefix("eval/"): value for key, value in values.items()},
+            **{key.removeprefix("eval/"): value for key, value in final.values.items()},
         }
         if self.evaluation.prior is not None:
             summary["question_only_prior"] = self.evaluation.prior
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        seeing, blind = self.evaluation.seeing, self.evaluation.blind
-        write_report(
+        seeing = final.seeing
+        path = write_report(
             self.run_dir,
             config_toml=to_toml(job),
             stages=[(stage.name, stage.start, stage.end) for stage in trainer.stages],
-            examples=examples(seeing, blind, trainer.assembly.layout.image_size) if seeing is not None else [],
+            examples=examples(seeing, final.blind, trainer.assembly.layout.image_size) if seeing is not None else [],
             summary=summary | ({"by_answer": seeing.by_truth} if seeing is not None else {}),
+            remarks=self.evaluation.remarks,
         )
+        LOG.info("report: %s", path)
 
 
 def examples(seeing: Score, blind: Score | None, image_size: int) -> list[Example]:
-    """``EXAMPLES`` answers spread over the split, wrong ones for up to a third of them: a page of right answers teaches little."""
-    wrong = [a for a in seeing.answers if not a.right][: EXAMPLES // 3]
-    right = [a for a in seeing.answers if a.right]
-    count = min(len(right), EXAMPLES - len(wrong))
-    chosen = [right[i * len(right) // count] for i in range(count)] + wrong
+    """``EXAMPLES`` answers, drawn from all, wrong ones for up to a third of them: a page of right answers teaches little."""
+    wrong = _some([a for a in seeing.answers if not a.right], EXAMPLES // 3)
+    chosen = _some([a for a in seeing.answers if a.right], EXAMPLES - len(wrong)) + wrong
     blind_text = {a.question: a.text for a in blind.answers} if blind is not None else {}
     return [example for a in chosen if (example := _example(a, blind_text.get(a.question), image_size)) is not None]
+
+
+def _some(answers: list[Answer], count: int) -> list[Answer]:
+    return [answers[at] for at in drawn(len(answers), count, 0)]
 
 
 def _example(answer: Answer, blind: str | None, image_size: int) -> Example | None:
@@ -67,4 +75,4 @@ def _example(answer: Answer, blind: str | None, image_size: int) -> Example | No
         image = load_image(answer.question.images[0], image_size)
     except SampleError:
         return None  # counted by the evaluation
-    return Example(image, answer.question.prompt, answer.question.truth, answer.text, blind)
+    return Example(image, answer.question.prompt, answer.question.truth, answer.text, answer.right, blind)
