@@ -28,7 +28,9 @@ from kempnerforge.data.probe.combinations import WORDS
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.probe import Probe, ProbeConfig
 from kempnerforge.eval.codecs import decode_points, encode_points
-from kempnerforge.eval.exact_match import Question, question_only_prior
+from kempnerforge.eval.exact_match import question_only_prior
+from kempnerforge.eval.questions import Question
+from tests.eval.scripted import TEXT_ENCODER
 
 EOS = "<eos>"
 ASKED = [name for name in SKILLS if name != "description"]
@@ -349,8 +351,8 @@ def test_blind_guessing_is_at_chance(skill: str) -> None:
         [Question("", (), text.prompt, str(text.answer)) for index in range(len(source)) for text in source.texts(index)]
         for source in (train, same, heldout)
     ]
-    assert question_only_prior(questions[0], questions[1]) <= CHANCE[skill] + 0.03
-    assert question_only_prior(questions[0], questions[2]) <= CHANCE[skill] + 0.03
+    assert question_only_prior(questions[0], questions[1], TEXT_ENCODER) <= CHANCE[skill] + 0.03
+    assert question_only_prior(questions[0], questions[2], TEXT_ENCODER) <= CHANCE[skill] + 0.03
 
 
 @pytest.mark.parametrize(("skill", "words"), [("relation", "is the"), ("binding", "is there"), ("comparison", "do all")])
