@@ -52,7 +52,7 @@ def _path(section: Any) -> str:
 
 
 def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
-    """The latest value of each evaluation metric up to ``step``, from the run around the checkpoint, if it still is in one."""
+    """What the last evaluation up to ``step`` measured, from the run around the checkpoint, if it still is in one."""
     file = checkpoint.resolve().parent.parent / "metrics.jsonl"
     found: dict[str, float] = {}
     if checkpoint.resolve().parent.name != "checkpoints" or not file.is_file():
@@ -63,5 +63,5 @@ def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
         except ValueError:  # a line that was cut off when a run was killed
             continue
         if isinstance(row, dict) and isinstance(at := row.get("step", 0), int) and at <= step:
-            found |= {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)}
+            found = {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)} or found
     return found

@@ -60,6 +60,8 @@ class Facts:
     def __init__(self, summary: Mapping[str, object], metrics: Metrics) -> None:
         self.summary, self.metrics = summary, metrics
         groups = summary.get("by_answer")
+        evaluations = [row for row in metrics.rows.values() if any(key.startswith("eval/") for key in row)]
+        self._last = {key: value for key, value in (evaluations or [{}])[-1].items() if math.isfinite(value)}
         self.by_answer: dict[str, tuple[int, int]] = {}
         if isinstance(groups, Mapping):
             self.by_answer = {str(answer): (int(right), int(total)) for answer, (right, total) in groups.items() if int(total) > 0}
@@ -74,9 +76,9 @@ class Facts:
         return None
 
     def result(self, key: str) -> float | None:
-        """A result on held-out data: the summary's, else the last one that was measured."""
+        """A result on held-out data, or a count beside it: the summary's, else that of the last evaluation."""
         value = self.number(key)
-        return value if value is not None else next(iter(reversed(self.metrics.values(f"eval/{key}"))), None)
+        return value if value is not None else self._last.get(f"eval/{key}")
 
     def rate(self, key: str) -> float | None:
         """A throughput: the summary's, else the median over the run."""
@@ -84,15 +86,13 @@ class Facts:
         return value if value is not None else median(seen) if seen else None
 
     def questions(self) -> int | None:
-        """How many were asked for the accuracy of the summary; a value out of the metrics may rest on a part of them."""
-        if self.number("exact_match") is None:
-            return None
-        asked = self.number("questions")
+        """How many were asked for the accuracy."""
+        asked = self.result("questions")
         return int(asked) if asked else sum(total for _, total in self.by_answer.values()) or None
 
     def beside(self, key: str, words: str) -> str:
-        """A count of the summary as it stands beside a score; empty where there is none."""
-        count = self.number(key)
+        """A count as it stands beside a score; empty where there is none."""
+        count = self.result(key)
         return f"; {count:,.0f} {words}" if count is not None else ""
 
     def baseline(self) -> tuple[float, str] | None:

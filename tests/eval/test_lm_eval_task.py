@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kempnerforge.config import DataConfig, EvalConfig
+from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import opened
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.eval.exact_match import Answer, evaluate
@@ -27,7 +28,8 @@ from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, questions
 from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import evaluated
-from tests.eval.scripted import BROKEN, ENCODER, Alone, ListSource, grey
+from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, Alone, ListSource, grey
+from tests.eval.test_questions import lower_case
 from tests.training.tiny import call, rows_of, write_config, write_rows
 
 CFG = EvalConfig()
@@ -144,6 +146,27 @@ def test_the_task_is_whole(tmp_path: Path) -> None:
     assert [callable(getattr(functions(tmp_path), name.removeprefix("vqa."))) for name in named] == [True, True]
     columns = datasets.Dataset.from_parquet(str(tmp_path / TABLE)).features.keys()
     assert {task["doc_to_image"], task["doc_to_text"], task["doc_to_target"]} <= columns
+
+
+def test_answers_are_compared_as_the_tokenizer_writes_them_and_long_ones_are_counted(tmp_path: Path) -> None:
+    """An export can say no more than its tokenizer writes; another model may say the answer as it is."""
+    encoder = Encoder(lower_case(), DataConfig(), TEXT_ENCODER.layout, seed=0)
+    samples = [Sample(truth, (), (Text("what?", truth),)) for truth in ("Red", "BLUE  sea", "dark red . a b")]
+    written = write_task(ListSource(samples), encoder, tmp_path, EvalConfig(max_new_tokens=4))
+    rows = read(tmp_path)
+    assert [(row["answer"], row["compared"]) for row in rows] == [
+        ("Red", "red"),
+        ("BLUE  sea", "blue sea"),
+        ("dark red . a b", "dark red . a b"),
+    ]
+    score = functions(tmp_path).score
+    for row in rows:
+        for said in (row["answer"], row["compared"]):
+            assert score(row, [f" {said}\n"]) == {"exact_match": 1}
+        assert score(row, ["RED"]) == {"exact_match": 0}
+    assert (written.questions, written.too_long) == (3, 1)
+    task = (tmp_path / f"{TASK}.yaml").read_text()
+    assert "  questions: 3\n  left_out: 0\n  too_long: 1\n" in task and "max_gen_toks: 4\n" in task
 
 
 WORDS = st.text("ab .\t\n\u00a0\u2003", max_size=6)

@@ -187,3 +187,16 @@ def test_wilson_interval_matches_its_defining_equation() -> None:
         for bound in wilson_interval(right, total):
             # the bounds p solve (right/total - p)^2 = z^2 p (1 - p) / total
             assert (right / total - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / total, abs=1e-12)
+
+
+def test_a_score_out_of_the_metrics_has_its_counts_beside_it(tmp_path: Path) -> None:
+    """Of the last evaluation alone: what an earlier one counted says nothing of it."""
+    row = {"eval/exact_match": 0.5, "eval/questions": 40, "eval/unreadable": 3, "eval/too_long": 2}
+    write_metrics(tmp_path, [{"step": 1, **row, "eval/loss": 2.0, "eval/loss_samples": 9}, {"step": 2, **row, "eval/questions": 20}])
+    html = report(tmp_path, summary={})
+    assert "10 of 20 right" in html and "3 could not be asked; 2 cannot be written" in html and "9 samples" not in html
+
+
+def test_remarks_stand_under_the_scores_as_text(tmp_path: Path) -> None:
+    write_metrics(tmp_path, [{"step": 1, "eval/exact_match": 0.5}])
+    assert '<p class="note">1 of 2 &lt;b&gt;</p>' in report(tmp_path, summary={}, remarks=["1 of 2 <b>"])
