@@ -41,7 +41,7 @@ class ModelConfig:
         head_dim: 0 means ``dim / n_heads``; otherwise free of ``dim``.
         ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up to 32 for the gated ones.
         activation: "swiglu", "geglu" (Shazeer 2020; tanh GELU) or "gelu" (not gated).
-        vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, a smaller one is an error.
+        vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, unless there are ``new_tokens``; a smaller one is an error.
         new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a module of their own,
             ``transformer.new_tokens``, so that they can train while the rest of the embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.

@@ -85,7 +85,7 @@ def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], le
     world.barrier()
     found = find(run_dir / "checkpoints")
     if found is None:
-        initialise(job, assembly.model)
+        initialise(job, assembly.model, assembly.tokenizer)
     else:
         _check_same_data(assembly, found[1], run_dir, allow)
     hooks, checkpoints = default_hooks(assembly, run_dir, leaving)

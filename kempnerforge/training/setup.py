@@ -24,6 +24,7 @@ from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
 from kempnerforge.training.freeze import remarks_on_lora
+from kempnerforge.training.vocabulary import rows_by_token, tokenizer_beside, vocab_size
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 
@@ -115,7 +116,7 @@ def assemble(
     job = replace(job, model=replace(job.model, new_tokens=_new_tokens(job, tokenizer, sections)))
     if job.model.new_tokens:
         tokenizer.add_tokens(job.model.new_tokens)
-    job = replace(job, model=replace(job.model, vocab_size=_vocab_size(job, tokenizer)))
+    job = replace(job, model=replace(job.model, vocab_size=vocab_size(job.model.vocab_size, bool(job.model.new_tokens), tokenizer)))
     model = build_model(job, device)
     if model.has_images:
         for section in sections:
@@ -174,18 +175,6 @@ def resolve_tokenizer(cfg: DataConfig, sources: Iterable[Source]) -> Tokenizer:
     return Tokenizer.from_pretrained(cfg.tokenizer)
 
 
-def _vocab_size(job: JobConfig, tokenizer: Tokenizer) -> int:
-    """Entries of the embedding, without the new tokens: these have one of their own."""
-    asked, there = job.model.vocab_size, tokenizer.base_vocab_size
-    if asked and asked < there:
-        raise InputError(f"model.vocab_size = {asked}: the tokenizer has {there} tokens; use at least as many, or 0 to follow it")
-    if asked > there and job.model.new_tokens:
-        raise InputError(
-            f"model.vocab_size = {asked}: model.new_tokens follow the tokenizer's {there} tokens without a gap; use 0 or {there}"
-        )
-    return asked or there
-
-
 def _inherited_tokenizer(job: JobConfig) -> Tokenizer | None:
     """That of the run whose weights this one begins with, or that which belongs to the model, unless the config names another."""
     if job.data.tokenizer != "train":
@@ -198,8 +187,11 @@ def _inherited_tokenizer(job: JobConfig) -> Tokenizer | None:
     return found or (Tokenizer.from_pretrained(named) if named else None)
 
 
-def initialise(job: JobConfig, model: VLM) -> None:
+def initialise(job: JobConfig, model: VLM, tokenizer: Tokenizer | None = None) -> None:
     """The weights that a fresh run begins with, beyond random ones. Call it before the model is sharded, on all ranks.
+
+    Args:
+        tokenizer: of the model: rows of embedding and head are taken token by token.
 
     Raises:
         ValueError: ``run.init_from`` cannot be used, or its names are not those of the model up to ``run.init_allow``.
@@ -207,6 +199,8 @@ def initialise(job: JobConfig, model: VLM) -> None:
     with fitting_magnitudes(model):
         if job.run.init_from:
             weights = read_weights(job.run.init_from, job.model)
+            if tokenizer is not None:
+                weights = rows_by_token(weights, model, tokenizer, tokenizer_beside(Path(job.run.init_from)))
             allowed = lambda name: any(fnmatchcase(name, pattern) for pattern in job.run.init_allow)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             other_shape = {name for name in shapes.keys() & weights.keys() if shapes[name] != weights[name].shape}
