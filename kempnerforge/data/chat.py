@@ -3,18 +3,24 @@
 The template is rendered (in the sandbox of transformers) with a marker in place of each message. Between the markers lies what the template
 itself writes; a message never passes through it, so nothing in a message can be taken for the template's writing. The rendering is split at
 the markers, and the same split serves all conversations of as many turns.
+
+An answer is trained behind what it is asked with. Where a template writes earlier answers otherwise than the last one (Qwen3 puts an empty think
+block in front of the last), one row cannot hold that for all turns, and each is trained in a row of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.template import EOS_PIECE, Piece, Template
 from kempnerforge.data.tokenizer import Tokenizer
 
+PROBED = 3
+"""Turns of the conversations that tell whether a template writes all answers alike; longer ones are compared when they come."""
+LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 PAD = "\u2003"
 """White space around a marker: a template that trims messages takes it away."""
 MARKER = re.compile(f"({PAD}?)\ue000([0-9]+)\ue001({PAD}?)")
@@ -52,6 +58,7 @@ class ChatTemplate(Template):
 
     Attributes:
         listed: the template takes a message as a list of parts.
+        extra: what stands before an answer beyond what the template writes when it asks for one; neither is trained.
 
     Raises:
         ValueError: there is no chat template, or it is one that cannot be used.
@@ -80,10 +87,15 @@ class ChatTemplate(Template):
                 self._opening = self._find_opening()
             except ValueError:
                 raise error from None
+        self._literals = _literals(self._source)
+        self.by_turn = self._differs(PROBED)
         skeleton = self._skeleton(1, bool(system))
         last = next(k for k, part in enumerate(skeleton) if isinstance(part, Slot) and part.field == "answer")
         self.end = next((part.text.strip() for part in skeleton[last + 1 :] if isinstance(part, Piece) and part.trained), "")
         self.own = "\0".join(part.text for part in skeleton if isinstance(part, Piece))
+        asked = "".join(self._asked(_fields(1, bool(system))[:-1])[0])
+        before = "".join(part.text for part in skeleton[:last] if isinstance(part, Piece) and not part.trained)
+        self.extra = before.removeprefix(asked) if before.startswith(asked) else ""
 
     @property
     def _blame(self) -> str:
@@ -93,25 +105,65 @@ class ChatTemplate(Template):
         messages = {("system", 0): system}
         for turn, (prompt, answer) in enumerate(text.turns):
             messages |= {("prompt", turn): prompt, ("answer", turn): answer}
-        found = []
-        for part in self._skeleton(len(text.turns), bool(system)):
+        last, found = len(text.turns) - 1, []
+        for part in self._skeleton(last + 1, bool(system)):
             if isinstance(part, Piece):
                 found.append(part)
-            else:
-                found.append(Piece(part.fill(messages[part.field, part.turn]), part.field == "answer", part.field))
+                continue
+            trained = part.field == "answer" and (part.turn == last or not self.by_turn)
+            found.append(Piece(self._written(part, messages, last + 1, trained), trained, part.field))
         return found
+
+    def _written(self, slot: Slot, messages: dict[tuple[str, int], str], turns: int, trained: bool) -> str:
+        """A message as the template writes it. One that holds words of the template may be taken apart by it ("</think>"): it is rendered.
+
+        Raises:
+            ValueError: the template changes what is around it, or an answer that is trained.
+        """
+        plain = slot.fill(message := messages[slot.field, slot.turn])
+        word = next((word for word in self._literals if word in message), None)
+        if word is None:
+            return plain
+        fields = _fields(turns, bool(messages["system", 0]))
+        number = fields.index((slot.field, slot.turn))
+        left, right = (PAD * (not trims) for trims in slot.trims)
+        before, _, behind = self._render(fields, generate=False).partition(f"{left}{_marker(number)}{right}")
+        made = self._render(fields, generate=False, given={number: message})
+        inside = made[len(before) : len(made) - len(behind)]
+        if made != before + inside + behind or (trained and inside != plain):
+            raise InputError(f"{self._blame} for an answer with {word!r} in it, which it takes apart")
+        return inside
 
     def _skeleton(self, turns: int, system: bool) -> list[Piece | Slot]:
         key = turns, system
         if key not in self._skeletons:
-            self._skeletons[key] = list(self._take_apart(turns, system))
-        return self._skeletons[key]
+            self._skeletons[key] = [*self._take_apart(turns, system)]
+            if not self.by_turn and self._differs(turns, system):
+                raise InputError(f"{self._blame}: of {turns} turns it writes earlier ones otherwise than it asks for them")
+        if not self.by_turn:
+            return self._skeletons[key]
+        answer = max(k for k, part in enumerate(self._skeletons[key]) if isinstance(part, Slot) and part.field == "answer")
+        whole = self._skeletons[key]
+        opened = answer - 1 if answer and isinstance(before := whole[answer - 1], Piece) and before.trained else answer
+        return [part._replace(trained=False) if isinstance(part, Piece) else part for part in whole[:opened]] + whole[opened:]
+
+    def _differs(self, turns: int, system: bool = False) -> bool:
+        """Whether some answer of a conversation of so many turns does not stand behind what it is asked with."""
+        try:
+            skeletons = [[*self._take_apart(count, system)] for count in range(1, turns + 1)]
+        except ValueError:
+            return turns > 1 and self._differs(turns - 1, system)
+        return any(_before(skeletons[-1], k) != _before(skeletons[k], k) for k in range(turns - 1))
 
     def _take_apart(self, turns: int, system: bool) -> Iterator[Piece | Slot]:
-        fields = [("system", 0)] * system + [(field, turn) for turn in range(turns) for field in ("prompt", "answer")]
+        fields = _fields(turns, system)
         own, slots = self._split(self._render(fields, generate=False), fields)
         answers = [k for k, slot in enumerate(slots) if slot.field == "answer"]
         end = self._end_of(own[-1]) if answers and answers[-1] == len(slots) - 1 else ""
+        asked, before = self._asked(fields[:-1])
+        alike = (own[:-2], slots[:-1]) == (asked[:-1], before) and own[-2].startswith(asked[-1])
+        if end and not alike and self._render(fields[:-1], generate=True) != self._render(fields[:-1], generate=False):
+            own, slots = [*asked, own[-1]], [*before, slots[-1]]  # it asks otherwise than it writes an answer that is there
         for k, written in enumerate(own):
             if k and slots[k - 1].field == "answer":
                 ended = self._end_of(written)
@@ -126,6 +178,10 @@ class ChatTemplate(Template):
                 yield Piece(opening, True)
             if k < len(slots):
                 yield slots[k]
+
+    def _asked(self, fields: list[tuple[str, int]]) -> tuple[list[str], list[Slot]]:
+        """The template's own writing and the messages, up to the answer that it asks for."""
+        return self._split(self._render(fields, generate=True), fields)
 
     def _end_of(self, written: str) -> str:
         """The special token that ``written`` begins with, and white space in front of it; or nothing."""
@@ -157,9 +213,10 @@ class ChatTemplate(Template):
             raise InputError(f"{self._blame}: it alters messages or their order")
         return parts[0::4], [slot for slot in slots if slot is not None]
 
-    def _render(self, fields: list[tuple[str, int]], generate: bool) -> str:
+    def _render(self, fields: list[tuple[str, int]], generate: bool, given: Mapping[int, str] | None = None) -> str:
+        """The conversation with a marker for each message, but for those that are ``given``, by number."""
         roles = {"system": "system", "prompt": "user", "answer": "assistant"}
-        contents: list[Any] = [f"{PAD}\ue000{k}\ue001{PAD}" for k in range(len(fields))]
+        contents: list[Any] = [(given or {}).get(k, f"{PAD}{_marker(k)}{PAD}") for k in range(len(fields))]
         if self.listed:
             contents = [[{"type": "text", "text": content}] for content in contents]
         messages = [{"role": roles[field], "content": content} for (field, _), content in zip(fields, contents, strict=True)]
@@ -173,3 +230,31 @@ class ChatTemplate(Template):
             with_system = " with a system prompt" if fields[0][0] == "system" else ""
             raise InputError(f"{self._blame}{with_system}: {str(error).strip() or type(error).__name__}") from None
         return rendered[0]
+
+
+def _fields(turns: int, system: bool) -> list[tuple[str, int]]:
+    """The messages of a conversation: what each is, and of which turn."""
+    return [("system", 0)] * system + [(field, turn) for turn in range(turns) for field in ("prompt", "answer")]
+
+
+def _marker(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def _before(skeleton: list[Piece | Slot], turn: int) -> list[str | Slot]:
+    """All that stands before the answer of ``turn``, neighbours joined."""
+    found: list[str | Slot] = [""]
+    for part in skeleton:
+        if isinstance(part, Slot):
+            if (part.field, part.turn) == ("answer", turn):
+                break
+            found += [part, ""]
+        else:
+            found[-1] = str(found[-1]) + part.text
+    return found
+
+
+def _literals(source: str) -> list[str]:
+    """The strings that a template knows, but for white space and names of roles."""
+    found = {(one or other).replace("\\n", "\n").strip() for one, other in LITERAL.findall(source)}
+    return sorted(word for word in found if len(word) > 2 and not word.isalnum())

@@ -40,7 +40,7 @@ B rows, S positions, N images, M placements, T trained positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -116,6 +116,7 @@ class Encoder:
         views = self.images[sample.part]
         images = self._images_of(sample)
         try:
+            sample = self._as_asked(sample)
             words, shared, blocks = self._plan(sample, images)
             words, left_out = self._fit(words, sample.texts, shared, blocks, seed)
             pixels: list[np.ndarray] = []
@@ -135,6 +136,7 @@ class Encoder:
             far as that shows without pixels.
         """
         try:
+            sample = self._as_asked(sample)
             words, shared, blocks = self._plan(sample, self._images_of(sample))
             fitting, left_out = self._fit(words, sample.texts, shared, blocks, 0)
         except SampleError:
@@ -175,6 +177,12 @@ class Encoder:
     def end_id(self, part: int = 0) -> int:
         """As ``TextEncoder.end_id``."""
         return self.texts[part].end_id
+
+    def _as_asked(self, sample: Sample) -> Sample:
+        texts = self.texts[sample.part]
+        if not texts.template.by_turn:
+            return sample
+        return replace(sample, texts=tuple(part for text in sample.texts for part in texts.as_asked(text)))
 
     def _images_of(self, sample: Sample) -> tuple[ImageSource, ...]:
         return sample.images if self.layout.image_size else ()

@@ -46,6 +46,8 @@ class Template(ABC):
         end: name of the token that ends an answer; empty means EOS.
         own: the template's own writing, to tell which names occur in it.
         turns: whether it can write more than one.
+        by_turn: it writes earlier answers otherwise than the last one, so a conversation is a text for each turn, up to its answer, which is
+            the only one that is trained there.
     """
 
     bos = True
@@ -53,6 +55,7 @@ class Template(ABC):
     end = ""
     own = ""
     turns = True
+    by_turn = False
 
     @abstractmethod
     def pieces(self, text: Text, system: str) -> list[Piece]:

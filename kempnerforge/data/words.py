@@ -91,6 +91,25 @@ class TextEncoder:
             words = self._cache[text] = self._words(*self._shorten(text))
         return words
 
+    def as_asked(self, text: Text) -> list[Text]:
+        """``text`` as it is trained: itself, or the conversation up to each answer where the template writes no row that holds for all of them.
+
+        Raises:
+            SampleError: an image comes later than the first answer, and not all of these would show it.
+        """
+        if not self.template.by_turn or not text.more:
+            return [text]
+        name = self.cfg.image_placeholder
+        if text.leading is None and any(name in str(part) for turn in (("", text.answer), *text.more) for part in turn):
+            raise SampleError(
+                "an image behind the first answer of a conversation, and the chat template writes earlier answers otherwise than the last one"
+            )
+        parts = [replace(text, more=text.more[:k]) for k in range(len(text.more) + 1)]
+        if self.cfg.truncate:
+            room = self.layout.max_text_len
+            parts = [part for k, part in enumerate(parts) if not k or len(self._line(part).ids) <= room]
+        return parts
+
     def encode_prompt(self, prompt: str | Text, num_images: int) -> Prompt:
         """What stands before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
         before it, too.
@@ -295,7 +314,7 @@ class TextEncoder:
         whole = line = self._line(text)
         room = self.layout.max_text_len
         if self.cfg.truncate:
-            while len(line.ids) > room and text.more:
+            while len(line.ids) > room and text.more and not self.template.by_turn:
                 text = replace(text, more=text.more[:-1])
                 line = self._line(text)
             keep = min(room, len(line.ids)) - 1

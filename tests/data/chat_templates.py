@@ -101,6 +101,21 @@ SMOLVLM = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+LAST = (  # the last answer alone has a block before it
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+THINKS = (  # asks with an open block, which no answer that is there has (DeepSeek-R1)
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+TRIMS = (  # earlier messages lose white space, and are marked as earlier ones
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if loop.revindex0 < 2 else m.content | trim + '<|endoftext|>') "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -140,3 +155,9 @@ FAMILIES = {
     ),
     "no end": Family(NO_END, ("<s>", "</s>"), "</s>", "<s>", ""),
 }
+LATER = {
+    "last": Family(LAST, CHATML, "<|im_end|>", None, "<|im_end|>"),
+    "thinks": Family(THINKS, ("<s>", "<|User|>", "<|Assistant|>", "<|end|>"), "<|end|>", "<s>", "<|end|>", system=False),
+    "trims": Family(TRIMS, CHATML, "<|im_end|>", None, "<|im_end|>"),
+}
+"""Templates that write earlier turns otherwise than the last one."""

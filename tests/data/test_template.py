@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kempnerforge.data.chat import DATE
 from kempnerforge.data.interleave import INPUT_IDS, KINDS
 from kempnerforge.data.template import build_template
 from kempnerforge.data.words import TextEncoder
-from tests.data.chat_templates import FAMILIES, VICUNA, VICUNA_SYSTEM, Family
+from tests.data.chat_templates import FAMILIES, LATER, VICUNA, VICUNA_SYSTEM, Family
 from tests.data.conftest import png
 
 CORPUS = ["Hello there, what is in the picture? Hi! A cat. And now? Two dogs. Be brief. user assistant system model INST", *"abc[]/<>|"] * 4
@@ -103,8 +104,9 @@ def check(tokenizer: Tokenizer, family: Family, text: Text) -> None:
         # its generation prompt ends in a space, which the whole, tokenised at once, would join to the answer
         assert oracle.decode(table[INPUT_IDS, :-1]) + "\n" == rendered and table[INPUT_IDS, -1] == tokenizer.eos_id
     runs = trained_runs(encoder, text)
-    assert len(runs) == len(text.turns)
-    for number, (run, (_, answer)) in enumerate(zip(runs, text.turns, strict=True)):
+    trained = text.turns[-1:] if encoder.template.by_turn else text.turns
+    assert len(runs) == len(trained)
+    for number, (run, (_, answer)) in enumerate(zip(runs, trained, strict=True)):
         end = family.end or (tokenizer.eos if number == len(runs) - 1 else "")
         assert oracle.decode(run).lstrip() == answer.strip() + family.behind + end
         assert run[-1] == encoder.end_id or not end
@@ -135,6 +137,74 @@ def test_chat_is_what_transformers_writes(name: str) -> None:
             words(tokenizer, template="chat").encode(with_system)
         with pytest.raises(ValueError, match="cannot be used with a system prompt"):
             words(tokenizer, template="chat", system="Be brief.")
+
+
+@pytest.mark.parametrize("name", FAMILIES | LATER)
+def test_every_answer_is_trained_behind_what_it_is_asked_with(name: str) -> None:
+    """Of a conversation each answer once, in a row that begins with what transformers writes when it asks for it."""
+    family = (FAMILIES | LATER)[name]
+    tokenizer = bytes_level(family)
+    oracle, encoder = theirs(tokenizer), words(tokenizer, template="chat")
+    assert encoder.template.by_turn == (name in (*LATER, "qwen3"))
+    for text in (TALK, Text("a", "b"), *([replace(TALK, system="Be brief.")] if family.system else [])):
+        found = []
+        for part in encoder.as_asked(text):
+            row, begin = encoder.encode(part).table, 0
+            for run in trained_runs(encoder, part):
+                begin = next(t for t in range(begin, row.shape[1]) if row[1, t : t + len(run)].tolist() == run)
+                found.append((row[INPUT_IDS, : begin + 1].tolist(), run))
+                begin += len(run)
+        assert len(found) == len(text.turns)
+        for k, (before, run) in enumerate(found):
+            asked = replace(text, more=text.more[:k])
+            assert before == encoder.encode_prompt(asked, 0).ids
+            how = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
+            generation = oracle.apply_chat_template(messages(asked, family.listed)[:-1], **how)
+            assert oracle.decode(before).startswith(generation.strip())
+            if family.end:
+                ids = oracle(generation.strip(" "), add_special_tokens=False).input_ids
+                assert before[: len(ids)] == ids
+            assert oracle.decode(run).strip().startswith(text.turns[k][1])
+
+
+def test_a_message_that_a_template_takes_apart_is_what_it_writes_or_refused() -> None:
+    """What Qwen3 leaves of an earlier answer is its end; the last one it would write otherwise than it asks for it."""
+    tokenizer = bytes_level(FAMILIES["qwen3"])
+    oracle, encoder = theirs(tokenizer), words(tokenizer, template="chat")
+    thought = "<think>\nA cat?\n</think>\n\nA cat."
+    text = Text("what?", thought, (("and <think> now?", "Two dogs."),))
+    rendered = oracle.apply_chat_template(messages(text), tokenize=False)
+    assert rendered.count("A cat?") == 0
+    row = encoder.encode(text).table[INPUT_IDS].tolist()
+    assert row == oracle(rendered, add_special_tokens=False).input_ids[: len(row)]
+    with pytest.raises(SampleError, match="for an answer with '</think>' in it, which it takes apart"):
+        encoder.encode(Text("what?", thought))
+
+
+def test_a_conversation_becomes_a_text_for_each_turn_where_it_must() -> None:
+    tokenizer = bytes_level(FAMILIES["qwen3"])
+    sample = Sample("s", (png("red"),), (TALK, Text("a", "b")))
+    encoder = Encoder(tokenizer, DataConfig(template="chat"), Layout(2, 8, 10_000, 10_000, 0), 0)
+    row = encoder.encode(sample, 0)
+    assert row.num_texts == len(TALK.turns) + 1 and len(row.images) == 1
+    assert encoder.measure(sample) == (row.table.shape[1], 1)
+    with pytest.raises(SampleError, match="an image behind the first answer of a conversation"):
+        encoder.encode(Sample("s", (png("red"), png("blue")), (Text("<image>a", "b", (("<image>c", "d"),)),)), 0)
+    longest = words(tokenizer, template="chat").encode(TALK).length
+    short = TextEncoder(tokenizer, DataConfig(template="chat", truncate=True), Layout(2, 8, longest - 1, 10_000, 0))
+    assert short.as_asked(TALK) == [replace(TALK, more=TALK.more[:k]) for k in range(2)]
+
+
+def test_a_template_that_forgets_only_long_conversations_is_refused_there() -> None:
+    tokenizer = bytes_level(FAMILIES["smollm2"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ('!' if loop.index0 < messages | length - 6 else '') + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    encoder = words(tokenizer, template="chat")
+    assert not encoder.template.by_turn and len(trained_runs(encoder, TALK)) == 3
+    with pytest.raises(SampleError, match="of 4 turns it writes earlier ones otherwise"):
+        encoder.encode(replace(TALK, more=(*TALK.more, ("e", "f"))))
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])

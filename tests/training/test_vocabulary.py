@@ -42,7 +42,7 @@ tensorboard = false
 FROZEN = '[[stages]]\nname = "one"\nsteps = 1\nfreeze = [{ module = "transformer.token_embedding.*" }]\n'
 
 
-def made(rows: int, new: list[str], tied: bool, seed: int, tokens: tuple[str, ...] = ()):  # noqa: ANN202
+def made(rows: int, new: list[str], tied: bool, seed: int, tokens: tuple[str, ...] = ()):
     tokenizer = Tokenizer.train(CORPUS, 300)
     tokenizer.add_tokens(tokens)
     words = Tokenizer(tokenizer.backend, eos=tokenizer.eos, bos=tokenizer.bos, pad=tokenizer.pad, appended=tokens)
@@ -51,7 +51,7 @@ def made(rows: int, new: list[str], tied: bool, seed: int, tokens: tuple[str, ..
     return assemble(JobConfig(model=model, data=TextConfig(path="a.txt"), train=TrainConfig(max_steps=1)), words, data=False)
 
 
-def by_id(assembly, tensors, head: bool):  # noqa: ANN001, ANN202
+def by_id(assembly, tensors, head: bool):
     """Rows of the embedding or the head as the ids of the tokenizer count them."""
     whole, new = ("output_head", "new_tokens.output_head") if head else ("token_embedding", "new_tokens.embedding")
     rows = [tensors[f"transformer.{name}.weight"] for name in (whole, new) if f"transformer.{name}.weight" in tensors]
