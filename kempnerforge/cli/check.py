@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config import load_config, to_toml
+from kempnerforge.config.errors import visible
 
 if TYPE_CHECKING:
     from kempnerforge.training.plan import StagePlan
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:
         _show(stage)
+        for note in found.assembly.notes(stage.stage):
+            print(f"note: {visible(note)}")
     if held_out:
         print(held_out.summary())
     for line in warnings:

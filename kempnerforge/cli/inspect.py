@@ -56,6 +56,8 @@ def _show(stage: Inspection) -> None:
     if len(stage.sources) > 1:
         for name, part in zip(stage.sources, stage.parts, strict=True):
             print(f"source {name}: {part['samples']:,} samples, {part['texts']:,} texts, {part['trained']:,} tokens trained")
+    for note in stage.notes:
+        print(f"note: {visible(note)}")
     for row in stage.rows:
         print(row)
     if stage.sheet is not None:

@@ -45,6 +45,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.errors import InputError
+from kempnerforge.config.template import WITH_SYSTEM
+from kempnerforge.data.asking import Asking
 from kempnerforge.data.image_cache import ImageCache
 from kempnerforge.data.interleave import TEXT_IDS, VIEW, Block, Layout, Prompt, Words, lay_out
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
@@ -85,12 +88,14 @@ class Encoder:
 
     Args:
         seed: of choices among texts that do not all fit, and of what changes images in training.
+        asking: how the texts of the training placed their images; None: as is usual with the source.
 
     Raises:
         ValueError: ``data.images`` does not go with the encoder's image size, or its tokens are not in the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout, seed: int, asking: Asking | None = None) -> None:
+        self.asking = asking or Asking.of(None, data_cfg.sections()[0])
         self.tokenizer, self.cfg, self.layout, self.seed = tokenizer, data_cfg, layout, seed
         cache = ImageCache(data_cfg.image_cache_mib)
         sections = data_cfg.sections()
@@ -169,6 +174,23 @@ class Encoder:
         """
         asked = self.encode_prompt(prompt, len(images), part)
         return asked._replace(blocks=tuple(self.images[part].blocks(images))) if self.layout.image_size else asked
+
+    def ask(self, prompt: str, images: Sequence[ImageSource], history: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """The row of a question as somebody asks it: where it does not say where its images stand, they stand as in training. All tools
+        that ask a model go through here; ``encode_question`` is for questions of the data themselves.
+
+        Args:
+            history: (prompt, answer) of the turns before. The images are the whole conversation's.
+
+        Raises:
+            ValueError: as ``encode_question``; or the template takes no earlier turns.
+        """
+        texts = self.texts[0]
+        if history and not texts.has_turns:
+            raise InputError("the template of this model writes one turn and takes no earlier ones")
+        shown = 0 if self.count_placeholders("") else len(images)  # the template places them itself
+        asking = self.asking if texts.cfg.template in WITH_SYSTEM else replace(self.asking, system="")
+        return self.encode_question(asking.text(prompt, shown, texts.cfg.image_placeholder, history), images)
 
     def count_placeholders(self, prompt: str | Text, part: int = 0) -> int:
         """As ``TextEncoder.count_placeholders``."""

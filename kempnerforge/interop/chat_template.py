@@ -12,6 +12,7 @@ from typing import Any
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import WITH_SYSTEM
+from kempnerforge.data.asking import Asking
 from kempnerforge.data.chat import DATE, ChatTemplate
 from kempnerforge.data.sample import Text
 from kempnerforge.data.template import Piece, build_template
@@ -49,7 +50,12 @@ READ = """
 
 SAID = """
 {%- if turn['lead'] and place != 'template' and not ns.front -%}
-{%- set said = image * turn['lead'] + ('' if turn['text'].startswith(gap) else gap) + turn['text'] -%}
+{%- set block = image + (between + image) * (turn['lead'] - 1) -%}
+{%- if place == 'tail' -%}
+{%- set said = turn['text'] + ('' if turn['text'].endswith(gap) else gap) + block -%}
+{%- else -%}
+{%- set said = block + ('' if turn['text'].startswith(gap) else gap) + turn['text'] -%}
+{%- endif -%}
 {%- else -%}
 {%- set said = turn['text'] -%}
 {%- endif -%}
@@ -103,10 +109,13 @@ SAID
 {{- ns.front }}""".replace("SAID", SAID.strip())
 
 
-def chat_template(cfg: DataConfig, tokenizer: Tokenizer, *, processor: str = "", adds_bos: bool = False, space: str = "") -> str:
+def chat_template(
+    cfg: DataConfig, tokenizer: Tokenizer, asking: Asking | None = None, *, processor: str = "", adds_bos: bool = False, space: str = ""
+) -> str:
     """The chat template that writes what a model with ``cfg`` has learned to read.
 
     Args:
+        asking: how the texts of the training placed their images; None: as is usual with the source.
         processor: the class that takes the text, if it adds to it: PaliGemma's puts BOS behind the last image and a line break at the end,
             that of Idefics 3 tokens around images.
         adds_bos: the tokenizer puts BOS in front of all that it is given. (A chat template of the tokenizer's own stays as it is.)
@@ -117,14 +126,18 @@ def chat_template(cfg: DataConfig, tokenizer: Tokenizer, *, processor: str = "",
     """
     template = build_template(cfg, tokenizer)
     source = tokenizer.chat_template if cfg.template == "chat" else None
-    place, gap = placement(cfg, tokenizer)
-    constants: dict[str, Any] = {"image": cfg.image_placeholder, "system": cfg.system, "place": place, "gap": gap}
+    asking = asking or Asking.of(None, cfg)
+    system = cfg.system or (asking.system if cfg.template in WITH_SYSTEM else "")
+    constants: dict[str, Any] = {"image": cfg.image_placeholder, "system": system, "place": _placement(cfg, tokenizer, asking)}
+    constants |= {"gap": asking.gap, "between": asking.between}
     constants["numbered"] = cfg.images.number_images
     if source is not None:
         assert isinstance(template, ChatTemplate)
         date = f"{{%- if date_string is not defined -%}}{{%- set date_string = {DATE!r} -%}}{{%- endif -%}}"
         read = _constants(constants | {"listed": template.listed}) + READ.replace("bare=false", "chat=[]") + INTO_CHAT
-        return (date if "date_string" in source else "") + read.replace("\n", "") + source
+        asks = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(template.extra, ensure_ascii=False)} }}}}{{% endif %}}"
+        whole = source.removesuffix("\n") + asks if template.extra else source
+        return (date if "date_string" in source else "") + read.replace("\n", "") + whole
     starts = {"start": (tokenizer.bos or "") if template.bos else "", "start_bare": tokenizer.bos or tokenizer.eos}
     if adds_bos:
         starts = dict.fromkeys(starts, "")
@@ -133,15 +146,10 @@ def chat_template(cfg: DataConfig, tokenizer: Tokenizer, *, processor: str = "",
     return _constants(constants) + written.replace("\n", "")
 
 
-def placement(cfg: DataConfig, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Where images that come before a question stand: "front" of the row, at the head of the "message", or where the "template" says; and
-    what the source puts between them and the question.
-    """
-    if cfg.template != "chat" and cfg.image_placeholder in "".join(p.text for p in build_template(cfg, tokenizer).pieces(Text("", ""), "")):
-        return "template", ""
-    if cfg.source == "llava":
-        return "message", "\n"
-    return "message" if vars(cfg).get("images_in_prompt") else "front", ""
+def _placement(cfg: DataConfig, tokenizer: Tokenizer, asking: Asking) -> str:
+    """Where images that come before a question stand: where the "template" says, or as in ``Asking``."""
+    own = build_template(cfg, tokenizer).pieces(Text("", ""), "") if cfg.template != "chat" else []
+    return "template" if any(cfg.image_placeholder in piece.text for piece in own) else asking.place
 
 
 def _parts(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, str | bool | None]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import WITH_SYSTEM
 from kempnerforge.data.collate import prompt_batch
-from kempnerforge.data.interleave import Prompt
-from kempnerforge.data.sample import ImageSource, Text
+from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.generate import Sampling, TextStream, tokens_of
+from kempnerforge.training.processor import AS_IT_IS, Processor, processing, stacked
 from kempnerforge.training.restore import restore
 
 MAX_NEW_TOKENS = 64
@@ -71,17 +68,22 @@ class Answerer:
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         restored = restore(path, overrides)
         self.path, self.device, self.assembly = restored.path, restored.device, restored.assembly
-        self.encoder = self.assembly.encoder(self.assembly.stages[-1])
+        followed = processing(restored.manifest.state.get("imported", {}))
+        as_it_is = restored.as_written and followed["follows"] == AS_IT_IS  # of a language model that was not trained here
+        self.processor = Processor(self.assembly, **followed if as_it_is else {})
+        self.encoder = self.processor.encoder
         self.has_images = self.assembly.model.has_images
 
     def groups(self, prompt: str, images: Sequence[Path]) -> list[tuple[Path, ...]]:
-        """``images`` as they are asked about: as many together as ``prompt`` has placeholders, one by one if it has none.
+        """``images`` as they are asked about: as many together as ``prompt`` has placeholders; if it has none, as many as each question of the
+        training had, or one by one.
 
         Raises:
             ValueError: they cannot be shared out.
         """
         together = self.encoder.count_placeholders(prompt)
-        step = together or 1
+        usual = self.encoder.asking.together
+        step = together or (usual if usual and not len(images) % usual else 1)
         if len(images) % step or (together and not images and self.has_images):
             name = self.encoder.cfg.image_placeholder
             raise InputError(f"{len(images)} images, and a prompt with {together} of {name!r}: give a multiple of {together} images")
@@ -115,12 +117,8 @@ class Answerer:
         if images and not self.has_images:
             name = images[0] if isinstance(images[0], Path) else "image"
             raise InputError(f"{name}: this model was trained on text alone and takes no image")
-        if history and not self.encoder.texts[0].has_turns:
-            raise InputError("the template of this model writes one turn and takes no earlier ones")
         tokenizer, layout, texts = self.encoder.tokenizer, self.encoder.layout, self.encoder.texts[0]
-        placeholder = texts.cfg.image_placeholder
-        turns = [(asked, answer.replace(placeholder, "")) for asked, answer in history]  # what a model writes is no place for an image
-        asked = self.encoder.encode_question(Text.asking(prompt, turns) if turns else prompt, images)
+        asked = self.processor.prompt(prompt, images, history)
         start = asked.length(layout.image_tokens)
         room = self.assembly.job.model.max_seq_len - start
         if room < 1:
@@ -133,17 +131,8 @@ class Answerer:
                 f"--max-new-tokens = {wanted}: must be at least 1, and with the prompt's {start} positions"
                 f" at most model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )
-        views = self._views(images, asked)
+        pixels = self.processor.views(asked, images)
+        views = stacked(pixels, layout.image_size) if self.has_images else None
         batch = prompt_batch([asked], views, [range(0 if views is None else len(views))], layout, tokenizer.pad_id).to(self.device)
         tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.end_id, sampling=sampling)
         return Answer(tokens, texts.ends, tokenizer.decode, tokenizer.byte_ids)
-
-    def _views(self, images: Sequence[ImageSource], asked: Prompt) -> torch.Tensor | None:
-        """(N, 3, H, W) uint8, all views of ``images``; None where the model takes none."""
-        if not self.has_images:
-            return None
-        size = self.encoder.layout.image_size
-        blocks = zip(images, asked.blocks, strict=True)
-        views = [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
-        pixels = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)

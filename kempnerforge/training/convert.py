@@ -41,7 +41,7 @@ from kempnerforge.training.restore import Restored, restore
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.training.verify import TOLERANCE, agreement, load_class, make_probe, our_logits, their_logits
 
-JOB_FILE, TOKENIZER = "config.toml", "tokenizer"
+JOB_FILE, TOKENIZER, ASKED_FILE = "config.toml", "tokenizer", "asked.json"
 FORMATS = ("hf", "kempnerforge")
 GENERATION = "generation_config.json"
 
@@ -250,6 +250,7 @@ def _export_own(restored: Restored, out: Path, how: How) -> Converted:
     save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
     cast_files(out, how.dtype)
     assembly.tokenizer.save(out / TOKENIZER)
+    write_config(out, assembly.encoder(assembly.stages[-1]).asking.to_json(), ASKED_FILE)
     job = replace(assembly.job, lora=[])
     if assembly.model.has_images:
         job = replace(job, vision_encoder=assembly.model.vision_encoder.standing_alone(job.vision_encoder))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kempnerforge.config.data import DataConfig, TextConfig
 from kempnerforge.data.tokenizer import CHAT_TEMPLATE
-from kempnerforge.interop.chat_template import chat_template, placement, render
+from kempnerforge.interop.chat_template import chat_template, render
 from kempnerforge.interop.processors import PREPROCESSOR, PROCESSOR, candidates, followed
 from kempnerforge.interop.write import write_config
 from kempnerforge.model.hf_towers import first_line, quiet
@@ -83,7 +83,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
     for attempt in [Attempt(*way, *ends) for way in ways for ends in _ENDS[adds_bos]]:
         attempt.write(out, before["tokenizer.json"])
         adds = {"adds_bos": bool(kind) and adds_bos and attempt.keeps, "space": attempt.space}
-        template = chat_template(cfg, words, processor=attempt.name, **adds)
+        template = chat_template(cfg, words, encoder.asking, processor=attempt.name, **adds)
         (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
         try:
             fine = compare(out, assembly, cfg, bool(kind))
@@ -120,7 +120,7 @@ def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool
 
 def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     """How a prompt reads."""
-    template = chat_template(cfg, assembly.tokenizer)
+    template = chat_template(cfg, assembly.tokenizer, assembly.encoder(assembly.stages[-1]).asking)
     for count in (1, 0, 2) if assembly.model.has_images else (0,):
         try:
             prompt = render(template, _messages([None] * count, "{prompt}"), assembly.tokenizer)
@@ -142,7 +142,7 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
     """
     from transformers import AutoProcessor, AutoTokenizer
 
-    ours, (place, gap) = Processor(assembly), placement(cfg, assembly.tokenizer)
+    ours = Processor(assembly)
     equal, refused = set[int](), dict[int, str]()
     try:
         with quiet():
@@ -151,10 +151,8 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
         raise Different(f"cannot be loaded ({first_line(error)})") from None
     for count, question in ((count, question) for count in range(3 if images else 1) for question in QUESTIONS):
         pictures = _pictures(count)
-        between = "" if question.startswith(gap) else gap
-        lead = cfg.image_placeholder * count + between if count and place == "message" else ""
         try:
-            want = ours(images=[pictures], text=[lead + question])
+            want = ours(images=[pictures], text=[question])
         except ValueError:
             continue  # training has no such prompt either
         try:

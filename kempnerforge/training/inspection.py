@@ -37,6 +37,7 @@ class Inspection:
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
         sheet: the contact sheet, where there are images.
+        notes: of ``Assembly.notes``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Inspection:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     texts_left_out: int = 0
     sheet: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def summary(self) -> str:
@@ -65,6 +67,7 @@ class Inspection:
             "sources": [{"source": source, **counts} for source, counts in zip(self.sources, self.parts, strict=True)],
             "rows": self.facts,
             "findings": self.findings,
+            "notes": self.notes,
             "skipped": [{"sample": sample, "reason": reason} for sample, reason in self.skipped],
             "texts_left_out": self.texts_left_out,
             "contact_sheet": str(self.sheet) if self.sheet else None,
@@ -90,6 +93,7 @@ def _inspect(assembly: Assembly, stage: Stage, samples: int, step: int, out: Pat
     sources = source_names(stage.data)
     found = Inspection(stage.name, sources, parts=[Counter(dict.fromkeys(("samples", "texts", "shown", *SHARES), 0)) for _ in sources])
     encoder, tokenizer = assembly.encoder(stage), assembly.tokenizer
+    found.notes = assembly.notes(stage)
     ends = frozenset[int]().union(*(texts.ends for texts in encoder.texts))
     every_turn = all(texts.template.end or texts.cfg.template != "chat" for texts in encoder.texts)
     markers = encoder.marker_ids.union(*(tokenizer.encode(f"<image: {k}>") for k in range(MAX_NUMBERED)))
@@ -160,6 +164,7 @@ def write_inspection(path: Path, title: str, stages: Sequence[Inspection]) -> Pa
 
 def _section(stage: Inspection) -> str:
     body = [f"<section><h2>stage {text(stage.name)}</h2>", f'<p class="note">{stage.summary}.</p>']
+    body += [f'<p class="note">{text(note)}</p>' for note in stage.notes]
     body.append(f'<div class="card pad">{share_bar(stage.shares)}</div>')
     if stage.findings:
         lines = "".join(f"<li>{text(finding)}</li>" for finding in stage.findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
-from kempnerforge.training.convert import JOB_FILE, TOKENIZER, tokenizer_of
+from kempnerforge.training.convert import ASKED_FILE, JOB_FILE, TOKENIZER, tokenizer_of
 from kempnerforge.training.processor import Inputs, Processor, origin, processing
 from kempnerforge.training.restore import cast, restore
 from kempnerforge.training.setup import assemble
@@ -86,4 +87,6 @@ def _exported(path: Path) -> tuple[VLM, Processor]:
         different = sorted(own.keys() ^ tensors.keys())
         raise InputError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
+    if (path / ASKED_FILE).is_file():
+        assembly.asked = json.loads((path / ASKED_FILE).read_text(encoding="utf-8"))
     return assembly.model, Processor(assembly)

@@ -120,16 +120,11 @@ class Processor:
         sources = [[_encoded(image, literally) for image in group] for group in _grouped(images, len(texts))]
         if any(sources) and not self.assembly.model.has_images:
             raise InputError("this model was trained on text alone and takes no image")
-        prompts = [self._prompt(words, group) for words, group in zip(texts, sources, strict=True)]
-        if any(not prompt.ids and not group for prompt, group in zip(prompts, sources, strict=True)):
-            raise InputError("text = '': a prompt without an image needs at least one token")
-        views = [self._views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
+        prompts = [self.prompt(words, group) for words, group in zip(texts, sources, strict=True)]
+        views = [self.views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
         pixels, numbers = None, None
         if self.assembly.model.has_images:
-            size = self.layout.image_size
-            flat = [view for row in views for view in row]
-            stack = np.stack(flat) if flat else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
-            pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
+            pixels = stacked([view for row in views for view in row], self.layout.image_size)
             ends = np.cumsum([len(row) for row in views])
             numbers = [range(end - len(row), end) for row, end in zip(views, ends.tolist(), strict=True)]
         batch = prompt_batch(prompts, pixels, numbers, self.layout, self.tokenizer.pad_id)
@@ -143,9 +138,17 @@ class Processor:
         """The text of ``ids``, without special tokens."""
         return self.tokenizer.decode(ids)
 
-    def _prompt(self, text: str, images: Sequence[ImageSource]) -> Prompt:
-        if not self.follows:
-            return self.encoder.encode_question(text, images)
+    def prompt(self, text: str, images: Sequence[ImageSource], history: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """The row of a question about ``images``, without them.
+
+        Args:
+            history: (prompt, answer) of the turns before, which are written by the template.
+
+        Raises:
+            ValueError: it cannot be asked.
+        """
+        if not self.follows or history:
+            return self.encoder.ask(text, images, history)
         if self.follows == PALIGEMMA:
             if self.placeholder not in text:
                 text = self.placeholder * len(images) + text
@@ -160,9 +163,12 @@ class Processor:
             (at if token == self.image_token_id else ids).append(len(ids) if token == self.image_token_id else token)
         if len(at) != len(images):
             raise InputError(f"{len(at)} of {self.placeholder!r} in the text and {len(images)} images: must be as many")
+        if not ids and not at:
+            raise InputError("text = '': a prompt without an image needs at least one token")
         return Prompt(ids, tuple(at), tuple(self.encoder.images[0].blocks(images)))
 
-    def _views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
+    def views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
+        """The views of ``images``, (H, W, 3) uint8 each."""
         blocks = zip(images, prompt.blocks_of(self.layout.image_tokens), strict=True)
         return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
 
@@ -172,6 +178,12 @@ class Processor:
         if not self.by_row:
             return normalised
         return pad_sequence([*normalised.split(list(counts))], batch_first=True)  # (B, images of a row, 3, H, W)
+
+
+def stacked(views: Sequence[np.ndarray], size: int) -> Tensor:
+    """(N, 3, H, W) uint8 of N views of side ``size``."""
+    stack = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
+    return torch.from_numpy(stack).permute(0, 3, 1, 2)
 
 
 def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, texts: int) -> list[list[Picture]]:

@@ -22,12 +22,14 @@ class Restored:
 
     Attributes:
         path: the checkpoint directory.
+        as_written: no override changes how it is asked.
     """
 
     path: Path
     manifest: Manifest
     assembly: Assembly
     device: torch.device
+    as_written: bool = True
 
 
 def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
@@ -46,11 +48,13 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
     assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
+    assembly.asked = manifest.state.get("asked")
     merge(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(job.train.mixed_precision, device)
     cast(assembly.model.to(device).eval(), dtype)
-    return Restored(path, manifest, assembly, device)
+    as_written = not overrides or load_config(path / "config.toml").data == job.data
+    return Restored(path, manifest, assembly, device, as_written)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

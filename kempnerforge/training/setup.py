@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.config.errors import InputError
+from kempnerforge.data.asking import Asking, Seen, observe
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import Encoder, Layout
 from kempnerforge.data.loader import build_loader
@@ -39,6 +41,7 @@ class Assembly:
         sources: the training data of each stage.
         held_out: what is evaluated (the last stage's), or None.
         plain_text: what it is evaluated on besides, or None.
+        asked: what the record of a run keeps of how its data place their images.
     """
 
     job: JobConfig
@@ -49,6 +52,7 @@ class Assembly:
     sources: list[Source]
     held_out: Source | None
     plain_text: PlainText | None = None
+    asked: Mapping[str, Any] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -76,8 +80,25 @@ class Assembly:
         if (self.job.eval.interval or self.job.eval.at_end) and self.examined is not None:
             self.examined.require(self.stages[-1].data.max_bad_fraction)
 
+    @cached_property
+    def seen(self) -> Seen:
+        """How the texts of the last stage place their images."""
+        stage = self.stages[-1]
+        return observe(self.sources[stage.index], stage.data.sections()[0])
+
+    def notes(self, stage: Stage) -> list[str]:
+        """What is not to be seen in the config of how texts are trained and questions asked."""
+        texts = self.encoder(stage).texts
+        split = (
+            "the chat template writes earlier answers otherwise than the last one: each turn of a conversation is trained in a text of its own,"
+            " behind what it is asked with"
+        )
+        asked = self.seen.line(texts[0].cfg.image_placeholder) if stage is self.stages[-1] and self.model.has_images else ""
+        return [*([split] if any(each.template.by_turn for each in texts) else []), *([asked] if asked else [])]
+
     def encoder(self, stage: Stage) -> Encoder:
-        return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed)
+        asking = Asking.of(self.asked, stage.data.sections()[0])
+        return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed, asking)
 
     def batches(self, stage: Stage, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The micro-batches of ``rank`` from optimizer step ``step`` of the run on, without end."""

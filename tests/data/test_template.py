@@ -183,13 +183,13 @@ def test_a_message_that_a_template_takes_apart_is_what_it_writes_or_refused() ->
 
 def test_a_conversation_becomes_a_text_for_each_turn_where_it_must() -> None:
     tokenizer = bytes_level(FAMILIES["qwen3"])
-    sample = Sample("s", (png("red"),), (TALK, Text("a", "b")))
+    sample = Sample("s", (png((200, 0, 0)),), (TALK, Text("a", "b")))
     encoder = Encoder(tokenizer, DataConfig(template="chat"), Layout(2, 8, 10_000, 10_000, 0), 0)
     row = encoder.encode(sample, 0)
     assert row.num_texts == len(TALK.turns) + 1 and len(row.images) == 1
     assert encoder.measure(sample) == (row.table.shape[1], 1)
     with pytest.raises(SampleError, match="an image behind the first answer of a conversation"):
-        encoder.encode(Sample("s", (png("red"), png("blue")), (Text("<image>a", "b", (("<image>c", "d"),)),)), 0)
+        encoder.encode(Sample("s", (png((200, 0, 0)), png((0, 0, 200))), (Text("<image>a", "b", (("<image>c", "d"),)),)), 0)
     longest = words(tokenizer, template="chat").encode(TALK).length
     short = TextEncoder(tokenizer, DataConfig(template="chat", truncate=True), Layout(2, 8, longest - 1, 10_000, 0))
     assert short.as_asked(TALK) == [replace(TALK, more=TALK.more[:k]) for k in range(2)]

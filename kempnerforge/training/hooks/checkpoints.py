@@ -36,6 +36,7 @@ class Checkpoints(Hook):
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
         self._files["config.toml"] = to_toml(trainer.job).encode()
         self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
+        self._asked = trainer.assembly.seen.asking.to_json()
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         due = self.cfg.interval and trainer.step % self.cfg.interval == 0
@@ -53,6 +54,7 @@ class Checkpoints(Hook):
             "samples_of": dict(trainer.samples_of),
             "frozen": trainer.frozen,
             "data": self._data,
+            "asked": self._asked,
         }
         root = self.run_dir / "checkpoints"
         optimizers = trainer.optimizers

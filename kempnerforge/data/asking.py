@@ -1,0 +1,164 @@
+"""How the texts of a training say where their images stand, so that a question of somebody else is asked in the same way.
+
+A prompt may place its images itself ("<image>\\nwhat is it?"). Whoever asks a trained model "what is it?" about an image means the same, and the
+model must read the same: what was seen of the data is kept with the run, and every tool that asks goes by it. Placeholders in a question count
+before that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kempnerforge.config.data import DataConfig
+from kempnerforge.data.sample import Sample, SampleError, Source, Text
+
+LOOKED_AT = 8
+"""Places of a source that are looked at, and samples at each: neighbours are cheap where rows are read from front to back."""
+PLACES = ("front", "head", "tail")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Where the images of a question stand that does not say it.
+
+    Attributes:
+        place: in "front" of the row, or at the "head" or the "tail" of the first prompt.
+        between, gap: what stands between two of them, and between them and the words of the prompt.
+        system: what the conversations of the data begin with; empty: ``data.system``.
+        together: images of every question, if all have as many; 0: each image is asked about alone.
+    """
+
+    place: str = "front"
+    between: str = ""
+    gap: str = ""
+    system: str = ""
+    together: int = 0
+
+    def text(self, prompt: str, images: int, placeholder: str, history: Sequence[tuple[str, str]] = ()) -> Text:
+        """The conversation up to ``prompt``, which is asked about ``images``.
+
+        Args:
+            history: (prompt, answer) of the turns before; what a model writes is no place for an image.
+        """
+        turns = [*((asked, answer.replace(placeholder, "")) for asked, answer in history), (prompt, "")]
+        if images and self.place != "front" and not any(placeholder in asked for asked, _ in turns):
+            turns[0] = self.placed(turns[0][0], images, placeholder), turns[0][1]
+        (first, answer), *more = turns
+        return Text(first, answer, tuple(more), self.system)
+
+    def placed(self, prompt: str, images: int, placeholder: str) -> str:
+        """``prompt`` with its images; a gap that it has already is not made twice."""
+        block = self.between.join([placeholder] * images)
+        if self.place == "tail":
+            return prompt + ("" if prompt.endswith(self.gap) else self.gap) + block
+        return block + ("" if prompt.startswith(self.gap) else self.gap) + prompt
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any] | None, cfg: DataConfig) -> Asking:
+        """That of a run, from its record; what is usual with a source where there is none."""
+        if kept is not None:
+            return cls(**kept)
+        if cfg.source == "llava":
+            return cls("head", "\n", "\n")
+        return cls("head") if vars(cfg).get("images_in_prompt") else cls()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in the data.
+
+    Attributes:
+        asking: the most frequent form.
+        forms: each of them in words, and how many texts have it.
+    """
+
+    asking: Asking
+    forms: Counter[str]
+
+    def line(self, placeholder: str) -> str:
+        """What a person should know of it, or nothing: that images are in front goes without saying."""
+        place, between, gap = self.asking.place, self.asking.between, self.asking.gap
+        if len(self.forms) < 2 and place == "front":
+            return ""
+        listed = ", ".join(f"{form} ({count} texts)" for form, count in self.forms.most_common(4))
+        several = f"images stand in different places: {listed}; " if len(self.forms) > 1 else ""
+        return f"{several}a question without {placeholder} is asked with {_in_words((place, between, gap))}"
+
+
+def observe(source: Source, cfg: DataConfig) -> Seen:
+    """Looks at texts of ``source``: those of its first section, by whose template questions are asked.
+
+    Args:
+        cfg: that section.
+    """
+    samples = [sample for sample in _some(source) if not sample.part]
+    texts = [(text, len(sample.images)) for sample in samples for text in sample.texts if text.turns]
+    with_images = [(text, count) for text, count in texts if count]
+    found = Counter(form for text, count in with_images if (form := form_of(text, count, cfg.image_placeholder)))
+    forms = Counter({_in_words(form): count for form, count in found.items()})
+    place, between, gap = _most_frequent(found)
+    systems = Counter(text.system for text, _ in texts)
+    system = systems.most_common(1)[0][0] if systems else ""
+    counts = {count for _, count in with_images}
+    together = counts.pop() if len(counts) == 1 else 0
+    return Seen(Asking(place, between or "", gap, system, together if together > 1 else 0), forms)
+
+
+Form = tuple[str, str | None, str]
+
+
+def form_of(text: Text, images: int, placeholder: str) -> Form | None:
+    """(place, between, gap) of a text about ``images``: ``between`` is None where a single one does not show it. None for images elsewhere."""
+    if text.leading is not None:
+        return ("head", "", "") if text.leading else ("front", None, "")
+    everything = "".join([text.system, *(part for turn in text.turns for part in turn)])
+    if placeholder not in everything:
+        return "front", None, ""
+    mark, prompt = re.escape(placeholder), text.prompt
+    if everything.count(placeholder) != prompt.count(placeholder):
+        return None
+    for place, pattern in (("head", rf"({mark}(?:\s*{mark})*)(\s*)(.*)"), ("tail", rf"(.*?)(\s*)({mark}(?:\s*{mark})*)")):
+        found = re.fullmatch(pattern, prompt, re.DOTALL)
+        block, rest = (found[1], found[3]) if found and place == "head" else (found[3], found[1]) if found else ("", placeholder)
+        if found and placeholder not in rest:
+            between = set(block.split(placeholder)[1:-1])
+            return (place, between.pop() if between else None, found[2]) if len(between) < 2 else None
+    return None
+
+
+def _most_frequent(found: Counter[Form]) -> tuple[str, str | None, str]:
+    """The form of most texts; what is between images from those that have several."""
+    if not found:
+        return "front", None, ""
+    joined: Counter[tuple[str, str]] = Counter()
+    for (place, _, gap), count in found.items():
+        joined[place, gap] += count
+    place, gap = joined.most_common(1)[0][0]
+    betweens = Counter({between: count for (p, between, g), count in found.items() if (p, g) == (place, gap) and between is not None})
+    return place, betweens.most_common(1)[0][0] if betweens else None, gap
+
+
+def _in_words(form: Form) -> str:
+    place, between, gap = form
+    if place == "front":
+        return "images in front of everything"
+    joined = f", {between!r} between them" if between else ""
+    return f"images at the {place} of the prompt, {gap!r} {'behind' if place == 'head' else 'before'} them{joined}"
+
+
+def _some(source: Source) -> Iterator[Sample]:
+    size = len(source)
+    begins = sorted({k * max(0, size - LOOKED_AT) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
+    indices: Iterable[int] = dict.fromkeys(index for begin in begins for index in range(begin, min(size, begin + LOOKED_AT)))
+    for index in indices:
+        try:
+            yield source[index]
+        except SampleError:
+            continue

@@ -1,0 +1,201 @@
+"""All tools that ask a trained model build the row that it was trained on, wherever its data put their images."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers as hf
+from PIL import Image
+
+from kempnerforge.checkpoint import resolve
+from kempnerforge.checkpoint.manifest import verify
+from kempnerforge.config import JobConfig, ModelConfig, VLMConfig
+from kempnerforge.config.data import DataConfig, JsonlConfig
+from kempnerforge.config.template import TurnsConfig
+from kempnerforge.config.vision import ViTConfig
+from kempnerforge.data.asking import Asking, observe
+from kempnerforge.data.batch import IGNORE, Kind
+from kempnerforge.data.encode import Encoder
+from kempnerforge.data.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW
+from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.eval.exact_match import questions
+from kempnerforge.interop.chat_template import chat_template
+from kempnerforge.serve.desk import Desk
+from kempnerforge.serve.request import Question
+from kempnerforge.training import answer
+from kempnerforge.training.answer import Answerer
+from kempnerforge.training.processor import Processor
+from kempnerforge.training.setup import Assembly, assemble
+from tests.data.chat_templates import FAMILIES, LATER, Family
+from tests.data.conftest import png
+from tests.data.test_template import bytes_level
+from tests.training.tiny import call, make_job, write_rows
+
+IMAGE = "<image>"
+PICTURES = (png((200, 0, 0)), png((0, 0, 200)))
+TURNS = TurnsConfig(user="USER: {prompt}\n", assistant="ASSISTANT:", answer=" {answer}", system="{system}\n")
+LAYOUTS = {  # how the data write a question about one and about two images
+    "front": ("{}", "{}"),
+    "head": (IMAGE + "\n{}", f"{IMAGE}\n{IMAGE}\n{{}}"),
+    "head without a gap": (IMAGE + "{}", IMAGE * 2 + "{}"),
+    "head, apart": (IMAGE + " {}", f"{IMAGE}, {IMAGE} {{}}".replace(", ", " ")),
+    "tail": ("{}\n" + IMAGE, "{}\n" + IMAGE * 2),
+}
+PLAIN = Family("", (IMAGE, "<bos>", "<eos>"), "<eos>", "<bos>", "")
+TEMPLATES: dict[str, tuple[Family, dict[str, Any]]] = {
+    "prompt": (PLAIN, {}),
+    "prompt with words": (PLAIN, {"prompt_template": "Q: {prompt} A:", "answer_template": " {answer}"}),
+    "paligemma": (PLAIN, {"template": "paligemma"}),
+    "turns": (PLAIN, {"template": "turns", "turns": TURNS}),
+} | {f"chat {name}": ((FAMILIES | LATER)[name], {"template": "chat"}) for name in ("smollm2", "qwen3", "gemma", "thinks")}
+
+
+class Given(Source):
+    """Samples of a test."""
+
+    def __init__(self, cfg: DataConfig, samples: list[Sample]) -> None:
+        super().__init__(cfg, "train")
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def assembled(template: str, arch: str = "joint_decoder") -> Assembly:
+    family, keys = TEMPLATES[template]
+    family = replace(family, specials=(*dict.fromkeys((*family.specials, IMAGE)),))
+    tokenizer = bytes_level(family)
+    job = JobConfig(
+        model=ModelConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=256),
+        vision_encoder=ViTConfig(image_size=16, patch_size=8, dim=16, n_layers=1, n_heads=2),
+        vlm=VLMConfig.for_arch(arch) if arch == "joint_decoder" else VLMConfig.for_arch(arch, cross_attention_every_n_layers=1),
+        data=JsonlConfig(path="rows.jsonl", **keys),
+    )
+    job.train.max_steps, job.train.seq_len, job.vlm.max_text_len = 1, 256, 128
+    return assemble(job, tokenizer, data=False)
+
+
+def samples_of(layout: str, system: str = "") -> list[Sample]:
+    one, two = LAYOUTS[layout]
+    return [
+        Sample(f"{count}", PICTURES[:count], (Text(form.format("what is it?"), "red", system=system),))
+        for count, form in ((1, one), (2, two), (1, one))
+    ]
+
+
+Row = tuple[list[int], list[int]]
+"""Ids of a prompt with its images in it, and where the images begin."""
+
+
+def trained_row(encoder: Encoder, sample: Sample) -> Row:
+    row = encoder.encode(sample, 0)
+    prompt = next(t for t, label in enumerate(row.table[LABELS]) if label != IGNORE) + 1
+    assert row.placements[IMAGES].tolist() == [*range(len(sample.images))]
+    ids = np.where(row.table[KINDS] == Kind.IMAGE, VIEW, row.table[INPUT_IDS])
+    return ids[:prompt].tolist(), row.placements[STARTS].tolist()
+
+
+def exported_row(assembly: Assembly, encoder: Encoder, images: int, system: str) -> Row:
+    """What transformers makes of a conversation by the exported chat template."""
+    words = assembly.tokenizer
+    template = chat_template(encoder.texts[0].cfg, words, encoder.asking)
+    oracle = hf.PreTrainedTokenizerFast(tokenizer_object=words.backend, bos_token=words.bos, eos_token=words.eos, chat_template=template)
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": "what is it?"}]
+    text = oracle.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    words.backend.encode_special_tokens = False
+    made, ids, starts = words.backend.encode(text, add_special_tokens=False).ids, [], []
+    words.backend.encode_special_tokens = True
+    for token in made:
+        if token == words.token_id(IMAGE):
+            starts.append(len(ids))
+            ids += [VIEW] * assembly.layout.image_tokens
+        else:
+            ids.append(token)
+    return ids, starts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_tool_asks_as_it_was_trained(template: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, evaluation, generate and chat, serve, the processor of load_pretrained, and the exported template: ids and places."""
+    assembly = assembled(template)
+    for system in ("", "Be brief.") if template in ("turns", "chat smollm2") else ("",):
+        source = Given(assembly.job.data, samples_of(layout, system))
+        assembly.asked = json.loads(json.dumps(observe(source, assembly.job.data).asking.to_json()))
+        encoder = assembly.encoder(assembly.stages[-1])
+        restored = SimpleNamespace(path=Path(), device="cpu", assembly=assembly, manifest=SimpleNamespace(state={}), as_written=True)
+        monkeypatch.setattr(answer, "restore", lambda path, overrides, it=restored: it)
+        seen: list[Row] = []
+
+        def model(_: object, batch: Any, seen: list[Row] = seen, **__: object) -> list[int]:
+            seen.append((batch.input_ids.masked_fill(batch.kinds == Kind.IMAGE, VIEW)[0].tolist(), batch.image_starts.tolist()))
+            return []
+
+        monkeypatch.setattr(answer, "tokens_of", model)
+        asker = Answerer(Path())
+        desk = Desk(asker)
+        for sample, question in zip(source.samples, questions(source)[0], strict=True):
+            want = trained_row(encoder, sample)
+            asked = encoder.encode_question(question.asked, question.images)
+            at = [start + sum(len(b.ids) for b in asked.blocks[:k]) for k, start in enumerate(asked.image_at)]
+            assert ([i for i in want[0] if i != VIEW], want[1]) == ([*asked.ids], at)
+            for prompt in ("what is it?", sample.texts[0].prompt):  # said or not
+                asker.ask(prompt, sample.images).finish()
+                ticket = desk.ask(Question(prompt, sample.images))
+                while not (event := ticket.next(10.0)) or not event.last:
+                    assert event is not None
+                inputs = Processor(assembly)(images=[[*map(opened, sample.images)]], text=[prompt])
+                model(None, inputs.batch)
+                assert len(seen) == 3 and all(row == want for row in seen), (prompt, seen)
+                seen.clear()
+            if (template, len(sample.images)) != ("paligemma", 0):
+                assert exported_row(assembly, encoder, len(sample.images), system) == want
+        desk.close()
+
+
+def opened(image: Any) -> Image.Image:
+    return Image.open(io.BytesIO(image))
+
+
+def test_several_layouts_are_told_and_the_usual_one_is_taken() -> None:
+    cfg = JsonlConfig(path="a")
+    seen = observe(
+        Given(cfg, [*samples_of("head"), *samples_of("tail")[:1], *samples_of("front")[:1], Sample("t", (), (Text("a", "b"),))]), cfg
+    )
+    assert seen.asking == Asking("head", "\n", "\n")
+    assert "in different places: images at the head of the prompt" in seen.line(IMAGE) and "(1 texts)" in seen.line(IMAGE)
+    alike = observe(Given(cfg, samples_of("front")), cfg)
+    assert alike.asking == Asking() and alike.line(IMAGE) == ""
+    inside = Sample("s", PICTURES, (Text(f"is {IMAGE} like {IMAGE}?", "no"),))
+    assert observe(Given(cfg, [inside] * 2), cfg).asking == Asking(together=2)
+    assert observe(Given(cfg, [Sample("s", PICTURES[:1], (Text(f"{IMAGE} a", "b", leading=1),))]), cfg).asking == Asking("head")
+
+
+def test_a_gap_that_is_there_is_not_made_twice_and_placeholders_count() -> None:
+    asking = Asking("head", " ", "\n", "s")
+    assert asking.text("\na", 1, IMAGE) == Text(f"{IMAGE}\na", "", system="s")
+    assert asking.text(f"a{IMAGE}", 1, IMAGE) == Text(f"a{IMAGE}", "", system="s")
+    assert asking.text("c", 2, IMAGE, [("a", f"b{IMAGE}")]) == Text(f"{IMAGE} {IMAGE}\na", "b", (("c", ""),), "s")
+    assert Asking("tail", "", "\n").text("a\n", 1, IMAGE) == Text(f"a\n{IMAGE}", "")
+
+
+def test_a_run_remembers_how_its_data_were(tmp_path: Path) -> None:
+    path = make_job(tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "train.jsonl", [{**row, "prompt": f"{row['prompt']}\n{IMAGE}"} for row in found])
+    assert call("train", path, "--train.max_steps=1", "--eval.at_end=false").code == 0
+    assert verify(resolve(tmp_path / "run")).state["asked"] == Asking("tail", "", "\n").to_json()
+    said = [call("generate", tmp_path / "run", tmp_path / "0.png", "--prompt", prompt) for prompt in ("what?", f"what?\n{IMAGE}")]
+    assert said[0] == said[1] and said[0].code == 0
+    out = call("inspect", path, "-n", "1", f"--data.eval_path={tmp_path}/test.jsonl")
+    assert "a question without <image> is asked with images at the tail of the prompt" in out.out
