@@ -25,7 +25,7 @@ from kempnerforge.data.batch import IGNORE, Kind
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW
 from kempnerforge.data.sample import Sample, Source, Text
-from kempnerforge.eval.exact_match import questions
+from kempnerforge.eval.questions import questions
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.serve.desk import Desk
 from kempnerforge.serve.request import Question
