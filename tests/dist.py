@@ -47,7 +47,7 @@ def run_ranks(target: str, world: int, *args: object, timeout: float = 120) -> l
         source = f"import importlib, sys; importlib.import_module({module!r}).{function}(*sys.argv[1:])"
     else:
         source = target
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # a plugin is found as it is here
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from kempnerforge.distributed.world import World
+from kempnerforge.model.aux_loss import restore_losses, return_losses, with_aux_loss
 
 RECOMPILE_LIMIT = 64
 
@@ -37,12 +38,16 @@ def prepare(
     param_dtype = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
+        if own_losses := with_aux_loss(unit):
+            return_losses(unit, own_losses)
         if recompute:
             _recompute(unit)
         if compile_units:
             unit.compile(dynamic=True)
         if world.size > 1:
             fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+        if own_losses:
+            restore_losses(unit, own_losses)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

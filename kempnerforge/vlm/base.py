@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,7 @@ from kempnerforge.data.seen import Seen
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
+from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
@@ -48,13 +49,6 @@ class Output(NamedTuple):
     def total(self) -> Tensor:
         """What is sent backward."""
         return self.loss if self.aux_loss is None else self.loss + self.aux_loss
-
-
-@runtime_checkable
-class HasAuxLoss(Protocol):
-    """A module with a loss of its own: a scalar, its weight applied, of the last forward pass in training; otherwise None."""
-
-    aux_loss: Tensor | None
 
 
 class Prompts(Protocol):
@@ -202,7 +196,7 @@ class VLM(nn.Module):
     @cached_property
     def with_aux_loss(self) -> list[HasAuxLoss]:
         """The modules that may have a loss of their own."""
-        return [module for module in self.modules() if isinstance(module, HasAuxLoss)]
+        return with_aux_loss(self)
 
     def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
         """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass.
@@ -240,7 +234,7 @@ class VLM(nn.Module):
         """The loss of ``logits`` (T, V) at ``batch.targets``."""
         labels = batch.labels.flatten()[batch.targets]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        extra = [m.aux_loss for m in self.with_aux_loss if m.aux_loss is not None]
+        extra = [loss for loss in take_losses(self.with_aux_loss) if loss is not None]
         return Output(loss, logits, torch.stack(extra).sum() * batch.num_targets if extra else None)
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:

@@ -5,6 +5,7 @@ Installed plugins and those in ``recipes/`` are found by themselves; ``pytest -p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +31,7 @@ from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.vlm.build import arch_class, build_model
-from tests.dist import run_ranks
+from tests.dist import Result, run_ranks
 from tests.vlm.tiny import (
     ANSWERED,
     FOREIGN,
@@ -58,6 +59,7 @@ from tests.vlm.tiny import (
     tiny_job,
     with_answer,
 )
+from tests.vlm.workers import AUX, COMPILED, FROZEN, RECOMPUTED, freeze_some, prepared, shares
 
 load_plugins([], Path(), "tests")
 ARCHS: list[str | None] = [None, *registry.archs]
@@ -191,22 +193,90 @@ def test_compile_changes_nothing(arch: str | None, world: World) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Tensor]]]:
+    """What two ranks find in each of two steps of a case: all cases that were selected in one go, as starting ranks takes seconds."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started: dict[bool, list[Result]] = {}
+
+    def found(case: str) -> list[dict[str, Tensor]]:
+        compiled = COMPILED in case  # a start of its own, as the compiler takes minutes
+        if compiled not in started:
+            selected = [
+                item for item in request.session.items if item.path == request.path and "ranked" in getattr(item, "fixturenames", ())
+            ]
+            every = [item.callspec.params["ranked"] for item in selected]  # type: ignore[attr-defined]
+            cases = [one for one in every if (COMPILED in one) == compiled]
+            modules = ",".join(sorted({module for one in cases for module in modules_of(one.partition(":")[0] or None)}))
+            started[compiled] = run_ranks("tests.vlm.workers:two_ranks", 2, folder, modules, *cases, timeout=1000 if compiled else 500)
+        results = started[compiled]
+        written = [folder / f"{case}-{step}.pt" for step in range(2)]
+        assert all(path.exists() for path in written), "".join(f"rank {k}: {r.stderr[-2000:]}" for k, r in enumerate(results))
+        return [torch.load(path, weights_only=True) for path in written]
+
+    return found
+
+
+def modules_of(arch: str | None) -> set[str]:
+    """What another process imports to know ``arch``; those in files of ``recipes/`` are found there by themselves."""
+    if arch is None:
+        return set()
+    classes = {arch_class(tiny_job(arch)), registry.vlm_configs.get(arch)}
+    return {cls.__module__ for cls in classes if not cls.__module__.startswith(("kempnerforge.", "kempnerforge_plugin_"))}
+
+
+def ranked(archs: Iterable[tuple[str | None, str]], *hows: str) -> pytest.MarkDecorator:
+    """A case for each arch and mask, run in each of the ways ``hows``; its name holds that of the arch."""
+    cases = [(f"{arch or ''}:{mask}:{how}", f"{arch}-{mask}{how and '-'}{how}") for arch, mask in archs for how in hows]
+    return pytest.mark.parametrize("ranked", [case for case, _ in cases], ids=[name for _, name in cases])
+
+
 @pytest.mark.dist
-def test_two_ranks_are_one_process_that_accumulates(tmp_path: Path) -> None:
-    """Each rank has its own micro-batch, one of them without any image; all archs in one go, as starting ranks takes seconds."""
-    cases = [f"{arch or ''}:{mask}" for arch, mask in MASKED]
-    results = run_ranks("tests.vlm.workers:two_ranks", 2, tmp_path, *cases, timeout=120)
-    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
-    for (arch, mask), case in zip(MASKED, cases, strict=True):
-        it = tiny(arch, mask)
-        optimizer = torch.optim.SGD(it.model.parameters(), lr=0.5)
-        for step in range(2):
-            loss, grads = gradients(it.model, it.batch(ONE, THREE, LATE), it.batch(NO_IMAGE))
-            got = torch.load(tmp_path / f"{case}-{step}.pt", weights_only=True)
-            torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6, msg=lambda text, case=case: f"{case}: {text}")
-            torch.testing.assert_close(got, grads, rtol=1e-4, atol=1e-6, msg=lambda text, case=case: f"{case}: {text}")
-            optimizer.step()
-            optimizer.zero_grad()
+@pytest.mark.timeout(600)  # the first one starts them all
+@ranked(MASKED, "")
+def test_two_ranks_are_one_process_that_accumulates(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    """Each rank has its own micro-batch, one of them without any image."""
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked([(arch, accepted_masks(arch)[0]) for arch in ARCHS], AUX, f"{AUX}+{FROZEN}+{RECOMPUTED}")
+def test_two_ranks_with_auxiliary_losses(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    """Of what units return, and of what is inside them: their weights are sharded when the loss is differentiated."""
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1200)
+@ranked([(arch, accepted_masks(arch)[0]) for arch in ARCHS], COMPILED, f"{AUX}+{COMPILED}", f"{AUX}+{FROZEN}+{RECOMPUTED}+{COMPILED}")
+def test_two_ranks_compiled(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    same_as_one_process(ranked, ranks(ranked))
+
+
+def same_as_one_process(case: str, found: list[dict[str, Tensor]]) -> None:
+    it, how = prepared(case)
+    if FROZEN in how:
+        freeze_some(it)
+    optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
+    for got in found:
+        loss, grads = gradients(it.model, *shares(it))
+        torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, grads, rtol=1e-3 if COMPILED in how else 1e-4, atol=1e-5 if COMPILED in how else 1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@each_arch
+def test_a_loss_of_a_part_is_declared_and_taken_once(arch: str | None) -> None:
+    """Who sets ``aux_loss`` in a forward pass has it from the start, or it would not be found; behind the pass nothing is left for the next."""
+    model = tiny(arch).model.train()
+    declared = {id(module) for module in model.modules() if hasattr(module, "aux_loss")}
+    model(tiny(arch).batch(*SAMPLES))
+    set_now = [module for module in model.modules() if hasattr(module, "aux_loss")]
+    assert {id(module) for module in set_now} == declared
+    assert [type(module).__name__ for module in set_now if module.aux_loss is not None] == []
 
 
 @each_mask

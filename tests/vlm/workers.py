@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from kempnerforge.config import DistributedConfig
+from kempnerforge.data.batch import Batch
 from kempnerforge.distributed.world import World, start, stop
-from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, full, install, tiny
+from kempnerforge.training.freeze import apply_freeze
+from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, Tiny, full, install, tiny
+
+AUX, FROZEN, RECOMPUTED, COMPILED = "aux", "frozen", "recomputed", "compiled"
+SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
+"""The samples of each rank; one of them has no image."""
 
 
-def two_ranks(folder: str, *cases: str) -> None:
-    """Two optimizer steps of every case "arch:mask"; rank 0 writes loss and whole gradients of each."""
+def two_ranks(folder: str, modules: str, *cases: str) -> None:
+    """Two optimizer steps of every case "arch:mask:how+how"; rank 0 writes loss and whole gradients of each.
+
+    Args:
+        modules: joined by commas, what has to be imported for the archs to be known.
+    """
     code = 0
     try:
+        for name in filter(None, modules.split(",")):
+            importlib.import_module(name)
         world = start(DistributedConfig(timeout_s=60))
         for case in cases:
-            arch, _, mask = case.partition(":")
-            two_steps(arch or None, mask, world, Path(folder) / case)
+            two_steps(case, world, Path(folder) / case)
         stop()
     except BaseException:
         traceback.print_exc()
@@ -30,11 +45,13 @@ def two_ranks(folder: str, *cases: str) -> None:
     os._exit(code)
 
 
-def two_steps(arch: str | None, mask: str, world: World, out: Path) -> None:
-    it = tiny(arch, mask)
-    install(it, world)
-    optimizer = torch.optim.SGD(it.model.parameters(), lr=0.5)
-    batch = it.batch(*[(ONE, THREE, LATE), (NO_IMAGE,)][world.rank])
+def two_steps(case: str, world: World, out: Path) -> None:
+    it, how = prepared(case)
+    install(it, world, recompute=RECOMPUTED in how, compile_units=COMPILED in how)
+    if FROZEN in how:
+        freeze_some(it)
+    optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
+    batch = it.batch(*SHARES[world.rank])
     for step in range(2):
         (targets,) = world.sum([batch.num_targets])
         loss = it.model(batch).total / targets
@@ -45,3 +62,60 @@ def two_steps(arch: str | None, mask: str, world: World, out: Path) -> None:
             torch.save(result, f"{out}-{step}.pt")
         optimizer.step()
         optimizer.zero_grad()
+
+
+def prepared(case: str) -> tuple[Tiny, set[str]]:
+    """The model of a case, and how it is run."""
+    arch, mask, how = case.split(":")
+    it = tiny(arch or None, mask)
+    if AUX in how.split("+"):
+        add_losses(it.model)
+    return it, set(how.split("+"))
+
+
+def shares(it: Tiny) -> list[Batch]:
+    """What the ranks have, in one process."""
+    return [it.batch(*samples) for samples in SHARES]
+
+
+# ---- auxiliary losses wherever a plugin may have them ------------------------------------------------------------------------
+
+
+def add_losses(model: Any) -> None:
+    """Gives each unit a loss of what it returns and one of what its first linear layer returns; adapter and encoder have one of their output."""
+    for unit in list(model.shard_units()):
+        add_loss(first_linear(unit))
+        add_loss(unit)
+    for name in ("vision_encoder", "adapter"):
+        if (part := dict(model.named_children()).get(name)) is not None:
+            add_loss(part)
+
+
+def first_linear(unit: nn.Module) -> nn.Module:
+    return next(m for m in unit.modules() if isinstance(m, nn.Linear))
+
+
+def add_loss(module: Any) -> None:
+    """Has ``module`` want small outputs, too."""
+    kind = type(module)
+    weight = 0.05
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        value = kind.forward(self, *args, **kwargs)
+        own = self.aux_loss  # None, or what the class wants by itself
+        tensor: Tensor = value if isinstance(value, Tensor) else value[0]
+        loss = weight * tensor.float().square().mean()
+        self.aux_loss = None if not self.training else loss if own is None else own + loss
+        return value
+
+    if not hasattr(module, "aux_loss"):
+        module.aux_loss = None
+    module.__class__ = type(f"{kind.__name__}WithLoss", (kind,), {"forward": forward})
+
+
+def freeze_some(it: Tiny) -> None:
+    """One whole unit of the text, and of the next one the layer that has a loss; what is behind them trains."""
+    names = {id(p): name for name, p in it.model.named_parameters()}
+    whole, part = islice(list(it.model.shard_units())[-3:], 2)
+    frozen = {names[id(p)] for p in (*whole.parameters(), *first_linear(part).parameters())}
+    apply_freeze(it.model, frozenset(names.values()) - frozen)

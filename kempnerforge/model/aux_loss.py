@@ -1,0 +1,63 @@
+"""Losses that parts of a model have beside the one of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class HasAuxLoss(Protocol):
+    """A module, anywhere in a model, with a loss of its own.
+
+    The attribute stands there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training ``forward`` sets it to a scalar, its
+    weight applied and its graph attached: a mean over tokens, as it is multiplied by the number of targets and added to the loss. In
+    evaluation ``forward`` sets it to None. Whoever collects the losses sets it to None, too, so that none is counted in a later pass in
+    which its module is not called. It may be made of anything in the module: inputs, weights, what it returns.
+    """
+
+    aux_loss: Tensor | None
+
+
+def with_aux_loss(model: nn.Module) -> list[HasAuxLoss]:
+    """The modules of ``model`` that may have a loss of their own."""
+    return [module for module in model.modules() if isinstance(module, HasAuxLoss)]
+
+
+def take_losses(modules: Sequence[HasAuxLoss]) -> list[Tensor | None]:
+    """The losses of ``modules``, which have none afterwards."""
+    losses = [module.aux_loss for module in modules]
+    for module in modules:
+        module.aux_loss = None
+    return losses
+
+
+def return_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
+    """Has ``unit.forward`` return the losses of ``modules``, which are in it, beside its value: (value, losses).
+
+    Sharding gathers weights for a backward pass when a gradient arrives at something that the unit has *returned*. A loss that leaves it as an
+    attribute is differentiated before that, with weights that are not there. Recomputation leaves no graph behind in the attributes, either.
+    """
+    forward = unit.forward
+
+    def returning(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
+        try:
+            return forward(*args, **kwargs), [module.aux_loss for module in modules]
+        finally:  # recomputation leaves by an exception as soon as it has what it needs
+            take_losses(modules)
+
+    unit.forward = returning  # an attribute of the instance: no name moves
+
+
+def restore_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
+    """Behind ``return_losses`` and all hooks that want to see the losses: they are attributes again, and the unit returns its value alone."""
+
+    def restoring(_: nn.Module, args: Any, output: tuple[Any, list[Tensor | None]]) -> Any:
+        value, losses = output
+        for module, loss in zip(modules, losses, strict=True):
+            module.aux_loss = loss
+        return value
+
+    unit.register_forward_hook(restoring)
