@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 import warnings
 import zlib
 from collections import OrderedDict
@@ -14,15 +15,50 @@ import numpy as np
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.files import write_whole
-from kempnerforge.data.sample import ImageSource
+from kempnerforge.data.fingerprint import Signature, signature
+from kempnerforge.data.images import contents
 
 HEADER = struct.Struct("<4sIII")  # MAGIC, CRC-32 of the pixels, number of views, their side in pixels
 MAGIC = b"kfv1"
 
 
-def content_key(image: ImageSource) -> str:
-    """A file by its path; encoded bytes by what they are."""
-    return os.fspath(image) if isinstance(image, Path) else hashlib.blake2b(image, digest_size=16).hexdigest()
+SETTLED_NS = 2 * 10**9
+"""A file that was written later than this before it was read may be written again without its times showing it."""
+REMEMBERED = 2**16
+"""Files of which it is remembered what they hold."""
+
+
+def content_key(data: bytes) -> str:
+    """What stands for an encoded image: its content, wherever it lies and whatever its name."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class KnownFiles:
+    """Content keys of files that have been read, for as long as the system says that they are the same."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[Signature, str]] = OrderedDict()
+
+    def key(self, path: Path) -> str | None:
+        """The key of what ``path`` holds now, if it was read and has not been written since."""
+        known = self._known.get(path)
+        return known[1] if known is not None and known[0] == signature(path) else None
+
+    def read(self, path: Path) -> tuple[bytes, str]:
+        """What ``path`` holds, and its key.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        before = signature(path)
+        data = contents(path)
+        key = content_key(data)
+        self._known.pop(path, None)
+        if before is not None and before == signature(path) and before.written_ns + SETTLED_NS < time.time_ns():
+            self._known[path] = before, key
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return data, key
 
 
 class ImageCache:
@@ -30,22 +66,27 @@ class ImageCache:
 
     Args:
         mib: memory for pixels; 0 keeps none.
+
+    Attributes:
+        files: which contents the files have that the views were made of.
     """
 
     def __init__(self, mib: int) -> None:
         self.free = mib * 2**20
+        self.keeps = mib > 0
+        self.files = KnownFiles()
         self._kept: OrderedDict[tuple[str, str], list[np.ndarray]] = OrderedDict()
 
-    def get(self, image: str, transform: str) -> list[np.ndarray] | None:
-        """The views of ``image`` under ``transform``, shared and read-only, if they are here."""
-        views = self._kept.get((image, transform))
+    def get(self, key: str, transform: str) -> list[np.ndarray] | None:
+        """The views of the image with this content ``key`` under ``transform``, shared and read-only, if they are here."""
+        views = self._kept.get((key, transform))
         if views is not None:
-            self._kept.move_to_end((image, transform))
+            self._kept.move_to_end((key, transform))
         return views
 
-    def put(self, image: str, transform: str, views: list[np.ndarray]) -> None:
+    def put(self, key: str, transform: str, views: list[np.ndarray]) -> None:
         """Keeps ``views``, which nobody may write to any more."""
-        self._kept[image, transform] = views
+        self._kept[key, transform] = views
         self.free -= sum(view.nbytes for view in views)
         while self.free < 0:
             _, oldest = self._kept.popitem(last=False)
@@ -55,8 +96,8 @@ class ImageCache:
 class DiskCache:
     """Views in files, one for each image, uncompressed. Several processes may use the same directory.
 
-    A file appears whole or not at all, and carries a checksum: one that is damaged, or of another kind, counts as absent. An image that
-    changes on disk (size or time of change) has another key.
+    A file appears whole or not at all, and carries a checksum: one that is damaged, or of another kind, counts as absent. It goes by what an
+    image holds, so an image that is copied or moved is found again, and one that is written anew is another one.
 
     Args:
         directory: made if it is not there.
@@ -76,16 +117,9 @@ class DiskCache:
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise InputError(f"data.images.cache_dir = {directory!r}: cannot be written to")
 
-    def path(self, image: ImageSource) -> Path | None:
-        """Where the views of ``image`` lie; None: there is no such file."""
-        parts = [self.transform, content_key(image)]
-        if isinstance(image, Path):
-            try:
-                found = image.stat()
-            except (OSError, ValueError):
-                return None
-            parts = [self.transform, os.path.abspath(image), str(found.st_size), str(found.st_mtime_ns)]
-        key = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    def path(self, image: str) -> Path:
+        """Where the views of the image with the content key ``image`` lie."""
+        key = hashlib.blake2b(f"{self.transform}\0{image}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
         return self.directory / key[:2] / f"{key[2:]}.views"
 
     def read(self, path: Path, side: int) -> list[np.ndarray] | None:

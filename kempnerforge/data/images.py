@@ -97,24 +97,39 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 
 
 @contextmanager
-def opened(source: ImageSource, *, whole: bool = True) -> Iterator[Picture]:
+def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True) -> Iterator[Picture]:
     """The image, and its name in front of what is wrong with it.
 
     Args:
         source: a file, or the encoded image.
+        data: what it holds, where it has been read.
         whole: read a file at once, as its pixels will be wanted.
 
     Raises:
         ImageError: no such file, not an image, too large or degenerate.
     """
     try:
-        data = io.BytesIO(source) if isinstance(source, bytes) else _file(source, whole)
+        data = source if isinstance(source, bytes) else data
+        file = io.BytesIO(data) if data is not None else _file(Path(os.fspath(source)), whole)  # pyright: ignore[reportArgumentType]
         # Pillow warns of large images between its two bounds; the bound here is lower than both
-        with data, warnings.catch_warnings():
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield Picture(data)
+            yield Picture(file)
     except ImageError as error:
         raise ImageError(f"image {name_of(source)}: {error}") from None
+
+
+def contents(path: Path) -> bytes:
+    """What an image file holds, as it is.
+
+    Raises:
+        ImageError: no such file, or too large.
+    """
+    try:
+        with _file(path, whole=True) as file:
+            return file.read()
+    except ImageError as error:
+        raise ImageError(f"image {name_of(path)}: {error}") from None
 
 
 def name_of(source: ImageSource) -> str:

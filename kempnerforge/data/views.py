@@ -116,23 +116,33 @@ class Views:
 
     def _kept(self, image: ImageSource) -> list[np.ndarray]:
         """The unchanged views: from memory, from disk, or made."""
-        name = content_key(image)
-        views = self.cache.get(name, self._transform)
-        if views is not None:
-            return views
-        path = self._disk.path(image) if self._disk is not None else None
-        if self._disk is not None and path is not None:
-            views = self._disk.read(path, self.layout.image_size)
+        if not self.cache.keeps and self._disk is None:
+            return self._made(image, Change())
+        data, key = (image, content_key(image)) if isinstance(image, bytes) else (None, self.cache.files.key(image))
+        views = self._known(key) if key is not None else None
+        if views is None and not isinstance(image, bytes):
+            data, key = self.cache.files.read(image)
+            views = self._known(key)
+        assert key is not None
         if views is None:
-            views = self._made(image, Change())
-            if self._disk is not None and path is not None:
-                self._disk.write(path, views)
-        self.cache.put(name, self._transform, views)
+            views = self._made(image, Change(), data)
+            if self._disk is not None:
+                self._disk.write(self._disk.path(key), views)
+            self.cache.put(key, self._transform, views)
         return views
 
-    def _made(self, image: ImageSource, change: Change) -> list[np.ndarray]:
+    def _known(self, key: str) -> list[np.ndarray] | None:
+        """The views of the image with this content ``key``, if memory or disk has them."""
+        views = self.cache.get(key, self._transform)
+        if views is None and self._disk is not None:
+            views = self._disk.read(self._disk.path(key), self.layout.image_size)
+            if views is not None:
+                self.cache.put(key, self._transform, views)
+        return views
+
+    def _made(self, image: ImageSource, change: Change, data: bytes | None = None) -> list[np.ndarray]:
         side = self.layout.image_size
-        with opened(image) as picture:
+        with opened(image, data) as picture:
             frames = frames_of(self.cfg, side, picture.size)
             least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
             pixels = picture.pixels(least)

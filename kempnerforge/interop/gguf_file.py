@@ -19,6 +19,7 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.training import TrainConfig
+from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import MAX_TEXT, Foreign, Place, matched, shapes
 from kempnerforge.interop.huggingface import check_tensor
@@ -167,23 +168,22 @@ class _Fields(dict[str, Any]):
 
 
 def _open(path: Path) -> Any:
-    return _read(path, *_version(path))[0]
+    return _read(path, _version(path))[0]
 
 
 def _fields(path: Path) -> _Fields:
-    return _read(path, *_version(path))[1]
+    return _read(path, _version(path))[1]
 
 
-def _version(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    return found.st_mtime_ns, found.st_size
+def _version(path: Path) -> Signature:
+    found = signature(path)
+    if found is None:
+        raise InputError(f"{path}: no such file")
+    return found
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path, modified_ns: int, size: int) -> tuple[Any, _Fields]:
+def _read(path: Path, version: Signature) -> tuple[Any, _Fields]:
     """The file, whose tensors stay on disk, and its fields: parsing a tokenizer of 50,000 tokens takes seconds."""
     package = _package()
     try:

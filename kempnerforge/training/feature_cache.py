@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.files import write_whole
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
+from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.vlm.base import VLM
 
 LOG = logging.getLogger("kempnerforge")
@@ -36,32 +39,48 @@ class FeatureCache:
 
     Args:
         directory: may be shared by runs and processes; a file is written whole or not at all.
+        model: sharded already. The key follows what its encoder is when it is used: whoever writes to the weights (the optimizer, a reset, a
+            checkpoint, an average that takes their place) need not say so.
         world: the encoder is sharded over it, so all ranks must agree on calling it.
         dtype: of compute; features of another one are other features.
     """
 
-    def __init__(self, directory: Path, world: World, dtype: torch.dtype) -> None:
-        self.directory, self.world, self.dtype = directory, world, dtype
+    def __init__(self, directory: Path, model: VLM, world: World, dtype: torch.dtype) -> None:
+        self.directory, self.model, self.world, self.dtype = directory, model, world, dtype
+        self._weights = dict(model.vision_encoder.named_parameters())  # the sharded ones, whatever stands in the modules at the moment
+        self._versions: list[int] | None = None
         self._folder: Path | None = None
         self._writable = True
 
-    def open(self, model: VLM) -> None:
-        """Uses the features of ``model``'s encoder as it is now. To be called when what trains has changed; an encoder that trains has none."""
-        if any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
-            self._folder = None
-            return
-        facts = f"{model.job.vision_encoder} {model.vision_encoder.signature} {self.dtype}"
+    def _open(self) -> Path | None:
+        """Where the features of the encoder as it is now lie; None: it trains, and has none. Its weights are read when they may have changed."""
+        if any(parameter.requires_grad for parameter in self._weights.values()):
+            self._versions = self._folder = None
+            return None
+        versions = [local(value)._version for value in self._weights.values()]
+        if self.world.sum([versions != self._versions])[0]:  # reading them is up to all ranks
+            self._folder = self.directory / self._key()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._versions = versions
+        return self._folder
+
+    def _key(self) -> str:
+        """Of all that decides which features come out: settings, code, dtype, weights."""
+        encoder = self.model.vision_encoder
+        facts = f"{self.model.job.vision_encoder} {encoder.signature} {self.dtype}"
         digest = hashlib.blake2b(facts.encode(), digest_size=16)
-        for name, value in sorted([*model.vision_encoder.named_parameters(), *model.vision_encoder.named_buffers()]):
+        for module in sorted({type(module).__module__ for module in encoder.modules()}):
+            source = getattr(sys.modules.get(module), "__file__", None)
+            digest.update(f"{module} {source and file_fingerprint(source)}".encode())
+        for name, value in sorted([*self._weights.items(), *encoder.named_buffers()]):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             digest.update(name.encode())
             digest.update(whole.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        self._folder = self.directory / digest.hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        return digest.hexdigest()
 
     def attach(self, batch: Batch) -> Batch:
         """``batch``, which is still on the CPU, with what is known of its images. All ranks call it for each micro-batch."""
-        if self._folder is None or batch.images is None:
+        if self._open() is None or batch.images is None:
             return batch
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
         found = [self._read(key) for key in keys]

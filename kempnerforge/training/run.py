@@ -119,16 +119,16 @@ def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None
 
 
 def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
-    """The training data are those that the run was begun with, also where the paths that lead to them are."""
+    """The data are those that the run was begun with, also where the paths that lead to them are."""
     now = assembly.fingerprints
-    changed = [stage for stage, before in manifest.state.get("data", {}).items() if now.get(stage, before) != before]
+    changed = [name for name, before in manifest.state.get("data", {}).items() if now.get(name, before) != before]
     if changed and "data" not in allow:
         raise InputError(
-            f"run.dir = {str(run_dir)!r}: the training data of stage {', '.join(map(repr, changed))} are no longer those that the run was begun"
-            " with; put them back, use --fresh, or say --allow-change=data if it is meant"
+            f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(changed)}); put them back, use"
+            " --fresh, or say --allow-change=data if it is meant"
         )
     if changed:
-        LOG.warning("changed, as it is meant to be: the training data of stage %s", ", ".join(map(repr, changed)))
+        LOG.warning("changed, as it is meant to be: the data (%s)", ", ".join(changed))
 
 
 def _write_tokenizer(tokenizer, run_dir: Path) -> None:

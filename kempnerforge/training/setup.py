@@ -17,6 +17,7 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.asking import Asking, Seen, observe
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.fingerprint import pictures_fingerprint
 from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
@@ -61,8 +62,16 @@ class Assembly:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Stage -> what tells its training data from others."""
-        return {stage.name: self.sources[stage.index].fingerprint() for stage in self.stages}
+        """What tells the data of a run from others, by what they are for: those of each stage under its name, then their images, and the same of
+        what is evaluated on.
+        """
+        found = {stage.name: self.sources[stage.index] for stage in self.stages}
+        if self.held_out is not None:
+            found["held-out data"] = self.held_out
+        lists = {name: source.fingerprint() for name, source in found.items()}
+        if not self.model.has_images:
+            return lists
+        return lists | {f"images of {name}": pictures_fingerprint(source) for name, source in found.items()}
 
     def warnings(self) -> list[str]:
         """What is allowed but may not be meant, of the config and of the names of the model's parameters."""

@@ -102,7 +102,7 @@ class Trainer:
         )
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         caches = job.train.feature_cache and self.model.has_images
-        self.features = FeatureCache(Path(job.train.feature_cache), world, dtype) if caches else None
+        self.features = FeatureCache(Path(job.train.feature_cache), self.model, world, dtype) if caches else None
         self.step = 0
         self.seconds = 0.0
         self.samples_seen = self.samples_bad = 0
@@ -163,8 +163,6 @@ class Trainer:
         NOTE: only at ``boundaries`` and at the start: between them nothing changes.
         """
         apply_freeze(self.model, trainable_names(self.names, self.job.freeze_at(self.step), self.patterns))
-        if self.features is not None:
-            self.features.open(self.model)
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the current step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
 from kempnerforge.data import ImageError, Layout, Tokenizer
-from kempnerforge.data.image_cache import HEADER, DiskCache, ImageCache
+from kempnerforge.data.fingerprint import Signature
+from kempnerforge.data.image_cache import HEADER, DiskCache, ImageCache, KnownFiles, content_key
 from kempnerforge.data.views import Views
 
 LAYOUT = Layout(image_tokens=2, image_size=32, max_text_len=8, seq_len=64, pad_to=32)
@@ -40,9 +42,9 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     decoded: list[object] = []
     made = Views._made
 
-    def counting(self: Views, image: object, change: object) -> list[np.ndarray]:
+    def counting(self: Views, image: object, *args: object) -> list[np.ndarray]:
         decoded.append(image)
-        return made(self, image, change)  # type: ignore[arg-type]
+        return made(self, image, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Views, "_made", counting)
     return decoded
@@ -54,12 +56,15 @@ def test_memory_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "a.png").write_bytes(sources[0])
     views = Views(ImagesConfig(), Layout(2, 512, 8, 64, 32), TOKENIZER, ImageCache(2))  # 768 kB an image
     for source in (sources[0], tmp_path / "a.png", sources[0], tmp_path / "a.png"):
-        assert np.array_equal(views.load(source)[0], views.load(sources[0])[0])
-    assert len(decoded) == 2
-    views.load(sources[1])  # sends the file away, the least recently used
+        assert views.load(source)[0] is views.load(sources[0])[0], "one content, one image"
+    assert len(decoded) == 1
+    views.load(sources[1])
     views.load(sources[0])
+    views.load(sources[2])  # sends the second away, the least recently used
     assert len(decoded) == 3
     views.load(tmp_path / "a.png")
+    assert len(decoded) == 3
+    views.load(sources[1])
     assert len(decoded) == 4
     off = Views(ImagesConfig(), LAYOUT, TOKENIZER, ImageCache(0))
     off.load(sources[2])
@@ -79,7 +84,7 @@ def test_disk_gives_bitwise_the_same_without_decoding(tmp_path: Path, monkeypatc
     decoded = count_decodes(monkeypatch)
     (tmp_path / "a.png").write_bytes(noise(1))
     plain = views_of(tmp_path / "unused", cache_dir="")
-    for source in (noise(0), tmp_path / "a.png"):
+    for source in (noise(0), tmp_path / "a.png"):  # of other content
         want = plain.load(source)
         assert len(want) == 5  # 2 x 2 tiles
         first, again = views_of(tmp_path / "cache").load(source), views_of(tmp_path / "cache").load(source)
@@ -105,6 +110,60 @@ def test_what_decides_the_views_is_in_the_key(tmp_path: Path, monkeypatch: pytes
     changed = views_of(tmp_path / "cache").load(image)
     assert len(decoded) == len(variants) + 1
     assert np.array_equal(changed[0], views_of(tmp_path, cache_dir="").load(noise(2))[0])
+
+
+@pytest.mark.parametrize(("mib", "on_disk"), [(8, False), (0, True), (8, True), (0, False)])
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_file_is_what_it_holds(tmp_path: Path, mib: int, on_disk: bool, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written anew with as many bytes and its old times, in place or by a rename, it is the new image; moved back it is the old one, and known."""
+    decoded = count_decodes(monkeypatch)
+    if settled:
+        monkeypatch.setattr("kempnerforge.data.image_cache.SETTLED_NS", 0)
+    else:  # a clock so coarse that it shows nothing
+        same = Signature(1, 1, 1, time.time_ns() + 10**9, time.time_ns() + 10**9)
+        monkeypatch.setattr("kempnerforge.data.image_cache.signature", lambda path: same)
+    views = views_of(tmp_path / "cache", mib, cache_dir=str(tmp_path / "cache") if on_disk else "")
+    plain = views_of(tmp_path, cache_dir="")
+    red, blue = (bmp(colour) for colour in ("red", "blue"))
+    assert len(red) == len(blue)
+    image = tmp_path / "a.bmp"
+
+    def check(data: bytes) -> None:
+        got = [views.load(image), views.load(image)]
+        assert all(np.array_equal(found[0], plain.load(data)[0]) for found in got)
+
+    image.write_bytes(red)
+    before = image.stat()
+    check(red)
+    time.sleep(0.02)  # more than the system's clock for files ticks
+    image.write_bytes(blue)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    check(blue)
+    (tmp_path / "other.bmp").write_bytes(red)
+    os.utime(tmp_path / "other.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "other.bmp").replace(image)
+    before_last = len(decoded)
+    check(red)
+    if mib or on_disk:
+        assert len(decoded) == before_last + 2, "by the plain one alone: the cache knows the content"
+
+
+def test_what_is_known_of_files_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kempnerforge.data.image_cache.SETTLED_NS", 0)
+    monkeypatch.setattr("kempnerforge.data.image_cache.REMEMBERED", 2)
+    known, paths = KnownFiles(), [tmp_path / f"{k}.png" for k in range(3)]
+    for k, path in enumerate(paths):
+        path.write_bytes(noise(k))
+        time.sleep(0.01)
+        assert known.read(path) == (noise(k), content_key(noise(k)))
+    assert [known.key(path) for path in paths] == [None, content_key(noise(1)), content_key(noise(2))]
+    paths[1].unlink()
+    assert known.key(paths[1]) is None
+
+
+def bmp(colour: str) -> bytes:
+    Image.new("RGB", (32, 32), colour).save(buffer := io.BytesIO(), "BMP")
+    return buffer.getvalue()
 
 
 def test_damaged_entries_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,20 @@ import pytest
 import torch
 
 from kempnerforge.config import ConfigError, load_config
-from tests.training.tiny import a_trainer, assert_same_tensors, call, losses, make_job, rows_of, spawn, tensors, weights_of, write_rows
+from kempnerforge.training.ema import swapped
+from tests.training.tiny import (
+    a_trainer,
+    assert_same_tensors,
+    call,
+    losses,
+    make_job,
+    rows_of,
+    spawn,
+    tensors,
+    weights_of,
+    write_config,
+    write_rows,
+)
 
 FROZEN = """
 [[stages]]
@@ -105,3 +118,49 @@ def test_another_encoder_with_the_same_weights_has_other_features(tmp_path: Path
     assert sum(encoded(tmp_path, cache)[0]) == 16
     assert sum(encoded(tmp_path, cache, "--vision_encoder.n_heads=4")[0]) == 16
     assert sum(encoded(tmp_path, cache)[0]) == 0
+
+
+def test_the_key_follows_the_weights_that_encode(tmp_path: Path) -> None:
+    """Whoever writes to them: a schedule-free optimizer that goes on from its average, an average in their place, a plain copy."""
+    job = load_config(
+        write_config(make_job(tmp_path).parent, "two.toml", extra='[[stages]]\nname = "all"\nsteps = 3\n' + FROZEN),
+        [*COMMON, "--optimizer.name=schedule_free_adamw", "--scheduler.name=constant", f"--train.feature_cache={tmp_path}/features"],
+    )
+    with a_trainer(job) as trainer:
+        features = trainer.features
+        assert features is not None
+
+        def folder() -> Path | None:
+            return features._open()
+
+        trainer.apply_freeze()
+        for _ in range(3):
+            assert folder() is None
+            trainer.train_step()
+            trainer.step += 1
+        trainer.apply_freeze()
+        first = folder()
+        assert first is not None and folder() == first
+        trainer.optimizers.reset()
+        second = folder()
+        assert second not in (None, first)
+        trainer.train_step()
+        trainer.step += 1
+        assert folder() == second, "frozen"
+        weight = next(iter(features._weights.values()))
+        with swapped(trainer.model, {weight: weight.detach() + 1}):
+            assert folder() not in (None, first, second)
+        assert folder() == second, "bitwise as it was"
+
+
+def test_features_of_an_earlier_run_are_those_of_its_weights(tmp_path: Path) -> None:
+    """Two runs whose frozen encoders differ by what a reset wrote, with one cache: each is as it is without any."""
+    config = make_job(tmp_path, extra='[[stages]]\nname = "all"\nsteps = 4\n' + FROZEN.replace("9", "3"))
+    argv = ("train", config, *COMMON, "--optimizer.name=schedule_free_adamw", "--scheduler.name=constant", "--optimizer.lr=2e-2")
+    cache = f"--train.feature_cache={tmp_path}/features"
+    (reset := tmp_path / "reset.toml").write_text(config.read_text().replace('"frozen"\n', '"frozen"\noptimizer.moments = "reset"\n'))
+    assert call(*argv, f"--run.dir={tmp_path}/alone").code == 0
+    assert call("train", reset, *argv[2:], cache, f"--run.dir={tmp_path}/reset").code == 0
+    assert call(*argv, cache, f"--run.dir={tmp_path}/shared").code == 0
+    assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    assert losses(tmp_path / "reset") != pytest.approx(losses(tmp_path / "alone"), abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -233,7 +234,7 @@ def test_edited_data_behind_the_same_path_are_noticed(tmp_path: Path):
     rows = rows_of(tmp_path)
     write_rows(tmp_path / "train.jsonl", [*rows[:5], rows[5] | {"answer": "purple"}, *rows[6:]])
     ended = call("train", config)
-    assert ended.code == 2 and "training data of stage 'train' are no longer those" in ended.err, ended
+    assert ended.code == 2 and "data are no longer those that the run was begun with (train)" in ended.err, ended
     assert call("train", config, "--allow-change=data", "--train.max_steps=4", "--eval.at_end=false").code == 0
     write_rows(tmp_path / "train.jsonl", rows)
     assert "--allow-change=data" in call("train", config).err, "the newest checkpoint counts"
@@ -323,3 +324,26 @@ def test_keep_until(tmp_path: Path):
     assert path.read_text().splitlines() == lines[:2]
     keep_until(path, 0)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(("held_out", "named"), [(False, "images of train"), (True, "images of held-out data")])
+def test_pictures_replaced_behind_an_unchanged_list_are_refused(held_out: bool, named: str, tmp_path: Path):
+    """Those of the training data and those of the held-out ones; a copy of the data with other times is the same data."""
+    job = make_job(tmp_path)
+    if held_out:  # pictures of its own
+        (tmp_path / "held.png").write_bytes((tmp_path / "3.png").read_bytes())
+        write_rows(tmp_path / "test.jsonl", [{"image": "held.png", "prompt": "what?", "answer": "red"}])
+    argv = ("train", job, "--scheduler.name=constant", "--eval.at_end=false")
+    assert call(*argv, "--train.max_steps=2").code == 0
+    changed = tmp_path / ("held.png" if held_out else "3.png")
+    before = changed.read_bytes()
+    os.utime(changed, ns=(1, 1))
+    assert call(*argv, "--train.max_steps=3").code == 0
+    changed.write_bytes((tmp_path / "4.png").read_bytes())
+    os.utime(changed, ns=(1, 1))
+    ended = call(*argv, "--train.max_steps=4")
+    assert ended.code == 2 and f"({named})" in ended.err and "--allow-change=data" in ended.err, ended
+    changed.write_bytes(before)
+    assert call(*argv, "--train.max_steps=4").code == 0
+    changed.write_bytes((tmp_path / "4.png").read_bytes())
+    assert call(*argv, "--train.max_steps=5", "--allow-change=data").code == 0
