@@ -132,11 +132,16 @@ class FileConfig(DataConfig):
         path: the training rows.
         eval_path: the held-out rows; empty means there are none and nothing is evaluated.
         root: images given by relative paths lie below it; empty means the directory of the rows. No path may leave it.
+        follow_links: links below ``root`` may lead out of it.
+        ignore_columns: keys of rows that nothing shall read ("meta", "texts.note", "*_score"); any other key that nothing reads is an error.
+            Patterns leave the keys alone that the source knows.
     """
 
     path: str = ""
     eval_path: str = ""
     root: str = ""
+    follow_links: bool = False
+    ignore_columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,21 +187,24 @@ class TableConfig(FileConfig):
     """Rows with an image and texts, by column name.
 
     Attributes:
-        image_column: a path, or bytes, or a list of either; empty for text-only rows.
-        prompt_column: empty means no prompt (captions).
-        answer_column: the text that is trained.
-        texts_column: instead of prompt and answer: a list of ``{prompt, answer}`` objects, several texts of one image.
+        image_column: a path, bytes or base64, or a list of these; empty for text-only rows. "image" finds "images" as well.
+        prompt_column: empty takes the usual one that is there (prompt, question, instruction, input), or no prompt (captions).
+        answer_column: the text that is trained; empty takes the usual one (answer, answers, response, output, caption, text).
+        texts_column: instead of prompt and answer: a list of ``{prompt, answer}`` objects, several texts of one image. Empty takes "texts"
+            where no column is named.
     """
 
     image_column: str = "image"
     prompt_column: str = ""
-    answer_column: str = "answer"
+    answer_column: str = ""
     texts_column: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.answer_column and not self.texts_column:
-            raise InputError("answer_column = '': name the column of the trained text, or set texts_column")
+        for key in ("image_column", "prompt_column", "answer_column", "texts_column"):
+            name = getattr(self, key)
+            if name and name in self.ignore_columns:
+                raise InputError(f"{key} = {name!r}: is in ignore_columns, too")
         only_if(
             self, not self.texts_column, "texts_column = ''", *(key for key in ("prompt_column", "answer_column") if getattr(self, key))
         )

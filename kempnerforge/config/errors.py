@@ -114,13 +114,16 @@ def show(value: Any) -> str:
     """``value`` as TOML has it, cut where it is long."""
     if isinstance(value, dict):
         return "{...}" if value else "{}"
-    if isinstance(value, str | bool):
-        text = json.dumps(value, ensure_ascii=False)
-    elif isinstance(value, list | tuple):
-        text = f"[{', '.join(show(v) for v in value)}]"
-    else:
-        text = str(value)
-    return text if len(text) <= 80 else text[:76] + " ..."
+    if isinstance(value, str):
+        return visible(json.dumps(cut(value, 76), ensure_ascii=False))
+    if isinstance(value, list | tuple):
+        return cut(f"[{', '.join(show(v) for v in value[:40])}]")
+    return cut(json.dumps(value) if isinstance(value, bool) else str(value))
+
+
+def cut(text: str, most: int = 80) -> str:
+    """``text``, without its middle where it is longer than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 3 - 5) :]}"
 
 
 def kind(value: Any) -> str:

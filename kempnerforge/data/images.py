@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import os
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from kempnerforge.config.errors import cut
 from kempnerforge.data.sample import ImageSource, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -24,6 +26,12 @@ TURNED = (5, 6, 7, 8)
 """EXIF orientations in which width and height are exchanged."""
 ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
 """One of these is in the bytes of a PNG that says how it is to be turned; it may say so behind the pixels."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of a PNG that no pixel depends on. Pillow unpacks them and refuses a whole image for one of more than 1 MiB."""
+MAX_NOTE = 16 * 2**20
+"""Bytes of such a chunk, unpacked. What is larger is a bomb, and refused."""
 
 
 class ImageError(SampleError):
@@ -40,12 +48,15 @@ class Picture:
     def __init__(self, data: BinaryIO) -> None:
         if not data.read(1):
             raise ImageError("empty")
+        data = _without_notes(data)
         try:
             self._image = Image.open(data, formats=FORMATS)
         except Image.DecompressionBombError:
             raise ImageError(f"exceeds {MAX_PIXELS} pixels") from None
+        except UnidentifiedImageError:
+            raise ImageError(f"not an image of {', '.join(FORMATS)}") from None
         except Exception as error:
-            raise ImageError(f"not an image of {', '.join(FORMATS)} ({type(error).__name__})") from None
+            raise ImageError(f"not an image of {', '.join(FORMATS)} that can be read ({type(error).__name__}: {cut(str(error))})") from None
         width, height = self._image.size
         if width * height > MAX_PIXELS:
             raise ImageError(f"{width}x{height} exceeds {MAX_PIXELS} pixels")
@@ -160,7 +171,40 @@ def _decoding() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ImageError(f"cannot be decoded ({type(error).__name__}: {str(error)[:80]})") from None
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {cut(str(error))})") from None
+
+
+def _without_notes(data: BinaryIO) -> BinaryIO:
+    """The same image; a PNG without its colour profile and texts, but for those that say how it is turned."""
+    data.seek(0)
+    head = data.read(len(PNG))
+    data.seek(0)
+    if head != PNG:
+        return data
+    content = data.read(MAX_BYTES)
+    data.seek(0)
+    if not any(kind in content for kind in NOTES):
+        return data
+    kept, at, marks = [PNG], len(PNG), tuple(mark.encode() for mark in ORIENTATION_MARKS)
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind, body = content[at + 4 : at + 8], content[at + 8 : end - 4]
+        if kind not in NOTES or body.startswith(marks) or _is_bomb(kind, body):
+            kept.append(content[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
+
+
+def _is_bomb(kind: bytes, body: bytes) -> bool:
+    """Whether a chunk of ``NOTES`` is compressed and more than ``MAX_NOTE`` bytes unpacked. Damaged ones are none."""
+    _, _, packed = body.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
+        return False
+    packed = packed[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else packed[1:]
+    try:
+        return len(zlib.decompressobj().decompress(packed, MAX_NOTE + 1)) > MAX_NOTE
+    except zlib.error:
+        return False
 
 
 def _orientation(image: Image.Image, data: BinaryIO) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, cut
 from kempnerforge.data.fingerprint import digest
 from kempnerforge.data.order import Order, Shuffled
 from kempnerforge.data.template import render_answer, stretches
@@ -17,16 +17,32 @@ from kempnerforge.data.template import render_answer, stretches
 if TYPE_CHECKING:
     from kempnerforge.data.tokenizer import Tokenizer
 
-__all__ = ["ImageSource", "Sample", "SampleError", "Source", "Text", "render_answer", "text_size"]
+__all__ = ["ImageSource", "Sample", "SampleError", "Source", "Taken", "Text", "render_answer", "text_size"]
 
 ImageSource = Path | bytes
 """A file, or its encoded content (PNG, JPEG, ...)."""
+MAX_REASON = 600
+"""Characters of a reason at most: it may quote names and values of any length."""
 LOOKED_AT = 8
 """Samples that the fingerprint of a source is made of, unless the source knows better."""
 
 
 class SampleError(InputError):
     """This sample cannot be used, and why. It is skipped and counted; the run goes on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(cut(reason, MAX_REASON))
+
+
+class Taken(str):
+    """A text that the row has as something else; ``was`` says as what: "a number"."""
+
+    def __new__(cls, text: str, was: str = "") -> Taken:
+        made = super().__new__(cls, text)
+        made.was = was
+        return made
+
+    was: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class Text:
         leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images stand at the
             head of the first prompt, and the name of the placeholder is text like any other.
         kind: what is asked, for scores: evaluation reports each kind alone.
+        references: further answers that are right; they are not trained.
+        listed: whether the answer was the first of a list.
     """
 
     prompt: str
@@ -50,6 +68,8 @@ class Text:
     system: str = ""
     leading: int | None = None
     kind: str = ""
+    references: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    listed: bool = field(default=False, repr=False, compare=False)
 
     @classmethod
     def asking(cls, prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Text:
@@ -66,13 +86,14 @@ class Text:
 @dataclass(frozen=True)
 class Sample:
     """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images: text alone. ``part`` says which of
-    ``DataConfig.sections()`` it is from, and so which templates it has.
+    ``DataConfig.sections()`` it is from, and so which templates it has. ``key`` is the id that its row has, if any.
     """
 
     id: str
     images: tuple[ImageSource, ...]
     texts: tuple[Text, ...]
     part: int = 0
+    key: str = ""
 
 
 class Source(ABC):
@@ -84,7 +105,14 @@ class Source(ABC):
 
     Raises:
         ValueError: the data are missing or not what ``cfg`` says.
+
+    Attributes:
+        asks: whether prompts are questions, so that one image (or none) with several answers to the same prompt is worth a remark.
+        from_files: whether its samples are rows of the user's files.
     """
+
+    asks: ClassVar[bool] = True
+    from_files: ClassVar[bool] = False
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
         assert split in ("train", "test"), split

@@ -11,6 +11,8 @@ from kempnerforge.data.sample import SampleError
 BLOCK = 64
 """Rows that are kept and dropped together."""
 
+Block = list[Any]
+"""Arrow tables of ``BLOCK`` rows together, fewer at the end. They are not joined: shards may store the same values in other types."""
 Opener = Callable[[int], tuple[int, Iterator[Any]]]
 """Row -> a row at or before it where reading may begin, and the Arrow tables from there on."""
 
@@ -33,19 +35,21 @@ class RowStream:
     def row(self, index: int) -> dict[str, Any]:
         """The values of row ``index`` by column. Raises SampleError: the stream ends before it, or cannot be read so far."""
         number, offset = divmod(index, BLOCK)
-        block = self._block(number)
-        if offset >= block.num_rows:
-            raise SampleError(f"the stream ends after {number * BLOCK + block.num_rows} rows")
-        return block.slice(offset, 1).to_pylist()[0]
+        rows = 0
+        for table in self._block(number):
+            if offset < rows + table.num_rows:
+                return table.slice(offset - rows, 1).to_pylist()[0]
+            rows += table.num_rows
+        raise SampleError(f"the stream ends after {number * BLOCK + rows} rows")
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._kept: dict[int, Any] = {}
-        self._blocks: Iterator[Any] | None = None
+        self._kept: dict[int, Block] = {}
+        self._blocks: Iterator[Block] | None = None
         self._next = 0  # the number of the block that self._blocks gives next
         self._end: tuple[int, str] | None = None  # a block that cannot be had, and why
 
-    def _block(self, number: int) -> Any:
+    def _block(self, number: int) -> Block:
         if self._process != os.getpid():
             self._forget()  # files that were open before a fork share their positions with the parent's
         if number in self._kept:
@@ -61,7 +65,7 @@ class RowStream:
                 del self._kept[next(iter(self._kept))]  # that was read first
         return self._kept[number]
 
-    def _advance(self, blocks: Iterator[Any]) -> Any:
+    def _advance(self, blocks: Iterator[Block]) -> Block:
         try:
             block = next(blocks, None)
             reason = f"the stream ends after {self._next * BLOCK} rows"
@@ -72,29 +76,22 @@ class RowStream:
             raise SampleError(reason)
         return block
 
-    def _read(self, number: int) -> Iterator[Any]:
+    def _read(self, number: int) -> Iterator[Block]:
         """Blocks from ``number`` on; the last one may be shorter."""
-        import pyarrow as pa
-
         row, tables = self._open_at(number * BLOCK)
         skip, held, rows = number * BLOCK - row, [], 0
         for table in tables:
-            if skip >= table.num_rows:
-                skip -= table.num_rows
-                continue
-            held.append(table.slice(skip))
-            rows += held[-1].num_rows
-            skip = 0
-            if rows < BLOCK:
-                continue
-            table = pa.concat_tables(held, promote_options="default")
-            whole = rows - rows % BLOCK
-            for begin in range(0, whole, BLOCK):
-                yield table.slice(begin, BLOCK)
-            rows -= whole
-            held = [table.slice(whole)] if rows else []
+            rest = table.slice(skip)
+            skip -= table.num_rows - rest.num_rows
+            while rest.num_rows:
+                held.append(rest.slice(0, BLOCK - rows))
+                rows += held[-1].num_rows
+                rest = rest.slice(held[-1].num_rows)
+                if rows == BLOCK:
+                    yield held
+                    held, rows = [], 0
         if rows:
-            yield pa.concat_tables(held, promote_options="default")
+            yield held
 
 
 def first_line(error: Exception) -> str:

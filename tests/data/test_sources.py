@@ -13,7 +13,7 @@ from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig,
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image, text_corpus
 from kempnerforge.data.audit import audit
 from kempnerforge.data.loader import RowClasses
-from kempnerforge.data.sources.table import resolve_image
+from kempnerforge.data.sources.pictures import resolve_image
 
 Png = Callable[..., bytes]
 
@@ -133,7 +133,7 @@ def test_jsonl_rows(root: Path) -> None:
         root / "rows.jsonl",
         b"\xef\xbb\xbf" + json.dumps({"image": "sub/red.png", "q": "what?", "answer": "rot"}).encode(),
         "",
-        {"image": ["sub/red.png", "inner.png"], "q": "", "answer": "größe 🙂", "more": 1},
+        {"image": ["sub/red.png", "inner.png"], "q": "", "answer": "größe 🙂"},
         {"image": None, "q": "why?", "answer": "so"},
     )
     source = built(JsonlConfig(path=path, prompt_column="q"))
@@ -210,11 +210,12 @@ def test_jsonl_splits(tmp_path: Path) -> None:
     [
         (["{", '{"answer": "a"}', "[1]"], r"rows.jsonl: 2 bad lines: line 1: not JSON: .*; line 3: a JSON object is needed, not list"),
         ([b'{"answer": "\xff"}'], "1 bad lines: line 1: not UTF-8 at byte 12"),
-        (["[" * 100_000], "line 1: not JSON"),
+        (['{"answer":' + "[" * 100_000], "line 1: not JSON"),
         (["{"] * 9, "9 bad lines: line 1: .*line 5: [^;]*$"),
         ([""], "no rows"),
-        ([{"caption": "a", "picture": "b"}], "no column 'answer' for data.answer_column; columns: caption, picture"),
-        ([{"answer": "a"}, {"caption": "a"}], "1 of 2 rows have no column 'answer'"),
+        ([{"id": 1}], "no column 'answer' or 'answers' or .* or 'texts' for data.answer_column; columns: id"),
+        ([{"answer": "a"}, {"id": 2}], "1 of 2 rows have no column 'answer'"),
+        (["[", '{"answer": "a"}', "]"], "is a JSON array, not one JSON object a line; data.source = 'hf_dataset' reads it as it is, or"),
     ],
 )
 def test_jsonl_files_that_are_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
@@ -234,12 +235,14 @@ def test_jsonl_file_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"image": None, "q": "a", "answer": 3}, "rows.jsonl:1: column 'answer': must be a string, not int"),
-        ({"image": None, "q": "a", "answer": None}, "column 'answer': must be a string, not NoneType"),
+        ({"image": None, "q": "a", "answer": {}}, "rows.jsonl:1: column 'answer': must be a string, not dict"),
+        ({"image": None, "q": "a", "answer": None}, "column 'answer' is null"),
+        ({"image": None, "q": None, "answer": "b"}, "column 'q' is null"),
         ({"image": None, "q": ["a"], "answer": "b"}, "column 'q': must be a string, not list"),
         ({"image": None, "q": "a", "answer": ""}, "column 'answer': empty answer"),
-        ({"image": 5, "q": "a", "answer": "b"}, "column 'image': an image is a path or bytes, not int"),
-        ({"image": {}, "q": "a", "answer": "b"}, "column 'image': an image is a path or bytes, not NoneType"),
+        ({"image": 5, "q": "a", "answer": "b"}, "column 'image': an image is a path, bytes or base64, not int"),
+        ({"image": {}, "q": "a", "answer": "b"}, "column 'image': an image with neither bytes nor path"),
+        ({"image": ["x.png", None], "q": "a", "answer": "b"}, "column 'image': image 2 of 2 is null"),
         ({"image": "../x.png", "q": "a", "answer": "b"}, "leaves the data root"),
     ],
 )
@@ -298,7 +301,7 @@ def test_hf_dataset_on_disk(hf: Any, tmp_path: Path, png: Png) -> None:
     with pytest.raises(ValueError, match="no split 'dev'; splits: train, val"):
         build_source(HFDatasetConfig(path=cfg.path, split="dev"), "train")
     with pytest.raises(ValueError, match="no column 'label' for data.answer_column; columns: answer, image, q"):
-        build_source(HFDatasetConfig(path=cfg.path, answer_column="label"), "train")
+        build_source(HFDatasetConfig(path=cfg.path, answer_column="label", ignore_columns=["q", "answer"]), "train")
 
 
 def test_hf_dataset_of_lists(hf: Any, tmp_path: Path, png: Png) -> None:
@@ -324,7 +327,7 @@ def test_hf_dataset_files(hf: Any, root: Path) -> None:
 
 def test_hf_dataset_that_cannot_be_read(hf: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("a")
-    with pytest.raises(ValueError, match="data files end in .parquet, .csv, .json, .jsonl"):
+    with pytest.raises(ValueError, match="data files end in .parquet, .csv, .tsv, .json, .jsonl"):
         build_source(HFDatasetConfig(path=str(tmp_path / "rows.txt")), "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot read the dataset"):

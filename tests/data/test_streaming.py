@@ -42,6 +42,10 @@ def write_parquet(folder: Path, sizes: list[int], image: bytes, row_group: int =
     return str(folder)
 
 
+def streamed(**keys: Any) -> HFStreamConfig:
+    return HFStreamConfig(**{"ignore_columns": ["unread"]} | keys)
+
+
 def built(cfg: DataConfig, split: str = "train") -> Source:
     source = build_source(cfg, split)
     assert source is not None
@@ -117,7 +121,7 @@ def test_parquet_files_in_order_with_encoded_images(tmp_path: Path, png: Callabl
     image = png((1, 2, 3))
     folder = write_parquet(tmp_path / "rows", [130, 1, 70], image)
     for path in (folder, f"{folder}/*.parquet", f"{folder}/**/*"):
-        source = built(HFStreamConfig(path=path, shuffle_buffer=20))
+        source = built(streamed(path=path, shuffle_buffer=20))
         assert len(source) == 201
         assert [answer(source, k) for k in (0, 129, 130, 131, 200)] == ["a0", "a129", "a130", "a131", "a200"]
         assert source[5].images == (image,) and source[5].id == f"{path}[5]"
@@ -125,14 +129,14 @@ def test_parquet_files_in_order_with_encoded_images(tmp_path: Path, png: Callabl
         assert source.peers(45) == range(40, 60) and source.peers(200) == range(200, 201)
     copy: Source = pickle.loads(pickle.dumps(source))
     assert answer(copy, 3) == "a3"
-    assert len(built(HFStreamConfig(path=folder, num_samples=150))) == 150
+    assert len(built(streamed(path=folder, num_samples=150))) == 150
 
 
 def test_a_resumed_stream_opens_the_row_group_that_it_needs(
     tmp_path: Path, png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_parquet(tmp_path / "rows", [100, 100, 100], png((1, 2, 3)), row_group=30)
-    source = built(HFStreamConfig(path=folder))
+    source = built(streamed(path=folder))
     opened: list[Any] = []
     kind = pq.ParquetFile
     read = kind.iter_batches
@@ -150,14 +154,14 @@ def test_jsonl_lines_fail_one_by_one(tmp_path: Path, png: Callable[..., bytes]) 
         '{"image": "a.png", "answ',
         '{"image": "a.png"}',
         '{"image": "../x.png", "answer": "y"}',
-        '{"image": null, "answer": 3}',
+        '{"image": null, "answer": {}}',
     ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n" + b'{"image": null, "answer": "\xff"}\n' + good.encode())
-    source = built(HFStreamConfig(path=str(path), num_samples=8))
+    source = built(streamed(path=str(path), num_samples=8))
     assert source[0].texts[0].answer == source[6].texts[0].answer == "grün"
     assert source[0].images == (tmp_path / "a.png",)
-    reasons = ("not JSON", "has no column 'answer'", "leaves the data root", "must be a string, not int", "not UTF-8", "ends after 7 rows")
+    reasons = ("not JSON", "has no column 'answer'", "leaves the data root", "must be a string, not dict", "not UTF-8", "ends after 7 rows")
     for index, reason in zip((1, 2, 3, 4, 5, 7), reasons, strict=True):
         with pytest.raises(SampleError, match=reason):
             source[index]
@@ -188,7 +192,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, change: dict[str, An
     (tmp_path / "mixed" / "a.jsonl").write_text("{}")
     (tmp_path / "mixed" / "broken.parquet").write_text("PAR?")
     keys = {"path": "{tmp}/rows.jsonl", "image_column": "", "num_samples": 3} | change
-    cfg = HFStreamConfig(**{key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in keys.items()})
+    cfg = streamed(**{key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in keys.items()})
     split = "test" if change.keys() & {"eval_split", "eval_path"} else "train"
     with pytest.raises(ValueError, match=message):
         build_source(cfg, split)
@@ -197,9 +201,9 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, change: dict[str, An
 def test_more_rows_than_there_are_and_urls_are_refused(tmp_path: Path, png: Callable[..., bytes]) -> None:
     folder = write_parquet(tmp_path / "rows", [30], png((1, 2, 3)))
     with pytest.raises(ValueError, match="data.num_samples = 31: .* has 30 rows"):
-        build_source(HFStreamConfig(path=folder, num_samples=31), "train")
+        build_source(streamed(path=folder, num_samples=31), "train")
     with pytest.raises(ValueError, match="URLs are not fetched"):
-        HFStreamConfig(path="https://example.org/a.parquet")
+        streamed(path="https://example.org/a.parquet")
 
 
 def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +217,7 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         return stream
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    cfg = HFStreamConfig(path="someone/something", image_column="", eval_split="test", eval_num_samples=10)
+    cfg = streamed(path="someone/something", image_column="", eval_split="test", eval_num_samples=10)
     source, held_out = built(cfg), built(cfg, "test")
     assert (len(source), len(held_out)) == (100, 10)
     assert (answer(source, 99), answer(source, 3), answer(held_out, 3)) == ("train99", "train3", "test3")
@@ -234,7 +238,7 @@ def test_every_process_sees_its_share_of_one_stream(
     tmp_path: Path, png: Callable[..., bytes], make_encoder: Callable[..., Encoder], batching: str
 ) -> None:
     """Two epochs of three files, begun anywhere, also in the middle of a file, with workers and ranks."""
-    cfg = HFStreamConfig(path=write_parquet(tmp_path / "rows", [130, 9, 61], png((1, 2, 3))), shuffle_buffer=40)
+    cfg = streamed(path=write_parquet(tmp_path / "rows", [130, 9, 61], png((1, 2, 3))), shuffle_buffer=40)
     steps = 6 if batching == "pack" else 50
 
     def stream(world: int = 1, workers: int = 0, start: int = 0, stop: int = steps) -> list[list[str]]:
@@ -253,7 +257,7 @@ def test_every_process_sees_its_share_of_one_stream(
 def test_bad_rows_are_replaced_from_what_is_in_memory(tmp_path: Path, make_encoder: Callable[..., Encoder]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"answer": "a{k}"}}\n' if k % 10 else "{oops\n" for k in range(400)))
-    source = built(HFStreamConfig(path=str(path), image_column="", num_samples=400, shuffle_buffer=20))
+    source = built(streamed(path=str(path), image_column="", num_samples=400, shuffle_buffer=20))
     encoder = make_encoder(image_size=0, batching="pad")
     for step, batch in zip(range(50), batches(source, encoder), strict=False):
         assert {number // 20 for number in numbers(batch)} <= {step * 8 // 20, (step * 8 + 7) // 20}
@@ -269,7 +273,7 @@ def hundred_mib(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_ten_thousand_samples_stay_flat_in_memory(hundred_mib: str, make_encoder: Callable[..., Encoder], workers: int) -> None:
     """100 MB of pictures are read by each process; they are not decoded."""
     encoder = make_encoder(image_size=0, batching="pad", num_workers=workers)
-    stream = batches(built(HFStreamConfig(path=hundred_mib, shuffle_buffer=50)), encoder, size=50)
+    stream = batches(built(streamed(path=hundred_mib, shuffle_buffer=50)), encoder, size=50)
     seen = [numbers(batch) for batch in islice(stream, 40)]
     gc.collect()
     pa.default_memory_pool().release_unused()
@@ -294,7 +298,7 @@ def memory() -> float:
 def test_a_window_that_is_too_small_for_a_step_is_refused(
     tmp_path: Path, png: Callable[..., bytes], make_encoder: Callable[..., Encoder]
 ) -> None:
-    source = built(HFStreamConfig(path=write_parquet(tmp_path / "rows", [200], png((1, 2, 3))), shuffle_buffer=20))
+    source = built(streamed(path=write_parquet(tmp_path / "rows", [200], png((1, 2, 3))), shuffle_buffer=20))
     next(batches(source, make_encoder(batching="pad"), size=64))
     with pytest.raises(ValueError, match="data.shuffle_buffer = 20: batching = 'group' rearranges 64 samples at once; use at least 32"):
         batches(source, make_encoder(batching="group"), size=64)
@@ -307,5 +311,5 @@ def test_files_of_other_splits_are_not_trained_on(tmp_path: Path, png: Callable[
     for number, file in enumerate(sorted(tmp_path.glob("*.parquet"))):
         file.rename(tmp_path / f"{('train', 'test')[number]}-00000.parquet")
     with pytest.raises(ValueError, match="test-00000.parquet is not of split 'train', as train-00000.parquet is; give a pattern"):
-        built(HFStreamConfig(path=str(tmp_path)))
-    assert len(built(HFStreamConfig(path=f"{tmp_path}/train-*.parquet", prompt_column=""))) == 4
+        built(streamed(path=str(tmp_path)))
+    assert len(built(streamed(path=f"{tmp_path}/train-*.parquet", prompt_column=""))) == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,18 @@ from kempnerforge.config.data import RowsConfig, is_csv
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
+from kempnerforge.data.sources.keys import ANSWERS, ID, IMAGES, candidates, unread
+from kempnerforge.data.sources.pictures import count_images
+from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.table import RowSource, require_columns
+
+DEFAULT = ("caption",)
+USUAL = ("captions", *(name for name in ANSWERS if name not in DEFAULT))
+METADATA = (
+    *("file_name", "height", "width", "license", "url", "coco_url", "flickr_url", "date_captured"),
+    *("image_id", "caption_id", "key", "sha256", "original_height", "original_width"),
+)
+"""What COCO and tables of image-text pairs have beside images and captions."""
 
 
 @registry.register_data_config
@@ -21,15 +32,16 @@ class CaptionsConfig(RowsConfig):
     """JSON lines or a JSON list, CSV, TSV, Parquet, or a directory of ``save_to_disk``: an image and one or several captions a row.
 
     Attributes:
-        image_column: a path, or bytes.
-        caption_columns: each holds a caption, a list of captions, or nothing. Several captions of an image share its tokens.
+        image_column: a path, bytes or base64. "image" finds "images" as well.
+        caption_columns: each holds a caption, a list of captions, or nothing. Several captions of an image share its tokens. If there is no
+            "caption" the default finds "captions" or one of the usual names of answers.
         prompt: what the model is asked for every caption; may be empty.
         quotes: whether fields of a CSV or TSV file may be quoted.
     """
 
     source: str = "captions"
     image_column: str = "image"
-    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    caption_columns: list[str] = field(default_factory=lambda: list(DEFAULT))
     prompt: str = ""
     quotes: bool = True
 
@@ -47,31 +59,48 @@ class CaptionsConfig(RowsConfig):
 class Captions(RowSource):
     """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no place of an image."""
 
+    asks = False
     cfg: CaptionsConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: CaptionsConfig, split: str) -> None:
         super().__init__(cfg, split)
-        named = {cfg.image_column: "data.image_column", **dict.fromkeys(cfg.caption_columns, "data.caption_columns")}
-        self.rows = open_rows(self, self._measure, cfg.caption_columns, cfg.image_column, cfg.quotes)
-        require_columns(self.path, self.rows.columns, named)
+        self._usual = [name for name in USUAL if not self.ignored.takes_out(name)] if tuple(cfg.caption_columns) == DEFAULT else []
+        self._images = list(IMAGES) if cfg.image_column == IMAGES[0] else [cfg.image_column]
+        columns = [*cfg.caption_columns, *self._usual]
+        self.known = dict.fromkeys((*self._images, *columns, ID, *METADATA))
+        self.rows = open_rows(self, self._measure, columns, self._images, cfg.quotes)
+        there = self.rows.columns
+        if not set(self._images) & set(there) or not (set(self._usual) & set(there) or set(cfg.caption_columns) <= set(there)):
+            named = {cfg.image_column: "data.image_column", **dict.fromkeys(cfg.caption_columns, "data.caption_columns")}
+            require_columns(self.path, there, named)
+
+    def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
+        yield from unread(row, self.known, self.ignored)
+        captions = candidates(row, (*self.cfg.caption_columns, *self._usual) if self._usual else (), self.ignored)
+        if len(captions) > 1:
+            yield f"{' and '.join(map(repr, captions))} could each be the caption; name one or all in data.caption_columns"
+
+    def _columns(self, row: Mapping[str, Any]) -> list[str]:
+        return candidates(row, self._usual, self.ignored) or self.cfg.caption_columns
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        return sum(nested_size(row.get(column)) for column in self.cfg.caption_columns), count_images(row.get(self.cfg.image_column))
+        images = sum(count_images(row.get(column)) for column in self._images)
+        return sum(nested_size(row.get(column)) for column in self._columns(row)), images
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        images = self.images_of(row.get(self.cfg.image_column), self.cfg.image_column)
+        images = self.images_in(row, self._images)
         if not images:
             raise SampleError(f"column {self.cfg.image_column!r}: no image")
-        captions = [caption for column in self.cfg.caption_columns for caption in _captions(row.get(column), column)]
+        columns = self._columns(row)
+        captions = [caption for column in columns for caption in _captions(row.get(column), column)]
         if not captions:
-            raise SampleError(f"no caption in {', '.join(map(repr, self.cfg.caption_columns))}")
+            null = " (null)" if all(row.get(column) is None for column in columns) else ""
+            raise SampleError(f"no caption in {', '.join(map(repr, columns))}{null}")
         return Sample(name, images, tuple(Text(self.cfg.prompt, caption, leading=0) for caption in captions))
 
 
 def _captions(value: Any, column: str) -> list[str]:
-    """Those that are not empty."""
-    entries = value if isinstance(value, list) else [value]
-    wrong = next((entry for entry in entries if entry is not None and not isinstance(entry, str)), None)
-    if wrong is not None:
-        raise SampleError(f"column {column!r}: a caption must be a string, not {type(wrong).__name__}")
-    return [entry for entry in entries if entry and entry.strip()]
+    """Those that are not empty; raises SampleError for a null in a list."""
+    if value is None:
+        return []
+    return [text for entry in (value if isinstance(value, list) else [value]) if (text := as_text(entry, f"column {column!r}")).strip()]

@@ -9,8 +9,10 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.data import Splits
 from kempnerforge.data.sample import Sample, SampleError, Text
-from kempnerforge.data.sources.hf_rows import HFRows
-from kempnerforge.data.sources.table import RowSource, make_text, nested_size, require_columns
+from kempnerforge.data.sources.hf_rows import open_rows
+from kempnerforge.data.sources.keys import ID
+from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.table import RowSource, require_columns
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 TEXTS, IMAGES = "texts", "images"
@@ -55,17 +57,18 @@ class FineVision(RowSource):
     def __init__(self, cfg: FineVisionConfig, split: str) -> None:
         super().__init__(cfg, split)
         measure = lambda row: (nested_size(row.get(TEXTS)), 0)
-        self.rows = HFRows(self.path, self.split_name, measure, [TEXTS], IMAGES, others=list(cfg.least()))
+        about = [f"{rating}_{what}" for rating in RATINGS for what in ("ratings", "min")]
+        self.known = {IMAGES: None, TEXTS: {"user": None, "assistant": None}, **dict.fromkeys((*about, "source", ID))}
+        self.rows = open_rows(self, measure, [TEXTS], [IMAGES], others=[*cfg.least(), ID])
         require_columns(self.path, self.rows.columns, {TEXTS: "data.source = 'finevision'", IMAGES: "data.source = 'finevision'"})
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        images = self.images_of(row[IMAGES], IMAGES)
-        turns = _turns(row[TEXTS])
+        images = self.images_of(row.get(IMAGES), IMAGES)
+        turns = _turns(row.get(TEXTS))
         kept = [turn for k, turn in enumerate(turns) if self._good(row, k, len(turns))]
         if not kept:
             raise SampleError(f"none of {len(turns)} turns is rated high enough" if turns else "no turns")
-        checked = [make_text(turn.get("user"), turn.get("assistant"), "user", "assistant") for turn in kept]
-        (first, answer), *more = [pair for text in checked for pair in text.turns]
+        (first, answer), *more = [(as_text(turn.get("user"), "column 'user'"), _answer(turn)) for turn in kept]
         return Sample(name, images, (Text(first, answer, tuple(more), leading=len(images) if self.cfg.images_in_prompt else 0),))
 
     def _good(self, row: Mapping[str, Any], turn: int, turns: int) -> bool:
@@ -80,6 +83,13 @@ class FineVision(RowSource):
             if ratings[turn] is not None and ratings[turn] < least:
                 return False
         return True
+
+
+def _answer(turn: Mapping[str, Any]) -> str:
+    answer = as_text(turn.get("assistant"), "column 'assistant'")
+    if not answer.strip():
+        raise SampleError("column 'assistant': empty answer")
+    return answer
 
 
 def _turns(value: Any) -> list[Mapping[str, Any]]:

@@ -1,10 +1,13 @@
-"""Hugging Face datasets, through ``datasets``."""
+"""Hugging Face datasets, through ``datasets``; JSON, CSV and TSV files are read as they stand, without it."""
 
 from __future__ import annotations
 
+import os
+
 from kempnerforge.config import registry
 from kempnerforge.config.data import HFDatasetConfig
-from kempnerforge.data.sources.hf_rows import HFRows
+from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, TableSource
 
 
@@ -16,5 +19,8 @@ class HFDataset(RowSource, TableSource):
 
     def __init__(self, cfg: HFDatasetConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self.rows = HFRows(self.path, self.split_name, self.measure, self.text_columns, cfg.image_column)
-        self.require_columns(self.path, self.rows.columns)
+        self.rows = open_rows(self, self.measure, self.text_columns, self.image_columns)
+        self.require_columns(self.path, self.rows.columns, self.rows)
+
+    def fingerprint(self) -> str:
+        return digest(file_fingerprint(self.path), self.split_name) if os.path.exists(self.path) else super().fingerprint()

@@ -11,41 +11,51 @@ from kempnerforge.config.data import is_csv, is_file_of_rows
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
+from kempnerforge.data.sources.arrow import Labels, example
+from kempnerforge.data.sources.keys import ID
 from kempnerforge.data.sources.rows import CsvRows, Measure, Rows, json_rows
 from kempnerforge.data.sources.table import FileSource
 from kempnerforge.data.stream import first_line
 
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
 
 class HFRows(Rows):
-    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet, CSV or JSON file, or a hub id. Images stay encoded.
+    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet file, or a hub id. Images stay encoded, class labels have their names.
 
     Args:
+        source: what they are for, which judges their keys.
         measure: characters of a row's texts.
         texts: columns that ``measure`` reads.
-        images: column of images, or nothing.
-        others: further columns; those that are not there are left out.
+        images: columns of images.
+        others: further columns. Of all columns those that are not there are left out.
 
     Raises:
-        ValueError: it cannot be read, or has no such split.
+        ValueError: it cannot be read, or has no such split; or a key is read by nothing.
     """
 
-    def __init__(self, path: str, split: str, measure: Measure, texts: Sequence[str], images: str, others: Sequence[str] = ()) -> None:
-        self.path, self.split, self._measure = path, split, measure
-        table = load(path, split)
+    def __init__(
+        self, source: FileSource, measure: Measure, texts: Sequence[str], images: Sequence[str], others: Sequence[str] = ()
+    ) -> None:
+        self.path, self.split, self._measure = source.path, source.split_name, measure
+        table = load(self.path, self.split)
         self.columns = set(table.column_names)
+        source.judge_schema(example(table.data.schema, self.path), self.path)
         self._texts = [column for column in texts if column in self.columns]
-        self._images = images if images in self.columns else ""
-        kept = dict.fromkeys([*self._texts, *([self._images] if self._images else []), *others])
-        self._table = undecoded(table.select_columns([column for column in kept if column in self.columns]), self._images)
+        self._images = [column for column in images if column in self.columns]
+        kept = dict.fromkeys([*self._texts, *self._images, *others])
+        table = table.select_columns([column for column in kept if column in self.columns])
+        self._labels = Labels({column: feature for column, feature in table.features.items() if column in self._texts})
+        for column in self._images:
+            table = undecoded(table, column)
+        self._table = table
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         try:
-            return self._table[index]
+            return self._labels(self._table[index])
         except (UnicodeDecodeError, OSError) as error:
             raise SampleError(f"cannot be read: {error}") from None
 
@@ -60,7 +70,7 @@ class HFRows(Rows):
 
     @cached_property
     def _lengths(self) -> list[int]:
-        return [self._measure(row)[0] for row in self._table.select_columns(self._texts)]
+        return [self._measure(self._labels(row))[0] for row in self._table.select_columns(self._texts)]
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -68,9 +78,9 @@ class HFRows(Rows):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if not self._images or self._table._indices is not None:
+        if len(self._images) != 1 or self._table._indices is not None:
             return []
-        values = self._table.data.column(self._images)
+        values = self._table.data.column(self._images[0])
         if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
             return []
         return [count or 0 for count in pc.list_value_length(values).to_pylist()]  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,11 +91,19 @@ class HFRows(Rows):
         return digest(len(self), self.split, getattr(self._table, "_fingerprint", ""))
 
 
-def open_rows(source: FileSource, measure: Measure, texts: Sequence[str], images: str, quotes: bool = True) -> Rows:
-    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``. Arguments as of ``HFRows`` and ``CsvRows``."""
-    split, args = source.split_name, (source.path, source.key, measure, (), source.cfg.max_bad_fraction)
+def open_rows(
+    source: FileSource, measure: Measure, texts: Sequence[str], images: Sequence[str], quotes: bool = True, others: Sequence[str] = (ID,)
+) -> Rows:
+    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``: types of text are never guessed. Arguments as
+    of ``HFRows`` and ``CsvRows``.
+    """
     if not is_file_of_rows(source.path):
-        return HFRows(source.path, split, measure, texts, images)
+        rows = HFRows(source, measure, texts, images, others)
+        source.judge_keys(rows.__getitem__, len(rows))
+        return rows
+    if source.split_name != "train":
+        raise InputError(f"data: split = {source.split_name!r}: {source.path} has no splits; name held-out rows by data.eval_path")
+    args = source.path, source.key, measure, source.problems, source.cfg.max_bad_fraction
     return CsvRows(*args, quotes=quotes) if is_csv(source.path) else json_rows(*args)
 
 
@@ -97,11 +115,13 @@ def load(path: str, split: str) -> Any:
         if os.path.isdir(path):
             table = datasets.load_from_disk(path)
         elif os.path.isfile(path):
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix not in BUILDERS:
-                raise InputError(f"data files end in {', '.join(BUILDERS)}")
-            table = datasets.load_dataset(BUILDERS[suffix], data_files=path, split="train")
-        elif os.path.splitext(path)[1].lower() in (*BUILDERS, ".tsv"):
+            if not path.lower().endswith(".parquet"):
+                raise InputError(f"data files end in {', '.join(ENDINGS)}")
+            import pyarrow.parquet
+
+            example(pyarrow.parquet.read_schema(path), path)
+            table = datasets.load_dataset("parquet", data_files=path, split="train")
+        elif path.lower().endswith(ENDINGS):
             raise InputError("no such file")
         else:
             table = datasets.load_dataset(path)

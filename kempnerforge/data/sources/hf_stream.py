@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, chain, groupby, islice
 from typing import Any
 
 from kempnerforge.config import registry
@@ -20,8 +20,10 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.order import Order, Windowed
 from kempnerforge.data.sample import SampleError
-from kempnerforge.data.sources.rows import parse_line
-from kempnerforge.data.sources.table import TableSource, nested_size
+from kempnerforge.data.sources.arrow import Labels, example, labels_of, same_columns
+from kempnerforge.data.sources.rows import parse_line, refuse_array
+from kempnerforge.data.sources.said import nested_size
+from kempnerforge.data.sources.table import FileSource, TableSource
 from kempnerforge.data.stream import BLOCK, RowStream, first_line
 
 KEPT_WINDOWS = 4
@@ -78,6 +80,12 @@ class Tables(ABC):
     def fingerprint(self) -> str:
         """Of the content, as far as it can be looked at without reading all of it."""
 
+    def judge(self, source: FileSource, columns: Sequence[str]) -> None:
+        """Raises InputError if keys are read by nothing or in conflict, as far as the first rows show it, or shards differ in ``columns``."""
+        first = next(self.open_at(0, columns)[1], None)
+        rows = first.slice(0, BLOCK).to_pylist() if first is not None else []
+        source.judge_keys(lambda index: self.values(rows[index]), len(rows))
+
     def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
         """The values by column that ``row`` of a table stands for; raises SampleError if it stands for none."""
         return row
@@ -106,18 +114,31 @@ class Parquet(Files):
         import pyarrow.parquet
 
         super().__init__(files)
+        self.schemas: list[tuple[str, Any]] = []
         self._groups, self._begins = [], [0]  # (file, number in it) of all row groups, and the first row of each
         for file in files:
             about = pyarrow.parquet.read_metadata(file)
+            self.schemas.append((file, about.schema.to_arrow_schema()))
             self._groups += [(file, number) for number in range(about.num_row_groups)]
             self._begins += [about.row_group(number).num_rows for number in range(about.num_row_groups)]
         self._begins = list(accumulate(self._begins))
         self.rows = self._begins[-1]
+        self._labels = labels_of(self.schemas[0][1])
 
     def names(self) -> Collection[str]:
-        import pyarrow.parquet
+        return set(chain.from_iterable(schema.names for _, schema in self.schemas))
 
-        return pyarrow.parquet.read_schema(self.files[0]).names
+    def judge(self, source: FileSource, columns: Sequence[str]) -> None:
+        for file, schema in self.schemas:
+            source.judge_schema(example(schema, file), file)
+            if labels_of(schema) != self._labels:
+                raise InputError(f"{file} has other class labels than {self.files[0]}")
+        same_columns(self.schemas, columns)
+        if any(source.problems(example(self.schemas[0][1], self.files[0]))):  # two names for one thing: of which the rows may use one
+            super().judge(source, columns)
+
+    def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
+        return self._labels(row)
 
     def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
         first = max(0, min(bisect_right(self._begins, row), len(self._groups)) - 1)
@@ -130,8 +151,12 @@ class Parquet(Files):
         for file, groups in groupby(self._groups[first:], key=lambda group: group[0]):
             with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as rows:  # a buffer would hold all that was read
                 numbers = [number for _, number in groups]
+                left = sum(rows.metadata.row_group(number).num_rows for number in numbers)
                 for batch in rows.iter_batches(BLOCK, row_groups=numbers, columns=columns, use_threads=False):
+                    left -= batch.num_rows
                     yield pyarrow.Table.from_batches([batch])
+                if left:
+                    raise InputError(f"{file}: {left} rows fewer than its footer says")
 
 
 class Lines(Files):
@@ -139,6 +164,8 @@ class Lines(Files):
 
     def names(self) -> Collection[str]:
         """Those of the first good lines."""
+        for file in self.files:
+            refuse_array(file)
         found, reason, first = set[str](), "no lines", next(self._read(), None)
         for row in first.to_pylist() if first is not None else ():
             try:
@@ -176,6 +203,7 @@ class Hub(Tables):
 
         self.path, self.split = path, split
         self._dataset = datasets.load_dataset(path, split=split, streaming=True)
+        self._labels = Labels(self._dataset.features or {})
         about = self._dataset.info.splits
         self.rows = about[split].num_examples if about and split in about else None
 
@@ -187,6 +215,14 @@ class Hub(Tables):
 
     def fingerprint(self) -> str:
         return digest(self.path, self.split, self.rows)
+
+    def judge(self, source: FileSource, columns: Sequence[str]) -> None:
+        if self._dataset.features is not None:
+            source.judge_schema(example(self._dataset.features.arrow_schema, self.path), self.path)
+        super().judge(source, columns)
+
+    def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
+        return self._labels(row)
 
 
 def _tables(dataset: Any) -> Iterator[Any]:
@@ -240,10 +276,13 @@ class HFStream(TableSource):
             if cfg.split != "train" and (split == "train" or not cfg.eval_split):
                 raise InputError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
         self.require_columns(self.path, names)
+        there = [column for column in self.columns if column in names]
+        tables.judge(self, there)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer
-        self._whole_rows = RowStream(partial(tables.open_at, columns=self.columns), keep)
-        self._text_rows = RowStream(partial(tables.open_at, columns=self.text_columns), keep) if tables.by_column else self._whole_rows
+        self._whole_rows = RowStream(partial(tables.open_at, columns=there), keep)
+        texts = [column for column in there if column in self.text_columns]
+        self._text_rows = RowStream(partial(tables.open_at, columns=texts), keep) if tables.by_column else self._whole_rows
 
     def _count(self, there: int | None) -> int:
         train = self.split == "train"
@@ -273,7 +312,7 @@ class HFStream(TableSource):
         return sum(nested_size(row.get(column)) for column in self.text_columns)
 
     def num_images(self, index: int) -> int:
-        return int(bool(self.cfg.image_column))
+        return int(bool(self.image_columns))
 
     def fingerprint(self) -> str:
         return self._tables.fingerprint()

@@ -9,13 +9,18 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import RowsConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
+from kempnerforge.data.sources.pictures import count_images
+from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.table import RowSource, require_columns
 
 FORMS = {"text": ("text", "images"), "lists": ("texts", "images"), "mmc4": ("text_list", "image_info")}
 """Columns of texts and images, by ``data.form``."""
+INFO = ("image_name", "matched_text_index", "matched_sim", "raw_url", "face_detections", "is_new")
+METADATA = ("id", "url", "metadata", "general_metadata", "similarity_matrix", "could_have_url_duplicate")
+"""What OBELICS and MMC4 have beside texts and images."""
 Part = str | tuple[ImageSource, ...]
 """A stretch of text, or an image (in a tuple of one)."""
 
@@ -64,12 +69,14 @@ class InterleavedConfig(RowsConfig):
 class Interleaved(RowSource):
     """One sample per document, with one text."""
 
+    asks = False
     cfg: InterleavedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: InterleavedConfig, split: str) -> None:
         super().__init__(cfg, split)
         self._texts, self._images = FORMS[cfg.form]
-        self.rows = open_rows(self, self._measure, [self._texts], self._images)
+        self.known = dict.fromkeys(METADATA) | {self._texts: None, self._images: dict.fromkeys(INFO) if cfg.form == "mmc4" else None}
+        self.rows = open_rows(self, self._measure, [self._texts], [self._images])
         require_columns(self.path, self.rows.columns, dict.fromkeys(FORMS[cfg.form], f"data.form = {cfg.form!r}"))
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
@@ -91,12 +98,11 @@ class Interleaved(RowSource):
         return Sample(name, tuple(kept), (Text("", written),))
 
     def _of_text(self, text: Any, images: Any) -> list[Part]:
-        if not isinstance(text, str):
-            raise SampleError(f"column {self._texts!r}: must be a string, not {type(text).__name__}")
+        text = as_text(text, f"column {self._texts!r}")
         listed = images if isinstance(images, list) else [] if images is None else [images]
         first, *pieces = text.split(self.cfg.image_token)
         if len(pieces) != len(listed):
-            raise SampleError(f"{len(pieces)} of {self.cfg.image_token!r} and {len(listed)} images")
+            raise SampleError(f"{len(pieces):,} of {self.cfg.image_token!r} and {len(listed)} images")
         parts: list[Part] = [first]
         for image, piece in zip(listed, pieces, strict=True):
             parts += [self._image(image), piece]
@@ -107,24 +113,26 @@ class Interleaved(RowSource):
             raise SampleError("'texts' and 'images': must be lists of the same length")
         parts: list[Part] = []
         for text, image in zip(texts, images, strict=True):
-            if (text is None) == (image is None) or not isinstance(text, str | None):
+            if (text is None) == (image is None):
                 raise SampleError("'texts' and 'images': at each place there must be a string or an image")
-            if isinstance(text, str):
+            if text is not None:
+                text = as_text(text, f"column {self._texts!r}")
                 parts += [self.cfg.joiner, text] if parts and isinstance(parts[-1], str) else [text]
             else:
                 parts.append(self._image(image))
         return parts
 
     def _of_mmc4(self, texts: Any, images: Any) -> list[Part]:
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list):
             raise SampleError("'text_list': must be a list of strings")
+        texts = [as_text(text, f"column {self._texts!r}") for text in texts]
         if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
             raise SampleError("'image_info': must be a list of objects")
         matched: dict[int, list[Any]] = {}
         for image in images:
             where, similarity = image.get("matched_text_index"), image.get("matched_sim", 1.0)
             if not isinstance(where, int) or not 0 <= where < len(texts) or not isinstance(similarity, int | float):
-                raise SampleError(f"'image_info': matched_text_index = {where!r}, there are {len(texts)} sentences")
+                raise SampleError(f"'image_info': matched_text_index = {show(where)}, there are {len(texts)} sentences")
             if similarity >= self.cfg.min_similarity:
                 matched.setdefault(where, []).append(image.get("image_name"))
         parts: list[Part] = []

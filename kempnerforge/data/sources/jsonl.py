@@ -16,5 +16,5 @@ class Jsonl(RowSource, TableSource):
 
     def __init__(self, cfg: JsonlConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self.rows = JsonLines(self.path, self.key, self.measure, self.columns, cfg.max_bad_fraction)
-        self.require_columns(self.path, self.rows.columns)
+        self.rows = JsonLines(self.path, self.key, self.measure, self.problems, cfg.max_bad_fraction)
+        self.require_columns(self.path, self.rows.columns, self.rows)

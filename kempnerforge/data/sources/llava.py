@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import FileConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.sample import Sample, SampleError, Text
+from kempnerforge.config.errors import InputError, show
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
+from kempnerforge.data.sources.keys import ID, IMAGES, PART, Keys, candidates, unread
+from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.rows import json_rows
-from kempnerforge.data.sources.table import RowSource, count_images, nested_size, require_columns
+from kempnerforge.data.sources.said import as_text, is_content, nested_size
+from kempnerforge.data.sources.table import RowSource, require_columns
 
+TURN: Keys = {"from": None, "value": PART, "role": None, "content": PART}
+KNOWN: Keys = {"image": None, "images": None, "conversations": TURN, "messages": TURN, ID: None, "model": None, "source": None}
 ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer", "system": "system"}
 
 
 @registry.register_data_config
 @dataclass
 class LlavaConfig(FileConfig):
-    """A JSON list, or one object a line: ``image`` (a path, a list of paths, or missing) and ``conversations``, a list of
-    ``{from: human|gpt, value}``; ``messages`` with ``{role: user|assistant, content}`` is the same.
+    """A JSON list, or one object a line: ``image`` or ``images`` (a path or base64, a list of these, null, or missing) and ``conversations``, a
+    list of ``{from: human|gpt, value}``; ``messages`` with ``{role: user|assistant, content}`` is the same. What is said may be a content
+    list, ``[{type: text, text}, {type: image_url, image_url}, ...]``; an image in it stands at its place.
 
     Attributes:
         image_token: what marks the place of an image in the file; it becomes ``data.image_placeholder``.
@@ -44,23 +50,43 @@ class Llava(RowSource):
     """
 
     cfg: LlavaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    known = KNOWN
 
     def __init__(self, cfg: LlavaConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self.rows = json_rows(self.path, self.key, _measure, (), cfg.max_bad_fraction)
+        self.rows = json_rows(self.path, self.key, self._measure, self.problems, cfg.max_bad_fraction)
         if "messages" not in self.rows.columns:
             require_columns(self.path, self.rows.columns, {"conversations": "data.source = 'llava'"})
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        text = self._conversation(row.get("conversations", row.get("messages")))
+        text, own = self._conversation(_entries(row))
         if self.cfg.image_first:
             text = replace(text, prompt=_to_the_head(text.prompt, self.cfg.image_placeholder))
-        return Sample(f"{name} ({row['id']})" if "id" in row else name, self.images_of(_images(row), "image"), (text,))
+        images = self.images_in(row)
+        if images and own:
+            raise SampleError("images both in 'image' or 'images' and in the conversation")
+        return Sample(name, images or own, (text,))
 
-    def _conversation(self, entries: Any) -> Text:
+    def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
+        yield from unread(row, self.known, self.ignored)
+        for names in (IMAGES, ("conversations", "messages")):
+            both = candidates(row, names, self.ignored)
+            if len(both) > 1:
+                yield f"{' and '.join(map(repr, both))} are both there; one of them must be null, or in data.ignore_columns"
+
+    def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        return nested_size(_entries(row)), sum(count_images(row.get(name)) for name in IMAGES)
+
+    def _conversation(self, entries: Any) -> tuple[Text, tuple[ImageSource, ...]]:
+        """What is said, and the images that it brings itself."""
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise SampleError("'conversations': must be a list of {from, value} objects")
-        said = [self._said(entry) for entry in entries]
+            what = "is null" if entries is None else "must be a list of {from, value} objects"
+            raise SampleError(f"'conversations': {what}")
+        said, own = [], []
+        for entry in entries:
+            role, value, images = self._said(entry)
+            said.append((role, value))
+            own += images
         system = "\n".join(value for role, value in said if role == "system")
         turns = [entry for entry in said if entry[0] != "system"]
         if turns and turns[0][0] == "answer":
@@ -73,23 +99,26 @@ class Llava(RowSource):
             raise SampleError("'conversations': no question with an answer")
         values = [value for _, value in turns]
         pairs = list(zip(values[0::2], values[1::2], strict=True))
-        return Text(*pairs[0], more=tuple(pairs[1:]), system=system)
+        return Text(*pairs[0], more=tuple(pairs[1:]), system=system), tuple(own)
 
-    def _said(self, entry: dict[str, Any]) -> tuple[str, str]:
-        role, value = entry.get("from", entry.get("role")), entry.get("value", entry.get("content"))
+    def _said(self, entry: dict[str, Any]) -> tuple[str, str, tuple[ImageSource, ...]]:
+        """Role, text and images of an entry."""
+        found = {names: candidates(entry, names, self.ignored) for names in (("from", "role"), ("value", "content"))}
+        if twice := next((names for names in found.values() if len(names) > 1), None):
+            raise SampleError(f"'conversations': {' and '.join(map(repr, twice))} are both there")
+        role, value = (entry[names[0]] if names else None for names in found.values())
         if not isinstance(role, str) or role not in ROLES:
-            raise SampleError(f"'conversations': {role!r} says something; known are {', '.join(ROLES)}")
-        if not isinstance(value, str):
-            raise SampleError(f"'conversations': what {role!r} says must be a string, not {type(value).__name__}")
-        return ROLES[role], value.replace(self.cfg.image_token, self.cfg.image_placeholder)
+            raise SampleError(f"'conversations': {show(role)} says something; known are {', '.join(ROLES)}")
+        content, images = self.said(value, f"what {role!r} says")
+        text = as_text(content, f"what {role!r} says")
+        if not is_content(value) and self.cfg.image_token in text:
+            text = text.replace(self.cfg.image_token, self.cfg.image_placeholder)
+        return ROLES[role], text, images
 
 
-def _images(row: Mapping[str, Any]) -> Any:
-    return row.get("image", row.get("images"))
-
-
-def _measure(row: Mapping[str, Any]) -> tuple[int, int]:
-    return nested_size(row.get("conversations", row.get("messages"))), count_images(_images(row))
+def _entries(row: Mapping[str, Any]) -> Any:
+    conversations = row.get("conversations")
+    return row.get("messages") if conversations is None else conversations
 
 
 def _to_the_head(prompt: str, placeholder: str) -> str:

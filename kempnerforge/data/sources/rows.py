@@ -15,13 +15,14 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
+from kempnerforge.data.sources.keys import refuse
 
 BOM = b"\xef\xbb\xbf"
 SHOWN_ROWS = 5
@@ -29,6 +30,8 @@ FIELD_BYTES = 2**26
 """A field of a CSV file is not longer: a quote that is never closed would take the rest of the file."""
 Measure = Callable[[Mapping[str, Any]], tuple[int, int]]
 """Of a row: characters of its texts, and images. Must take whatever a row may hold."""
+Problems = Callable[[Mapping[str, Any]], Iterable[str]]
+"""What is wrong with the keys of a row."""
 Found = tuple[int, int, int, "dict[str, Any] | ValueError"]
 """Begin and length in bytes, number of the line or entry, and the row."""
 
@@ -63,6 +66,10 @@ class Rows(ABC):
     @abstractmethod
     def fingerprint(self) -> str: ...
 
+    def require(self, columns: Sequence[str]) -> None:
+        """Raises ValueError if more rows than may be bad have none of ``columns``, where rows can be without a column."""
+        return
+
 
 class IndexedRows(Rows):
     """Rows of a file that is read once and judged; afterwards rows are read where they stand.
@@ -70,20 +77,23 @@ class IndexedRows(Rows):
     Args:
         key: the config key that names it, for messages.
         measure: what to keep of each row for batching.
-        needed: columns that every row has.
+        problems: what is wrong with the keys of each row.
+
+    Attributes:
+        counts: rows that have each column.
 
     Raises:
-        ValueError: no such file, no rows, or too many that cannot be parsed or lack a needed column (the first are named by number).
+        ValueError: no such file, no rows, too many that cannot be parsed (the first are named by number), or a key that is wrong.
     """
 
     unit, units = "line", "lines"
 
-    def __init__(self, path: str, key: str, measure: Measure, needed: Sequence[str] = (), max_bad_fraction: float = 0.0) -> None:
-        self.path, self.columns = path, set()
+    def __init__(self, path: str, key: str, measure: Measure, problems: Problems = lambda row: (), max_bad_fraction: float = 0.0) -> None:
+        self.path, self.counts, self._max_bad = path, Counter[str](), max_bad_fraction
         kept = [array("q") for _ in range(5)]
         self._begins, self._sizes, self._numbers, self._lengths, self._images = kept
         bad: list[str] = []
-        lacking = Counter[str]()
+        wrong: dict[str, list[int]] = {}
         try:
             with open(path, "rb") as file:
                 for *place, row in self._scan(file):
@@ -93,18 +103,25 @@ class IndexedRows(Rows):
                     if isinstance(row, ValueError):
                         bad.append(f"{self.unit} {place[2]}: {row}" if len(bad) < SHOWN_ROWS else "")
                     else:
-                        self.columns |= row.keys()
-                        lacking.update(column for column in needed if column not in row)
+                        self.counts.update(row.keys())
+                        for problem in dict.fromkeys(problems(row)):
+                            seen = wrong.setdefault(problem, [place[2], 0])
+                            seen[1] += 1
         except OSError as error:
             raise InputError(f"data.{key} = {path!r}: {error.strerror or error}") from None
+        self.columns = set(self.counts)
         if len(bad) > max_bad_fraction * len(self) or (bad and len(bad) == len(self)):
             raise InputError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")
         if not len(self):
             raise InputError(f"{path}: no rows")
-        absent = next((column for column, count in lacking.most_common() if count > max_bad_fraction * len(self)), None)
-        if absent is not None and absent in self.columns:
-            count = lacking[absent]
-            raise InputError(f"{path}: {count} of {len(self)} rows have no column {absent!r}; write null for a row without images")
+        refuse(path, [f"{self.unit} {first}: {problem}{f' ({n} times)' if n > 1 else ''}" for problem, (first, n) in wrong.items()])
+
+    def require(self, columns: Sequence[str]) -> None:
+        """Raises ValueError if more rows than may be bad have none of ``columns``."""
+        lacking = len(self) - sum(self.counts[column] for column in columns)
+        if lacking > self._max_bad * len(self):
+            names = " or ".join(repr(column) for column in columns if column in self.columns)
+            raise InputError(f"{self.path}: {lacking} of {len(self)} rows have no column {names}; write null for a row without images")
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[Found]:
@@ -142,6 +159,7 @@ class JsonLines(IndexedRows):
     """One JSON object a line; blank lines are left out."""
 
     def _scan(self, file: BinaryIO) -> Iterator[Found]:
+        refuse_array(self.path)
         end = 0
         for number, line in enumerate(file, 1):
             begin, end = end, end + len(line)
@@ -203,6 +221,9 @@ class CsvRows(IndexedRows):
 
         reader, number = self._reader(lines()), 0
         self._names = next(reader, [])
+        twice = [show(name) for name, count in Counter(self._names).items() if count > 1]
+        if twice:
+            raise InputError(f"{self.path}: the header has the column {', '.join(twice[:SHOWN_ROWS])} twice; rename one of them")
         while True:
             open_at, number = end, number + 1
             try:
@@ -234,23 +255,53 @@ class CsvRows(IndexedRows):
             raise InputError(f"{len(values)} fields, {len(self._names)} column names")
         bad = next((value for value in values if any("\udc80" <= c <= "\udcff" for c in value)), None)
         if bad is not None:
-            raise InputError(f"not UTF-8: {bad[:40]!r}")
+            raise InputError(f"not UTF-8: {bad[:40]!a}")
         return dict(zip(self._names, values, strict=True))
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
     """The object in ``line``; raises ValueError if that is not UTF-8, not JSON, not an object."""
     try:
-        row = json.loads(line.removeprefix(BOM).decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
+        row = parse_json(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise InputError("not JSON: nested too deeply") from None
     if type(row) is not dict:
         raise InputError(f"a JSON object is needed, not {type(row).__name__}")
     return row
+
+
+class Written(float):
+    """A number of a JSON file that knows how it is written there."""
+
+    written: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Written:
+        number = cls(text)
+        number.written = text
+        return number
+
+
+def parse_json(text: str) -> Any:
+    """The value in ``text``, whose numbers know how they are written. Raises ValueError: not JSON, or an object has a key twice."""
+    try:
+        return json.loads(text, parse_float=Written.parse, parse_constant=Written.parse, object_pairs_hook=_no_key_twice)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InputError("not JSON: nested too deeply") from None
+    except InputError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"not JSON: {str(error)[:80]}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise InputError(f"the key {show(twice)} is there twice in one object")
+    return found
 
 
 def _attempt(parse: Callable[[Any], dict[str, Any]], content: Any) -> dict[str, Any] | ValueError:
@@ -260,10 +311,23 @@ def _attempt(parse: Callable[[Any], dict[str, Any]], content: Any) -> dict[str, 
         return error
 
 
+def begins_with_array(path: str) -> bool:
+    """Whether the first character of a file is that of a JSON array."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def refuse_array(path: str) -> None:
+    """Raises ValueError if a file that should have one JSON object a line is one JSON array."""
+    if begins_with_array(path):
+        raise InputError(
+            f"{path}: is a JSON array, not one JSON object a line; data.source = 'hf_dataset' reads it as it is, or convert it:"
+            f" jq -c '.[]' {os.path.basename(path)} > lines.jsonl"
+        )
+
+
 def json_rows(path: str, *args: Any) -> IndexedRows:
     """A JSON list or JSON lines, whichever the file is; arguments as of ``IndexedRows``."""
-    head = b""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            head = file.read(4096).removeprefix(BOM).lstrip()
-    return (JsonList if head.startswith(b"[") else JsonLines)(path, *args)
+    return (JsonList if begins_with_array(path) else JsonLines)(path, *args)

@@ -16,7 +16,7 @@ from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
-from kempnerforge.data.sources.table import resolve_image
+from kempnerforge.data.sources.pictures import resolve_image
 
 ENGLISH = "en"
 

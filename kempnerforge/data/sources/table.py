@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import os
-import re
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, ClassVar
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
+from kempnerforge.config.errors import InputError, cut
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Taken, Text
+from kempnerforge.data.sources.keys import ANSWERS, ID, IMAGES, PART, PROMPTS, TEXTS, Ignoring, Keys, candidates, refuse, unread
+from kempnerforge.data.sources.pictures import count_images, images_of
 from kempnerforge.data.sources.rows import Rows
+from kempnerforge.data.sources.said import as_text, make_text, nested_size, said
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-
-
-def resolve_image(value: str, root: str) -> Path:
-    """The file that a row means by ``value``. Rows come from anywhere, so they may name files below ``root`` only.
-
-    Args:
-        value: a path, relative to ``root`` or absolute below it.
-        root: an absolute directory without links in it.
-
-    Raises:
-        SampleError: the path leaves ``root`` (also through a link), or is a URL, which would be fetched from wherever it says.
-    """
-    if not value or "\0" in value:
-        raise SampleError(f"image path {value!r}: empty or with a NUL character")
-    if URL.match(value):
-        raise SampleError(f"image {value[:200]!r}: URLs are not fetched; name a file below data.root")
-    try:
-        path = os.path.realpath(os.path.join(root, value))
-    except (OSError, ValueError) as error:
-        raise SampleError(f"image path {value!r}: {error}") from None
-    if os.path.commonpath((root, path)) != root:
-        raise SampleError(f"image path {value!r} leaves the data root {root}")
-    return Path(path)
+LOOKED_AT = 64
+"""Rows whose keys are judged at the start, where not all of them are read there."""
+COLUMNS_SHOWN = 20
+ENTRY: Keys = dict.fromkeys((*PROMPTS, *ANSWERS), PART)
+"""Of an entry of ``texts``."""
 
 
 class FileSource(Source):
-    """A source whose samples are rows, of a file or something like it. Subclasses give ``row`` and what a row means."""
+    """A source whose samples are rows, of a file or something like it. Subclasses give ``row``, ``known`` and what a row means.
 
+    Attributes:
+        known: the keys that are read, or belong to the format.
+        ignored: whether ``data.ignore_columns`` has a key.
+    """
+
+    from_files = True
     cfg: FileConfig
+    known: Keys
 
     def __init__(self, cfg: FileConfig, split: str) -> None:
         super().__init__(cfg, split)
@@ -51,6 +42,7 @@ class FileSource(Source):
         self.key = "path" if self.path == cfg.path else "eval_path"
         beside = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         self.root = os.path.realpath(cfg.root or beside or ".")
+        self.ignored = Ignoring(tuple(cfg.ignore_columns))
 
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:
@@ -81,30 +73,53 @@ class FileSource(Source):
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         """What a row means. Raises SampleError: it means nothing usable."""
 
+    def row_key(self, row: Mapping[str, Any]) -> str:
+        """The id that ``row`` has; empty if it has none."""
+        return "" if ID not in self.known or row.get(ID) is None or self.ignored.takes_out(ID) else cut(str(row[ID]))
+
+    def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with the keys of ``row``."""
+        return unread(row, self.known, self.ignored)
+
+    def judge_keys(self, row: Callable[[int], Mapping[str, Any]], count: int) -> None:
+        """Raises InputError if the keys of one of the first rows, of ``count``, are wrong."""
+        found: dict[str, None] = {}
+        for index in range(min(count, LOOKED_AT)):
+            try:
+                found.update(dict.fromkeys(self.problems(row(index))))
+            except SampleError:
+                continue
+        refuse(self.path, found)
+
+    def judge_schema(self, example: Mapping[str, Any], where: str) -> None:
+        """Raises InputError if a key of rows like ``example`` is read by nothing; ``where`` is the file."""
+        refuse(where, dict.fromkeys(unread(example, self.known, self.ignored)))
+
     def __getitem__(self, index: int) -> Sample:
         name = self.row_id(index)
         try:
-            return self.sample(name, self.row(index))
+            row = self.row(index)
+            for problem in self.problems(row):
+                raise SampleError(problem)
+            key = self.row_key(row)
+            return replace(self.sample(f"{name} ({key})" if key else name, row), key=key)
         except SampleError as error:
             raise SampleError(f"{name}: {error}") from None
 
     def images_of(self, value: Any, column: str) -> tuple[ImageSource, ...]:
-        """The images that a row's ``value`` names: a path, bytes, an undecoded image of `datasets`, a list of these, or None.
+        """The images that a row's ``value`` names; raises SampleError: it names none, or one outside the data root."""
+        return images_of(value, column, self.root, self.cfg.follow_links)
 
-        Raises:
-            SampleError: it names none, or one outside the data root.
-        """
-        if value is None:
-            return ()
-        if isinstance(value, list):
-            return tuple(image for entry in value for image in self.images_of(entry, column))
-        if isinstance(value, dict):
-            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return (value,)
-        if isinstance(value, str):
-            return (resolve_image(value, self.root),)
-        raise SampleError(f"column {column!r}: an image is a path or bytes, not {type(value).__name__}")
+    def said(self, value: Any, where: str) -> tuple[Any, tuple[ImageSource, ...]]:
+        """As the function, with the images of this source."""
+        return said(value, where, self.cfg.image_placeholder, lambda image: self.images_of(image, where))
+
+    def images_in(self, row: Mapping[str, Any], names: Sequence[str] = IMAGES) -> tuple[ImageSource, ...]:
+        """The images of the one of the columns ``names`` that has any; raises SampleError: two have."""
+        filled = candidates(row, names, self.ignored)
+        if len(filled) > 1:
+            raise SampleError(f"{' and '.join(map(repr, filled))} are both there; one of them must be null, or in data.ignore_columns")
+        return self.images_of(row[filled[0]], filled[0]) if filled else ()
 
 
 class RowSource(FileSource):
@@ -132,44 +147,148 @@ class RowSource(FileSource):
 
 
 class TableSource(FileSource):
-    """Rows with an image and texts in columns that ``cfg`` names."""
+    """Rows with an image and texts in columns that ``cfg`` names, or that have one of the usual names.
+
+    Attributes:
+        text_columns, image_columns: all that may be read.
+        usual: whether the usual names count.
+    """
 
     cfg: TableConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    usual: ClassVar[bool] = True
 
     def __init__(self, cfg: TableConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self.text_columns = [cfg.texts_column] if cfg.texts_column else [c for c in (cfg.prompt_column, cfg.answer_column) if c]
-        self.columns = self.text_columns + ([cfg.image_column] if cfg.image_column else [])
+        texts, flat = cfg.texts_column, not cfg.texts_column
+        any_of = lambda names: [name for name in names if self.usual and not self.ignored.takes_out(name)]
+        self._prompts = [cfg.prompt_column] if cfg.prompt_column else any_of(PROMPTS) if flat else []
+        self._answers = [cfg.answer_column] if cfg.answer_column else any_of(ANSWERS) if flat else []
+        self._texts = [texts] if texts else any_of([TEXTS]) if not (cfg.prompt_column or cfg.answer_column) else []
+        self.text_columns = [*self._texts, *self._prompts, *self._answers]
+        self.image_columns = list(IMAGES) if self.usual and cfg.image_column == IMAGES[0] else [c for c in (cfg.image_column,) if c]
+        flat_keys = dict.fromkeys((*self._prompts, *self._answers), PART)
+        self.known = {**dict.fromkeys(self.image_columns), **flat_keys, **dict.fromkeys(self._texts, ENTRY), ID: None}
+        self._prompted = bool(cfg.prompt_column)
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.text_columns, *self.image_columns, ID]
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        images = self.images_of(_value(row, self.cfg.image_column), self.cfg.image_column) if self.cfg.image_column else ()
-        return Sample(name, images, self.texts_of(row))
+        images = self._images(row)
+        texts, own = self._texts_of(row)
+        if images and own:
+            raise SampleError(f"images both in {' or '.join(map(repr, self.image_columns))} and in the texts")
+        return Sample(name, images or own, texts)
+
+    def _images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
+        if self.image_columns and not any(column in row for column in self.image_columns):
+            raise SampleError(f"has no column {self.cfg.image_column!r}")
+        return self.images_in(row, self.image_columns)
 
     def measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         """Characters of texts, and images of a row."""
         characters = sum(nested_size(row.get(column)) for column in self.text_columns)
-        return characters, count_images(row.get(self.cfg.image_column)) if self.cfg.image_column else 0
+        return characters, sum(count_images(row.get(column)) for column in self.image_columns)
 
-    def require_columns(self, where: str, there: Collection[str]) -> None:
-        """As the function, of the configured columns."""
-        keys = {getattr(self.cfg, key): f"data.{key}" for key in ("texts_column", "answer_column", "prompt_column", "image_column")}
-        require_columns(where, there, {column: keys[column] for column in self.columns})
+    def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
+        return chain(unread(row, self.known, self.ignored), self._conflicts(row))
+
+    def _conflicts(self, row: Mapping[str, Any]) -> Iterator[str]:
+        texts = candidates(row, self._texts, self.ignored)
+        flat = candidates(row, [*self._prompts, *self._answers], self.ignored)
+        if texts and flat:
+            yield f"{texts[0]!r} and {', '.join(map(repr, flat))} are both there; name what is read, by data.texts_column or data.answer_column"
+        yield from conflicts(row, self._prompts, self._answers, self.ignored)
+        entries = row.get(texts[0]) if texts else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict):
+                yield from conflicts(entry, PROMPTS, ANSWERS, self.ignored, f"{texts[0]}.")
+
+    def require_columns(self, where: str, there: Collection[str], rows: Rows | None = None) -> None:
+        """Raises ValueError if there are no columns for what the config needs, or too many ``rows`` lack them; ``where`` is the file."""
+        cfg = self.cfg
+        wanted = [(self.image_columns, "image_column")]
+        if cfg.texts_column:
+            wanted.append((self._texts, "texts_column"))
+        else:
+            wanted += [(self._answers + ([] if cfg.answer_column else self._texts), "answer_column")]
+            wanted += [(self._prompts, "prompt_column")] if cfg.prompt_column else []
+        needed = {" or ".join(map(repr, names)): f"data.{key}" for names, key in wanted if names and not set(names) & set(there)}
+        if needed:
+            raise missing_columns(where, needed, there)
+        self._prompted = bool(cfg.prompt_column) or any(name in there for name in self._prompts)
+        wanted += [(self._prompts, "prompt_column")] if self._prompted and not set(self._texts) & set(there) else []
+        if rows is not None:
+            for names in filter(None, (names for names, _ in wanted)):
+                rows.require(names)
 
     def texts_of(self, row: Mapping[str, Any]) -> tuple[Text, ...]:
-        cfg = self.cfg
-        if not cfg.texts_column:
-            prompt = _value(row, cfg.prompt_column) if cfg.prompt_column else ""
-            return (make_text(prompt, _value(row, cfg.answer_column), cfg.prompt_column, cfg.answer_column),)
-        entries = _value(row, cfg.texts_column)
+        """The texts of a row; raises SampleError: it has none."""
+        return self._texts_of(row)[0]
+
+    def _texts_of(self, row: Mapping[str, Any]) -> tuple[tuple[Text, ...], tuple[ImageSource, ...]]:
+        """The texts of a row, and the images that they bring themselves."""
+        column = self.cfg.texts_column or next(iter(candidates(row, self._texts, self.ignored)), "")
+        if not column:
+            text, images = self._text(row, self._prompts, self._answers, "", self._prompted)
+            return (text,), images
+        entries = _value(row, column)
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            raise SampleError(f"column {cfg.texts_column!r}: must be a list of {{prompt, answer}} objects")
-        return tuple(make_text(entry.get("prompt") or "", entry.get("answer"), "prompt", "answer") for entry in entries)
+            what = "is null" if entries is None else "must be a list of {prompt, answer} objects"
+            raise SampleError(f"column {column!r}: {what}")
+        found = [self._text(entry, PROMPTS, ANSWERS, f"{column}.", False) for entry in entries]
+        if len(found) > 1 and any(images for _, images in found):
+            raise SampleError(f"column {column!r}: several texts of which one brings its own images")
+        return tuple(text for text, _ in found), tuple(chain.from_iterable(images for _, images in found))
+
+    def _text(
+        self, row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[str], above: str, prompted: bool
+    ) -> tuple[Text, tuple[ImageSource, ...]]:
+        """The text of a row, or of an entry of ``texts``, and its images. ``prompted``: it must have a prompt."""
+        asked, images = self._prompt(row, prompts, above, prompted)
+        answer = next(iter(candidates(row, answers, self.ignored, above)), None)
+        if answer is None:
+            raise SampleError(_lacking(row, answers, above))
+        value, shown = self.said(row[answer], f"column {above + answer!r}")
+        text = make_text(asked, value, above + prompts[0] if prompts else "", above + answer)
+        if shown and text.listed:
+            raise SampleError(f"column {above + answer!r}: several answers beside images in them")
+        return text, (*images, *shown)
+
+    def _prompt(self, row: Mapping[str, Any], names: Sequence[str], above: str, needed: bool) -> tuple[str, tuple[ImageSource, ...]]:
+        found = candidates(row, names, self.ignored, above)
+        if not found and needed:
+            raise SampleError(_lacking(row, names, above))
+        if not found:
+            return (Taken("", "null") if any(name in row for name in names) else ""), ()
+        pieces = [self.said(row[name], f"column {above + name!r}") for name in found]
+        texts = [as_text(value, f"column {above + name!r}") for name, (value, _) in zip(found, pieces, strict=True)]
+        written = texts[0] if len(texts) == 1 else "\n".join(filter(None, texts))
+        return written, tuple(chain.from_iterable(images for _, images in pieces))
+
+
+def conflicts(row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[str], ignored: Ignoring, above: str = "") -> Iterator[str]:
+    """Says which keys of ``row`` could all be its prompt, or its answer."""
+    for names, what in ((prompts, "prompt"), (answers, "answer")):
+        found = candidates(row, names, ignored, above)
+        if len(found) > 1 and found != ["instruction", "input"]:
+            shown = " and ".join(repr(above + name) for name in found)
+            yield f"{shown} could each be the {what}; name one in data.{what}_column, or list the others in data.ignore_columns"
+
+
+def missing_columns(where: str, needed: Mapping[str, str], there: Collection[str]) -> InputError:
+    """The error that columns (as shown, with the key that needs each) are not ``there``; ``where`` is the file."""
+    shown = ", ".join(cut(str(name)) for name in sorted(there)[:COLUMNS_SHOWN]) or "none"
+    return InputError(
+        f"{where}: no column {', '.join(f'{column} for {key}' for column, key in needed.items())}; columns: {cut(shown, 400)}"
+    )
 
 
 def require_columns(where: str, there: Collection[str], needed: Mapping[str, str]) -> None:
     """Raises ValueError if a column of ``needed`` (column -> the key that needs it) is not ``there``; ``where`` is the file."""
-    if missing := [f"{column!r} for {key}" for column, key in needed.items() if column not in there]:
-        raise InputError(f"{where}: no column {', '.join(missing)}; columns: {', '.join(sorted(there)[:20]) or 'none'}")
+    if missing := {repr(column): key for column, key in needed.items() if column not in there}:
+        raise missing_columns(where, missing, there)
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:
@@ -179,25 +298,6 @@ def _value(row: Mapping[str, Any], column: str) -> Any:
         raise SampleError(f"has no column {column!r}") from None
 
 
-def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) -> Text:
-    """A text of one turn; raises SampleError for what is no string, or nothing to train."""
-    for column, value in ((prompt_column, prompt), (answer_column, answer)):
-        if not isinstance(value, str):
-            raise SampleError(f"column {column!r}: must be a string, not {type(value).__name__}")
-    if not answer.strip():
-        raise SampleError(f"column {answer_column!r}: empty answer")
-    return Text(prompt, answer)
-
-
-def nested_size(value: Any) -> int:
-    """Characters of all strings in ``value``."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, list):
-        return sum(nested_size(entry) for entry in value)
-    return sum(nested_size(entry) for entry in value.values()) if isinstance(value, dict) else 0
-
-
-def count_images(value: Any) -> int:
-    """Images that a row's ``value`` names, as ``TableSource`` reads it."""
-    return sum(count_images(entry) for entry in value) if isinstance(value, list) else int(value is not None)
+def _lacking(row: Mapping[str, Any], names: Sequence[str], above: str) -> str:
+    null = next((name for name in names if name in row), None)
+    return f"column {above + null!r} is null" if null is not None else f"has no column {' or '.join(repr(above + n) for n in names)}"

@@ -8,7 +8,6 @@ it reads shards as streams, front to back, through a shuffle buffer, and its pla
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import zlib
@@ -20,11 +19,13 @@ from typing import Any, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.fingerprint import digest, file_fingerprint
-from kempnerforge.data.sample import SampleError, Text
+from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
-from kempnerforge.data.sources.table import TableSource
+from kempnerforge.data.sources.keys import PART, Keys, unread
+from kempnerforge.data.sources.rows import parse_json
+from kempnerforge.data.sources.table import ENTRY, TableSource
 
 MAX_TEXT = 16 * 2**20
 MAX_IMAGE = 256 * 2**20
@@ -32,6 +33,11 @@ MAX_IMAGE = 256 * 2**20
 GLANCE = 2**14
 """Bytes at the head and at the tail of a shard that its fingerprint is made of."""
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+METADATA = (
+    *("url", "key", "caption", "status", "error_message", "width", "height", "original_width", "original_height"),
+    *("exif", "sha256", "md5", "uid", "id"),
+)
+"""Fields of JSON members that img2dataset and VLA Foundry write beside a text and an image."""
 NUMBERED = re.compile(r"(\d+)\.(.+)")
 
 
@@ -77,9 +83,11 @@ class WebDataset(TableSource):
     """
 
     cfg: WebDatasetConfig
+    usual = False
 
     def __init__(self, cfg: WebDatasetConfig, split: str) -> None:
         super().__init__(cfg, split)
+        self._fields = self._known_fields()
         self._shards = list(list_shards(self.path, f"data.{'path' if self.path == cfg.path else 'eval_path'}"))
         self._open: dict[int, Shard | ShardError] = {}
         counts = [len(self._shard(k)) if shard.samples is None or k == 0 else shard.samples for k, shard in enumerate(self._shards)]
@@ -87,6 +95,7 @@ class WebDataset(TableSource):
         filled = next((k for k, count in enumerate(counts) if count), None)
         if filled is not None:
             self._require_members(self._shard(filled))
+            self.judge_keys(self.row, self._ends[filled])
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -109,6 +118,33 @@ class WebDataset(TableSource):
             return self.texts_of(self.row(index))
         except SampleError as error:
             raise SampleError(f"{self.row_id(index)}: {error}") from None
+
+    def row_key(self, row: Mapping[str, Any]) -> str:
+        """Nothing: the key of a sample is in its name."""
+        return ""
+
+    def _images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
+        return self.images_of(row[self.cfg.image_column], self.cfg.image_column) if self.cfg.image_column else ()
+
+    def _known_fields(self) -> Keys:
+        """The fields of JSON members: those of the columns, and those that tools write beside a text and an image."""
+        known: dict[str, Any] = dict.fromkeys(METADATA)
+        for column in (name for name in self.text_columns if name.startswith("json.")):
+            *path, last = column.split(".")[1:]
+            table = known
+            for name in path:
+                below = table.get(name)
+                table[name] = table = below if isinstance(below, dict) else {}
+            table[last] = ENTRY if column == self.cfg.texts_column else PART
+        return known
+
+    def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
+        assert isinstance(row, Row)
+        images = image_extensions(self.cfg.image_column)
+        read = {name for name in row.names() if name in self.text_columns or NUMBERED.sub(r"\2", name) in images}
+        yield from unread(dict.fromkeys(row.names() - read - {"json"}), dict.fromkeys(sorted(read)), self.ignored)
+        if "json" not in read and "json" in row.names() and not self.ignored("json"):
+            yield from unread(row.fields(), self._fields, self.ignored, "json.")
 
     def length(self, index: int) -> int:
         """Bytes of the members that hold the texts."""
@@ -188,7 +224,18 @@ class Row(Mapping[str, Any]):
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SampleError(f".{name} is not UTF-8 at byte {error.start}") from None
-        return _field(text, name, fields) if name.split(".")[-1] == "json" else text.strip()
+        return _field(text, name, fields) if name.split(".")[-1] == "json" else text.strip("\r\n")
+
+    def names(self) -> set[str]:
+        """The extensions of all members."""
+        return set(self._members)
+
+    def fields(self) -> Any:
+        """What the JSON member holds; nothing if it is not JSON."""
+        try:
+            return parse_json(self._read("json", MAX_TEXT).decode("utf-8-sig"))
+        except ValueError:
+            return None
 
     def images(self) -> list[str]:
         """The extensions of the images, in order."""
@@ -276,14 +323,14 @@ def _manifest(path: str, key: str) -> Iterator[Listed]:
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         name, samples = (entry.get("shard"), entry.get("num_sequences")) if type(entry) is dict else (None, None)
         if type(name) is not str or type(samples) is not int or samples < 0:
-            raise InputError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {line.strip()[:200]}')
+            raise InputError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {show(line.strip())}')
         if not name or "\0" in name or ":" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise InputError(f"{where}: shard = {name!r}: must be a path below the manifest's directory")
+            raise InputError(f"{where}: shard = {show(name)}: must be a path below the manifest's directory")
         full = os.path.join(os.path.dirname(path), name if name.endswith(".tar") else f"{name}.tar")
         yield _there(Listed(full, samples), where)
 
@@ -306,9 +353,9 @@ def _glance(path: str) -> tuple[str, int, int]:
 
 def _field(text: str, name: str, fields: list[str]) -> Any:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f".{name} is not JSON: {str(error)[:80]}") from None
+        value = parse_json(text)
+    except ValueError as error:
+        raise SampleError(f".{name}: {error}") from None
     for depth, field in enumerate(fields):
         if type(value) is not dict or field not in value:
             raise SampleError(f".{name} has no field {'.'.join(fields[: depth + 1])!r}")

@@ -1,0 +1,108 @@
+"""Values of rows -> texts: what is a string already, what is taken as one, and what is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kempnerforge.config.errors import show
+from kempnerforge.data.sample import ImageSource, SampleError, Taken, Text
+from kempnerforge.data.sources.keys import PART, Ignoring, unread
+from kempnerforge.data.sources.rows import Written
+
+Open = Callable[[Any], tuple[ImageSource, ...]]
+"""Opens what a content list has as an image."""
+
+
+def as_text(value: Any, where: str) -> str:
+    """``value`` as a text. Numbers and booleans are taken as JSON writes them. ``where`` it stands is for messages: "column 'answer'".
+
+    Raises:
+        SampleError: it is null, or something else that is no text.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise SampleError(f"{where} is null")
+    if isinstance(value, bool):
+        return Taken("true" if value else "false", "a boolean")
+    if isinstance(value, int):
+        return Taken(str(value), "a number")
+    if isinstance(value, float) and math.isfinite(value):
+        return Taken(value.written if isinstance(value, Written) else repr(value), "a number")
+    what = "NaN or infinity" if isinstance(value, float) else type(value).__name__
+    raise SampleError(f"{where}: must be a string, not {what}")
+
+
+def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) -> Text:
+    """A text of one turn. Of a list of answers the first is trained and the others are right as well.
+
+    Raises:
+        SampleError: no text, or nothing to train.
+    """
+    asked, answers = as_text(prompt, f"column {prompt_column!r}"), f"column {answer_column!r}"
+    several = is_list_of_answers(answer)
+    if several and not answer:
+        raise SampleError(f"{answers}: an empty list of answers")
+    first, *others = [as_text(entry, answers) for entry in (answer if several else [answer])]
+    if not first.strip():
+        raise SampleError(f"{answers}: empty answer")
+    others = tuple(other for other in dict.fromkeys(others) if other.strip() and other != first)
+    return Text(asked, first, references=others, listed=several)
+
+
+def is_list_of_answers(value: Any) -> bool:
+    """Whether ``value`` is a list, and not a content list."""
+    return isinstance(value, list) and not is_content(value)
+
+
+def is_content(value: Any) -> bool:
+    """Whether ``value`` is a content list of OpenAI's API or of chat templates."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
+
+
+def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[Any, tuple[ImageSource, ...]]:
+    """What stands in a place of text, as one text with a placeholder for each image, and the images that it brings itself. Anything but a
+    content list is handed back as it is.
+
+    Raises:
+        SampleError: a part of a content list that is neither text nor image.
+    """
+    if not is_content(value):
+        return value, ()
+    written, images = "", []
+    pictured = any(part["type"] != "text" for part in value)
+    for part in value:
+        for problem in unread(part, PART, Ignoring()):
+            raise SampleError(f"{where}: {problem}")
+        if part["type"] == "text":
+            text = as_text(part.get("text"), f"{where}, a part of type text,")
+            if pictured and placeholder in text:
+                raise SampleError(f"{where}: {placeholder!r} in a text beside parts that are images")
+            written += text
+        elif part["type"] in ("image", "image_url"):
+            written += placeholder
+            images += _pictured(part, open_image)
+        else:
+            raise SampleError(f"{where}: a part of type {show(part['type'])}; known are text, image, image_url")
+    return written, tuple(images)
+
+
+def _pictured(part: dict[str, Any], open_image: Open) -> Sequence[ImageSource]:
+    """The image of ``part``; none where it only marks a place."""
+    url = part.get("image_url")
+    given = [part.get("image"), url.get("url") if isinstance(url, dict) else url, part.get("path"), part.get("url")]
+    found = [value for value in given if value is not None]
+    if len(found) > 1:
+        raise SampleError("a part of a content list that names two images")
+    return open_image(found[0]) if found else ()
+
+
+def nested_size(value: Any) -> int:
+    """Characters of all strings in ``value``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(nested_size(entry) for entry in value)
+    return sum(nested_size(entry) for entry in value.values()) if isinstance(value, dict) else 0
