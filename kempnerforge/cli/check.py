@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     job = load_config(args.config, args.overrides)
+    from kempnerforge.training.data_remarks import data_remarks
     from kempnerforge.training.plan import plan
 
     found = plan(job)
     held_out = found.assembly.examined
-    warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ())]
+    warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ()), *data_remarks(found.assembly)]
     if args.json:
         stages = [_as_json(stage) for stage in found.stages]
         print(json.dumps({"warnings": warnings, "stages": stages, "held_out": held_out.counts() if held_out else None}))
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if held_out:
         print(held_out.summary())
     for line in warnings:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {visible(line)}", file=sys.stderr)
     return 0
 
 

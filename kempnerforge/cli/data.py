@@ -26,7 +26,8 @@ not part of the package. "lm-eval" makes a task of the held-out questions. See "
 
 CHECK_HELP = """Read every sample of every stage of a config, and what is held out.
 
-Decodes each image. Lists all samples that cannot be used in bad_samples.jsonl, and draws index.html, both in run.dir/data-check. The
+Decodes each image. Lists all samples that cannot be used in bad_samples.jsonl and all held-out ones that training has seen (the same image,
+question about it, or id) in leaks.jsonl, and draws index.html, all in run.dir/data-check. The
 recommended limits leave 99.5 percent of the samples whole. Exit code 2 says that more samples are unusable than data.max_bad_fraction
 allows, of those to train on or of those held out."""
 
@@ -118,7 +119,7 @@ def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kempnerforge.training.data_check import check_data, write_bad_samples
+    from kempnerforge.training.data_check import check_data, write_bad_samples, write_leaks
     from kempnerforge.training.data_page import write_data_page
 
     out = args.out or Path(job.run.dir) / "data-check"
@@ -132,13 +133,15 @@ def _check(args: argparse.Namespace) -> int:
         checked, leaks = check_data(job, args.workers, args.limit, not args.no_images, begin)
     page = write_data_page(out / "index.html", Path(job.run.dir).name, checked, leaks)
     bad = write_bad_samples(out / "bad_samples.jsonl", checked)
+    listed = write_leaks(out / "leaks.jsonl", leaks)
     if args.json:
-        shared = [{"stages": leak.stages, "images": leak.images, "first": leak.pairs} for leak in leaks]
-        found = {"page": str(page), "bad_samples": str(bad), "sources": [one.as_json() for one in checked], "shared_images": shared}
-        print(json.dumps(found))
+        images = [{"stages": leak.stages, "images": leak.count, "first": leak.pairs[:5]} for leak in leaks if leak.kind == "image"]
+        found = {"page": str(page), "bad_samples": str(bad), "leaks": str(listed), "sources": [one.as_json() for one in checked]}
+        shared = [{"stages": leak.stages, "kind": leak.kind, "samples": len(leak.pairs)} for leak in leaks]
+        print(json.dumps(found | {"shared_images": images, "shared": shared}))
     else:
         _show(Console(width=100, highlight=False, markup=False, soft_wrap=True), checked, leaks)
-        print(f"page: {page}\nunusable samples: {bad}")
+        print(f"page: {page}\nunusable samples: {bad}\nheld-out samples that training has seen: {listed}")
     return 0 if all(one.usable for one in checked) else 2
 
 
@@ -148,11 +151,8 @@ def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
         for line in one.remarks:
             print(f"warning: {visible(line)}", file=sys.stderr)
     for leak in leaks:
-        print(
-            f"warning: stages {leak.stages}: {leak.images:,} of the held-out images stand in the training data, byte by byte:",
-            file=sys.stderr,
-        )
-        for trained, held_out in leak.pairs:
+        print(f"warning: {leak.warning}:", file=sys.stderr)
+        for trained, held_out in leak.pairs[:5]:
             print(f"  {visible(trained)} and {visible(held_out)}", file=sys.stderr)
 
 
@@ -171,6 +171,8 @@ def _show_source(console: Console, one: Checked) -> None:
         console.print(f"source {part.name}: {part.samples:,} samples, {part.totals['texts']:,} texts, {part.bad:,} unusable")
     kinds = "".join(f", {kind} {number:,}" for kind, number in one.kinds.items())
     console.print(f"unusable: {facts['bad']:,}{kinds} ({one.bad_fraction:.2%}, data.max_bad_fraction = {one.max_bad_fraction:.2%})")
+    for line in one.found.remarks.lines():
+        console.print(f"note: {visible(line)}")
     for bad in one.found.bad[:5]:
         console.print(f"  {bad.kind}: {visible(bad.reason)}")
     if one.held_out is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,7 +18,9 @@ from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import ImageError
 from kempnerforge.data.interleave import LABELS
 from kempnerforge.data.order import drawn
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source
+from kempnerforge.data.remarks import Remarks, merged
+from kempnerforge.data.sample import Sample, SampleError, Source
+from kempnerforge.data.traces import KINDS, Marks, Traces, digest, joined
 
 UNLIMITED = 2**30
 CHUNK = 32
@@ -56,6 +56,8 @@ class Found:
             longest text alone; ``trained``: labels; ``texts``; ``images``; ``views``. All 0 where a sample has no size.
         digests: (m,) 16 bytes each, of the content of every image of a usable sample.
         digest_owners: (m,) the samples that they are of.
+        marks: by kind, see ``traces``.
+        remarks: on the usable samples.
     """
 
     indices: np.ndarray
@@ -63,6 +65,8 @@ class Found:
     bad: list[Bad]
     digests: np.ndarray
     digest_owners: np.ndarray
+    marks: dict[str, Marks] = field(default_factory=dict)
+    remarks: Remarks = field(default_factory=Remarks)
 
     def column(self, name: str) -> np.ndarray:
         """(n,) one of ``COLUMNS``."""
@@ -99,8 +103,7 @@ class Reader:
         """Reads the samples ``indices``."""
         sizes = np.zeros((len(indices), len(COLUMNS)), dtype=np.int64)
         bad: list[Bad] = []
-        digests: list[bytes] = []
-        owners: list[int] = []
+        traces, remarks = Traces(len(self.source)), Remarks()
         for number, index in enumerate(indices):
             name = f"{self.source.cfg.source}/{self.source.split}[{index}]"
             kind = "row"
@@ -112,8 +115,8 @@ class Reader:
                 if self.images:
                     kind = "image"
                     self.roomy.views(sample)
-                    digests += [digest(image) for image in sample.images]
-                    owners += [index] * len(sample.images)
+                traces.add(index, sample, [digest(image) for image in sample.images] if self.images else [])
+                remarks.add(sample, self.source.asks(index))
             except SampleError as error:
                 of_image = isinstance(error, ImageError) or isinstance(error.__context__, ImageError)
                 bad.append(Bad(index, name, "image" if of_image else kind, str(error)))
@@ -125,7 +128,8 @@ class Reader:
                 if reason := self._too_long(sizes[number]):
                     bad.append(Bad(index, name, "length", reason))
         taken = np.asarray(indices, dtype=np.int64)
-        return Found(taken, sizes, bad, np.array(digests, dtype="S16"), np.array(owners, dtype=np.int64))
+        marks = traces.marks()
+        return Found(taken, sizes, bad, *marks["image"], marks, remarks)
 
     def _size(self, sample: Sample, sizes: np.ndarray) -> None:
         """Fills in one row of ``Found.sizes``; raises SampleError if the sample cannot be encoded, however much room there is."""
@@ -166,12 +170,6 @@ class Reader:
         return f"the longest text has {longest} tokens, vlm.max_text_len = {layout.max_text_len}"
 
 
-def digest(image: ImageSource) -> bytes:
-    """16 bytes that stand for the content of an encoded image."""
-    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-
-
 def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callable[[int], object] = int, alone_s: float = ALONE_S) -> Found:
     """Reads ``indices``, in ``workers`` processes when it takes long.
 
@@ -201,6 +199,8 @@ def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callabl
         [bad for part in parts for bad in part.bad],
         np.concatenate([part.digests for part in parts]),
         np.concatenate([part.digest_owners for part in parts]),
+        {kind: joined([part.marks[kind] for part in parts]) for kind in KINDS},
+        merged([part.remarks for part in parts]),
     )
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from kempnerforge.config.errors import cut
+from kempnerforge.config.errors import cut, visible
 from kempnerforge.data.sample import ImageSource, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -145,7 +145,7 @@ def contents(path: Path) -> bytes:
 
 def name_of(source: ImageSource) -> str:
     """What messages call an image."""
-    return str(source) if isinstance(source, Path) else f"{len(source)} bytes"
+    return visible(cut(str(source), 300)) if isinstance(source, Path) else f"{len(source)} bytes"
 
 
 def _file(path: Path, whole: bool) -> BinaryIO:

@@ -107,12 +107,12 @@ class Source(ABC):
         ValueError: the data are missing or not what ``cfg`` says.
 
     Attributes:
-        asks: whether prompts are questions, so that one image (or none) with several answers to the same prompt is worth a remark.
+        captions: whether texts are captions or documents, so that one image may well have several answers to no prompt.
         from_files: whether its samples are rows of the user's files.
     """
 
-    asks: ClassVar[bool] = True
-    from_files: ClassVar[bool] = False
+    captions: ClassVar[bool] = False
+    from_files: bool = False
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
         assert split in ("train", "test"), split
@@ -151,6 +151,10 @@ class Source(ABC):
     def order(self, seed: int) -> Order:
         """The stream of sample numbers to train on."""
         return Shuffled(len(self), seed)
+
+    def asks(self, index: int) -> bool:
+        """Whether a sample's prompts are questions."""
+        return not self.captions
 
     def peers(self, index: int) -> range:
         """The samples, ``index`` among them, of which one may stand in for it when it cannot be used."""

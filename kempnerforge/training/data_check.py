@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from kempnerforge.data.check_facts import Batching, Limits, batching_modes, dist
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.files import write_text
 from kempnerforge.data.sample import Source
+from kempnerforge.data.traces import KINDS, shared
 from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.training.inspection import source_names
 from kempnerforge.training.setup import Assembly, assemble
 
-SHOWN_LEAKS = 5
 HELD_OUT = "held out"
 SIZES = ("texts", "images", "views", "text_tokens", "trained", "positions")
 
@@ -108,6 +108,7 @@ class Checked:
             "positions": distribution(self.lengths("positions")),
             "limits": asdict(self.now),
             "recommended": asdict(self.advice),
+            "made_of_values": self.found.remarks.lines(),
             "batching": self.batching,
             "modes": [asdict(mode) for mode in self.modes],
             **({"held_out": self.held_out.counts(), "remarks": self.remarks} if self.held_out is not None else {}),
@@ -116,15 +117,23 @@ class Checked:
 
 @dataclass(frozen=True)
 class Leak:
-    """Images of the held-out samples that training has seen, byte by byte.
+    """Held-out samples that training has seen something of.
 
     Attributes:
-        pairs: (training sample, held-out sample) of the first ones.
+        kind: of ``KINDS``, what they share; images byte by byte.
+        count: how much of it; of images those of different content.
+        pairs: (training sample, held-out sample) of all these held-out samples.
     """
 
     stages: str
-    images: int
+    kind: str
+    count: int
     pairs: list[tuple[str, str]]
+
+    @property
+    def warning(self) -> str:
+        what = "images stand in the training data, byte by byte" if self.kind == "image" else f"samples share {KINDS[self.kind]} with it"
+        return f"stages {self.stages}: {self.count:,} of the held-out {what}"
 
 
 def check_data(
@@ -152,12 +161,16 @@ def check_data(
     held_out = read(HELD_OUT, assembly.held_out, assembly.stages[-1])
     leaks = []
     for group, one in zip(groups, checked, strict=True):
-        pairs = shared_images(one.found, held_out.found)
-        if pairs:
-            source = assembly.sources[group[0].index]
-            shown = [(source[a].id, assembly.held_out[b].id) for a, b in pairs[:SHOWN_LEAKS]]
-            leaks.append(Leak(one.name, len(pairs), shown))
+        leaks += _leaks(one, held_out, assembly.sources[group[0].index], assembly.held_out)
     return [*checked, held_out], leaks
+
+
+def _leaks(one: Checked, held_out: Checked, source: Source, tested: Source) -> Iterator[Leak]:
+    for kind in KINDS:
+        pairs = shared(one.found.marks[kind], held_out.found.marks[kind])
+        if pairs:
+            count = len(shared_images(one.found, held_out.found)) if kind == "image" else len(pairs)
+            yield Leak(one.name, kind, count, [(source[a].id, tested[b].id) for a, b in pairs])
 
 
 def _check(
@@ -205,6 +218,16 @@ def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:
         totals = {column: int(found.column(column)[own].sum()) for column in SIZES}
         parts.append(Part(name, int(own.sum()), int((is_bad & own).sum()), totals))
     return parts
+
+
+def write_leaks(path: Path, leaks: list[Leak]) -> Path:
+    """Writes all leaks, one JSON object a line."""
+    found = [
+        {"stages": leak.stages, "shared": leak.kind, "trained_on": trained, "held_out": tested}
+        for leak in leaks
+        for trained, tested in leak.pairs
+    ]
+    return write_text(path, "".join(json.dumps(line) + "\n" for line in found))
 
 
 def write_bad_samples(path: Path, checked: list[Checked]) -> Path:

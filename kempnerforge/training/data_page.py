@@ -8,6 +8,7 @@ from pathlib import Path
 from kempnerforge.data.audit import count
 from kempnerforge.data.audit_page import text
 from kempnerforge.data.check_facts import COVERED, MULTIPLE, Batching, Limits, histogram
+from kempnerforge.data.traces import KINDS
 from kempnerforge.training.charts import format_percent
 from kempnerforge.training.data_check import HELD_OUT, Checked, Leak
 from kempnerforge.training.histogram import bar_chart
@@ -15,6 +16,7 @@ from kempnerforge.training.pages import table, tiles, write_page
 
 BINS = 60
 SHOWN_BAD = 20
+SHOWN_LEAKS = 5
 RULE = (
     f"The recommended limits leave {COVERED:g} % of the samples whole, rounded up to a multiple of {MULTIPLE}; packed rows may be longer."
 )
@@ -28,9 +30,15 @@ def write_data_page(path: Path, title: str, checked: Sequence[Checked], leaks: S
 
 
 def _leak(leak: Leak) -> str:
-    pairs = table(("trained on", "held out"), leak.pairs, numbers=False)
-    what = f"{count(leak.images, 'image')} of the held-out samples also {'stands' if leak.images == 1 else 'stand'} in the training data"
-    return f'<p class="card pad"><b class="bad">{what}</b> (stages {text(leak.stages)}), byte by byte. The first ones:</p>{pairs}'
+    pairs = table(("trained on", "held out"), leak.pairs[:SHOWN_LEAKS], numbers=False)
+    where = f"(stages {text(leak.stages)})"
+    if leak.kind != "image":
+        what = (
+            f"{count(leak.count, 'held-out sample')} {'shares' if leak.count == 1 else 'share'} {KINDS[leak.kind]} with the training data"
+        )
+        return f'<p class="card pad"><b class="bad">{what}</b> {where}. The first ones:</p>{pairs}'
+    what = f"{count(leak.count, 'image')} of the held-out samples also {'stands' if leak.count == 1 else 'stand'} in the training data"
+    return f'<p class="card pad"><b class="bad">{what}</b> {where}, byte by byte. The first ones:</p>{pairs}'
 
 
 def _section(one: Checked) -> str:
@@ -51,7 +59,7 @@ def _section(one: Checked) -> str:
         cards.append(("Questions", f"{len(known.questions):,}", more, "bad" if known.too_long else ""))
     title = "held out" if one.name == HELD_OUT else f"stage {one.name}"
     body = [f"<section><h2>{text(title)}</h2>", tiles(cards), _charts(one)]
-    body += [f'<p class="note">{text(line)}</p>' for line in one.remarks]
+    body += [f'<p class="note">{text(line)}</p>' for line in (*one.found.remarks.lines(), *one.remarks)]
     if len(one.parts) > 1:
         rows = [(part.name, *(f"{n:,}" for n in (part.samples, part.bad, *part.totals.values()))) for part in one.parts]
         body += ["<h2>Sources</h2>", table(("source", "samples", "unusable", *(n.replace("_", " ") for n in one.parts[0].totals)), rows)]

@@ -16,6 +16,7 @@ from kempnerforge.data.audit_page import STYLE, describe, row_card, share_bar, t
 from kempnerforge.data.audit_rows import Row, rows_of
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.contact_sheet import contact_sheet
+from kempnerforge.training.data_remarks import glance
 from kempnerforge.training.pages import table, write_page
 from kempnerforge.training.setup import Assembly, assemble
 
@@ -37,7 +38,7 @@ class Inspection:
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
         sheet: the contact sheet, where there are images.
-        notes: of ``Assembly.notes``.
+        notes: of ``Assembly.notes``, and what was made of values in the user's files.
     """
 
     name: str
@@ -92,8 +93,10 @@ def source_names(cfg: DataConfig) -> list[str]:
 def _inspect(assembly: Assembly, stage: Stage, samples: int, step: int, out: Path, color: bool) -> Inspection:
     sources = source_names(stage.data)
     found = Inspection(stage.name, sources, parts=[Counter(dict.fromkeys(("samples", "texts", "shown", *SHARES), 0)) for _ in sources])
+    source = assembly.sources[stage.index]
     encoder, tokenizer = assembly.encoder(stage), assembly.tokenizer
-    found.notes = assembly.notes(stage)
+    made = glance(source, assembly.job.train.seed).remarks.lines() if source.from_files else []
+    found.notes = [*assembly.notes(stage), *made]
     ends = frozenset[int]().union(*(texts.ends for texts in encoder.texts))
     every_turn = all(texts.template.end or texts.cfg.template != "chat" for texts in encoder.texts)
     markers = encoder.marker_ids.union(*(tokenizer.encode(f"<image: {k}>") for k in range(MAX_NUMBERED)))

@@ -255,7 +255,8 @@ SKIPPED: list[tuple[str, Callable[[Path], dict], str]] = [
     ("missing image", lambda folder: {"image": "gone.png"}, "no such file"),
     ("image outside of the root", lambda folder: {"image": "../../../etc/passwd"}, "leaves the data root"),
     ("URL", lambda folder: {"image": "https://example.org/a.png"}, "not fetched"),
-    ("answer that is a number", lambda folder: {"answer": 7}, "must be a string"),
+    ("answer that is an object", lambda folder: {"answer": {}}, "must be a string"),
+    ("answer that is null", lambda folder: {"answer": None}, "column 'answer' is null"),
     ("lone surrogate", lambda folder: {"answer": "\ud800"}, "surrogate"),
 ]
 

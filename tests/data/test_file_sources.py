@@ -147,7 +147,7 @@ def test_finevision_turns_by_their_ratings(hf: Any, tmp_path: Path) -> None:
     assert "rated high enough" in reason(built(replace(cfg, formatting_min_rating=2)), 2)
     with pytest.raises(ValueError, match="no column 'texts' for data.source = 'finevision', 'images' for .*; columns: answer"):
         hf.Dataset.from_dict({"answer": ["a"]}).save_to_disk(str(tmp_path / "other"))
-        built(replace(cfg, path=str(tmp_path / "other"), ignore_columns=["answer"]))
+        built(replace(cfg, path=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_captions_of_lists_and_columns(root: Path) -> None:
         for index, message in enumerate(messages, 2):
             assert message in reason(source, index)
     with pytest.raises(ValueError, match="no column 'text' for data.caption_columns; columns: caption, image, other"):
-        built(CaptionsConfig(path=str(root / "rows.jsonl"), caption_columns=["caption", "text"], ignore_columns=["other"]))
+        built(CaptionsConfig(path=str(root / "rows.jsonl"), caption_columns=["caption", "text"]))
 
 
 def test_captions_of_csv_and_tsv(root: Path) -> None:

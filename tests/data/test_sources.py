@@ -210,7 +210,7 @@ def test_jsonl_splits(tmp_path: Path) -> None:
     [
         (["{", '{"answer": "a"}', "[1]"], r"rows.jsonl: 2 bad lines: line 1: not JSON: .*; line 3: a JSON object is needed, not list"),
         ([b'{"answer": "\xff"}'], "1 bad lines: line 1: not UTF-8 at byte 12"),
-        (['{"answer":' + "[" * 100_000], "line 1: not JSON"),
+        (["[" * 100_000], "line 1: not JSON"),
         (["{"] * 9, "9 bad lines: line 1: .*line 5: [^;]*$"),
         ([""], "no rows"),
         ([{"id": 1}], "no column 'answer' or 'answers' or .* or 'texts' for data.answer_column; columns: id"),
@@ -301,7 +301,7 @@ def test_hf_dataset_on_disk(hf: Any, tmp_path: Path, png: Png) -> None:
     with pytest.raises(ValueError, match="no split 'dev'; splits: train, val"):
         build_source(HFDatasetConfig(path=cfg.path, split="dev"), "train")
     with pytest.raises(ValueError, match="no column 'label' for data.answer_column; columns: answer, image, q"):
-        build_source(HFDatasetConfig(path=cfg.path, answer_column="label", ignore_columns=["q", "answer"]), "train")
+        build_source(HFDatasetConfig(path=cfg.path, answer_column="label"), "train")
 
 
 def test_hf_dataset_of_lists(hf: Any, tmp_path: Path, png: Png) -> None:

@@ -59,7 +59,7 @@ class CaptionsConfig(RowsConfig):
 class Captions(RowSource):
     """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no place of an image."""
 
-    asks = False
+    captions = True
     cfg: CaptionsConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: CaptionsConfig, split: str) -> None:
@@ -73,6 +73,7 @@ class Captions(RowSource):
         if not set(self._images) & set(there) or not (set(self._usual) & set(there) or set(cfg.caption_columns) <= set(there)):
             named = {cfg.image_column: "data.image_column", **dict.fromkeys(cfg.caption_columns, "data.caption_columns")}
             require_columns(self.path, there, named)
+        self.rows.judge(self)
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield from unread(row, self.known, self.ignored)

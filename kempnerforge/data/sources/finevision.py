@@ -61,6 +61,7 @@ class FineVision(RowSource):
         self.known = {IMAGES: None, TEXTS: {"user": None, "assistant": None}, **dict.fromkeys((*about, "source", ID))}
         self.rows = open_rows(self, measure, [TEXTS], [IMAGES], others=[*cfg.least(), ID])
         require_columns(self.path, self.rows.columns, {TEXTS: "data.source = 'finevision'", IMAGES: "data.source = 'finevision'"})
+        self.rows.judge(self)
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         images = self.images_of(row.get(IMAGES), IMAGES)

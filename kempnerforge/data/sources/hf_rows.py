@@ -13,7 +13,7 @@ from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example
 from kempnerforge.data.sources.keys import ID
-from kempnerforge.data.sources.rows import CsvRows, Measure, Rows, json_rows
+from kempnerforge.data.sources.rows import CsvRows, Judge, Measure, Rows, json_rows
 from kempnerforge.data.sources.table import FileSource
 from kempnerforge.data.stream import first_line
 
@@ -24,14 +24,14 @@ class HFRows(Rows):
     """Rows of a dataset: a directory of ``save_to_disk``, a Parquet file, or a hub id. Images stay encoded, class labels have their names.
 
     Args:
-        source: what they are for, which judges their keys.
+        source: what they are for.
         measure: characters of a row's texts.
         texts: columns that ``measure`` reads.
         images: columns of images.
         others: further columns. Of all columns those that are not there are left out.
 
     Raises:
-        ValueError: it cannot be read, or has no such split; or a key is read by nothing.
+        ValueError: it cannot be read, or has no such split.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class HFRows(Rows):
         self.path, self.split, self._measure = source.path, source.split_name, measure
         table = load(self.path, self.split)
         self.columns = set(table.column_names)
-        source.judge_schema(example(table.data.schema, self.path), self.path)
+        self._schema = table.data.schema
         self._texts = [column for column in texts if column in self.columns]
         self._images = [column for column in images if column in self.columns]
         kept = dict.fromkeys([*self._texts, *self._images, *others])
@@ -49,6 +49,10 @@ class HFRows(Rows):
         for column in self._images:
             table = undecoded(table, column)
         self._table = table
+
+    def judge(self, source: Judge) -> None:
+        source.judge_schema(example(self._schema, self.path), self.path)
+        source.judge_keys(self.__getitem__, len(self))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -98,9 +102,7 @@ def open_rows(
     of ``HFRows`` and ``CsvRows``.
     """
     if not is_file_of_rows(source.path):
-        rows = HFRows(source, measure, texts, images, others)
-        source.judge_keys(rows.__getitem__, len(rows))
-        return rows
+        return HFRows(source, measure, texts, images, others)
     if source.split_name != "train":
         raise InputError(f"data: split = {source.split_name!r}: {source.path} has no splits; name held-out rows by data.eval_path")
     args = source.path, source.key, measure, source.problems, source.cfg.max_bad_fraction

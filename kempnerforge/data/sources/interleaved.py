@@ -69,7 +69,7 @@ class InterleavedConfig(RowsConfig):
 class Interleaved(RowSource):
     """One sample per document, with one text."""
 
-    asks = False
+    captions = True
     cfg: InterleavedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: InterleavedConfig, split: str) -> None:
@@ -78,6 +78,7 @@ class Interleaved(RowSource):
         self.known = dict.fromkeys(METADATA) | {self._texts: None, self._images: dict.fromkeys(INFO) if cfg.form == "mmc4" else None}
         self.rows = open_rows(self, self._measure, [self._texts], [self._images])
         require_columns(self.path, self.rows.columns, dict.fromkeys(FORMS[cfg.form], f"data.form = {cfg.form!r}"))
+        self.rows.judge(self)
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         images = count_images(row.get(self._images))

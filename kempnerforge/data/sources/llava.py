@@ -57,6 +57,7 @@ class Llava(RowSource):
         self.rows = json_rows(self.path, self.key, self._measure, self.problems, cfg.max_bad_fraction)
         if "messages" not in self.rows.columns:
             require_columns(self.path, self.rows.columns, {"conversations": "data.source = 'llava'"})
+        self.rows.judge(self)
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         text, own = self._conversation(_entries(row))

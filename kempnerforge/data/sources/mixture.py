@@ -137,6 +137,7 @@ class Mixture(Source):
 
     def _set(self, parts: list[Part]) -> None:
         self._parts = parts
+        self.from_files = any(part.source.from_files for part in parts)
         self._offsets = [0, *accumulate(len(part.source) for part in parts)]
 
     @classmethod
@@ -186,6 +187,10 @@ class Mixture(Source):
 
     def part(self, index: int) -> int:
         return self._find(index)[0].number
+
+    def asks(self, index: int) -> bool:
+        part, own, _ = self._find(index)
+        return part.source.asks(own)
 
     def peers(self, index: int) -> range:
         """Of the same part, so that bad samples change no shares."""

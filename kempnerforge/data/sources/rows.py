@@ -17,7 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.fingerprint import digest, file_fingerprint
@@ -34,6 +34,14 @@ Problems = Callable[[Mapping[str, Any]], Iterable[str]]
 """What is wrong with the keys of a row."""
 Found = tuple[int, int, int, "dict[str, Any] | ValueError"]
 """Begin and length in bytes, number of the line or entry, and the row."""
+
+
+class Judge(Protocol):
+    """Who knows the keys of rows: their source."""
+
+    def judge_schema(self, example: Mapping[str, Any], where: str) -> None: ...
+
+    def judge_keys(self, row: Callable[[int], Mapping[str, Any]], count: int) -> None: ...
 
 
 class Rows(ABC):
@@ -66,6 +74,10 @@ class Rows(ABC):
     @abstractmethod
     def fingerprint(self) -> str: ...
 
+    @abstractmethod
+    def judge(self, source: Judge) -> None:
+        """Raises ValueError if a key is wrong, as ``source`` knows it."""
+
     def require(self, columns: Sequence[str]) -> None:
         """Raises ValueError if more rows than may be bad have none of ``columns``, where rows can be without a column."""
         return
@@ -83,7 +95,7 @@ class IndexedRows(Rows):
         counts: rows that have each column.
 
     Raises:
-        ValueError: no such file, no rows, too many that cannot be parsed (the first are named by number), or a key that is wrong.
+        ValueError: no such file, no rows, or too many that cannot be parsed (the first are named by number).
     """
 
     unit, units = "line", "lines"
@@ -114,7 +126,10 @@ class IndexedRows(Rows):
             raise InputError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")
         if not len(self):
             raise InputError(f"{path}: no rows")
-        refuse(path, [f"{self.unit} {first}: {problem}{f' ({n} times)' if n > 1 else ''}" for problem, (first, n) in wrong.items()])
+        self._wrong = [f"{self.unit} {first}: {problem}{f' ({n} times)' if n > 1 else ''}" for problem, (first, n) in wrong.items()]
+
+    def judge(self, source: Judge) -> None:
+        refuse(self.path, self._wrong)
 
     def require(self, columns: Sequence[str]) -> None:
         """Raises ValueError if more rows than may be bad have none of ``columns``."""
@@ -311,17 +326,17 @@ def _attempt(parse: Callable[[Any], dict[str, Any]], content: Any) -> dict[str, 
         return error
 
 
-def begins_with_array(path: str) -> bool:
-    """Whether the first character of a file is that of a JSON array."""
+def _head(path: str) -> bytes:
+    """What a file begins with, without white space."""
     if not os.path.isfile(path):
-        return False
+        return b""
     with open(path, "rb") as file:
-        return file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+        return b"".join(file.read(4096).removeprefix(BOM).split())
 
 
 def refuse_array(path: str) -> None:
     """Raises ValueError if a file that should have one JSON object a line is one JSON array."""
-    if begins_with_array(path):
+    if _head(path).startswith(b"[{"):
         raise InputError(
             f"{path}: is a JSON array, not one JSON object a line; data.source = 'hf_dataset' reads it as it is, or convert it:"
             f" jq -c '.[]' {os.path.basename(path)} > lines.jsonl"
@@ -330,4 +345,4 @@ def refuse_array(path: str) -> None:
 
 def json_rows(path: str, *args: Any) -> IndexedRows:
     """A JSON list or JSON lines, whichever the file is; arguments as of ``IndexedRows``."""
-    return (JsonList if begins_with_array(path) else JsonLines)(path, *args)
+    return (JsonList if _head(path).startswith(b"[") else JsonLines)(path, *args)

@@ -222,6 +222,7 @@ class TableSource(FileSource):
         if rows is not None:
             for names in filter(None, (names for names, _ in wanted)):
                 rows.require(names)
+            rows.judge(self)
 
     def texts_of(self, row: Mapping[str, Any]) -> tuple[Text, ...]:
         """The texts of a row; raises SampleError: it has none."""

@@ -1,0 +1,78 @@
+"""What samples leave behind to be found again: contents of images, questions, ids. Two sources are compared by them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kempnerforge.data.remarks import content_digest
+from kempnerforge.data.sample import ImageSource, Sample
+
+KINDS = {"image": "images", "question": "questions about the same image, or none", "id": "ids"}
+"""What two samples may share, in words."""
+
+
+class Marks(NamedTuple):
+    """Digests of 16 bytes, and the samples that they are of: (m,) each."""
+
+    digests: np.ndarray
+    owners: np.ndarray
+
+
+NOTHING = Marks(np.array([], dtype="S16"), np.array([], dtype=np.int64))
+
+
+def joined(parts: Sequence[Marks]) -> Marks:
+    """All of ``parts``."""
+    return Marks(*(np.concatenate(columns) for columns in zip(NOTHING, *parts, strict=True)))
+
+
+class Traces:
+    """Collects the marks of samples.
+
+    Args:
+        size: of the source. An id that is a number up to it is a count, and no mark.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: dict[str, list[tuple[bytes, int]]] = {kind: [] for kind in KINDS}
+
+    def add(self, index: int, sample: Sample, images: Sequence[bytes]) -> None:
+        """``images``: digests of the contents of its images; none where they are not looked at."""
+        self._found["image"] += [(image, index) for image in images]
+        known = len(images) == len(sample.images)
+        asked = {prompt for text in sample.texts for prompt, _ in text.turns if prompt.strip() and known}
+        self._found["question"] += [(content_digest(*images, prompt), index) for prompt in sorted(asked)]
+        if sample.key and not (sample.key.isdecimal() and int(sample.key) <= self._size):
+            self._found["id"].append((content_digest(sample.key), index))
+
+    def marks(self) -> dict[str, Marks]:
+        """By kind."""
+        return {
+            kind: Marks(np.array([mark for mark, _ in found], dtype="S16"), np.array([owner for _, owner in found], dtype=np.int64))
+            for kind, found in self._found.items()
+        }
+
+
+def digest(image: ImageSource) -> bytes:
+    """16 bytes that stand for the content of an encoded image."""
+    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
+def shared(first: Marks, second: Marks) -> list[tuple[int, int]]:
+    """(sample of ``first``, sample of ``second``) for each sample of ``second`` that has a mark of ``first``, with the first one that has it."""
+    if not len(first.digests) or not len(second.digests):
+        return []
+    known, firsts = np.unique(first.digests, return_index=True)
+    at = np.minimum(np.searchsorted(known, second.digests), len(known) - 1)
+    hit = known[at] == second.digests
+    pairs: dict[int, int] = {}
+    for owner, other in zip(second.owners[hit].tolist(), first.owners[firsts[at[hit]]].tolist(), strict=True):
+        pairs.setdefault(owner, other)
+    return sorted((other, owner) for owner, other in pairs.items())
