@@ -107,7 +107,8 @@ TABLE = [
     ),
     Bad("JSON that is no object", ("line 1", "object is needed"), prepare=lambda f: (f / "train.jsonl").write_text("[1]\n")),
     Bad("non-UTF-8 rows", ("line 1", "not UTF-8"), prepare=lambda f: (f / "train.jsonl").write_bytes(b'{"image": "\xe9"}\n')),
-    Bad("all images unreadable", ("cannot be used", "not an image"), prepare=spoil_images),
+    Bad("all images unreadable", ("held-out data", "8 of 8 samples cannot be read", "not an image"), prepare=spoil_images),
+    Bad("all images unreadable, none asked about", ("cannot be used", "not an image"), prepare=spoil_images, argv=("--data.eval_path=",)),
     Bad(
         "too many bad samples",
         ("max_bad_fraction", "of 16 samples"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,9 @@ def test_counts_and_evaluation_are_over_all_ranks(runs: Path):
     for name, world in (("one", 1), ("two", 2)):
         summary = json.loads((runs / name / "summary.json").read_text())
         assert summary["world_size"] == world and summary["questions"] == 8
+        page = (runs / name / "report.html").read_text()
+        groups = re.findall(r'<td class="name">(\w+)</td>.*?<td class="n">\d+ of (\d+)</td>', page, re.DOTALL)
+        assert {answer: int(total) for answer, total in groups} == Counter(row["answer"] for row in rows_of(runs)[::2])
     assert json.loads((runs / "two" / "checkpoints" / "step-00000012" / "manifest.json").read_text())["world_size"] == 2
 
 
