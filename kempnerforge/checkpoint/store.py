@@ -44,6 +44,7 @@ from kempnerforge.checkpoint.manifest import (
 )
 from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, rank, world_size
 from kempnerforge.checkpoint.reader import load, tensor_info
+from kempnerforge.config.paths import start_of
 
 __all__ = ["CheckpointError", "Manifest", "find", "load", "resolve", "save", "tensor_info", "verify"]
 
@@ -254,7 +255,9 @@ def resolve(path: Path) -> Path:
 
 def _resolve(path: Path) -> Path:
     if not path.is_dir():
-        raise CheckpointError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}; a checkpoint is a directory")
+        raise CheckpointError(
+            f"{path}: {'not a directory' if path.exists() else f'no such directory{start_of(path)}'}; a checkpoint is a directory"
+        )
     if is_checkpoint(path):
         verify(path)
         return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config import load_config, to_toml
@@ -21,8 +22,11 @@ Memory is what one process holds for one micro-batch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the TOML file")
+    parser.add_argument("config", type=Path, help="the TOML file")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the tables")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved TOML as well, sizes that follow from the data included"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         stages = [_as_json(stage) for stage in found.stages]
         print(json.dumps({"warnings": warnings, "stages": stages, "held_out": held_out.counts() if held_out else None}))
         return 0
-    print(to_toml(found.assembly.job))
+    if args.print_config:
+        print(to_toml(found.assembly.job))
     tokenizer, layout = found.assembly.tokenizer, found.assembly.layout
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     check = actions.add_parser("check", help=CHECK_HELP.splitlines()[0], description=CHECK_HELP, allow_abbrev=False, formatter_class=raw)
-    check.add_argument("config", help="the TOML file")
+    check.add_argument("config", type=Path, help="the TOML file")
     check.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that read (default: one a core)")
     check.add_argument(
         "--limit",

@@ -22,7 +22,7 @@ column and id, positions and samples of each row, what was left out and why. Exi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the TOML file")
+    parser.add_argument("config", type=Path, help="the TOML file")
     parser.add_argument("-n", type=int, default=4, help="samples of each stage, and in a mixture of each source (default: 4)")
     parser.add_argument("--step", type=int, default=0, help="from this step of the stage on (default: 0)")
     parser.add_argument("--out", type=Path, help="directory for index.html and contact-sheet-STAGE.png (default: run.dir/inspect)")

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from kempnerforge.config.errors import InputError, visible
+from kempnerforge.config.paths import expand
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
@@ -82,6 +83,7 @@ def run(argv: Sequence[str]) -> int:
         rest = [word for word in rest if word.startswith("-")]
     args.argv, args.overrides = list(argv), overrides + rest
     try:
+        _expand_paths(args)
         return command(args.command).run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -98,6 +100,15 @@ def run(argv: Sequence[str]) -> int:
             raise
         print(f"{'error' if code == 2 else f'stopped: {type(error).__name__}'}: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return code
+
+
+def _expand_paths(args: argparse.Namespace) -> None:
+    """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and behind quotes."""
+    for name, value in vars(args).items():
+        paths = value if isinstance(value, list) else [value]
+        if paths and all(isinstance(path, Path) for path in paths):
+            found = [Path(expand(str(path))) for path in paths]
+            setattr(args, name, found if isinstance(value, list) else found[0])
 
 
 def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:

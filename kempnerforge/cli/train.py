@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from kempnerforge.config import load_config, to_toml
 
@@ -16,7 +17,7 @@ model; the batch size does not depend on how many there are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the TOML file")
+    parser.add_argument("config", type=Path, help="the TOML file")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over; nothing is deleted")
     parser.add_argument(
         "--allow-change",

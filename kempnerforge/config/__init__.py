@@ -24,7 +24,7 @@ from kempnerforge.config.training import (
     TrainConfig,
 )
 from kempnerforge.config.vision import VisionEncoderConfig
-from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoTConfig, VLMConfig
+from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
 
 __all__ = [
     "AdapterConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "JointDecoderConfig",
     "LoRAConfig",
     "MetricsConfig",
+    "MoMaConfig",
     "MoTConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -16,7 +16,8 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import Key, Problems, UnreadError, kind, place, show
+from kempnerforge.config.errors import InputError, Key, Problems, UnreadError, kind, place, show
+from kempnerforge.config.paths import expand
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
 
@@ -30,14 +31,23 @@ class Discriminator:
 
     key: str
     class_for: Callable[[str], type]
+    entries: registry.Registry
+
+    def names(self) -> list[str]:
+        """All values that the key takes."""
+        self.entries.import_all()
+        return list(self.entries)
 
 
 UNIONS: dict[type, Discriminator] = {
-    VLMConfig: Discriminator("arch", VLMConfig.class_for),
-    VisionEncoderConfig: Discriminator("type", registry.vision_configs.get),
-    AdapterConfig: Discriminator("type", registry.adapter_configs.get),
-    DataConfig: Discriminator("source", registry.data_configs.get),
+    VLMConfig: Discriminator("arch", VLMConfig.class_for, registry.vlm_configs),
+    VisionEncoderConfig: Discriminator("type", registry.vision_configs.get, registry.vision_configs),
+    AdapterConfig: Discriminator("type", registry.adapter_configs.get, registry.adapter_configs),
+    DataConfig: Discriminator("source", registry.data_configs.get, registry.data_configs),
 }
+
+SECTIONS: dict[str, Any] = {}
+"""Every section of a job and its class; ``config/job.py`` fills it."""
 
 
 class Argument:
@@ -58,7 +68,7 @@ class Argument:
 @functools.cache
 def fields_of(cls: type) -> dict[str, Any]:
     """The keys of a section: name -> type."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
@@ -73,6 +83,26 @@ def nearest(name: str, names: Iterable[str]) -> str:
     options = list(names)
     close = difflib.get_close_matches(name, options, n=1)
     return f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(options)}"
+
+
+def _of_another(cls: type, name: str, known: Collection[str]) -> str:
+    """A hint for a key ``name`` that ``cls`` knows not: which other classes of the same section have it, or which sections; or nothing."""
+    if name in known:
+        return ""
+    for base, union in UNIONS.items():
+        if issubclass(cls, base):
+            siblings = [other for other in union.names() if name in fields_of(union.class_for(other))]
+            if siblings:
+                return f"a key of {union.key} = {', '.join(map(repr, siblings))}; here {union.key} = {getattr(cls, union.key)!r}"
+    sections = [f"[{section}] {name}" for section, known in SECTIONS.items() if known is not cls and name in _keys_of(known)]
+    return f"did you mean {' or '.join(sections)}?" if sections else ""
+
+
+def _keys_of(section: Any) -> set[str]:
+    """The keys of a section, of whichever class."""
+    union = UNIONS.get(section)
+    classes = [section] if union is None else [union.class_for(name) for name in union.names()]
+    return {key for cls in classes if dataclasses.is_dataclass(cls) for key in fields_of(typing.cast(type, cls))}
 
 
 def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:
@@ -116,9 +146,9 @@ def convert_fields(
             values[name] = convert(known[name], value, (*key, name), problems)
         elif key:
             value = value.value if isinstance(value, Argument) else value
-            problems.add((*key, name), f" = {show(value)}: unknown key; {nearest(name, names)}")
+            problems.add((*key, name), f" = {show(value)}: unknown key; {_of_another(cls, name, known) or nearest(name, names)}")
         else:
-            problems.add((name,), f": unknown section; {nearest(name, names)}")
+            problems.add((name,), f": unknown section; {_of_another(cls, name, known) or nearest(name, names)}")
     return values
 
 
@@ -173,6 +203,8 @@ def construct(
 
 def convert(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
     """``value`` as the annotated type ``wanted``, or ``INVALID`` with a problem."""
+    if typing.get_origin(wanted) is typing.Annotated:
+        return _convert_path(typing.get_args(wanted)[0], value, key, problems)
     if isinstance(value, Argument):
         value = value.resolve(wanted)
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
@@ -192,6 +224,17 @@ def convert(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
     if dataclasses.is_dataclass(wanted):
         return build(typing.cast(type, wanted), value, key, problems)
     return _convert_scalar(wanted, value, key, problems)
+
+
+def _convert_path(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
+    found = convert(wanted, value, key, problems)
+    if found is INVALID:
+        return INVALID
+    try:
+        return expand(found)
+    except InputError as error:
+        problems.add(key, f" = {show(found)}: {error}")
+        return INVALID
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ def at_least(section: Any, low: float, *keys: str) -> None:
     """Each ``section.key`` is >= ``low``."""
     for key in keys:
         if not getattr(section, key) >= low:
-            raise InputError(f"{key} = {getattr(section, key)!r}: must be >= {low}")
+            raise InputError(f"{key} = {getattr(section, key)!r}: must be >= {low}{', non-negative' if low == 0 else ''}")
 
 
 def more_than(section: Any, low: float, *keys: str) -> None:

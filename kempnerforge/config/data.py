@@ -10,6 +10,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, fraction, one_of, only_if
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.paths import PathText
 from kempnerforge.config.template import TurnsConfig, check_template
 
 JOB_KEYS = (
@@ -63,7 +64,7 @@ class DataConfig:
     unread: ClassVar[tuple[str, ...]] = ()
 
     source: str = "easy_vqa"
-    tokenizer: str = "train"
+    tokenizer: PathText = "train"
     tokenizer_vocab_size: int = 512
     template: str = "prompt"
     prompt_template: str = "{prompt}\n"
@@ -137,9 +138,9 @@ class FileConfig(DataConfig):
             Patterns leave the keys alone that the source knows.
     """
 
-    path: str = ""
-    eval_path: str = ""
-    root: str = ""
+    path: PathText = ""
+    eval_path: PathText = ""
+    root: PathText = ""
     follow_links: bool = False
     ignore_columns: list[str] = field(default_factory=list)
 
@@ -240,8 +241,8 @@ class TextConfig(DataConfig):
     unread: ClassVar[tuple[str, ...]] = ("answer_template", "truncate", "image_placeholder", "images")
 
     source: str = "text"
-    path: str = ""
-    eval_path: str = ""
+    path: PathText = ""
+    eval_path: PathText = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,8 @@ from typing import Any
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults
-from kempnerforge.config.errors import ConfigError, Key, Problems, show
+from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
+from kempnerforge.config.paths import expand, start_of
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
@@ -39,7 +40,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file"]) from None
+        raise ConfigError([f"{path}: no such file{start_of(path)}"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
     except ValueError as error:
@@ -107,7 +108,10 @@ def read_layers(path: Path) -> list[Layer]:
             return layers[::-1]
         if not isinstance(parent, str) or not parent:
             raise ConfigError([f"{path}: extends = {show(parent)}: must be the name of one TOML file, relative to this one"])
-        path = path.parent / parent
+        try:
+            path = path.parent / expand(parent)
+        except InputError as error:
+            raise ConfigError([f"{path}: extends = {show(parent)}: {error}"]) from None
 
 
 def merge(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -> tuple[dict[str, Any], dict[Key, str]]:

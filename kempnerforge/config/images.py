@@ -8,6 +8,7 @@ from itertools import chain
 
 from kempnerforge.config.checks import at_least, fraction, one_of, only_if
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import PathText
 
 GLOBAL_MARKER = "<|global_image|>"
 """Stands before the view of a whole image (nanoVLM's name)."""
@@ -93,7 +94,7 @@ class ImagesConfig:
     markers: bool = True
     number_images: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    cache_dir: str = ""
+    cache_dir: PathText = ""
 
     def __post_init__(self) -> None:
         one_of(self, "fit", ("squash", "crop", "letterbox", "tiles"))

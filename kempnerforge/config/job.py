@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
+from kempnerforge.config.build import SECTIONS, fields_of
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.paths import PathText
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
 from kempnerforge.config.training import (
     CheckpointConfig,
@@ -46,7 +48,7 @@ class JobConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     stages: list[StageConfig] = field(default_factory=list)
     lora: list[LoRAConfig] = field(default_factory=list)
-    plugins: list[str] = field(default_factory=list)
+    plugins: list[PathText] = field(default_factory=list)
 
     def total_steps(self) -> int:
         """Optimizer steps of the run: those of the stages, capped by ``train.max_steps``."""
@@ -59,7 +61,7 @@ class JobConfig:
         Raises:
             ConfigError: an override of a stage is wrong.
         """
-        total, base = self.total_steps(), self.base_freeze()
+        total, base = self.total_steps(), tuple(self.vlm.freeze) if self.vlm else ()
         if not self.stages:
             return [Stage("train", 0, 0, total, total, self.data, self.train, self.optimizer, self.scheduler, base)] if total else []
         problems, found, start = Problems(), [], 0
@@ -77,24 +79,21 @@ class JobConfig:
         """Aliases over parameter names: those of ``[vlm]``, and ``lora`` where there are adapters."""
         return {**(LORA_ALIAS if self.lora else {}), **(self.vlm.module_patterns if self.vlm is not None else {})}
 
-    def base_freeze(self) -> tuple[FreezeSpec, ...]:
-        """``[vlm].freeze``."""
-        return tuple(self.vlm.freeze) if self.vlm else ()
-
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
         """The freeze specs in force at optimizer step ``step``: a pure function of it. Of specs that match a parameter the last one counts.
 
-        The ``freeze`` of a stage replaces ``[vlm].freeze``; the directives of ``[vlm].freeze_schedule`` come behind ``[vlm].freeze``, those
-        with the latest ``start_step`` that has been reached. Past the end of the run the last stage goes on.
+        The ``freeze`` of a stage replaces ``[vlm].freeze``; ``[vlm].freeze_schedule`` adds to it (see ``VLMConfig.freeze_at``). Past the end of
+        the run the last stage goes on.
         """
-        freeze, end = self.base_freeze(), 0
+        freeze, end = None, 0
         for stage in self.stages:
             if step < end:
                 break
-            freeze = self.base_freeze() if stage.freeze is None else tuple(stage.freeze)
+            freeze = stage.freeze
             end += stage.steps
-        active = [s for s in self.vlm.freeze_schedule if s.start_step <= step] if self.vlm else []
-        return freeze + tuple(active[-1].specs) if active else freeze
+        if freeze is not None:
+            return tuple(freeze)
+        return tuple(self.vlm.freeze_at(step)) if self.vlm else ()
 
     def image_tokens(self) -> int | None:
         """Tokens of one image behind the adapter: 0 without ``[vlm]``, None when only the built encoder knows.
@@ -123,6 +122,7 @@ class JobConfig:
             raise InputError(
                 f"max_text_len = {text}: with {image} image tokens in the stream that is {image + text} positions, but "
                 f"model.max_seq_len = {model} and train.seq_len = {row}; both must be at least {image + text}"
+                + (f"; no [adapter] is given, and {self.adapter.type!r} keeps every feature" if self.adapter == MLPAdapterConfig() else "")
             )
 
     def warnings(self) -> list[str]:
@@ -194,3 +194,8 @@ class JobConfig:
         """The sections of stage ``index`` by name, those with a problem left out."""
         sections = {name: getattr(self, name) for name in STAGED}
         return override(self.stages[index], sections, ("stages", index), problems, broken)
+
+
+SECTIONS.update(
+    {name: kind for name, kind in fields_of(JobConfig).items() if name not in ("vlm", "stages", "lora", "plugins")} | {"vlm": VLMConfig}
+)

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.build import INVALID, UNIONS, convert, convert_fields, fields_of, plain
+from kempnerforge.config.build import INVALID, SECTIONS, UNIONS, convert, convert_fields, plain
 from kempnerforge.config.errors import ConfigError, Problems
 from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
 from kempnerforge.config.job import JobConfig
+from kempnerforge.config.paths import PathText
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
-from kempnerforge.config.vlm import VLMConfig
 
-_UNION_SECTIONS = {name: UNIONS[cls] for name, cls in fields_of(JobConfig).items() if cls in UNIONS} | {"vlm": UNIONS[VLMConfig]}
+_UNION_SECTIONS = {name: UNIONS[cls] for name, cls in SECTIONS.items() if cls in UNIONS}
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobConfig:
@@ -68,7 +68,7 @@ def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]
     ]
     found += [(value, Path(), COMMAND_LINE) for key, value in given if key == ("plugins",)]
     value, folder, origin = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path))
-    names = convert(list[str], value, ("plugins",), problems := Problems(origin))
+    names = convert(list[PathText], value, ("plugins",), problems := Problems(origin))
     if names is INVALID:
         raise ConfigError(problems.lines)
     return load_plugins(names, folder, origin)

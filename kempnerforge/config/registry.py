@@ -15,7 +15,7 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     class MyArch(VLM): ...
 
 An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
-configs of the first three archs stand in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
+configs of most archs stand in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Registry:
             ValueError: there is none; the message lists what is there.
         """
         if name not in self:
-            raise InputError(f"{self.key} = {name!r}: no such {self.kind}; {self.known(name)}")
+            raise InputError(f"{self.key} = {name!r}: Unknown {self.key}; {self.known(name)}")
         return self._entries[name]
 
     def import_all(self) -> None:
@@ -118,6 +118,13 @@ register_arch: Decorator = archs.register
 register_vision_encoder: Decorator = vision_encoders.register
 register_adapter: Decorator = adapters.register
 register_source: Decorator = sources.register
+
+
+def list_vlm_configs() -> list[str]:
+    """The names that ``VLMConfig.for_arch`` takes, sorted."""
+    vlm_configs.import_all()
+    return list(vlm_configs)
+
 
 registry = sys.modules[__name__]
 """This module: ``from kempnerforge.config.registry import registry`` and ``from kempnerforge.config import registry`` are the same."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import PathText
 
 
 @dataclass
@@ -21,8 +22,8 @@ class RunConfig:
             stay fresh. All others must match.
     """
 
-    dir: str = "runs/default"
-    init_from: str = ""
+    dir: PathText = "runs/default"
+    init_from: PathText = ""
     init_allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class TrainConfig:
     on_nonfinite: str = "skip"
     max_skipped_steps: int = 10
     ema_decay: float = 0.0
-    feature_cache: str = ""
+    feature_cache: PathText = ""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
@@ -248,7 +249,7 @@ class EvalConfig:
     blind: bool = True
     exact_match: bool = True
     loss: bool = False
-    text_path: str = ""
+    text_path: PathText = ""
     text_window: int = 512
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, divides, more_than
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import PathText
 
 
 @dataclass
@@ -32,6 +33,11 @@ class VisionEncoderConfig:
     def without_weights(self) -> VisionEncoderConfig:
         """The same encoder, for weights that come from elsewhere: it reads none of its own."""
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the encoder reads weights when it is built; otherwise it begins with random ones."""
+        return self != self.without_weights()
 
 
 def check_normalisation(mean: list[float], std: list[float]) -> None:
@@ -107,7 +113,7 @@ class EfficientNetLite0Config(VisionEncoderConfig):
     """
 
     type: str = "efficientnet_lite0"
-    path: str = ""
+    path: PathText = ""
     pretrained: bool = True
     image_size: int = 224
     mean: list[float] = field(default_factory=lambda: [127 / 255] * 3)
@@ -143,7 +149,7 @@ class HFTowerConfig(VisionEncoderConfig):
         mean, std: normalisation of RGB values in [0, 1]; empty takes that of the image processor at ``path``, or the family's.
     """
 
-    path: str = ""
+    path: PathText = ""
     pretrained: bool = True
     settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     mean: list[float] = field(default_factory=list)
@@ -158,6 +164,10 @@ class HFTowerConfig(VisionEncoderConfig):
 
     def without_weights(self) -> HFTowerConfig:
         return replace(self, pretrained=False)
+
+    @property
+    def has_weights(self) -> bool:
+        return self.pretrained and bool(self.path)
 
 
 @registry.register_vision_config

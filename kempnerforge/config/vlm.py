@@ -14,51 +14,31 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, one_of
+from kempnerforge.config.checks import at_least, more_than, one_of
 from kempnerforge.config.errors import InputError, NotBuiltError
+from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
+from kempnerforge.config.paths import PathText
 
 if TYPE_CHECKING:
     from kempnerforge.config.job import JobConfig
 
-DEFAULT_MODULE_PATTERNS: dict[str, list[str]] = {
-    "transformer": ["transformer.*"],
-    "vision_encoder": ["vision_encoder.*"],
-    "adapter": ["adapter.*"],
-}
-"""Aliases of freeze specs and learning-rate scales: name -> fnmatch patterns over parameter names."""
+__all__ = [
+    "DEFAULT_MODULE_PATTERNS",
+    "CrossAttentionConfig",
+    "FreezeSpec",
+    "FreezeStage",
+    "JointDecoderConfig",
+    "MoMaConfig",
+    "MoTConfig",
+    "VLMConfig",
+    "aliases",
+    "named",
+]
 
 MASKS = ("causal", "image_bidirectional", "prefix")
 
 _RESERVED_ARCHS: frozenset[str] = frozenset()
 """Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
-
-
-@dataclass(frozen=True)
-class FreezeSpec:
-    """One freeze directive.
-
-    Attributes:
-        module: an alias of ``module_patterns``, or a raw fnmatch pattern over full parameter names.
-        frozen: False thaws what an earlier spec froze; of all specs that match a parameter the last one counts.
-    """
-
-    module: str
-    frozen: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.module:
-            raise InputError("module = '': a freeze spec needs an alias or a pattern")
-
-
-@dataclass(frozen=True)
-class FreezeStage:
-    """Freeze directives that apply from optimizer step ``start_step`` onward, until the next stage."""
-
-    start_step: int
-    specs: tuple[FreezeSpec, ...]
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "start_step")
 
 
 @dataclass
@@ -68,8 +48,9 @@ class VLMConfig:
     Attributes:
         arch: the discriminator.
         max_text_len: text tokens of one sample at most, and the padded length of ``data.batching = "pad"``.
-        freeze: applied when the model is built.
-        freeze_schedule: changes of it at optimizer steps; ``start_step`` strictly increasing.
+        freeze: what does not train. The default is the vision encoder, which then needs pretrained weights: to train one from scratch, say
+            ``freeze = []``.
+        freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See ``freeze_at``.
         module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
             other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
@@ -85,9 +66,9 @@ class VLMConfig:
 
     arch: str = "joint_decoder"
     max_text_len: int = 512
-    freeze: list[FreezeSpec] = field(default_factory=list)
+    freeze: list[FreezeSpec] = field(default_factory=lambda: [FreezeSpec("vision_encoder")])
     freeze_schedule: list[FreezeStage] = field(default_factory=list)
-    module_patterns: dict[str, list[str]] = field(default_factory=lambda: {k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()})
+    module_patterns: dict[str, list[str]] = field(default_factory=aliases)
     attention_mask: str = field(default="causal", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -97,11 +78,12 @@ class VLMConfig:
         patterns = next(f.default_factory for f in fields(self) if f.name == "module_patterns")
         assert callable(patterns), "module_patterns has a default_factory in every class"
         self.module_patterns = {**patterns(), **self.module_patterns}
-        at_least(self, 1, "max_text_len")
+        if self.max_text_len < 2:
+            raise InputError(f"max_text_len = {self.max_text_len}: must be >= 2, room for a token and the one that ends the text")
         one_of(self, "attention_mask", self.masks)
         starts = [stage.start_step for stage in self.freeze_schedule]
         if any(b <= a for a, b in pairwise(starts)):
-            raise InputError(f"freeze_schedule: start_step must increase strictly, got {starts}")
+            raise InputError(f"freeze_schedule: start_step must be strictly monotonic, each larger than the one before, not {starts}")
 
     @staticmethod
     def class_for(arch: str) -> type[VLMConfig]:
@@ -150,6 +132,11 @@ class VLMConfig:
         """
         return ""
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether this section names files with weights that a fresh run begins with."""
+        return False
+
     def check(self, job: JobConfig) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
@@ -160,6 +147,12 @@ class VLMConfig:
     def warnings(self, job: JobConfig) -> list[str]:
         """What is allowed but may not be meant."""
         return []
+
+    def freeze_at(self, step: int) -> list[FreezeSpec]:
+        """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of ``freeze_schedule`` that has begun, in
+        order. Of those that match a parameter the last one counts.
+        """
+        return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
 
     def frozen(self, name: str, specs: Iterable[FreezeSpec]) -> bool:
         """Whether a parameter called ``name`` is frozen under ``specs``."""
@@ -203,10 +196,7 @@ class CrossAttentionConfig(VLMConfig):
 
     arch: str = "cross_attention"
     module_patterns: dict[str, list[str]] = field(
-        default_factory=lambda: {
-            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
-            "cross_attention": ["transformer.layers.*.cross_attention.*"],
-        }
+        default_factory=lambda: aliases(cross_attention=named("transformer.layers.*.cross_attention"))
     )
     cross_attention_every_n_layers: int = 4
     cross_attention_n_heads: int = 0
@@ -242,8 +232,9 @@ class CrossAttentionConfig(VLMConfig):
         """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from the heads.
 
         Raises:
-            ValueError: the key/value heads do not divide the heads.
+            ValueError: the backbone has no heads, or the key/value heads do not divide the heads.
         """
+        _positive("model_n_heads", model_n_heads)
         heads = self.cross_attention_n_heads or model_n_heads
         kv = self.cross_attention_n_kv_heads or heads
         if heads % kv:
@@ -296,25 +287,26 @@ class MoTConfig(VLMConfig):
     """
 
     arch: str = "mot"
-    module_patterns: dict[str, list[str]] = field(
-        default_factory=lambda: {
-            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
-            "mot": ["transformer.layers.*"],
-        }
-    )
+    module_patterns: dict[str, list[str]] = field(default_factory=lambda: aliases(mot=named("transformer.layers")))
     mot_modalities: tuple[str, ...] = ("image", "text")
     mot_image_n_heads: int = 0
     mot_image_n_kv_heads: int = 0
     mot_warm_start_from_text: bool = False
-    mot_warm_start_path: str = ""
+    mot_warm_start_path: PathText = ""
     untie: list[str] = field(default_factory=lambda: list(UNTIE), kw_only=True)
     norm_placement: str = field(default="pre", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         names = list(self.mot_modalities)
-        if len(set(names)) != len(names) or not {"image", "text"} <= set(names):
-            raise InputError(f"mot_modalities = {names}: needs at least 'image' and 'text', each name once")
+        objections = {
+            "must have at least 2 entries": len(names) < 2,
+            "must include 'text'": "text" not in names,
+            "must include 'image'": "image" not in names,
+            "must not have duplicates": len(set(names)) != len(names),
+        }
+        if found := [text for text, wrong in objections.items() if wrong]:
+            raise InputError(f"mot_modalities = {names}: {', '.join(found)}")
         if bad := [
             name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_") or name in BLOCK_PARTS
         ]:
@@ -328,11 +320,18 @@ class MoTConfig(VLMConfig):
         heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
         if heads and kv and heads % kv:
             raise InputError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
-        if self.mot_warm_start_path and not self.mot_warm_start_from_text:
-            raise InputError(f"mot_warm_start_path = {self.mot_warm_start_path!r}: is only read with mot_warm_start_from_text = true")
+
+    @property
+    def names_weights(self) -> bool:
+        return self.mot_warm_start_from_text and bool(self.mot_warm_start_path)
 
     def resolved_image_heads(self, model_n_heads: int, model_n_kv_heads: int = 0) -> tuple[int, int]:
-        """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's."""
+        """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's.
+
+        Raises:
+            ValueError: the backbone has no heads.
+        """
+        _positive("model_n_heads", model_n_heads)
         heads = self.mot_image_n_heads or model_n_heads
         return heads, self.mot_image_n_kv_heads or model_n_kv_heads or heads
 
@@ -344,3 +343,53 @@ class MoTConfig(VLMConfig):
                 f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}: one attention over both "
                 f"modalities needs the text tower's head counts, model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
             )
+
+    def warnings(self, job: JobConfig) -> list[str]:
+        path, asked = self.mot_warm_start_path, self.mot_warm_start_from_text
+        if path and not asked:
+            return [f"vlm.mot_warm_start_path = {path!r}: is not read, as mot_warm_start_from_text = false"]
+        if asked and not path and not job.run.init_from:
+            return [
+                "vlm.mot_warm_start_from_text = true: without mot_warm_start_path or run.init_from the text tower that is copied is random"
+            ]
+        return []
+
+
+def _positive(name: str, heads: int) -> None:
+    if heads < 1:
+        raise ValueError(f"{name} = {heads}: must be positive, a model has at least one head")
+
+
+@registry.register_vlm_config
+@dataclass
+class MoMaConfig(VLMConfig):
+    """Groups of experts per modality; an expert chooses its tokens (MoMa: Lin et al. 2024).
+
+    Attributes:
+        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the text backbone.
+        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row has of its modality. At 1 the
+            feed-forward layers cost what one dense layer costs; at the number of experts every expert takes every token.
+        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no gradient from it; the weight only
+            says how much these routers count in the gradient's norm.
+    """
+
+    arch: str = "moma"
+    module_patterns: dict[str, list[str]] = field(
+        default_factory=lambda: aliases(
+            experts=named("transformer.layers.*.experts"),
+            routers=named("transformer.layers.*.routers", "transformer.layers.*.auxiliary_routers"),
+        )
+    )
+    image_experts: int = 2
+    text_experts: int = 2
+    capacity_factor: float = 1.0
+    router_loss_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "image_experts", "text_experts")
+        more_than(self, 0, "capacity_factor", "router_loss_weight")
+
+    def experts(self) -> dict[str, int]:
+        """Modality -> experts in each layer."""
+        return {"text": self.text_experts, "image": self.image_experts}

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import start_of
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
@@ -228,7 +229,7 @@ class Tokenizer:
             return plain
         names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
         if names_a_path and not Path(path_or_id).is_dir():
-            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory")
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
         try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import start_of
 from kempnerforge.config.vision import HFTowerConfig
 from kempnerforge.model.vision import VisionEncoder
 
@@ -203,7 +204,7 @@ def read_config(path: str) -> dict[str, Any]:
 
     looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise InputError(f"path = {path!r}: no such directory")
+        raise InputError(f"path = {path!r}: no such directory{start_of(path)}")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"path = {path!r}: this directory has no config.json")
     try:

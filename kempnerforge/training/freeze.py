@@ -1,19 +1,35 @@
-"""What trains at which step: from freeze specs to the exact set of parameter names, and the change of it under FSDP2."""
+"""What trains at which step: from freeze specs to the exact set of parameter names, and the change of it under FSDP2.
+
+Training loops of one's own need two functions: at each step where something changes
+``apply_freeze_specs(model, effective_freeze(cfg, step), cfg.module_patterns)``.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch.nn as nn
 
-from kempnerforge.config import FreezeSpec, JobConfig, Stage
+from kempnerforge.config import FreezeSpec, JobConfig, Stage, VLMConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
 from kempnerforge.training.accounting import part_of
+from kempnerforge.vlm.base import VLM
+
+log = logging.getLogger("kempnerforge")
+
+
+def effective_freeze(cfg: JobConfig | VLMConfig, step: int) -> list[FreezeSpec]:
+    """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of ``freeze_schedule`` with ``start_step <=
+    step``. Of those that match a parameter the last one counts. Of a job whose ``[[stages]]`` freeze: the list of the stage, which replaces.
+    """
+    return list(cfg.freeze_at(step))
 
 
 def match_names(names: Sequence[str], module: str, patterns: Mapping[str, Sequence[str]], key: str) -> list[str]:
@@ -64,6 +80,63 @@ def remarks_on_lora(stages: Iterable[Stage], job: JobConfig, names: Sequence[str
         for parts, stages in found.items()
         if parts
     ]
+
+
+def apply_freeze_specs(model: nn.Module, specs: Iterable[FreezeSpec], patterns: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Freezes and thaws parameters of ``model`` as ``specs`` say, one after the other; what none of them matches stays as it is.
+
+    Args:
+        model: sharded or not; called by all ranks, between two optimizer steps (see ``apply_freeze``).
+        patterns: aliases: ``module_patterns`` of the config, or ``DEFAULT_MODULE_PATTERNS``.
+
+    Returns:
+        Module of the spec -> how many numbers it froze or thawed that were not so before.
+
+    Raises:
+        ValueError: a spec matches nothing; nothing has been changed then.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counts: dict[str, int] = {}
+    for spec in specs:
+        hit = set(match_names(list(sizes), spec.module, patterns, "freeze.module"))
+        flipped = hit & trainable if spec.frozen else hit - trainable
+        trainable ^= flipped
+        counts[spec.module] = counts.get(spec.module, 0) + sum(sizes[name] for name in flipped)
+    apply_freeze(model, frozenset(trainable))
+    return counts
+
+
+def refuse_random(job: JobConfig, model: VLM) -> None:
+    """Refuses a run in which random weights would never train; says which train later. Vectors are no random weights: biases, norms
+    and gates begin with a constant.
+
+    Args:
+        model: as a fresh run begins with it, ``model.loaded`` are the names with weights from elsewhere. Shapes are enough.
+
+    Raises:
+        ValueError: with the names, and what to do.
+    """
+    random = {name for name, parameter in model.named_parameters() if parameter.ndim > 1} - model.loaded
+    names, patterns = [name for name, _ in model.named_parameters()], job.module_patterns()
+    planned = replace(job, train=replace(job.train, max_steps=0)) if job.stages else job
+    frozen = {step: random - trainable_names(names, job.freeze_at(step), patterns) for step in freeze_boundaries(planned, names, patterns)}
+    if never := set.intersection(random, *frozen.values()):
+        below = " (what lies under an adapter of [[lora]] is frozen)" if never & lora_frozen(names) else ""
+        raise InputError(
+            f"freeze: random weights would stay frozen for the whole run: {_parts(never)}{below}. Train them, with [vlm] freeze = [] or a spec with"
+            " frozen = false; or begin with trained ones (run.init_from, or an encoder with pretrained = true)"
+        )
+    if first := frozen.get(0):
+        log.info("frozen with random weights at first: %s", _parts(first))
+
+
+def _parts(names: Iterable[str]) -> str:
+    """``names`` by the part of the model that they are in, with counts and one example each."""
+    by_part: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_part.setdefault(name.partition(".")[0], []).append(name)
+    return ", ".join(f"{part} ({len(found)} tensors, as {found[0]})" for part, found in by_part.items())
 
 
 def freeze_boundaries(job: JobConfig, names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> frozenset[int]:

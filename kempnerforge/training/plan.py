@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost, part_of
-from kempnerforge.training.freeze import freeze_boundaries, trainable_names
+from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
 from kempnerforge.training.optimizer import muon_names, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 
@@ -60,11 +61,16 @@ def plan(job: JobConfig) -> Plan:
 
 
 def _check_patterns(assembly: Assembly) -> None:
-    """Raises ValueError for a pattern that matches nothing, or where nothing would train."""
+    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. Which weights a
+    run begins with that reads some, or goes on, is known when it reads them.
+    """
     job = assembly.job
     patterns = job.module_patterns()
     names = [name for name, _ in assembly.model.named_parameters()]
     freeze_boundaries(job, names, patterns)
+    reads = job.run.init_from or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
+    if not reads:
+        refuse_random(job, assembly.model)
     for stage in assembly.stages:
         settings(names, stage.optimizer, patterns)
 

@@ -26,7 +26,7 @@ from kempnerforge.eval.loss import PlainText
 from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
-from kempnerforge.training.freeze import remarks_on_lora
+from kempnerforge.training.freeze import refuse_random, remarks_on_lora
 from kempnerforge.training.vocabulary import rows_by_token, tokenizer_beside, vocab_size
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
@@ -224,7 +224,8 @@ def initialise(job: JobConfig, model: VLM, tokenizer: Tokenizer | None = None) -
         tokenizer: of the model: rows of embedding and head are taken token by token.
 
     Raises:
-        ValueError: ``run.init_from`` cannot be used, or its names are not those of the model up to ``run.init_allow``.
+        ValueError: ``run.init_from`` cannot be used, its names are not those of the model up to ``run.init_allow``, or random weights would
+            stay frozen.
     """
     with fitting_magnitudes(model):
         if job.run.init_from:
@@ -249,8 +250,9 @@ def initialise(job: JobConfig, model: VLM, tokenizer: Tokenizer | None = None) -
                     f"run.init_from = {job.run.init_from!r}: of the model's parameters it {'; it '.join(problems)}."
                     " List patterns of what may differ in run.init_allow"
                 )
-            take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, job.run.init_from)
+            model.loaded |= take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, job.run.init_from)
         model.warm_start()
+    refuse_random(job, model)
 
 
 def saved_tokenizer(directory: Path) -> Tokenizer | None:

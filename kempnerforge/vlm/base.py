@@ -66,6 +66,9 @@ class VLM(nn.Module):
 
     Args:
         job: the resolved config, ``model.vocab_size`` set.
+
+    Attributes:
+        loaded: names of the parameters with weights from elsewhere; all others are random. Whoever loads some adds their names.
     """
 
     has_images = True
@@ -81,6 +84,7 @@ class VLM(nn.Module):
         super().__init__()
         self.job = job
         self.num_image_tokens = 0
+        self.loaded: set[str] = set()
         self.build()
         if self.has_images:
             job.check_sequence(self.num_image_tokens)
@@ -115,6 +119,8 @@ class VLM(nn.Module):
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
         self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
+        if self.job.vision_encoder.has_weights:
+            self.loaded |= {f"vision_encoder.{name}" for name, _ in self.vision_encoder.named_parameters()}
         self.adapter: Adapter = build_adapter(self.job.adapter, self.vision_encoder.dim, self.job.model.dim, self.vision_encoder.num_tokens)
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
@@ -126,7 +132,8 @@ class VLM(nn.Module):
         return x[:, -1]
 
     def warm_start(self) -> None:
-        """Replaces fresh weights by better ones; called once at the start of a run, before the model is sharded.
+        """Replaces fresh weights by better ones and adds their names to ``loaded``; called once at the start of a run, before the model is
+        sharded.
 
         Raises:
             ValueError: what the config names cannot be used.

@@ -21,8 +21,9 @@ from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LORA_PARAMETERS
+from kempnerforge.config.paths import PathText
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.config.vlm import MASKS, VLMConfig
+from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.seen import Seen
 from kempnerforge.model.attention import Segments, additive
@@ -63,22 +64,17 @@ class HFConfig(VLMConfig):
     arch: str = "hf"
     module_patterns: dict[str, list[str]] = field(
         default_factory=lambda: {
-            "transformer": ["model.language_model.*", "model.text_model.*", "language_model.*", "lm_head.*"],
-            "vision_encoder": [
-                "model.vision_tower.*",
-                "model.vision_model.*",
-                *(f"model.visual.{part}*" for part in ("patch_embed.", "blocks.", "pos_embed.", "rotary_pos_emb.")),
-            ],
-            "adapter": [
-                "model.multi_modal_projector.*",
-                "model.connector.*",
-                "model.visual.merger.*",
-                "model.visual.deepstack_merger_list.*",
-            ],
+            "transformer": named("model.language_model", "model.text_model", "language_model", "lm_head"),
+            "vision_encoder": named(
+                "model.vision_tower",
+                "model.vision_model",
+                *(f"model.visual.{part}" for part in ("patch_embed", "blocks", "pos_embed", "rotary_pos_emb")),
+            ),
+            "adapter": named("model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list"),
         }
     )
     attention_mask: str = field(default=OWN_MASK, kw_only=True)
-    path: str = field(default="", kw_only=True)
+    path: PathText = field(default="", kw_only=True)
     pretrained: bool = field(default=True, kw_only=True)
 
     def image_tokens(self, job: JobConfig) -> None:
@@ -88,6 +84,10 @@ class HFConfig(VLMConfig):
     @property
     def files(self) -> str:
         return self.path
+
+    @property
+    def names_weights(self) -> bool:
+        return self.pretrained
 
     def check(self, job: JobConfig) -> None:
         if not self.path:
@@ -229,6 +229,7 @@ class HF(VLM):
         assert loaded.keys() == own.keys(), "one class, one config, one set of names"
         for name, parameter in own.items():
             parameter.data = loaded[name].data
+        self.loaded |= own.keys()
 
     def shard_units(self) -> Iterator[nn.Module]:
         """The layers of the language model and of the vision encoder: whatever transformers itself would checkpoint one by one."""

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kempnerforge.config import ModelConfig, registry
-from kempnerforge.config.checks import at_least, more_than
-from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS, VLMConfig
+from kempnerforge.config import ModelConfig, MoMaConfig, registry
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, aside, init_weights
 from kempnerforge.vlm.base import VLM
@@ -23,42 +21,6 @@ from kempnerforge.vlm.base import VLM
 EARLIER_FIRST = 1e-5
 """What a position costs when tokens are ranked. Texts of one image begin with the same token in the same place, so equal scores are common:
 without it rounding would say which of them an expert takes, and rounding depends on padding and on the other rows."""
-
-
-@registry.register_vlm_config
-@dataclass
-class MoMaConfig(VLMConfig):
-    """Groups of experts per modality; an expert chooses its tokens (MoMa: Lin et al. 2024).
-
-    Attributes:
-        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the text backbone.
-        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row has of its modality. At 1 the
-            feed-forward layers cost what one dense layer costs; at the number of experts every expert takes every token.
-        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no gradient from it; the weight only
-            says how much these routers count in the gradient's norm.
-    """
-
-    arch: str = "moma"
-    module_patterns: dict[str, list[str]] = field(
-        default_factory=lambda: {
-            **{k: list(v) for k, v in DEFAULT_MODULE_PATTERNS.items()},
-            "experts": ["transformer.layers.*.experts.*"],
-            "routers": ["transformer.layers.*.routers.*", "transformer.layers.*.auxiliary_routers.*"],
-        }
-    )
-    image_experts: int = 2
-    text_experts: int = 2
-    capacity_factor: float = 1.0
-    router_loss_weight: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "image_experts", "text_experts")
-        more_than(self, 0, "capacity_factor", "router_loss_weight")
-
-    def experts(self) -> dict[str, int]:
-        """Modality -> experts in each layer."""
-        return {"text": self.text_experts, "image": self.image_experts}
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ class MoT(VLM):
                 taken = take_weights(self, read_weights(path, self.job.model), path, optional=("vision_encoder.", "adapter."))
             except ValueError as error:
                 raise InputError(f"vlm.mot_warm_start_path: {error}") from None
+        self.loaded |= taken
         copied = self._copy_text(taken)
         log.info("mot: %d tensors of other towers are copies of the text tower's", copied)
 
@@ -233,6 +234,8 @@ class MoT(VLM):
             for name in self.modalities[:-1]:
                 tower = f"{layer}{name}."
                 for target in [n for n in own if n.startswith(tower) and n not in keep]:
-                    own[target].copy_(own[layer + target.removeprefix(tower)])
+                    source = layer + target.removeprefix(tower)
+                    own[target].copy_(own[source])
+                    self.loaded |= {target} if source in self.loaded else set()
                     copied += 1
         return copied

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kempnerforge.config import AdapterConfig, JobConfig, registry
 from kempnerforge.config.checks import at_least
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.config.vlm import FreezeSpec, VLMConfig, named
 from kempnerforge.data.batch import Batch
 from kempnerforge.model.adapters import Adapter
 from kempnerforge.model.transformer import Cache, Context
@@ -28,7 +28,7 @@ from kempnerforge.vlm.base import VLM
 @dataclass
 class EarlyFusionConfig(VLMConfig):
     """Patches through one linear layer (Bavishi et al. 2023). ``[vision_encoder]`` only says how large images are and how they are
-    normalised; ``[adapter]`` is not read.
+    normalised; ``[adapter]`` is not read. There is no encoder to freeze, so nothing is frozen unless ``freeze`` says so.
 
     Attributes:
         patch_size: pixels along a patch's side.
@@ -36,7 +36,8 @@ class EarlyFusionConfig(VLMConfig):
     """
 
     arch: str = "early_fusion"
-    module_patterns: dict[str, list[str]] = field(default_factory=lambda: {"transformer": ["transformer.*"], "adapter": ["adapter.*"]})
+    freeze: list[FreezeSpec] = field(default_factory=list)
+    module_patterns: dict[str, list[str]] = field(default_factory=lambda: {name: named(name) for name in ("transformer", "adapter")})
     patch_size: int = 8
     stride: int = 0
 

@@ -60,7 +60,7 @@ TEXT = (
     CONFIG.split("[vision_encoder]")[0]
     + '[data]\nsource = "text"\npath = "{folder}/text.txt"\n[train]\nmax_steps = 2\nbatch_size = 2\nseq_len = 16\n'
 )
-FREEZE = '\n[[vlm.freeze]]\nmodule = "{}"\n'
+FREEZE = ("freeze = []", 'freeze = [{ module = "%s" }]')
 
 TABLE = [
     Bad("unknown key", ("[model] dimm", "unknown key", "did you mean 'dim'?"), edit=(("[model]\ndim", "[model]\ndimm"),)),
@@ -88,10 +88,10 @@ TABLE = [
     Bad(
         "freeze pattern without a hit",
         ("freeze.module = 'vision_encodr'", "matches no parameter", "vision_encoder"),
-        extra=FREEZE.format("vision_encodr"),
+        edit=((FREEZE[0], FREEZE[1] % "vision_encodr"),),
     ),
     Bad("lr_scale pattern without a hit", ("optimizer.lr_scale = 'adaptor'", "adapter"), argv=("--optimizer.lr_scale.adaptor=0.1",)),
-    Bad("everything frozen", ("everything is frozen",), extra=FREEZE.format("*")),
+    Bad("everything frozen", ("everything is frozen",), edit=((FREEZE[0], FREEZE[1] % "*"),)),
     Bad("missing data file", ("data.path", "none.jsonl", "No such file"), argv=("--data.path=none.jsonl",)),
     Bad("missing held-out file", ("data.eval_path", "none.jsonl", "No such file"), argv=("--data.eval_path=none.jsonl",)),
     Bad("data path is a directory", ("data.path", "directory"), argv=("--data.path=.",)),

@@ -119,7 +119,7 @@ def test_a_stage_with_another_source() -> None:
         ({"data": {"fom": "captions"}}, "[[stages]] #1 data.fom = \"captions\": unknown key; did you mean 'form'?"),
         ({"data": {"form": "poems"}}, "[[stages]] #1 data.form = 'poems': allowed are 'captions', 'questions'"),
         ({"data": {"form": 3}}, "[[stages]] #1 data.form = 3: must be a string"),
-        ({"data": {"source": "nowhere"}}, "[[stages]] #1 data.source = 'nowhere': no such data source"),
+        ({"data": {"source": "nowhere"}}, "[[stages]] #1 data.source = 'nowhere': Unknown data.source"),
         ({"data": {"source": 3}}, "[[stages]] #1 data.source = 3: must be a string"),
         ({"data": {"source": "jsonl"}}, "[[stages]] #1 data.path = '': source 'jsonl' needs one"),
         ({"data": {"source": "text", "path": "x", "form": "captions"}}, '[[stages]] #1 data.form = "captions": unknown key'),
@@ -207,7 +207,7 @@ def test_freeze_schedule_by_step() -> None:
     schedule = [FreezeStage(3, (later, WORDS)), FreezeStage(6, (last,))]
     cfg = job(vlm=JointDecoderConfig(freeze=[VISION], freeze_schedule=schedule))
     cfg.validate()
-    expected = [(VISION,)] * 3 + [(VISION, later, WORDS)] * 3 + [(VISION, last)] * 5
+    expected = [(VISION,)] * 3 + [(VISION, later, WORDS)] * 3 + [(VISION, later, WORDS, last)] * 5
     assert [cfg.freeze_at(step) for step in range(11)] == expected
     cfg.stages = stages(5, 5)
     assert [cfg.freeze_at(step) for step in range(11)] == expected, "stages without freeze change nothing"

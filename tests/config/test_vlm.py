@@ -7,18 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from kempnerforge.config import registry
+import kempnerforge.config
+from kempnerforge.config import JobConfig, RunConfig, TrainConfig, registry
 from kempnerforge.config.vlm import (
     DEFAULT_MODULE_PATTERNS,
     CrossAttentionConfig,
     FreezeSpec,
     FreezeStage,
     JointDecoderConfig,
+    MoMaConfig,
     MoTConfig,
     VLMConfig,
 )
 
-BASE = {"max_text_len": 512, "freeze": [], "freeze_schedule": []}
+BASE = {"max_text_len": 512, "freeze": [FreezeSpec("vision_encoder", True)], "freeze_schedule": []}
 CASES = [
     (JointDecoderConfig, "joint_decoder", {}, []),
     (
@@ -38,6 +40,12 @@ CASES = [
             "mot_warm_start_path": "",
         },
         ["mot"],
+    ),
+    (
+        MoMaConfig,
+        "moma",
+        {"image_experts": 2, "text_experts": 2, "capacity_factor": 1.0, "router_loss_weight": 0.01},
+        ["experts", "routers"],
     ),
 ]
 
@@ -69,7 +77,7 @@ def test_for_arch(cls: type[VLMConfig], arch: str, own: dict[str, object], alias
 
 
 def test_for_arch_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"arch = 'mott'.*registered: .*did you mean 'mot'"):
+    with pytest.raises(ValueError, match=r"Unknown vlm.arch; registered: .*joint_decoder.*did you mean 'mot'"):
         VLMConfig.for_arch("mott")
     monkeypatch.setattr("kempnerforge.config.vlm._RESERVED_ARCHS", frozenset({"planned"}))
     with pytest.raises(NotImplementedError, match="'planned': reserved"):
@@ -115,7 +123,7 @@ def test_base_class_never_passes_for_another_arch_even_with_equal_fields(house: 
 
 
 def test_image_tokens_in_the_stream() -> None:
-    assert [cls().residual_stream_image_tokens(256) for cls, *_ in CASES] == [256, 0, 256]
+    assert [cls().residual_stream_image_tokens(256) for cls, *_ in CASES] == [256, 0, 256, 256]
 
 
 @pytest.mark.parametrize(
@@ -153,18 +161,21 @@ def test_resolved_image_heads_needs_no_kv_heads() -> None:
 @pytest.mark.parametrize(
     ("arch", "values", "message"),
     [
-        ("joint_decoder", {"max_text_len": 0}, "max_text_len = 0: must be >= 1"),
+        ("joint_decoder", {"max_text_len": 0}, "max_text_len = 0: must be >= 2"),
+        ("joint_decoder", {"max_text_len": 1}, "max_text_len = 1: must be >= 2, room for a token and the one that ends the text"),
         ("joint_decoder", {"attention_mask": "full"}, "attention_mask = 'full': allowed are"),
-        ("joint_decoder", {"freeze_schedule": [FreezeStage(5, ()), FreezeStage(5, ())]}, "increase strictly"),
-        ("joint_decoder", {"freeze_schedule": [FreezeStage(5, ()), FreezeStage(2, ())]}, "increase strictly"),
+        ("joint_decoder", {"freeze_schedule": [FreezeStage(5, ()), FreezeStage(5, ())]}, "strictly monotonic"),
+        ("joint_decoder", {"freeze_schedule": [FreezeStage(5, ()), FreezeStage(2, ())]}, "strictly monotonic"),
         ("cross_attention", {"cross_attention_every_n_layers": 0}, "cross_attention_every_n_layers = 0"),
-        ("cross_attention", {"cross_attention_n_heads": -1}, "cross_attention_n_heads = -1"),
+        ("cross_attention", {"cross_attention_n_heads": -1}, "cross_attention_n_heads = -1: .*non-negative"),
+        ("mot", {"mot_image_n_kv_heads": -1}, "mot_image_n_kv_heads = -1: .*non-negative"),
         ("cross_attention", {"cross_attention_n_heads": 6, "cross_attention_n_kv_heads": 4}, "must divide"),
         ("cross_attention", {"attention_mask": "image_bidirectional"}, "no image tokens in the stream"),
-        ("mot", {"mot_modalities": ("text",)}, "needs at least 'image' and 'text'"),
-        ("mot", {"mot_modalities": ("image", "text", "text")}, "each name once"),
+        ("mot", {"mot_modalities": ("text",)}, "at least 2 entries"),
+        ("mot", {"mot_modalities": ("text", "audio")}, "must include 'image'"),
+        ("mot", {"mot_modalities": ("image", "audio")}, "must include 'text'"),
+        ("mot", {"mot_modalities": ("image", "text", "text")}, "duplicates"),
         ("mot", {"mot_image_n_heads": 6, "mot_image_n_kv_heads": 4}, "must divide"),
-        ("mot", {"mot_warm_start_path": "x"}, "mot_warm_start_from_text"),
     ],
 )
 def test_bad_values(arch: str, values: dict[str, object], message: str) -> None:
@@ -197,7 +208,44 @@ def test_configs_share_no_mutable_default() -> None:
     first.module_patterns["transformer"].append("x")
     first.freeze.append(FreezeSpec("adapter"))
     assert second == MoTConfig()
-    assert DEFAULT_MODULE_PATTERNS["transformer"] == ["transformer.*"]
+    assert DEFAULT_MODULE_PATTERNS["transformer"] == ["transformer", "transformer.*"]
+    assert DEFAULT_MODULE_PATTERNS.keys() == {"transformer", "vision_encoder", "adapter"}
+
+
+@pytest.mark.parametrize("name", registry.list_vlm_configs())
+def test_aliases_match_a_module_by_its_own_name(name: str) -> None:
+    """A parameter that is a direct child of the model, not one of a module, is frozen by its alias as well. So it is in every arch."""
+    for alias, patterns in VLMConfig.for_arch(name).module_patterns.items():
+        inside = [pattern for pattern in patterns if pattern.endswith(".*")]
+        assert patterns == [part for pattern in inside for part in (pattern.removesuffix(".*"), pattern)], alias
+    assert MoTConfig().module_patterns["mot"] == ["transformer.layers", "transformer.layers.*"]
+
+
+def test_names_of_the_document() -> None:
+    assert {"joint_decoder", "cross_attention", "mot", "moma"} <= set(registry.list_vlm_configs())
+    assert registry.list_vlm_configs() == sorted(registry.list_vlm_configs())
+    assert registry.vlm_configs.get("moma") is kempnerforge.config.MoMaConfig is MoMaConfig
+
+
+@pytest.mark.parametrize("heads", [0, -2])
+@pytest.mark.parametrize("own", [0, 4])
+def test_a_model_without_heads_is_refused(heads: int, own: int) -> None:
+    for resolve in (
+        CrossAttentionConfig(cross_attention_n_heads=own).resolved_heads,
+        MoTConfig(mot_image_n_heads=own).resolved_image_heads,
+    ):
+        with pytest.raises(ValueError, match=f"model_n_heads = {heads}: must be positive"):
+            resolve(heads)
+
+
+def test_the_flag_is_the_gate_of_a_warm_start() -> None:
+    def warned(run: RunConfig | None = None, **keys: object) -> list[str]:
+        return JobConfig(vlm=VLMConfig.for_arch("mot", **keys), run=run or RunConfig(), train=TrainConfig(max_steps=1)).warnings()
+
+    flag = "mot_warm_start_from_text"
+    assert warned() == warned(mot_warm_start_path="x", **{flag: True}) == warned(RunConfig(init_from="x"), **{flag: True}) == []
+    assert warned(mot_warm_start_path="x") == [f"vlm.mot_warm_start_path = 'x': is not read, as {flag} = false"]
+    assert "without mot_warm_start_path or run.init_from" in warned(**{flag: True})[0]
 
 
 def test_registry_refuses_a_second_class_of_a_name() -> None:

@@ -207,6 +207,7 @@ type = "mlp_2layer"
 
 [vlm]
 arch = "joint_decoder"
+freeze = []
 max_text_len = 96
 
 [data]

@@ -14,3 +14,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def random_may_stay_frozen() -> Iterator[None]:
+    """Runs of random weights that never train, for tests of which weights move. A run of a user's is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("setup", "plan"):
+            patch.setattr(f"kempnerforge.training.{module}.refuse_random", lambda job, model: None)
+        yield

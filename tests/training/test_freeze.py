@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from kempnerforge.config import FreezeSpec, load_config
+from kempnerforge.config import FreezeSpec, FreezeStage, JobConfig, TrainConfig, VLMConfig, load_config
 from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS
-from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, match_names, trainable_names
+from kempnerforge.training.freeze import apply_freeze, apply_freeze_specs, effective_freeze, freeze_boundaries, match_names, trainable_names
 from tests.dist import run_ranks
 from tests.training.tiny import make_job
 
@@ -86,6 +86,87 @@ def test_boundaries_resolve_every_change_at_the_start(tmp_path: Path):
     assert freeze_boundaries(load_config(path), NAMES, DEFAULT_MODULE_PATTERNS) == {0, 4}
     with pytest.raises(ValueError, match="'adapter': matches no parameter"):
         freeze_boundaries(load_config(path), NAMES[:5], DEFAULT_MODULE_PATTERNS)
+
+
+# ---- freezing over time ------------------------------------------------------------------------------------------------
+
+SPECS = st.lists(
+    st.builds(FreezeSpec, st.sampled_from(["transformer", "vision_encoder", "adapter", "transformer.layers.0.*", "*"]), st.booleans()),
+    max_size=3,
+)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> VLMConfig:
+    starts = sorted(draw(st.sets(st.integers(0, 12), max_size=4)))
+    return VLMConfig.for_arch("joint_decoder", freeze=draw(SPECS), freeze_schedule=[FreezeStage(k, tuple(draw(SPECS))) for k in starts])
+
+
+def walked(cfg: VLMConfig, step: int) -> set[str]:
+    """What trains, by hand: all of it; then what each list does to what the one before has left."""
+    trains = set(NAMES)
+    for start, specs in [(0, cfg.freeze), *((stage.start_step, stage.specs) for stage in cfg.freeze_schedule)]:
+        for spec in specs if start <= step else ():
+            prefix = spec.module.removesuffix("*")
+            hit = {name for name in NAMES if name.startswith(prefix)}
+            trains = trains - hit if spec.frozen else trains | hit
+    return trains
+
+
+@given(schedules(), st.integers(0, 14))
+def test_stages_of_the_schedule_add_up(cfg: VLMConfig, step: int):
+    specs, job = effective_freeze(cfg, step), JobConfig(vlm=cfg, train=TrainConfig(max_steps=20))
+    assert effective_freeze(job, step) == list(job.freeze_at(step)) == specs
+    if expected := walked(cfg, step):
+        assert trainable_names(NAMES, specs, cfg.module_patterns) == expected
+
+
+def test_schedule_of_the_issue():
+    """Frozen vision and adapter; step 10 thaws the adapter, step 20 thaws vision: at step 20 both train."""
+    cfg = VLMConfig.for_arch(
+        "joint_decoder",
+        freeze=[FreezeSpec("vision_encoder"), FreezeSpec("adapter")],
+        freeze_schedule=[FreezeStage(10, (FreezeSpec("adapter", False),)), FreezeStage(20, (FreezeSpec("vision_encoder", False),))],
+    )
+    parts = lambda step: {n.split(".")[0] for n in trainable_names(NAMES, effective_freeze(cfg, step), cfg.module_patterns)}
+    assert [parts(step) for step in (9, 10, 19, 20)] == [
+        {"transformer"},
+        *[{"transformer", "adapter"}] * 2,
+        {"transformer", "adapter", "vision_encoder"},
+    ]
+
+
+class Model(nn.Module):
+    """With the names of a model of ours, and a parameter that is no module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer, self.vision_encoder = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Sequential(nn.Linear(2, 2))
+        self.adapter = nn.Parameter(torch.zeros(5))
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_loop_of_ones_own():
+    """As a program does it that has its own model: at the steps where something changes, and again after a restart."""
+    model, cfg = Model(), VLMConfig.for_arch("joint_decoder", freeze_schedule=[FreezeStage(5, (FreezeSpec("adapter"),))])
+    assert apply_freeze_specs(model, effective_freeze(cfg, 0), cfg.module_patterns) == {"vision_encoder": 6}
+    assert trains(model) == {"adapter", *(f"transformer.{k}.{part}" for k in (0, 1) for part in ("weight", "bias"))}
+    assert not model.vision_encoder.training and model.transformer.training
+    assert apply_freeze_specs(model, effective_freeze(cfg, 5), cfg.module_patterns) == {"vision_encoder": 0, "adapter": 5}
+    assert trains(model) == {f"transformer.{k}.{part}" for k in (0, 1) for part in ("weight", "bias")}
+    thaw = [FreezeSpec("*"), FreezeSpec("transformer.1.*", False)]
+    assert apply_freeze_specs(model, thaw, DEFAULT_MODULE_PATTERNS) == {"*": 24, "transformer.1.*": 12}
+    assert trains(model) == {"transformer.1.weight", "transformer.1.bias"}
+
+
+def test_a_pattern_without_a_hit_changes_nothing():
+    model = Model()
+    with pytest.raises(ValueError, match="freeze.module = 'adaptor': matches no parameter; .*adapter"):
+        apply_freeze_specs(model, [FreezeSpec("transformer"), FreezeSpec("adaptor")], DEFAULT_MODULE_PATTERNS)
+    assert len(trains(model)) == 7
 
 
 # ---- under FSDP2 -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from kempnerforge.training.setup import assemble
 from tests.training.test_resume_stages import EVERY_STEP, four_stages
 from tests.training.tiny import assert_same_tensors, call, losses, tensors, write_config
 
+pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
+
 ALIGN = """
 [[stages]]
 name = "align"

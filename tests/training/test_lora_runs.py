@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from kempnerforge.config import JobConfig, load_config
+from kempnerforge.config import load_config
 from kempnerforge.config.lora import is_adapter
 from kempnerforge.model.lora import LoRALinear
 from kempnerforge.training.freeze import trainable_names
@@ -16,7 +15,7 @@ from kempnerforge.training.setup import assemble, initialise
 from tests.training.test_ranks import torchrun
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors, write_config
 
-pytestmark = pytest.mark.skipif("lora" not in {f.name for f in fields(JobConfig)}, reason="a job has no adapters")
+pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
 
 LORA = """
 [[lora]]
@@ -36,7 +35,7 @@ FROM = ("--run.init_allow=['*.lora_*', '*.magnitude']",)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, random_may_stay_frozen: None) -> Path:
     """With ``job.toml`` (adapters), ``plain.toml`` (none) and finished runs ``all``, ``alone`` and ``base`` of 6 steps."""
     folder = tmp_path_factory.mktemp("lora")
     job = make_job(folder, extra=LORA)
@@ -162,7 +161,8 @@ def test_recomputed_and_in_half_precision(extra: tuple[str, ...], folder: Path, 
 def test_two_ranks_equal_one_process_that_accumulates(folder: Path, tmp_path: Path) -> None:
     """Adapters of rank 3 and 2 lie unevenly on two ranks, beside frozen weights. Without dropout, which each rank draws for itself."""
     plain = write_config(tmp_path, config=CONFIG.replace("{folder}", str(folder)), extra=LORA.replace("dropout = 0.1", ""))
-    argv = ("train", plain, "--train.grad_clip_norm=0", "--train.max_steps=3", "--eval.at_end=false")
+    begin = (f"--run.init_from={folder}/base", *FROM)
+    argv = ("train", plain, *begin, "--train.grad_clip_norm=0", "--train.max_steps=3", "--eval.at_end=false")
     assert call(*argv, "--train.grad_accum_steps=2", f"--run.dir={tmp_path}/one").code == 0
     ended = torchrun(*argv, f"--run.dir={tmp_path}/two")
     assert ended.code == 0, ended

@@ -53,6 +53,7 @@ type = "linear"
 
 [vlm]
 arch = "joint_decoder"
+freeze = []
 max_text_len = 48
 
 [data]

@@ -271,7 +271,6 @@ def test_casting_leaves_rotary_frequencies_alone(saved: dict[str, Path]) -> None
 
 RUN = CONFIG.split("[model]")[0] + (
     '[model]\nmax_seq_len = 64\n[vlm]\narch = "hf"\npath = "{model}"\nmax_text_len = 48\n'
-    + '[[vlm.freeze]]\nmodule = "vision_encoder"\n'
     + '[scheduler]\nname = "constant"\n'
     + CONFIG[CONFIG.index("[data]") :].replace('source = "jsonl"', 'source = "jsonl"\ntemplate = "paligemma"')
 )

@@ -120,7 +120,7 @@ def accepted_masks(arch: str | None) -> list[str]:
 def tiny_job(arch: str | None, mask: str = "causal", **sections: Any) -> JobConfig:
     """A job that any arch takes with its own defaults; None is a pure text run."""
     keys = FOREIGN[arch]() if arch in FOREIGN else {}
-    vlm = None if arch is None else VLMConfig.for_arch(arch, max_text_len=64, attention_mask=mask, **keys)
+    vlm = None if arch is None else VLMConfig.for_arch(arch, max_text_len=64, freeze=[], attention_mask=mask, **keys)
     train = TrainConfig(max_steps=4, seq_len=96, mixed_precision="fp32")
     fixed = {"model": MODEL, "vision_encoder": VISION, "adapter": MLPAdapterConfig(), "data": TextConfig(path="unread.txt"), "train": train}
     if keys:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kempnerforge.config.data import is_csv, is_file_of_rows
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example
@@ -124,7 +125,7 @@ def load(path: str, split: str) -> Any:
             example(pyarrow.parquet.read_schema(path), path)
             table = datasets.load_dataset("parquet", data_files=path, split="train")
         elif path.lower().endswith(ENDINGS):
-            raise InputError("no such file")
+            raise InputError(f"no such file{start_of(path)}")
         else:
             table = datasets.load_dataset(path)
     except Exception as error:

@@ -17,6 +17,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.order import Order, Windowed
 from kempnerforge.data.sample import SampleError
@@ -250,7 +251,7 @@ def _find(path: str, split: str) -> Tables:
     if files or os.path.exists(path):
         raise InputError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
     if os.path.isabs(path) or path.startswith(".") or has_magic(path) or suffix(path) in kinds:
-        raise InputError("no such files")
+        raise InputError(f"no such files{start_of(path)}")
     return Hub(path, split)
 
 

@@ -23,6 +23,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import PathText, start_of
 from kempnerforge.data.sample import Sample, Source, Text
 
 FONT, DRAWINGS = "font/glyf_colr0.ttf", "svg"
@@ -49,7 +50,7 @@ class OpenMojiConfig(DataConfig):
     needs_images: ClassVar[bool] = True
 
     source: str = "openmoji"
-    path: str = ""
+    path: PathText = ""
     views: int = 4
     eval_on: str = "views"
     held_out_every: int = 10
@@ -119,7 +120,7 @@ def emoji_names(folder: Path) -> dict[int, str]:
     try:
         stems = [name.removesuffix(".svg") for name in os.listdir(folder) if name.endswith(".svg")]
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror or error}") from None
+        raise InputError(f"{folder}: {error.strerror or error}{start_of(folder)}") from None
     codes = sorted(int(stem, 16) for stem in stems if 4 <= len(stem) <= 5 and set(stem) <= set("0123456789ABCDEF"))
     named = {code: unicodedata.name(chr(code), "") for code in codes}
     found = {code: name.lower() for code, name in named.items() if name and not name.startswith(PARTS)}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from kempnerforge.config.errors import InputError, show
+from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.keys import refuse
@@ -120,7 +121,7 @@ class IndexedRows(Rows):
                             seen = wrong.setdefault(problem, [place[2], 0])
                             seen[1] += 1
         except OSError as error:
-            raise InputError(f"data.{key} = {path!r}: {error.strerror or error}") from None
+            raise InputError(f"data.{key} = {path!r}: {error.strerror or error}{start_of(path)}") from None
         self.columns = set(self.counts)
         if len(bad) > max_bad_fraction * len(self) or (bad and len(bad) == len(self)):
             raise InputError(f"{path}: {len(bad)} bad {self.units}: {'; '.join(bad[:SHOWN_ROWS])}")

@@ -15,6 +15,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import PathText
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.sources.pictures import resolve_image
 
@@ -39,7 +40,7 @@ class StampsConfig(DataConfig):
     needs_images: ClassVar[bool] = True
 
     source: str = "stamps"
-    path: str = ""
+    path: PathText = ""
     languages: list[str] = field(default_factory=lambda: [ENGLISH])
     held_out_every: int = 10
     form: str = "captions"

@@ -12,6 +12,7 @@ import numpy as np
 from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class PlainText(Source):
             content = self.path.read_bytes()
             text = content.decode("utf-8-sig")
         except OSError as error:
-            raise InputError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}") from None
+            raise InputError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}{start_of(self.path)}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"data.{key} = {str(self.path)!r}: not UTF-8: byte {error.start}: {error.reason}") from None
         if not text.strip():

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
 from kempnerforge.config.errors import InputError, show
+from kempnerforge.config.paths import PathText, start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
@@ -67,7 +68,7 @@ class WebDatasetConfig(TableConfig):
 class Listed(NamedTuple):
     """A shard and how many samples its manifest says it has; None: nothing says so."""
 
-    path: str
+    path: PathText
     samples: int | None
 
 
@@ -300,7 +301,7 @@ def expand(pattern: str) -> Iterator[str]:
 def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
     found = sorted(glob.glob(pattern, recursive=True))
     if not found:
-        raise InputError(f"{key} = {shown!r}: no tars there")
+        raise InputError(f"{key} = {shown!r}: no tars there{start_of(pattern)}")
     return (Listed(path, None) for path in found)
 
 
@@ -315,7 +316,7 @@ def _manifest(path: str, key: str) -> Iterator[Listed]:
         with open(path, encoding="utf-8-sig") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
-        raise InputError(f"{key} = {path!r}: {error.strerror or error}") from None
+        raise InputError(f"{key} = {path!r}: {error.strerror or error}{start_of(path)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{key} = {path!r}: not UTF-8 at byte {error.start}") from None
     if not lines:
