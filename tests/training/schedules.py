@@ -146,11 +146,12 @@ def schedule(number: int, *, ranks: bool = False, compiled: bool = False) -> Sch
     else:
         first = starts[1] if rng.random() < 0.5 else 0
         seen += [decide(names, base, patterns)] * bool(first)
-        in_force = [base] * first
+        in_force, before = [base] * first, base
         for start, end in zip(starts, ends, strict=True):
             if start >= first:
-                changes.append(FreezeStage(start, specs(base)))
-                in_force += [(*base, *changes[-1].specs)] * (end - start)
+                changes.append(FreezeStage(start, specs(before)))
+                before = (*before, *changes[-1].specs)
+                in_force += [before] * (end - start)
     turn = number // len(ARCHS) + number
     precision, accumulation = ("fp32", "bf16")[turn % 2], (1, 2)[turn // 2 % 2]
     others = (
