@@ -201,7 +201,7 @@ class HeldOut:
         if self.bad == self.looked or self.bad > max_bad_fraction * self.looked:
             raise InputError(
                 f"held-out data: {self.bad} of {self.looked} samples cannot be read; the first: {self.first}. Mend them or take them out"
-                + (f", or allow it: data.max_bad_fraction = {max_bad_fraction}" if self.bad < self.looked else "")
+                + (f", or raise data.max_bad_fraction = {max_bad_fraction}" if self.bad < self.looked else "")
             )
 
     def counts(self) -> dict[str, int]:
