@@ -31,6 +31,8 @@ from kempnerforge.serve.desk import Desk
 from kempnerforge.serve.request import Question
 from kempnerforge.training import answer
 from kempnerforge.training.answer import Answerer
+from kempnerforge.training.convert import import_model
+from kempnerforge.training.pretrained import load_pretrained
 from kempnerforge.training.processor import Processor
 from kempnerforge.training.setup import Assembly, assemble
 from tests.data.chat_templates import FAMILIES, LATER, Family
@@ -199,3 +201,28 @@ def test_a_run_remembers_how_its_data_were(tmp_path: Path) -> None:
     assert said[0] == said[1] and said[0].code == 0
     out = call("inspect", path, "-n", "1", f"--data.eval_path={tmp_path}/test.jsonl")
     assert "a question without <image> is asked with images at the tail of the prompt" in out.out
+
+
+def test_an_imported_language_model_is_asked_alike_and_by_its_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``generate`` and the processor of ``load_pretrained`` read the text as the tokenizer of the source does; another template may be asked for."""
+    family = FAMILIES["smollm2"]
+    oracle = hf.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_level(family).backend, bos_token=family.bos, eos_token=family.eos, chat_template=family.template
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 450}
+    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, max_position_embeddings=128)).save_pretrained(tmp_path / "theirs")
+    oracle.save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "run", verify=False)
+    seen: list[list[int]] = []
+
+    def tokens_of(_: object, batch: Any, **__: object) -> list[int]:
+        seen.append(batch.input_ids[0].tolist())
+        return []
+
+    monkeypatch.setattr(answer, "tokens_of", tokens_of)
+    Answerer(tmp_path / "run").ask("what is it?", ()).finish()
+    _, processor = load_pretrained(tmp_path / "run", device="cpu")
+    assert seen.pop() == processor(text="what is it?").input_ids[0].tolist() == oracle("what is it?").input_ids
+    Answerer(tmp_path / "run", ["--data.template=chat"]).ask("what is it?", ()).finish()
+    talk = [{"role": "user", "content": "what is it?"}]
+    assert seen.pop() == oracle.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)

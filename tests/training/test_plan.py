@@ -273,7 +273,7 @@ def test_check_shows_both_passes_and_generation(job_path: Path):
     assert found["flops_per_sample"] == pytest.approx(sum(m["flops_per_sample"] for m in found["modules"].values()))
     assert (found["prefill_flops"], found["decode_flops_per_token"]) == (stage.generation.prefill_flops, stage.generation.decode_flops)
     out = call("check", job_path).out
-    tables = out[out.index("stage all") :].splitlines()
+    tables = out[out.index("stage all") : out.index("held out:")].splitlines()
     assert max(map(len, tables)) <= 100
     prompt = f"{stage.generation.prefill_flops / 1e6:,.1f} MFLOP to read a prompt of {stage.generation.prompt_length} positions"
     assert f"generation: {prompt}, {stage.generation.decode_flops / 1e6:,.1f} MFLOP a token" in tables
