@@ -128,7 +128,7 @@ def class_named(union: Discriminator, name: str, key: Key, problems: Problems) -
     """The class that ``name`` selects, or None with a problem."""
     try:
         return union.class_for(name)
-    except (ValueError, NotImplementedError) as error:
+    except InputError as error:
         text = str(error)
         problems.add_message(key, text[text.find(f"{union.key} = ") :] if f"{union.key} = " in text else text)
         return None

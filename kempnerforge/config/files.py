@@ -159,7 +159,7 @@ def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Co
     try:
         known = fields_of(union.class_for(name))
         before = defaults(union.class_for(old)) if isinstance(old, str) and recorded else {}
-    except (ValueError, NotImplementedError):
+    except InputError:
         return  # an unknown name is reported when the section is built
     left = {key for key in recorded if key in before and as_toml(before[key]) == below[key]}
     for key in [key for key in below if key in left or (key in droppable and key not in known)]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ from kempnerforge.config import (
     registry,
 )
 from kempnerforge.config.adapter import AvgPoolConfig, PixelShuffleConfig
+from kempnerforge.config.build import UNIONS
 from kempnerforge.config.data import JsonlConfig, TextConfig
+from kempnerforge.config.errors import InputError
+from kempnerforge.config.vlm import VLMConfig
 
 MINIMAL = '[vlm]\narch = "joint_decoder"\n[train]\nmax_steps = 10\n'
 
@@ -445,3 +449,15 @@ def test_config_imports_no_torch() -> None:
     code = "import kempnerforge.config, sys; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]"
+
+
+def test_a_defect_where_an_arch_is_looked_up_is_no_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of an arch is imported when the arch is first named; what breaks in it keeps its traceback."""
+
+    def broken(name: str) -> type:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setitem(UNIONS, VLMConfig, replace(UNIONS[VLMConfig], class_for=broken))
+    with pytest.raises(ValueError, match="^not enough values") as error:
+        load_config(write(tmp_path / "a.toml", MINIMAL))
+    assert not isinstance(error.value, InputError)
