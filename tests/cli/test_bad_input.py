@@ -274,3 +274,34 @@ def test_single_bad_sample_is_skipped_and_counted(change: Callable[[Path], dict]
     assert last["data/bad_samples"] == 1 and last["data/samples"] == 16  # another sample stands in
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == ["jsonl/train[5]"] and says in listed[0]["reason"], listed
+
+
+# ---- something else where a file or folder is expected ------------------------------------------------------------------------
+
+OTHER: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: path.mkdir(),
+    "bytes": lambda path: path.write_bytes(bytes(range(256))),
+    "nothing": lambda path: path.write_bytes(b""),
+    "a JSON list": lambda path: path.write_text("[1, 2]"),
+    "a model's folder with another config": lambda path: (path.mkdir(), (path / "config.json").write_text("[1]")),
+    "a config of text for numbers": lambda path: (
+        path.mkdir(),
+        (path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}'),
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER)
+def test_something_else_than_was_meant(make: Callable[[Path], object], tmp_path: Path):
+    """Every command, in every place for a path that it reads."""
+    job, other = make_job(tmp_path), tmp_path / "other"
+    make(other)
+    table = [(command, other) for command in ("train", "check", "inspect", "eval")]
+    table += [("data", "check", other), ("data", "lm-eval", other, tmp_path / "out"), ("generate", other, tmp_path / "0.png")]
+    table += [("export", other, tmp_path / "out"), ("import", other, tmp_path / "out")]
+    table += [("check", job, f"--{key}={other}") for key in ("data.path", "data.eval_path", "data.tokenizer", "eval.text_path")]
+    table += [("train", job, f"--run.init_from={other}")]
+    for argv in table:
+        ended = call(*argv)
+        assert ended.code == 2 and ended.err.startswith("error: ") and len(ended.err) < 900, (argv, ended)
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "out").exists()
