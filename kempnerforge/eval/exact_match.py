@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        return plain(self.text) == self.truth.text
+        return plain(self.text) in (self.truth.text, *self.truth.others)
 
 
 @dataclass(frozen=True)

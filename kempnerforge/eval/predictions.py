@@ -17,7 +17,7 @@ def write_predictions(path: Path, seeing: Score, blind: Score | None, skipped: S
 
     * ``id``, ``prompt``, ``kind``, ``truth``: of the sample;
     * ``compared``, ``truth_tokens``, ``too_long``: the truth as the tokenizer writes it, which decides and by which answers are grouped; the
-      tokens that it takes with the one that ends it; whether these are more than ``eval.max_new_tokens``;
+      tokens that it takes with the one that ends it; whether these are more than ``eval.max_new_tokens``; ``also_right``: further right answers;
     * ``answer``, ``right``: with the images; ``answer_blind``, ``right_blind``: without;
     * ``unreadable``: why it could not be asked, else null. All that is not known is null.
 
@@ -43,6 +43,7 @@ def _rows(seeing: Score, blind: Score | None, skipped: Sequence[tuple[str, str]]
             "compared",
             "truth_tokens",
             "too_long",
+            "also_right",
             "answer",
             "right",
             "answer_blind",
@@ -58,6 +59,7 @@ def _rows(seeing: Score, blind: Score | None, skipped: Sequence[tuple[str, str]]
         if number in answers:
             answer = answers[number]
             row |= {"compared": answer.truth.text, "truth_tokens": answer.truth.tokens, "too_long": answer.too_long}
+            row["also_right"] = list(answer.truth.others)
             row |= {"answer": answer.text, "right": answer.right}
             unseen = without.get(position[number])
             row |= {"answer_blind": unseen.text, "right_blind": unseen.right} if unseen is not None else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ class Question:
         part: the section of the data that it is from.
         conversation: all up to the question; None: ``prompt`` is all there is.
         kind: what is asked, for scores.
+        references: further answers that are right.
     """
 
     sample_id: str
@@ -57,6 +59,7 @@ class Question:
     part: int = 0
     conversation: Text | None = None
     kind: str = ""
+    references: tuple[str, ...] = ()
 
     @property
     def asked(self) -> str | Text:
@@ -101,7 +104,7 @@ def _of_sample(source: Source, index: int, sample: Sample, skipped: list[tuple[s
                 continue
             written = render_answer(section, answer)
             images = Images(source, index, _shown(text, turn, section.image_placeholder, len(sample.images)))
-            found.append(Question(sample.id, images, prompt, answer, written, sample.part, _up_to(text, turn), text.kind))
+            found.append(Question(sample.id, images, prompt, answer, written, sample.part, _up_to(text, turn), text.kind, text.references))
     return found
 
 
@@ -129,11 +132,13 @@ class Truth:
         text: its white space normalised.
         tokens: that it takes, the one that ends it included.
         unknown: whether one of them stands for what the tokenizer does not know.
+        others: texts of further answers that are right.
     """
 
     text: str
     tokens: int
     unknown: bool
+    others: tuple[str, ...] = ()
 
 
 class Truths:
@@ -149,11 +154,14 @@ class Truths:
         Raises:
             SampleError: it cannot be written: it is empty, say.
         """
-        key = question.asked, question.truth, question.part
+        key = question.asked, question.truth, question.part, question.references
         if key not in self._made:
             ids = self.encoder.texts[question.part].answer_ids(question.answered)
-            tokenizer = self.encoder.tokenizer
-            self._made[key] = Truth(plain(tokenizer.decode(ids)), len(ids) + 1, tokenizer.unknown_id in ids)
+            tokenizer, others = self.encoder.tokenizer, list[str]()
+            for reference in question.references:
+                with contextlib.suppress(SampleError):  # one that cannot be written is no answer that could be given
+                    others.append(self.of(replace(question, truth=reference, references=())).text)
+            self._made[key] = Truth(plain(tokenizer.decode(ids)), len(ids) + 1, tokenizer.unknown_id in ids, tuple(others))
         return self._made[key]
 
 

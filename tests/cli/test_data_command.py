@@ -45,6 +45,25 @@ def test_check_says_what_is_there(tmp_path: Path) -> None:
     assert page.count("<svg") >= 4 and "8 images of the held-out samples also stand" in page and not OUTSIDE.search(page)
 
 
+def test_all_that_is_shared_is_listed_and_check_warns(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    rows = rows_of(tmp_path)
+    rows[0] |= {"answer": 3, "id": "first"}
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", [rows[0], *rows[4:12]])
+    found = json.loads(call("data", "check", job, "--json").out)
+    listed = [json.loads(line) for line in Path(found["leaks"]).read_text().splitlines()]
+    assert {(line["shared"], line["held_out"]) for line in listed} == {
+        *(("image", f"test.jsonl:{k}") for k in range(2, 10)), *(("question", f"test.jsonl:{k}") for k in range(2, 10)),
+        ("image", "test.jsonl:1 (first)"), ("question", "test.jsonl:1 (first)"), ("id", "test.jsonl:1 (first)"),
+    }  # fmt: skip
+    ended = call("check", job, "--json")
+    warnings = "\n".join(json.loads(ended.out)["warnings"])
+    assert ended.code == 0 and "9 held-out samples share images" in warnings and "1 held-out samples share ids" in warnings
+    assert 'data of stages train: 1 values are a number: taken as text, the first as "3"' in warnings
+    assert "note: 1 values are a number" in call("inspect", job).out
+
+
 def test_check_as_text(tmp_path: Path) -> None:
     ended = call("data", "check", make_job(tmp_path), "--out", tmp_path / "seen", "--limit", 12)
     assert ended.code == 0 and (tmp_path / "seen" / "index.html").exists() and not (tmp_path / "run").exists()

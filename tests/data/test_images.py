@@ -153,6 +153,18 @@ def test_refused_by_name_without_warnings(name: str) -> None:
             load_image(data, 32)
 
 
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"tEXt"])
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_large_notes_of_a_png_change_no_pixel(kind: bytes, before: bytes) -> None:
+    body = b"k\0" + (bytes(2 * 2**20) if kind == b"tEXt" else b"\0" + zlib.compress(bytes(2 * 2**20)))
+    assert np.array_equal(load_image(with_chunk(kind, body, before), 32), load_image(PNG, 32))
+
+
+def test_a_refusal_has_the_reason_of_the_decoder() -> None:
+    with pytest.raises(ImageError, match="Decompressed data too large"):
+        load_image(REFUSED["text bomb"][0], 32)
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_as_rgb(name: str) -> None:
     with warnings.catch_warnings():

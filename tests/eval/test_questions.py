@@ -70,6 +70,14 @@ def test_right_answers_of_a_tokenizer_that_writes_otherwise() -> None:
     assert evaluate(Saying(encoder, "dark café sea"), asked[3:], encoder, CFG, Alone(), DEVICE).exact_match == 1
 
 
+def test_any_of_several_answers_is_right() -> None:
+    encoder = encoder_of(lower_case())
+    several = Sample("s", (), (Text("what?", "red", references=("Dark Sea", "blue")),))
+    for answer, right in (("red", 1), ("dark sea", 1), ("blue", 1), ("a", 0)):
+        score = evaluate(Saying(encoder, answer), asked_of([several]), encoder, CFG, Alone(), DEVICE)
+        assert (score.right, score.total) == (right, 1), answer
+
+
 def test_the_prior_compares_as_the_tokenizer_writes() -> None:
     encoder = encoder_of(lower_case())
     train = [Question("s", (), "what?", truth) for truth in ("Red", "RED", "red", "blue", "blue")]
