@@ -28,6 +28,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 class RunLock:
     """Holds ``run_dir/.lock`` from construction until ``release``, the end of a ``with`` block, or the end of the process, however it ends.
+    Released, the file is gone: a job that only looked leaves nothing behind.
 
     Rank 0 takes it (``flock``); with a process group all ranks construct one and learn the same outcome.
 
@@ -45,6 +46,9 @@ class RunLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_at_path(descriptor):  # its holder let go of it, and took it away, in between
+                os.close(descriptor)
+                return self._acquire()
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
@@ -63,9 +67,17 @@ class RunLock:
             self.release()
             raise
 
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Lets go of it; doing so twice is fine."""
         if self._descriptor is not None and self._descriptor in _held:
+            if self._is_at_path(self._descriptor):  # not if the directory was moved
+                self.path.unlink()
             _held.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tomli_w
@@ -22,11 +23,16 @@ def to_toml(job: JobConfig) -> str:
     return RECORD + tomli_w.dumps(to_dict(job))
 
 
-def diff(old: JobConfig, new: JobConfig) -> list[str]:
-    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset" in the other."""
-    before, after = _flat(to_dict(old), ""), _flat(to_dict(new), "")
+def diff(old: JobConfig | Mapping[str, Any], new: JobConfig | Mapping[str, Any]) -> list[str]:
+    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset" in the other.
+
+    Args:
+        old: a job, or the table of one, which may be older than some keys: those that ``new`` leaves at their defaults are no change.
+    """
+    before, after = _flat(as_toml(old), ""), _flat(as_toml(new), "")
+    unwritten = after.keys() - before.keys() - _flat(as_toml(new, complete=False), "").keys() if isinstance(old, Mapping) else set()
     lines = []
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted((before.keys() | after.keys()) - unwritten):
         a, b = (_show(flat, key) for flat in (before, after))
         if a != b:
             lines.append(f"{key}: {a} -> {b}")

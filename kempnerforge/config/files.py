@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
-from kempnerforge.config.checks import defaults
+from kempnerforge.config.checks import defaults, not_default
 from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
 from kempnerforge.config.paths import expand, start_of
 
@@ -166,13 +166,18 @@ def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Co
         del below[key]
 
 
-def as_toml(value: Any) -> Any:
-    """A section or a value of one as it stands in a file: tables, arrays and scalars. None has no TOML and is left out."""
+def as_toml(value: Any, complete: bool = True) -> Any:
+    """A section or a value of one as it stands in a file: tables, arrays and scalars. None has no TOML and is left out.
+
+    Args:
+        complete: False leaves out what is at the default of its class, too.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        shown = value.__dict__ if complete else not_default(value)
+        value = {f.name: shown[f.name] for f in fields(value) if f.init and f.name in shown}
     if isinstance(value, dict):
-        return {name: as_toml(entry) for name, entry in value.items() if entry is not None}
-    return [as_toml(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {name: as_toml(entry, complete) for name, entry in value.items() if entry is not None}
+    return [as_toml(entry, complete) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any], origin: str, origins: dict[Key, str], key: Key) -> None:

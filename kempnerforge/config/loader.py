@@ -68,6 +68,8 @@ def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]
     ]
     found += [(value, Path(), COMMAND_LINE) for key, value in given if key == ("plugins",)]
     value, folder, origin = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path))
+    if isinstance(value, Argument) and isinstance(value.value, str):
+        value = [value.text]  # --plugins=FILE
     names = convert(list[PathText], value, ("plugins",), problems := Problems(origin))
     if names is INVALID:
         raise ConfigError(problems.lines)

@@ -1,18 +1,59 @@
-"""Code outside this package that registers archs, encoders, adapters or data sources, imported before a config is read."""
+"""Code outside this package that registers archs, encoders, adapters or data sources, imported before a config is read.
+
+A plugin is known by what it is: its source as it was imported, not by the name of its file or module.
+"""
 
 from __future__ import annotations
 
+import ast
+import difflib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from weakref import WeakKeyDictionary
 
+from kempnerforge.config import registry
 from kempnerforge.config.errors import ConfigError
 
 ENTRY_POINTS = "kempnerforge.plugins"
+DIFF_LINES = 30
+"""Of a source that changed, in a message."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin and its source.
+
+    Attributes:
+        name: as a config has it, or "entry point NAME".
+        source: its own file's name and content, then those of the modules of its package or folder that it imports, by dotted name; of a
+            package all ``.py`` files in it.
+    """
+
+    name: str
+    source: Mapping[str, bytes]
+
+    @property
+    def sha256(self) -> str:
+        """Of the content; the plugin's own file counts without its name."""
+        (_, own), *helpers = self.source.items()
+        digest = hashlib.sha256(own)
+        for name, content in sorted(helpers):
+            digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
+        return digest.hexdigest()
+
+
+_plugins: dict[str, Plugin] = {}
+"""What was imported last under each name."""
+_sources: WeakKeyDictionary[ModuleType, Mapping[str, bytes]] = WeakKeyDictionary()
+"""Of each module as it was when it was imported."""
 
 
 def load_plugins(names: Sequence[str], folder: Path, origin: str) -> list[str]:
@@ -33,40 +74,180 @@ def load_plugins(names: Sequence[str], folder: Path, origin: str) -> list[str]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
+            _keep(f"entry point {entry.name}", sys.modules[entry.module])
         except Exception as error:
             problems.append(f"{origin}: entry point {entry.name!r} of {ENTRY_POINTS!r} ({entry.value}): {_describe(error)}")
     for name in names:
         try:
             resolved.append(_load(name, folder))
         except Exception as error:
-            problems.append(f"{origin}: plugins: {name!r} cannot be imported: {_describe(error)}")
+            missing = isinstance(error, FileNotFoundError) or (isinstance(error, ModuleNotFoundError) and error.name == name)
+            hint = "; --plugins=FILE says where it is now, as load_pretrained(..., plugins=[FILE]) does" if missing else ""
+            problems.append(f"{origin}: plugins: {name!r} cannot be imported: {_describe(error)}{hint}")
     if problems:
         raise ConfigError(problems)
     return resolved
+
+
+def plugins_of(names: Sequence[str]) -> list[Plugin]:
+    """The plugins in force in this process for a config that names ``names``: those, and the installed ones."""
+    return [plugin for key, plugin in _plugins.items() if key in names or key.startswith("entry point ")]
 
 
 def _describe(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def _keep(name: str, module: ModuleType) -> None:
+    if module not in _sources:
+        _sources[module] = _source(module)
+    _plugins[name] = Plugin(name, _sources[module])
+
+
 def _load(name: str, folder: Path) -> str:
     if not name.endswith(".py"):
-        importlib.import_module(name)
+        _keep(name, importlib.import_module(name))
         return name
     path = (folder / name).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    # NOTE: a fixed name for a fixed path, so that a plugin runs once in a process however often it is named.
-    module_name = f"kempnerforge_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    content = path.read_bytes()
+    # NOTE: a fixed name for a fixed content, so that a plugin runs once in a process however often, and by however many names, it is named
+    module_name = _module_name(content)
+    before = _plugins.get(str(path))
+    if before is not None and (old := _module_name(next(iter(before.source.values())))) != module_name:  # the file was edited
+        registry.forget(old)
+        sys.modules.pop(old, None)
     if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no Python file")
+        loader = _Content(module_name, str(path), content)
+        spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except BaseException:
             del sys.modules[module_name]
             raise
+        _sources[module] = {path.name: content, **_source(module)}
+    module = sys.modules[module_name]
+    _plugins[str(path)] = Plugin(str(path), {path.name: content, **dict(list(_sources[module].items())[1:])})
     return str(path)
+
+
+class _Content(SourceFileLoader):
+    """Of source that was read already. NOTE: byte code in __pycache__ is not looked at: it may be of an earlier file of the same size and second."""
+
+    def __init__(self, name: str, path: str, content: bytes) -> None:
+        super().__init__(name, path)
+        self.content = content
+
+    def get_data(self, path: str) -> bytes:
+        return self.content
+
+    def path_stats(self, path: str) -> Mapping[str, float]:
+        raise OSError(f"{path}: no byte code")
+
+
+def _module_name(content: bytes) -> str:
+    return f"kempnerforge_plugin_{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+# ---- the source of a module ------------------------------------------------------------------------------------------
+
+
+def _source(module: ModuleType) -> dict[str, bytes]:
+    """As ``Plugin.source``; nothing of what has no file."""
+    file = Path(module.__file__) if module.__file__ else None
+    if file is None or not file.is_file():
+        return {module.__name__: b""}
+    found = {file.name: file.read_bytes()}
+    if hasattr(module, "__path__"):
+        below = sorted(path for path in file.parent.rglob("*.py") if path != file)
+        return found | {path.relative_to(file.parent).as_posix(): path.read_bytes() for path in below}
+    seen, queue = {module.__name__}, [module]
+    while queue:
+        for helper in _imported(queue.pop()):
+            if helper.__name__ not in seen and (path := _beside(helper, module, file.parent)) is not None:
+                seen.add(helper.__name__)
+                queue.append(helper)
+                found[f"{helper.__name__}.py"] = path.read_bytes()
+    return found
+
+
+def _beside(helper: ModuleType, plugin: ModuleType, folder: Path) -> Path | None:
+    """The file of ``helper`` if it is of the ``plugin``'s package or lies in its folder."""
+    top = helper.__name__.partition(".")[0]
+    file = getattr(helper, "__file__", None)
+    path = Path(file).resolve() if file else None
+    if path is None or path.suffix != ".py" or top == __name__.partition(".")[0]:
+        return None
+    same = top == plugin.__name__.partition(".")[0]
+    return path if same or (path.is_relative_to(folder.resolve()) and "site-packages" not in path.parts) else None
+
+
+def _imported(module: ModuleType) -> Iterator[ModuleType]:
+    """The modules that import statements of ``module`` name, wherever they stand in it, and that are there."""
+    assert module.__file__ is not None
+    names: list[str] = []
+    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, module.__package__) if node.level else base
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    yield from (sys.modules[name] for name in names if name in sys.modules)
+
+
+# ---- the same plugins? -----------------------------------------------------------------------------------------------
+
+
+def record_plugins(plugins: Sequence[Plugin]) -> list[dict[str, object]]:
+    """What a run keeps of its plugins, as plain JSON; their sources are files, see ``plugin_files``."""
+    return [{"name": plugin.name, "sha256": plugin.sha256, "files": list(plugin.source)} for plugin in plugins]
+
+
+def plugin_files(plugins: Sequence[Plugin], limit: int = 1 << 18) -> dict[str, bytes]:
+    """Their sources, for a checkpoint to keep, by path in it; of a plugin with more than ``limit`` bytes none."""
+    small = [plugin for plugin in plugins if sum(map(len, plugin.source.values())) <= limit]
+    return {_kept(plugin.sha256, name): content for plugin in small for name, content in plugin.source.items()}
+
+
+def _kept(sha256: str, name: str) -> str:
+    return f"plugins/{sha256[:12]}/{name}"
+
+
+def plugin_changes(before: Sequence[Mapping[str, object]], now: Sequence[Plugin], copies: Path) -> list[str]:
+    """What is different: a line for each plugin that changed, went or came, with the difference of a source that is kept in ``copies``.
+
+    Args:
+        before: as ``record_plugins`` made it.
+    """
+    known = {str(entry["sha256"]): entry for entry in before}
+    gone, came = [known[sha] for sha in known if sha not in {p.sha256 for p in now}], [p for p in now if p.sha256 not in known]
+    lines = []
+    for entry in gone:
+        same = [plugin for plugin in came if Path(plugin.name).name == Path(str(entry["name"])).name]
+        other = (same or came or [None])[0] if same or len(gone) == len(came) == 1 else None
+        if other is None:
+            lines.append(f"plugins: {entry['name']!r} ({str(entry['sha256'])[:8]}) -> unset")
+            continue
+        came.remove(other)
+        renamed = "" if other.name == entry["name"] else f" -> {other.name!r}"
+        lines.append(f"plugins: {entry['name']!r}{renamed}: its source changed, {str(entry['sha256'])[:8]} -> {other.sha256[:8]}")
+        lines[-1] += "".join(f"\n    {line}" for line in _difference(entry, other, copies))
+    return [*lines, *(f"plugins: unset -> {plugin.name!r} ({plugin.sha256[:8]})" for plugin in came)]
+
+
+def _difference(before: Mapping[str, object], now: Plugin, copies: Path) -> list[str]:
+    """Unified, of the files whose old content is kept."""
+    lines: list[str] = []
+    own, files = next(iter(now.source)), before["files"]
+    for index, name in enumerate(files if isinstance(files, list) else []):
+        copy = copies / _kept(str(before["sha256"]), name)
+        if copy.is_file():
+            old, new = copy.read_bytes(), now.source.get(own if index == 0 else name, b"")
+            a, b = (content.decode(errors="replace").splitlines() for content in (old, new))
+            lines += difflib.unified_diff(a, b, name, name, n=1, lineterm="")
+    return lines if len(lines) <= DIFF_LINES else [*lines[:DIFF_LINES], f"... {len(lines) - DIFF_LINES} more lines"]

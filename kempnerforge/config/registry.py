@@ -61,6 +61,10 @@ class Registry:
         self._entries[name] = cls
         return cls
 
+    def forget(self, module: str) -> None:
+        """Takes the classes of ``module`` out."""
+        self._entries = {name: cls for name, cls in self._entries.items() if cls.__module__ != module}
+
     def get(self, name: str) -> type:
         """The class called ``name``.
 
@@ -108,6 +112,15 @@ archs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
 sources = Registry("data source", "data.source", package="kempnerforge.data.sources")
+
+ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources)
+
+
+def forget(module: str) -> None:
+    """Takes out of all registries what the module of that name has registered."""
+    for each in ALL:
+        each.forget(module)
+
 
 Decorator = Callable[[str | type], Any]
 register_vlm_config: Decorator = vlm_configs.register

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from kempnerforge.config import to_toml
+from kempnerforge.training.history import changed_on_the_way, spans_of, trained_with
 from kempnerforge.training.restore import Restored
 
 
@@ -24,12 +24,9 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
         if form == "hf"
         else "No class of transformers is this model: `kempnerforge.load_pretrained` reads it (weights in `model.safetensors`, `config.toml`)."
     )
-    stages = [
-        f"* `{stage.name}`: {stage.steps} steps of {stage.train.batch_size} samples; "
-        + ", ".join(f"`{section.source}`{_path(section)}" for section in stage.data.sections())
-        for stage in restored.assembly.stages
-    ]
-    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path, restored.manifest.step).items()]
+    step, history = restored.manifest.step, state.get("history", [])
+    changed = [f"* {line}" for line in changed_on_the_way(history, step)]
+    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path, step).items()]
     imported = state.get("imported", {})
     parts = [
         "---\ntags:\n- kempnerforge\n---",
@@ -38,17 +35,16 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
         "\n".join(f"* {line}" for line in lines),
         "**Licence: not stated.** Whoever publishes this chooses one that the licences of its parts and data allow.",
         "## Data",
-        f"Weights of {imported['source']}, not trained here." if imported and not restored.manifest.step else "\n".join(stages),
-        f"## Metrics\n\nAt step {restored.manifest.step}, {state.get('samples_seen', 0):,} samples seen.",
+        f"Weights of {imported['source']}, not trained here."
+        if imported and not step
+        else "\n".join(f"* {line}" for line in trained_with(history, step)),
+        "\n".join(["Not all steps were trained with one config. What changed on the way:", "", *changed]) if changed else "",
+        f"## Metrics\n\nAt step {step}, {state.get('samples_seen', 0):,} samples seen.",
         "\n".join(["| metric | value |", "|---|---|", *metrics]) if metrics else "None were measured.",
-        "## Config",
+        "## Config" if not changed else f"## Config of the steps from {spans_of(history, step)[-1][0]['start']} on",
         f"```toml\n{to_toml(job).strip()}\n```",
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _path(section: Any) -> str:
-    return f" ({section.path})" if getattr(section, "path", "") else ""
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _metrics(checkpoint: Path, step: int) -> dict[str, float]:

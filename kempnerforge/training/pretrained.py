@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ log = logging.getLogger("kempnerforge")
 
 
 def load_pretrained(
-    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, plugins: Sequence[str | Path] = ()
 ) -> tuple[VLM, Processor]:
     """A model to use, and what makes its inputs.
 
@@ -41,19 +42,21 @@ def load_pretrained(
         path: a checkpoint or run directory; what ``kempnerforge import`` or ``export`` has made; or a directory of transformers (of a language
             model, PaliGemma, LLaVA, Idefics3, SmolVLM, Llama 3.2 Vision) or of nanoVLM.
         device: where to; None: a GPU if there is one.
+        plugins: modules or files in place of the plugins that the run names, which may have moved; relative to the working directory.
         dtype: None: what the run computes in; fp32 for models from elsewhere.
 
     Raises:
         ValueError: nothing is there that can be loaded.
     """
     path = Path(path)
+    given = [f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else []
     if (path / CONFIG).is_file():
         model, processor = _foreign(path)
     elif (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
-        model, processor = _exported(path)
+        model, processor = _exported(path, given)
     else:
         try:
-            restored = restore(path, ["--train.mixed_precision=fp32"] if dtype is not None else [])
+            restored = restore(path, [*given, *(["--train.mixed_precision=fp32"] if dtype is not None else [])])
         except CheckpointError as error:
             raise InputError(
                 f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"
@@ -77,8 +80,8 @@ def _foreign(path: Path) -> tuple[VLM, Processor]:
     return assembly.model, Processor(assembly, **processing(kept))
 
 
-def _exported(path: Path) -> tuple[VLM, Processor]:
-    assembly = assemble(load_config(path / JOB_FILE), Tokenizer.from_pretrained((path / TOKENIZER).resolve()), data=False)
+def _exported(path: Path, overrides: Sequence[str]) -> tuple[VLM, Processor]:
+    assembly = assemble(load_config(path / JOB_FILE, overrides), Tokenizer.from_pretrained((path / TOKENIZER).resolve()), data=False)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(set(tensor_files(path).values())):
         tensors |= load_file(file)

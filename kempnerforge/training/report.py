@@ -46,11 +46,13 @@ def write_report(
     examples: Sequence[Example],
     summary: Mapping[str, object],
     remarks: Sequence[str] = (),
+    changed: Sequence[str] = (),
 ) -> Path:
     """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and what is given; an old report is replaced in one move.
 
     Args:
         stages: (name, first step, last step).
+        changed: what later steps were trained with that earlier ones were not, a line each.
         examples: held-out samples to show; none for a run without images.
         summary: facts of the whole run, each optional. ``name``, ``arch``, ``device`` (text); ``parameters``, ``trainable_parameters``,
             ``steps``, ``train_s``, ``questions`` (how many were asked at the end); ``exact_match``, ``exact_match_blind``,
@@ -72,10 +74,18 @@ def write_report(
         _charts(metrics, facts, stages),
         _answers(facts.by_answer),
         _examples(examples),
+        _changed(changed),
         f"<details><summary>Configuration</summary><pre>{_said(config_toml)}</pre></details>" if config_toml else "",
         _footer(metrics),
     ]
     return write_page(run_dir / "report.html", name, "\n".join(filter(None, sections)))
+
+
+def _changed(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    return (
+        f"<section><h2>Changed on the way</h2><p>The config below is that of the last steps.</p><ul>{items}</ul></section>" if items else ""
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from torch import nn
 
 from kempnerforge.checkpoint import Manifest, load_weights, resolve
 from kempnerforge.config import load_config
+from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.model.lora import merge
 from kempnerforge.training.setup import Assembly, assemble, saved_tokenizer
+
+LOG = logging.getLogger("kempnerforge")
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,15 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
     assembly.asked = manifest.state.get("asked")
+    for span in manifest.state.get("history", [])[-1:]:
+        for line in plugin_changes(span["plugins"], plugins_of(job.plugins), path):
+            LOG.warning("%s: this is not what it was trained with: %s", path, line)
     merge(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(job.train.mixed_precision, device)
     cast(assembly.model.to(device).eval(), dtype)
-    as_written = not overrides or load_config(path / "config.toml").data == job.data
+    moved = [override for override in overrides if override.startswith("--plugins=")]
+    as_written = not overrides or load_config(path / "config.toml", moved).data == job.data
     return Restored(path, manifest, assembly, device, as_written)
 
 

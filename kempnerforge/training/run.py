@@ -1,4 +1,7 @@
-"""A run from its config to its report: directory, lock, resume, training."""
+"""A run from its config to its report: directory, lock, resume, training.
+
+All that can be refused is refused before anything is written: ``_prepare`` reads and checks, ``_write`` comes after it.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,25 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
-from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
-from kempnerforge.config import JobConfig, diff, load_config, to_toml
+from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.files import write_text
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
+from kempnerforge.training.history import continued, facts
 from kempnerforge.training.hooks import default_hooks
-from kempnerforge.training.setup import Assembly, assemble, initialise, saved_tokenizer
+from kempnerforge.training.same_run import check_same_data, check_same_run
+from kempnerforge.training.setup import assemble, initialise, saved_tokenizer
 from kempnerforge.training.trainer import Trainer
 
 LOG = logging.getLogger("kempnerforge")
-
-MAY_CHANGE = (
-    "run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.grad_accum_steps",
-    "data.num_workers", "data.image_cache_mib",
-)  # fmt: skip
-"""Keys that a resumed run may have changed: none of them touches what is learned from which samples."""
 
 
 def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), leaving: bool = False) -> bool:
@@ -43,7 +42,8 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
         Whether the run is complete; False: it was interrupted, and saved.
 
     Raises:
-        ValueError: the config does not fit the data, the model or the run that is there, or the directory cannot be written to.
+        ValueError: the config does not fit the data, the model or the run that is there, or the directory cannot be written to. Nothing has
+            been written then.
         CheckpointError: the directory is in use, or none of its checkpoints is whole.
         TrainingFault: the run cannot go on by itself.
     """
@@ -52,83 +52,81 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
     if not world.is_main:
         LOG.setLevel(logging.WARNING)  # what all ranks know, one says
     try:
-        if fresh:
-            _move_aside(run_dir, world)
-        _make_run_dir(run_dir)
-        with RunLock(run_dir):
-            return _train(job, run_dir, world, allow, leaving)
+        with _claimed(run_dir, world) as locks:
+            trainer = _prepare(job, run_dir, world, fresh, allow, leaving)
+            if not fresh and trainer.done and (run_dir / "report.html").exists():
+                LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / "report.html")
+                return True
+            if fresh and from_rank0(lambda: _move_aside(run_dir)):
+                locks.enter_context(RunLock(run_dir))
+            _write(job, trainer, run_dir)
+            trainer.fit()
+            return trainer.done
     finally:
         worlds.stop()
 
 
-def _make_run_dir(run_dir: Path) -> None:
+@contextmanager
+def _claimed(run_dir: Path, world: World) -> Iterator[ExitStack]:
+    """Holds the lock of ``run_dir``. Directories that were made for it go again if nothing was put there."""
+    made = from_rank0(lambda: _make(run_dir))
+    if isinstance(made, str):
+        raise InputError(made)
     try:
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise InputError(f"run.dir = {str(run_dir)!r}: cannot be written to")
+        with ExitStack() as locks:
+            locks.enter_context(RunLock(run_dir))
+            yield locks
+    finally:
+        for folder in made if world.is_main else ():
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _make(run_dir: Path) -> list[Path] | str:
+    """The directories that were made, the innermost first; or why that is not possible."""
+    try:
+        missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}") from None
-    if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise InputError(f"run.dir = {str(run_dir)!r}: cannot be written to")
+        return f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}"
+    return missing
 
 
-def _train(job: JobConfig, run_dir: Path, world: World, allow: Sequence[str], leaving: bool) -> bool:
-    _check_same_run(job, run_dir, allow)
-    begun = (run_dir / "checkpoints").is_dir()  # otherwise the data may have been mended since, and the tokenizer is of the old ones
-    tokenizer = saved_tokenizer(run_dir) if begun else None
-    assembly = assemble(job, tokenizer)
+def _prepare(job: JobConfig, run_dir: Path, world: World, fresh: bool, allow: Sequence[str], leaving: bool) -> Trainer:
+    """A trainer where the run is. Every check is made here, and nothing is written."""
+    found = None if fresh else find(run_dir / "checkpoints")
+    if found is not None:
+        check_same_run(job, run_dir, found, allow)
+    # without a checkpoint the data may have been mended since an earlier attempt, and its tokenizer is of the old ones
+    assembly = assemble(job, saved_tokenizer(found[0]) if found is not None else None)
     assembly.check_held_out()
-    if world.is_main:
-        for line in assembly.warnings():
-            LOG.warning("%s", line)
-        if tokenizer is None:
-            _write_tokenizer(assembly.tokenizer, run_dir)
-        write_text(run_dir / "config.toml", to_toml(job))
-    world.barrier()
-    found = find(run_dir / "checkpoints")
     if found is None:
         initialise(job, assembly.model, assembly.tokenizer)
     else:
-        _check_same_data(assembly, found[1], run_dir, allow)
+        check_same_data(assembly, found[1], run_dir, allow)
+    for stage in assembly.stages:
+        assembly.batches(stage, stage.start, world.rank, world.size)
     hooks, checkpoints = default_hooks(assembly, run_dir, leaving)
     trainer = Trainer(assembly, world, hooks)
     if found is not None:
         checkpoints.restore(trainer, *found)
         LOG.info("%s: continuing at step %d of %d", run_dir, trainer.step, trainer.total_steps)
-    if trainer.done and (run_dir / "report.html").exists():
-        LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / "report.html")
-        return True
-    trainer.fit()
-    return trainer.done
+    before = found[1].state.get("history", []) if found is not None else []
+    trainer.history = continued(before, trainer.step, facts(job, assembly, world.size))
+    return trainer
 
 
-def _check_same_run(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> None:
-    """What is in ``run_dir`` was made by the same config, up to what may change, and what is meant to."""
-    path = run_dir / "config.toml"
-    if not path.exists() or not (run_dir / "checkpoints").is_dir():
-        return
-    meant = tuple(f"{key}{end}" for key in allow for end in (".", " ", "[", ":"))
-    lines = [line for line in diff(load_config(path), job) if not line.startswith(MAY_CHANGE)]
-    changes = [line for line in lines if not line.startswith(meant)]
-    if changes:
-        listed = "\n  ".join(changes)
-        raise InputError(
-            f"run.dir = {str(run_dir)!r}: holds a run with another config:\n  {listed}\n"
-            "change it back, name another directory, use --fresh, or say --allow-change=KEY for what is meant to change"
-        )
-    for line in lines:
-        LOG.warning("changed, as it is meant to be: %s", line)
-
-
-def _check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
-    """The data are those that the run was begun with, also where the paths that lead to them are."""
-    now = assembly.fingerprints
-    changed = [name for name, before in manifest.state.get("data", {}).items() if now.get(name, before) != before]
-    if changed and "data" not in allow:
-        raise InputError(
-            f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(changed)}); put them back, use"
-            " --fresh, or say --allow-change=data if it is meant"
-        )
-    if changed:
-        LOG.warning("changed, as it is meant to be: the data (%s)", ", ".join(changed))
+def _write(job: JobConfig, trainer: Trainer, run_dir: Path) -> None:
+    """What a run directory has before the first step."""
+    if trainer.world.is_main:
+        for line in trainer.assembly.warnings():
+            LOG.warning("%s", line)
+        if not trainer.step or not (run_dir / "tokenizer").is_dir():
+            _write_tokenizer(trainer.assembly.tokenizer, run_dir)
+        write_text(run_dir / "config.toml", to_toml(job))
+    trainer.world.barrier()
 
 
 def _write_tokenizer(tokenizer, run_dir: Path) -> None:
@@ -139,13 +137,13 @@ def _write_tokenizer(tokenizer, run_dir: Path) -> None:
     part.rename(run_dir / "tokenizer")
 
 
-def _move_aside(run_dir: Path, world: World) -> None:
-    """Renames an existing run; nothing is deleted. A run that another process works on is refused by its lock."""
-    if from_rank0(run_dir.is_dir):
-        with RunLock(run_dir):
-            if world.is_main:
-                stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime())
-                aside = run_dir.with_name(f"{run_dir.name}.{stamp}")
-                run_dir.rename(aside)
-                LOG.info("moved the run that was there to %s", aside)
-    world.barrier()
+def _move_aside(run_dir: Path) -> bool:
+    """Renames an existing run, its lock with it; nothing is deleted. Returns whether there was one."""
+    if all(path.name == ".lock" for path in run_dir.iterdir()):
+        return False
+    aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime())}")
+    run_dir.rename(aside)
+    (aside / ".lock").unlink()
+    LOG.info("moved the run that was there to %s", aside)
+    run_dir.mkdir()
+    return True

@@ -18,6 +18,7 @@ from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
 from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, trainable_names
+from kempnerforge.training.history import Span
 from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
 from kempnerforge.training.setup import Assembly
 
@@ -79,6 +80,9 @@ class Hook:
 class Trainer:
     """Trains what ``assembly`` holds.
 
+    Attributes:
+        history: the spans of the run, the one that this process trains the last; empty where nobody keeps them.
+
     Args:
         assembly: the job put together; its model is sharded in place.
     """
@@ -100,6 +104,7 @@ class Trainer:
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
         )
+        self.history: list[Span] = []
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         caches = job.train.feature_cache and self.model.has_images
         self.features = FeatureCache(Path(job.train.feature_cache), self.model, world, dtype) if caches else None

@@ -38,7 +38,7 @@ def test_another_config(job: Job, tmp_path: Path, observe: Observe):
     other = type(job)(job.folder, changed, job.reference)
     (job.folder / "other.jsonl").write_text((job.folder / "train.jsonl").read_text())
     overrides = ("--vlm.arch=mot", f"--data.path={job.folder}/other.jsonl", "--optimizer.lr=1e-3")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with other.ranks(run, *overrides) as ranks:
         ended = ranks.wait()
     assert codes(ended) == [2, 2], ranks.err()
@@ -46,7 +46,7 @@ def test_another_config(job: Job, tmp_path: Path, observe: Observe):
     for key in ("vlm.arch: 'joint_decoder' -> 'mot'", "optimizer.lr: 0.002 -> 0.001", "data.path: "):
         assert any(line.startswith(f"  {key}") for line in said), ended[0].err
     assert any(line.startswith("  stages") for line in said), ended[0].err
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     exact = job.finish(run)
     observe(
         "continued with another arch, freeze schedule, learning rate, data", "refused with the difference, exit 2, nothing touched", exact

@@ -105,7 +105,7 @@ def test_workers_change_nothing(whole: Path):
 
 def test_a_complete_run_is_left_alone(whole: Path):
     def state() -> dict[str, tuple[bytes, int]]:
-        files = [path for path in (whole / "run").rglob("*") if path.is_file() and path.name not in (".lock", "config.toml")]
+        files = [path for path in (whole / "run").rglob("*") if path.is_file() and path.name != "config.toml"]
         return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
     before, config = state(), (whole / "run" / "config.toml").read_bytes()
@@ -229,21 +229,22 @@ def test_another_config_is_refused_with_the_difference(override: str, line: str,
 
 
 def test_edited_data_behind_the_same_path_are_noticed(tmp_path: Path):
-    config = make_job(tmp_path)
-    assert call("train", config, "--train.max_steps=2", "--eval.at_end=false").code == 0
+    config, constant = make_job(tmp_path), "--scheduler.name=constant"
+    assert call("train", config, constant, "--train.max_steps=2", "--eval.at_end=false").code == 0
     rows = rows_of(tmp_path)
     write_rows(tmp_path / "train.jsonl", [*rows[:5], rows[5] | {"answer": "purple"}, *rows[6:]])
-    ended = call("train", config)
+    ended = call("train", config, constant)
     assert ended.code == 2 and "data are no longer those that the run was begun with (train)" in ended.err, ended
-    assert call("train", config, "--allow-change=data", "--train.max_steps=4", "--eval.at_end=false").code == 0
+    assert call("train", config, constant, "--allow-change=data", "--train.max_steps=4", "--eval.at_end=false").code == 0
     write_rows(tmp_path / "train.jsonl", rows)
-    assert "--allow-change=data" in call("train", config).err, "the newest checkpoint counts"
+    assert "--allow-change=data" in call("train", config, constant).err, "the newest checkpoint counts"
 
 
 def test_what_does_not_touch_learning_may_change(tmp_path: Path):
     job = make_job(tmp_path)
-    assert call("train", job, "--train.max_steps=2", "--eval.at_end=false").code == 0
+    assert call("train", job, "--train.max_steps=2", "--eval.at_end=false", "--scheduler.name=constant").code == 0
     changed = (
+        "--scheduler.name=constant",
         "--eval.interval=1",
         "--checkpoint.interval=1",
         "--metrics.interval=2",
@@ -256,7 +257,7 @@ def test_what_does_not_touch_learning_may_change(tmp_path: Path):
 
 
 def test_a_run_directory_may_move(tmp_path: Path):
-    argv = ("train", make_job(tmp_path))
+    argv = ("train", make_job(tmp_path), "--scheduler.name=constant")
     assert call(*argv, "--train.max_steps=2", "--eval.at_end=false").code == 0
     shutil.move(tmp_path / "run", tmp_path / "moved")
     ended = call(*argv, f"--run.dir={tmp_path}/moved", "--train.max_steps=4")

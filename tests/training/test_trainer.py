@@ -219,11 +219,11 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path):
 
 
 def test_counts_of_bad_samples_survive_a_restart(tmp_path: Path):
-    job = make_job(tmp_path)
+    argv = ("train", make_job(tmp_path), "--data.max_bad_fraction=0.5", "--scheduler.name=constant")
     (tmp_path / "5.png").write_bytes(b"no image")
-    assert call("train", job, "--train.max_steps=4", "--data.max_bad_fraction=0.5").code == 0
+    assert call(*argv, "--train.max_steps=4").code == 0
     (tmp_path / "run" / "report.html").unlink()
-    assert call("train", job, "--train.max_steps=8", "--data.max_bad_fraction=0.5").code == 0
+    assert call(*argv, "--train.max_steps=8").code == 0
     last = [row for row in metrics(tmp_path / "run") if "data/samples" in row][-1]
     assert last["data/samples"] == 32 and 2 <= last["data/bad_samples"] <= 4
     assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) == 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from kempnerforge.checkpoint import Manifest
 from kempnerforge.checkpoint.state import load_training, save_training
 from kempnerforge.config import CheckpointConfig, to_toml
+from kempnerforge.config.plugins import plugin_files, plugins_of
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -35,6 +36,7 @@ class Checkpoints(Hook):
         tokenizer = self.run_dir / "tokenizer"
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
         self._files["config.toml"] = to_toml(trainer.job).encode()
+        self._files |= plugin_files(plugins_of(trainer.job.plugins))
         self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
         self._asked = trainer.assembly.seen.asking.to_json()
 
@@ -55,6 +57,7 @@ class Checkpoints(Hook):
             "frozen": trainer.frozen,
             "data": self._data,
             "asked": self._asked,
+            "history": trainer.history,
         }
         root = self.run_dir / "checkpoints"
         optimizers = trainer.optimizers

@@ -11,6 +11,7 @@ from kempnerforge.data.images import load_image
 from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import SampleError
 from kempnerforge.eval.exact_match import Answer, Score
+from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.training.trainer import Hook, Trainer
@@ -48,6 +49,7 @@ class Report(Hook):
         path = write_report(
             self.run_dir,
             config_toml=to_toml(job),
+            changed=changed_on_the_way(trainer.history, trainer.step),
             stages=[(stage.name, stage.start, stage.end) for stage in trainer.stages],
             examples=examples(seeing, final.blind, trainer.assembly.layout.image_size) if seeing is not None else [],
             summary=summary | ({"by_answer": seeing.by_truth} if seeing is not None else {}),

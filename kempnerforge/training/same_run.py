@@ -1,0 +1,132 @@
+"""Whether a job continues the run that is there. The run's config is read as data, from its newest checkpoint: no plugin of it is imported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.config import JobConfig, Stage, diff
+from kempnerforge.config.build import convert_fields
+from kempnerforge.config.errors import InputError, Problems
+from kempnerforge.config.files import read_toml
+from kempnerforge.config.plugins import plugin_changes, plugins_of
+from kempnerforge.training.history import Span
+from kempnerforge.training.schedule import lr_factor
+from kempnerforge.training.setup import Assembly
+
+LOG = logging.getLogger("kempnerforge")
+
+MAY_CHANGE = (
+    "run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.grad_accum_steps",
+    "data.num_workers", "data.image_cache_mib",
+)  # fmt: skip
+"""Keys that a resumed run may have changed: none of them touches what is learned from which samples. ``train.max_steps`` does where it is what
+the learning rate is planned for: see ``_moved_plan``."""
+
+PLANNED = ("train.max_steps", "scheduler", "optimizer", "stages")
+"""Where the plan of the learning rate is made."""
+
+
+def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], allow: Sequence[str]) -> None:
+    """What is in ``run_dir`` was made by the same config and plugins, up to what may change, and what is meant to.
+
+    Args:
+        found: its newest checkpoint, verified.
+        allow: keys or sections that are meant to differ.
+
+    Raises:
+        ValueError: with a line for each difference, or as the run has passed the end of the job already.
+    """
+    path, manifest = found
+    where, step = f"run.dir = {str(run_dir)!r}", manifest.step
+    if job.total_steps() < step:
+        end = "the [[stages]] end at" if job.stages and job.total_steps() != job.train.max_steps else "train.max_steps ="
+        raise InputError(
+            f"{where}: has done {step} steps already, and {end} {job.total_steps()}; set it to at least {step}, or use --fresh"
+        )
+    history = manifest.state.get("history", [])
+    old = history[-1]["config"] if history else read_toml(run_dir / "config.toml")
+    lines = [line for line in diff(old, job) if not line.startswith((*MAY_CHANGE, "plugins"))]
+    lines += _plugin_changes(job, old, history, path) + _moved_plan(job, old, step)
+    meant = tuple(f"{key}{end}" for key in (*allow, *(["train.max_steps"] if "scheduler" in allow else [])) for end in (".", " ", "[", ":"))
+    changes = [line for line in lines if not line.startswith(meant)]
+    if changes:
+        listed = "\n  ".join(changes)
+        raise InputError(
+            f"{where}: holds a run with another config:\n  {listed}\n"
+            "change it back, name another directory, use --fresh, or say --allow-change=KEY for what is meant to change"
+        )
+    for line in lines:
+        LOG.warning("changed, as it is meant to be: %s", line)
+    if any(line.startswith(PLANNED) for line in lines) and (told := _next_rate(job, old, step)):
+        LOG.warning("the new plan: %s", told)
+
+
+def check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
+    """The data are those that the run was begun with, also where the paths that lead to them are.
+
+    Raises:
+        ValueError: they are not, and ``allow`` does not say that it is meant.
+    """
+    now = assembly.fingerprints
+    changed = [name for name, before in manifest.state.get("data", {}).items() if now.get(name, before) != before]
+    if changed and "data" not in allow:
+        raise InputError(
+            f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(changed)}); put them back, use"
+            " --fresh, or say --allow-change=data if it is meant"
+        )
+    if changed:
+        LOG.warning("changed, as it is meant to be: the data (%s)", ", ".join(changed))
+
+
+def _plugin_changes(job: JobConfig, old: Mapping[str, Any], history: Sequence[Span], path: Path) -> list[str]:
+    if history:
+        return plugin_changes(history[-1]["plugins"], plugins_of(job.plugins), path)
+    before = old.get("plugins", [])  # a checkpoint that knows them by name alone
+    return [f"plugins: {before} -> {job.plugins}"] if before != job.plugins else []
+
+
+# ---- the plan of the learning rate -----------------------------------------------------------------------------------
+
+
+def _moved_plan(job: JobConfig, old: Mapping[str, Any], step: int) -> list[str]:
+    """Without stages the rate is planned for ``train.max_steps``. Another number is fine as long as it would have given the steps that are
+    done the rates that they had: with a constant rate, in a warm-up, before "wsd" decays. The run is then one that was planned so.
+    """
+    before, after = old.get("train", {}).get("max_steps", 0), job.train.max_steps
+    if job.stages or old.get("stages") or before == after or not step:
+        return []
+    warmups = {None, *(group.warmup_steps for group in job.optimizer.groups)}
+    if all(lr_factor(job.scheduler, step - 1, before, w) == lr_factor(job.scheduler, step - 1, after, w) for w in warmups):
+        return []
+    line = f"train.max_steps: {before} -> {after}: the schedule {job.scheduler.name!r} was planned for {before} steps"
+    told = _next_rate(job, old, step)
+    return [f"{line}; {told}. ([[stages]] keep a plan of their own, which train.max_steps only cuts short.)" if told else line]
+
+
+def _next_rate(job: JobConfig, old: Mapping[str, Any], step: int) -> str:
+    """What becomes of the learning rate at the next step; empty if the old config cannot say, or nothing becomes of it."""
+    stages = _planned(job, old)
+    if stages is None:
+        return ""
+    a, b = (_rate(each, step) for each in (stages, job.resolved_stages()))
+    return f"step {step + 1} has the learning rate {b}, by the old plan {a}" if a != b else ""
+
+
+def _planned(job: JobConfig, old: Mapping[str, Any]) -> list[Stage] | None:
+    """The stages of the ``old`` config, as far as the learning rate is a matter of them; None: it is no longer understood."""
+    stages = [{key: s[key] for key in ("name", "steps", "optimizer", "scheduler") if key in s} for s in old.get("stages", [])]
+    tables = {name: old.get(name, {}) for name in ("train", "optimizer", "scheduler")} | {"stages": stages}
+    sections = convert_fields(JobConfig, tables, (), problems := Problems(""))
+    return None if problems.lines else replace(job, **sections).resolved_stages()
+
+
+def _rate(stages: Sequence[Stage], step: int) -> str:
+    stage = next((s for s in stages if step < s.end), stages[-1])
+    into = step - stage.start
+    rate = stage.optimizer.lr * lr_factor(stage.scheduler, into, stage.planned_steps)
+    return f"{rate:.3g} (step {into + 1} of {stage.planned_steps} in stage {stage.name!r})"

@@ -1,0 +1,307 @@
+"""What a run may be continued with, what is refused, and that a refused command leaves everything as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kempnerforge.checkpoint import resolve
+from kempnerforge.checkpoint.manifest import FORMAT, Manifest, verify
+from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, TrainConfig, to_dict
+from kempnerforge.config.errors import InputError
+from kempnerforge.config.training import OptimizerGroup
+from kempnerforge.training.history import changed_on_the_way, continued, trained_with
+from kempnerforge.training.same_run import check_same_run
+from kempnerforge.training.schedule import DECAYS, lr_factor
+from tests.training.tiny import call, make_job, metrics, write_rows
+
+
+def manifest(job: JobConfig, step: int) -> Manifest:
+    """Of a checkpoint that ``job`` has written."""
+    return Manifest(FORMAT, step, 1, "", {"history": [{"start": 0, "config": to_dict(job), "plugins": []}]}, {})
+
+
+def refused(new: JobConfig, old: JobConfig, step: int, *allow: str) -> str:
+    """Why ``new`` does not go on where ``old`` is at ``step``; empty: it does."""
+    try:
+        check_same_run(new, Path("run"), (Path("run/checkpoints/step"), manifest(old, step)), allow)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(sorted(DECAYS)), st.integers(0, 12), st.none() | st.integers(0, 12), st.floats(0, 1),
+    st.integers(1, 40), st.integers(1, 40), st.data(),
+)  # fmt: skip
+def test_another_length_is_refused_where_it_would_have_changed_what_was_done(
+    name: str, warmup: int, own: int | None, floor: float, before: int, after: int, data: st.DataObject
+) -> None:
+    """By comparing the rates of all steps that are done, of the section and of a group with a warm-up of its own."""
+    step = data.draw(st.integers(0, min(before, after)))
+    job = JobConfig(
+        train=TrainConfig(max_steps=before),
+        scheduler=SchedulerConfig(name, warmup_steps=warmup, min_lr_ratio=floor),
+        optimizer=OptimizerConfig(groups=[] if own is None else [OptimizerGroup("adapter", warmup_steps=own)]),
+    )
+    rates = [[lr_factor(job.scheduler, t, n, w) for w in (None, own) for t in range(step)] for n in (before, after)]
+    found = refused(replace(job, train=TrainConfig(max_steps=after)), job, step)
+    assert bool(found) == (rates[0] != rates[1])
+    if found:
+        assert f"train.max_steps: {before} -> {after}" in found and repr(name) in found
+        for key in ("train.max_steps", "train", "scheduler"):
+            assert not refused(replace(job, train=TrainConfig(max_steps=after)), job, step, key)
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_a_run_that_has_passed_the_end_is_refused(end: int, step: int) -> None:
+    job = JobConfig(train=TrainConfig(max_steps=end), scheduler=SchedulerConfig("constant"))
+    found = refused(job, job, step)
+    assert bool(found) == (step > end)
+    assert not found or (f"has done {step} steps already" in found and f"train.max_steps = {end}" in found)
+
+
+def test_the_new_plan_is_said_and_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = make_job(tmp_path)
+    more = ("train", job, "--eval.at_end=false", "--train.max_steps=8")
+    assert call(*more, "--train.max_steps=4").code == 0
+    ended = call(*more)
+    said = "train.max_steps: 4 -> 8: the schedule 'cosine' was planned for 4 steps; step 5 has the learning rate"
+    assert ended.code == 2 and said in ended.err
+    assert f"{said} 0.0009 (step 5 of 8 in stage 'train'), by the old plan 0.0002 (step 5 of 4 in stage 'train')" in ended.err
+    with caplog.at_level(logging.WARNING, logger="kempnerforge"):
+        assert call(*more, "--allow-change=train.max_steps").code == 0
+    assert "the new plan: step 5 has the learning rate" in caplog.text
+    rates = {row["step"]: row["train/lr"] for row in metrics(tmp_path / "run")}
+    cosine = SchedulerConfig()
+    expected = [*(lr_factor(cosine, t, 4) for t in range(4)), *(lr_factor(cosine, t, 8) for t in range(4, 8))]
+    assert list(rates.values()) == pytest.approx([2e-3 * factor for factor in expected])
+
+
+def test_stages_keep_their_plan_and_are_held_to_it() -> None:
+    from kempnerforge.config import StageConfig
+
+    def job(steps: int, cap: int) -> JobConfig:
+        return JobConfig(train=TrainConfig(max_steps=cap), stages=[StageConfig("a", steps), StageConfig("b", 9)])
+
+    assert not refused(job(10, 0), job(10, 7), 7), "cut short, then allowed to go on"
+    for reached in (7, 12):  # in the stage, and behind it
+        assert "stages[0].steps: 10 -> 12" in refused(job(12, 0), job(10, 0), reached)
+        assert not refused(job(12, 0), job(10, 0), reached, "stages")
+
+
+def test_keys_that_the_run_did_not_know_yet_are_no_change() -> None:
+    """A config that was written before a key existed; the key at its default, and at another value."""
+    old, new = JobConfig(train=TrainConfig(max_steps=3)), JobConfig(train=TrainConfig(max_steps=3))
+    kept = manifest(old, 2)
+    del kept.state["history"][0]["config"]["optimizer"]["moments"]
+    check_same_run(new, Path("run"), (Path("x"), kept), ())
+    new.optimizer.moments = "reset"
+    with pytest.raises(InputError, match="optimizer.moments: unset -> 'reset'"):
+        check_same_run(new, Path("run"), (Path("x"), kept), ())
+
+
+# ---- refused commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job and its run of 4 steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert call("train", make_job(folder), "--train.max_steps=4", "--eval.at_end=false").code == 0
+    return folder
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+REFUSED = {
+    "another rate": ["--optimizer.lr=1"],
+    "below what is done": ["--train.max_steps=2"],
+    "a longer plan": ["--train.max_steps=9"],
+    "no data": ["--data.path={folder}/none.jsonl", "--allow-change=data"],
+    "no held-out data": ["--data.eval_path={folder}/none.jsonl", "--allow-change=data"],
+    "other data": ["--data.path={folder}/test.jsonl", "--allow-change=data.path"],
+    "a pattern without a hit": ["--vlm.freeze=[{module='x.*'}]", "--allow-change=vlm"],
+    "a scale without a hit": ["--optimizer.lr_scale={x=2.0}", "--allow-change=optimizer"],
+    "too short for a sample": ["--vlm.max_text_len=2", "--model.max_seq_len=4", "--allow-change=vlm", "--allow-change=model"],
+    "another model": ["--model.dim=64", "--allow-change=model"],
+    "a plugin that is not there": ["--plugins=none.py"],
+}
+ON_ANY_DIRECTORY = ["no data", "no held-out data", "a pattern without a hit", "a scale without a hit", "too short for a sample"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_command_changes_nothing(name: str, begun: Path) -> None:
+    before = everything(begun)
+    argv = [word.replace("{folder}", str(begun)) for word in REFUSED[name]]
+    ended = call("train", begun / "job.toml", "--train.max_steps=4", *argv)
+    assert ended.code in (2, 3) and everything(begun) == before, ended
+
+
+@pytest.mark.parametrize("name", ON_ANY_DIRECTORY)
+def test_a_refused_command_neither_moves_a_run_nor_makes_a_directory(name: str, begun: Path) -> None:
+    before = everything(begun)
+    argv = ["train", begun / "job.toml", *(word.replace("{folder}", str(begun)) for word in REFUSED[name])]
+    fresh = call(*argv, "--fresh")
+    assert fresh.code == 2 and everything(begun) == before, fresh
+    new = call(*argv, f"--run.dir={begun}/deep/new/run")
+    assert new.code == 2 and everything(begun) == before, new
+
+
+def test_weights_that_do_not_fit_leave_no_directory(begun: Path) -> None:
+    before = everything(begun)
+    ended = call(
+        "train", begun / "job.toml", f"--run.init_from={begun}/run", "--vision_encoder.dim=64", f"--run.dir={begun}/new", "--fresh"
+    )
+    assert ended.code == 2 and "run.init_from" in ended.err and everything(begun) == before
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def span(start: int, **facts: object) -> dict:
+    plain = {"config": {"train": {"batch_size": 4}}, "stages": [], "plugins": [], "data": {}, "world_size": 1, "versions": {}}
+    return {**plain, "start": start, **facts}
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=8))
+def test_every_step_belongs_to_the_span_that_trained_it(parts: list[tuple[int, int, int]]) -> None:
+    """A run in parts, each of so many processes and steps, that loses up to some of its last steps when it stops."""
+    history, truth, step = [], [], 0
+    for steps, world, lost in parts:
+        history = continued(history, step, span(0, world_size=world))
+        truth = truth[:step] + [world] * steps
+        step = max(len(truth) - lost, 0) if lost < steps else step
+    kept = [entry for entry in history if entry["start"] < len(truth)]
+    ends = [*(entry["start"] for entry in kept[1:]), len(truth)]
+    assert [e["world_size"] for e, end in zip(kept, ends, strict=True) for _ in range(e["start"], end)] == truth
+    assert all(a["world_size"] != b["world_size"] for a, b in pairwise(kept)), "no span without a change"
+
+
+def test_settings_beside_the_training_make_no_span() -> None:
+    def config(**sections: object) -> dict:
+        return {"train": {"batch_size": 4}, "metrics": {"interval": 1}, "run": {"dir": "a"}} | sections
+
+    first = continued([], 0, span(0, config=config()))
+    again = continued(first, 3, span(0, config=config(metrics={"interval": 5}, run={"dir": "b"})))
+    assert [entry["start"] for entry in again] == [0] and again[0]["config"]["metrics"] == {"interval": 5}, "the newest is kept"
+    assert [entry["start"] for entry in continued(first, 3, span(0, config=config(train={"batch_size": 2})))] == [0, 3]
+
+
+def test_a_run_continued_with_another_batch_size_says_so(tmp_path: Path) -> None:
+    argv = ("train", make_job(tmp_path), "--scheduler.name=constant", "--train.max_steps=6")
+    assert call(*argv, "--train.max_steps=4", "--eval.at_end=false").code == 0
+    assert call(*argv, "--train.batch_size=2", "--allow-change=train.batch_size").code == 0
+    run = tmp_path / "run"
+    history = verify(resolve(run)).state["history"]
+    assert [(entry["start"], entry["config"]["train"]["batch_size"]) for entry in history] == [(0, 4), (4, 2)]
+    assert "batch_size = 2" in (run / "config.toml").read_text()
+    change = "train.batch_size: 4 -> 2"
+    assert change in (run / "report.html").read_text().replace("&gt;", ">")
+    assert call("export", run, tmp_path / "out", "--format", "kempnerforge").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"* `train`, steps 0 to 4: 4 steps of 4 samples; `jsonl` ({tmp_path}/train.jsonl)" in card
+    assert "* `train`, steps 4 to 6: 2 steps of 2 samples;" in card and change in card and "## Config of the steps from 4 on" in card
+
+
+def test_lines_of_the_record() -> None:
+    stages = [
+        {"name": "a", "start": 0, "end": 6, "samples": 4, "data": ["`x`"]},
+        {"name": "b", "start": 6, "end": 9, "samples": 2, "data": ["`y`"]},
+    ]
+    one = [span(0, stages=stages)]
+    assert trained_with(one, 8) == ["`a`: 6 steps of 4 samples; `x`", "`b`: 2 steps of 2 samples; `y`"] and changed_on_the_way(one, 8) == []
+    two = [*one, span(4, stages=stages, world_size=2, data={"a": "1"})]
+    assert changed_on_the_way(two, 8) == ["from step 4 on: processes: 1 -> 2"] and changed_on_the_way(two, 4) == []
+    assert trained_with([span(3, stages=stages)], 6) == ["steps 0 to 3: not recorded", "`a`: 3 steps of 4 samples; `x`"]
+
+
+# ---- plugins ---------------------------------------------------------------------------------------------------------
+
+ARCH = """
+from dataclasses import dataclass
+from kempnerforge.config import registry
+from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.vlm.joint_decoder import JointDecoder
+@registry.register_vlm_config
+@dataclass
+class LabConfig(VLMConfig):
+    arch: str = "lab_{name}"
+@registry.register_arch("lab_{name}")
+class Lab(JointDecoder):
+    sign = +1
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Callable[..., object]:
+    """The command on a job whose arch is in ``lab/arch.py``."""
+    job = make_job(tmp_path)
+    job.write_text(f'plugins = ["lab/arch.py"]\n{job.read_text()}'.replace('"joint_decoder"', f'"lab_{tmp_path.name}"'))
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "arch.py").write_text(ARCH.replace("{name}", tmp_path.name))
+
+    def train(steps: int, *more: object) -> object:
+        return call("train", job, "--scheduler.name=constant", f"--train.max_steps={steps}", "--eval.at_end=false", *more)
+
+    return train
+
+
+def test_a_plugin_is_known_by_its_source(lab: Callable[..., object], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, run = tmp_path / "lab" / "arch.py", tmp_path / "run"
+    assert lab(2).code == 0
+    (tmp_path / "other").mkdir()
+    moved = file.rename(tmp_path / "other" / "renamed.py")
+    assert lab(3).code == 2, "it is not where the config says"
+    ended = lab(3, f"--plugins={moved}")
+    assert ended.code == 0, "the same source under another name is the same plugin"
+    moved.write_text(moved.read_text().replace("+1", "-1"))
+    before = everything(run)
+    ended = lab(4, f"--plugins={moved}")
+    assert ended.code == 2 and "its source changed" in ended.err and everything(run) == before
+    lines = [line.strip() for line in ended.err.splitlines()]
+    assert "-    sign = +1" in lines and "+    sign = -1" in lines
+    assert lab(4, f"--plugins={moved}", "--allow-change=plugins").code == 0
+    history = verify(resolve(run)).state["history"]
+    assert [entry["start"] for entry in history][-1] == 3 and len({entry["plugins"][0]["sha256"] for entry in history}) == 2
+    (line,) = [line for line in changed_on_the_way(history, 4) if "plugins: " in line]
+    assert line.startswith("from step 3 on: ")
+
+
+def test_a_run_whose_plugin_has_moved_is_loaded_with_it(
+    lab: Callable[..., object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kempnerforge.training.pretrained import load_pretrained
+
+    assert lab(1).code == 0
+    moved = (tmp_path / "lab" / "arch.py").rename(tmp_path / "elsewhere.py")
+    with pytest.raises(InputError, match="arch.py' cannot be imported") as caught:
+        load_pretrained(tmp_path / "run")
+    assert "--plugins=FILE" in str(caught.value) and "load_pretrained(..., plugins=[FILE])" in str(caught.value)
+    model, _ = load_pretrained(tmp_path / "run", plugins=[moved])
+    assert type(model).__name__ == "Lab" and "not what it was trained with" not in caplog.text
+    asked = call("generate", tmp_path / "run", tmp_path / "0.png", "--prompt", "what?", "--max-new-tokens", "2", f"--plugins={moved}")
+    assert asked.code == 0, asked
+    moved.write_text(moved.read_text().replace("+1", "-1"))
+    with caplog.at_level(logging.WARNING, logger="kempnerforge"):
+        load_pretrained(tmp_path / "run", plugins=[moved])
+    assert "this is not what it was trained with: plugins: " in caplog.text
+
+
+def test_an_attempt_with_other_rows_is_refused_before_anything_is_written(lab: Callable[..., object], tmp_path: Path) -> None:
+    assert lab(2).code == 0
+    before = everything(tmp_path / "run")
+    write_rows(tmp_path / "train.jsonl", [{"image": "1.png", "prompt": "what?", "answer": "red"}] * 8)
+    assert lab(3).code == 2 and everything(tmp_path / "run") == before
