@@ -8,6 +8,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
 NEWLINE = "\n"
+INTERRUPTED = 130
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
@@ -76,6 +78,15 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(argv: Sequence[str]) -> int:
     """Parses ``argv``, runs the command and turns what went wrong into a line on stderr and an exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    """As ``run``; an interrupt comes out."""
     words, overrides = split_overrides(argv)
     args, rest = parser().parse_known_args(words)
     if hasattr(args, "images"):  # argparse takes those before the next option alone
@@ -85,9 +96,6 @@ def run(argv: Sequence[str]) -> int:
     try:
         _expand_paths(args)
         return command(args.command).run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -95,6 +103,11 @@ def run(argv: Sequence[str]) -> int:
         print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
+        from kempnerforge.data.loader import lost_worker
+
+        if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
+            print(f"stopped: {lost}", file=sys.stderr)
+            return 3
         code = _exit_code(error, args.command)
         if code is None:
             raise
@@ -150,8 +163,12 @@ def main() -> NoReturn:
     tune_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kempnerforge").setLevel(logging.INFO)
+    interrupted = False
     try:
-        code = run(sys.argv[1:])
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code, interrupted = INTERRUPTED, True
     except SystemExit as stop:  # argparse
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -159,4 +176,7 @@ def main() -> NoReturn:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted and "RANK" not in os.environ:  # a shell ends its loop when a command died of the signal; a launcher counts exit codes
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
         for line in dry_run(job):
             print(line, file=sys.stderr)
         return 0
+    from kempnerforge.training.hooks.signals import asked_by
     from kempnerforge.training.run import train
 
-    return 0 if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True) else 130
+    if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True):
+        return 0
+    if signal.SIGINT in asked_by:
+        raise KeyboardInterrupt  # all is saved
+    return 130

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -26,18 +30,68 @@ CLASS_POSITIONS = 16
 """Positions by which rows of one length class differ at most, about."""
 
 
+FOR_THE_MAIN_PROCESS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop also reaches its workers, as systems send it to whole groups. They go on, so that the step can be finished."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux' ``prctl``."""
+
+
+@contextmanager
+def _workers_starting() -> Iterator[None]:
+    """Processes that are started meanwhile never see the signals that are for the main process: a blocked signal stays so in a child."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_MAIN_PROCESS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(number: int, parent: int) -> None:
+    """A worker ends with the process that started it, however that ends."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except (AttributeError, OSError, TypeError):  # not Linux: torch's own watchdog sees it within seconds
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def lost_worker(error: RuntimeError) -> str:
+    """What to say where ``error`` is torch's that a data worker has died; empty if it is another one.
+
+    NOTE: it is raised by the handler of a signal, so anywhere in the main process.
+    """
+    found = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\w, ]+)\) (.*)", str(error))
+    if found is None:
+        return ""
+    why = found[2].rstrip(". ").partition(". ")[0]
+    likely = "; the system ends processes so when memory runs out: use fewer data.num_workers, or less data.image_cache_mib"
+    return f"data worker {found[1]} {why}{likely if why.endswith(('Killed', 'unexpectedly')) else ''}"
+
+
 class Loader:
     """Batches without end. Each iteration begins at the first step anew.
 
     Args:
         inner: what makes them; an item may be an error to raise here.
+        workers: processes that ``inner`` starts.
     """
 
-    def __init__(self, inner: Iterable[Batch | DataError]) -> None:
-        self._inner = inner
+    def __init__(self, inner: Iterable[Batch | DataError], workers: int = 0) -> None:
+        self._inner, self._workers = inner, workers
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._inner:
+        with _workers_starting():
+            items = iter(self._inner)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except (EOFError, OSError) as error:  # on the way from a worker, unless it says that the worker caught it
+                if not self._workers or str(error).startswith("Caught "):
+                    raise
+                raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
             if isinstance(item, DataError):
                 raise item
             yield item
@@ -114,6 +168,7 @@ def build_loader(
             num_workers=cfg.num_workers,
             collate_fn=partial(collate_rows, pad_id=encoder.tokenizer.pad_id, pad_to=pad_to),
             generator=torch.Generator().manual_seed(train_cfg.seed),
+            worker_init_fn=partial(_begin_worker, parent=os.getpid()),
             snapshot_every_n_steps=2**30,  # the step says it all: no states of workers
         )
-    return Loader(inner)
+    return Loader(inner, cfg.num_workers)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
+from kempnerforge.data.loader import Loader, lost_worker
 from kempnerforge.data.pack import Sizes
 
 MakeEncoder = Callable[..., Encoder]
@@ -153,3 +158,48 @@ def test_sizes_are_kept_once(
     monkeypatch.setattr(Sizes, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
     assert next(iter(loader(list_source(pictures), make_encoder(**cfg)))).num_targets
     assert len(made) == 1
+
+
+def test_workers_leave_signals_to_the_main_process(list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample]) -> None:
+    """What reaches a whole group (``timeout``, a scheduler, Ctrl-C) ends no worker, and the main process sees signals again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    others = set(multiprocessing.active_children())
+    batches = iter(loader(list_source(pictures), make_encoder(num_workers=1)))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid or 0, number)
+    for _ in range(6):  # more than was ready before
+        next(batches)
+    assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "data worker 12 is killed by signal: Killed; .*memory"),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "data worker 12, 13 exited unexpectedly; .*memory"),
+        ("DataLoader worker (pid 12) is killed by signal: Segmentation fault. ", "data worker 12 is killed by signal: Segmentation fault$"),
+        ("Caught KeyError in DataLoader worker process 0.", "$"),
+    ],
+)
+def test_a_lost_worker_is_told_from_an_error_in_one(message: str, said: str) -> None:
+    assert re.match(said, lost_worker(RuntimeError(message)))
+
+
+def test_a_transfer_that_breaks_off_is_a_lost_worker() -> None:
+    """An error that a worker caught keeps its class; one on the way from it is its end."""
+
+    def broken(error: Exception) -> Any:
+        yield from ()
+        raise error
+
+    for error, kind in (
+        (EOFError(), RuntimeError),
+        (FileNotFoundError(2, "x"), RuntimeError),
+        (OSError("Caught OSError in worker"), OSError),
+    ):
+        with pytest.raises(kind):
+            list(Loader(broken(error), workers=1))
+    with pytest.raises(EOFError):
+        list(Loader(broken(EOFError())))

@@ -8,6 +8,9 @@ from types import FrameType
 
 from kempnerforge.training.trainer import Hook, Trainer
 
+asked_by: set[int] = set()
+"""The signals that have asked this process to stop."""
+
 
 class Signals(Hook):
     """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one.
@@ -24,11 +27,13 @@ class Signals(Hook):
 
     def start(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        asked_by.clear()
 
         def ask(number: int, frame: FrameType | None) -> None:
             if trainer.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             trainer.stop_requested = True
+            asked_by.add(number)
             # past Python's buffers: a handler that finds one half written would raise
             os.write(2, f"{signal.Signals(number).name}: stopping after this step; the run can be continued\n".encode())
 

@@ -1,0 +1,76 @@
+"""Signals to a whole process group, data workers included, and processes that leave no others behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.training.tiny import checkpoint_steps, environment, losses, make_job
+
+OPTIONS = ("--data.num_workers=1", "--train.max_steps=5000", "--checkpoint.interval=0", "--eval.at_end=false")
+
+
+def begun(argv: Sequence[str], run: Path) -> subprocess.Popen[str]:
+    """``argv`` in a process group of its own, a few steps into the run."""
+    there = (run / "metrics.jsonl").exists
+    done = len(losses(run)) if there() else 0
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    going = lambda: there() and len(losses(run)) >= done + 3
+    assert wait_until(lambda: going() or process.poll() is not None) and process.poll() is None, process.communicate()
+    return process
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (there := true()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return there
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether none of these runs any more."""
+    stats = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return all(not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX" for stat in stats)
+
+
+def test_a_group_is_asked_to_stop_then_a_worker_and_then_the_run_are_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = [sys.executable, "-m", "kempnerforge", "train", str(make_job(tmp_path)), *OPTIONS]
+    process = begun(argv, run)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert checkpoint_steps(run) == [len(losses(run))]
+
+    process = begun(argv, run)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "stopped: data worker " in err and "memory" in err and "Traceback" not in err, err
+
+    process = begun(argv, run)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(workers) == 1 and wait_until(lambda: gone(workers), 3), "workers outlive the run"
+
+
+def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
+    """The terminal sends it to all of the group; the shell goes on unless the command *died* of it."""
+    run = tmp_path / "run"
+    command = shlex.join([sys.executable, "-m", "kempnerforge", "train", str(make_job(tmp_path)), *OPTIONS])
+    shell = begun(["bash", "-c", f"for k in 1 2; do {command}; done; echo the loop went on"], run)
+    os.killpg(shell.pid, signal.SIGINT)
+    out, err = shell.communicate(timeout=60)
+    assert shell.returncode == -signal.SIGINT and not out and "Traceback" not in err, (out, err)
+    assert checkpoint_steps(run) == [len(losses(run))]
