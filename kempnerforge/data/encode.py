@@ -200,6 +200,10 @@ class Encoder:
         """As ``TextEncoder.end_id``."""
         return self.texts[part].end_id
 
+    def stops(self, part: int = 0) -> frozenset[int]:
+        """As ``TextEncoder.stops``."""
+        return self.texts[part].stops
+
     def _as_asked(self, sample: Sample) -> Sample:
         texts = self.texts[sample.part]
         if not texts.template.by_turn:

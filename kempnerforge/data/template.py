@@ -41,7 +41,8 @@ class Template(ABC):
     """Makes pieces of texts.
 
     Attributes:
-        bos: whether BOS stands in front of the pieces.
+        bos: whether BOS stands in front of the pieces, with a tokenizer that puts it there.
+        own_bos: it does with any tokenizer that has one.
         specials: whether names of special tokens in the template's own writing are these tokens.
         end: name of the token that ends an answer; empty means EOS.
         own: the template's own writing, to tell which names occur in it.
@@ -51,6 +52,7 @@ class Template(ABC):
     """
 
     bos = True
+    own_bos = False
     specials = False
     end = ""
     own = ""
@@ -96,6 +98,7 @@ class PlainTemplate(Template):
 class PaliGemmaTemplate(Template):
     """Images, BOS, prompt, line break; answer, EOS (Beyer et al. 2024, "PaliGemma", section 3.1)."""
 
+    own_bos = True
     turns = False
 
     def pieces(self, text: Text, system: str) -> list[Piece]:

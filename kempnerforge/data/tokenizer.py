@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import start_of
@@ -20,8 +20,9 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
 CHAT_TEMPLATE = "chat_template.jinja"
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-# classes of transformers that add nothing to tokenizer.json
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: adds nothing to tokenizer.json
+OWN_KEYS = {"tokenizer_class", "clean_up_tokenization_spaces", "bos_token", "eos_token", "pad_token", "new_tokens", "adds_bos", "stop_ids"}
+"""Of ``tokenizer_config.json`` as ``Tokenizer.save`` writes it."""
 
 
 class Tokenizer:
@@ -30,10 +31,12 @@ class Tokenizer:
     Args:
         backend: the tokenizer. Its truncation and padding are switched off, and names of special tokens inside a text are encoded as text.
         eos: the token that ends an answer.
-        bos: the token that a text starts with, if there is one.
+        bos: the token that is called so, if there is one.
+        adds_bos: whether a text starts with it; None: as the backend's post-processor has it.
         pad: the token on padding; None takes ``eos``.
         appended: tokens of ``backend`` that an earlier ``add_tokens`` has put behind the others; it may be asked for them again.
         chat_template: how conversations are written, in Jinja, if the tokenizer says.
+        stops: ids of further tokens that end an answer.
 
     Attributes:
         vocab_size: one more than the largest id.
@@ -41,6 +44,8 @@ class Tokenizer:
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
         unknown_id: of the token that stands for what the tokenizer does not know, if there is one.
+        start_id: of the token that a text starts with, if one is put there.
+        stop_ids: at these generation ends, EOS among them.
         special_names: names of added and special tokens by id.
         fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not part of it: it decides what the
             text is.
@@ -58,6 +63,8 @@ class Tokenizer:
         pad: str | None = None,
         appended: Sequence[str] = (),
         chat_template: str | None = None,
+        adds_bos: bool | None = None,
+        stops: Iterable[int] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -72,6 +79,12 @@ class Tokenizer:
         self.eos_id: int = vocab[self.eos]
         self.pad_id: int = vocab[self.pad]
         self.bos_id: int | None = None if self.bos is None else vocab[self.bos]
+        added = backend.encode("").ids[:1]
+        starts = self.bos_id is not None and (added == [self.bos_id] if adds_bos is None else adds_bos)
+        if adds_bos is None and added and added[0] not in (self.bos_id, self.eos_id):
+            raise InputError(f"data.tokenizer: puts {backend.id_to_token(added[0])!r} in front of each text, and its BOS is {self.bos!r}")
+        self.start_id: int | None = self.bos_id if starts else None
+        self.stop_ids: frozenset[int] = frozenset({self.eos_id, *stops})
         self.new_tokens: tuple[str, ...] = ()
         self._appended = tuple(appended)
         self._changed(vocab)
@@ -150,11 +163,29 @@ class Tokenizer:
         ]
         unknown = parts["model"].get("unk_token")
         self.unknown_id: int | None = parts["model"].get("unk_id") if unknown is None else vocab.get(unknown)
-        specials = [self.bos_id, self.eos_id, self.pad_id]
+        specials = [self.start_id, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self.backend.to_str(), self.eos, self.bos, self.pad, self._appended, self.new_tokens, self.chat_template)
+        return _rebuild, (self.backend.to_str(), self._named, self.new_tokens)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        """What the constructor is given besides the backend."""
+        names = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "appended": self._appended, "chat_template": self.chat_template}
+        return names | {"adds_bos": self.start_id is not None, "stops": self.stop_ids}
+
+    def changed(self, **named: Any) -> Tokenizer:
+        """The same with other arguments of the constructor."""
+        return Tokenizer(self.backend, **self._named | named)
+
+    def starting(self) -> Tokenizer:
+        """The same, with a backend that puts the token there that a text starts with."""
+        if self.start_id is None or self.backend.encode("").ids[:1] == [self.start_id]:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = put_in_front(str(self.bos), self.start_id)
+        return Tokenizer(backend, **self._named)
 
     def _encode(self, text: str, behind: str = "") -> tuple[int, ...]:
         if behind not in self._backends:
@@ -190,9 +221,11 @@ class Tokenizer:
         path.mkdir(parents=True, exist_ok=True)
         names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
         config = {
-            "tokenizer_class": PLAIN_CLASSES[0],
+            "tokenizer_class": PLAIN_CLASS,
             "clean_up_tokenization_spaces": False,
             **{key: token for key, token in names.items() if token is not None},
+            "adds_bos": self.start_id is not None,
+            "stop_ids": sorted(self.stop_ids),
             **({"new_tokens": list(self._appended)} if self._appended else {}),
         }
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
@@ -215,11 +248,12 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
         unicode = (text.encode("utf-8", "ignore").decode() for text in texts)  # a lone surrogate makes its sample unusable, not the run
         backend.train_from_iterator(unicode, trainer)
-        return cls(backend, eos=EOS, bos=BOS, pad=PAD)
+        return cls(backend, eos=EOS, bos=BOS, pad=PAD, adds_bos=True)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> Tokenizer:
-        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the repository is run.
+        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the repository is run. What ends an
+        answer in the model whose directory it is, by its ``generation_config.json`` or ``config.json``, ends one here, too.
 
         Raises:
             ValueError: it cannot be read, has no fast implementation, or has no EOS.
@@ -249,16 +283,47 @@ class Tokenizer:
             bos=loaded.bos_token,
             pad=loaded.pad_token,
             chat_template=_default_template(loaded.chat_template),
+            stops=stop_ids(Path(path_or_id)),
         )
 
 
-def _rebuild(
-    serialised: str, eos: str, bos: str | None, pad: str | None, appended: tuple[str, ...], new: tuple[str, ...], chat_template: str | None
-) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(serialised)
-    tokenizer = Tokenizer(backend, eos=eos, bos=bos, pad=pad, appended=appended, chat_template=chat_template)
+def _rebuild(serialised: str, named: dict[str, Any], new: tuple[str, ...]) -> Tokenizer:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialised), **named)
     tokenizer.add_tokens(new)
     return tokenizer
+
+
+def put_in_front(name: str, id_: int) -> Any:
+    """A post-processor that puts one token in front of a text."""
+    return processors.TemplateProcessing(single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, id_)])
+
+
+def stop_ids(path: Path) -> tuple[int, ...]:
+    """The tokens at which the model in ``path`` stops, as transformers finds them; none if there is no model.
+
+    Raises:
+        ValueError: a file cannot be read, or names something that is no id.
+    """
+    for file in (path / "generation_config.json", path / "config.json"):
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read; {error}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{file}: holds no JSON object")
+        text = content.get("text_config")
+        said = next(
+            (part["eos_token_id"] for part in (content, text) if isinstance(part, dict) and part.get("eos_token_id") is not None), None
+        )
+        if said is None:
+            continue
+        found = said if isinstance(said, list) else [said]
+        if wrong := [id_ for id_ in found if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0]:
+            raise InputError(f"{file}: eos_token_id has {wrong[0]!r}, which is no id of a token")
+        return tuple(found)
+    return ()
 
 
 def _default_template(found: Any) -> str | None:
@@ -303,23 +368,28 @@ def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.To
 
 
 def _read_plain(path: Path) -> Tokenizer | None:
-    """The tokenizer of a directory whose ``tokenizer.json`` says it all: read without importing transformers, which takes seconds."""
+    """The tokenizer of a directory that ``Tokenizer.save`` wrote: read without importing transformers, which takes seconds. Any other may
+    say more than ``tokenizer.json`` does, in its config or beside it.
+    """
     files = path / "tokenizer.json", path / "tokenizer_config.json"
-    if not all(file.is_file() for file in files):
+    if not all(file.is_file() for file in files) or any(
+        (path / name).is_file() for name in ("added_tokens.json", "special_tokens_map.json")
+    ):
         return None
     try:
         config = json.loads(files[1].read_text(encoding="utf-8"))
-        names = {key: _content(config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
-        if config.get("tokenizer_class") not in PLAIN_CLASSES or names["eos"] is None:
+        own = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
+        if not own or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
             return None
-        appended = [str(name) for name in config.get("new_tokens", ())]
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
         chat = path / CHAT_TEMPLATE
-        chat_template = chat.read_text(encoding="utf-8") if chat.is_file() else _default_template(config.get("chat_template"))
+        return Tokenizer(
+            backend,
+            **{key: config.get(f"{key}_token") for key in ("bos", "eos", "pad")},
+            appended=[str(name) for name in config.get("new_tokens", ())],
+            chat_template=chat.read_text(encoding="utf-8") if chat.is_file() else None,
+            adds_bos=bool(config.get("adds_bos", True)),  # older ones do not say: texts started with a BOS that had a name
+            stops=(*config.get("stop_ids", ()), *stop_ids(path)),
+        )
     except Exception as error:
         raise InputError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None
-    return Tokenizer(backend, eos=names["eos"], bos=names["bos"], pad=names["pad"], appended=appended, chat_template=chat_template)
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token

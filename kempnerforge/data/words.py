@@ -52,8 +52,9 @@ class TextEncoder:
         layout: what the model needs.
 
     Attributes:
-        end_id: the token that ends an answer: EOS, or what the template has in its place. Generation stops at it.
+        end_id: the token that ends an answer: EOS, or what the template has in its place.
         ends: tokens that a trained span may end in.
+        stops: tokens at which generation stops: ``end_id``, and those that the tokenizer has.
 
     Raises:
         ValueError: the template does not fit the tokenizer.
@@ -65,6 +66,7 @@ class TextEncoder:
         end = tokenizer.token_id(self.template.end) if self.template.end else None
         self.end_id: int = tokenizer.eos_id if end is None else end
         self.ends: frozenset[int] = frozenset({self.end_id, tokenizer.eos_id})
+        self.stops: frozenset[int] = frozenset({self.end_id, *tokenizer.stop_ids})
         self._added = list(tokenizer.backend.get_added_tokens_decoder().values())
         self._eats = {token.content: (token.lstrip, token.rstrip) for token in self._added}  # white space in front of it, behind it
         self._finders = {(own, literal): self._finder(own, literal) for own in (True, False) for literal in (True, False)}
@@ -257,7 +259,9 @@ class TextEncoder:
         answer token needs one before it.
         """
         bare = not line.front
-        start = self.tokenizer.bos_id if self.template.bos or bare else None
+        start = self.tokenizer.start_id if self.template.bos else None
+        if bare or self.template.own_bos:
+            start = self.tokenizer.bos_id
         if start is None and bare:
             start = self.tokenizer.eos_id
         if start is None:

@@ -165,10 +165,10 @@ def evaluate(
 
 
 def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) -> list[list[tuple[Hashable, Question]]]:
-    """At most ``size`` at once, and together only those whose answers end in the same token."""
-    by_end: dict[int, list[tuple[Hashable, Question]]] = defaultdict(list)
+    """At most ``size`` at once, and together only those whose answers end in the same tokens."""
+    by_end: dict[frozenset[int], list[tuple[Hashable, Question]]] = defaultdict(list)
     for key, question in work:
-        by_end[encoder.end_id(question.part)].append((key, question))
+        by_end[encoder.stops(question.part)].append((key, question))
     return [group[i : i + size] for group in by_end.values() for i in range(0, len(group), size)]
 
 
@@ -228,7 +228,7 @@ def _answer(
         model,
         batch,
         max_new_tokens=cfg.max_new_tokens,
-        eos_id=encoder.end_id(chunk[0][1].part if chunk else 0),
+        eos_id=encoder.stops(chunk[0][1].part if chunk else 0),
         sampling=Sampling(),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )

@@ -72,29 +72,31 @@ def generate_stream(
     prompts: Batch,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | Collection[int],
     sampling: Sampling | None = None,
     all_done: Callable[[bool], bool] = bool,
 ) -> Iterator[Tensor]:
-    """Continues each prompt until EOS or ``max_new_tokens``, a token at a time. Whoever stops asking stops the model.
+    """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Whoever stops asking stops the model.
 
     Args:
         model: called as ``model(batch, cache)``; images are encoded once, with the prompt.
         prompts: left padded rows.
+        eos_id: the token that ends an answer, or several.
         all_done: turns "all rows of this rank have ended" into "of all ranks": sharded models must take the same number of steps.
 
     Yields:
-        (B,) the next id of each row; rows that have ended repeat ``eos_id``.
+        (B,) the next id of each row; rows that have ended repeat one of ``eos_id``.
     """
     sampling = sampling or Sampling()
     device = prompts.input_ids.device
     rng = torch.Generator(device).manual_seed(sampling.seed)
     cache, batch = Cache(), prompts
     done = torch.zeros(len(prompts.input_ids), dtype=torch.bool, device=device)  # (B,)
+    ends = torch.tensor(_ends(eos_id), device=device)
     for _ in range(max_new_tokens):
         logits = model(batch, cache).logits  # (B, V)
-        ids = choose(logits, sampling, rng).masked_fill(done, eos_id)
-        done = done | (ids == eos_id)
+        ids = choose(logits, sampling, rng).masked_fill(done, _ends(eos_id)[0])
+        done = done | torch.isin(ids, ends)
         yield ids
         if all_done(bool(done.all())):
             return
@@ -103,7 +105,7 @@ def generate_stream(
 
 @torch.inference_mode()
 def tokens_of(
-    model: torch.nn.Module, prompt: Batch, *, max_new_tokens: int, eos_id: int, sampling: Sampling | None = None
+    model: torch.nn.Module, prompt: Batch, *, max_new_tokens: int, eos_id: int | Collection[int], sampling: Sampling | None = None
 ) -> Iterator[int]:
     """``generate_stream`` of a batch of one row, for a model that is not trained in this process: in inference mode a small operation costs
     about a sixth less, but no gradient may ever flow through a tensor that was made in it.
@@ -117,7 +119,7 @@ def generate(
     prompts: Batch,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | Collection[int],
     sampling: Sampling | None = None,
     on_token: Callable[[Tensor], None] | None = None,
     all_done: Callable[[bool], bool] = bool,
@@ -128,7 +130,7 @@ def generate(
         on_token: called with each step's ids (B,).
 
     Returns:
-        New ids of each row, without EOS.
+        New ids of each row, without the one that ended it.
     """
     steps: list[Tensor] = []
     for ids in generate_stream(model, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling, all_done=all_done):
@@ -136,7 +138,12 @@ def generate(
         if on_token is not None:
             on_token(ids)
     rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(len(prompts.input_ids))]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+    ends = set(_ends(eos_id))
+    return [row[: next((k for k, id_ in enumerate(row) if id_ in ends), None)] for row in rows]
+
+
+def _ends(eos_id: int | Collection[int]) -> list[int]:
+    return [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
 
 
 class TextStream:

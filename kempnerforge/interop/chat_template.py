@@ -138,7 +138,8 @@ def chat_template(
         asks = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(template.extra, ensure_ascii=False)} }}}}{{% endif %}}"
         whole = source.removesuffix("\n") + asks if template.extra else source
         return (date if "date_string" in source else "") + read.replace("\n", "") + whole
-    starts = {"start": (tokenizer.bos or "") if template.bos else "", "start_bare": tokenizer.bos or tokenizer.eos}
+    starts_with_bos = template.own_bos or (template.bos and tokenizer.start_id is not None)
+    starts = {"start": (tokenizer.bos or "") if starts_with_bos else "", "start_bare": tokenizer.bos or tokenizer.eos}
     if adds_bos:
         starts = dict.fromkeys(starts, "")
     written = READ + WRITE + (WITHOUT_ENDS if processor == PALIGEMMA else WITHOUT_FRAMES if processor in FRAMED else WHOLE)

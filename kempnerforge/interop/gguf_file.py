@@ -17,7 +17,7 @@ from torch import Tensor
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.tokenizer import Tokenizer
@@ -50,6 +50,20 @@ SETTINGS = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
 """``[model]`` key -> key of the file, behind ``llama.``."""
+
+INERT = {
+    *("context_length", "vocab_size", "tensor_data_layout", "rope.freq_base", "rope.dimension_count", "rope.scaling.type"),
+    *("rope.scaling.factor", "rope.scale_linear", "attention.key_length", "attention.value_length", "rope.scaling.finetuned"),
+}
+"""Further keys behind ``llama.`` that are read below, or that say how the file was made. Any other is refused unless its value is that of ``PLAIN``,
+or 0 or empty: the architecture of llama.cpp can do more than ours."""
+PLAIN: dict[str, Any] = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+    "logit_scale": 1.0,
+    "rope.scaling.original_context_length": None,
+}
+"""Keys whose values change nothing only if they are these; None: any value."""
 
 DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False}
 """``tokenizer.ggml.pre`` -> whether digits stand alone, for byte-level BPE with GPT-2's rule for words."""
@@ -89,12 +103,15 @@ def open_gguf(path: Path) -> Foreign:
     fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
     if fields.get("general.architecture") != "llama":
         raise InputError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
-    scaling = "rope_freqs.weight" if "rope_freqs.weight" in names else fields.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{path}: its rotary positions are scaled ({scaling}), which is not read from GGUF; take the safetensors")
+    if "rope_freqs.weight" in names:
+        raise InputError(f"{path}: its rotary positions are scaled (rope_freqs.weight), which is not read from GGUF; take the safetensors")
+    _check_keys(path, fields)
     settings = {ours: fields[f"llama.{theirs}"] for ours, theirs in SETTINGS.items()}
+    width = fields.get("llama.attention.key_length", settings["dim"] // settings["n_heads"])
     model = ModelConfig(
         **settings,
+        head_dim=0 if width * settings["n_heads"] == settings["dim"] else width,
+        rope_scaling=_rope_scaling(path, fields),
         rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         tie_embeddings=TOP[HEAD] not in names,
@@ -109,6 +126,32 @@ def open_gguf(path: Path) -> Foreign:
     places = {ours: Place(_name(ours.removeprefix("transformer."))) for ours in shapes(job)}
     files = dict.fromkeys(names, path)
     return GGUFModel(path, "LlamaForCausalLM", job, matched(path, places, files, lambda name: False), files)
+
+
+def _check_keys(path: Path, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        key = name.removeprefix("llama.")
+        if key == name or key in INERT or key in SETTINGS.values():
+            continue
+        fine = PLAIN[key] in (None, value) if key in PLAIN else value in (0, "", False)
+        if not fine:
+            raise InputError(f"{path}: {name} = {value!r}: is not read from GGUF; take the safetensors")
+    length, value_length = (fields.get(f"llama.attention.{part}_length") for part in ("key", "value"))
+    if length != value_length and None not in (length, value_length):
+        raise InputError(f"{path}: llama.attention.value_length = {value_length}: must be llama.attention.key_length, {length}")
+
+
+def _rope_scaling(path: Path, fields: dict[str, Any]) -> RopeScaling | None:
+    """As llama.cpp: a factor without a type is linear, and so is that under the older key."""
+    key = next((key for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear") if key in fields), "")
+    factor, kind = float(fields[key] if key else 0) or 1.0, fields.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise InputError(f"{path}: llama.rope.scaling.type = {kind!r}: 'none' and 'linear' are read from GGUF; take the safetensors")
+    if kind == "none" or factor == 1:
+        return None
+    if factor < 1:
+        raise InputError(f"{path}: {key} = {factor}: must be at least 1")
+    return RopeScaling("linear", factor)
 
 
 def _name(ours: str) -> str:
@@ -140,13 +183,28 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == USER_DEFINED])
+    _check_tokenizer(path, fields)
     names = {role: fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
     if names["eos"] is None:
         raise InputError(f"{path}: its tokenizer has no EOS token, so answers could not end")
     named: dict[str, Any] = {role: None if number is None else tokens[number] for role, number in names.items()}
-    bos = named["bos"] if fields.get("tokenizer.ggml.add_bos_token", True) else None
-    template = fields.get("tokenizer.chat_template")
-    return Tokenizer(backend, eos=named["eos"], bos=bos, pad=named["padding"], chat_template=template)
+    stops = [number for role in ("eot", "eom") if (number := fields.get(f"tokenizer.ggml.{role}_token_id")) is not None]
+    return Tokenizer(
+        backend,
+        eos=named["eos"],
+        bos=named["bos"],
+        pad=named["padding"],
+        chat_template=fields.get("tokenizer.chat_template"),
+        adds_bos=named["bos"] is not None and bool(fields.get("tokenizer.ggml.add_bos_token", False)),  # llama.cpp's default for a BPE
+        stops=stops,
+    )
+
+
+def _check_tokenizer(path: Path, fields: dict[str, Any]) -> None:
+    """What a tokenizer may do that ours does not."""
+    for name, plain in (("add_sep_token", False), ("add_space_prefix", False), ("remove_extra_whitespaces", False)):
+        if fields.get(f"tokenizer.ggml.{name}", plain) not in (plain, None):
+            raise InputError(f"{path}: tokenizer.ggml.{name} = true: is not read; name a directory of a tokenizer with --tokenizer")
 
 
 def _package() -> Any:

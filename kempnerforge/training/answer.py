@@ -134,5 +134,5 @@ class Answerer:
         pixels = self.processor.views(asked, images)
         views = stacked(pixels, layout.image_size) if self.has_images else None
         batch = prompt_batch([asked], views, [range(0 if views is None else len(views))], layout, tokenizer.pad_id).to(self.device)
-        tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.end_id, sampling=sampling)
-        return Answer(tokens, texts.ends, tokenizer.decode, tokenizer.byte_ids)
+        tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.stops, sampling=sampling)
+        return Answer(tokens, texts.stops, tokenizer.decode, tokenizer.byte_ids)

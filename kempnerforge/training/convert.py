@@ -14,7 +14,7 @@ from torch import Tensor
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.errors import InputError
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.tokenizer import Tokenizer, stop_ids
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import Foreign, open_foreign
 from kempnerforge.interop.huggingface import CONFIG
@@ -143,6 +143,8 @@ def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
         ValueError: there is no tokenizer, or that token is another one.
     """
     words = read_tokenizer(foreign.path, given)
+    if given is not None and foreign.path.is_dir():
+        words = words.changed(stops={*words.stop_ids, *stop_ids(foreign.path)})
     if not foreign.image_is_word:
         return words
     name = _mark(foreign.job)
@@ -151,7 +153,7 @@ def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
             f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
         )
     marks = dict.fromkeys([*words.appended, name])
-    return Tokenizer(words.backend, eos=words.eos, bos=words.bos, pad=words.pad, appended=[*marks], chat_template=words.chat_template)
+    return words.changed(appended=[*marks])
 
 
 def _mark(job: JobConfig) -> str:
@@ -281,17 +283,19 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
     else:
         architecture = write_text(out, cfg, tensors, ids, chosen, progress=how.progress)["architectures"][0]
     cast_files(out, how.dtype)
-    tokenizer.save(out)
+    (tokenizer if kind else tokenizer.starting()).save(out)
     _write_ends(out, assembly)
     lines = [_described(assembly, architecture), *lines, *write_processor(out, assembly, kind)]
     return _verified(assembly, out, architecture, image_id, lines, how)
 
 
 def _write_ends(out: Path, assembly: Assembly) -> None:
-    """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and EOS."""
-    tokenizer, end = assembly.tokenizer, assembly.encoder(assembly.stages[-1]).end_id()
+    """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and those of the tokenizer."""
+    tokenizer, encoder = assembly.tokenizer, assembly.encoder(assembly.stages[-1])
+    end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
     there = json.loads((out / GENERATION).read_text(encoding="utf-8")) if (out / GENERATION).is_file() else {}
-    stop = end if end == tokenizer.eos_id else [end, tokenizer.eos_id]
+    stop = [*dict.fromkeys((end, tokenizer.eos_id, *others))]
+    stop = stop if len(stop) > 1 else end
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}
     write_config(out, there | ids, GENERATION)
 

@@ -45,14 +45,14 @@ class Inputs(Mapping[str, Tensor]):
         pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros, where the class takes it so; None
             without images.
         batch: the same as a ``Batch``.
-        end_id: the token that ends an answer.
+        end_id: the token that ends an answer, or several.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None
     batch: Batch
-    end_id: int
+    end_id: int | frozenset[int]
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
@@ -96,7 +96,8 @@ class Processor:
         self.encoder = assembly.encoder(assembly.stages[-1])
         self.placeholder = self.encoder.texts[0].cfg.image_placeholder
         self.image_token_id = self.tokenizer.token_id(self.placeholder) if image_id is None else image_id
-        self.end_id = self.encoder.texts[0].end_id
+        stops = self.encoder.texts[0].stops
+        self.end_id = stops if len(stops) > 1 else min(stops)
         # NOTE: a copy that knows special tokens inside a text, as tokenizers of transformers do
         self._plain = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
         self._plain.encode_special_tokens = False
@@ -156,7 +157,12 @@ class Processor:
             text = f"{text[:behind]}{self.tokenizer.bos}{text[behind:]}\n"
         elif self.follows in FRAMED:
             text = text.replace(self.placeholder, FRAME)
-        found = self._plain.encode(text, add_special_tokens=self.follows != PALIGEMMA).ids
+        literal = self.follows in (PALIGEMMA, AS_IT_IS)
+        found = self._plain.encode(text, add_special_tokens=not literal).ids
+        if (
+            self.follows == AS_IT_IS and self.tokenizer.start_id is not None
+        ):  # NOTE: what a tokenizer puts behind a text ends a prompt too early
+            found = [self.tokenizer.start_id, *found]
         ids: list[int] = []
         at: list[int] = []
         for token in found:

@@ -9,7 +9,7 @@ Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -52,13 +52,13 @@ class Output(NamedTuple):
 
 
 class Prompts(Protocol):
-    """Prompts and the token that ends an answer to them."""
+    """Prompts and the token that ends an answer to them, or several."""
 
     @property
     def batch(self) -> Batch: ...
 
     @property
-    def end_id(self) -> int: ...
+    def end_id(self) -> int | Collection[int]: ...
 
 
 class VLM(nn.Module):

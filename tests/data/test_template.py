@@ -303,7 +303,7 @@ CHATML_TURNS = TurnsConfig(
 
 
 def test_vicuna_by_turns_is_vicuna_by_chat_template() -> None:
-    tokenizer = bytes_level(FAMILIES["vicuna"])
+    tokenizer = bytes_level(FAMILIES["vicuna"]).changed(adds_bos=True)
     chat = words(tokenizer, template="chat")
     turns = words(tokenizer, template="turns", turns=VICUNA_TURNS, system=VICUNA_SYSTEM)
     for text in (TALK, Text("a", "b"), Text("a", "b", system="c")):

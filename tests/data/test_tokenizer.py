@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data import Tokenizer
-from kempnerforge.data.tokenizer import BOS, EOS, PAD
+from kempnerforge.data.tokenizer import BOS, EOS, PAD, put_in_front, stop_ids
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)))
 
@@ -92,7 +94,7 @@ def test_unreadable_directories_are_named(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}')
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be loaded"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -176,3 +178,99 @@ def test_a_vocabulary_with_gaps_takes_no_new_tokens() -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="<eos>"))
     with pytest.raises(ValueError, match="ids have gaps"):
         Tokenizer(backend, eos="<eos>").add_tokens(["<image>"])
+
+
+# ---- files of others ------------------------------------------------------------------------------------------------
+
+MARKS = ("<|im_start|>", "<|im_end|>", "<tool>")
+FILES: dict[str, dict[str, Any]] = {
+    "nothing more": {},
+    "extra_special_tokens, a list": {"tokenizer_config.json": {"extra_special_tokens": [*MARKS]}},
+    "extra_special_tokens, by name": {"tokenizer_config.json": {"extra_special_tokens": dict(zip("abc", MARKS, strict=True))}},
+    "additional_special_tokens": {"tokenizer_config.json": {"additional_special_tokens": [*MARKS]}},
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {str(300 + k): {"content": mark, "special": k < 2} for k, mark in enumerate(MARKS)}
+        }
+    },
+    "added_tokens.json": {"added_tokens.json": {mark: 300 + k for k, mark in enumerate(MARKS)}},
+    "special_tokens_map.json": {"special_tokens_map.json": {"additional_special_tokens": [*MARKS], "pad_token": "<tool>"}},
+    "names elsewhere": {"special_tokens_map.json": {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}},
+    "eos as a token": {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>", "__type": "AddedToken"}}},
+    "add_bos_token": {"tokenizer_config.json": {"add_bos_token": True, "add_eos_token": True}},
+    "bos in front": {"bos": True},
+    "BPE with another class": {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": [*MARKS]}},
+    "Llama's class": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_tokenizer_is_what_transformers_makes_of_its_files(name: str, tmp_path: Path) -> None:
+    """Whatever is named, and wherever: the same tokens, the same roles, the same start of a text."""
+    from transformers import AutoTokenizer
+
+    files = dict(FILES[name])
+    backend = Tokenizer.train(["a cat and a dog"], 300).backend
+    if files.pop("bos", False):
+        backend.post_processor = put_in_front("<bos>", 1)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
+    files["tokenizer_config.json"] = config | files.get("tokenizer_config.json", {})
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    assert {mark: ours.token_id(mark) for mark in MARKS} == {
+        mark: None if (id_ := theirs.get_vocab().get(mark)) is None else id_ for mark in MARKS
+    }
+    assert (ours.bos, ours.eos) == (theirs.bos_token, theirs.eos_token)
+    assert ours.pad == (theirs.pad_token or theirs.eos_token)
+    assert set(theirs.all_special_tokens) <= set(ours.special_names.values())
+    assert (ours.start_id is not None) == (theirs("a cat").input_ids[:1] == [theirs.bos_token_id])
+    ours.save(tmp_path / "again")
+    again = Tokenizer.from_pretrained(tmp_path / "again")
+    assert again.fingerprint == ours.fingerprint
+    assert (again.start_id, again.special_names, again.stop_ids) == (ours.start_id, ours.special_names, ours.stop_ids)
+
+
+def test_a_saved_tokenizer_that_does_not_say_starts_texts_with_its_bos(tmp_path: Path) -> None:
+    """As those of older runs did in training."""
+    Tokenizer.train(["abc"], 300).save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("adds_bos", "stop_ids")}))
+    found = Tokenizer.from_pretrained(tmp_path)
+    assert found.start_id == found.bos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({"config.json": {"eos_token_id": 7}}, {2, 7}),
+        ({"config.json": {"eos_token_id": [7, 8]}}, {2, 7, 8}),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [9, 2]}}, {2, 9}),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {}}, {2, 7}),
+        ({"config.json": {"text_config": {"eos_token_id": [7]}}}, {2, 7}),
+        ({"config.json": {}}, {2}),
+    ],
+)
+def test_what_ends_an_answer_in_the_model_of_a_directory_ends_one_here(files: dict[str, Any], want: set[int], tmp_path: Path) -> None:
+    Tokenizer.train(["abc"], 300).save(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = Tokenizer.from_pretrained(tmp_path)
+    assert found.stop_ids == want
+    found.save(tmp_path / "run")
+    assert Tokenizer.from_pretrained(tmp_path / "run").stop_ids == want
+    assert pickle.loads(pickle.dumps(found)).stop_ids == want
+
+
+def test_an_id_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, "<eos>"]}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id has '<eos>', which is no id"):
+        stop_ids(tmp_path)
+
+
+def test_a_tokenizer_with_another_token_in_front_is_refused() -> None:
+    backend = Tokenizer.train(["abc"], 300).backend
+    backend.post_processor = put_in_front("<pad>", 0)
+    with pytest.raises(InputError, match="puts '<pad>' in front of each text, and its BOS is '<bos>'"):
+        Tokenizer(backend, eos="<eos>", bos="<bos>")

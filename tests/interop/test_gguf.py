@@ -71,7 +71,8 @@ def write(path: Path, model: Any, backend: tokenizers.Tokenizer, quantised: str 
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     out.add_pad_token_id(2)
-    out.add_add_bos_token(False)
+    if (adds := changes.get("add_bos", False)) is not None:
+        out.add_add_bos_token(adds)
     for name, value in model.state_dict().items():
         data = value.numpy()
         if ".q_proj." in name or ".k_proj." in name:
@@ -91,6 +92,9 @@ def write(path: Path, model: Any, backend: tokenizers.Tokenizer, quantised: str 
             out.add_tensor(ours[name], gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             out.add_tensor(ours[name], np.ascontiguousarray(data))
+    for key, value in changes.get("more", {}).items():
+        add = {bool: out.add_bool, str: out.add_string, float: out.add_float32, int: out.add_uint32}[type(value)]
+        add(key, value)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -129,7 +133,7 @@ def test_tokenizer(model: Any, tmp_path: Path) -> None:
     backend = words()
     write(tmp_path / "m.gguf", model, backend)
     ours = read_tokenizer(tmp_path / "m.gguf", None)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 2, 2)
+    assert (ours.bos_id, ours.start_id, ours.eos_id, ours.pad_id) == (1, None, 2, 2)
     for text in [*TEXTS, "  two spaces 00199\n"]:
         assert ours.encode(text) == backend.encode(text, add_special_tokens=False).ids
         assert ours.decode(ours.encode(text)) == text
@@ -161,3 +165,57 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str, m
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match=r"broken.gguf: "):
         open_foreign(tmp_path / "broken.gguf")
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.original_context_length": 32}, 2.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 1.0),
+        ({"llama.rope.scaling.attn_factor": 1.0, "llama.attention.causal": True, "llama.attention.sliding_window": 0}, 1.0),
+    ],
+)
+def test_positions_are_scaled_as_llama_cpp_scales_them(more: dict[str, Any], factor: float, model: Any, tmp_path: Path) -> None:
+    """A factor without a type, or under its old key, is a linear one."""
+    write(tmp_path / "m.gguf", model, words(), more=more)
+    ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+    state = model.state_dict()
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": factor}
+    scaled = hf.LlamaForCausalLM(hf.LlamaConfig(**model.config.to_dict() | {"rope_parameters": rope})).eval()
+    scaled.load_state_dict(state)
+    with torch.no_grad():
+        assert (logits(tmp_path / "m.gguf", ids) - scaled(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.attn_factor", 1.2),
+        ("llama.attention.causal", False),
+        ("llama.attention.sliding_window", 8),
+        ("llama.expert_count", 4),
+        ("llama.attention.clamp_kqv", 2.0),
+        ("llama.something.new", 3),
+    ],
+)
+def test_a_key_that_is_not_read_is_refused_by_name(key: str, value: Any, model: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, words(), more={key: value})
+    with pytest.raises(ValueError, match=key.replace(".", r"\.") + " = "):
+        open_foreign(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("adds", "starts"), [(None, False), (False, False), (True, True)])
+def test_bos_is_put_in_front_where_the_file_says_so(adds: bool | None, starts: bool, model: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, words(), add_bos=adds, more={"tokenizer.ggml.eot_token_id": 0})
+    import_model(tmp_path / "m.gguf", tmp_path / "out")
+    _, processor = load_pretrained(tmp_path / "out", device="cpu")
+    asked = processor(text="the cat")
+    assert (asked.input_ids[0, 0].item() == 1) is starts
+    assert asked.input_ids[0].tolist() == processor.encoder.encode_question("the cat", []).ids  # what ``generate`` and ``chat`` ask
+    assert asked.end_id == {0, 2}

@@ -176,7 +176,7 @@ TALK = [
 
 @pytest.mark.parametrize("template", ["turns", "chat"])
 def test_conversations_are_written_as_in_training(template: str, tmp_path: Path) -> None:
-    tokenizer = tokenizer_of("chat", tmp_path)
+    tokenizer = tokenizer_of("chat", tmp_path).changed(adds_bos=True)
     keys: dict[str, Any] = {"turns": replace(IM_TURNS, system="<|im_start|>system\n{system}<|im_end|>\n")} if template == "turns" else {}
     cfg = rows(template=template, **keys)
     words = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, bos_token="<bos>", eos_token="<eos>")
