@@ -46,6 +46,10 @@ UNREAD: dict[str, frozenset[str]] = {"mistral": frozenset({"layer_types"})}
 """Keys that a class's files name and that change nothing: here a warning about them."""
 
 
+_READS = r"\bconfig\.{0}\b|[\"']{0}[\"']"
+"""How a class's files name a key that they read."""
+
+
 def followed(family: str) -> frozenset[str]:
     """Keys that ``[model]`` follows."""
     entry = FAMILIES[family]
@@ -70,7 +74,8 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
             raise InputError(f"{key} = {_short(value)}: of a {family} only {what} can be read")
         if key in only or key in known or value is None:
             continue
-        if value != defaults(family).get(key) and re.search(rf"\b{re.escape(key)}\b", _source(family)):
+        named = key in defaults(family) or re.search(_READS.format(re.escape(key)), _source(family))
+        if named and value != defaults(family).get(key):
             raise InputError(
                 f"{key} = {_short(value)}: the class of a {family} reads it, and it has no place here; leave it out if it is off"
             )

@@ -23,6 +23,7 @@ from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
+from kempnerforge.data.tokenizer import put_in_front
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.model.mllama import MllamaTower
@@ -73,6 +74,7 @@ def save(path: Path) -> int:
     write_tokenizer(path, prefix=False)
     backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     backend.add_special_tokens(SPECIAL)
+    backend.post_processor = put_in_front("<bos>", 1)  # as the published tokenizer does
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     hf.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(path)
     image_id = backend.token_to_id("<|image|>")
