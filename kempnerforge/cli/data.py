@@ -141,7 +141,7 @@ def _check(args: argparse.Namespace) -> int:
         print(json.dumps(found | {"shared_images": images, "shared": shared}))
     else:
         _show(Console(width=100, highlight=False, markup=False, soft_wrap=True), checked, leaks)
-        print(f"page: {page}\nunusable samples: {bad}\nheld-out samples that training has seen: {listed}")
+        print(f"page: {page}\nbad samples: {bad}\nheld-out samples that training has seen: {listed}")
     return 0 if all(one.usable for one in checked) else 2
 
 
@@ -170,7 +170,8 @@ def _show_source(console: Console, one: Checked) -> None:
     for part in one.parts if len(one.parts) > 1 else []:
         console.print(f"source {part.name}: {part.samples:,} samples, {part.totals['texts']:,} texts, {part.bad:,} unusable")
     kinds = "".join(f", {kind} {number:,}" for kind, number in one.kinds.items())
-    console.print(f"unusable: {facts['bad']:,}{kinds} ({one.bad_fraction:.2%}, data.max_bad_fraction = {one.max_bad_fraction:.2%})")
+    if one.found.bad:
+        console.print(f"unusable: {facts['bad']:,}{kinds} ({one.bad_fraction:.2%}, data.max_bad_fraction = {one.max_bad_fraction:.2%})")
     for line in one.found.remarks.lines():
         console.print(f"note: {visible(line)}")
     for bad in one.found.bad[:5]:
