@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 Key = tuple[str | int, ...]
@@ -37,6 +38,32 @@ class UnreadError(InputError):
 
 class NotBuiltError(InputError, NotImplementedError):
     """What was asked for has a name or a config and no implementation."""
+
+
+@contextmanager
+def library_call(where: str, what: str) -> Iterator[None]:
+    """Around one call of a library that is given the user's files: whatever it raises is an ``InputError``.
+
+    NOTE: nothing but that call belongs inside, as a defect of ours would be told as the user's.
+
+    Args:
+        where: whose file or key it is.
+        what: what cannot be done with it; the library's reason follows.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a library has no one class for what it does not take
+        raise InputError(f"{where}: {what}; {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What ``error`` says, as one line of limited length."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, OSError | ImportError | RuntimeError) and type(error) is not ValueError:
+        said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= 300 else f"{said[:200]} ... {said[-80:]}"
 
 
 class ConfigError(InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, divides, more_than
@@ -44,6 +45,25 @@ def check_normalisation(mean: list[float], std: list[float]) -> None:
     """Refuses what is no mean and std of RGB values."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise InputError(f"mean = {mean}, std = {std}: each needs three numbers, std above 0")
+
+
+def square_side(key: str, value: Any) -> int:
+    """The side of a square in pixels, in any of the forms that files of transformers say it: n, [n, n], {"height": n, "width": n} or
+    {"shortest_edge": n}.
+
+    Args:
+        key: its name, for messages.
+
+    Raises:
+        ValueError: it is no square, or no size.
+    """
+    sides = value
+    if isinstance(value, dict):
+        sides = [value[edge] for edge in ("height", "width", "shortest_edge") if edge in value]
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if not sides or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides) or len(set(sides)) > 1:
+        raise InputError(f"{key} = {value}: must be the side of a square, as a number or a list of two equal ones")
+    return sides[0]
 
 
 @registry.register_vision_config

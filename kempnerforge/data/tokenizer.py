@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.paths import start_of
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -266,11 +266,8 @@ class Tokenizer:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
-        try:
+        with library_call(f"data.tokenizer = {str(path_or_id)!r}", "cannot be loaded"):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
-        except Exception as error:  # whatever the library thinks of somebody's files
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: cannot be loaded: {reason}") from None
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")

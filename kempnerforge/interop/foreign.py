@@ -27,6 +27,7 @@ from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
 from kempnerforge.interop.write import Progress, nothing, text_names
 from kempnerforge.model.adapters import build_adapter
+from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.model.vision import build_vision_encoder
 
@@ -238,17 +239,8 @@ def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
 
 def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None, str]:
     """Mean and std (None: nothing is said), and how an image becomes a square: "squash" or "crop"."""
-    found: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (path / name).is_file():
-            content = read_config(path, name)
-            found = content.get("image_processor", content)
-            break
-    fit = "crop" if found.get("do_center_crop") else "squash"
-    if found.get("do_normalize") is False:
-        return ([0.0] * 3, [1.0] * 3), fit
-    mean, std = found.get("image_mean"), found.get("image_std")
-    return ((list(mean), list(std)) if mean and std else None), fit
+    files = read_image_files(path)
+    return (files.normalisation, files.fit) if files else (None, "squash")
 
 
 def _prefix_of(path: Path, name: str, files: dict[str, Path]) -> str:

@@ -24,7 +24,7 @@ from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
-from kempnerforge.interop.vlms import BOOKKEEPING, Layout, Parts
+from kempnerforge.interop.vlms import BOOKKEEPING, Layout, Parts, scalars
 from kempnerforge.model.mllama import MllamaTower, grids
 
 KIND, ARCHITECTURE, FAMILY = "mllama", "MllamaForConditionalGeneration", "llama"
@@ -106,7 +106,7 @@ def read_parts(config: dict[str, Any], rows: int, norm: tuple[list[float], list[
     tower = MllamaTowerConfig(
         settings=_tower_settings(vision), intermediate_layers=vision["intermediate_layers_indices"], mean=mean, std=std
     )
-    tile_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    tile_tokens = (int(tower.settings["image_size"]) // int(tower.settings["patch_size"])) ** 2 + 1
     how = {"cross_attention_every_n_layers": every, "unwritten_tokens": SPARE} | options(model, tile_tokens)
     return Parts(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
 
@@ -130,8 +130,7 @@ def _tower_settings(vision: Mapping[str, Any]) -> dict[str, bool | int | float |
 
     known = MllamaVisionConfig()
     kept = known.to_dict().keys() - PretrainedConfig().to_dict().keys() - BOOKKEEPING
-    scalars = {key: vision[key] for key in sorted(kept) if isinstance(vision.get(key), bool | int | float | str)}
-    return {"model_type": known.model_type} | scalars
+    return {"model_type": known.model_type} | scalars(vision, kept)
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------------------

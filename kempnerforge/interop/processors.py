@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kempnerforge.config.images import ImagesConfig
+from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, ImageFiles
 
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
 FRAMED = ("Idefics3Processor", "SmolVLMProcessor")
 """These write ``FRAME`` in the place of "<image>"."""
@@ -25,34 +26,21 @@ class Known(NamedTuple):
     Attributes:
         processors: classes that can serve; its own is the first. LLaVA's is the one that writes nothing but the images' tokens into a text.
         images: the class of its image processor.
-        defaults: settings of that class, where they decide what becomes of an image.
     """
 
     processors: tuple[str, ...]
     images: str
-    defaults: dict[str, Any]
 
 
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-_SPLITTING: dict[str, Any] = {
-    "do_image_splitting": True,
-    "resample": 1,
-    "do_resize": True,
-    "size": {"longest_edge": 1456},
-    "max_image_size": {"longest_edge": 364},
-}
 KNOWN = {
-    "paligemma": Known((PALIGEMMA, LLAVA), "SiglipImageProcessor", {"resample": BICUBIC, "do_resize": True, "size": _square(224)}),
-    "llava": Known(
-        (LLAVA,),
-        "CLIPImageProcessor",
-        {"resample": BICUBIC, "do_resize": True, "do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": _square(224)},
-    ),
-    "idefics3": Known(("Idefics3Processor", LLAVA), "Idefics3ImageProcessor", _SPLITTING),
-    "smolvlm": Known(("SmolVLMProcessor", LLAVA), "SmolVLMImageProcessor", _SPLITTING),
+    "paligemma": Known((PALIGEMMA, LLAVA), "SiglipImageProcessor"),
+    "llava": Known((LLAVA,), "CLIPImageProcessor"),
+    "idefics3": Known(("Idefics3Processor", LLAVA), "Idefics3ImageProcessor"),
+    "smolvlm": Known(("SmolVLMProcessor", LLAVA), "SmolVLMImageProcessor"),
 }
 """``model_type`` -> its processors. One that is not here has none that makes single views."""
 
@@ -121,42 +109,28 @@ def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict
 # ---- theirs ---------------------------------------------------------------------------------------------------------
 
 
-class Followed(NamedTuple):
-    """The processor of a directory, as far as ours follows it.
-
-    Attributes:
-        name: its class.
-        differences: what it does with an image that we do not; empty: ids and pixels are the same.
-    """
-
-    name: str
-    differences: tuple[str, ...] = ()
-
-
-def followed(path: Path, kind: str, side: int) -> Followed | None:
-    """What the processor of a directory is; None: of a kind that we do not follow.
+def followed(path: Path, kind: str) -> str | None:
+    """The class of a directory's processor; None: of a kind that we do not follow.
 
     Args:
         path: the directory.
         kind: its ``model_type``.
-        side: pixels of a view's side in our model.
     """
     known = KNOWN.get(kind)
     if known is None:
         return None
     files = [json.loads((path / name).read_text(encoding="utf-8")) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
-    names = [file["processor_class"] for file in files if file.get("processor_class") in known.processors]
-    name = names[0] if names else known.processors[0]
-    if not files:
-        return Followed(name)
-    images = known.defaults | next((file["image_processor"] for file in files if "image_processor" in file), files[-1])
-    wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "size": _square(side)}
-    if known.defaults is _SPLITTING:
-        wanted |= {"do_image_splitting": False, "max_image_size": {"longest_edge": side}}
-    elif images.get("do_center_crop"):
-        wanted |= {"size": {"shortest_edge": side}, "crop_size": _square(side)}
-    if images.get("do_pad") and known.defaults is not _SPLITTING:
-        wanted["do_pad"] = False
-    older = {"crop_size": side, "size": side} if images.get("do_center_crop") else {}  # one number for the short side, and for the square
-    differing = {key: found for key, value in wanted.items() if (found := images.get(key)) not in (value, older.get(key, value))}
-    return Followed(name, tuple(f"{key} = {json.dumps(found)}" for key, found in differing.items()))
+    return next((name for file in files if (name := file.get("processor_class")) in known.processors), known.processors[0])
+
+
+def differing_settings(files: ImageFiles, side: int) -> list[str]:
+    """Settings of an image processor that do otherwise than one square of ``side`` pixels, bicubic: reasons for other pixels."""
+    wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "do_image_splitting": False, "do_pad": False}
+    if "max_image_size" in files.settings:
+        wanted |= {"max_image_size": {"longest_edge": side}}
+        del wanted["do_pad"]
+    wanted["size"] = {"shortest_edge": side} if files.fit == "crop" else _square(side)
+    if files.settings.get("do_center_crop"):
+        wanted["crop_size"] = _square(side)
+    differing = {key: found for key, value in wanted.items() if (found := files.settings.get(key, value)) != value}
+    return [f"{key} = {found.value if isinstance(found, Enum) else json.dumps(found)}" for key, found in differing.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.keys import check_keys, followed
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
@@ -30,11 +30,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
     given = {key: value for key, value in config.items() if key != "transformers_version"}
-    try:
+    with library_call(config["model_type"], "transformers does not take this config"):
         return AutoConfig.for_model(**given).to_dict()
-    except Exception as error:  # whatever a setting of another type makes of it
-        said = " ".join(str(error).split())
-        raise InputError(f"{config['model_type']}: transformers does not take this config; {type(error).__name__}: {said}") from None
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ What they are here: the class's vision tower under its own names, an adapter, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
-from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
+from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig, square_side
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, hf_config, model_config, text_part
@@ -185,8 +185,18 @@ def tower_settings(config: dict[str, Any], tower: type[HFTowerConfig]) -> dict[s
 
     known = (CLIPVisionConfig if tower is ClipConfig else SiglipVisionConfig)()
     kept = known.to_dict().keys() - PretrainedConfig().to_dict().keys() - BOOKKEEPING
-    scalars = {key: value for key, value in config.items() if key in kept and isinstance(value, bool | int | float | str)}
-    return {"model_type": known.model_type} | dict(sorted(scalars.items()))
+    return {"model_type": known.model_type} | scalars(config, kept)
+
+
+def scalars(config: Mapping[str, Any], kept: Iterable[str]) -> dict[str, bool | int | float | str]:
+    """The settings of a tower's ``config.json`` among ``kept``, sizes as one number.
+
+    Raises:
+        ValueError: a size is no square.
+    """
+    sizes = {key: square_side(f"vision_config.{key}", config[key]) for key in ("image_size", "patch_size") if key in config}
+    found = {**config, **sizes}
+    return {key: found[key] for key in sorted(kept) if isinstance(found.get(key), bool | int | float | str)}
 
 
 # ---- ours to theirs -------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.paths import start_of
-from kempnerforge.config.vision import HFTowerConfig
+from kempnerforge.config.vision import HFTowerConfig, square_side
+from kempnerforge.model.image_files import Normalisation, read_image_files
+from kempnerforge.model.quiet import quiet
 from kempnerforge.model.vision import VisionEncoder
-
-Normalisation = tuple[list[float], list[float]]
-"""Mean and std of RGB values in [0, 1]."""
 
 
 class HFTower(VisionEncoder):
@@ -50,8 +48,7 @@ class HFTower(VisionEncoder):
 
     def __init__(self, cfg: HFTowerConfig) -> None:
         tower = self._load(cfg)
-        self.check_geometry(cfg, tower.config)
-        mean, std = (cfg.mean, cfg.std) if cfg.mean else read_normalisation(cfg.path) or self.normalisation
+        mean, std = chosen_normalisation(cfg, self.normalisation)
         side = self.grid(tower.config)
         pixels = getattr(
             tower.config, "image_size", side * tower.config.patch_size
@@ -81,24 +78,20 @@ class HFTower(VisionEncoder):
         if kind not in self.models:
             raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
-        config = from_settings(model_class.config_class, cfg) if cfg.settings else model_class.config_class.from_pretrained(cfg.path)
+        config = tower_config(model_class.config_class, cfg)
         layers = config.num_hidden_layers
         if -cfg.feature_layer > layers:
             raise InputError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers + 1 + cfg.feature_layer
         config.vision_use_head = False
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            return model_class(config)
+            with library_call(where(cfg), f"{self.models[kind]} cannot be built"):
+                return model_class(config)
         return load_weights(model_class, config, cfg.path)
 
     def grid(self, config: Any) -> int:
         """Patches along one side of an image."""
         return config.image_size // config.patch_size
-
-    def check_geometry(self, cfg: HFTowerConfig, config: Any) -> None:
-        """Refuses towers for anything but square RGB images."""
-        if not isinstance(config.patch_size, int) or not isinstance(getattr(config, "image_size", 0), int) or config.num_channels != 3:
-            raise InputError(f"{where(cfg)}: only towers for square images with 3 channels can be used")
 
     @property
     def units(self) -> list[nn.Module]:
@@ -169,13 +162,17 @@ class Dinov2(HFTower):
         return tower
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def where(cfg: HFTowerConfig) -> str:
     """What the user wrote, for messages."""
     return f"path = {cfg.path!r}" if cfg.path else "settings"
+
+
+def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisation:
+    """Mean and std that the config names, else those of the image processor at ``path``, else the family's."""
+    if cfg.mean:
+        return cfg.mean, cfg.std
+    files = read_image_files(cfg.path) if cfg.path else None
+    return files.normalisation if files and files.normalisation else family
 
 
 def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Sequence[float]], **more: Any) -> Any:
@@ -190,12 +187,24 @@ def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Seque
     return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std), **more)
 
 
-def from_settings(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
-    """The tower's config in transformers: its settings, and ``more``."""
-    known = vars(config_class())
-    if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
-        raise InputError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
-    return config_class(**{key: value for key, value in cfg.settings.items() if key != "model_type"}, **more)
+def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
+    """The tower's config in transformers, of square RGB images: that of the files at ``path``, or its settings and ``more``."""
+    if cfg.settings:
+        known = vars(config_class())
+        if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
+            raise InputError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
+        given = {key: value for key, value in cfg.settings.items() if key != "model_type"}
+        with library_call(where(cfg), f"{config_class.__name__} does not take them"):
+            config = config_class(**given, **more)
+    else:
+        with library_call(where(cfg), f"{config_class.__name__} does not take its config.json"):
+            config = config_class.from_pretrained(cfg.path)
+    if config.num_channels != 3:
+        raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
+    for key in ("image_size", "patch_size"):
+        if hasattr(config, key):
+            setattr(config, key, square_side(f"{where(cfg)}: {key}", getattr(config, key)))
+    return config
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -207,67 +216,19 @@ def read_config(path: str) -> dict[str, Any]:
         raise InputError(f"path = {path!r}: no such directory{start_of(path)}")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"path = {path!r}: this directory has no config.json")
-    try:
+    with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
         return PretrainedConfig.get_config_dict(path)[0]
-    except (OSError, ValueError) as error:
-        raise InputError(f"path = {path!r}: neither a directory nor a hub model that can be read; {first_line(error)}") from error
-
-
-def read_normalisation(path: str) -> Normalisation | None:
-    """What the image processor beside the weights does, or None when there is none."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    if not path:
-        return None
-    try:
-        processor = ImageProcessingMixin.get_image_processor_dict(path)[0]
-        mean, std, plain = processor.get("image_mean"), processor.get("image_std"), processor.get("do_normalize") is False
-    except (OSError, AttributeError, TypeError) as error:
-        if there := [name for name in ("preprocessor_config.json", "processor_config.json") if (Path(path) / name).is_file()]:
-            raise InputError(f"path = {path!r}: {there[0]} cannot be read; {first_line(error)}") from error
-        return None
-    if plain:
-        return [0.0] * 3, [1.0] * 3
-    if mean is None or std is None:
-        return None
-    numbers = [isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values) for values in (mean, std)]
-    if not all(numbers) or min(std) <= 0:
-        raise InputError(
-            f"path = {path!r}: its image processor has image_mean = {mean}, image_std = {std}; three numbers each, std above 0"
-        )
-    return list(mean), list(std)
 
 
 def load_weights(model_class: Any, config: Any, path: str) -> Any:
     """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
-    from safetensors import SafetensorError
-
-    try:
-        with quiet():
-            tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"path = {path!r}: its weights cannot be loaded; {first_line(error)}") from error
+    with library_call(f"path = {path!r}", "its weights cannot be loaded"), quiet():
+        tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"path = {path!r}: weights are missing: {', '.join(missing[:3])}{more}")
     return tower
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' table of weights that were passed over, and without its progress bars."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 # NOTE: its tower is a subclass of the one here, so it can only be imported behind it.

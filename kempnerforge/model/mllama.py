@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.vision import MllamaTowerConfig
-from kempnerforge.model.hf_towers import Clip, from_settings, load_weights, read_config, read_normalisation, where, with_settings
+from kempnerforge.model.hf_towers import Clip, chosen_normalisation, load_weights, read_config, tower_config, where, with_settings
 from kempnerforge.model.vision import VisionEncoder
 
 
@@ -42,7 +42,7 @@ class MllamaTower(VisionEncoder):
         config = tower.config
         self.tiles: int = config.max_num_tiles
         self.tile_tokens: int = tower.num_patches
-        mean, std = (cfg.mean, cfg.std) if cfg.mean else read_normalisation(cfg.path) or Clip.normalisation
+        mean, std = chosen_normalisation(cfg, Clip.normalisation)
         tokens, width = self.tiles * self.tile_tokens, config.hidden_size * (1 + len(config.intermediate_layers_indices))
         super().__init__(num_tokens=tokens, dim=width, image_size=config.image_size, mean=mean, std=std)
         self.tower = tower
@@ -78,7 +78,8 @@ class MllamaTower(VisionEncoder):
             raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         config = self._config(cfg)
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            return MllamaVisionModel(config)
+            with library_call(where(cfg), "MllamaVisionModel cannot be built"):
+                return MllamaVisionModel(config)
         return load_weights(MllamaVisionModel, config, cfg.path)
 
     @staticmethod
@@ -86,18 +87,15 @@ class MllamaTower(VisionEncoder):
         """The tower's config in transformers, if it is one for square images and the usual grids."""
         from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
-        if cfg.settings:
-            tiles = int(cfg.settings.get("max_num_tiles", 4))
-            lists = {"supported_aspect_ratios": grids(tiles), "intermediate_layers_indices": list(cfg.intermediate_layers)}
-            config = from_settings(MllamaVisionConfig, cfg, **lists)
-        else:
-            config = MllamaVisionConfig.from_pretrained(cfg.path)
+        tiles = int(cfg.settings.get("max_num_tiles", 4))
+        lists = {"supported_aspect_ratios": grids(tiles), "intermediate_layers_indices": list(cfg.intermediate_layers)}
+        config = tower_config(MllamaVisionConfig, cfg, **lists)
         check_config(where(cfg), config)
         return config
 
 
 def check_config(name: str, config: Any) -> None:
-    """Refuses a ``MllamaVisionConfig`` that is not for square RGB images, or has grids or layers that ours has not.
+    """Refuses a ``MllamaVisionConfig`` that has grids or layers that ours has not.
 
     Args:
         name: whose it is.
@@ -105,8 +103,6 @@ def check_config(name: str, config: Any) -> None:
     Raises:
         ValueError: naming the key.
     """
-    if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int) or config.num_channels != 3:
-        raise InputError(f"{name}: only towers for square images with 3 channels can be used")
     if config.supported_aspect_ratios != grids(config.max_num_tiles):
         raise InputError(f"{name}: supported_aspect_ratios = {config.supported_aspect_ratios}, not {grids(config.max_num_tiles)}")
     layers = config.intermediate_layers_indices

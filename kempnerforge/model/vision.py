@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.config.vision import VisionEncoderConfig
+from kempnerforge.model.buffers import ExactBuffers
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(ExactBuffers):
     """What every vision encoder is: uint8 pixels in, one sequence of features per image out.
 
     Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their only argument, and implement

@@ -32,8 +32,9 @@ from kempnerforge.interop.write import (
     write_config,
     write_text,
 )
-from kempnerforge.model.hf_towers import HFTower, quiet
+from kempnerforge.model.hf_towers import HFTower
 from kempnerforge.model.mllama import MllamaTower
+from kempnerforge.model.quiet import quiet
 from kempnerforge.training.card import model_card
 from kempnerforge.training.export_processor import FILES, write_processor
 from kempnerforge.training.processor import origin

@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from kempnerforge.config.data import DataConfig, TextConfig
+from kempnerforge.config.errors import reason
 from kempnerforge.data.tokenizer import CHAT_TEMPLATE
 from kempnerforge.interop.chat_template import chat_template, render
-from kempnerforge.interop.processors import PREPROCESSOR, PROCESSOR, candidates, followed
+from kempnerforge.interop.processors import candidates, followed
 from kempnerforge.interop.write import write_config
-from kempnerforge.model.hf_towers import first_line, quiet
+from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, read_image_files
+from kempnerforge.model.quiet import quiet
 from kempnerforge.training.processor import Processor
 from kempnerforge.training.setup import Assembly
 
@@ -112,8 +114,7 @@ def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool
         yield "", {}
         return
     if given:
-        there = followed(out, kind, layout.image_size)
-        yield there.name if there else "a processor", {}
+        yield followed(out, kind) or "a processor", {}
     norm = assembly.model.normalisation
     yield from candidates(kind, layout.image_size, norm, cfg.images, layout.image_tokens, cfg.image_placeholder).items()
 
@@ -147,8 +148,10 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
     try:
         with quiet():
             theirs: Any = (AutoProcessor if images else AutoTokenizer).from_pretrained(out, local_files_only=True, trust_remote_code=False)
+            if images and (files := read_image_files(out)) and files.processor is not None:
+                theirs.image_processor = files.processor  # on the PIL backend: with torchvision pixels are resized a little otherwise
     except Exception as error:  # its class may fail in any way
-        raise Different(f"cannot be loaded ({first_line(error)})") from None
+        raise Different(f"cannot be loaded ({reason(error)})") from None
     for count, question in ((count, question) for count in range(3 if images else 1) for question in QUESTIONS):
         pictures = _pictures(count)
         try:
@@ -159,7 +162,7 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
             with quiet():
                 found = [*_found(theirs, pictures, question, images)]
         except Exception as error:  # a refusal is not another answer; it is told
-            refused[count] = first_line(error)
+            refused[count] = reason(error)
             continue
         for ids, pixels in found:
             if ids != want.input_ids[0].tolist():

@@ -18,7 +18,7 @@ from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
 from kempnerforge.training.convert import ASKED_FILE, JOB_FILE, TOKENIZER, tokenizer_of
 from kempnerforge.training.processor import Inputs, Processor, origin, processing
-from kempnerforge.training.restore import cast, restore
+from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import VLM
 
@@ -64,10 +64,7 @@ def load_pretrained(
         model = restored.assembly.model
         processor = Processor(restored.assembly, **processing(restored.manifest.state.get("imported", {})))
     target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(target)
-    if dtype is not None:
-        cast(model, dtype)
-    return model.eval(), processor
+    return model.to(target, dtype).eval(), processor
 
 
 def _foreign(path: Path) -> tuple[VLM, Processor]:

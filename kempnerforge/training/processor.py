@@ -18,19 +18,23 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, reason
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.images import opened
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.interop.foreign import Foreign
-from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, followed
+from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed
 from kempnerforge.interop.vlms import WRAPPERS
+from kempnerforge.model.image_files import ImageFiles, read_image_files
+from kempnerforge.model.quiet import quiet
 from kempnerforge.training.setup import Assembly
 
 Picture = Image.Image | Path | str | bytes | np.ndarray
 """An image: opened, a file, encoded, or (H, W, 3) uint8 RGB."""
+SAME_PIXELS = 1e-3
+"""Of normalised pixels; the smallest step of an 8-bit pixel is at least four times as large."""
 AS_IT_IS = "tokenizer"
 """What ``Processor`` follows for a language model: the text is the prompt."""
 
@@ -135,6 +139,11 @@ class Processor:
         normalised = self._normalised(pixels, [len(row) for row in views]) if pixels is not None and len(pixels) else None
         return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
 
+    def view(self, image: Picture) -> Tensor:
+        """(1, 3, H, W) normalised pixels of an image that makes one view."""
+        views = np.stack(self.encoder.images[0].load(_encoded(image, literally=True), 1))  # (1, H, W, 3)
+        return self._normalised(torch.from_numpy(views).permute(0, 3, 1, 2), [1]).reshape(1, 3, *views.shape[1:3])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens."""
         return self.tokenizer.decode(ids)
@@ -236,18 +245,44 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
 def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
     """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of its processor, or nothing."""
     kept: dict[str, Any] = {"source": str(foreign.path), "architecture": foreign.architecture, "image_id": foreign.image_id}
-    found = followed(foreign.path, _kind(foreign.architecture), assembly.layout.image_size)
-    if found is None:
+    if not assembly.model.has_images or not foreign.can_be_compared:
         return kept, ""
-    name, other = found.name, list(found.differences)
+    files, side = read_image_files(foreign.path), assembly.layout.image_size
+    name, other = followed(foreign.path, _kind(foreign.architecture)), other_pixels(Processor(assembly), files)
+    if other and files is not None:
+        other += differing_settings(files, side)
+    called = name or "image processor"
     if name in FRAMED and assembly.tokenizer.token_id(FAKE) is None:
         name = LLAVA
         other.append(f"{FAKE!r} around images, which the tokenizer has not")
     line = (
-        f"its {found.name} does otherwise with images ({'; '.join(other)}): here an image is one square of {assembly.layout.image_size} pixels, "
+        f"its {called} does otherwise with images ({'; '.join(other)}): here an image is one square of {side} pixels, "
         "bicubic, so ids and pixels are not the same"
     )
-    return kept | {"processor": name}, line if other else ""
+    return kept | ({"processor": name} if name else {}), line if other else ""
+
+
+def other_pixels(ours: Processor, files: ImageFiles | None) -> list[str]:
+    """What the source's own image processor makes of images that ours does not; empty: the same pixels."""
+    if files is None:
+        return ["it has no files of an image processor; mean and std are those of its family"]
+    if files.processor is None:
+        return [f"it cannot be run: {files.problem}"]
+    furthest, side = 0.0, ours.layout.image_size
+    for width, height in ((side, side), (2 * side, side), (61, 37), (23, 90)):
+        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        try:
+            with quiet():
+                made = files.processor(images=Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+        except Exception as error:  # values that its class does not take
+            return [f"it refuses an image of {width} x {height} pixels: {reason(error)}"]
+        views = made.reshape(-1, *made.shape[-3:])  # (views, 3, H, W)
+        views = torch.stack([view for number, view in enumerate(views) if not number or view.any()])  # without empty tiles
+        want = ours.view(noise)
+        if views.shape != want.shape:
+            return [f"an image of {width} x {height} pixels becomes {len(views)} x {tuple(views.shape[1:])}, here {tuple(want.shape[1:])}"]
+        furthest = max(furthest, (views - want).abs().max().item())
+    return [f"pixels up to {furthest:.2g} apart"] if furthest > SAME_PIXELS else []
 
 
 def processing(kept: Mapping[str, Any]) -> dict[str, Any]:

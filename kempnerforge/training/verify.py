@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.interop import mllama
 from kempnerforge.interop.vlms import WRAPPERS
-from kempnerforge.model.hf_towers import first_line, quiet
+from kempnerforge.model.quiet import quiet
 from kempnerforge.training.setup import Assembly
 from kempnerforge.vlm.base import VLM
 
@@ -103,11 +103,8 @@ def load_class(path: Path, architecture: str) -> Any:
     import transformers
 
     cls = getattr(transformers, architecture)
-    try:
-        with quiet():
-            model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    except Exception as error:  # whatever a file that it does not expect makes of it
-        raise InputError(f"{path}: {architecture} of transformers does not load it; {type(error).__name__}: {first_line(error)}") from error
+    with library_call(str(path), f"{architecture} of transformers does not load it"), quiet():
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
     if wrong := [f"{kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
         raise InputError(f"{path}: {architecture} finds keys {'; '.join(wrong)}")

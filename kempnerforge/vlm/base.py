@@ -25,6 +25,7 @@ from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
+from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
@@ -61,7 +62,7 @@ class Prompts(Protocol):
     def end_id(self) -> int | Collection[int]: ...
 
 
-class VLM(nn.Module):
+class VLM(ExactBuffers):
     """A vision-language model around one text backbone. Children: ``transformer``, ``vision_encoder``, ``adapter``.
 
     Args:

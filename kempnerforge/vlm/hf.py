@@ -19,15 +19,18 @@ from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.paths import PathText
-from kempnerforge.config.vision import ViTConfig
+from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.seen import Seen
+from kempnerforge.interop import mllama
 from kempnerforge.model.attention import Segments, additive
-from kempnerforge.model.hf_towers import Clip, Dinov2, Normalisation, Siglip2, first_line, quiet, read_config, read_normalisation
+from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_config
+from kempnerforge.model.image_files import read_image_files
+from kempnerforge.model.quiet import quiet
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import VLM, Output
 
@@ -39,6 +42,9 @@ OWN_MASKS = {"paligemma": "prefix", "gemma3": "image_bidirectional"}
 
 FIRST_POSITION = {"paligemma": 1}
 """``model_type`` -> where it begins to count positions, if not at 0."""
+
+FRAMED_KINDS = ("idefics3", "smolvlm")
+"""``model_type`` whose own method for image features drops images that are all black."""
 
 KEPT_KEYS = ("max_seq_len", "vocab_size", "new_tokens")
 """Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may set the third.)"""
@@ -157,7 +163,7 @@ class HF(VLM):
         assert seen is None, "the config refuses a feature cache"
         pixels = self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype)
         core = getattr(self.hf_model, "model", None)
-        if hasattr(core, "connector"):
+        if self.kind in FRAMED_KINDS:
             return _idefics_features(core, pixels)
         found = self.hf_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return found if isinstance(found, Tensor) else torch.stack(list(found))  # (N, F, D)
@@ -241,17 +247,6 @@ class HF(VLM):
                 inside |= {id(child) for child in module.modules()}
                 yield module
 
-    def _apply(self, fn: Any, recurse: bool = True) -> HF:
-        """Moves and casts. NOTE: buffers keep their precision: frequencies of rotary positions rounded to bf16 are other positions."""
-        buffers = [
-            (module, name, b) for module in self.modules() for name, b in module.named_buffers(recurse=False) if b.is_floating_point()
-        ]
-        super()._apply(fn, recurse)
-        for module, name, buffer in buffers:
-            if module._buffers[name] is not buffer:
-                module._buffers[name] = buffer.to(module._buffers[name].device)  # pyright: ignore[reportOptionalMemberAccess]
-        return self
-
     def _count_image_tokens(self) -> int:
         """Tokens of one image: what a blank one gives, which must be what the model's config says.
 
@@ -266,11 +261,9 @@ class HF(VLM):
                 f"{where}: {type(self.hf_model).__name__} needs {', '.join(needed)} beside pixel_values; only square images are given"
             )
         device = self.hf_model.get_input_embeddings().weight.device
-        try:
-            with torch.no_grad():
-                features = self.encode(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: {type(self.hf_model).__name__} does not take square images; {first_line(error)}") from error
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)
+        with library_call(where, f"{type(self.hf_model).__name__} does not take square images as pixel_values alone"), torch.no_grad():
+            features = self.encode(blank)
         width = self.hf_model.get_input_embeddings().weight.shape[1]
         if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
@@ -305,28 +298,28 @@ def _build(path: str) -> Any:
     """The class that ``path`` names, with random weights in fp32."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    kind = read_config(path).get("model_type")
-    try:
+    kind, where = read_config(path).get("model_type"), f"path = {path!r}"
+    with library_call(where, f"its config.json, of model_type {kind!r}, cannot be used"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        known = type(config) in AutoModelForImageTextToText._model_mapping
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32) if known else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"path = {path!r}: model_type {kind!r} cannot be built; {first_line(error)}") from error
-    if model is None or not hasattr(model, "get_image_features") or model.get_output_embeddings() is None:
-        raise InputError(f"path = {path!r}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise InputError(f"{where}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
+    model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+    if not hasattr(model_class, "get_image_features"):
+        instead = "; `kempnerforge import` reads it" if kind == mllama.KIND else ""
+        raise InputError(
+            f"{where}: {model_class.__name__} reads images, but not as features among the words (it has no get_image_features), "
+            f"which arch = 'hf' needs{instead}"
+        )
+    with library_call(where, f"{model_class.__name__} cannot be built"):
+        model = model_class._from_config(config, dtype=torch.float32)
+    if model.get_output_embeddings() is None:
+        raise InputError(f"{where}: {model_class.__name__} writes no words: it has no output embedding")
     return model.float()
 
 
 def _load(model_class: Any, path: str) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        with quiet():
-            model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"path = {path!r}: its weights cannot be loaded; {first_line(error)}; pretrained = false begins without"
-        ) from error
+    with library_call(f"path = {path!r}", "its weights cannot be loaded (pretrained = false begins without)"), quiet():
+        model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
     if wrong := [f"{len(keys)} {kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
         raise InputError(f"path = {path!r}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
@@ -337,17 +330,15 @@ def _image_geometry(path: str, model: Any) -> tuple[int, tuple[tuple[float, ...]
     """Pixels along a side, and the normalisation."""
     vision = getattr(model.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
-    if not isinstance(size, int):
-        raise InputError(
-            f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size = {size})"
-        )
-    assert vision is not None
-    found: Normalisation | None = read_normalisation(path) or NORMALISATIONS.get(vision.model_type)
+    if vision is None or size is None:
+        raise InputError(f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size)")
+    files = read_image_files(path)
+    found = files.normalisation if files and files.normalisation else NORMALISATIONS.get(vision.model_type)
     if found is None:
         raise InputError(
             f"path = {path!r}: has no image processor's config (preprocessor_config.json), so how to normalise images is not known"
         )
-    return size, (tuple(found[0]), tuple(found[1]))
+    return square_side(f"path = {path!r}: vision_config.image_size", size), (tuple(found[0]), tuple(found[1]))
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
