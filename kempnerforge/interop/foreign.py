@@ -59,6 +59,8 @@ class Foreign:
         files: tensor name -> file.
         image_id: the token that stands for a position of an image; None: the words know of no images.
         image_is_word: images take no position, and that token stands in the stream as a word, the first one that sees its image.
+        added_tokens: that the code behind these files puts behind the tokenizer's vocabulary, in the order of their ids.
+        notes: what is otherwise here than there.
         tied: head and embedding in the files, where both are there and ours has one for both.
     """
 
@@ -70,6 +72,8 @@ class Foreign:
     image_id: int | None = None
     tied: tuple[str, str] | None = None
     image_is_word: bool = False
+    added_tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def can_be_compared(self) -> bool:
@@ -171,12 +175,14 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> For
     rows = [name for name in files if name.endswith(HF_EMBEDDING)]
     parts = read_parts(config, _rows(files, rows[0]) if rows else 1, norm)
     wrapper, text = WRAPPERS[config["model_type"]], complete(config)["text_config"]
-    job = _vlm_job(JobConfig(**vars(parts)), wrapper.data, fit)
+    job = _vlm_job(JobConfig(**vars(parts)), wrapper.data, ImagesConfig(fit=fit))
     choices = [_names(job, wrapper, text["model_type"], layout) for layout in wrapper.layouts]
     names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
     layout = wrapper.layouts[choices.index(names)]
     spare = lambda name: name == layout.head or _unread(name, layout, names)
     image_id = config.get("image_token_index", config.get("image_token_id"))
+    if not isinstance(image_id, int) or image_id < 0:
+        raise InputError(f"image_token_index = {image_id}: must be the id of a token")
     places = matched(path, names, files, spare)
     return Foreign(path, wrapper.architecture, job, places, files, image_id, _tied(places, files, layout.head))
 
@@ -206,7 +212,7 @@ def _open_mllama(path: Path, config: dict[str, Any], files: dict[str, Path]) -> 
     norm, fit = _image_processor(path)
     rows = [name for name in files if name.endswith(HF_EMBEDDING)]
     parts = mllama.read_parts(config, _rows(files, rows[0]) if rows else 0, norm)
-    job = _vlm_job(JobConfig(**vars(parts)), mllama.DATA, fit)
+    job = _vlm_job(JobConfig(**vars(parts)), mllama.DATA, ImagesConfig(fit=fit))
     every = vars(job.vlm)["cross_attention_every_n_layers"]
     ours = shapes(job)
     choices = [{name: Place(mllama.name_of(name, every, layout)) for name in ours} for layout in mllama.LAYOUTS]
@@ -216,14 +222,19 @@ def _open_mllama(path: Path, config: dict[str, Any], files: dict[str, Path]) -> 
 
 
 def _open_nanovlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
-    job = _vlm_job(nanovlm.job_of(config), nanovlm.DATA, "squash")
+    texts = nanovlm.texts_of(config)
+    job = _vlm_job(nanovlm.job_of(config), texts.data, ImagesConfig(), texts.views)
     places = {ours: Place(*nanovlm.place(ours)) for ours in shapes(job)}
+    for kept, other in nanovlm.SHARED.items():
+        if other not in files and kept in files:
+            places = {ours: Place(kept) if place.name == other else place for ours, place in places.items()}
     places = matched(path, places, files, nanovlm.is_spare)
-    return Foreign(path, "", job, places, files, tied=_tied(places, files, nanovlm.HEAD))
+    tied = _tied(places, files, nanovlm.HEAD)
+    return Foreign(path, "", job, places, files, tied=tied, added_tokens=texts.tokens, notes=texts.notes)
 
 
-def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
-    """With data and training sections that suit the model."""
+def _vlm_job(job: JobConfig, texts: Mapping[str, Any], images: ImagesConfig, views: int = 1) -> JobConfig:
+    """With data and training sections that suit the model, for rows with an image of ``views`` views."""
     encoder, assumed = job.vision_encoder, job.image_tokens()
     if assumed is None:
         with torch.device("meta"):
@@ -233,8 +244,9 @@ def _vlm_job(job: JobConfig, texts: Mapping[str, Any], fit: str) -> JobConfig:
     if job.model.max_seq_len <= assumed:
         raise InputError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
     text = min(MAX_TEXT, job.model.max_seq_len - assumed)
-    data = JsonlConfig(path="train.jsonl", prompt_column="prompt", images=ImagesConfig(fit=fit), **texts)
-    return replace(job, vlm=replace(job.vlm, max_text_len=text), data=data, train=TrainConfig(max_steps=1000, seq_len=assumed + text))
+    data = JsonlConfig(path="train.jsonl", prompt_column="prompt", **{"images": images, **texts})
+    length = min(job.model.max_seq_len, views * (assumed + data.images.has_markers) + text)
+    return replace(job, vlm=replace(job.vlm, max_text_len=text), data=data, train=TrainConfig(max_steps=1000, seq_len=length))
 
 
 def _image_processor(path: Path) -> tuple[tuple[list[float], list[float]] | None, str]:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from kempnerforge.config.adapter import PixelShuffleConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
-from kempnerforge.config.vision import ViTConfig
+from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import VLMConfig
 
-DATA: dict[str, Any] = {
-    "template": "turns",
-    "turns": TurnsConfig(
-        user="<|im_start|>user\n<image>{prompt}<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        end="<|im_end|>",
-        separator="\n",
-        bos=False,
-    ),
-}
-"""Keys of ``[data]``: its chat template, with one image in front of the prompt."""
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Its ``lm_chat_template``, as the file has it."""
+_TURNS = TurnsConfig(
+    user="<|im_start|>user\n<image>{prompt}<|im_end|>\n",
+    assistant="<|im_start|>assistant\n",
+    end="<|im_end|>",
+    separator="\n",
+    bos=False,
+)
+_QUESTIONS = TurnsConfig(user="Question: {prompt} ", assistant="Answer:", bos=False)
+"""The first generation, which has neither a chat template nor tokens of its own: the image is in front of all."""
+IMAGE_TOKEN, GRID = "<|image|>", 8
+"""The token at positions of an image, and how many rows and columns of tiles have a token before them."""
 
 NAMES = {
     "transformer.token_embedding.": "decoder.token_embedding.",
@@ -45,6 +51,8 @@ QKV = {"attention.q_proj": 0, "attention.k_proj": 1, "attention.v_proj": 2}
 
 HEAD = "decoder.head.weight"
 KEYS = ("vit_hidden_dim", "lm_hidden_dim", "mp_pixel_shuffle_factor")
+SHARED = {HEAD: "decoder.token_embedding.weight"}
+"""Its file has one of the two names of a tensor: the first in the alphabet."""
 SPARE = re.compile(r"decoder\.(head\.weight|rotary_embd\.(inv_freq|cos_cached|sin_cached))$")
 
 
@@ -78,10 +86,11 @@ def job_of(config: dict[str, Any]) -> JobConfig:
         rope_theta=float(config.get("lm_re_base", 100_000)),
         max_seq_len=config.get("lm_max_position_embeddings", 8192),
         vocab_size=config["lm_vocab_size"],
+        attention_scale=_attention_scale(config),
     )
     vision = ViTConfig(
-        image_size=config["vit_img_size"],
-        patch_size=config["vit_patch_size"],
+        image_size=square_side("vit_img_size", config["vit_img_size"]),
+        patch_size=square_side("vit_patch_size", config["vit_patch_size"]),
         dim=config["vit_hidden_dim"],
         n_layers=config["vit_n_blocks"],
         n_heads=config["vit_n_heads"],
@@ -91,7 +100,72 @@ def job_of(config: dict[str, Any]) -> JobConfig:
         std=[1.0] * 3,
     )
     adapter = PixelShuffleConfig(factor=config["mp_pixel_shuffle_factor"], bias=False)
+    tokens = (vision.grid // adapter.factor) ** 2
+    if config.get("mp_image_token_length", tokens) != tokens:
+        raise InputError(f"mp_image_token_length = {config['mp_image_token_length']}: an image of these sizes has {tokens} tokens")
     return JobConfig(model=model, vision_encoder=vision, adapter=adapter, vlm=VLMConfig())
+
+
+def _attention_scale(config: dict[str, Any]) -> float:
+    """Its factor is on the rotary tables, so it is on queries and on keys; 0 is the usual scale."""
+    factor = config.get("lm_attn_scaling", 1.0)
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise InputError(f"lm_attn_scaling = {factor!r}: must be a number above 0")
+    return 0.0 if factor == 1 else factor**2 * (config["lm_hidden_dim"] // config["lm_n_heads"]) ** -0.5
+
+
+class Texts(NamedTuple):
+    """How its data were laid out.
+
+    Attributes:
+        data: keys of ``[data]``.
+        tokens: that its code adds to the tokenizer, in the order of their ids.
+        notes: what is otherwise here.
+        views: of an image, at most.
+    """
+
+    data: dict[str, Any]
+    tokens: tuple[str, ...]
+    notes: tuple[str, ...]
+    views: int = 1
+
+
+def texts_of(config: dict[str, Any]) -> Texts:
+    """The generation of nanoVLM that a ``config.json`` is of.
+
+    Raises:
+        ValueError: it is none that we know.
+    """
+    added, template = config.get("vlm_extra_tokens") or {}, config.get("lm_chat_template")
+    if not isinstance(added, dict) or not all(isinstance(name, str) for name in added.values()):
+        raise InputError(f"vlm_extra_tokens = {show(added)}: must be a table of names")
+    tokens = tuple(added.values())
+    if template is None and not tokens:
+        return Texts({"template": "turns", "turns": _QUESTIONS}, (), ())
+    if template not in (None, CHATML):
+        raise InputError(f"lm_chat_template = {show(template)}: only nanoVLM's own, which is ChatML, is known")
+    if tokens and tokens[0] != IMAGE_TOKEN:
+        raise InputError(f"vlm_extra_tokens: begins with {tokens[0]!r}, not {IMAGE_TOKEN!r}")
+    data: dict[str, Any] = {"template": "turns", "turns": _TURNS}
+    notes, views = ["the line break behind <|im_end|> is not trained; it is there"], 1
+    if len(tokens) > 1:
+        side, longest = config["vit_img_size"], config.get("max_img_size", 2048)
+        if longest % side or not 1 <= longest // side <= GRID:
+            raise InputError(f"max_img_size = {longest}: must be 1 to {GRID} times vit_img_size = {side}")
+        views = 1 + (longest // side) ** 2
+        images = ImagesConfig(
+            fit="tiles",
+            max_side=longest,
+            resize_to_max_side=bool(config.get("resize_to_max_side_len", True)),
+            marker_grid=GRID,
+            number_images=True,
+        )
+        if tokens[1:] != tuple(images.new_tokens()):
+            raise InputError(f"vlm_extra_tokens: {len(tokens)} names, not {IMAGE_TOKEN!r} and those of {GRID} x {GRID} tiles")
+        notes.append("the view of a whole image is bicubic here and bilinear, of the stretched image, there: pixels up to about 0.04 apart")
+        notes.append("a prompt with several images has them where <image> stands, there all in front of the first turn")
+        data["images"] = images
+    return Texts(data, tokens, tuple(notes), views)
 
 
 def place(ours: str) -> tuple[str, int, int]:

@@ -201,6 +201,9 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
             config = config_class.from_pretrained(cfg.path)
     if config.num_channels != 3:
         raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(value := getattr(config, key, 1), int) or value < 1:
+            raise InputError(f"{where(cfg)}: {key} = {value}: must be a whole number above 0")
     for key in ("image_size", "patch_size"):
         if hasattr(config, key):
             setattr(config, key, square_side(f"{where(cfg)}: {key}", getattr(config, key)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
@@ -116,6 +117,7 @@ def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, 
         lines.append("transformers does not load it: nothing to compare with")
     kept, line = origin(assembly, foreign)
     lines += [line] if line else []
+    lines += [f"otherwise than there: {note}" for note in foreign.notes]
     _write_run(out, assembly, kept)
     lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
     return Converted(out, lines, difference)
@@ -146,6 +148,8 @@ def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
     words = read_tokenizer(foreign.path, given)
     if given is not None and foreign.path.is_dir():
         words = words.changed(stops={*words.stop_ids, *stop_ids(foreign.path)})
+    if foreign.added_tokens:
+        words = _with_tokens(words, foreign)
     if not foreign.image_is_word:
         return words
     name = _mark(foreign.job)
@@ -155,6 +159,17 @@ def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
         )
     marks = dict.fromkeys([*words.appended, name])
     return words.changed(appended=[*marks])
+
+
+def _with_tokens(words: Tokenizer, foreign: Foreign) -> Tokenizer:
+    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its embedding."""
+    names, rows = foreign.added_tokens, foreign.job.model.vocab_size
+    words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])
+    if beyond := [name for name in names if not 0 <= (words.backend.token_to_id(name) or 0) < rows]:
+        raise InputError(
+            f"{foreign.path / CONFIG}: lm_vocab_size = {rows}: the tokenizer with vlm_extra_tokens has more, {beyond[0]!r} among them"
+        )
+    return words.changed()
 
 
 def _mark(job: JobConfig) -> str:

@@ -72,8 +72,8 @@ def _foreign(path: Path) -> tuple[VLM, Processor]:
     assembly = assemble(foreign.job, tokenizer_of(foreign), data=False)
     assembly.model.load_state_dict(foreign.read(), strict=True, assign=True)
     kept, line = origin(assembly, foreign)
-    if line:
-        log.warning("%s: %s", path, line)
+    for said in (*([line] if line else []), *foreign.notes):
+        log.warning("%s: %s", path, said)
     return assembly.model, Processor(assembly, **processing(kept))
 
 

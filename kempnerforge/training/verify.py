@@ -125,7 +125,8 @@ def their_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         inputs = mllama.class_inputs(inputs, model.config)
     if wrapper is not None and wrapper.images_by_row:
         inputs["pixel_values"] = inputs["pixel_values"][:, None]  # (B, images of a row, 3, H, W)
-    return model(**inputs, use_cache=False).logits.float()
+    with library_call(model.config.model_type, f"{type(model).__name__} of transformers cannot run what it has loaded"):
+        return model(**inputs, use_cache=False).logits.float()
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> Agreement:

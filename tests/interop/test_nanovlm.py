@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kempnerforge import load_pretrained
+from kempnerforge.config.errors import InputError
+from kempnerforge.data.batch import Kind
+from kempnerforge.interop import nanovlm
 from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.training.convert import read_tokenizer
+from kempnerforge.training.convert import import_model, read_tokenizer
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.verify import make_probe, our_logits
 from tests.interop.tiny_vlms import write_tokenizer
@@ -147,3 +152,102 @@ def test_settings_that_we_have_not_are_refused(key: str, value: bool, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {key: value}))
     with pytest.raises(ValueError, match=key):
         open_foreign(tmp_path)
+
+
+# ---- files that it writes itself --------------------------------------------------------------------------------------
+
+GRID = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, 9) for c in range(1, 9)}
+EXTRA = {"image_token": "<|image|>", "global_image_token": "<|global_image|>", **GRID}
+LATER = {
+    "lm_chat_template": nanovlm.CHATML,
+    "vlm_extra_tokens": EXTRA,
+    "max_img_size": 56,
+    "resize_to_max_side_len": False,
+    "lm_vocab_size": 420,
+}
+
+
+def saved_by_it(path: Path, **keys: Any) -> Path:
+    """As safetensors writes a model with a tied pair: one name, the other noted."""
+    path.mkdir()
+    rows, found = keys.get("lm_vocab_size", VOCAB), tensors()
+    found["decoder.head.weight"] = torch.randn(rows, TEXT, generator=torch.Generator().manual_seed(1))
+    del found["decoder.token_embedding.weight"]
+    save(path, found)
+    save_file(found, path / "model.safetensors", metadata={"decoder.token_embedding.weight": "decoder.head.weight"})
+    (path / "config.json").write_text(json.dumps(CONFIG | keys))
+    return path
+
+
+def test_one_name_of_the_tied_pair_is_enough(tmp_path: Path) -> None:
+    source = saved_by_it(tmp_path / "own")
+    weights = open_foreign(source).read()
+    assert torch.equal(weights["transformer.token_embedding.weight"], load_file(source / "model.safetensors")["decoder.head.weight"])
+
+
+def prompt_of(run: Path, picture: Image.Image) -> tuple[str, int]:
+    """What is asked of an imported run, and how many views."""
+    _, ours = load_pretrained(run, device="cpu")
+    made = ours(images=picture, text="what?")
+    ids = made["input_ids"][0][made.batch.kinds[0] != Kind.IMAGE].tolist()
+    names = ours.tokenizer.special_names
+    return "".join(names.get(i) or ours.tokenizer.decode([i]) for i in ids).replace("▁", " "), len(made["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked", "views"),
+    [
+        ({}, "Question: what? Answer:", 1),
+        (
+            LATER | {"vlm_extra_tokens": {"image_token": "<|image|>"}},
+            "<|im_start|>user\nwhat?<|im_end|>\n<|im_start|>assistant\n",
+            1,
+        ),
+        (
+            LATER,
+            "<|im_start|>user\n<|global_image|><row_1_col_1><row_1_col_2>what?<|im_end|>\n<|im_start|>assistant\n",
+            3,
+        ),
+        (
+            LATER | {"resize_to_max_side_len": True, "max_img_size": 84},
+            "<|im_start|>user\n<|global_image|>"
+            + "".join(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2, 3))
+            + "what?<|im_end|>\n<|im_start|>assistant\n",
+            7,
+        ),
+    ],
+)
+def test_each_generation_is_asked_as_it_was_trained(keys: dict[str, Any], asked: str, views: int, tmp_path: Path) -> None:
+    done = import_model(saved_by_it(tmp_path / "own", **keys), tmp_path / "run")
+    assert prompt_of(tmp_path / "run", Image.effect_noise((56, 28), 60)) == (asked, views)
+    assert any("bilinear" in line for line in done.lines) == (views > 1), "what is otherwise is said"
+
+
+def test_a_factor_of_the_attention_is_followed(tmp_path: Path) -> None:
+    """Cosines and sines are multiplied by it there, so a product of query and key is by its square."""
+    job = open_foreign(saved_by_it(tmp_path / "own", lm_attn_scaling=1.5)).job
+    assert job.model.attention_scale == pytest.approx(1.5**2 * (TEXT // HEADS) ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"lm_attn_scaling": "x"}, "lm_attn_scaling"),
+        ({"lm_chat_template": "{{ messages }}"}, "lm_chat_template"),
+        (LATER | {"vlm_extra_tokens": {"image_token": "<img>"}}, "vlm_extra_tokens"),
+        (LATER | {"vlm_extra_tokens": {**EXTRA, "r9c9": "<row_9_col_9>"}}, "vlm_extra_tokens"),
+        (LATER | {"max_img_size": 57}, "max_img_size"),
+        ({"mp_image_token_length": 9}, "mp_image_token_length"),
+    ],
+)
+def test_what_cannot_be_followed_is_named(keys: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=named):
+        import_model(saved_by_it(tmp_path / "own", **keys), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedding_without_room_for_its_tokens_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, prefix=False)
+    there = read_tokenizer(tmp_path, None).vocab_size
+    with pytest.raises(InputError, match=f"lm_vocab_size = {there + 3}: .* '<row_1_col_2>'"):
+        import_model(saved_by_it(tmp_path / "own", **LATER | {"lm_vocab_size": there + 3}), tmp_path / "run")
