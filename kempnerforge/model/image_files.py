@@ -75,7 +75,7 @@ def _said(path: Path) -> dict[str, Any] | None:
         with library_call(str(path / name), "cannot be read"):
             found = json.loads((path / name).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise InputError(f"{path / name}: holds no JSON object")
+            raise InputError(f"{path / name}: cannot be read; it holds no JSON object")
         found = found.get("image_processor") if nested else found
         if isinstance(found, dict):
             return found
@@ -100,9 +100,7 @@ def _normalisation(path: Path | str, settings: dict[str, Any]) -> Normalisation 
         mean, std = [0.0] * 3, [1.0] * 3
     if mean is None or std is None:
         return None
-    values = [
-        [value] * 3 if isinstance(value, int | float) else list(value) if isinstance(value, list | tuple) else [] for value in (mean, std)
-    ]
+    values = [list(value) if isinstance(value, list | tuple) else [] for value in (mean, std)]
     fine = all(len(v) == 3 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in v) for v in values)
     if not fine or min(values[1]) <= 0:
         raise InputError(f"{path}: its image processor has image_mean = {mean}, image_std = {std}; three numbers each, std above 0")

@@ -281,7 +281,7 @@ def test_user_errors(tmp_path: Path) -> None:
             build_vision_encoder(ClipConfig(path=good))
     for content in ("{", "[]"):
         (path / "preprocessor_config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be read"):
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json: cannot be read"):
             build_vision_encoder(ClipConfig(path=good))
 
 
