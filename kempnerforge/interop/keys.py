@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
 from kempnerforge.interop.names import FAMILIES, SETTINGS
 
 FOLLOWED = frozenset({"max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"})
@@ -71,13 +71,13 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key in only and value not in only[key]:
             what = " or ".join("null" if kept is None else str(kept).lower() for kept in only[key])
-            raise InputError(f"{key} = {_short(value)}: of a {family} only {what} can be read")
+            raise InputError(f"{key} = {show(value)}: of a {family} only {what} can be read")
         if key in only or key in known or value is None:
             continue
         named = key in defaults(family) or re.search(_READS.format(re.escape(key)), _source(family))
         if named and value != defaults(family).get(key):
             raise InputError(
-                f"{key} = {_short(value)}: the class of a {family} reads it, and it has no place here; leave it out if it is off"
+                f"{key} = {show(value)}: the class of a {family} reads it, and it has no place here; leave it out if it is off"
             )
 
 
@@ -98,20 +98,3 @@ def _source(family: str) -> str:
     return "\n".join(
         file.read_text(encoding="utf-8") for pattern in ("modeling_*.py", "configuration_*.py") for file in folder.glob(pattern)
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def table() -> str:
-    """What is made of the keys of each family's class, in Markdown."""
-    lines = ["| family | followed | one value can be read | not read by its class |", "|---|---|---|---|"]
-    for family in FAMILIES:
-        keys, only = {*defaults(family), *BOOKKEEPING}, allowed(family)
-        values = [f"`{key}` ({' or '.join('null' if v is None else str(v).lower() for v in only[key])})" for key in sorted(only)]
-        kept = [f"`{key}`" for key in sorted(keys & followed(family))]
-        rest = [f"`{key}`" for key in sorted(keys - followed(family) - only.keys())]
-        lines.append(f"| {family} | {', '.join(kept)} | {', '.join(values)} | {', '.join(rest)} |")
-    return "\n".join(lines) + "\n"

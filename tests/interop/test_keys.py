@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from kempnerforge.config.errors import InputError
-from kempnerforge.interop.keys import _source, allowed, defaults, followed, table
+from kempnerforge.interop.keys import BOOKKEEPING, _source, allowed, defaults, followed
 from kempnerforge.interop.names import FAMILIES
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.write import text_names
@@ -161,8 +163,29 @@ def test_an_unknown_key_that_the_class_reads_is_refused(monkeypatch: pytest.Monk
     model_config(config | {"something_else": 0.5}, 97)
 
 
-def test_the_page_has_the_table() -> None:
+def _item(head: str, keys: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> str:
+    """A list item: ``keys``, then those of which one value can be read, with their values."""
+    values = [f"`{key}` ({' or '.join('null' if v is None else str(v).lower() for v in only[key])})" for key in sorted(only)]
+    text = f"* {head}: {', '.join([*(f'`{key}`' for key in sorted(keys)), *values]) or 'nothing more'}"
+    return textwrap.fill(text, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _lists() -> str:
+    """What is made of the keys of each family's class, in Markdown."""
+    families = list(FAMILIES)
+    keys = {family: {*defaults(family), *BOOKKEEPING} for family in families}
+    kept = {family: keys[family] & followed(family) for family in families}
+    rest = {family: frozenset(keys[family] - followed(family) - allowed(family).keys()) for family in families}
+    assert len(set(rest.values())) == 1, "what no class reads is one list"
+    both = set.intersection(*kept.values())
+    only = {key: values for key, values in allowed(families[0]).items() if all(key in allowed(family) for family in families)}
+    lines = [_item("followed", both, {}), _item("one value can be read", (), only), _item("not read by the class", rest[families[0]], {})]
+    for family in families:
+        more = {key: values for key, values in allowed(family).items() if key not in only}
+        lines.append(_item(family, kept[family] - both, more))
+    return "\n".join([*lines[:3], "", "Besides, by family:", "", *lines[3:]]) + "\n"
+
+
+def test_the_page_has_the_lists() -> None:
     page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
-    assert table() in page, (
-        'docs/weights.md: replace its table by what python -c "from kempnerforge.interop.keys import table; print(table())" says'
-    )
+    assert _lists() in page, f"docs/weights.md: put these lists in the place of those that are there:\n{_lists()}"
