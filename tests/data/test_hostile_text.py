@@ -42,7 +42,7 @@ CASES = [
     Case("a megabyte", caption=MEGABYTE, reason="a text of [0-9]+ tokens, max_text_len = 60"),
     Case("lone surrogate", caption="a\ud800b", reason="lone surrogate"),
     Case("not UTF-8", caption=NOT_UTF8, reason="not UTF-8 at byte"),
-    Case("a number", caption=5, reason="must be a string, not int"),
+    Case("a number", caption=5),
     Case("an object", caption={"a": "b"}, reason="must be a string, not dict"),
     Case("special tokens", caption="<eos><bos>a<pad> <|im_end|>"),
     Case("NUL in the caption", caption="a\0b"),
@@ -121,7 +121,7 @@ def test_hostile_rows_among_good_ones(name: str, folder: Path, tokenizer: Tokeni
             continue
         encoded = encoder.encode(source[number[case.name] - 1], 0)
         answer = encoded.table[INPUT_IDS][encoded.table[KINDS] == Kind.ANSWER].tolist()
-        assert tokenizer.decode(answer[:-1]) == case.caption and answer.index(tokenizer.eos_id) == len(answer) - 1, case.name
+        assert tokenizer.decode(answer[:-1]) == str(case.caption) and answer.index(tokenizer.eos_id) == len(answer) - 1, case.name
         assert len(encoded.images) == 1
 
 

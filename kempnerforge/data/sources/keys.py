@@ -67,7 +67,8 @@ def unread(value: Any, known: Keys, ignored: Ignoring, above: str = "") -> Itera
         name = f"{above}{key}"
         if key in known:
             below = known[key]
-            if below is not None and not ignored.takes_out(name):
+            is_no_list = below is PART and isinstance(value[key], Mapping)  # an object in the place of a text: a bad value, not bad keys
+            if below is not None and not is_no_list and not ignored.takes_out(name):
                 yield from unread(value[key], below, ignored, f"{name}.")
         elif not ignored(name):
             yield f"key {show(name)} is read by nothing ({_hint(str(key), known)})"
