@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kempnerforge.config.errors import InputError
-
 FORMAT = 1
 NAME = "manifest.json"
 METADATA = ".metadata"
@@ -63,7 +61,7 @@ class Manifest:
         body = asdict(self)
         try:
             if json.loads(json.dumps(self.state, allow_nan=False)) != self.state:
-                raise InputError("keys must be strings and sequences lists")
+                raise ValueError("keys must be strings and sequences lists")
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"state is not plain JSON: {error}") from None
         return json.dumps({**body, "crc32": _digest(body)}, indent=1).encode()

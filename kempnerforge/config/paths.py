@@ -11,9 +11,7 @@ from typing import Annotated
 
 from kempnerforge.config.errors import InputError
 
-MARK = "path"
-
-PathText = Annotated[str, MARK]
+PathText = Annotated[str, "path"]
 """The type of a config field that holds a path, or a name that may be one (of a tokenizer, say): it is expanded when the config is loaded."""
 
 
@@ -34,5 +32,5 @@ def expand(text: str) -> str:
 
 
 def start_of(path: str | Path) -> str:
-    """What a message says behind a path that is not there: where a relative one was looked for; nothing of an absolute one."""
+    """What a message says after a path that is not there: where a relative one was looked for; nothing of an absolute one."""
     return "" if os.path.isabs(path) else f" (relative to the working directory, {os.getcwd()})"

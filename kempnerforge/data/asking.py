@@ -1,8 +1,7 @@
-"""How the texts of a training say where their images stand, so that a question of somebody else is asked in the same way.
+"""How the texts of a training say where their images stand, so that any question is asked in the same way.
 
-A prompt may place its images itself ("<image>\\nwhat is it?"). Whoever asks a trained model "what is it?" about an image means the same, and the
-model must read the same: what was seen of the data is kept with the run, and every tool that asks goes by it. Placeholders in a question count
-before that.
+A prompt may place its images itself ("<image>\\nwhat is it?"). The question "what is it?" about an image means the same, so the model
+must read the same: what was seen of the data is kept with the run and used by every tool that asks. Placeholders in a question come first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from kempnerforge.data.sample import Sample, SampleError, Source, Text
 
 LOOKED_AT = 8
 """Places of a source that are looked at, and samples at each: neighbours are cheap where rows are read from front to back."""
-PLACES = ("front", "head", "tail")
+Form = tuple[str, str | None, str]
+"""place, between, gap as in ``Asking``; ``between`` is None where a single image does not show it."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,8 @@ def observe(source: Source, cfg: DataConfig) -> Seen:
     return Seen(Asking(place, between or "", gap, system, together if together > 1 else 0), forms)
 
 
-Form = tuple[str, str | None, str]
-
-
 def form_of(text: Text, images: int, placeholder: str) -> Form | None:
-    """(place, between, gap) of a text about ``images``: ``between`` is None where a single one does not show it. None for images elsewhere."""
+    """The form of a text about ``images``; None for images elsewhere."""
     if text.leading is not None:
         return ("head", "", "") if text.leading else ("front", None, "")
     everything = "".join([text.system, *(part for turn in text.turns for part in turn)])
@@ -133,7 +130,7 @@ def form_of(text: Text, images: int, placeholder: str) -> Form | None:
     return None
 
 
-def _most_frequent(found: Counter[Form]) -> tuple[str, str | None, str]:
+def _most_frequent(found: Counter[Form]) -> Form:
     """The form of most texts; what is between images from those that have several."""
     if not found:
         return "front", None, ""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kempnerforge.config.errors import InputError, visible
+from kempnerforge.config.errors import visible
 from kempnerforge.data.audit import count, image_length
 from kempnerforge.data.audit_rows import Decoder, Piece, Row, pieces_of
 
@@ -158,7 +158,7 @@ def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> str:
         side: of a larger one, to which it is shrunk.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise InputError(f"image is {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
+        raise ValueError(f"image is {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
     drawn, buffer = Image.fromarray(np.ascontiguousarray(image)), io.BytesIO()
     small = max(drawn.size) <= SMALL_SIDE
     drawn.thumbnail((side, side))

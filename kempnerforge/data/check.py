@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,19 +54,15 @@ class Found:
         sizes: (n, len(COLUMNS)) int64. ``positions``: of a row with all of a sample's texts and images; ``row``: of its row under the limits
             of the job, 0 if it is refused; ``text_tokens``: of all texts; ``longest``: of one text; ``needed``: positions of a row with the
             longest text alone; ``trained``: labels; ``texts``; ``images``; ``views``. All 0 where a sample has no size.
-        digests: (m,) 16 bytes each, of the content of every image of a usable sample.
-        digest_owners: (m,) the samples that they are of.
-        marks: by kind, see ``traces``.
+        marks: of the usable samples by kind, see ``traces``.
         remarks: on the usable samples.
     """
 
     indices: np.ndarray
     sizes: np.ndarray
     bad: list[Bad]
-    digests: np.ndarray
-    digest_owners: np.ndarray
-    marks: dict[str, Marks] = field(default_factory=dict)
-    remarks: Remarks = field(default_factory=Remarks)
+    marks: dict[str, Marks]
+    remarks: Remarks
 
     def column(self, name: str) -> np.ndarray:
         """(n,) one of ``COLUMNS``."""
@@ -80,7 +76,7 @@ class Found:
     @property
     def distinct_images(self) -> int:
         """Images of different content."""
-        return len(np.unique(self.digests))
+        return len(np.unique(self.marks["image"].digests))
 
 
 class Reader:
@@ -128,8 +124,7 @@ class Reader:
                 if reason := self._too_long(sizes[number]):
                     bad.append(Bad(index, name, "length", reason))
         taken = np.asarray(indices, dtype=np.int64)
-        marks = traces.marks()
-        return Found(taken, sizes, bad, *marks["image"], marks, remarks)
+        return Found(taken, sizes, bad, traces.marks(), remarks)
 
     def _size(self, sample: Sample, sizes: np.ndarray) -> None:
         """Fills in one row of ``Found.sizes``; raises SampleError if the sample cannot be encoded, however much room there is."""
@@ -197,8 +192,6 @@ def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callabl
         np.concatenate([part.indices for part in parts]),
         np.concatenate([part.sizes for part in parts]),
         [bad for part in parts for bad in part.bad],
-        np.concatenate([part.digests for part in parts]),
-        np.concatenate([part.digest_owners for part in parts]),
         {kind: joined([part.marks[kind] for part in parts]) for kind in KINDS},
         merged([part.remarks for part in parts]),
     )
@@ -252,12 +245,3 @@ def spread(source: Source, limit: int, seed: int) -> list[int]:
 def is_stream(source: Source) -> bool:
     """Whether ``source`` is read from front to back."""
     return source.order(0).window is not None
-
-
-def shared_images(first: Found, second: Found) -> list[tuple[int, int]]:
-    """(sample of ``first``, sample of ``second``) for each image content that both have, with the first sample that has it in each."""
-    known, firsts = np.unique(first.digests, return_index=True)
-    other, seconds = np.unique(second.digests, return_index=True)
-    _, left, right = np.intersect1d(known, other, assume_unique=True, return_indices=True)
-    pairs = zip(first.digest_owners[firsts[left]].tolist(), second.digest_owners[seconds[right]].tolist(), strict=True)
-    return sorted(pairs)

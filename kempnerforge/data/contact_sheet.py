@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kempnerforge.config.errors import InputError
-
 GAP = 12  # pixels between tiles and around the sheet
 LETTER = 7  # pixels of one, about
 MAX_LINES = 12  # of a caption; a longer one ends in "..."
@@ -27,9 +25,9 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 4,
         ValueError: the images have another shape or type, or there are not as many captions.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"images are {images.dtype} {images.shape}: must be uint8 (N, 3, H, W)")
+        raise ValueError(f"images are {images.dtype} {images.shape}: must be uint8 (N, 3, H, W)")
     if len(captions) != len(images):
-        raise InputError(f"{len(captions)} captions for {len(images)} images: must be as many")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: must be as many")
     cards = [_card(pixels, caption, tile) for pixels, caption in zip(images, captions, strict=True)]
     rows = [cards[start : start + columns] for start in range(0, len(cards), columns)]
     heights = [GAP + max(card.height for card in row) for row in rows]

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import SampleError
 
 BLOCK = 512
@@ -165,7 +164,7 @@ def _any(file: BinaryIO, block: bytes, at: int) -> tuple[str, int, int, int]:
     try:
         long = block[156:157] in (b"x", b"g", b"X", b"L", b"K")
         if long and tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size > MAX_HEADER:
-            raise InputError(f"a header of more than {MAX_HEADER} bytes")
+            raise ValueError(f"a header of more than {MAX_HEADER} bytes")
         file.seek(at)
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         info = tar.next()

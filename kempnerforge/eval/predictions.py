@@ -11,6 +11,11 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.files import write_text
 from kempnerforge.eval.exact_match import Score
 
+KEYS = (
+    *("id", "prompt", "kind", "truth", "compared", "truth_tokens", "too_long", "also_right"),
+    *("answer", "right", "answer_blind", "right_blind", "unreadable"),
+)
+
 
 def write_predictions(path: Path, seeing: Score, blind: Score | None, skipped: Sequence[tuple[str, str]]) -> Path:
     """Writes the file, in one move. A line has
@@ -34,23 +39,7 @@ def write_predictions(path: Path, seeing: Score, blind: Score | None, skipped: S
 
 
 def _rows(seeing: Score, blind: Score | None, skipped: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    nothing = dict.fromkeys(
-        (
-            "id",
-            "prompt",
-            "kind",
-            "truth",
-            "compared",
-            "truth_tokens",
-            "too_long",
-            "also_right",
-            "answer",
-            "right",
-            "answer_blind",
-            "right_blind",
-            "unreadable",
-        )
-    )
+    nothing = dict.fromkeys(KEYS)
     answers = {answer.number: answer for answer in seeing.answers}
     without = {answer.number: answer for answer in blind.answers} if blind is not None else {}
     position = {number: at for at, number in enumerate(answers)}  # blind, only what was answered is asked

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.audit_page import text
 
 WIDTH, HEIGHT = 480.0, 270.0
@@ -57,7 +56,7 @@ class Series:
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise InputError(f"series {self.name!r}: {len(self.x)} x values, {len(self.y)} y values: must be as many")
+            raise ValueError(f"series {self.name!r}: {len(self.x)} x values, {len(self.y)} y values: must be as many")
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _y_axis(values: list[float], y_range: tuple[float, float] | None, log: bool)
     if y_range is not None:
         low, high = y_range
         if not low < high or (log and low <= 0):
-            raise InputError(f"y_range = {y_range}: must be an interval{', above 0 on a logarithmic axis' if log else ''}")
+            raise ValueError(f"y_range = {y_range}: must be an interval{', above 0 on a logarithmic axis' if log else ''}")
         ticks = [tick for tick in (log_ticks(low, high) if log else nice_ticks(low, high)) if low <= tick <= high]
         return Axis(low, high, BOTTOM, TOP, log), ticks
     low, high = (min(values), max(values)) if values else (0.1 if log else 0.0, 1.0)

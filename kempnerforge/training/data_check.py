@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
-from kempnerforge.data.check import Found, Reader, is_stream, read_all, shared_images, spread
+from kempnerforge.data.check import Found, Reader, is_stream, read_all, spread
 from kempnerforge.data.check_facts import Batching, Limits, batching_modes, distribution, limits, recommended
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.files import write_text
@@ -132,7 +132,7 @@ class Leak:
 
     @property
     def warning(self) -> str:
-        what = "images stand in the training data, byte by byte" if self.kind == "image" else f"samples share {KINDS[self.kind]} with it"
+        what = "images are in the training data, byte by byte" if self.kind == "image" else f"samples share {KINDS[self.kind]} with it"
         return f"stages {self.stages}: {self.count:,} of the held-out {what}"
 
 
@@ -167,9 +167,9 @@ def check_data(
 
 def _leaks(one: Checked, held_out: Checked, source: Source, tested: Source) -> Iterator[Leak]:
     for kind in KINDS:
-        pairs = shared(one.found.marks[kind], held_out.found.marks[kind])
-        if pairs:
-            count = len(shared_images(one.found, held_out.found)) if kind == "image" else len(pairs)
+        marks = one.found.marks[kind], held_out.found.marks[kind]
+        if pairs := shared(*marks):
+            count = len(np.intersect1d(marks[0].digests, marks[1].digests)) if kind == "image" else len(pairs)
             yield Leak(one.name, kind, count, [(source[a].id, tested[b].id) for a, b in pairs])
 
 

@@ -31,14 +31,11 @@ def write_data_page(path: Path, title: str, checked: Sequence[Checked], leaks: S
 
 def _leak(leak: Leak) -> str:
     pairs = table(("trained on", "held out"), leak.pairs[:SHOWN_LEAKS], numbers=False)
-    where = f"(stages {text(leak.stages)})"
-    if leak.kind != "image":
-        what = (
-            f"{count(leak.count, 'held-out sample')} {'shares' if leak.count == 1 else 'share'} {KINDS[leak.kind]} with the training data"
-        )
-        return f'<p class="card pad"><b class="bad">{what}</b> {where}. The first ones:</p>{pairs}'
-    what = f"{count(leak.count, 'image')} of the held-out samples also {'stands' if leak.count == 1 else 'stand'} in the training data"
-    return f'<p class="card pad"><b class="bad">{what}</b> {where}, byte by byte. The first ones:</p>{pairs}'
+    what = f"share {KINDS[leak.kind]} with the training data"
+    if leak.kind == "image":
+        what = f"are also in the training data as {count(leak.count, 'image')}, byte by byte"
+    held_out = count(len(leak.pairs), "held-out sample")
+    return f'<p class="card pad"><b class="bad">{held_out} {what}</b> (stages {text(leak.stages)}). The first ones:</p>{pairs}'
 
 
 def _section(one: Checked) -> str:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.training.optimizers.foreach import FOREACH, local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -51,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise InputError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
+                    raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -168,9 +168,7 @@ class Processor:
             text = text.replace(self.placeholder, FRAME)
         literal = self.follows in (PALIGEMMA, AS_IT_IS)
         found = self._plain.encode(text, add_special_tokens=not literal).ids
-        if (
-            self.follows == AS_IT_IS and self.tokenizer.start_id is not None
-        ):  # NOTE: what a tokenizer puts behind a text ends a prompt too early
+        if self.follows == AS_IT_IS and self.tokenizer.start_id is not None:  # what a tokenizer puts after a text would end a prompt
             found = [self.tokenizer.start_id, *found]
         ids: list[int] = []
         at: list[int] = []

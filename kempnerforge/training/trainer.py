@@ -81,7 +81,7 @@ class Trainer:
     """Trains what ``assembly`` holds.
 
     Attributes:
-        history: the spans of the run, the one that this process trains the last; empty where nobody keeps them.
+        history: the spans of the run, the one that this process trains the last; empty where none are kept.
 
     Args:
         assembly: the job put together; its model is sharded in place.
@@ -189,18 +189,8 @@ class Trainer:
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         lr = self.optimizers.set_step(self.stage, self.step)
         sections = range(len(self.stage.data.sections()))
-        counts = [
-            (
-                b.num_targets,
-                b.useful_tokens,
-                b.num_images,
-                len(b.sample_names),
-                len(b.skipped),
-                b.texts_left_out,
-                *map(b.parts.count, sections),
-            )
-            for b in batches
-        ]
+        sizes = ((b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches)
+        counts = [(*size, *map(b.parts.count, sections)) for size, b in zip(sizes, batches, strict=True)]
         targets, tokens, images, samples, bad, left_out, *by_part = (
             int(n) for n in self.world.sum([sum(column) for column in zip(*counts, strict=True)])
         )

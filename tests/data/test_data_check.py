@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kempnerforge.config import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Source, Text, build_loader
-from kempnerforge.data.check import Found, Reader, read_all, shared_images, spread
+from kempnerforge.data.check import Found, Reader, read_all, spread
 from kempnerforge.data.check_facts import batching_modes, distribution, histogram, limits, recommended
+from kempnerforge.data.traces import shared
 from tests.data.conftest import ListSource, png
 
 RED = png((200, 0, 0))
@@ -65,7 +66,7 @@ def test_every_sample_gets_its_size_or_its_reason(mixed: list[Sample | None], ma
 
 def test_without_images_none_is_opened(mixed: list[Sample | None], make_encoder: Callable[..., Encoder]) -> None:
     found = read(ListSource(mixed), make_encoder(), images=False)
-    assert 2 not in [bad.index for bad in found.bad] and len(found.digests) == 0
+    assert 2 not in [bad.index for bad in found.bad] and len(found.marks["image"].digests) == 0
 
 
 def test_an_exception_that_would_end_training_is_listed(make_encoder: Callable[..., Encoder]) -> None:
@@ -86,7 +87,7 @@ def test_a_pool_finds_the_same(pictures: list[Sample], mixed: list[Sample | None
     reader = Reader(source, encoder, True)
     alone, pooled = read_all(reader, range(len(source)), 1), read_all(reader, range(len(source)), 2, told.append, alone_s=0)
     assert (alone.sizes == pooled.sizes).all() and (alone.indices == pooled.indices).all() and alone.bad == pooled.bad
-    assert (alone.digests == pooled.digests).all() and (alone.digest_owners == pooled.digest_owners).all()
+    assert all((a == b).all() for a, b in zip(alone.marks["image"], pooled.marks["image"], strict=True))
     assert sum(told) == len(source) and len(told) > 1
 
 
@@ -119,9 +120,10 @@ def test_shared_images_are_found_by_content(tmp_path: Path, make_encoder: Callab
     first = ListSource([Sample("a", (blue,), say), Sample("b", (red, blue), say), Sample("c", (red,), say)])
     second = ListSource([Sample("x", (green,), say), Sample("y", (green, path), say), Sample("z", (), say)])
     found = read(first, make_encoder()), read(second, make_encoder())
-    assert shared_images(*found) == [(1, 1)]
-    assert found[0].distinct_images == 2 and shared_images(found[0], read(ListSource([Sample("x", (green,), say)]), make_encoder())) == []
-    assert hashlib.blake2b(red, digest_size=16).digest() in found[0].digests.tolist()
+    other = read(ListSource([Sample("x", (green,), say)]), make_encoder())
+    first_marks, *others = (each.marks["image"] for each in (*found, other))
+    assert [shared(first_marks, marks) for marks in others] == [[(1, 1)], []]
+    assert found[0].distinct_images == 2 and hashlib.blake2b(red, digest_size=16).digest() in first_marks.digests.tolist()
 
 
 class Mixture(ListSource):
