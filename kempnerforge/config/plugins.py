@@ -33,8 +33,8 @@ class Plugin:
 
     Attributes:
         name: as a config has it, or "entry point NAME".
-        source: its own file's name and content, then those of the modules of its package or folder that it imports, by dotted name; of a
-            package all ``.py`` files in it.
+        source: its own file's name and content; of a package all ``.py`` files in it; then those of the modules of its package or folder that
+            it imports, by dotted name.
     """
 
     name: str
@@ -161,14 +161,16 @@ def _source(module: ModuleType) -> dict[str, bytes]:
     file = Path(module.__file__) if module.__file__ else None
     if file is None or not file.is_file():
         return {module.__name__: b""}
-    found = {file.name: file.read_bytes()}
+    found, queue, folder = {file.name: file.read_bytes()}, [module], file.parent
     if hasattr(module, "__path__"):
-        below = sorted(path for path in file.parent.rglob("*.py") if path != file)
-        return found | {path.relative_to(file.parent).as_posix(): path.read_bytes() for path in below}
-    seen, queue = {module.__name__}, [module]
+        below = sorted(path for path in folder.rglob("*.py") if path != file)
+        found |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in below}
+        queue += [part for name, part in sys.modules.items() if name.startswith(f"{module.__name__}.") and _python_file(part)]
+        folder = folder.parent
+    seen = {part.__name__ for part in queue}
     while queue:
         for helper in _imported(queue.pop()):
-            if helper.__name__ not in seen and (path := _beside(helper, module, file.parent)) is not None:
+            if helper.__name__ not in seen and (path := _beside(helper, module, folder)) is not None:
                 seen.add(helper.__name__)
                 queue.append(helper)
                 found[f"{helper.__name__}.py"] = path.read_bytes()
@@ -177,13 +179,16 @@ def _source(module: ModuleType) -> dict[str, bytes]:
 
 def _beside(helper: ModuleType, plugin: ModuleType, folder: Path) -> Path | None:
     """The file of ``helper`` if it is of the ``plugin``'s package or lies in its folder."""
-    top = helper.__name__.partition(".")[0]
-    file = getattr(helper, "__file__", None)
-    path = Path(file).resolve() if file else None
-    if path is None or path.suffix != ".py" or top == __name__.partition(".")[0]:
+    top, path = helper.__name__.partition(".")[0], _python_file(helper)
+    if path is None or top == __name__.partition(".")[0]:
         return None
-    same = top == plugin.__name__.partition(".")[0]
-    return path if same or (path.is_relative_to(folder.resolve()) and "site-packages" not in path.parts) else None
+    same, installed = top == plugin.__name__.partition(".")[0], {"site-packages", "dist-packages"} & set(path.parts)
+    return path if same or (path.is_relative_to(folder.resolve()) and not installed) else None
+
+
+def _python_file(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve() if file and file.endswith(".py") else None
 
 
 def _imported(module: ModuleType) -> Iterator[ModuleType]:

@@ -61,14 +61,21 @@ def test_one_source_is_one_plugin_by_every_name(tmp_path: Path, forget: Callable
         ("pkg_a.arch", "pkg_a/other.py", False),
         ("pkg_a.arch", "pkg_a/parts/late.py", True),  # through a function of another module of the package
         ("pkg_b", "pkg_b/parts/any.py", True),  # a package is all that lies in it
+        ("pkg_a.parts", "pkg_a/blocks.py", True),  # and what it imports of the package around it
+        ("pkg_a.parts", "pkg_a/other.py", False),
+        ("pkg_b", "lab.py", True),  # or of the modules beside it
+        ("pkg_b", "blocks.py", True),
+        ("pkg_b", "more/deep.py", False),
     ],
 )
 def test_what_it_imports_of_its_own_counts(plugin: str, changed: str, counts: bool, tmp_path: Path, forget: Callable[[], None]) -> None:
     write(tmp_path / "lab.py", HELPED.replace("{base}", ""))
     write(tmp_path / "pkg_a" / "__init__.py", "")
     write(tmp_path / "pkg_a" / "arch.py", HELPED.replace("{base}", "."))
-    write(tmp_path / "pkg_a" / "parts" / "__init__.py", "")
-    write(tmp_path / "pkg_b" / "__init__.py", "")
+    write(tmp_path / "pkg_a" / "parts" / "__init__.py", "from . import inner\n")
+    write(tmp_path / "pkg_a" / "parts" / "inner.py", "from ..blocks import size\n")
+    write(tmp_path / "pkg_b" / "__init__.py", "from . import arch\n")
+    write(tmp_path / "pkg_b" / "arch.py", "import lab\n")
     blocks = "size = 1\ndef late():\n    from .parts import late\n"
     for file in ("blocks.py", "more/deep.py", "pkg_a/blocks.py", "pkg_a/other.py", "pkg_a/parts/late.py", "pkg_b/parts/any.py"):
         write(tmp_path / file, blocks if file == "pkg_a/blocks.py" else "size = 1\n")
@@ -76,7 +83,7 @@ def test_what_it_imports_of_its_own_counts(plugin: str, changed: str, counts: bo
         __import__("pkg_a.parts.late")
     before = loaded(plugin, tmp_path).sha256
     forget()
-    write(tmp_path / changed, (tmp_path / changed).read_text().replace("size = 1", "size = 2"))
+    write(tmp_path / changed, (tmp_path / changed).read_text() + "# changed\n")
     if plugin == "pkg_a.arch":
         __import__("pkg_a.parts.late")
     assert (loaded(plugin, tmp_path).sha256 != before) == counts
