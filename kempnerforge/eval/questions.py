@@ -11,12 +11,12 @@ from typing import Any
 from kempnerforge.config import EvalConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.encode import Encoder
-from kempnerforge.data.images import image_size
+from kempnerforge.data.images import opened
 from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text, render_answer
 
-PICTURES = 2000
-"""Samples whose pictures are looked at before training, drawn at random. Their headers are: pixels are decoded when they are asked about."""
+PICTURES, DECODED = 2000, 200
+"""Samples of which the headers of the pictures are read before training, drawn at random; those of them of which the pixels are decoded, too."""
 
 
 @dataclass(frozen=True)
@@ -257,20 +257,20 @@ class HeldOut:
 def examine(
     source: Source, encoder: Encoder, cfg: EvalConfig, seed: int, *, chosen: Sequence[int] | None = None, pictures: int = PICTURES
 ) -> HeldOut:
-    """Reads what is held out: all rows and texts, and the headers of some pictures.
+    """Reads what is held out: all rows and texts, and some pictures.
 
     Args:
         chosen: the samples that are read; None: all.
         pictures: samples whose pictures are looked at, drawn by ``seed``.
     """
     chosen = range(len(source)) if chosen is None else chosen
-    looked = {chosen[at] for at in drawn(len(chosen), pictures, seed)} if pictures else set()
+    looked, decoded = ({chosen[at] for at in drawn(len(chosen), n, seed)} if n else set() for n in (pictures, min(pictures, DECODED)))
     found = _Found(encoder, loss=cfg.loss or not cfg.exact_match)
     bad_rows = bad_looked = 0
     for index in chosen:
         bad = not found.read(source, index)
         bad_rows += bad
-        bad_looked += index in looked and (bad or not found.look(source, index))
+        bad_looked += index in looked and (bad or not found.look(source, index, index in decoded))
     bad, of = max((bad_rows, len(chosen)), (bad_looked, len(looked)), key=lambda pair: pair[0] / max(1, pair[1]))
     truths = [found.truths.of(question) for question in found.questions]
     raw: dict[str, set[str]] = defaultdict(set)
@@ -322,11 +322,13 @@ class _Found:
             return False
         return len(usable) == len(asked)
 
-    def look(self, source: Source, index: int) -> bool:
-        """Whether the pictures of a sample can be opened. Its questions stay: they are counted when they are asked."""
+    def look(self, source: Source, index: int, decode: bool) -> bool:
+        """Whether the pictures of a sample can be opened, and decoded. Its questions stay: they are counted when they are asked."""
         try:
             for image in source[index].images if self.encoder.layout.image_size else ():
-                image_size(image)
+                with opened(image, whole=decode) as picture:
+                    if decode:
+                        picture.pixels((1, 1))
         except InputError as error:
             self.first = self.first or str(error)
             return False

@@ -18,7 +18,7 @@ from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import evaluate, question_only_prior
-from kempnerforge.eval.questions import PICTURES, HeldOut, Question, Truths, examine, plain
+from kempnerforge.eval.questions import DECODED, PICTURES, HeldOut, Question, Truths, examine, plain
 from tests.eval.scripted import BROKEN, DEVICE, ENCODER, TEXT_ENCODER, TOKENIZER, Alone, ListSource, Scripted, asked_of, grey
 
 CFG = EvalConfig(max_new_tokens=6)
@@ -143,6 +143,10 @@ def test_answers_that_cannot_be_written_are_counted(limit: int) -> None:
 # ---- unreadable ------------------------------------------------------------------------------------------------------
 
 
+CUT_OFF = grey(1)[:-30]
+"""Its header is whole."""
+
+
 def pictured(image: bytes, truth: str = "red") -> Sample:
     return Sample("s", (image,), (Text("what?", truth),))
 
@@ -169,7 +173,7 @@ def test_samples_that_cannot_be_read_are_counted_before_anything_is_asked() -> N
 
 
 def test_nothing_readable_is_refused_whatever_is_allowed() -> None:
-    for samples in ([None, None], [pictured(BROKEN)], []):
+    for samples in ([None, None], [pictured(BROKEN)], [pictured(CUT_OFF)], []):
         with pytest.raises(ValueError, match="held-out data: (2 of 2|1 of 1|no samples)"):
             examine(ListSource(samples), ENCODER, CFG, 0).require(1.0)
 
@@ -186,6 +190,8 @@ def test_pictures_of_large_sets_are_sampled() -> None:
     samples = [pictured(BROKEN if at % 10 == 0 else grey(1)) for at in range(PICTURES + 500)]
     found = examine(ListSource(samples), ENCODER, CFG, 0)
     assert found.looked == PICTURES and 0.08 < found.bad / found.looked < 0.12
+    cut_off = examine(ListSource([pictured(CUT_OFF if at % 2 else grey(1)) for at in range(3 * DECODED)]), ENCODER, CFG, 0)
+    assert cut_off.looked == 3 * DECODED and DECODED / 3 < cut_off.bad < DECODED * 2 / 3, "seen where pixels are decoded"
     every = examine(ListSource([None if at % 2 else pictured(grey(1)) for at in range(PICTURES + 500)]), ENCODER, CFG, 0)
     assert every.bad / every.looked >= 0.5
 
