@@ -24,12 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kempnerforge.data.files import why_not_writable
     from kempnerforge.training.evaluate import evaluate_checkpoint
 
     if args.limit < 0:
         raise InputError(f"--limit {args.limit}: must be at least 0")
     if args.predictions is not None and args.predictions.is_dir():
         raise InputError(f"--predictions {args.predictions}: is a directory")
+    if args.predictions is not None and (reason := why_not_writable(args.predictions.parent)):
+        raise InputError(f"--predictions {args.predictions}: cannot be written: {reason}")
     found = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit, args.predictions)
     for line in found.remarks:
         print(f"warning: {visible(line)}", file=sys.stderr)

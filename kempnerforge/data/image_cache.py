@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import time
 import warnings
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kempnerforge.config.errors import InputError
-from kempnerforge.data.files import write_whole
+from kempnerforge.data.files import why_not_writable, write_whole
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.images import contents
 
@@ -100,22 +99,18 @@ class DiskCache:
     image holds, so an image that is copied or moved is found again, and one that is written anew is another one.
 
     Args:
-        directory: made if it is not there.
+        directory: made with its first file.
         transform: everything besides the image that decides what its views are.
 
     Raises:
-        ValueError: the directory cannot be made or written to.
+        ValueError: the directory cannot be written to.
     """
 
     def __init__(self, directory: str, transform: str) -> None:
         self.directory, self.transform = Path(directory), transform
         self.writable = True
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"data.images.cache_dir = {directory!r}: {error.strerror or error}") from None
-        if not os.access(self.directory, os.W_OK | os.X_OK):
-            raise InputError(f"data.images.cache_dir = {directory!r}: cannot be written to")
+        if reason := why_not_writable(self.directory):
+            raise InputError(f"data.images.cache_dir = {directory!r}: {reason}")
 
     def path(self, image: str) -> Path:
         """Where the views of the image with the content key ``image`` lie."""

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.files import write_whole
+from kempnerforge.data.files import why_not_writable, write_whole
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
@@ -43,6 +44,9 @@ class FeatureCache:
             checkpoint, an average that takes their place) need not say so.
         world: the encoder is sharded over it, so all ranks must agree on calling it.
         dtype: of compute; features of another one are other features.
+
+    Raises:
+        ValueError: the directory cannot be written to.
     """
 
     def __init__(self, directory: Path, model: VLM, world: World, dtype: torch.dtype) -> None:
@@ -51,6 +55,8 @@ class FeatureCache:
         self._versions: list[int] | None = None
         self._folder: Path | None = None
         self._writable = True
+        if reason := why_not_writable(directory):
+            raise InputError(f"train.feature_cache = {str(directory)!r}: {reason}")
 
     def _open(self) -> Path | None:
         """Where the features of the encoder as it is now lie; None: it trains, and has none. Its weights are read when they may have changed."""
@@ -60,7 +66,6 @@ class FeatureCache:
         versions = [local(value)._version for value in self._weights.values()]
         if self.world.sum([versions != self._versions])[0]:  # reading them is up to all ranks
             self._folder = self.directory / self._key()
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._versions = versions
         return self._folder
 

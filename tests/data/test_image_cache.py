@@ -230,5 +230,13 @@ def test_a_disk_that_takes_no_more_is_no_reason_to_stop(tmp_path: Path, monkeypa
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="data.images.cache_dir = '.*file': File exists"):
-        DiskCache(str(tmp_path / "file"), "")
+    with pytest.raises(ValueError, match="data.images.cache_dir = '.*file/below': .*file is not a directory"):
+        DiskCache(str(tmp_path / "file" / "below"), "")
+
+
+def test_a_directory_is_made_with_its_first_file(tmp_path: Path) -> None:
+    """So that a command that is refused leaves none."""
+    views = views_of(tmp_path / "deep" / "cache")
+    assert not (tmp_path / "deep").exists()
+    views.load(noise(0))
+    assert len(files(tmp_path / "deep" / "cache")) == 1

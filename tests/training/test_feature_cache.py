@@ -164,3 +164,12 @@ def test_features_of_an_earlier_run_are_those_of_its_weights(tmp_path: Path) -> 
     assert call(*argv, cache, f"--run.dir={tmp_path}/shared").code == 0
     assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
     assert losses(tmp_path / "reset") != pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_moved(tmp_path: Path) -> None:
+    make_job(tmp_path)
+    assert call("train", tmp_path / "job.toml", "--train.max_steps=1").code == 0
+    before = sorted(tmp_path.rglob("*"))
+    refused = call("train", tmp_path / "job.toml", "--fresh", f"--train.feature_cache={tmp_path}/job.toml/deep")
+    assert refused.code == 2 and "train.feature_cache = " in refused.err and "job.toml is not a directory" in refused.err
+    assert sorted(tmp_path.rglob("*")) == before
