@@ -33,11 +33,6 @@ class Discriminator:
     class_for: Callable[[str], type]
     entries: registry.Registry
 
-    def names(self) -> list[str]:
-        """All values that the key takes."""
-        self.entries.import_all()
-        return list(self.entries)
-
 
 UNIONS: dict[type, Discriminator] = {
     VLMConfig: Discriminator("arch", VLMConfig.class_for, registry.vlm_configs),
@@ -91,7 +86,7 @@ def _of_another(cls: type, name: str, known: Collection[str]) -> str:
         return ""
     for base, union in UNIONS.items():
         if issubclass(cls, base):
-            siblings = [other for other in union.names() if name in fields_of(union.class_for(other))]
+            siblings = [other for other in union.entries.names() if name in fields_of(union.class_for(other))]
             if siblings:
                 return f"a key of {union.key} = {', '.join(map(repr, siblings))}; here {union.key} = {getattr(cls, union.key)!r}"
     sections = [f"[{section}] {name}" for section, known in SECTIONS.items() if known is not cls and name in _keys_of(known)]
@@ -101,7 +96,7 @@ def _of_another(cls: type, name: str, known: Collection[str]) -> str:
 def _keys_of(section: Any) -> set[str]:
     """The keys of a section, of whichever class."""
     union = UNIONS.get(section)
-    classes = [section] if union is None else [union.class_for(name) for name in union.names()]
+    classes = [section] if union is None else [union.class_for(name) for name in union.entries.names()]
     return {key for cls in classes if dataclasses.is_dataclass(cls) for key in fields_of(typing.cast(type, cls))}
 
 

@@ -81,6 +81,11 @@ class Registry:
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
 
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self.import_all()
+        return list(self)
+
     def known(self, near: str = "") -> str:
         """What is registered, for messages, with the name nearest to ``near``."""
         self.import_all()
@@ -135,8 +140,7 @@ register_source: Decorator = sources.register
 
 def list_vlm_configs() -> list[str]:
     """The names that ``VLMConfig.for_arch`` takes, sorted."""
-    vlm_configs.import_all()
-    return list(vlm_configs)
+    return vlm_configs.names()
 
 
 registry = sys.modules[__name__]

@@ -16,7 +16,6 @@ from kempnerforge.config import EvalConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.encode import Encoder
 from kempnerforge.data.images import opened
-from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import ImageSource, SampleError, Source
 from kempnerforge.eval.questions import HeldOut, Question, Truths, examine
 
@@ -68,8 +67,8 @@ def write_task(
     Raises:
         ValueError: there is no question that can be asked.
     """
-    held_out = examine(source, encoder, cfg, encoder.seed, pictures=0)
-    asked, left_out = [held_out.questions[at] for at in drawn(len(held_out.questions), limit, encoder.seed)], list(held_out.skipped)
+    held_out = examine(source, encoder, cfg, pictures=0)
+    asked, left_out = held_out.draw(limit, encoder.seed), list(held_out.skipped)
     out.mkdir(parents=True, exist_ok=True)
     lengths = _write_table(source, asked, Truths(encoder), out / TABLE, left_out, progress)
     if not lengths:

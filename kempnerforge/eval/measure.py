@@ -8,8 +8,6 @@ import torch
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.data.encode import Encoder
-from kempnerforge.data.order import drawn
-from kempnerforge.data.sample import Source
 from kempnerforge.eval.exact_match import Ranks, Score, evaluate
 from kempnerforge.eval.loss import PlainText, held_out_loss
 from kempnerforge.eval.questions import HeldOut
@@ -52,18 +50,15 @@ def measure(
     ranks: Ranks,
     device: torch.device,
     *,
-    source: Source | None,
     held_out: HeldOut | None,
     plain_text: PlainText | None,
-    images: bool,
     rows: int,
     limit: int,
 ) -> Measured:
     """Asks the questions, measures the loss, reads the plain text, as ``cfg`` says.
 
     Args:
-        source: what is held out, and ``held_out`` what is known of it.
-        images: whether the model takes any, so that there is a blind answer.
+        held_out: what is known of it; without images in the job there is no blind answer.
         rows: samples that a rank takes at once for the loss.
         limit: questions, samples and windows at most, drawn by the seed of ``encoder``; 0: all.
     """
@@ -71,20 +66,20 @@ def measure(
     if plain_text is not None:
         text = plain_text.measure(model, ranks, device, limit)
         found.values |= {"eval/text_perplexity": text.perplexity, "eval/text_windows": text.samples}
-    if source is None or held_out is None:
+    if held_out is None:
         return found
     if held_out.questions and cfg.exact_match:
-        asked = [held_out.questions[at] for at in drawn(len(held_out.questions), limit, encoder.seed)]
+        asked = held_out.draw(limit, encoder.seed)
         found.seeing = seeing = evaluate(model, asked, encoder, cfg, ranks, device)
         unreadable = len(held_out.skipped) + len(seeing.unreadable)
         found.values |= {"eval/exact_match": seeing.exact_match, "eval/questions": seeing.total}
         found.values |= {"eval/unreadable": unreadable, "eval/too_long": seeing.too_long, **_kinds(seeing, "")}
-        if cfg.blind and images:
+        if cfg.blind and encoder.layout.image_size:
             same = [answer.question for answer in seeing.answers]  # so that the two can be compared
             found.blind = evaluate(model, same, encoder, cfg, ranks, device, blind=True)
             found.values |= {"eval/exact_match_blind": found.blind.exact_match, **_kinds(found.blind, "_blind")}
     if cfg.loss or found.seeing is None:
-        loss = held_out_loss(model, source, encoder, ranks, device, rows=rows, limit=limit)
+        loss = held_out_loss(model, held_out.source, encoder, ranks, device, rows=rows, limit=limit)
         found.values |= {"eval/loss": loss.nats, "eval/loss_samples": loss.samples, "eval/loss_unreadable": len(loss.skipped)}
         found.values |= {"eval/loss_texts_left_out": loss.left_out} if loss.left_out else {}
     return found

@@ -68,7 +68,7 @@ class Question:
 
     @property
     def unseen(self) -> tuple[str | Text, int, int]:
-        """What is left of the question when nobody looks: the prompt and its templates, and how many images there are."""
+        """What is left of the question without looking: the prompt and its templates, and how many images there are."""
         return self.asked, self.part, len(self.images)
 
     @property
@@ -80,9 +80,9 @@ class Question:
         return replace(text, answer=self.truth)
 
 
-def questions(source: Source, limit: int = 0, seed: int = 0) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The answers of ``source``, those of a conversation turn by turn, ``limit`` of them at most, drawn by ``seed`` (0: all); and (sample id,
-    reason) of what cannot be asked: samples that cannot be read, and answers with images in them, which no model here writes.
+def questions(source: Source) -> tuple[list[Question], list[tuple[str, str]]]:
+    """The answers of ``source``, those of a conversation turn by turn; and (sample id, reason) of what cannot be asked: samples that cannot
+    be read, and answers with images in them, which no model here writes.
     """
     found: list[Question] = []
     skipped: list[tuple[str, str]] = []
@@ -91,7 +91,7 @@ def questions(source: Source, limit: int = 0, seed: int = 0) -> tuple[list[Quest
             found += _of_sample(source, index, source[index], skipped)
         except SampleError as error:
             skipped.append((str(index), str(error)))
-    return [found[at] for at in drawn(len(found), limit, seed)], skipped
+    return found, skipped
 
 
 def _of_sample(source: Source, index: int, sample: Sample, skipped: list[tuple[str, str]]) -> list[Question]:
@@ -178,6 +178,7 @@ class HeldOut:
     """What is held out, as far as it shows without pixels.
 
     Attributes:
+        source: where it is.
         samples: that were read.
         questions: all that can be asked.
         skipped: (sample id, reason) of what cannot.
@@ -189,6 +190,7 @@ class HeldOut:
         merged: different true answers that the tokenizer writes alike, the first two in front.
     """
 
+    source: Source
     samples: int
     questions: list[Question]
     skipped: list[tuple[str, str]]
@@ -201,6 +203,10 @@ class HeldOut:
     unknown: int
     empty: int
     merged: list[str]
+
+    def draw(self, limit: int, seed: int) -> list[Question]:
+        """``limit`` questions at most, each once, drawn by ``seed``; 0: all."""
+        return [self.questions[at] for at in drawn(len(self.questions), limit, seed)]
 
     def require(self, max_bad_fraction: float) -> None:
         """Raises InputError if no sample can be used, or more than ``max_bad_fraction`` of them cannot."""
@@ -254,17 +260,16 @@ class HeldOut:
         return lines
 
 
-def examine(
-    source: Source, encoder: Encoder, cfg: EvalConfig, seed: int, *, chosen: Sequence[int] | None = None, pictures: int = PICTURES
-) -> HeldOut:
+def examine(source: Source, encoder: Encoder, cfg: EvalConfig, *, chosen: Sequence[int] | None = None, pictures: int = PICTURES) -> HeldOut:
     """Reads what is held out: all rows and texts, and some pictures.
 
     Args:
         chosen: the samples that are read; None: all.
-        pictures: samples whose pictures are looked at, drawn by ``seed``.
+        pictures: samples whose pictures are looked at, drawn by the seed of ``encoder``.
     """
     chosen = range(len(source)) if chosen is None else chosen
-    looked, decoded = ({chosen[at] for at in drawn(len(chosen), n, seed)} if n else set() for n in (pictures, min(pictures, DECODED)))
+    counts = pictures, min(pictures, DECODED)
+    looked, decoded = ({chosen[at] for at in drawn(len(chosen), n, encoder.seed)} if n else set() for n in counts)
     found = _Found(encoder, loss=cfg.loss or not cfg.exact_match)
     bad_rows = bad_looked = 0
     for index in chosen:
@@ -277,6 +282,7 @@ def examine(
     for question, truth in zip(found.questions, truths, strict=True):
         raw[truth.text].add(plain(question.written or question.truth))
     return HeldOut(
+        source=source,
         samples=len(chosen),
         questions=found.questions,
         skipped=found.skipped,

@@ -205,7 +205,7 @@ def _examined(source: Source, encoder: Encoder, job: JobConfig, found: Found) ->
     """The questions of what was read, without what would end an evaluation, too."""
     crashed = {bad.index for bad in found.bad if bad.kind == "crash"}
     chosen = [index for index in found.indices.tolist() if index not in crashed]
-    return examine(source, encoder, job.eval, job.train.seed, chosen=chosen, pictures=0)
+    return examine(source, encoder, job.eval, chosen=chosen, pictures=0)
 
 
 def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:

@@ -61,7 +61,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
     source, plain_text = evaluated(job, last, assembly.tokenizer)
     if source is None and plain_text is None:
         raise InputError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
-    held_out = examine(source, encoder, job.eval, job.train.seed) if source is not None else None
+    held_out = examine(source, encoder, job.eval) if source is not None else None
     if held_out is not None:
         held_out.require(last.data.max_bad_fraction)
     if predictions is not None and not (held_out and held_out.questions and job.eval.exact_match):
@@ -72,10 +72,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
         job.eval,
         OneProcess(),
         restored.device,
-        source=source,
         held_out=held_out,
         plain_text=plain_text,
-        images=assembly.model.has_images,
         rows=job.train.batch_size,
         limit=limit,
     )

@@ -81,8 +81,7 @@ class Assembly:
     @cached_property
     def examined(self) -> HeldOut | None:
         """What is held out, read as far as it can be without pixels; None where there is nothing."""
-        last, job = self.stages[-1], self.job
-        return examine(self.held_out, self.encoder(last), job.eval, job.train.seed) if self.held_out is not None else None
+        return examine(self.held_out, self.encoder(self.stages[-1]), self.job.eval) if self.held_out is not None else None
 
     def check_held_out(self) -> None:
         """Raises InputError if this job evaluates on held-out data of which more than ``data.max_bad_fraction`` cannot be read, or all."""

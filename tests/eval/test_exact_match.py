@@ -21,7 +21,7 @@ from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import BLANK, Answer, evaluate, question_only_prior
-from kempnerforge.eval.questions import Question, Truth, questions
+from kempnerforge.eval.questions import Question, Truth, examine, questions
 from tests.dist import run_ranks
 from tests.eval.scripted import (
     BROKEN,
@@ -186,16 +186,19 @@ def test_questions() -> None:
 @given(st.integers(1, 300), st.integers(0, 400), st.integers(0, 5))
 def test_a_subset_asks_each_question_once_and_always_the_same(n: int, limit: int, seed: int) -> None:
     source = ListSource([Sample(str(k), (), (Text("p", "x"),)) for k in range(n)])
-    drawn, again = ([int(q.sample_id) for q in questions(source, limit, seed)[0]] for _ in range(2))
+    found = examine(source, ENCODER, EvalConfig())
+    drawn, again = ([int(q.sample_id) for q in found.draw(limit, seed)] for _ in range(2))
     assert drawn == again == sorted(set(drawn)) and len(drawn) == (min(n, limit) or n)
-    assert set(drawn) <= {int(q.sample_id) for q in questions(source, limit + 1 if limit else 0, seed)[0]}
+    assert set(drawn) <= {int(q.sample_id) for q in found.draw(limit + 1 if limit else 0, seed)}
 
 
 @pytest.mark.parametrize("texts", [2, 3, 4, 8])
 def test_a_subset_does_not_meet_the_same_text_of_each_picture(texts: int) -> None:
     """As many texts as the subset leaves out: every n-th question would be the first of its picture."""
     samples = [Sample(str(k), (), tuple(Text(str(number), "x") for number in range(texts))) for k in range(100)]
-    counts = [sum(int(q.prompt) == number for q in questions(ListSource(samples), 100)[0]) for number in range(texts)]
+    counts = [
+        sum(int(q.prompt) == number for q in examine(ListSource(samples), ENCODER, EvalConfig()).draw(100, 0)) for number in range(texts)
+    ]
     assert sum(counts) == 100 and all(abs(count - 100 / texts) < 20 for count in counts), counts
 
 

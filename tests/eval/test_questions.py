@@ -43,7 +43,7 @@ def text(truth: str, prompt: str = "what?") -> Sample:
 
 
 def held_out(*truths: str, encoder: Encoder = TEXT_ENCODER, cfg: EvalConfig = CFG) -> HeldOut:
-    return examine(ListSource([text(truth) for truth in truths]), encoder, cfg, 0)
+    return examine(ListSource([text(truth) for truth in truths]), encoder, cfg)
 
 
 # ---- truths ----------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_samples_that_cannot_be_read_are_counted_before_anything_is_asked() -> N
         pictured(grey(2), ""),
         Sample("t", (grey(3),), (Text("<image> <image>?", "red"),)),
     ]
-    found = examine(ListSource(samples), ENCODER, CFG, 0)
+    found = examine(ListSource(samples), ENCODER, CFG)
     assert (found.bad, found.looked, len(found.questions)) == (4, 5, 2)  # the picture that cannot be opened is found again when it is asked
     assert [reason for _, reason in found.skipped] == [
         "row 1 is broken",
@@ -175,24 +175,24 @@ def test_samples_that_cannot_be_read_are_counted_before_anything_is_asked() -> N
 def test_nothing_readable_is_refused_whatever_is_allowed() -> None:
     for samples in ([None, None], [pictured(BROKEN)], [pictured(CUT_OFF)], []):
         with pytest.raises(ValueError, match="held-out data: (2 of 2|1 of 1|no samples)"):
-            examine(ListSource(samples), ENCODER, CFG, 0).require(1.0)
+            examine(ListSource(samples), ENCODER, CFG).require(1.0)
 
 
 def test_a_loss_needs_samples_that_fit() -> None:
     long = text("red " * 80)
-    assert examine(ListSource([text("red"), long]), TEXT_ENCODER, CFG, 0).bad == 0  # it can be asked
+    assert examine(ListSource([text("red"), long]), TEXT_ENCODER, CFG).bad == 0  # it can be asked
     for cfg in (EvalConfig(loss=True), EvalConfig(exact_match=False)):
-        assert examine(ListSource([text("red"), long]), TEXT_ENCODER, cfg, 0).bad == 1
+        assert examine(ListSource([text("red"), long]), TEXT_ENCODER, cfg).bad == 1
 
 
 def test_pictures_of_large_sets_are_sampled() -> None:
     """A tenth cannot be opened: the share of those that were looked at says so."""
     samples = [pictured(BROKEN if at % 10 == 0 else grey(1)) for at in range(PICTURES + 500)]
-    found = examine(ListSource(samples), ENCODER, CFG, 0)
+    found = examine(ListSource(samples), ENCODER, CFG)
     assert found.looked == PICTURES and 0.08 < found.bad / found.looked < 0.12
-    cut_off = examine(ListSource([pictured(CUT_OFF if at % 2 else grey(1)) for at in range(3 * DECODED)]), ENCODER, CFG, 0)
+    cut_off = examine(ListSource([pictured(CUT_OFF if at % 2 else grey(1)) for at in range(3 * DECODED)]), ENCODER, CFG)
     assert cut_off.looked == 3 * DECODED and DECODED / 3 < cut_off.bad < DECODED * 2 / 3, "seen where pixels are decoded"
-    every = examine(ListSource([None if at % 2 else pictured(grey(1)) for at in range(PICTURES + 500)]), ENCODER, CFG, 0)
+    every = examine(ListSource([None if at % 2 else pictured(grey(1)) for at in range(PICTURES + 500)]), ENCODER, CFG)
     assert every.bad / every.looked >= 0.5
 
 

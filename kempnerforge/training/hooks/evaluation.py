@@ -66,10 +66,8 @@ class Evaluation(Hook):
                 self.cfg,
                 world,
                 world.device,
-                source=assembly.held_out,
                 held_out=assembly.examined,
                 plain_text=assembly.plain_text,
-                images=trainer.model.has_images,
                 rows=max(1, trainer.stage.train.batch_size // world.size),
                 limit=limit,
             )
