@@ -81,7 +81,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _of_another(cls: type, name: str, known: Collection[str]) -> str:
-    """A hint for a key ``name`` that ``cls`` knows not: which other classes of the same section have it, or which sections; or nothing."""
+    """A hint for a key ``name`` that ``cls`` does not have: other classes of the same section, or other sections, that have it; or nothing."""
     if name in known:
         return ""
     for base, union in UNIONS.items():
@@ -181,7 +181,7 @@ def construct(
             made = make(**{name: value for name, value in values.items() if name not in left_out})
         except (ValueError, NotImplementedError) as error:
             if isinstance(error, UnreadError) and not complete and problems.is_recorded((*key, error.key)):
-                values[error.key] = defaults(cls)[error.key]  # nobody has chosen it
+                values[error.key] = defaults(cls)[error.key]  # it was not chosen
                 continue
             message = str(error)
             mentioned = [name for name in re.findall(r"\w+", message) if name in names]

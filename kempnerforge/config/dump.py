@@ -19,7 +19,7 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def to_toml(job: JobConfig) -> str:
-    """The resolved job; ``load_config`` reads an equal one from it, and takes nothing in it for a choice that stands against a later one."""
+    """The resolved job; ``load_config`` reads an equal one from it, and no key in it counts as chosen."""
     return RECORD + tomli_w.dumps(to_dict(job))
 
 

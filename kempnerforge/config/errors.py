@@ -112,7 +112,7 @@ class Problems:
         return next((self.origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.origins), self.origin)
 
     def is_recorded(self, key: Key) -> bool:
-        """Whether all that stands at ``key`` comes from a resolved job."""
+        """Whether all values at ``key`` come from a resolved job."""
         inside = {origin for known, origin in self.origins.items() if known[: len(key)] == key}
         return {self.origin_of(key), *inside} <= set(self.records)
 

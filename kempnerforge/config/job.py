@@ -152,7 +152,7 @@ class JobConfig:
         return lines
 
     def _muon_alone(self, stage: Stage) -> list[str]:
-        """Where ``stage`` or a group of it changes ``lr``, which with "muon" is that of the rest alone, and leaves ``muon_lr``."""
+        """Where ``stage`` or a group of it changes ``lr``, which "muon" does not use for matrices, and leaves ``muon_lr``."""
         if stage.optimizer.name != "muon":
             return []
         changed = self.stages[stage.index].optimizer if self.stages else {}

@@ -4,7 +4,7 @@ The template is rendered (in the sandbox of transformers) with a marker in place
 itself writes; a message never passes through it, so nothing in a message can be taken for the template's writing. The rendering is split at
 the markers, and the same split serves all conversations of as many turns.
 
-An answer is trained behind what it is asked with. Where a template writes earlier answers otherwise than the last one (Qwen3 puts an empty think
+An answer is trained after what it is asked with. Where a template writes earlier answers in another way than the last (Qwen3 puts an empty think
 block in front of the last), one row cannot hold that for all turns, and each is trained in a row of its own.
 """
 
@@ -58,7 +58,7 @@ class ChatTemplate(Template):
 
     Attributes:
         listed: the template takes a message as a list of parts.
-        extra: what stands before an answer beyond what the template writes when it asks for one; neither is trained.
+        extra: what is before an answer beyond what the template writes when it asks for one; neither is trained.
 
     Raises:
         ValueError: there is no chat template, or it is one that cannot be used.
@@ -148,7 +148,7 @@ class ChatTemplate(Template):
         return [part._replace(trained=False) if isinstance(part, Piece) else part for part in whole[:opened]] + whole[opened:]
 
     def _differs(self, turns: int, system: bool = False) -> bool:
-        """Whether some answer of a conversation of so many turns does not stand behind what it is asked with."""
+        """Whether some answer of a conversation of so many turns does not follow what it is asked with."""
         try:
             skeletons = [[*self._take_apart(count, system)] for count in range(1, turns + 1)]
         except ValueError:
@@ -163,7 +163,7 @@ class ChatTemplate(Template):
         asked, before = self._asked(fields[:-1])
         alike = (own[:-2], slots[:-1]) == (asked[:-1], before) and own[-2].startswith(asked[-1])
         if end and not alike and self._render(fields[:-1], generate=True) != self._render(fields[:-1], generate=False):
-            own, slots = [*asked, own[-1]], [*before, slots[-1]]  # it asks otherwise than it writes an answer that is there
+            own, slots = [*asked, own[-1]], [*before, slots[-1]]  # it asks in another way than it writes a given answer
         for k, written in enumerate(own):
             if k and slots[k - 1].field == "answer":
                 ended = self._end_of(written)
@@ -242,7 +242,7 @@ def _marker(number: int) -> str:
 
 
 def _before(skeleton: list[Piece | Slot], turn: int) -> list[str | Slot]:
-    """All that stands before the answer of ``turn``, neighbours joined."""
+    """All before the answer of ``turn``, neighbours joined."""
     found: list[str | Slot] = [""]
     for part in skeleton:
         if isinstance(part, Slot):

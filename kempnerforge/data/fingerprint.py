@@ -19,7 +19,7 @@ BLOCK, BLOCKS = 2**16, 64
 """Of a larger one so many blocks of so many bytes are read, spread evenly from its head to its tail."""
 
 PICTURES = 256
-"""Samples whose images stand for all images of a source: if one in a hundred was replaced, it is noticed in nine cases of ten."""
+"""Samples whose images represent all images of a source: if one in a hundred was replaced, it is noticed in nine cases of ten."""
 
 
 class Signature(NamedTuple):
@@ -38,7 +38,7 @@ class Signature(NamedTuple):
 
 
 def signature(path: str | Path) -> Signature | None:
-    """That of the file at ``path``; None if there is none."""
+    """The signature of the file at ``path``; None if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def pictures_fingerprint(source: Source) -> str:
 
 
 def _pictures(source: Source, index: int) -> tuple[object, ...]:
-    """What stands for the images of a sample; nothing for those that cannot be read, and counted when they are met."""
+    """Checksums of the images of a sample; nothing for those that cannot be read, which are counted when they are met."""
     try:
         images = source[index].images
     except ValueError:

@@ -28,7 +28,7 @@ REMEMBERED = 2**16
 
 
 def content_key(data: bytes) -> str:
-    """What stands for an encoded image: its content, wherever it lies and whatever its name."""
+    """Identifies an encoded image by its content, whatever its path."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

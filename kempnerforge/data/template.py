@@ -47,7 +47,7 @@ class Template(ABC):
         end: name of the token that ends an answer; empty means EOS.
         own: the template's own writing, to tell which names occur in it.
         turns: whether it can write more than one.
-        by_turn: it writes earlier answers otherwise than the last one, so a conversation is a text for each turn, up to its answer, which is
+        by_turn: it writes earlier answers in another way than the last one, so a conversation is a text for each turn, up to its answer, which is
             the only one that is trained there.
     """
 

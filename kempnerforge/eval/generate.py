@@ -76,7 +76,7 @@ def generate_stream(
     sampling: Sampling | None = None,
     all_done: Callable[[bool], bool] = bool,
 ) -> Iterator[Tensor]:
-    """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Whoever stops asking stops the model.
+    """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Generation stops with the iteration.
 
     Args:
         model: called as ``model(batch, cache)``; images are encoded once, with the prompt.

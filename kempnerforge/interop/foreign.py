@@ -148,7 +148,7 @@ def open_foreign(path: Path | str) -> Foreign:
         return _open_vlm(path, config, files)
     except ValueError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
-    except Exception as error:  # settings of a type or size that nobody has thought of, here or in transformers
+    except Exception as error:  # settings of an unexpected type or size, here or in transformers
         raise InputError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """What is made of each key of a language model's ``config.json``: it is followed, its class does not read it, or one value of it can be read.
 
-Keys that nobody has sorted here are let pass only where they cannot matter: they have the value that the class has by default, or occur nowhere
-in the class's own files. ``tests/interop/test_keys.py`` changes every key of every family and compares with what transformers makes of it.
+Keys that are not listed here pass only where they cannot matter: they have the class's default, or do not occur in the class's own files.
+``tests/interop/test_keys.py`` changes every key of every family and compares with what transformers makes of it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
 
 @lru_cache
 def defaults(family: str) -> dict[str, Any]:
-    """All that the class writes of a model nobody has set anything of."""
+    """All that the class writes of a model with default settings."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[family]().to_dict()

@@ -134,7 +134,7 @@ def texts_of(config: dict[str, Any]) -> Texts:
     """The generation of nanoVLM that a ``config.json`` is of.
 
     Raises:
-        ValueError: it is none that we know.
+        ValueError: it is unknown.
     """
     added, template = config.get("vlm_extra_tokens") or {}, config.get("lm_chat_template")
     if not isinstance(added, dict) or not all(isinstance(name, str) for name in added.values()):

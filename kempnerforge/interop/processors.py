@@ -124,7 +124,7 @@ def followed(path: Path, kind: str) -> str | None:
 
 
 def differing_settings(files: ImageFiles, side: int) -> list[str]:
-    """Settings of an image processor that do otherwise than one square of ``side`` pixels, bicubic: reasons for other pixels."""
+    """Settings of an image processor that make anything but one square of ``side`` pixels, bicubic: reasons for other pixels."""
     wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "do_image_splitting": False, "do_pad": False}
     if "max_image_size" in files.settings:
         wanted |= {"max_image_size": {"longest_edge": side}}

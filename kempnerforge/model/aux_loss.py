@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class HasAuxLoss(Protocol):
     """A module, anywhere in a model, with a loss of its own.
 
-    The attribute stands there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training ``forward`` sets it to a scalar, its
+    The attribute is there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training ``forward`` sets it to a scalar, its
     weight applied and its graph attached: a mean over tokens, as it is multiplied by the number of targets and added to the loss. In
-    evaluation ``forward`` sets it to None. Whoever collects the losses sets it to None, too, so that none is counted in a later pass in
+    evaluation ``forward`` sets it to None. Collecting the losses sets it to None, too, so that none is counted in a later pass in
     which its module is not called. It may be made of anything in the module: inputs, weights, what it returns.
     """
 
@@ -52,7 +52,7 @@ def return_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
 
 
 def restore_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
-    """Behind ``return_losses`` and all hooks that want to see the losses: they are attributes again, and the unit returns its value alone."""
+    """After ``return_losses`` and all hooks that want to see the losses: they are attributes again, and the unit returns its value alone."""
 
     def restoring(_: nn.Module, args: Any, output: tuple[Any, list[Tensor | None]]) -> Any:
         value, losses = output

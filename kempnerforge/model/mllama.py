@@ -95,7 +95,7 @@ class MllamaTower(VisionEncoder):
 
 
 def check_config(name: str, config: Any) -> None:
-    """Refuses a ``MllamaVisionConfig`` that has grids or layers that ours has not.
+    """Refuses a ``MllamaVisionConfig`` with grids or layers that ours does not have.
 
     Args:
         name: whose it is.

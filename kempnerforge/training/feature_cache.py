@@ -40,7 +40,7 @@ class FeatureCache:
 
     Args:
         directory: may be shared by runs and processes; a file is written whole or not at all.
-        model: sharded already. The key follows what its encoder is when it is used: whoever writes to the weights (the optimizer, a reset, a
+        model: sharded already. The key follows what its encoder is when it is used: what writes to the weights (the optimizer, a reset, a
             checkpoint, an average that takes their place) need not say so.
         world: the encoder is sharded over it, so all ranks must agree on calling it.
         dtype: of compute; features of another one are other features.

@@ -55,7 +55,7 @@ def _path(section: Any) -> str:
 
 
 def continued(before: Sequence[Span], step: int, now: dict[str, Any]) -> list[Span]:
-    """The spans of a run that goes on at ``step`` with ``now``. What had begun there or later left nothing behind."""
+    """The spans of a run that goes on at ``step`` with ``now``. Spans that began there or later have left no trace."""
     kept = [span for span in before if span["start"] < step]
     if kept and not changes(kept[-1], now):
         return [*kept[:-1], {**now, "start": kept[-1]["start"]}]

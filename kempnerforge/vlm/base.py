@@ -69,7 +69,7 @@ class VLM(ExactBuffers):
         job: the resolved config, ``model.vocab_size`` set.
 
     Attributes:
-        loaded: names of the parameters with weights from elsewhere; all others are random. Whoever loads some adds their names.
+        loaded: names of the parameters with weights from elsewhere; all others are random. Code that loads some adds their names.
     """
 
     has_images = True
