@@ -116,7 +116,7 @@ def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:
     if chosen is None:
         return INVALID
     values = convert_fields(chosen, table, key, problems) | {union.key: name}
-    return construct(chosen, chosen, values, table, key, problems)
+    return construct(chosen, getattr(chosen, "in_job", chosen), values, table, key, problems)
 
 
 def class_named(union: Discriminator, name: str, key: Key, problems: Problems) -> type | None:

@@ -105,7 +105,12 @@ class VLMConfig:
             ValueError: ``arch`` is not registered, or a field has a bad value.
             NotImplementedError: ``arch`` is reserved for later.
         """
-        return cls.class_for(arch)(arch=arch, **kwargs)
+        return cls.class_for(arch).in_job(arch=arch, **kwargs)
+
+    @classmethod
+    def in_job(cls, **kwargs: Any) -> VLMConfig:
+        """The section of a job, as TOML and ``for_arch`` make it: what other sections can give may be missing."""
+        return cls(**kwargs)
 
     def residual_stream_image_tokens(self, num_tokens: int) -> int:
         """How many of an image's ``num_tokens`` tokens this arch places in the residual stream."""
@@ -251,9 +256,7 @@ class CrossAttentionConfig(VLMConfig):
             raise InputError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
-            raise InputError(
-                f"unwritten_tokens = {self.unwritten_tokens}: are the last of the embedding and not in the head; not with {reason}"
-            )
+            raise InputError(f"unwritten_tokens = {self.unwritten_tokens}: are in the embedding and not in the head; not with {reason}")
 
     def warnings(self, job: JobConfig) -> list[str]:
         """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""
@@ -280,9 +283,9 @@ class MoTConfig(VLMConfig):
         mot_modalities: names of the towers, in any order, "image" and "text" among them.
         mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see ``resolved_image_heads``.
         mot_warm_start_from_text: copy the text tower into the other towers when a fresh run starts.
-        mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging Face directory.
-        untie: what every tower has for itself: "attn" (projections, with their q and k norms), "ffn", "norm" (the two of a block). The
-            towers share the rest.
+        mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging Face directory. By TOML and
+            ``for_arch`` it may be empty, as a job can have text weights from ``run.init_from``; a config that stands alone needs it.
+        untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a block). The rest is shared.
         norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on what they give).
     """
 
@@ -307,12 +310,10 @@ class MoTConfig(VLMConfig):
         }
         if found := [text for text, wrong in objections.items() if wrong]:
             raise InputError(f"mot_modalities = {names}: {', '.join(found)}")
-        if bad := [
-            name for name in names if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_") or name in BLOCK_PARTS
-        ]:
-            raise InputError(
-                f"mot_modalities = {names}: {bad[0]!r} cannot name a tower; use a Python identifier, none of {', '.join(BLOCK_PARTS)}"
-            )
+        taken = lambda name: keyword.iskeyword(name) or name.startswith("_") or name in BLOCK_PARTS
+        if bad := [name for name in names if not name.isidentifier() or taken(name)]:
+            rule = f"use a Python identifier, none of {', '.join(BLOCK_PARTS)}"
+            raise InputError(f"mot_modalities = {names}: {bad[0]!r} cannot name a tower; {rule}")
         if not self.untie or len(set(self.untie)) != len(self.untie) or not set(self.untie) <= set(UNTIE):
             raise InputError(f"untie = {self.untie}: needs one or more of {', '.join(repr(part) for part in UNTIE)}, each once")
         one_of(self, "norm_placement", ("pre", "paper"))
@@ -320,6 +321,14 @@ class MoTConfig(VLMConfig):
         heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
         if heads and kv and heads % kv:
             raise InputError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
+        if self.mot_warm_start_from_text and not self.mot_warm_start_path:
+            raise InputError("mot_warm_start_from_text: needs mot_warm_start_path; where run.init_from has the weights, use for_arch")
+
+    @classmethod
+    def in_job(cls, *, mot_warm_start_from_text: bool = False, **kwargs: Any) -> MoTConfig:
+        made = cls(**kwargs)
+        made.mot_warm_start_from_text = mot_warm_start_from_text
+        return made
 
     @property
     def names_weights(self) -> bool:
@@ -339,19 +348,15 @@ class MoTConfig(VLMConfig):
         text = (job.model.n_heads, job.model.kv_heads)
         image = self.resolved_image_heads(*text)
         if image != text:
-            raise InputError(
-                f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}: one attention over both "
-                f"modalities needs the text tower's head counts, model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
-            )
+            own = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
+            raise InputError(f"{own}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
 
     def warnings(self, job: JobConfig) -> list[str]:
         path, asked = self.mot_warm_start_path, self.mot_warm_start_from_text
         if path and not asked:
             return [f"vlm.mot_warm_start_path = {path!r}: is not read, as mot_warm_start_from_text = false"]
         if asked and not path and not job.run.init_from:
-            return [
-                "vlm.mot_warm_start_from_text = true: without mot_warm_start_path or run.init_from the text tower that is copied is random"
-            ]
+            return ["vlm.mot_warm_start_from_text = true: without mot_warm_start_path or run.init_from the copied text tower is random"]
         return []
 
 

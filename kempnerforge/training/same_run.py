@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kempnerforge.config import JobConfig, Stage, diff
 from kempnerforge.config.build import convert_fields
 from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.files import read_toml
+from kempnerforge.config.freeze import named
 from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.training.history import Span
 from kempnerforge.training.schedule import lr_factor
@@ -49,7 +51,7 @@ def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], 
             f"{where}: has done {step} steps already, and {end} {job.total_steps()}; set it to at least {step}, or use --fresh"
         )
     history = manifest.state.get("history", [])
-    old = history[-1]["config"] if history else read_toml(run_dir / "config.toml")
+    old = history[-1]["config"] if history else _with_own_names(read_toml(run_dir / "config.toml"))
     lines = [line for line in diff(old, job) if not line.startswith((*MAY_CHANGE, "plugins"))]
     lines += _plugin_changes(job, old, history, path) + _moved_plan(job, old, step)
     meant = tuple(f"{key}{end}" for key in (*allow, *(["train.max_steps"] if "scheduler" in allow else [])) for end in (".", " ", "[", ":"))
@@ -64,6 +66,15 @@ def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], 
         LOG.warning("changed, as it is meant to be: %s", line)
     if any(line.startswith(PLANNED) for line in lines) and (told := _next_rate(job, old, step)):
         LOG.warning("the new plan: %s", told)
+
+
+def _with_own_names(old: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run whose checkpoints have no history: its aliases match what is in a module, but not the module's own name."""
+    aliases = old.get("vlm", {}).get("module_patterns", {})
+    for alias, patterns in aliases.items():
+        own = (named(pattern.removesuffix(".*")) if pattern.endswith(".*") else [pattern] for pattern in patterns)
+        aliases[alias] = list(dict.fromkeys(chain.from_iterable(own)))
+    return old
 
 
 def check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import kempnerforge.config
-from kempnerforge.config import JobConfig, RunConfig, TrainConfig, registry
+from kempnerforge.config import JobConfig, RunConfig, TrainConfig, load_config, registry
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import (
     DEFAULT_MODULE_PATTERNS,
     CrossAttentionConfig,
@@ -246,6 +248,16 @@ def test_the_flag_is_the_gate_of_a_warm_start() -> None:
     assert warned() == warned(mot_warm_start_path="x", **{flag: True}) == warned(RunConfig(init_from="x"), **{flag: True}) == []
     assert warned(mot_warm_start_path="x") == [f"vlm.mot_warm_start_path = 'x': is not read, as {flag} = false"]
     assert "without mot_warm_start_path or run.init_from" in warned(**{flag: True})[0]
+
+
+def test_a_warm_start_that_stands_alone_names_its_weights(tmp_path: Path) -> None:
+    """A job can have them from elsewhere, so its section is made without a path."""
+    with pytest.raises(InputError, match="needs mot_warm_start_path"):
+        MoTConfig(mot_warm_start_from_text=True)
+    assert MoTConfig(mot_warm_start_from_text=True, mot_warm_start_path="x").names_weights
+    (tmp_path / "job.toml").write_text('[vlm]\narch = "mot"\nmot_warm_start_from_text = true\n[train]\nmax_steps = 1\n')
+    for made in (load_config(tmp_path / "job.toml").vlm, VLMConfig.for_arch("mot", mot_warm_start_from_text=True)):
+        assert isinstance(made, MoTConfig) and made.mot_warm_start_from_text and not made.names_weights
 
 
 def test_registry_refuses_a_second_class_of_a_name() -> None:

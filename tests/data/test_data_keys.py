@@ -167,6 +167,44 @@ def test_any_key_is_read_or_reported(name: str, tmp_path: Path) -> None:
             built(part)
 
 
+TALKED = {"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a"}]}
+CARRIED: dict[str, tuple[type[DataConfig], str, dict[str, Any], str]] = {
+    "llava": (LlavaConfig, "json", {"image": "0.png", **TALKED}, "model source data_source split url width height question_id image_id"),
+    "internvl": (LlavaConfig, "jsonl", {"image": ["0.png"], **TALKED}, "width_list height_list"),
+    "karpathy": (CaptionsConfig, "json", {"image": "0.png", "caption": ["a", "b"]}, "split filename filepath imgid cocoid sentids"),
+    "coco": (CaptionsConfig, "json", {"image": "0.png", "caption": "a"}, "image_id file_name license coco_url height width"),
+    "laion": (CaptionsConfig, "parquet", {"image": RED, "caption": "a"}, "url key status similarity NSFW LICENSE punsafe sha256 exif"),
+    "cauldron": (FineVisionConfig, "parquet", {"images": [RED], "texts": [{"user": "q?", "assistant": "a", "source": "TQA"}]}, "source"),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_metadata_of_a_format_are_known_to_its_source(name: str, tmp_path: Path) -> None:
+    make, extension, row, carried = CARRIED[name]
+    path = tmp_path / f"rows.{extension}"
+    WRITERS[extension](path, [row | dict.fromkeys(("id", *carried.split()), "7")])
+    (sample,) = built(make(path=str(path)))
+    assert sample.texts[0].answer == "a" and len(sample.images) == 1
+
+
+def test_metadata_in_json_members_are_known(tmp_path: Path) -> None:
+    tar(tmp_path / "rows.tar", [{"png": RED, "txt": "a", "json": dict.fromkeys(("url", "similarity", "punsafe", "hash", "caption"), "7")}])
+    assert built(WebDatasetConfig(path=str(tmp_path / "rows.tar")))[0].texts[0].answer == "a"
+
+
+def test_the_system_prompt_of_a_row_is_read(tmp_path: Path) -> None:
+    turns = [{"from": "system", "value": "2"}, *TALKED["conversations"]]
+    lines(tmp_path / "rows.jsonl", [{"system": said, "conversations": turns} for said in ("1", "", None)])
+    assert [sample.texts[0].system for sample in built(LlavaConfig(path=str(tmp_path / "rows.jsonl")))] == ["1\n2", "2", "2"]
+
+
+def test_advice_is_given_once(tmp_path: Path) -> None:
+    lines(tmp_path / "rows.jsonl", [{"image": None, "question": "q?", "answer": "a", "caption": "c"}])
+    with pytest.raises(ValueError, match="'answer' and 'caption' could each be") as refused:
+        built(JsonlConfig(path=str(tmp_path / "rows.jsonl")))
+    assert str(refused.value).count("data.ignore_columns") == 1
+
+
 def test_the_nearest_key_is_named_and_sources_that_read_it(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", [{"image": None, "questoin": "q", "answer": "a"}])
     with pytest.raises(ValueError, match="line 1: key \"questoin\" is read by nothing .nearest is 'question'."):

@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge.checkpoint import resolve
 from kempnerforge.checkpoint.manifest import FORMAT, Manifest, verify
-from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, TrainConfig, to_dict
+from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, TrainConfig, VLMConfig, to_dict
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.training import OptimizerGroup
 from kempnerforge.training.history import changed_on_the_way, continued, trained_with
@@ -112,6 +113,22 @@ def test_keys_that_the_run_did_not_know_yet_are_no_change() -> None:
 
 
 # ---- refused commands ------------------------------------------------------------------------------------------------
+
+
+def test_aliases_without_the_own_name_of_a_module_are_no_change(tmp_path: Path) -> None:
+    """A checkpoint without history has its config in ``config.toml``."""
+    job = JobConfig(vlm=VLMConfig.for_arch("mot", max_text_len=64), train=TrainConfig(max_steps=4))
+    table = to_dict(job)
+    patterns = table["vlm"]["module_patterns"]
+    found = tmp_path, replace(manifest(job, 2), state={})
+    for changed in ({}, {"adapter": ["adapter.mlp.*"]}):
+        table["vlm"]["module_patterns"] = {name: own[1:] for name, own in patterns.items()} | changed
+        (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
+        if changed:
+            with pytest.raises(InputError, match="holds a run with another config:\n  vlm.module_patterns.adapter.*\nchange it back"):
+                check_same_run(job, tmp_path, found, ())
+        else:
+            check_same_run(job, tmp_path, found, ())
 
 
 @pytest.fixture(scope="module")

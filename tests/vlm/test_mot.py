@@ -316,8 +316,8 @@ def test_a_modality_without_positions_has_gradients_of_zero(samples: Sequence[Sa
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"mot_modalities": ["text"]}, "at least 'image' and 'text'"),
-        ({"mot_modalities": ["text", "image", "image"]}, "each name once"),
+        ({"mot_modalities": ["text"]}, "at least 2 entries"),
+        ({"mot_modalities": ["text", "image", "image"]}, "must not have duplicates"),
         ({"mot_modalities": ["text", "image", "mlp"]}, "'mlp' cannot name a tower"),
         ({"mot_modalities": ["text", "image", "no name"]}, "'no name' cannot name a tower"),
         ({"mot_modalities": ["text", "image", "class"]}, "'class' cannot name a tower"),

@@ -12,18 +12,18 @@ from kempnerforge.config.data import RowsConfig, is_csv
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.keys import ANSWERS, ID, IMAGES, candidates, unread
+from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, candidates, unread
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.said import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
 
 DEFAULT = ("caption",)
 USUAL = ("captions", *(name for name in ANSWERS if name not in DEFAULT))
-METADATA = (
-    *("file_name", "height", "width", "license", "url", "coco_url", "flickr_url", "date_captured"),
-    *("image_id", "caption_id", "key", "sha256", "original_height", "original_width"),
+COCO = (
+    *("file_name", "license", "coco_url", "flickr_url", "date_captured", "image_id", "caption_id"),
+    *("split", "filename", "filepath", "imgid", "img_id", "cocoid", "sentids"),
 )
-"""What COCO and tables of image-text pairs have beside images and captions."""
+"""What COCO and its splits (Karpathy and Fei-Fei 2015; Flickr30k, too) have beside images and captions."""
 
 
 @registry.register_data_config
@@ -67,7 +67,7 @@ class Captions(RowSource):
         self._usual = [name for name in USUAL if not self.ignored.takes_out(name)] if tuple(cfg.caption_columns) == DEFAULT else []
         self._images = list(IMAGES) if cfg.image_column == IMAGES[0] else [cfg.image_column]
         columns = [*cfg.caption_columns, *self._usual]
-        self.known = dict.fromkeys((*self._images, *columns, ID, *METADATA))
+        self.known = dict.fromkeys((*self._images, *columns, *METADATA, *COCO))
         self.rows = open_rows(self, self._measure, columns, self._images, cfg.quotes)
         there = self.rows.columns
         if not set(self._images) & set(there) or not (set(self._usual) & set(there) or set(cfg.caption_columns) <= set(there)):

@@ -21,7 +21,7 @@ TEXTS, IMAGES = "texts", "images"
 @registry.register_data_config
 @dataclass
 class FineVisionConfig(Splits):
-    """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``) and, if it has them,
+    """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``; in The Cauldron with ``source``) and, if it has them,
     ``relevance_ratings``, ``image_correspondence_ratings``, ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
 
     Attributes:
@@ -58,7 +58,7 @@ class FineVision(RowSource):
         super().__init__(cfg, split)
         measure = lambda row: (nested_size(row.get(TEXTS)), 0)
         about = [f"{rating}_{what}" for rating in RATINGS for what in ("ratings", "min")]
-        self.known = {IMAGES: None, TEXTS: {"user": None, "assistant": None}, **dict.fromkeys((*about, "source", ID))}
+        self.known = {IMAGES: None, TEXTS: {"user": None, "assistant": None, "source": None}, **dict.fromkeys((*about, "source", ID))}
         self.rows = open_rows(self, measure, [TEXTS], [IMAGES], others=[*cfg.least(), ID])
         require_columns(self.path, self.rows.columns, {TEXTS: "data.source = 'finevision'", IMAGES: "data.source = 'finevision'"})
         self.rows.judge(self)

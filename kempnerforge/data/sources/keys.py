@@ -22,6 +22,11 @@ TEXTS = "texts"
 """The usual names, understood where the config names no other."""
 ID = "id"
 """Names a sample in messages."""
+METADATA = (
+    *("url", "key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256", "md5", "uid", ID),
+    *("hash", "similarity", "punsafe", "pwatermark", "NSFW", "LICENSE"),
+)
+"""What img2dataset and the tables it is fed with (LAION's) write beside an image and its text."""
 HINTS = {
     "conversations": "data.source = 'llava' reads conversations",
     "messages": "data.source = 'llava' reads conversations",
@@ -93,4 +98,9 @@ def refuse(where: str, problems: Collection[str]) -> None:
     if problems:
         shown = list(problems)[:SHOWN]
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputError(f"{cut(where, 200)}: {'; '.join(shown)}{more}. Name it in the config, or list it in data.ignore_columns")
+        advice = (
+            ""
+            if all("data.ignore_columns" in problem for problem in shown)
+            else ". Name it in the config, or list it in data.ignore_columns"
+        )
+        raise InputError(f"{cut(where, 200)}: {'; '.join(shown)}{more}{advice}")

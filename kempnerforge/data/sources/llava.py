@@ -16,8 +16,14 @@ from kempnerforge.data.sources.rows import json_rows
 from kempnerforge.data.sources.said import as_text, is_content, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
 
+SYSTEM = "system"
 TURN: Keys = {"from": None, "value": PART, "role": None, "content": PART}
-KNOWN: Keys = {"image": None, "images": None, "conversations": TURN, "messages": TURN, ID: None, "model": None, "source": None}
+METADATA = (
+    *(ID, "image_id", "question_id", "model", "source", "data_source", "dataset", "split", "url"),
+    *("width", "height", "width_list", "height_list"),
+)
+"""What LLaVA's files and those of its descendants have beside images and conversations."""
+KNOWN: Keys = {"image": None, "images": None, "conversations": TURN, "messages": TURN, SYSTEM: None, **dict.fromkeys(METADATA)}
 ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer", "system": "system"}
 
 
@@ -26,7 +32,8 @@ ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "ans
 class LlavaConfig(FileConfig):
     """A JSON list, or one object a line: ``image`` or ``images`` (a path or base64, a list of these, null, or missing) and ``conversations``, a
     list of ``{from: human|gpt, value}``; ``messages`` with ``{role: user|assistant, content}`` is the same. What is said may be a content
-    list, ``[{type: text, text}, {type: image_url, image_url}, ...]``; an image in it stands at its place.
+    list, ``[{type: text, text}, {type: image_url, image_url}, ...]``; an image in it stands at its place. A row's ``system`` is the system
+    prompt, in front of those among the turns.
 
     Attributes:
         image_token: what marks the place of an image in the file; it becomes ``data.image_placeholder``.
@@ -61,6 +68,7 @@ class Llava(RowSource):
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
         text, own = self._conversation(_entries(row))
+        text = self._with_system(text, row)
         if self.cfg.image_first:
             text = replace(text, prompt=_to_the_head(text.prompt, self.cfg.image_placeholder))
         images = self.images_in(row)
@@ -76,7 +84,7 @@ class Llava(RowSource):
                 yield f"{' and '.join(map(repr, both))} are both there; one of them must be null, or in data.ignore_columns"
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        return nested_size(_entries(row)), sum(count_images(row.get(name)) for name in IMAGES)
+        return nested_size([row.get(SYSTEM), _entries(row)]), sum(count_images(row.get(name)) for name in IMAGES)
 
     def _conversation(self, entries: Any) -> tuple[Text, tuple[ImageSource, ...]]:
         """What is said, and the images that it brings itself."""
@@ -101,6 +109,11 @@ class Llava(RowSource):
         values = [value for _, value in turns]
         pairs = list(zip(values[0::2], values[1::2], strict=True))
         return Text(*pairs[0], more=tuple(pairs[1:]), system=system), tuple(own)
+
+    def _with_system(self, text: Text, row: Mapping[str, Any]) -> Text:
+        if not candidates(row, (SYSTEM,), self.ignored):
+            return text
+        return replace(text, system="\n".join(filter(None, (as_text(row[SYSTEM], f"{SYSTEM!r}"), text.system))))
 
     def _said(self, entry: dict[str, Any]) -> tuple[str, str, tuple[ImageSource, ...]]:
         """Role, text and images of an entry."""

@@ -24,7 +24,7 @@ from kempnerforge.config.paths import PathText, start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
-from kempnerforge.data.sources.keys import PART, Keys, unread
+from kempnerforge.data.sources.keys import METADATA, PART, Keys, unread
 from kempnerforge.data.sources.rows import parse_json
 from kempnerforge.data.sources.table import ENTRY, TableSource
 
@@ -34,11 +34,6 @@ MAX_IMAGE = 256 * 2**20
 GLANCE = 2**14
 """Bytes at the head and at the tail of a shard that its fingerprint is made of."""
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-METADATA = (
-    *("url", "key", "caption", "status", "error_message", "width", "height", "original_width", "original_height"),
-    *("exif", "sha256", "md5", "uid", "id"),
-)
-"""Fields of JSON members that img2dataset and VLA Foundry write beside a text and an image."""
 NUMBERED = re.compile(r"(\d+)\.(.+)")
 
 
@@ -129,7 +124,7 @@ class WebDataset(TableSource):
 
     def _known_fields(self) -> Keys:
         """The fields of JSON members: those of the columns, and those that tools write beside a text and an image."""
-        known: dict[str, Any] = dict.fromkeys(METADATA)
+        known: dict[str, Any] = dict.fromkeys(("caption", *METADATA))  # the caption is that of the .txt member
         for column in (name for name in self.text_columns if name.startswith("json.")):
             *path, last = column.split(".")[1:]
             table = known
