@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config import load_config, to_toml
-from kempnerforge.config.errors import visible
+from kempnerforge.config.errors import InputError, visible
 
 if TYPE_CHECKING:
     from kempnerforge.training.plan import StagePlan
+    from kempnerforge.training.setup import Assembly
 
 HELP = """Check a config without training: every cross check, and what each stage trains and costs.
 
 Reads the data, takes the first batch of every stage and runs the model on the meta device, so that a model that does not fit here can be
 checked here. FLOPs are counted, not estimated: of one training sample, forward and backward, and of an answer to the stage's first prompt.
-Memory is what one process holds for one micro-batch."""
+Memory is what one process holds for one micro-batch. The line "export" says what `kempnerforge export` can write of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
     found = plan(job)
     held_out = found.assembly.examined
     warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ()), *data_remarks(found.assembly)]
+    export = _export(found.assembly)
     if args.json:
         stages = [_as_json(stage) for stage in found.stages]
-        print(json.dumps({"warnings": warnings, "stages": stages, "held_out": held_out.counts() if held_out else None}))
+        counts = held_out.counts() if held_out else None
+        print(json.dumps({"warnings": warnings, "stages": stages, "held_out": counts, "export": export}))
         return 0
     if args.print_config:
         print(to_toml(found.assembly.job))
@@ -51,9 +54,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: {visible(note)}")
     if held_out:
         print(held_out.summary())
+    reason = export["reason"]
+    print(f"export: kempnerforge only, because {visible(reason)}" if reason else f"export: hf ({export['class']})")
     for line in warnings:
         print(f"warning: {visible(line)}", file=sys.stderr)
     return 0
+
+
+def _export(assembly: Assembly) -> dict[str, str | None]:
+    """The format of an export, and the class of transformers that it is or the reason why it is none."""
+    from kempnerforge.training.convert import class_of
+
+    try:
+        return {"format": "hf", "class": class_of(assembly).name, "reason": None}
+    except InputError as error:
+        return {"format": "kempnerforge", "class": None, "reason": str(error)}
 
 
 def _as_json(plan: StagePlan) -> dict[str, Any]:

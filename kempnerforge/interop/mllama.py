@@ -212,6 +212,12 @@ def check(job: JobConfig) -> None:
     hf_config(cfg, FAMILY)
 
 
+def check_tiles(job: JobConfig, encoder: MllamaTower) -> None:
+    """Refuses blocks that see another number of tokens of an image than ``encoder`` makes of a tile."""
+    if (seen := vars(job.vlm)["cross_attention_seen_tokens"]) != encoder.tile_tokens:
+        raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: a tile has {encoder.tile_tokens}")
+
+
 def write_parts(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``config.json`` of ``job``'s model.
 
@@ -223,9 +229,8 @@ def write_parts(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mappin
         ValueError: it cannot be one.
     """
     check(job)
+    check_tiles(job, encoder)
     how, cfg = vars(job.vlm), job.model
-    if how["cross_attention_seen_tokens"] != encoder.tile_tokens:
-        raise InputError(f"vlm.cross_attention_seen_tokens = {how['cross_attention_seen_tokens']}: a tile has {encoder.tile_tokens}")
     every = how["cross_attention_every_n_layers"]
     text = hf_config(cfg, FAMILY) | dict(ids)
     for key in ("architectures", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"):

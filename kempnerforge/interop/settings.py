@@ -202,7 +202,7 @@ def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
         try:
             written = _written(cfg, name)
             check_facts(cfg, hf_facts(written), {})
-        except ValueError as error:
+        except InputError as error:
             problems.append(f"{name}: {error}")
         else:
             return written

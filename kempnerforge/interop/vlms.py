@@ -208,14 +208,15 @@ def fitting(job: JobConfig) -> str:
     Raises:
         ValueError: there is none; the message says why, class by class.
     """
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for kind in WRAPPERS:
         try:
             text_family(job, kind)
             return kind
-        except ValueError as error:
-            reasons.append(f"{kind}: {error}")
-    raise InputError(f"no class of transformers is this model ({'; '.join(reasons)})")
+        except InputError as error:
+            reasons.setdefault(str(error), []).append(kind)
+    said = "; ".join(f"{', '.join(kinds)}: {reason}" for reason, kinds in reasons.items())
+    raise InputError(f"no class of transformers is this model ({said})")
 
 
 def text_family(job: JobConfig, kind: str) -> str:
@@ -244,7 +245,7 @@ def text_family(job: JobConfig, kind: str) -> str:
         try:
             hf_config(job.model, family)
             return family
-        except ValueError as error:
+        except InputError as error:
             problems.append(str(error))
     raise InputError(problems[0])
 

@@ -63,6 +63,20 @@ class Converted:
     difference: float | None
 
 
+class TheirClass(NamedTuple):
+    """A class of transformers that a model of ours is written as.
+
+    Attributes:
+        name: what transformers calls it.
+        kind: ``model_type`` of the whole model; empty: a language model.
+        family: ``model_type`` of its text model; empty: the model is one of transformers as it stands.
+    """
+
+    name: str
+    kind: str
+    family: str
+
+
 class How(NamedTuple):
     """How a model is written: as ``export_model`` takes it."""
 
@@ -278,13 +292,13 @@ def _export_own(restored: Restored, out: Path, how: How) -> Converted:
 
 def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
     assembly = restored.assembly
-    if assembly.model.hf_model is not None:
-        return _export_as_it_is(assembly, out, how)
-    job, tokenizer = assembly.job, assembly.tokenizer
     try:
-        kind, chosen = _class_of(assembly, how.family)
-    except ValueError as error:
+        architecture, kind, chosen = class_of(assembly, how.family)
+    except InputError as error:
         raise InputError(f"{restored.path}: {error}; --format kempnerforge writes safetensors with our config") from None
+    if assembly.model.hf_model is not None:
+        return _export_as_it_is(assembly, out, architecture, how)
+    job, tokenizer = assembly.job, assembly.tokenizer
     lines, image_id, rows = [], None, 0
     if kind:
         image_id, rows, line = _image_token(assembly)
@@ -294,10 +308,9 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if kind:
         assert image_id is not None
-        architecture = WRAPPERS[kind].architecture if kind in WRAPPERS else mllama.ARCHITECTURE
         _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, how.progress)
     else:
-        architecture = write_text(out, cfg, tensors, ids, chosen, progress=how.progress)["architectures"][0]
+        write_text(out, cfg, tensors, ids, chosen, progress=how.progress)
     cast_files(out, how.dtype)
     (tokenizer if kind else tokenizer.starting()).save(out)
     _write_ends(out, assembly)
@@ -316,21 +329,31 @@ def _write_ends(out: Path, assembly: Assembly) -> None:
     write_config(out, there | ids, GENERATION)
 
 
-def _class_of(assembly: Assembly, family: str | None) -> tuple[str, str]:
-    """``model_type`` of the whole model, empty for a language model, and of its text model.
+def class_of(assembly: Assembly, family: str | None = None) -> TheirClass:
+    """What ``export_model`` writes the model as. Nothing but shapes is read: it may be on the meta device.
+
+    Args:
+        family: of a language model; None takes the first that can be it.
 
     Raises:
-        ValueError: no class of transformers is this model.
+        InputError: no class of transformers is this model.
     """
-    job = assembly.job
+    job, model = assembly.job, assembly.model
+    if model.hf_model is not None:
+        return TheirClass(type(model.hf_model).__name__, model.hf_model.config.model_type, "")
     if job.vlm is None:
-        return "", hf_config(job.model, family)["model_type"]
+        config = hf_config(job.model, family)
+        return TheirClass(config["architectures"][0], "", config["model_type"])
     if job.vlm.stands_for != mllama.KIND:
-        return (kind := fitting(job)), text_family(job, kind)
+        kind = fitting(job)
+        return TheirClass(WRAPPERS[kind].architecture, kind, text_family(job, kind))
     mllama.check(job)
+    encoder = model.vision_encoder
+    assert isinstance(encoder, MllamaTower), "the config of its tower has been checked"
+    mllama.check_tiles(job, encoder)
     if (name := _mark(job)) not in assembly.tokenizer.appended:
         raise InputError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
-    return mllama.KIND, mllama.FAMILY
+    return TheirClass(mllama.ARCHITECTURE, mllama.KIND, mllama.FAMILY)
 
 
 def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], how: How) -> Converted:
@@ -343,10 +366,9 @@ def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | 
     return Converted(out, [*lines, found.require(f"ours and {architecture}", how.tolerance)], found.difference)
 
 
-def _export_as_it_is(assembly: Assembly, out: Path, how: How) -> Converted:
+def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How) -> Converted:
     """A model of transformers as it writes itself, with the files of its processor from where it came from."""
     model, source = assembly.model.hf_model, Path(assembly.job.vlm.files if assembly.job.vlm is not None else "")
-    architecture = type(model).__name__
     with quiet():
         model.save_pretrained(out)
     cast_files(out, how.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -182,6 +183,22 @@ def test_check_json_is_one_object(tmp_path: Path, trained: Trained):
     assert first["parameters"] == first["trainable"] == json.loads((trained.run / "summary.json").read_text())["parameters"]
     assert first["parameters"] == sum(module["parameters"] for module in first["modules"].values())
     assert first["flops_per_sample"] > 0 and 0 < first["useful_share"] <= 1
+
+
+def test_check_says_as_what_it_can_be_exported(tmp_path: Path):
+    job = make_job(tmp_path)
+    said = call("check", job).out
+    found = json.loads(call("check", job, "--json").out)["export"]
+    assert found["format"] == "kempnerforge" and "vision_encoder.type = 'vit', not 'clip'" in found["reason"]
+    assert f"export: kempnerforge only, because {found['reason']}\n" in said
+    sizes = "hidden_size = 32, num_attention_heads = 2, num_hidden_layers = 2, image_size = 16, patch_size = 8"
+    tower = f'[vision_encoder]\ntype = "clip"\nsettings = {{ model_type = "clip_vision_model", {sizes} }}\n\n'
+    parts = re.split(r"(?m)^(?=\[)", job.read_text().replace('"gelu"', '"swiglu"').replace('"linear"', '"mlp_2layer"'))
+    job.write_text("".join(tower if part.startswith("[vision_encoder]") else part for part in parts))
+    ended = call("check", job)
+    assert ended.code == 0 and "export: hf (LlavaForConditionalGeneration)\n" in ended.out, ended
+    as_json = json.loads(call("check", job, "--json").out)
+    assert as_json["export"] == {"format": "hf", "class": "LlavaForConditionalGeneration", "reason": None}
 
 
 def test_warnings_of_check_are_on_stderr(tmp_path: Path):

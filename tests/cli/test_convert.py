@@ -21,12 +21,13 @@ from kempnerforge.cli.main import run
 from kempnerforge.config import JobConfig, ModelConfig, load_config, to_toml
 from kempnerforge.config.adapter import LinearAdapterConfig
 from kempnerforge.config.data import TextConfig
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LoRAConfig
-from kempnerforge.config.vision import ClipConfig, SiglipConfig
+from kempnerforge.config.vision import ClipConfig, SiglipConfig, ViTConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.data.batch import Kind
 from kempnerforge.data.tokenizer import Tokenizer
-from kempnerforge.training.convert import export_model, import_model
+from kempnerforge.training.convert import class_of, export_model, import_model
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import TEXT, TOWER, rename, save, write_tokenizer
 
@@ -221,6 +222,56 @@ def test_a_text_run_goes_out_as_a_language_model(family: str, tmp_path: Path, ca
     back = import_model(tmp_path / "out", tmp_path / "back")
     assert back.difference is not None and back.difference <= 1e-5
     assert run(["export", str(run_dir), str(tmp_path / "other"), "--family", "gemma"]) == 2
+
+
+def siglip_like(**model: Any) -> dict[str, Any]:
+    gemma = {"norm_plus_one": True, "embed_scale": True, "activation": "geglu", "tie_embeddings": True, **model}
+    tower = SiglipConfig(settings=SETTINGS | {"model_type": "siglip_vision_model"})
+    return llava_like(
+        model=replace(MODEL, **gemma),
+        vision_encoder=tower,
+        adapter=LinearAdapterConfig(),
+        vlm=VLMConfig(max_text_len=64, attention_mask="prefix"),
+    )
+
+
+OTHER = replace(JobConfig().train, max_steps=7, seq_len=128)
+AS: dict[str, tuple[dict[str, Any], str]] = {
+    "llava": (llava_like(), "LlavaForConditionalGeneration"),
+    "llava with lora": (llava_like(lora=[LoRAConfig(module="transformer.layers.*.attention.*", rank=2)]), "LlavaForConditionalGeneration"),
+    "another adapter": (llava_like(adapter=LinearAdapterConfig()), ""),
+    "own tower": (llava_like(vision_encoder=ViTConfig(image_size=16, patch_size=8, dim=24, n_layers=1, n_heads=2)), ""),
+    "paligemma": (siglip_like(), "PaliGemmaForConditionalGeneration"),
+    "paligemma of no family": (siglip_like(qk_norm=True), ""),
+    "experts": (llava_like(vlm=VLMConfig.for_arch("moma", max_text_len=64)), ""),
+    "gated blocks, another tower": (llava_like(vlm=VLMConfig.for_arch("cross_attention", max_text_len=64, cross_attention_every_n_layers=2)), ""),
+    "text": ({"model": MODEL, "vlm": None, "data": TextConfig(path="a.txt"), "train": OTHER}, "LlamaForCausalLM"),
+    "text with windows": (
+        {"model": replace(MODEL, sliding_window=8), "vlm": None, "data": TextConfig(path="a.txt"), "train": OTHER},
+        "MistralForCausalLM",
+    ),
+    "text of no family": (
+        {"model": replace(MODEL, post_norms=True), "vlm": None, "data": TextConfig(path="a.txt"), "train": OTHER},
+        "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS)
+def test_what_a_config_can_be_is_known_without_weights(name: str, tmp_path: Path) -> None:
+    sections, want = AS[name]
+    assembly = assemble(replace(JobConfig(), **sections), Tokenizer.train(WORDS, 320), device="meta", data=False)
+    run_dir = ours(tmp_path / "run", **sections)
+    if want:
+        assert class_of(assembly).name == want
+        export_model(run_dir, tmp_path / "out", verify=False)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [want]
+        return
+    with pytest.raises(InputError, match="no (class|language model) of transformers") as refused:
+        class_of(assembly)
+    with pytest.raises(InputError) as same:
+        export_model(run_dir, tmp_path / "out", verify=False)
+    assert str(refused.value) in str(same.value)
 
 
 # ---- load_pretrained ------------------------------------------------------------------------------------------------
