@@ -43,20 +43,20 @@ def load_pretrained(
             model, PaliGemma, LLaVA, Idefics3, SmolVLM, Llama 3.2 Vision) or of nanoVLM.
         device: where to; None: a GPU if there is one.
         plugins: modules or files in place of the plugins that the run names, which may have moved; relative to the working directory.
-        dtype: None: what the run computes in; fp32 for models from elsewhere.
+        dtype: of the weights, and what it computes in; None: fp32, whatever it was trained or stored in.
 
     Raises:
         ValueError: nothing is there that can be loaded.
     """
     path = Path(path)
-    given = [f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else []
+    given = ["--train.mixed_precision=fp32", *([f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else [])]
     if (path / CONFIG).is_file():
         model, processor = _foreign(path)
     elif (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         model, processor = _exported(path, given)
     else:
         try:
-            restored = restore(path, [*given, *(["--train.mixed_precision=fp32"] if dtype is not None else [])])
+            restored = restore(path, given)
         except CheckpointError as error:
             raise InputError(
                 f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"

@@ -23,6 +23,7 @@ from kempnerforge.config.vision import ClipConfig
 from kempnerforge.interop import write
 from kempnerforge.interop.write import fresh
 from kempnerforge.training import convert
+from kempnerforge.training import restore as restoring
 from kempnerforge.training.convert import export_model, import_model
 from tests.cli.test_convert import llava_like, ours
 from tests.interop.tiny_vlms import TOWER, save
@@ -138,6 +139,17 @@ def test_our_own_form_needs_nothing_else(shard_bytes: int, tmp_path: Path, monke
     files[0].write_bytes(b"cut off")
     with pytest.raises(ValueError, match="model.*safetensors: cannot be read"):
         kempnerforge.load_pretrained(tmp_path / "out")
+
+
+def test_weights_are_fp32_unless_asked_otherwise(llava: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where "auto" is bf16, as on a GPU."""
+    monkeypatch.setattr(restoring, "compute_dtype", lambda asked, device: torch.float32 if asked == "fp32" else torch.bfloat16)
+    import_model(llava, tmp_path / "imported", verify=False)
+    export_model(run_dir, tmp_path / "exported", "kempnerforge", dtype="bf16", verify=False)
+    for path in (llava, run_dir, tmp_path / "imported", tmp_path / "exported"):
+        for dtype, want in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+            model, _ = kempnerforge.load_pretrained(path, device="cpu", dtype=dtype)
+            assert {p.dtype for p in model.parameters()} == {want}, (path, dtype)
 
 
 def test_pixels_are_as_exact_in_another_dtype(run_dir: Path) -> None:
