@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
+from kempnerforge.config.errors import InputError
 
 if TYPE_CHECKING:
     from kempnerforge.serve.terminal import Chat
@@ -57,7 +58,7 @@ def by_hand(chat: Chat) -> int:
             return 0
         except KeyboardInterrupt:
             note("^C; /quit ends")
-        except ValueError as error:
+        except InputError as error:
             note(f"error: {error}")
 
 
@@ -68,7 +69,7 @@ def by_pipe(chat: Chat) -> int:
         try:
             if not chat.read(line):
                 break
-        except ValueError as error:
+        except InputError as error:
             note(f"error: {error}")
             code = 2
     return code

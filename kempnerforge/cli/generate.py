@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                     print(printable(piece, sys.stdout), end="", flush=True)
             marks = decode(answer.text)
             answers.append({**found, "answer": answer.text, **marks.to_json(), "drawn": _draw(group, answer.text, place)})
-        except ValueError as error:
+        except InputError as error:
             if len(groups) == 1:
                 raise
             failed = True

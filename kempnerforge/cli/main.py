@@ -8,6 +8,7 @@ import errno
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from kempnerforge.config.errors import InputError, visible
-from kempnerforge.config.paths import expand
+from kempnerforge.config.paths import place_of
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
@@ -37,6 +38,9 @@ INPUT_ERRORS = frozenset(
     {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 )
 """What the system says of a path that somebody mistyped; anything else (a full disk, a lost connection) may be gone at the next try."""
+PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""The same as classes, for errors that were raised without a number."""
+PACKAGE = "kempnerforge"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,15 +100,15 @@ def _run(argv: Sequence[str]) -> int:
     try:
         _expand_paths(args)
         return command(args.command).run(args)
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except InputError as error:
         print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
         from kempnerforge.data.loader import lost_worker
 
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # who did has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
             print(f"stopped: {lost}", file=sys.stderr)
             return 3
@@ -115,28 +119,51 @@ def _run(argv: Sequence[str]) -> int:
         return code
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe that has no reader any more."""
+    watched = select.poll()
+    for number in (1, 2):
+        watched.register(number, 0)  # without an event that is asked for, what is wrong is told alone
+    return bool(watched.poll(0))
+
+
 def _expand_paths(args: argparse.Namespace) -> None:
     """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and behind quotes."""
     for name, value in vars(args).items():
         paths = value if isinstance(value, list) else [value]
         if paths and all(isinstance(path, Path) for path in paths):
-            found = [Path(expand(str(path))) for path in paths]
+            found = [place_of(path) for path in paths]
             setattr(args, name, found if isinstance(value, list) else found[0])
 
 
 def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:
-    """Of the command ``name``; None: a defect of the program. Only ``train`` can be continued by running it again."""
+    """Of the command ``name``; None: a defect, of the program or of a plugin. Only ``train`` can be continued by running it again."""
     from torch.distributed import DistError
 
     from kempnerforge.checkpoint import CheckpointError
     from kempnerforge.training.trainer import TrainingFault
 
     if isinstance(error, OSError):
-        return 2 if error.errno in INPUT_ERRORS else 3
+        return _of_system(error)
     if isinstance(error, CheckpointError):
         return 3 if name == "train" else 2
     lost_peer = any(word in str(error) for word in ("Connection reset", "Connection closed", "Timed out", "gloo"))
-    return 3 if isinstance(error, (TrainingFault, DistError)) or lost_peer else None
+    return 3 if isinstance(error, (TrainingFault, DistError)) or (lost_peer and _caller(error) in (PACKAGE, "torch")) else None
+
+
+def _of_system(error: OSError) -> int | None:
+    """Of a file or connection. A path that this package has opened is the user's; one that a plugin or a library names is a defect there."""
+    if error.errno in INPUT_ERRORS or isinstance(error, PATH_ERRORS):
+        return 2 if _caller(error) == PACKAGE else None
+    made_up = type(error) is OSError and error.errno is None  # not the system's
+    in_worker = str(error).startswith("Caught ")  # torch raises it anew, without its number and with its traceback as text
+    return None if made_up and not in_worker else 3
+
+
+def _caller(error: BaseException) -> str:
+    """The package whose code has raised ``error``, or has called what raised it in Python's own library."""
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((name for name in reversed(names) if name not in sys.stdlib_module_names), PACKAGE)
 
 
 def tune_process() -> None:

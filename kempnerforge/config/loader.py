@@ -14,7 +14,7 @@ from kempnerforge.config.build import INVALID, SECTIONS, UNIONS, convert, conver
 from kempnerforge.config.errors import ConfigError, Problems
 from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.paths import PathText
+from kempnerforge.config.paths import PathText, place_of
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
 
@@ -33,7 +33,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
         ConfigError: with one line for each thing that is wrong.
     """
     origin = COMMAND_LINE if path is None else str(path)
-    layers = [] if path is None else read_layers(Path(path))
+    layers = [] if path is None else read_layers(place_of(path))
     arguments = Problems(COMMAND_LINE)
     given = parse_overrides(overrides, arguments)
     plugins = _load_plugins(layers, given)

@@ -31,6 +31,11 @@ def expand(text: str) -> str:
     return found
 
 
+def place_of(path: str | Path) -> Path:
+    """``path`` as a program or a command was given it, expanded."""
+    return Path(expand(os.fspath(path)))
+
+
 def start_of(path: str | Path) -> str:
     """What a message says after a path that is not there: where a relative one was looked for; nothing of an absolute one."""
     return "" if os.path.isabs(path) else f" (relative to the working directory, {os.getcwd()})"

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from kempnerforge.config.errors import InputError, library_call
-from kempnerforge.config.paths import start_of
+from kempnerforge.config.paths import expand, start_of
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
@@ -258,6 +258,7 @@ class Tokenizer:
         Raises:
             ValueError: it cannot be read, has no fast implementation, or has no EOS.
         """
+        path_or_id = expand(str(path_or_id))
         plain = _read_plain(Path(path_or_id))
         if plain is not None:
             return plain

@@ -302,7 +302,7 @@ class TextEncoder:
                 raise SampleError("empty answer" if len(text.turns) == 1 else f"empty answer in turn {number}")
         try:
             line = self._begin(self._tokenise(self._pieces(text), literal))
-        except ValueError as error:
+        except InputError as error:
             raise SampleError(str(error)) from None
         length = len(line.ids) - line.trained[::-1].index(True)
         if all(k < length for k in line.at):

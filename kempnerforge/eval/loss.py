@@ -99,7 +99,7 @@ class PlainText:
     def __init__(self, path: str, window: int, tokenizer: Tokenizer, seed: int = 0) -> None:
         try:
             source = build_source(TextConfig(path=path), "train")
-        except ValueError as error:
+        except InputError as error:
             raise InputError(str(error).replace("data.path", "eval.text_path")) from None
         assert source is not None
         self.windows = source.tokenised(tokenizer, window)

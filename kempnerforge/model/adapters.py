@@ -197,7 +197,7 @@ def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: i
         raise NotBuiltError(f"adapter.type = {cfg.type!r}: has a config but no model; {registry.adapters.known(cfg.type)}")
     try:
         adapter = registry.adapters.get(cfg.type)(cfg, in_dim, out_dim, num_features)
-    except ValueError as error:
+    except InputError as error:
         grid = math.isqrt(num_features - 1)
         if num_features > 1 and grid**2 == num_features - 1:
             hint = f"that is {grid} x {grid} and one more: leave out the CLS token, or take an adapter that needs no grid"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Marks, decode
 from kempnerforge.eval.generate import Sampling
@@ -153,7 +154,7 @@ class Desk:
         ticket.put(Event("started"))
         try:
             ticket.put(self._write(ticket))
-        except ValueError as error:
+        except InputError as error:
             ticket.put(Event("error", str(error)))
         except Exception as error:
             log.exception("a question could not be answered")

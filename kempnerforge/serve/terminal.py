@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import place_of
 from kempnerforge.data.images import opened
 from kempnerforge.eval.codecs import Marks, decode
 from kempnerforge.eval.draw import save_drawn
@@ -90,7 +91,7 @@ class Chat:
 
     def _add(self, rest: str) -> None:
         try:
-            paths = [Path(word).expanduser() for word in shlex.split(rest)]
+            paths = [place_of(word) for word in shlex.split(rest)]
         except ValueError as error:
             raise InputError(f"/image {rest}: {error}") from None
         if not paths:
@@ -124,7 +125,7 @@ class Chat:
         marks = decode(self.last)
         if not rest or not self.images or not marks:
             raise InputError("/draw PATH needs a path, an image, and an answer with boxes or points in it")
-        save_drawn(self.images[0], self.last, Path(rest).expanduser())
+        save_drawn(self.images[0], self.last, place_of(rest))
         self._note(f"{counted(marks)} drawn into {rest}")
 
 

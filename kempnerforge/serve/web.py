@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             ticket = self.web.desk.ask(read_question(body))
-        except ValueError as error:
+        except InputError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         except Busy as error:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))

@@ -15,6 +15,7 @@ from torch import Tensor
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import place_of
 from kempnerforge.data.tokenizer import Tokenizer, stop_ids
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import Foreign, open_foreign
@@ -104,6 +105,7 @@ def import_model(
     Raises:
         ValueError: it cannot be read, or is not the same model afterwards; nothing is left behind then.
     """
+    source, out, tokenizer = place_of(source), place_of(out), None if tokenizer is None else place_of(tokenizer)
     with fresh(out):
         return _import_into(out, source, tokenizer, verify, tolerance, progress)
 
@@ -233,7 +235,7 @@ def export_model(
         raise InputError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise InputError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
-    how = How(family, DTYPES[dtype], verify, tolerance, progress)
+    how, checkpoint, out = How(family, DTYPES[dtype], verify, tolerance, progress), place_of(checkpoint), place_of(out)
     with fresh(out):
         try:
             restored = restore(checkpoint, ["--train.mixed_precision=fp32"])

@@ -120,7 +120,7 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
                 prompt = Prompt(list(text.answer[:-1]))
             else:
                 prompt = encoder.encode_question(text.prompt, sample.images, sample.part)
-        except ValueError:
+        except InputError:
             continue
         size, count = layout.image_size, sum(len(block.starts) for block in prompt.blocks)
         images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from kempnerforge.checkpoint import CheckpointError
 from kempnerforge.config import load_config
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.paths import place_of
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
@@ -48,7 +49,7 @@ def load_pretrained(
     Raises:
         ValueError: nothing is there that can be loaded.
     """
-    path = Path(path)
+    path = place_of(path)
     given = ["--train.mixed_precision=fp32", *([f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else [])]
     if (path / CONFIG).is_file():
         model, processor = _foreign(path)

@@ -11,6 +11,7 @@ import torch
 
 from kempnerforge.checkpoint import Manifest, load_weights, resolve
 from kempnerforge.config import load_config
+from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.model.lora import merge
@@ -45,7 +46,7 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
         CheckpointError: there is none, or it is damaged.
         ValueError: the overrides do not fit.
     """
-    path = resolve(path)
+    path = resolve(place_of(path))
     job = load_config(path / "config.toml", overrides)
     encoder = job.vision_encoder
     assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)

@@ -13,8 +13,12 @@ import pytest
 
 from kempnerforge.config import ConfigError, JobConfig, load_config, registry
 from kempnerforge.config.build import SECTIONS, UNIONS, Argument, convert, fields_of, nearest
-from kempnerforge.config.errors import Problems
+from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.paths import PathText, expand, start_of
+from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.training.convert import export_model, import_model
+from kempnerforge.training.pretrained import load_pretrained
+from kempnerforge.training.restore import restore
 from tests.training.tiny import call, make_job
 
 
@@ -88,6 +92,23 @@ def test_no_folder_is_named_after_the_home_directory(tmp_path: Path, monkeypatch
         ended = call(*argv)
         assert ended.code == 0, ended
     assert (tmp_path / "home" / "page" / "index.html").is_file() and (tmp_path / "home" / "out").is_dir() and not list(tmp_path.rglob("~*"))
+
+
+def test_functions_that_take_a_path_expand_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = make_job(tmp_path)
+    assert call("train", config, "--train.max_steps=1", "--eval.at_end=false").code == 0
+    export_model(Path("~/run"), Path("~/out"), "kempnerforge", verify=False)
+    for path in ("~/run", Path("$HOME/run"), "~/out"):
+        load_pretrained(path)
+    assert Tokenizer.from_pretrained("~/run/tokenizer").vocab_size == Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer").vocab_size
+    assert load_config("~/job.toml") == load_config(config) and restore(Path("~/run")).path.is_relative_to(tmp_path)
+    with pytest.raises(InputError, match="NOWHERE is not set"):
+        load_pretrained("$NOWHERE/run")
+    with pytest.raises(InputError, match=str(tmp_path / "none")):
+        import_model(Path("~/none"), Path("~/imported"))
+    assert not list(tmp_path.rglob("~*")) and not list(tmp_path.rglob("$*"))
 
 
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kempnerforge.config.errors import InputError
 from kempnerforge.serve import desk as desks
 from kempnerforge.serve import web
 from kempnerforge.serve.request import MAX_BODY
@@ -24,7 +25,7 @@ def rule(prompt: str) -> Said:
     if prompt == "detect":
         return Said(["<loc0256>", "<loc0128>", "<loc0768>", "<loc0512>", " cat"])
     if prompt == "refuse":
-        raise ValueError("not <that>")
+        raise InputError("not <that>")
     if prompt == "break":
         raise RuntimeError("no memory")
     return Said([f"{word} " for word in prompt.split()])

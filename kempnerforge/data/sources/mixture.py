@@ -215,7 +215,7 @@ def _build(number: int, cfg: DataConfig, split: str) -> Source | None:
     """As ``build_source``; a part must have something to train on."""
     try:
         source = build_source(cfg, split)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"data.parts[{number}]: {error}") from None
     if source is None and split == "train":
         raise InputError(f"data.parts[{number}]: source = {cfg.source!r}: has no training samples")
