@@ -195,21 +195,26 @@ def test_compile_changes_nothing(arch: str | None, world: World) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Tensor]]]:
-    """What two ranks find in each of two steps of a case: all cases that were selected in one go, as starting ranks takes seconds."""
+    """What two ranks find in each of two steps of a case: all cases that were selected in one go, as starting ranks takes seconds; those that
+    are compiled arch by arch, as the compiler takes minutes.
+    """
     folder = tmp_path_factory.mktemp("ranks")
-    started: dict[bool, list[Result]] = {}
+    started: dict[str | None, list[Result]] = {}
+
+    def start_of(case: str) -> str | None:
+        return case.partition(":")[0] if COMPILED in case else None
 
     def found(case: str) -> list[dict[str, Tensor]]:
-        compiled = COMPILED in case  # a start of its own, as the compiler takes minutes
-        if compiled not in started:
+        if (start := start_of(case)) not in started:
             selected = [
                 item for item in request.session.items if item.path == request.path and "ranked" in getattr(item, "fixturenames", ())
             ]
             every = [item.callspec.params["ranked"] for item in selected]  # type: ignore[attr-defined]
-            cases = [one for one in every if (COMPILED in one) == compiled]
+            cases = [one for one in every if start_of(one) == start]
             modules = ",".join(sorted({module for one in cases for module in modules_of(one.partition(":")[0] or None)}))
-            started[compiled] = run_ranks("tests.vlm.workers:two_ranks", 2, folder, modules, *cases, timeout=1000 if compiled else 500)
-        results = started[compiled]
+            timeout = 500 if start is None else 1000
+            started[start] = run_ranks("tests.vlm.workers:two_ranks", 2, folder, modules, *cases, timeout=timeout)
+        results = started[start]
         written = [folder / f"{case}-{step}.pt" for step in range(2)]
         assert all(path.exists() for path in written), "".join(f"rank {k}: {r.stderr[-2000:]}" for k, r in enumerate(results))
         return [torch.load(path, weights_only=True) for path in written]

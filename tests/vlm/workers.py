@@ -34,7 +34,8 @@ def two_ranks(folder: str, modules: str, *cases: str) -> None:
     try:
         for name in filter(None, modules.split(",")):
             importlib.import_module(name)
-        world = start(DistributedConfig(timeout_s=60))
+        waits_for_compiler = any(COMPILED in case for case in cases)  # of the other rank
+        world = start(DistributedConfig(timeout_s=900 if waits_for_compiler else 60))
         for case in cases:
             two_steps(case, world, Path(folder) / case)
         stop()
