@@ -27,7 +27,7 @@ def dataclasses_in(wanted: Any) -> Iterator[type]:
     if dataclasses.is_dataclass(wanted) and wanted not in seen:
         seen.add(wanted)
         union = next((union for base, union in UNIONS.items() if base is wanted), None)
-        for cls in [wanted] if union is None else [union.class_for(name) for name in union.names()]:
+        for cls in [wanted] if union is None else [union.class_for(name) for name in union.entries.names()]:
             yield typing.cast(type, cls)
             for kind in fields_of(cls).values():
                 yield from dataclasses_in(kind)
@@ -156,4 +156,4 @@ def test_an_unknown_key_that_is_known_elsewhere(text: str, hint: str, tmp_path: 
 
 def test_hints_are_of_keys_that_are_there() -> None:
     assert SECTIONS.keys() == {name for name in fields_of(JobConfig) if name not in ("stages", "lora", "plugins")}
-    assert registry.list_vlm_configs() == UNIONS[SECTIONS["vlm"]].names() and nearest("dimm", ["dim"]) == "did you mean 'dim'?"
+    assert registry.list_vlm_configs() == UNIONS[SECTIONS["vlm"]].entries.names() and nearest("dimm", ["dim"]) == "did you mean 'dim'?"
