@@ -42,7 +42,7 @@ from kempnerforge.training.export_processor import FILES, write_processor
 from kempnerforge.training.processor import origin
 from kempnerforge.training.restore import Restored, restore
 from kempnerforge.training.setup import Assembly, assemble
-from kempnerforge.training.verify import TOLERANCE, agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.training.verify import TOLERANCE, agreement, compare, load_class, make_probe, our_logits
 
 JOB_FILE, TOKENIZER, ASKED_FILE = "config.toml", "tokenizer", "asked.json"
 FORMATS = ("hf", "kempnerforge")
@@ -99,7 +99,7 @@ def import_model(
     Args:
         source: a directory of transformers (a language model or a whole vision-language model) or of nanoVLM, or a GGUF file.
         tokenizer: a directory; None: ``source``.
-        verify: run the class of ``source`` on a batch and compare its logits with ours.
+        verify: run the class of ``source`` on some rows and compare its logits with ours.
         tolerance: see ``Agreement.require``.
 
     Raises:
@@ -125,8 +125,7 @@ def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, 
     difference = None
     if verify and foreign.can_be_compared:
         progress(f"running {foreign.architecture}", 0, 1)
-        probe = make_probe(assembly, foreign.image_id, words.base_vocab_size)
-        found = agreement(our_logits(assembly.model, probe.batch), their_logits(load_class(source, foreign.architecture), probe.inputs))
+        found = compare(assembly, foreign.image_id, load_class(source, foreign.architecture))
         lines.append(found.require(f"{foreign.architecture} and ours", tolerance))
         difference = found.difference
     elif not foreign.can_be_compared:
@@ -363,8 +362,7 @@ def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | 
     if not how.verify:
         return Converted(out, lines, None)
     how.progress(f"running {architecture}", 0, 1)
-    probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size)
-    found = agreement(our_logits(assembly.model, probe.batch), their_logits(load_class(out, architecture), probe.inputs))
+    found = compare(assembly, image_id, load_class(out, architecture))
     return Converted(out, [*lines, found.require(f"ours and {architecture}", how.tolerance)], found.difference)
 
 

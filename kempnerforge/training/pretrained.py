@@ -21,6 +21,7 @@ from kempnerforge.training.convert import ASKED_FILE, JOB_FILE, TOKENIZER, token
 from kempnerforge.training.processor import Inputs, Processor, origin, processing
 from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import assemble
+from kempnerforge.training.verify import compare, load_class
 from kempnerforge.vlm.base import VLM
 
 __all__ = ["Inputs", "Processor", "load_pretrained"]
@@ -29,8 +30,9 @@ log = logging.getLogger("kempnerforge")
 
 
 def load_pretrained(
-    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, plugins: Sequence[str | Path] = ()
-) -> tuple[VLM, Processor]:
+    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, plugins: Sequence[str | Path] = (),
+    verify: bool = True,
+) -> tuple[VLM, Processor]:  # fmt: skip
     """A model to use, and what makes its inputs.
 
     ::
@@ -45,14 +47,16 @@ def load_pretrained(
         device: where to; None: a GPU if there is one.
         plugins: modules or files in place of the plugins that the run names, which may have moved; relative to the working directory.
         dtype: of the weights, and what it computes in; None: fp32, whatever it was trained or stored in.
+        verify: compare a model from elsewhere with its class in transformers, as ``kempnerforge import`` does; it takes the memory of both in
+            fp32. False: a warning says that it is not compared. Runs and our own exports need no comparison.
 
     Raises:
-        ValueError: nothing is there that can be loaded.
+        ValueError: nothing is there that can be loaded, or it is another model here than there.
     """
     path = place_of(path)
     given = ["--train.mixed_precision=fp32", *([f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else [])]
     if (path / CONFIG).is_file():
-        model, processor = _foreign(path)
+        model, processor = _foreign(path, verify)
     elif (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         model, processor = _exported(path, given)
     else:
@@ -68,10 +72,17 @@ def load_pretrained(
     return model.to(target, dtype).eval(), processor
 
 
-def _foreign(path: Path) -> tuple[VLM, Processor]:
+def _foreign(path: Path, verify: bool) -> tuple[VLM, Processor]:
     foreign = open_foreign(path)
     assembly = assemble(foreign.job, tokenizer_of(foreign), data=False)
     assembly.model.load_state_dict(foreign.read(), strict=True, assign=True)
+    assembly.model.eval()
+    if verify and foreign.can_be_compared:
+        found = compare(assembly, foreign.image_id, load_class(path, foreign.architecture))
+        log.info("%s: %s", path, found.require(f"{foreign.architecture} and ours"))
+    else:
+        why = "verify = False" if foreign.can_be_compared else "transformers does not load it"
+        log.warning("%s: the model here was not compared with the one there: %s", path, why)
     kept, line = origin(assembly, foreign)
     for said in (*([line] if line else []), *foreign.notes):
         log.warning("%s: %s", path, said)
