@@ -4,6 +4,7 @@ nanoVLM's. Strict: every tensor of the files has a place or is known to have non
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kempnerforge.config.data import JsonlConfig, TextConfig
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, cut
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
@@ -145,11 +146,22 @@ def open_foreign(path: Path | str) -> Foreign:
             return _open_text(path, config, files)
         if config.get("model_type") == mllama.KIND:
             return _open_mllama(path, config, files)
-        return _open_vlm(path, config, files)
+        if config.get("model_type") in WRAPPERS:
+            return _open_vlm(path, config, files)
+        raise InputError(_unknown(config.get("model_type")))
     except ValueError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
     except Exception as error:  # settings of an unexpected type or size, here or in transformers
         raise InputError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
+
+
+def _unknown(kind: Any) -> str:
+    vlms = [*WRAPPERS, mllama.KIND]
+    near = difflib.get_close_matches(str(kind), [*FAMILIES, *vlms], n=1)
+    return (
+        f"model_type = {cut(repr(kind))}: is not read; language models are read of {', '.join(FAMILIES)}, vision-language models of "
+        f"{', '.join(vlms)} and nanoVLM" + (f"; the nearest is {near[0]!r}" if near else "")
+    )
 
 
 def _open_text(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:

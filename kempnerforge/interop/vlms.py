@@ -149,16 +149,14 @@ def read_parts(config: dict[str, Any], vocab_size: int, norm: tuple[list[float],
     """The sections of a model.
 
     Args:
-        config: ``config.json`` as it is.
+        config: ``config.json`` as it is, of one of the ``WRAPPERS``.
         vocab_size: rows of the embedding in the files.
         norm: mean and std of the pixels, where the image processor beside it says; else the tower family's.
 
     Raises:
-        ValueError: a class, or a kind of it, that we have not.
+        ValueError: a kind of its class that ours cannot be.
     """
-    kind = config.get("model_type")
-    if kind not in WRAPPERS:
-        raise InputError(f"model_type = {kind!r}: whole models are read of {', '.join(WRAPPERS)}")
+    kind = config["model_type"]
     wrapper = WRAPPERS[kind]
     for key, allowed in (("text_config", wrapper.families), ("vision_config", (wrapper.tower_type, *wrapper.tower_aliases))):
         if (named := (config.get(key) or {}).get("model_type", allowed[0])) not in allowed:

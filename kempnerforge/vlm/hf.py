@@ -27,6 +27,7 @@ from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batch import Batch
 from kempnerforge.data.seen import Seen
 from kempnerforge.interop import mllama
+from kempnerforge.interop.names import FAMILIES
 from kempnerforge.model.attention import Segments, additive
 from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_config
 from kempnerforge.model.image_files import read_image_files
@@ -254,16 +255,23 @@ class HF(VLM):
             ValueError: the model takes more than pixels, or its config says another number.
         """
         where = f"path = {self.config.path!r}"
-        takes = inspect.signature(self.hf_model.get_image_features).parameters.values()
+        takes, name = inspect.signature(self.hf_model.get_image_features).parameters.values(), type(self.hf_model).__name__
         needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
         if needed:
-            raise InputError(
-                f"{where}: {type(self.hf_model).__name__} needs {', '.join(needed)} beside pixel_values; only square images are given"
-            )
+            raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)
-        with library_call(where, f"{type(self.hf_model).__name__} does not take square images as pixel_values alone"), torch.no_grad():
-            features = self.encode(blank)
+        try:
+            with library_call(where, f"{name} does not take square images as pixel_values alone"), torch.no_grad():
+                features = self.encode(blank)
+        except InputError as error:
+            also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
+            if not also:
+                raise
+            raise InputError(
+                f"{where}: {name} does not take square images as pixel_values alone: it reads {', '.join(also)} as well, which arch = 'hf' "
+                "does not give it"
+            ) from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
         if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
@@ -302,7 +310,8 @@ def _build(path: str) -> Any:
     with library_call(where, f"its config.json, of model_type {kind!r}, cannot be used"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise InputError(f"{where}: model_type {kind!r} is no model of transformers that reads images and words and writes words")
+        instead = "; it is a language model, which `kempnerforge import` and run.init_from read" if kind in FAMILIES else ""
+        raise InputError(f"{where}: model_type {kind!r} is no model of transformers that reads images and words and writes words{instead}")
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     if not hasattr(model_class, "get_image_features"):
         instead = "; `kempnerforge import` reads it" if kind == mllama.KIND else ""

@@ -108,7 +108,14 @@ def test_a_head_that_should_be_tied_is_compared(saved: dict[str, Path], tmp_path
     [
         ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full', not 'default'"),
         ("llava", {"vision_feature_layer": [-2, -3]}, r"vision_feature_layer = \[-2, -3\]: must be one layer"),
-        ("llava", {"model_type": "llava_next"}, "model_type = 'llava_next': whole models are read of paligemma, llava"),
+        ("llava", {"model_type": "llava_next"}, "model_type = 'llava_next': is not read; .*; the nearest is 'llava'"),
+        ("llava", {"model_type": "qwen2_moe"}, "language models are read of llama, mistral, .*; the nearest is 'qwen2'"),
+        (
+            "llava",
+            {"model_type": "mixtral"},
+            "language models are read of llama, .* vision-language models of paligemma, .*, mllama and nanoVLM",
+        ),
+        ("llava", {"model_type": None}, "model_type = None: is not read; language models are read of llama, .*nanoVLM$"),
         ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "of a llava it can be 'clip_vision_model'"),
         ("paligemma", {"text_config": {"model_type": "llama"}}, "of a paligemma it can be 'gemma' or 'gemma2'"),
     ],

@@ -395,8 +395,8 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
     (unknown / "preprocessor_config.json").unlink()
     cases = {
         tmp_path / "none": "no such directory",
-        text: "model_type 'llama' is no model of transformers that reads images and words",
-        qwen: "Qwen2VLForConditionalGeneration does not take square images",
+        text: "model_type 'llama' is no model of transformers that reads images and words .*`kempnerforge import`",
+        qwen: "Qwen2VLForConditionalGeneration does not take square images .*: it reads image_grid_thw as well, .*give it$",
         unknown: "preprocessor_config.json",
         edited(llava, tmp_path / "count", image_seq_length=9): "an image gives 16 tokens, but image_seq_length = 9",
         edited(llava, tmp_path / "short", text_config={"max_position_embeddings": 100}): "sees 100 positions .*model.max_seq_len = 128",
