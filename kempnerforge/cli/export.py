@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.overrides:
-        raise InputError(f"export: {' '.join(args.overrides)}: not understood")
+    if other := [word for word in args.overrides if not word.startswith("--plugins=")]:
+        raise InputError(f"export: {' '.join(other)}: not understood")
     from kempnerforge.training.convert import export_model
 
     with reporting(sys.stderr) as progress:
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             verify=not args.no_verify,
             tolerance=args.tolerance,
             progress=progress,
+            moved=args.overrides,
         )
     print_result(done.path, done.difference, done.lines, args.json)
     return 0

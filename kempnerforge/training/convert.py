@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +215,7 @@ def _write_run(out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
 
 def export_model(
     checkpoint: Path, out: Path, form: str = "hf", family: str | None = None, *, dtype: str = "fp32", verify: bool = True,
-    tolerance: float = TOLERANCE, progress: Progress = nothing,
+    tolerance: float = TOLERANCE, progress: Progress = nothing, moved: Sequence[str] = (),
 ) -> Converted:  # fmt: skip
     """Writes a trained model: averaged weights where there are any, LoRA adapters folded in.
 
@@ -225,6 +226,7 @@ def export_model(
         dtype: of the weights: "fp32", "bf16" or "fp16".
         verify: load what was written and compare its logits with ours, both of the rounded weights, computed in fp32; and say what the
             rounding does to ours.
+        moved: "--plugins=FILE", where a plugin is no longer where the run says.
 
     Raises:
         ValueError: no class of transformers is this model, what it loads is another model, or a weight does not fit ``dtype``; nothing is
@@ -237,7 +239,7 @@ def export_model(
     how, checkpoint, out = How(family, DTYPES[dtype], verify, tolerance, progress), place_of(checkpoint), place_of(out)
     with fresh(out):
         try:
-            restored = restore(checkpoint, ["--train.mixed_precision=fp32"])
+            restored = restore(checkpoint, ["--train.mixed_precision=fp32", *moved])
         except CheckpointError as error:
             raise InputError(str(error)) from None
         assembly = restored.assembly

@@ -50,7 +50,7 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
     run_dir = Path(job.run.dir)
     world = worlds.start(job.distributed)
     if not world.is_main:
-        LOG.setLevel(logging.WARNING)  # what all ranks know, one says
+        LOG.setLevel(logging.ERROR)  # what all ranks know, one says
     try:
         with _claimed(run_dir, world) as locks:
             trainer = _prepare(job, run_dir, world, fresh, allow, leaving)

@@ -41,7 +41,8 @@ def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], 
         allow: keys or sections that are meant to differ.
 
     Raises:
-        ValueError: with a line for each difference, or as the run has passed the end of the job already.
+        ValueError: with a line for each difference, or as the run has passed the end of the job already, or is there and nothing would be
+            trained with what is meant to differ.
     """
     path, manifest = found
     where, step = f"run.dir = {str(run_dir)!r}", manifest.step
@@ -61,6 +62,12 @@ def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], 
         raise InputError(
             f"{where}: holds a run with another config:\n  {listed}\n"
             "change it back, name another directory, use --fresh, or say --allow-change=KEY for what is meant to change"
+        )
+    without_steps = [line for line in lines if not line.startswith("train.max_steps")]
+    if without_steps and job.total_steps() == step:
+        listed = "\n  ".join(without_steps)
+        raise InputError(
+            f"{where}: has done all of its {step} steps, none of them with\n  {listed}\nchange it back, or train more steps with it"
         )
     for line in lines:
         LOG.warning("changed, as it is meant to be: %s", line)

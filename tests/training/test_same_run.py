@@ -72,6 +72,14 @@ def test_a_run_that_has_passed_the_end_is_refused(end: int, step: int) -> None:
     assert not found or (f"has done {step} steps already" in found and f"train.max_steps = {end}" in found)
 
 
+def test_a_complete_run_takes_nothing_that_no_step_was_trained_with() -> None:
+    old, steps = JobConfig(train=TrainConfig(max_steps=6), scheduler=SchedulerConfig("constant")), 6
+    new = replace(old, optimizer=replace(old.optimizer, lr=2.0))
+    assert "has done all of its 6 steps, none of them with\n  optimizer.lr" in refused(new, old, steps, "optimizer.lr")
+    assert not refused(new, old, steps - 1, "optimizer.lr") and not refused(old, old, steps, "optimizer.lr")
+    assert not refused(replace(new, train=TrainConfig(max_steps=7)), old, steps, "optimizer")
+
+
 def test_the_new_plan_is_said_and_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = make_job(tmp_path)
     more = ("train", job, "--eval.at_end=false", "--train.max_steps=8")
@@ -311,6 +319,9 @@ def test_a_run_whose_plugin_has_moved_is_loaded_with_it(
     assert type(model).__name__ == "Lab" and "not what it was trained with" not in caplog.text
     asked = call("generate", tmp_path / "run", tmp_path / "0.png", "--prompt", "what?", "--max-new-tokens", "2", f"--plugins={moved}")
     assert asked.code == 0, asked
+    out = tmp_path / "out"
+    assert call("export", tmp_path / "run", out, "--format", "kempnerforge", "--no-verify", f"--plugins={moved}").code == 0
+    assert str(moved) in (out / "config.toml").read_text()
     moved.write_text(moved.read_text().replace("+1", "-1"))
     with caplog.at_level(logging.WARNING, logger="kempnerforge"):
         load_pretrained(tmp_path / "run", plugins=[moved])
