@@ -75,7 +75,7 @@ class HFTower(VisionEncoder):
         import transformers
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
-        if kind not in self.models:
+        if not isinstance(kind, str) or kind not in self.models:
             raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
         model_class = getattr(transformers, self.models[kind])
         config = tower_config(model_class.config_class, cfg)

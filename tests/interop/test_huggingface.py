@@ -179,7 +179,7 @@ def test_another_model_is_refused(saved: Path, knobs: dict[str, Any], message: s
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
         ({"model_type": "mistral", "sliding_window": 32}, "sliding_window = 32 there, model.sliding_window = 0 here"),
-        ({"attention_bias": True}, "attention_bias = True: of a llama only null or false can be read"),
+        ({"attention_bias": True}, "attention_bias = true: of a llama only null or false can be read"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
