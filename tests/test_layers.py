@@ -92,7 +92,7 @@ ARCHS = {name: registry.vlm_configs.get(name) for name in registry.vlm_configs}
 ARCH_CLASSES = {cls.__name__ for cls in ARCHS.values()}
 
 
-FORMATS = {PACKAGE / name: {"hf"} for name in ("cli/export.py", "training/card.py", "training/convert.py")}
+FORMATS = {PACKAGE / name: {"hf"} for name in ("cli/check.py", "cli/export.py", "training/card.py", "training/convert.py")}
 """Words that mean a form of files there."""
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
-from kempnerforge.config import JobConfig, to_toml
+from kempnerforge.config import to_toml
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
-from kempnerforge.data.tokenizer import Tokenizer, stop_ids
 from kempnerforge.interop import mllama
-from kempnerforge.interop.foreign import Foreign, open_foreign
+from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.interop.foreign_tokenizer import tokenizer_of
 from kempnerforge.interop.huggingface import CONFIG
 from kempnerforge.interop.settings import hf_config
 from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_parts
@@ -121,7 +120,7 @@ def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, 
     lines = [_described(assembly, foreign.architecture or source.name)]
     if foreign.image_id is not None:
         lines.append(
-            f"image token: id {foreign.image_id}, from {source / CONFIG}; texts mark the place of an image by {_mark(assembly.job)!r}"
+            f"image token: id {foreign.image_id}, from {source / CONFIG}; texts mark the place of an image by {assembly.job.data.image_placeholder!r}"
         )
     difference = None
     if verify and foreign.can_be_compared:
@@ -137,59 +136,6 @@ def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, 
     _write_run(out, assembly, kept)
     lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
     return Converted(out, lines, difference)
-
-
-def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
-    """The tokenizer of a directory, or of another one that is ``given``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = given or source
-    if path.suffix == ".gguf":
-        from kempnerforge.interop.gguf_file import read_gguf_tokenizer
-
-        return read_gguf_tokenizer(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{path}: has no tokenizer (tokenizer.json); name a directory that has one with --tokenizer")
-    return Tokenizer.from_pretrained(path if path.is_absolute() else Path.cwd() / path)
-
-
-def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
-    """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that stands at every placeholder.
-
-    Raises:
-        ValueError: there is no tokenizer, or that token is another one.
-    """
-    words = read_tokenizer(foreign.path, given)
-    if given is not None and foreign.path.is_dir():
-        words = words.changed(stops={*words.stop_ids, *stop_ids(foreign.path)})
-    if foreign.added_tokens:
-        words = _with_tokens(words, foreign)
-    if not foreign.image_is_word:
-        return words
-    name = _mark(foreign.job)
-    if words.token_id(name) != foreign.image_id:
-        raise InputError(
-            f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
-        )
-    marks = dict.fromkeys([*words.appended, name])
-    return words.changed(appended=[*marks])
-
-
-def _with_tokens(words: Tokenizer, foreign: Foreign) -> Tokenizer:
-    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its embedding."""
-    names, rows = foreign.added_tokens, foreign.job.model.vocab_size
-    words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])
-    if beyond := [name for name in names if not 0 <= (words.backend.token_to_id(name) or 0) < rows]:
-        raise InputError(
-            f"{foreign.path / CONFIG}: lm_vocab_size = {rows}: the tokenizer with vlm_extra_tokens has more, {beyond[0]!r} among them"
-        )
-    return words.changed()
-
-
-def _mark(job: JobConfig) -> str:
-    return job.data.image_placeholder
 
 
 def _described(assembly: Assembly, name: str) -> str:
@@ -354,7 +300,7 @@ def class_of(assembly: Assembly, family: str | None = None) -> TheirClass:
     encoder = model.vision_encoder
     assert isinstance(encoder, MllamaTower), "the config of its tower has been checked"
     mllama.check_tiles(job, encoder)
-    if (name := _mark(job)) not in assembly.tokenizer.appended:
+    if (name := job.data.image_placeholder) not in assembly.tokenizer.appended:
         raise InputError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
     return TheirClass(mllama.ARCHITECTURE, mllama.KIND, mllama.FAMILY)
 
@@ -388,7 +334,7 @@ def _image_token(assembly: Assembly) -> tuple[int, int, str]:
     """The token that stands at the positions of an image, how many rows the embedding needs besides, and a line that says so. A tokenizer
     without one gets it, behind its vocabulary.
     """
-    tokenizer, name, rows = assembly.tokenizer, _mark(assembly.job), assembly.job.model
+    tokenizer, name, rows = assembly.tokenizer, assembly.job.data.image_placeholder, assembly.job.model
     found = tokenizer.token_id(name)
     origin = "the tokenizer"
     if found is None:

@@ -16,8 +16,9 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.interop.foreign_tokenizer import tokenizer_of
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
-from kempnerforge.training.convert import ASKED_FILE, JOB_FILE, TOKENIZER, tokenizer_of
+from kempnerforge.training.convert import ASKED_FILE, JOB_FILE, TOKENIZER
 from kempnerforge.training.processor import Inputs, Processor, origin, processing
 from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import assemble

@@ -26,8 +26,9 @@ from kempnerforge.data.interleave import Prompt
 from kempnerforge.data.tokenizer import put_in_front
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.interop.foreign_tokenizer import tokenizer_of
 from kempnerforge.model.mllama import MllamaTower
-from kempnerforge.training.convert import export_model, import_model, tokenizer_of
+from kempnerforge.training.convert import export_model, import_model
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.training.verify import agreement, load_class, make_probe, our_logits, their_logits
 from kempnerforge.vlm.build import build_model

@@ -19,7 +19,8 @@ from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Kind
 from kempnerforge.interop import nanovlm
 from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.training.convert import import_model, read_tokenizer
+from kempnerforge.interop.foreign_tokenizer import read_tokenizer
+from kempnerforge.training.convert import import_model
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.verify import make_probe, our_logits
 from tests.interop.tiny_vlms import write_tokenizer

@@ -1,0 +1,61 @@
+"""The tokenizer that belongs to somebody's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import AddedToken
+
+from kempnerforge.config.errors import InputError
+from kempnerforge.data.tokenizer import Tokenizer, stop_ids
+from kempnerforge.interop.foreign import Foreign
+from kempnerforge.interop.huggingface import CONFIG
+
+
+def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
+    """The tokenizer of a directory, or of another one that is ``given``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = given or source
+    if path.suffix == ".gguf":
+        from kempnerforge.interop.gguf_file import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(path)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{path}: has no tokenizer (tokenizer.json); name a directory that has one with --tokenizer")
+    return Tokenizer.from_pretrained(path if path.is_absolute() else Path.cwd() / path)
+
+
+def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
+    """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that is at every placeholder.
+
+    Raises:
+        ValueError: there is no tokenizer, or that token is another one.
+    """
+    words = read_tokenizer(foreign.path, given)
+    if given is not None and foreign.path.is_dir():
+        words = words.changed(stops={*words.stop_ids, *stop_ids(foreign.path)})
+    if foreign.added_tokens:
+        words = _with_tokens(words, foreign)
+    if not foreign.image_is_word:
+        return words
+    name = foreign.job.data.image_placeholder
+    if words.token_id(name) != foreign.image_id:
+        raise InputError(
+            f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
+        )
+    marks = dict.fromkeys([*words.appended, name])
+    return words.changed(appended=[*marks])
+
+
+def _with_tokens(words: Tokenizer, foreign: Foreign) -> Tokenizer:
+    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its embedding."""
+    names, rows = foreign.added_tokens, foreign.job.model.vocab_size
+    words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])
+    if beyond := [name for name in names if not 0 <= (words.backend.token_to_id(name) or 0) < rows]:
+        raise InputError(
+            f"{foreign.path / CONFIG}: lm_vocab_size = {rows}: the tokenizer with vlm_extra_tokens has more, {beyond[0]!r} among them"
+        )
+    return words.changed()
