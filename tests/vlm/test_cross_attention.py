@@ -471,7 +471,7 @@ def test_flamingos_freezing(world: World) -> None:
 
 def test_the_shipped_config_is_the_quickstart_with_another_arch() -> None:
     base, job = (load_config(ROOT / "configs" / name) for name in ("quickstart.toml", "quickstart-cross_attention.toml"))
-    assert job.vlm == CrossAttentionConfig(max_text_len=base.vlm.max_text_len, cross_attention_every_n_layers=2)  # type: ignore[union-attr]
+    assert job.vlm == CrossAttentionConfig(max_text_len=base.vlm.max_text_len, freeze=[], cross_attention_every_n_layers=2)  # type: ignore[union-attr]
     assert job.run.dir != base.run.dir
     assert replace(job, vlm=base.vlm, run=base.run) == base
 
