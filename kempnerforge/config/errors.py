@@ -42,7 +42,7 @@ class NotBuiltError(InputError, NotImplementedError):
 
 @contextmanager
 def library_call(where: str, what: str) -> Iterator[None]:
-    """Around one call of a library that is given the user's files: whatever it raises is an ``InputError``.
+    """Around one call of a library that is given the user's files: any error of it becomes an ``InputError``.
 
     NOTE: nothing but that call belongs inside, as a defect of ours would be told as the user's.
 

@@ -192,7 +192,7 @@ def _python_file(module: ModuleType) -> Path | None:
 
 
 def _imported(module: ModuleType) -> Iterator[ModuleType]:
-    """The modules that import statements of ``module`` name, wherever they stand in it, and that are there."""
+    """The modules that import statements of ``module`` name, anywhere in it, as far as their files exist."""
     assert module.__file__ is not None
     names: list[str] = []
     for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):

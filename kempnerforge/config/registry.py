@@ -15,7 +15,7 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     class MyArch(VLM): ...
 
 An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
-configs of most archs stand in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
+configs of most archs are in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
 """
 
 from __future__ import annotations
