@@ -84,11 +84,21 @@ class Manifest:
             raise CheckpointError(f"{NAME} is corrupt (checksum mismatch)")
         if set(body) != {f.name for f in fields(Manifest)}:
             raise CheckpointError(f"{NAME} has the keys {sorted(body)}")
+        for key, wanted in (("step", int), ("world_size", int), ("torch_version", str), ("state", dict)):
+            if type(body[key]) is not wanted or (wanted is int and body[key] < (key == "world_size")):
+                raise CheckpointError(f"{NAME} has {key} = {str(body[key])[:80]!r}")
         try:
             files = {check_name(name): FileEntry(**entry) for name, entry in body.pop("files").items()}
+            if any(type(n) is not int or n < 0 for entry in files.values() for n in (entry.size, entry.crc32)):
+                raise TypeError
         except (TypeError, AttributeError):
             raise CheckpointError(f"{NAME} does not list files with size and crc32") from None
         return Manifest(files=files, **body)
+
+    @property
+    def crc32(self) -> int:
+        """Of its content, and so of all files that it lists."""
+        return _digest(asdict(self))
 
 
 def _digest(body: dict[str, Any]) -> int:

@@ -129,6 +129,11 @@ def load_optimizer(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
         optimizer.state[parameter][key] = value
 
 
+def _is_finite(value: Tensor) -> bool:
+    value = value.detach()
+    return bool((value.to_local() if isinstance(value, DTensor) else value).isfinite().all())
+
+
 def save_training(
     root: Path,
     step: int,
@@ -143,11 +148,20 @@ def save_training(
 
     Args:
         averages: parameter name -> what is to be used in its place, sharded like it.
+
+    Raises:
+        CheckpointError: as ``save``, or a weight, an average or a moment is not finite. Nothing is written then.
     """
     tensors: dict[str, Tensor] = {}
     with agreed(f"cannot save step {step} in {root}"):
         averaged = {AVERAGED + name: value for name, value in (averages or {}).items()}
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers), **averaged}
+        buffers = {MODEL + name for name, _ in model.named_buffers()}
+        if spoilt := [name for name, value in tensors.items() if name not in buffers and not _is_finite(value)]:
+            raise CheckpointError(
+                f"{len(spoilt)} of {len(tensors)} tensors hold values that are not finite, such as {spoilt[0]!r}: an update was too large."
+                " Earlier checkpoints are kept; go on from the last one with a lower optimizer.lr"
+            )
     return save(root, step, tensors, state, files, keep)
 
 

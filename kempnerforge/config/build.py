@@ -93,11 +93,36 @@ def _of_another(cls: type, name: str, known: Collection[str]) -> str:
     return f"did you mean {' or '.join(sections)}?" if sections else ""
 
 
+def known_key(key: str) -> bool:
+    """Whether a section, or a key of one, is called ``key`` ("optimizer", "optimizer.lr"); of arrays of tables and tables in a section the rest
+    is not looked at.
+    """
+    section, *rest = re.split(r"[.\[]", key)
+    if section not in SECTIONS:
+        return section in ("stages", "lora", "plugins")
+    return not rest or rest[0] in _keys_of(SECTIONS[section])
+
+
 def _keys_of(section: Any) -> set[str]:
     """The keys of a section, of whichever class."""
     union = UNIONS.get(section)
     classes = [section] if union is None else [union.class_for(name) for name in union.entries.names()]
     return {key for cls in classes if dataclasses.is_dataclass(cls) for key in fields_of(typing.cast(type, cls))}
+
+
+def build_record(cls: type, name: str, table: Any, origin: str) -> Any:
+    """An instance of ``cls`` from what was kept of one as JSON.
+
+    Args:
+        name, origin: what it is, and the file, for messages.
+
+    Raises:
+        InputError: a key is missing or unknown, or a value is of another type or out of its range.
+    """
+    made = build(cls, table, (name,), problems := Problems(origin))
+    if made is INVALID:
+        raise InputError("\n".join(problems.lines) or f"{origin}: cannot be understood")
+    return made
 
 
 def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:

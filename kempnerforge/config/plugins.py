@@ -50,6 +50,15 @@ class Plugin:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class PluginRecord:
+    """What a run keeps of a plugin: its name, and the names of the files of its source, which ``plugin_files`` has."""
+
+    name: str
+    sha256: str
+    files: list[str]
+
+
 _plugins: dict[str, Plugin] = {}
 """What was imported last under each name."""
 _sources: WeakKeyDictionary[ModuleType, Mapping[str, bytes]] = WeakKeyDictionary()
@@ -208,9 +217,8 @@ def _imported(module: ModuleType) -> Iterator[ModuleType]:
 # ---- the same plugins? -----------------------------------------------------------------------------------------------
 
 
-def record_plugins(plugins: Sequence[Plugin]) -> list[dict[str, object]]:
-    """What a run keeps of its plugins, as plain JSON; their sources are files, see ``plugin_files``."""
-    return [{"name": plugin.name, "sha256": plugin.sha256, "files": list(plugin.source)} for plugin in plugins]
+def record_plugins(plugins: Sequence[Plugin]) -> list[PluginRecord]:
+    return [PluginRecord(plugin.name, plugin.sha256, list(plugin.source)) for plugin in plugins]
 
 
 def plugin_files(plugins: Sequence[Plugin], limit: int = 1 << 18) -> dict[str, bytes]:
@@ -223,34 +231,30 @@ def _kept(sha256: str, name: str) -> str:
     return f"plugins/{sha256[:12]}/{name}"
 
 
-def plugin_changes(before: Sequence[Mapping[str, object]], now: Sequence[Plugin], copies: Path) -> list[str]:
-    """What is different: a line for each plugin that changed, went or came, with the difference of a source that is kept in ``copies``.
-
-    Args:
-        before: as ``record_plugins`` made it.
-    """
-    known = {str(entry["sha256"]): entry for entry in before}
+def plugin_changes(before: Sequence[PluginRecord], now: Sequence[Plugin], copies: Path) -> list[str]:
+    """What is different: a line for each plugin that changed, went or came, with the difference of a source that is kept in ``copies``."""
+    known = {entry.sha256: entry for entry in before}
     gone, came = [known[sha] for sha in known if sha not in {p.sha256 for p in now}], [p for p in now if p.sha256 not in known]
     lines = []
     for entry in gone:
-        same = [plugin for plugin in came if Path(plugin.name).name == Path(str(entry["name"])).name]
+        same = [plugin for plugin in came if Path(plugin.name).name == Path(entry.name).name]
         other = (same or came or [None])[0] if same or len(gone) == len(came) == 1 else None
         if other is None:
-            lines.append(f"plugins: {entry['name']!r} ({str(entry['sha256'])[:8]}) -> unset")
+            lines.append(f"plugins: {entry.name!r} ({entry.sha256[:8]}) -> unset")
             continue
         came.remove(other)
-        renamed = "" if other.name == entry["name"] else f" -> {other.name!r}"
-        lines.append(f"plugins: {entry['name']!r}{renamed}: its source changed, {str(entry['sha256'])[:8]} -> {other.sha256[:8]}")
+        renamed = "" if other.name == entry.name else f" -> {other.name!r}"
+        lines.append(f"plugins: {entry.name!r}{renamed}: its source changed, {entry.sha256[:8]} -> {other.sha256[:8]}")
         lines[-1] += "".join(f"\n    {line}" for line in _difference(entry, other, copies))
     return [*lines, *(f"plugins: unset -> {plugin.name!r} ({plugin.sha256[:8]})" for plugin in came)]
 
 
-def _difference(before: Mapping[str, object], now: Plugin, copies: Path) -> list[str]:
+def _difference(before: PluginRecord, now: Plugin, copies: Path) -> list[str]:
     """Unified, of the files whose old content is kept."""
     lines: list[str] = []
-    own, files = next(iter(now.source)), before["files"]
-    for index, name in enumerate(files if isinstance(files, list) else []):
-        copy = copies / _kept(str(before["sha256"]), name)
+    own = next(iter(now.source))
+    for index, name in enumerate(before.files):
+        copy = copies / _kept(before.sha256, name)
         if copy.is_file():
             old, new = copy.read_bytes(), now.source.get(own if index == 0 else name, b"")
             a, b = (content.decode(errors="replace").splitlines() for content in (old, new))

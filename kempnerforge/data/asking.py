@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.sample import Sample, SampleError, Source, Text
 
+PLACES = ("front", "head", "tail")
 LOOKED_AT = 8
 """Places of a source that are looked at, and samples at each: neighbours are cheap where rows are read from front to back."""
 Form = tuple[str, str | None, str]
@@ -38,6 +38,12 @@ class Asking:
     system: str = ""
     together: int = 0
 
+    def __post_init__(self) -> None:
+        if self.place not in PLACES:
+            raise ValueError(f"place = {self.place!r}: allowed are {', '.join(PLACES)}")
+        if self.together < 0:
+            raise ValueError(f"together = {self.together}: must be at least 0")
+
     def text(self, prompt: str, images: int, placeholder: str, history: Sequence[tuple[str, str]] = ()) -> Text:
         """The conversation up to ``prompt``, which is asked about ``images``.
 
@@ -57,14 +63,9 @@ class Asking:
             return prompt + ("" if prompt.endswith(self.gap) else self.gap) + block
         return block + ("" if prompt.startswith(self.gap) else self.gap) + prompt
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def of(cls, kept: Mapping[str, Any] | None, cfg: DataConfig) -> Asking:
-        """That of a run, from its record; what is usual with a source where there is none."""
-        if kept is not None:
-            return cls(**kept)
+    def usual(cls, cfg: DataConfig) -> Asking:
+        """What goes with a source, as long as nothing is known of the data."""
         if cfg.source == "llava":
             return cls("head", "\n", "\n")
         return cls("head") if vars(cfg).get("images_in_prompt") else cls()

@@ -95,7 +95,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout, seed: int, asking: Asking | None = None) -> None:
-        self.asking = asking or Asking.of(None, data_cfg.sections()[0])
+        self.asking = asking or Asking.usual(data_cfg.sections()[0])
         self.tokenizer, self.cfg, self.layout, self.seed = tokenizer, data_cfg, layout, seed
         cache = ImageCache(data_cfg.image_cache_mib)
         sections = data_cfg.sections()

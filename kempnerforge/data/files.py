@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 
 
@@ -26,6 +28,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """As ``write_whole``, a text as it is."""
     return write_whole(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def move_aside(path: Path) -> Path:
+    """Gives what is at ``path`` a name with the time beside it, which is free, and returns that."""
+    stem = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime())}"
+    names = chain([stem], (f"{stem}-{k}" for k in count(2)))
+    aside = next(other for name in names if not os.path.lexists(other := path.with_name(name)))
+    path.rename(aside)
+    return aside
+
+
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two directories hold files of the same names and content."""
+    found = [
+        {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()} if folder.is_dir() else None for folder in (a, b)
+    ]
+    return found[0] is not None and found[0] == found[1]
 
 
 def why_not_writable(directory: Path) -> str:

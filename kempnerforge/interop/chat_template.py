@@ -126,7 +126,7 @@ def chat_template(
     """
     template = build_template(cfg, tokenizer)
     source = tokenizer.chat_template if cfg.template == "chat" else None
-    asking = asking or Asking.of(None, cfg)
+    asking = asking or Asking.usual(cfg)
     system = cfg.system or (asking.system if cfg.template in WITH_SYSTEM else "")
     constants: dict[str, Any] = {"image": cfg.image_placeholder, "system": system, "place": _placement(cfg, tokenizer, asking)}
     constants |= {"gap": asking.gap, "between": asking.between}

@@ -68,7 +68,7 @@ class Answerer:
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         restored = restore(path, overrides)
         self.path, self.device, self.assembly = restored.path, restored.device, restored.assembly
-        followed = processing(restored.manifest.state.get("imported", {}))
+        followed = processing(restored.state.imported)
         as_it_is = restored.as_written and followed["follows"] == AS_IT_IS  # of a language model that was not trained here
         self.processor = Processor(self.assembly, **followed if as_it_is else {})
         self.encoder = self.processor.encoder

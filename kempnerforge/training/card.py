@@ -18,16 +18,15 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
         form: "hf" or "kempnerforge".
         lines: facts about the conversion.
     """
-    job, state = restored.assembly.job, restored.manifest.state
+    job, state = restored.assembly.job, restored.state
     use = (
         "Loads with the `from_pretrained` of its class in transformers."
         if form == "hf"
         else "No class of transformers is this model: `kempnerforge.load_pretrained` reads it (weights in `model.safetensors`, `config.toml`)."
     )
-    step, history = restored.manifest.step, state.get("history", [])
+    step, history, imported = state.step, state.history, state.imported
     changed = [f"* {line}" for line in changed_on_the_way(history, step)]
     metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path, step).items()]
-    imported = state.get("imported", {})
     parts = [
         "---\ntags:\n- kempnerforge\n---",
         f"# {name}",
@@ -39,9 +38,9 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
         if imported and not step
         else "\n".join(f"* {line}" for line in trained_with(history, step)),
         "\n".join(["Not all steps were trained with one config. What changed on the way:", "", *changed]) if changed else "",
-        f"## Metrics\n\nAt step {step}, {state.get('samples_seen', 0):,} samples seen.",
+        f"## Metrics\n\nAt step {step}, {state.samples_seen:,} samples seen.",
         "\n".join(["| metric | value |", "|---|---|", *metrics]) if metrics else "None were measured.",
-        "## Config" if not changed else f"## Config of the steps from {spans_of(history, step)[-1][0]['start']} on",
+        "## Config" if not changed else f"## Config of the steps from {spans_of(history, step)[-1][0].start} on",
         f"```toml\n{to_toml(job).strip()}\n```",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"

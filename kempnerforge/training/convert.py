@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from kempnerforge.training.card import model_card
 from kempnerforge.training.export_processor import FILES, write_processor
 from kempnerforge.training.processor import origin
 from kempnerforge.training.restore import Restored, restore
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.training.verify import TOLERANCE, agreement, compare, load_class, make_probe, our_logits
 
@@ -152,8 +153,7 @@ def _write_run(out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
     (out / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
     files = {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in sorted((out / TOKENIZER).iterdir())}
     files[JOB_FILE] = to_toml(replace(job, run=replace(job.run, init_from=""))).encode()
-    state = {"step": 0, "seconds": 0.0, "samples_seen": 0, "samples_bad": 0, "frozen": [], "imported": imported}
-    save_training(out / "checkpoints", 0, assembly.model, [], state, files, 1)
+    save_training(out / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
 
 
 # ---- ours to theirs -------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _export_own(restored: Restored, out: Path, how: How) -> Converted:
     save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
     cast_files(out, how.dtype)
     assembly.tokenizer.save(out / TOKENIZER)
-    write_config(out, assembly.encoder(assembly.stages[-1]).asking.to_json(), ASKED_FILE)
+    write_config(out, asdict(assembly.encoder(assembly.stages[-1]).asking), ASKED_FILE)
     job = replace(assembly.job, lora=[])
     if assembly.model.has_images:
         job = replace(job, vision_encoder=assembly.model.vision_encoder.standing_alone(job.vision_encoder))

@@ -81,7 +81,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
         write_predictions(predictions, found.seeing, found.blind, held_out.skipped)
     values = {key.removeprefix("eval/"): value for key, value in found.values.items()}
     return Evaluated(
-        {"checkpoint": str(restored.path), "step": restored.manifest.step, **values},
+        {"checkpoint": str(restored.path), "step": restored.state.step, **values},
         found.seeing.by_truth if found.seeing is not None else {},
         held_out,
         [*(held_out.remarks() if held_out else ()), *found.remarks(last.optimizer.lr)],

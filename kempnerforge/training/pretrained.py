@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from kempnerforge.checkpoint import CheckpointError
 from kempnerforge.config import load_config
+from kempnerforge.config.build import build_record
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
+from kempnerforge.data.asking import Asking
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
@@ -68,7 +70,7 @@ def load_pretrained(
                 f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"
             ) from None
         model = restored.assembly.model
-        processor = Processor(restored.assembly, **processing(restored.manifest.state.get("imported", {})))
+        processor = Processor(restored.assembly, **processing(restored.state.imported))
     target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target, dtype).eval(), processor
 
@@ -101,5 +103,5 @@ def _exported(path: Path, overrides: Sequence[str]) -> tuple[VLM, Processor]:
         raise InputError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     if (path / ASKED_FILE).is_file():
-        assembly.asked = json.loads((path / ASKED_FILE).read_text(encoding="utf-8"))
+        assembly.asked = build_record(Asking, "asked", json.loads((path / ASKED_FILE).read_text(encoding="utf-8")), str(path / ASKED_FILE))
     return assembly.model, Processor(assembly)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import Manifest, load_weights, resolve
+from kempnerforge.checkpoint import load_weights, resolve
 from kempnerforge.config import load_config
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.model.lora import merge
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble, saved_tokenizer
 
 LOG = logging.getLogger("kempnerforge")
@@ -30,7 +31,7 @@ class Restored:
     """
 
     path: Path
-    manifest: Manifest
+    state: RunState
     assembly: Assembly
     device: torch.device
     as_written: bool = True
@@ -52,9 +53,10 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
     assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
-    assembly.asked = manifest.state.get("asked")
-    for span in manifest.state.get("history", [])[-1:]:
-        for line in plugin_changes(span["plugins"], plugins_of(job.plugins), path):
+    state = RunState.of(manifest, str(path))
+    assembly.asked = state.asked
+    for span in state.history[-1:]:
+        for line in plugin_changes(span.plugins, plugins_of(job.plugins), path):
             LOG.warning("%s: this is not what it was trained with: %s", path, line)
     merge(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,4 +64,4 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
     assembly.model.to(device, dtype).eval()
     moved = [override for override in overrides if override.startswith("--plugins=")]
     as_written = not overrides or load_config(path / "config.toml", moved).data == job.data
-    return Restored(path, manifest, assembly, device, as_written)
+    return Restored(path, state, assembly, device, as_written)

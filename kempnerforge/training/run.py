@@ -8,23 +8,28 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.errors import InputError
-from kempnerforge.data.files import write_text
+from kempnerforge.config.files import read_toml
+from kempnerforge.data.files import move_aside, same_files, write_text
+from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
-from kempnerforge.training.history import continued, facts
+from kempnerforge.training.complete import NAME as COMPLETE
+from kempnerforge.training.complete import REPORT, forget, is_complete
+from kempnerforge.training.history import continued, otherwise, span
 from kempnerforge.training.hooks import default_hooks
-from kempnerforge.training.same_run import check_same_data, check_same_run
-from kempnerforge.training.setup import assemble, initialise, saved_tokenizer
+from kempnerforge.training.run_state import RunState
+from kempnerforge.training.same_run import check_copies, check_meant, check_same_data, check_same_run
+from kempnerforge.training.setup import TOKENIZER, assemble, initialise, saved_tokenizer
 from kempnerforge.training.trainer import Trainer
 
 LOG = logging.getLogger("kempnerforge")
@@ -53,13 +58,15 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
         LOG.setLevel(logging.ERROR)  # what all ranks know, one says
     try:
         with _claimed(run_dir, world) as locks:
-            trainer = _prepare(job, run_dir, world, fresh, allow, leaving)
-            if not fresh and trainer.done and (run_dir / "report.html").exists():
-                LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / "report.html")
+            found = None if fresh else _found(run_dir)
+            trainer = _prepare(job, run_dir, world, found, allow, leaving)
+            config = trainer.history[-1].config
+            if found is not None and trainer.done and from_rank0(lambda: is_complete(run_dir, found[1], config)):
+                LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / REPORT)
                 return True
             if fresh and from_rank0(lambda: _move_aside(run_dir)):
                 locks.enter_context(RunLock(run_dir))
-            _write(job, trainer, run_dir)
+            _write(job, trainer, run_dir, found)
             trainer.fit()
             return trainer.done
     finally:
@@ -94,18 +101,38 @@ def _make(run_dir: Path) -> list[Path] | str:
     return missing
 
 
-def _prepare(job: JobConfig, run_dir: Path, world: World, fresh: bool, allow: Sequence[str], leaving: bool) -> Trainer:
-    """A trainer where the run is. Every check is made here, and nothing is written."""
-    found = None if fresh else find(run_dir / "checkpoints")
+def _found(run_dir: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint of the run that is there.
+
+    Raises:
+        InputError: the run is complete, and its checkpoints are gone.
+    """
+    found = find(run_dir / "checkpoints")
+    if found is None and (run_dir / COMPLETE).exists():
+        raise InputError(f"run.dir = {str(run_dir)!r}: holds a complete run, whose checkpoints are gone; use --fresh to start over")
+    return found
+
+
+def _prepare(
+    job: JobConfig, run_dir: Path, world: World, found: tuple[Path, Manifest] | None, allow: Sequence[str], leaving: bool
+) -> Trainer:
+    """A trainer where the run is, with the data of its next step. Every check is made here, and nothing is written.
+
+    Args:
+        found: the checkpoint to go on from.
+    """
+    check_meant(job, allow)
+    state = RunState.of(found[1], str(found[0])) if found is not None else RunState(step=0)
     if found is not None:
-        check_same_run(job, run_dir, found, allow)
+        check_same_run(job, run_dir, found[0], state, allow)
+        check_copies(job, run_dir, found[0], allow)
     # without a checkpoint the data may have been mended since an earlier attempt, and its tokenizer is of the old ones
     assembly = assemble(job, saved_tokenizer(found[0]) if found is not None else None)
     assembly.check_held_out()
     if found is None:
         initialise(job, assembly.model, assembly.tokenizer)
     else:
-        check_same_data(assembly, found[1], run_dir, allow)
+        check_same_data(assembly, state.data, run_dir, allow)
     for stage in assembly.stages:
         assembly.batches(stage, stage.start, world.rank, world.size)
     hooks, checkpoints = default_hooks(assembly, run_dir, leaving)
@@ -113,36 +140,57 @@ def _prepare(job: JobConfig, run_dir: Path, world: World, fresh: bool, allow: Se
     if found is not None:
         checkpoints.restore(trainer, *found)
         LOG.info("%s: continuing at step %d of %d", run_dir, trainer.step, trainer.total_steps)
-    before = found[1].state.get("history", []) if found is not None else []
-    trainer.history = continued(before, trainer.step, facts(job, assembly, world.size))
+    trainer.history = continued(state.history, trainer.step, span(job, assembly, world))
+    if state.history and (other := otherwise(state.history[-1], trainer.history[-1])):
+        LOG.warning("%s: not as before: %s; bitwise the same as without the break is not promised", run_dir, "; ".join(other))
+    if not trainer.done:
+        trainer.look_ahead()
     return trainer
 
 
-def _write(job: JobConfig, trainer: Trainer, run_dir: Path) -> None:
+def _write(job: JobConfig, trainer: Trainer, run_dir: Path, found: tuple[Path, Manifest] | None) -> None:
     """What a run directory has before the first step."""
     if trainer.world.is_main:
         for line in trainer.assembly.warnings():
             LOG.warning("%s", line)
-        if not trainer.step or not (run_dir / "tokenizer").is_dir():
-            _write_tokenizer(trainer.assembly.tokenizer, run_dir)
-        write_text(run_dir / "config.toml", to_toml(job))
+        forget(run_dir)
+        _write_tokenizer(trainer.assembly.tokenizer, run_dir, found[0] / TOKENIZER if found is not None else None)
+        _write_config(job, run_dir / "config.toml")
     trainer.world.barrier()
 
 
-def _write_tokenizer(tokenizer, run_dir: Path) -> None:
-    part = run_dir / f".tokenizer-{os.getpid()}"
-    tokenizer.save(part)
-    if (run_dir / "tokenizer").exists():
-        shutil.rmtree(run_dir / "tokenizer")
-    part.rename(run_dir / "tokenizer")
+def _write_config(job: JobConfig, path: Path) -> None:
+    if os.path.lexists(path):
+        try:
+            read_toml(path)
+        except InputError:
+            LOG.warning("%s is damaged: moved to %s, and written again", path, move_aside(path))
+    write_text(path, to_toml(job))
+
+
+def _write_tokenizer(tokenizer: Tokenizer, run_dir: Path, kept: Path | None) -> None:
+    """Puts the tokenizer where people look for it. What is there and is not the one that the checkpoint has ``kept`` is moved aside."""
+    path, part = run_dir / TOKENIZER, run_dir / f".{TOKENIZER}-{os.getpid()}"
+    if kept is None:
+        tokenizer.save(part)
+    elif same_files(path, kept):
+        return
+    else:
+        shutil.copytree(kept, part)
+    if os.path.lexists(path):
+        if kept is not None:
+            LOG.warning("%s is damaged: moved to %s, and written again from the checkpoint", path, move_aside(path))
+        else:  # of an attempt that got nowhere
+            shutil.rmtree(path)
+    part.rename(path)
 
 
 def _move_aside(run_dir: Path) -> bool:
-    """Renames an existing run, its lock with it; nothing is deleted. Returns whether there was one."""
+    """Renames an existing run, its lock with it; nothing is deleted. A link to it stays one. Returns whether there was one."""
     if all(path.name == ".lock" for path in run_dir.iterdir()):
         return False
-    aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime())}")
-    run_dir.rename(aside)
+    run_dir = run_dir.resolve()
+    aside = move_aside(run_dir)
     (aside / ".lock").unlink()
     LOG.info("moved the run that was there to %s", aside)
     run_dir.mkdir()

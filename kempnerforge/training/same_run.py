@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,16 +10,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.config import JobConfig, Stage, diff
-from kempnerforge.config.build import convert_fields
+from kempnerforge.config.build import convert_fields, known_key
 from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.files import read_toml
 from kempnerforge.config.freeze import named
 from kempnerforge.config.plugins import plugin_changes, plugins_of
+from kempnerforge.data.files import same_files
+from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.training.history import Span
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.schedule import lr_factor
-from kempnerforge.training.setup import Assembly
+from kempnerforge.training.setup import TOKENIZER, Assembly
 
 LOG = logging.getLogger("kempnerforge")
 
@@ -29,34 +32,40 @@ MAY_CHANGE = (
 """Keys that a resumed run may have changed: none of them touches what is learned from which samples. ``train.max_steps`` does where it is what
 the learning rate is planned for: see ``_moved_plan``."""
 
+SHOWN, SHOWN_WIDTH = 8, 120
+"""Lines, and characters of each, of a difference that is printed."""
+
 PLANNED = ("train.max_steps", "scheduler", "optimizer", "stages")
 """Where the plan of the learning rate is made."""
 
 
-def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], allow: Sequence[str]) -> None:
+def check_meant(job: JobConfig, allow: Sequence[str]) -> None:
+    """Raises InputError if a config has no key or section of which ``allow`` says that it is meant to differ."""
+    for key in allow:
+        if not known_key(key):
+            raise InputError(f"--allow-change={key}: no section or key of a config; for instance optimizer, or optimizer.lr")
+
+
+def check_same_run(job: JobConfig, run_dir: Path, path: Path, state: RunState, allow: Sequence[str]) -> None:
     """What is in ``run_dir`` was made by the same config and plugins, up to what may change, and what is meant to.
 
     Args:
-        found: its newest checkpoint, verified.
+        path, state: its newest checkpoint, verified, and what that says.
         allow: keys or sections that are meant to differ.
 
     Raises:
         ValueError: with a line for each difference, or as the run has passed the end of the job already, or is there and nothing would be
             trained with what is meant to differ.
     """
-    path, manifest = found
-    where, step = f"run.dir = {str(run_dir)!r}", manifest.step
+    where, step, history = f"run.dir = {str(run_dir)!r}", state.step, state.history
     if job.total_steps() < step:
         end = "the [[stages]] end at" if job.stages and job.total_steps() != job.train.max_steps else "train.max_steps ="
         raise InputError(
             f"{where}: has done {step} steps already, and {end} {job.total_steps()}; set it to at least {step}, or use --fresh"
         )
-    history = manifest.state.get("history", [])
-    old = history[-1]["config"] if history else _with_own_names(read_toml(run_dir / "config.toml"))
-    lines = [line for line in diff(old, job) if not line.startswith((*MAY_CHANGE, "plugins"))]
-    lines += _plugin_changes(job, old, history, path) + _moved_plan(job, old, step)
-    meant = tuple(f"{key}{end}" for key in (*allow, *(["train.max_steps"] if "scheduler" in allow else [])) for end in (".", " ", "[", ":"))
-    changes = [line for line in lines if not line.startswith(meant)]
+    old = history[-1].config if history else _with_own_names(read_toml(path / "config.toml"))
+    lines = _differences(old, job) + _plugin_changes(job, old, history, path) + _moved_plan(job, old, step)
+    changes = [line for line in lines if not line.startswith(_meant(allow))]
     if changes:
         listed = "\n  ".join(changes)
         raise InputError(
@@ -73,25 +82,79 @@ def check_same_run(job: JobConfig, run_dir: Path, found: tuple[Path, Manifest], 
         LOG.warning("changed, as it is meant to be: %s", line)
     if any(line.startswith(PLANNED) for line in lines) and (told := _next_rate(job, old, step)):
         LOG.warning("the new plan: %s", told)
+    if step and any(line.startswith(("train.", "stages")) and "batch_size: " in line for line in lines):
+        LOG.warning("another batch size: a place in the data is a number of steps, so some samples of this pass are repeated or left out")
+
+
+def _differences(old: Mapping[str, Any], job: JobConfig) -> list[str]:
+    return [line for line in diff(old, job) if not line.startswith((*MAY_CHANGE, "plugins"))]
+
+
+def _meant(allow: Sequence[str]) -> tuple[str, ...]:
+    """The beginnings of lines about what ``allow`` names."""
+    return tuple(f"{key}{end}" for key in (*allow, *(["train.max_steps"] if "scheduler" in allow else [])) for end in (".", " ", "[", ":"))
+
+
+def check_copies(job: JobConfig, run_dir: Path, path: Path, allow: Sequence[str]) -> None:
+    """The config and the tokenizer that lie in ``run_dir`` say what those in its checkpoint ``path`` say. Damaged ones say nothing, and are
+    written again later.
+
+    Raises:
+        InputError: with what was edited.
+    """
+    for name, edited in (("config.toml", _edited_config(job, run_dir, allow)), (TOKENIZER, _edited_tokenizer(run_dir, path))):
+        if edited:
+            listed = "\n  ".join(edited)
+            raise InputError(
+                f"{run_dir / name}: is not that of the run, by its checkpoint {path.name}:\n  {listed}\n"
+                "an edit here changes nothing; put it back, or delete it: it is written again"
+            )
+
+
+def _edited_config(job: JobConfig, run_dir: Path, allow: Sequence[str]) -> list[str]:
+    try:
+        there = _with_own_names(read_toml(run_dir / "config.toml"))
+    except InputError:
+        return []
+    return [line for line in _differences(there, job) if not line.startswith(_meant(allow))]
+
+
+def _edited_tokenizer(run_dir: Path, path: Path) -> list[str]:
+    """The first lines of the difference, if it can still be used as a tokenizer."""
+    there, kept = run_dir / TOKENIZER, path / TOKENIZER
+    if not there.is_dir() or same_files(there, kept):
+        return []
+    try:
+        Tokenizer.from_pretrained(str(there))
+    except InputError:
+        return []
+    found = []
+    for name in sorted({file.name for folder in (there, kept) for file in folder.iterdir() if file.is_file()}):
+        a, b = ((folder / name).read_text("utf-8", "replace").splitlines() if (folder / name).is_file() else [] for folder in (kept, there))
+        found += [line[:SHOWN_WIDTH] for line in difflib.unified_diff(a, b, name, name, n=0, lineterm="")]
+    return found[:SHOWN]
 
 
 def _with_own_names(old: dict[str, Any]) -> dict[str, Any]:
     """The config of a run whose checkpoints have no history: its aliases match what is in a module, but not the module's own name."""
-    aliases = old.get("vlm", {}).get("module_patterns", {})
-    for alias, patterns in aliases.items():
+    vlm = old.get("vlm")
+    aliases = vlm.get("module_patterns") if isinstance(vlm, dict) else None
+    for alias, patterns in aliases.items() if isinstance(aliases, dict) else ():
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            continue
         own = (named(pattern.removesuffix(".*")) if pattern.endswith(".*") else [pattern] for pattern in patterns)
         aliases[alias] = list(dict.fromkeys(chain.from_iterable(own)))
     return old
 
 
-def check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow: Sequence[str]) -> None:
-    """The data are those that the run was begun with, also where the paths that lead to them are.
+def check_same_data(assembly: Assembly, before: Mapping[str, str], run_dir: Path, allow: Sequence[str]) -> None:
+    """The data are those that the run was begun with (their fingerprints: ``before``), also where the paths that lead to them are.
 
     Raises:
         ValueError: they are not, and ``allow`` does not say that it is meant.
     """
     now = assembly.fingerprints
-    changed = [name for name, before in manifest.state.get("data", {}).items() if now.get(name, before) != before]
+    changed = [name for name, kept in before.items() if now.get(name, kept) != kept]
     if changed and "data" not in allow:
         raise InputError(
             f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(changed)}); put them back, use"
@@ -103,7 +166,7 @@ def check_same_data(assembly: Assembly, manifest: Manifest, run_dir: Path, allow
 
 def _plugin_changes(job: JobConfig, old: Mapping[str, Any], history: Sequence[Span], path: Path) -> list[str]:
     if history:
-        return plugin_changes(history[-1]["plugins"], plugins_of(job.plugins), path)
+        return plugin_changes(history[-1].plugins, plugins_of(job.plugins), path)
     before = old.get("plugins", [])  # a checkpoint that knows them by name alone
     return [f"plugins: {before} -> {job.plugins}"] if before != job.plugins else []
 

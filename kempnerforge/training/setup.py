@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,9 @@ from kempnerforge.training.freeze import refuse_random, remarks_on_lora
 from kempnerforge.training.vocabulary import rows_by_token, tokenizer_beside, vocab_size
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
+
+TOKENIZER = "tokenizer"
+"""The folder that a run and its checkpoints have it in."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Assembly:
     sources: list[Source]
     held_out: Source | None
     plain_text: PlainText | None = None
-    asked: Mapping[str, Any] | None = None
+    asked: Asking | None = None
 
     @property
     def layout(self) -> Layout:
@@ -105,7 +107,7 @@ class Assembly:
         return [*([split] if any(each.template.by_turn for each in texts) else []), *([asked] if asked else [])]
 
     def encoder(self, stage: Stage) -> Encoder:
-        asking = Asking.of(self.asked, stage.data.sections()[0])
+        asking = self.asked or Asking.usual(stage.data.sections()[0])
         return Encoder(self.tokenizer, stage.data, self.layouts[stage.index], self.job.train.seed, asking)
 
     def batches(self, stage: Stage, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -256,5 +258,5 @@ def initialise(job: JobConfig, model: VLM, tokenizer: Tokenizer | None = None) -
 
 def saved_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer that a run or a checkpoint keeps, or None."""
-    path = directory / "tokenizer"
+    path = directory / TOKENIZER
     return Tokenizer.from_pretrained(str(path)) if path.is_dir() else None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze, freeze_boundaries, trainable_names
 from kempnerforge.training.history import Span
 from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
+from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import Assembly
 
 
@@ -56,6 +58,17 @@ class StepResult:
     samples: int
     texts_left_out: int
     seconds: float
+
+
+class Data(NamedTuple):
+    """What a step is trained with: this rank's micro-batches, and what is in those of all ranks, as in ``StepResult``."""
+
+    batches: list[Batch]
+    targets: int
+    tokens: int
+    images: int
+    samples: int
+    texts_left_out: int
 
 
 class Hook:
@@ -116,6 +129,7 @@ class Trainer:
         self.stop_requested = self.stopping = False
         self.bad_samples: list[tuple[str, str]] = []
         self._batches: Iterator[Batch] | None = None
+        self._ahead: Data | None = None
         self._stage: Stage | None = None
 
     @property
@@ -176,18 +190,28 @@ class Trainer:
             self._batches = self.assembly.batches(self.stage, self.step, self.world.rank, self.world.size)
         return [next(self._batches) for _ in range(self.stage.train.grad_accum_steps)]
 
-    def train_step(self) -> StepResult:
-        """One optimizer step. The random state is a function of seed, step and rank, so there is none to save. Steps count from the start of
-        their stage, as they do in the data: a stage in a run of its own is the same.
+    def look_ahead(self) -> None:
+        """Reads the data of the current step now rather than in ``train_step``, so that what is wrong with them is known before anything is
+        written.
 
         Raises:
-            ValueError: no token of the step is trained, or too many samples are bad.
-            TrainingFault: too many steps in a row were not finite.
+            ValueError: on all ranks: they cannot be read, no token is trained, or too many samples are bad.
         """
-        begin = time.perf_counter()
-        batches = self.next_batches()
-        torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
-        lr = self.optimizers.set_step(self.stage, self.step)
+        problem = ""
+        try:
+            batches = self.next_batches()
+        except InputError as error:
+            batches, problem = [], str(error)
+        if problems := [each for each in self.world.gather(problem) if each]:
+            raise InputError(problems[0])
+        self._ahead = self._counted(batches)
+
+    def _counted(self, batches: list[Batch]) -> Data:
+        """What is in the ``batches`` of all ranks.
+
+        Raises:
+            ValueError: no token is trained, or too many samples are bad.
+        """
         sections = range(len(self.stage.data.sections()))
         sizes = ((b.num_targets, b.useful_tokens, b.num_images, len(b.sample_names), len(b.skipped), b.texts_left_out) for b in batches)
         counts = [(*size, *map(b.parts.count, sections)) for size, b in zip(sizes, batches, strict=True)]
@@ -197,6 +221,21 @@ class Trainer:
         self._account(batches, samples, bad, by_part)
         if not targets:
             raise InputError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
+        return Data(batches, targets, tokens, images, samples, left_out)
+
+    def train_step(self) -> StepResult:
+        """One optimizer step. The random state is a function of seed, step and rank, so there is none to save. Steps count from the start of
+        their stage, as they do in the data: a stage in a run of its own is the same.
+
+        Raises:
+            ValueError: no token of the step is trained, or too many samples are bad.
+            TrainingFault: too many steps in a row were not finite, or the weights are not.
+        """
+        begin = time.perf_counter()
+        data, self._ahead = self._ahead or self._counted(self.next_batches()), None
+        batches, targets = data.batches, data.targets
+        torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
+        lr = self.optimizers.set_step(self.stage, self.step)
         loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(self.model, index == len(batches) - 1)
@@ -218,6 +257,11 @@ class Trainer:
             self.optimizers.step()
         self.optimizers.zero_grad()
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite and (spoilt := self._spoilt()):
+            raise TrainingFault(
+                f"step {self.step}: {spoilt} holds values that are not finite: an earlier update was too large. The last checkpoint is from"
+                " before it; go on from there with a lower optimizer.lr"
+            )
         cfg = self.job.train
         if self.skipped_in_a_row > (cfg.max_skipped_steps if cfg.on_nonfinite == "skip" else 0):
             limit = f"for more than train.max_skipped_steps = {cfg.max_skipped_steps} steps in a row"
@@ -226,7 +270,13 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         rates = lr, self.optimizers.muon_lr
-        return StepResult(self.stage, total / targets, aux / targets, norm, *rates, not finite, tokens, images, samples, left_out, seconds)
+        counts = data.tokens, data.images, data.samples, data.texts_left_out
+        return StepResult(self.stage, total / targets, aux / targets, norm, *rates, not finite, *counts, seconds)
+
+    def _spoilt(self) -> str:
+        """The first parameter, on any rank, that is not finite; empty: all are."""
+        own = next((name for name, p in self.model.named_parameters() if not local(p.detach()).isfinite().all()), "")
+        return next(filter(None, self.world.gather(own)), "")
 
     def _account(self, batches: list[Batch], samples: int, bad: int, by_part: list[int]) -> None:
         self.bad_samples = [row for batch in batches for row in batch.skipped]

@@ -133,7 +133,7 @@ def test_every_tool_asks_as_it_was_trained(template: str, layout: str, monkeypat
     assembly = assembled(template)
     for system in ("", "Be brief.") if template in ("turns", "chat smollm2") else ("",):
         source = Given(assembly.job.data, samples_of(layout, system))
-        assembly.asked = json.loads(json.dumps(observe(source, assembly.job.data).asking.to_json()))
+        assembly.asked = observe(source, assembly.job.data).asking
         encoder = assembly.encoder(assembly.stages[-1])
         restored = SimpleNamespace(path=Path(), device="cpu", assembly=assembly, manifest=SimpleNamespace(state={}), as_written=True)
         monkeypatch.setattr(answer, "restore", lambda path, overrides, it=restored: it)

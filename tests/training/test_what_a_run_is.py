@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge.checkpoint import resolve
-from kempnerforge.checkpoint.manifest import FORMAT, Manifest, verify
+from kempnerforge.checkpoint.manifest import verify
 from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, TrainConfig, VLMConfig, to_dict
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.training import OptimizerGroup
-from kempnerforge.training.history import changed_on_the_way, continued, trained_with
+from kempnerforge.training.history import Span, StageRecord, changed_on_the_way, continued, trained_with
+from kempnerforge.training.hooks.evaluation import Evaluation
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.same_run import check_same_run
 from kempnerforge.training.schedule import DECAYS, lr_factor
 from tests.training.tiny import call, make_job, metrics, write_rows
 
 
-def manifest(job: JobConfig, step: int) -> Manifest:
+def state(job: JobConfig, step: int) -> RunState:
     """Of a checkpoint that ``job`` has written."""
-    return Manifest(FORMAT, step, 1, "", {"history": [{"start": 0, "config": to_dict(job), "plugins": []}]}, {})
+    return RunState(step, history=[Span(0, to_dict(job), [])])
 
 
 def refused(new: JobConfig, old: JobConfig, step: int, *allow: str) -> str:
     """Why ``new`` does not go on where ``old`` is at ``step``; empty: it does."""
     try:
-        check_same_run(new, Path("run"), (Path("run/checkpoints/step"), manifest(old, step)), allow)
+        check_same_run(new, Path("run"), Path("run/checkpoints/step"), state(old, step), allow)
     except InputError as error:
         return str(error)
     return ""
@@ -112,12 +118,12 @@ def test_stages_keep_their_plan_and_are_held_to_it() -> None:
 def test_keys_that_the_run_did_not_know_yet_are_no_change() -> None:
     """A config that was written before a key existed; the key at its default, and at another value."""
     old, new = JobConfig(train=TrainConfig(max_steps=3)), JobConfig(train=TrainConfig(max_steps=3))
-    kept = manifest(old, 2)
-    del kept.state["history"][0]["config"]["optimizer"]["moments"]
-    check_same_run(new, Path("run"), (Path("x"), kept), ())
+    kept = state(old, 2)
+    del kept.history[0].config["optimizer"]["moments"]
+    check_same_run(new, Path("run"), Path("x"), kept, ())
     new.optimizer.moments = "reset"
     with pytest.raises(InputError, match="optimizer.moments: unset -> 'reset'"):
-        check_same_run(new, Path("run"), (Path("x"), kept), ())
+        check_same_run(new, Path("run"), Path("x"), kept, ())
 
 
 # ---- refused commands ------------------------------------------------------------------------------------------------
@@ -128,15 +134,14 @@ def test_aliases_without_the_own_name_of_a_module_are_no_change(tmp_path: Path) 
     job = JobConfig(vlm=VLMConfig.for_arch("mot", max_text_len=64), train=TrainConfig(max_steps=4))
     table = to_dict(job)
     patterns = table["vlm"]["module_patterns"]
-    found = tmp_path, replace(manifest(job, 2), state={})
     for changed in ({}, {"adapter": ["adapter.mlp.*"]}):
         table["vlm"]["module_patterns"] = {name: own[1:] for name, own in patterns.items()} | changed
         (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
         if changed:
             with pytest.raises(InputError, match="holds a run with another config:\n  vlm.module_patterns.adapter.*\nchange it back"):
-                check_same_run(job, tmp_path, found, ())
+                check_same_run(job, Path("run"), tmp_path, RunState(2), ())
         else:
-            check_same_run(job, tmp_path, found, ())
+            check_same_run(job, Path("run"), tmp_path, RunState(2), ())
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,8 @@ REFUSED = {
     "too short for a sample": ["--vlm.max_text_len=2", "--model.max_seq_len=4", "--allow-change=vlm", "--allow-change=model"],
     "another model": ["--model.dim=64", "--allow-change=model"],
     "a plugin that is not there": ["--plugins=none.py"],
+    "a change of a key that there is not": ["--allow-change=optimiser"],
+    "a change of a key that a section has not": ["--allow-change=train.stepss"],
 }
 ON_ANY_DIRECTORY = ["no data", "no held-out data", "a pattern without a hit", "a scale without a hit", "too short for a sample"]
 
@@ -196,12 +203,11 @@ def test_weights_that_do_not_fit_leave_no_directory(begun: Path) -> None:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def span(start: int, **facts: object) -> dict:
-    plain = {"config": {"train": {"batch_size": 4}}, "stages": [], "plugins": [], "data": {}, "world_size": 1, "versions": {}}
-    return {**plain, "start": start, **facts}
+def span(start: int, **facts: object) -> Span:
+    return Span(**{"start": start, "config": {"train": {"batch_size": 4}}, "plugins": [], **facts})  # type: ignore[arg-type]
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=8))
 def test_every_step_belongs_to_the_span_that_trained_it(parts: list[tuple[int, int, int]]) -> None:
     """A run in parts, each of so many processes and steps, that loses up to some of its last steps when it stops."""
     history, truth, step = [], [], 0
@@ -209,10 +215,10 @@ def test_every_step_belongs_to_the_span_that_trained_it(parts: list[tuple[int, i
         history = continued(history, step, span(0, world_size=world))
         truth = truth[:step] + [world] * steps
         step = max(len(truth) - lost, 0) if lost < steps else step
-    kept = [entry for entry in history if entry["start"] < len(truth)]
-    ends = [*(entry["start"] for entry in kept[1:]), len(truth)]
-    assert [e["world_size"] for e, end in zip(kept, ends, strict=True) for _ in range(e["start"], end)] == truth
-    assert all(a["world_size"] != b["world_size"] for a, b in pairwise(kept)), "no span without a change"
+    kept = [entry for entry in history if entry.start < len(truth)]
+    ends = [*(entry.start for entry in kept[1:]), len(truth)]
+    assert [e.world_size for e, end in zip(kept, ends, strict=True) for _ in range(e.start, end)] == truth
+    assert all(a.world_size != b.world_size for a, b in pairwise(kept)), "no span without a change"
 
 
 def test_settings_beside_the_training_make_no_span() -> None:
@@ -221,8 +227,8 @@ def test_settings_beside_the_training_make_no_span() -> None:
 
     first = continued([], 0, span(0, config=config()))
     again = continued(first, 3, span(0, config=config(metrics={"interval": 5}, run={"dir": "b"})))
-    assert [entry["start"] for entry in again] == [0] and again[0]["config"]["metrics"] == {"interval": 5}, "the newest is kept"
-    assert [entry["start"] for entry in continued(first, 3, span(0, config=config(train={"batch_size": 2})))] == [0, 3]
+    assert [entry.start for entry in again] == [0] and again[0].config["metrics"] == {"interval": 5}, "the newest is kept"
+    assert [entry.start for entry in continued(first, 3, span(0, config=config(train={"batch_size": 2})))] == [0, 3]
 
 
 def test_a_run_continued_with_another_batch_size_says_so(tmp_path: Path) -> None:
@@ -230,8 +236,8 @@ def test_a_run_continued_with_another_batch_size_says_so(tmp_path: Path) -> None
     assert call(*argv, "--train.max_steps=4", "--eval.at_end=false").code == 0
     assert call(*argv, "--train.batch_size=2", "--allow-change=train.batch_size").code == 0
     run = tmp_path / "run"
-    history = verify(resolve(run)).state["history"]
-    assert [(entry["start"], entry["config"]["train"]["batch_size"]) for entry in history] == [(0, 4), (4, 2)]
+    history = RunState.of(verify(resolve(run))).history
+    assert [(entry.start, entry.config["train"]["batch_size"]) for entry in history] == [(0, 4), (4, 2)]
     assert "batch_size = 2" in (run / "config.toml").read_text()
     change = "train.batch_size: 4 -> 2"
     assert change in (run / "report.html").read_text().replace("&gt;", ">")
@@ -243,8 +249,8 @@ def test_a_run_continued_with_another_batch_size_says_so(tmp_path: Path) -> None
 
 def test_lines_of_the_record() -> None:
     stages = [
-        {"name": "a", "start": 0, "end": 6, "samples": 4, "data": ["`x`"]},
-        {"name": "b", "start": 6, "end": 9, "samples": 2, "data": ["`y`"]},
+        StageRecord("a", start=0, end=6, samples=4, data=["`x`"]),
+        StageRecord("b", start=6, end=9, samples=2, data=["`y`"]),
     ]
     one = [span(0, stages=stages)]
     assert trained_with(one, 8) == ["`a`: 6 steps of 4 samples; `x`", "`b`: 2 steps of 2 samples; `y`"] and changed_on_the_way(one, 8) == []
@@ -299,8 +305,8 @@ def test_a_plugin_is_known_by_its_source(lab: Callable[..., object], tmp_path: P
     lines = [line.strip() for line in ended.err.splitlines()]
     assert "-    sign = +1" in lines and "+    sign = -1" in lines
     assert lab(4, f"--plugins={moved}", "--allow-change=plugins").code == 0
-    history = verify(resolve(run)).state["history"]
-    assert [entry["start"] for entry in history][-1] == 3 and len({entry["plugins"][0]["sha256"] for entry in history}) == 2
+    history = RunState.of(verify(resolve(run))).history
+    assert history[-1].start == 3 and len({entry.plugins[0].sha256 for entry in history}) == 2
     (line,) = [line for line in changed_on_the_way(history, 4) if "plugins: " in line]
     assert line.startswith("from step 3 on: ")
 
@@ -333,3 +339,148 @@ def test_an_attempt_with_other_rows_is_refused_before_anything_is_written(lab: C
     before = everything(tmp_path / "run")
     write_rows(tmp_path / "train.jsonl", [{"image": "1.png", "prompt": "what?", "answer": "red"}] * 8)
     assert lab(3).code == 2 and everything(tmp_path / "run") == before
+
+
+# ---- complete, or not ------------------------------------------------------------------------------------------------
+
+
+def results(run: Path) -> tuple[bytes, ...]:
+    return tuple((run / name).read_bytes() for name in ("summary.json", "report.html", "complete.json"))
+
+
+def test_complete_is_what_a_record_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is lengthened has no results until it has its own; those of another evaluation, or edited, are made again."""
+    argv = ("train", make_job(tmp_path), "--scheduler.name=constant", "--eval.max_new_tokens=2")
+    run = tmp_path / "run"
+    assert call(*argv, "--train.max_steps=2").code == 0
+    two = results(run)
+
+    def again(*more: object) -> bool:
+        """Whether the command does anything."""
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="kempnerforge"):
+            assert call(*argv, "--train.max_steps=2", *more).code == 0
+        return not any("complete, 2 steps" in line for line in caplog.messages)
+
+    assert not again() and not again("--checkpoint.keep_last_n=7", f"--run.dir={run}/../run") and results(run) == two
+    for name in ("summary.json", "report.html", "complete.json"):
+        (run / name).write_text((run / name).read_text().replace("2", "3"))
+        assert again() and not again(), name
+        assert (run / "summary.json").read_bytes() == two[0], "evaluated anew, to the same result"
+    assert again("--eval.max_new_tokens=3") and not again("--eval.max_new_tokens=3")
+    with monkeypatched(Evaluation, "finish", KeyboardInterrupt):
+        assert call(*argv, "--train.max_steps=4").code == 130
+    assert not any((run / name).exists() for name in ("summary.json", "report.html", "complete.json")), "those of two steps are gone"
+    assert call(*argv, "--train.max_steps=4").code == 0 and json.loads((run / "summary.json").read_text())["steps"] == 4
+    shutil.rmtree(run / "checkpoints")
+    before = everything(run)
+    ended = call(*argv, "--train.max_steps=4")
+    assert ended.code == 2 and "holds a complete run, whose checkpoints are gone" in ended.err and everything(run) == before
+
+
+@contextmanager
+def monkeypatched(owner: type, name: str, error: type[BaseException]) -> Iterator[None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        yield
+
+
+# ---- copies that anybody may edit ------------------------------------------------------------------------------------
+
+
+def plan(text: str) -> list[str]:
+    """Without what a test changes: where the run is and how long."""
+    return [line for line in text.splitlines() if not line.startswith(("dir = ", "max_steps = "))]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("config.toml", "lr = 0.002", "lr = 0.02", "optimizer.lr: 0.02 -> 0.002"),
+        ("config.toml", "seed = 0", "seed = 7", "train.seed: 7 -> 0"),
+        ("tokenizer/tokenizer.json", '"content": "<eos>"', '"content": "<end>"', "+"),
+    ],
+)
+def test_an_edited_copy_is_shown_and_refused(file: str, old: str, new: str, told: str, begun: Path, tmp_path: Path) -> None:
+    shutil.copytree(begun / "run", run := tmp_path / "run")
+    text = (run / file).read_text()
+    assert old in text
+    (run / file).write_text(text.replace(old, new, 1))
+    before = everything(run)
+    argv = ("train", begun / "job.toml", f"--run.dir={run}", "--train.max_steps=5", "--eval.at_end=false", "--allow-change=train.max_steps")
+    ended = call(*argv)
+    assert ended.code == 2 and everything(run) == before, ended
+    assert f"{run / Path(file).parts[0]}: is not that of the run, by its checkpoint step-00000004" in ended.err and told in ended.err
+    shutil.rmtree(run / "tokenizer")
+    (run / "config.toml").unlink()
+    assert call(*argv).code == 0 and plan((run / file).read_text()) == plan(text), "written again"
+
+
+@pytest.mark.parametrize("file", ["config.toml", "tokenizer/tokenizer.json"])
+def test_a_damaged_copy_is_moved_aside_and_written_again(file: str, begun: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(begun / "run", run := tmp_path / "run")
+    text = (run / file).read_text()
+    (run / file).write_bytes(b"\xff\0{")
+    argv = ("train", begun / "job.toml", f"--run.dir={run}", "--train.max_steps=5", "--eval.at_end=false", "--allow-change=train.max_steps")
+    assert call(*argv).code == 0 and plan((run / file).read_text()) == plan(text)
+    (aside,) = run.glob(f"{Path(file).parts[0]}.2*")
+    assert f"moved to {aside}" in caplog.text
+    assert ((aside / Path(file).name) if aside.is_dir() else aside).read_bytes() == b"\xff\0{"
+
+
+# ---- what a checkpoint says of itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"step": 3}, "step = 3 in a checkpoint of step 4"),
+        ({"step": "4"}, 'step = "4": must be an integer'),
+        ({"step": True}, "step = true: must be an integer"),
+        ({"seconds": -1.0}, "seconds = -1.0: must be at least 0"),
+        ({"samples_seen": -1}, "samples_seen = -1"),
+        ({"samples_bad": 99}, "samples_bad = 99: of 16 samples"),
+        ({"samples_of": {"a": "x"}}, 'samples_of.a = "x": must be an integer'),
+        ({"frozen": "all"}, 'frozen = "all": must be an array'),
+        ({"data": {"train": 3}}, "data.train = 3: must be a string"),
+        ({"asked": {"place": "nowhere"}}, "place = 'nowhere': allowed are front, head, tail"),
+        ({"history": [{"start": 9, "config": {}, "plugins": []}]}, "history: spans that start at [9] in a run of 4 steps"),
+        ({"history": [{"start": 0, "plugins": []}]}, "history[0].config: missing"),
+        ({"more": 1}, "more = 1: unknown key"),
+    ],
+)
+def test_the_state_of_a_manifest_is_checked(change: dict, told: str, begun: Path, tmp_path: Path) -> None:
+    """With checksums that are right."""
+    shutil.copytree(begun / "run", run := tmp_path / "run")
+    (path,) = (p for p in (run / "checkpoints").glob("step-*") if p.name == "step-00000004")
+    for other in (run / "checkpoints").glob("step-*"):
+        if other != path:
+            shutil.rmtree(other)
+    kept = verify(path)
+    (path / "manifest.json").write_bytes(replace(kept, state=kept.state | change).encode())
+    before = everything(run)
+    for argv in (
+        ("train", begun / "job.toml", f"--run.dir={run}", "--train.max_steps=4"),
+        ("generate", run, begun / "0.png", "--prompt", "what?"),
+    ):
+        ended = call(*argv)
+        assert ended.code == (3 if argv[0] == "train" else 2) and told in ended.err and str(path) in ended.err, ended
+    assert everything(run) == before
+
+
+def test_what_a_machine_changes_is_said(begun: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    shutil.copytree(begun / "run", run := tmp_path / "run")
+    argv = ("train", begun / "job.toml", f"--run.dir={run}", "--scheduler.name=constant", "--eval.at_end=false", "--allow-change=scheduler")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert call(*argv, "--train.max_steps=5").code == 0
+    assert "-> 77; bitwise the same as without the break is not promised" in caplog.text
+    caplog.clear()
+    assert call(*argv, "--train.max_steps=6").code == 0 and "not as before" not in caplog.text, "from here on that is how it was"
+    history = RunState.of(verify(resolve(run))).history
+    assert [entry.machine["threads"] == "77" for entry in history] == [False, True, True] and history[0].machine[
+        "compute dtype"
+    ] == "float32"
+    assert {"torch", "python", "numpy", "pillow", "tokenizers"} <= history[0].versions.keys()

@@ -10,6 +10,7 @@ from kempnerforge.checkpoint import Manifest
 from kempnerforge.checkpoint.state import load_training, save_training
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.config.plugins import plugin_files, plugins_of
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -25,12 +26,13 @@ class Checkpoints(Hook):
     def restore(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:
         """Puts ``trainer`` where the checkpoint at ``path`` is. Called before the run starts."""
         averages: dict[str, Tensor] = {}
-        state = load_training(path, trainer.model, trainer.optimizers.all, manifest, averages).state
+        state = RunState.of(manifest, str(path))
+        load_training(path, trainer.model, trainer.optimizers.all, manifest, averages)
         trainer.optimizers.load_averages(averages)
-        trainer.step = self._saved_step = state["step"]
-        trainer.seconds = state["seconds"]
-        trainer.samples_seen, trainer.samples_bad = state["samples_seen"], state["samples_bad"]
-        trainer.samples_of.update(state.get("samples_of", {}))
+        trainer.step = self._saved_step = state.step
+        trainer.seconds = state.seconds
+        trainer.samples_seen, trainer.samples_bad = state.samples_seen, state.samples_bad
+        trainer.samples_of.update(state.samples_of)
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
@@ -38,7 +40,7 @@ class Checkpoints(Hook):
         self._files["config.toml"] = to_toml(trainer.job).encode()
         self._files |= plugin_files(plugins_of(trainer.job.plugins))
         self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
-        self._asked = trainer.assembly.seen.asking.to_json()
+        self._asked = trainer.assembly.seen.asking
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         due = self.cfg.interval and trainer.step % self.cfg.interval == 0
@@ -48,18 +50,19 @@ class Checkpoints(Hook):
     def _save(self, trainer: Trainer) -> None:
         if trainer.step == self._saved_step:
             return
-        state = {
-            "step": trainer.step,
-            "seconds": trainer.seconds,
-            "samples_seen": trainer.samples_seen,
-            "samples_bad": trainer.samples_bad,
-            "samples_of": dict(trainer.samples_of),
-            "frozen": trainer.frozen,
-            "data": self._data,
-            "asked": self._asked,
-            "history": trainer.history,
-        }
+        state = RunState(
+            step=trainer.step,
+            seconds=trainer.seconds,
+            samples_seen=trainer.samples_seen,
+            samples_bad=trainer.samples_bad,
+            samples_of=dict(trainer.samples_of),
+            frozen=trainer.frozen,
+            data=self._data,
+            asked=self._asked,
+            history=trainer.history,
+        )
         root = self.run_dir / "checkpoints"
         optimizers = trainer.optimizers
-        save_training(root, trainer.step, trainer.model, optimizers.all, state, self._files, self.cfg.keep_last_n, optimizers.averages())
+        averages = optimizers.averages()
+        save_training(root, trainer.step, trainer.model, optimizers.all, state.to_json(), self._files, self.cfg.keep_last_n, averages)
         self._saved_step = trainer.step

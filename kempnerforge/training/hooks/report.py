@@ -1,4 +1,4 @@
-"""``summary.json`` and ``report.html`` when the run is done."""
+"""``summary.json`` and ``report.html`` when the run is done, and ``complete.json``, which says so."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 
 from kempnerforge.config import to_toml
+from kempnerforge.data.files import write_text
 from kempnerforge.data.images import load_image
 from kempnerforge.data.order import drawn
 from kempnerforge.data.sample import SampleError
 from kempnerforge.eval.exact_match import Answer, Score
+from kempnerforge.training.complete import SUMMARY, write_complete
 from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.report import Example, write_report
@@ -44,7 +46,7 @@ class Report(Hook):
         }
         if self.evaluation.prior is not None:
             summary["question_only_prior"] = self.evaluation.prior
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
         seeing = final.seeing
         path = write_report(
             self.run_dir,
@@ -55,6 +57,7 @@ class Report(Hook):
             summary=summary | ({"by_answer": seeing.by_truth} if seeing is not None else {}),
             remarks=self.evaluation.remarks,
         )
+        write_complete(self.run_dir, trainer.step, trainer.history[-1].config)
         LOG.info("report: %s", path)
 
 
