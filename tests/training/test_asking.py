@@ -34,6 +34,7 @@ from kempnerforge.training.answer import Answerer
 from kempnerforge.training.convert import import_model
 from kempnerforge.training.pretrained import load_pretrained
 from kempnerforge.training.processor import Processor
+from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble
 from tests.data.chat_templates import FAMILIES, LATER, Family
 from tests.data.conftest import png
@@ -135,7 +136,7 @@ def test_every_tool_asks_as_it_was_trained(template: str, layout: str, monkeypat
         source = Given(assembly.job.data, samples_of(layout, system))
         assembly.asked = observe(source, assembly.job.data).asking
         encoder = assembly.encoder(assembly.stages[-1])
-        restored = SimpleNamespace(path=Path(), device="cpu", assembly=assembly, manifest=SimpleNamespace(state={}), as_written=True)
+        restored = SimpleNamespace(path=Path(), device="cpu", assembly=assembly, state=RunState(0), as_written=True)
         monkeypatch.setattr(answer, "restore", lambda path, overrides, it=restored: it)
         seen: list[Row] = []
 
@@ -196,7 +197,7 @@ def test_a_run_remembers_how_its_data_were(tmp_path: Path) -> None:
     found = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "train.jsonl", [{**row, "prompt": f"{row['prompt']}\n{IMAGE}"} for row in found])
     assert call("train", path, "--train.max_steps=1", "--eval.at_end=false").code == 0
-    assert verify(resolve(tmp_path / "run")).state["asked"] == Asking("tail", "", "\n").to_json()
+    assert RunState.of(verify(resolve(tmp_path / "run"))).asked == Asking("tail", "", "\n")
     said = [call("generate", tmp_path / "run", tmp_path / "0.png", "--prompt", prompt) for prompt in ("what?", f"what?\n{IMAGE}")]
     assert said[0] == said[1] and said[0].code == 0
     out = call("inspect", path, "-n", "1", f"--data.eval_path={tmp_path}/test.jsonl")
