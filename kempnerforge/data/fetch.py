@@ -5,11 +5,9 @@ with this package.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.data.files import scratch, sync_files
 from kempnerforge.data.sources.openmoji import DRAWINGS, FONT, emoji_names
 from kempnerforge.data.sources.stamps import find_stamps
 
@@ -87,12 +86,12 @@ def fetch(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
     say(f"with: {download.how}")
     say(f"into: {target}")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
-            made = download.get(Path(scratch))
+        with scratch(target) as folder:
+            made = download.get(folder)
             if wrong := download.check(made):
                 raise FetchError(f"{name}: what came is not what was meant: {wrong}")
-            os.replace(made, target)
+            sync_files(made)
+            made.rename(target)
     except OSError as error:
         raise FetchError(f"{target}: {error.strerror or error}") from None
     say(f"done: path = {str(target)!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.data.files import scratch, sync_files
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
 from kempnerforge.interop.settings import hf_config
@@ -35,8 +35,8 @@ def nothing(what: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def fresh(path: Path) -> Iterator[None]:
-    """``path`` as a directory to write into. After an error, or Ctrl-C, all is as it was.
+def fresh(path: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes ``path`` when all is done. After an error, Ctrl-C or a kill there is no ``path``.
 
     Raises:
         ValueError: something is there already.
@@ -44,16 +44,12 @@ def fresh(path: Path) -> Iterator[None]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there; give a directory that is new or empty")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for left in path.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for folder in made:
-            folder.rmdir()
-        raise
+    with scratch(path) as folder:
+        part = folder / path.resolve().name
+        part.mkdir()
+        yield part
+        sync_files(part)
+        part.rename(path.resolve())
 
 
 def plain_embedding(cfg: ModelConfig, tensors: Mapping[str, Tensor], rows: int = 0) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -107,11 +107,20 @@ def import_model(
         ValueError: it cannot be read, or is not the same model afterwards; nothing is left behind then.
     """
     source, out, tokenizer = place_of(source), place_of(out), None if tokenizer is None else place_of(tokenizer)
-    with fresh(out):
-        return _import_into(out, source, tokenizer, verify, tolerance, progress)
+    with fresh(out) as part:
+        lines, difference = _import_into(part, source, tokenizer, out, verify, tolerance, progress)
+    lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
+    return Converted(out, lines, difference)
 
 
-def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, tolerance: float, progress: Progress) -> Converted:
+def _import_into(
+    part: Path, source: Path, tokenizer: Path | None, out: Path, verify: bool, tolerance: float, progress: Progress
+) -> tuple[list[str], float | None]:
+    """What a person should know of it, and the difference of its logits.
+
+    Args:
+        part: what will be ``out``.
+    """
     foreign = open_foreign(source)
     words = tokenizer_of(foreign, tokenizer)
     assembly = assemble(foreign.job, words, data=False)
@@ -134,9 +143,8 @@ def _import_into(out: Path, source: Path, tokenizer: Path | None, verify: bool, 
     kept, line = origin(assembly, foreign)
     lines += [line] if line else []
     lines += [f"otherwise than there: {note}" for note in foreign.notes]
-    _write_run(out, assembly, kept)
-    lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
-    return Converted(out, lines, difference)
+    _write_run(part, out, assembly, kept)
+    return lines, difference
 
 
 def _described(assembly: Assembly, name: str) -> str:
@@ -145,15 +153,15 @@ def _described(assembly: Assembly, name: str) -> str:
     return f"{name}: {count:,} parameters, {assembly.job.model.vocab_size:,} tokens{images}"
 
 
-def _write_run(out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
+def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
     """NOTE: ``run.dir`` is another directory than ``out``, which is a run already, and the place to begin from."""
-    assembly.tokenizer.save(out / TOKENIZER)
+    assembly.tokenizer.save(part / TOKENIZER)
     home = out.resolve()
     job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{home.name}-trained", init_from=str(home)))
-    (out / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
-    files = {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in sorted((out / TOKENIZER).iterdir())}
+    (part / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
+    files = {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in sorted((part / TOKENIZER).iterdir())}
     files[JOB_FILE] = to_toml(replace(job, run=replace(job.run, init_from=""))).encode()
-    save_training(out / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
+    save_training(part / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
 
 
 # ---- ours to theirs -------------------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ def export_model(
     if dtype not in DTYPES:
         raise InputError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
     how, checkpoint, out = How(family, DTYPES[dtype], verify, tolerance, progress), place_of(checkpoint), place_of(out)
-    with fresh(out):
+    with fresh(out) as part:
         try:
             restored = restore(checkpoint, ["--train.mixed_precision=fp32", *moved])
         except CheckpointError as error:
@@ -195,9 +203,9 @@ def export_model(
             raise InputError(f"{checkpoint}: is a model of transformers; it goes out with --format hf")
         assembly.model.cpu()
         rounding = _rounded(assembly, how)
-        converted = (_export_hf if form == "hf" else _export_own)(restored, out, how)
-        converted = replace(converted, lines=[*converted.lines, rounding])
-        (out / "README.md").write_text(model_card(restored, out.resolve().name, form, converted.lines), encoding="utf-8")
+        converted = (_export_hf if form == "hf" else _export_own)(restored, part, how)
+        converted = replace(converted, path=out, lines=[*converted.lines, rounding])
+        (part / "README.md").write_text(model_card(restored, out.resolve().name, form, converted.lines), encoding="utf-8")
     return converted
 
 

@@ -49,14 +49,14 @@ def test_a_fresh_directory_is_as_it_was_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     for out in (tmp_path / "a" / "b", tmp_path / "empty", tmp_path / "link"):
-        with pytest.raises(KeyboardInterrupt), fresh(out):
-            (out / "folder").mkdir()
-            (out / "folder" / "file").write_text("half")
-            (out / "file").write_text("half")
+        with pytest.raises(KeyboardInterrupt), fresh(out) as part:
+            (part / "folder").mkdir()
+            (part / "folder" / "file").write_text("half")
             raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"] and not any((tmp_path / "empty").iterdir())
-    with fresh(tmp_path / "link"):
-        (tmp_path / "link" / "file").write_text("whole")
+    with fresh(tmp_path / "link") as part:
+        (part / "file").write_text("whole")
+    assert (tmp_path / "link" / "file").read_text() == "whole" and (tmp_path / "link").is_symlink()
     with pytest.raises(ValueError, match="already there"), fresh(tmp_path / "empty"):
         pass
 
