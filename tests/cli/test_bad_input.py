@@ -157,7 +157,9 @@ def test_one_line_and_exit_code_2(bad: Bad, tmp_path: Path):
     job = write_config(tmp_path, config=config, extra=bad.extra)
     if bad.prepare is not None:
         bad.prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     one_line(call(bad.command, job, *(word.replace("{folder}", str(tmp_path)) for word in bad.argv)), *bad.says)
+    assert sorted(tmp_path.rglob("*")) == before, "a refused command writes nothing"
 
 
 @pytest.mark.parametrize("command", ["train", "check", "inspect"])

@@ -24,6 +24,7 @@ import torch
 from kempnerforge.checkpoint import store
 from kempnerforge.data.batch import Batch
 from kempnerforge.distributed import world
+from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.trainer import Trainer
 from tests.training.tiny import plain
 
@@ -167,6 +168,23 @@ def nan_loss(*steps: int) -> None:
         trainer.model.forward = spoiled  # type: ignore[method-assign]
 
     before(Trainer, "fit", poison)
+
+
+@fault
+def spoil(step: int, what: str) -> None:
+    """The update of ``step`` leaves an infinite entry in a weight of this rank, or in a second moment."""
+
+    def act(optimizers: Optimizers) -> None:
+        for optimizer in optimizers.all:
+            for parameter, state in optimizer.state.items():
+                if now["step"] == step and parameter.requires_grad:
+                    tensor = parameter if what == "weight" else state["exp_avg_sq"]
+                    plain(tensor.detach()).view(-1)[:1] = torch.inf
+                    return
+
+    now = {"step": -1}
+    before(Trainer, "train_step", lambda trainer: now.update(step=trainer.step))
+    before(Optimizers, "zero_grad", act)
 
 
 @fault

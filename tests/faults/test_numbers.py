@@ -11,7 +11,7 @@ import torch
 from tests.faults.conftest import Job, Observe
 from tests.faults.ranks import Faults, Ranks, codes, newest
 from tests.training import test_ranks
-from tests.training.tiny import assert_same_tensors, metrics, tensors
+from tests.training.tiny import assert_same_tensors, call, make_job, metrics, tensors
 
 pytestmark = pytest.mark.dist
 
@@ -78,6 +78,33 @@ def test_policies(job: Job, tmp_path: Path, observe: Observe):
     assert all(value.isfinite().all() for value in tensors(run).values())
     assert moved(run, 8, 10) == set()
     observe("NaN in every step from one on, train.max_skipped_steps = 2", "both ranks end with 3 at the third; every checkpoint is finite")
+
+
+@pytest.mark.parametrize(
+    ("what", "step", "told"),
+    [
+        ("weight", 9, "tensors hold values that are not finite, such as 'model."),  # saved right after it
+        ("weight", 8, " holds values that are not finite: an earlier update was too large"),  # seen by the step after it
+        ("moment", 8, "tensors hold values that are not finite, such as 'optim."),  # seen by no step
+    ],
+)
+def test_an_update_that_overflows(what: str, step: int, told: str, job: Job, tmp_path: Path, observe: Observe):
+    """The job's checkpoints are those of even steps."""
+    run = tmp_path / "run"
+    with job.ranks(run, "--checkpoint.keep_last_n=1", faults={1: [("spoil", step, what)]}) as ranks:
+        ended = ranks.wait()
+    assert codes(ended) == [3, 3] and newest(run) == 8, ranks.err()
+    assert all(told in one.err and "lower optimizer.lr" in one.err for one in ended), ranks.err()
+    exact = job.finish(run, "--checkpoint.keep_last_n=20")
+    observe(f"an update leaves a {what} that is not finite", "ends with 3 at the next step or save; the last good checkpoint stays", exact)
+
+
+def test_a_short_run_that_overflows(tmp_path: Path):
+    """One step, with no step after it that would see it; and a run whose every step is skipped saves nothing over nothing."""
+    job = make_job(tmp_path)
+    ended = call("train", job, "--optimizer.lr=1e38", "--train.max_steps=1", "--train.grad_clip_norm=0", "--eval.at_end=false")
+    assert ended.code == 3 and "cannot save step 1" in ended.err and not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "run" / "complete.json").exists()
 
 
 def test_a_micro_batch_without_targets(job: Job, tmp_path: Path, observe: Observe):

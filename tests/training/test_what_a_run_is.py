@@ -148,6 +148,7 @@ def test_aliases_without_the_own_name_of_a_module_are_no_change(tmp_path: Path) 
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job and its run of 4 steps."""
     folder = tmp_path_factory.mktemp("begun")
+    write_rows(folder / "unreadable.jsonl", [{"image": "none.png", "prompt": "what?", "answer": "red"}] * 4)
     assert call("train", make_job(folder), "--train.max_steps=4", "--eval.at_end=false").code == 0
     return folder
 
@@ -167,11 +168,19 @@ REFUSED = {
     "a scale without a hit": ["--optimizer.lr_scale={x=2.0}", "--allow-change=optimizer"],
     "too short for a sample": ["--vlm.max_text_len=2", "--model.max_seq_len=4", "--allow-change=vlm", "--allow-change=model"],
     "another model": ["--model.dim=64", "--allow-change=model"],
+    "no readable data": ["--data.path={folder}/unreadable.jsonl", "--allow-change=data"],
     "a plugin that is not there": ["--plugins=none.py"],
     "a change of a key that there is not": ["--allow-change=optimiser"],
     "a change of a key that a section has not": ["--allow-change=train.stepss"],
 }
-ON_ANY_DIRECTORY = ["no data", "no held-out data", "a pattern without a hit", "a scale without a hit", "too short for a sample"]
+ON_ANY_DIRECTORY = [
+    "no data",
+    "no readable data",
+    "no held-out data",
+    "a pattern without a hit",
+    "a scale without a hit",
+    "too short for a sample",
+]
 
 
 @pytest.mark.parametrize("name", REFUSED)
