@@ -65,6 +65,18 @@ def read_image_files(path: Path | str) -> ImageFiles | None:
     return ImageFiles(settings, _normalisation(path, settings), processor, problem)
 
 
+def pil_processor(path: Path | str) -> Any:
+    """The whole processor of a directory, as transformers makes it, with its images on the PIL backend. Where torchvision is installed, transformers
+    itself takes classes that use it, which resize a little otherwise than training does.
+    """
+    from transformers import AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if (files := read_image_files(path)) and files.processor is not None:
+        processor.image_processor = files.processor
+    return processor
+
+
 def _said(path: Path) -> dict[str, Any] | None:
     """The settings as they are written: nested ones come first, as in transformers. Files of video processors are others."""
     if not path.is_dir():

@@ -18,7 +18,7 @@ from kempnerforge.data.tokenizer import CHAT_TEMPLATE
 from kempnerforge.interop.chat_template import chat_template, render
 from kempnerforge.interop.processors import candidates, followed
 from kempnerforge.interop.write import write_config
-from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, read_image_files
+from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, pil_processor
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.processor import Processor
 from kempnerforge.training.setup import Assembly
@@ -141,15 +141,15 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
     Raises:
         Different: something is not, or cannot be loaded.
     """
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
     ours = Processor(assembly)
     equal, refused = set[int](), dict[int, str]()
     try:
         with quiet():
-            theirs: Any = (AutoProcessor if images else AutoTokenizer).from_pretrained(out, local_files_only=True, trust_remote_code=False)
-            if images and (files := read_image_files(out)) and files.processor is not None:
-                theirs.image_processor = files.processor  # on the PIL backend: with torchvision pixels are resized a little otherwise
+            theirs: Any = (
+                pil_processor(out) if images else AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
+            )
     except Exception as error:  # its class may fail in any way
         raise Different(f"cannot be loaded ({reason(error)})") from None
     for count, question in ((count, question) for count in range(3 if images else 1) for question in QUESTIONS):

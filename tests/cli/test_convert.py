@@ -27,6 +27,7 @@ from kempnerforge.config.vision import ClipConfig, SiglipConfig, ViTConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.data.batch import Kind
 from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.model.image_files import pil_processor
 from kempnerforge.training.convert import class_of, export_model, import_model
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import TEXT, TOWER, rename, save, write_tokenizer
@@ -145,7 +146,7 @@ def test_import_and_export_give_the_same_model(name: str, saved: dict[str, Path]
         key for key in names if not key.startswith(("vision_tower.vision_model.", "language_model.", "multi_"))
     ]
     image, prompt = Image.new("RGB", (40, 30), (200, 30, 90)), PROMPTS[name][0]
-    want = hf.AutoProcessor.from_pretrained(tmp_path / "out")(images=image, text=prompt, return_tensors="pt")
+    want = pil_processor(tmp_path / "out")(images=image, text=prompt, return_tensors="pt")
     got = kempnerforge.load_pretrained(tmp_path / "out")[1](images=image, text=prompt)
     assert torch.equal(got.input_ids, want["input_ids"]) and torch.equal(got.attention_mask, want["attention_mask"])
     assert got.pixel_values is not None and (got.pixel_values - want["pixel_values"]).abs().max() <= 1e-6

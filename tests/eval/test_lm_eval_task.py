@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from kempnerforge.data.sample import Sample, Text
 from kempnerforge.eval.exact_match import Answer, evaluate
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, examine, questions
+from kempnerforge.model.image_files import pil_processor
 from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import evaluated
 from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, Alone, ListSource, grey
@@ -257,7 +257,7 @@ def exported(folder: Path, prompt: str, steps: int = 1) -> Path:
 def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_path: Path) -> None:
     """As lm-eval asks: the export's chat template writes the prompt, its processor makes ids and pixels."""
     folder = exported(tmp_path, prompt)
-    processor = transformers.AutoProcessor.from_pretrained(folder / "hf")
+    processor = pil_processor(folder / "hf")
     assembly = restore(folder / "run").assembly
     held_out, _ = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
     assert held_out is not None

@@ -31,6 +31,7 @@ from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, model_config
+from kempnerforge.model.image_files import pil_processor
 from kempnerforge.training.convert import export_model, import_model
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import FRAMES, TEXT, TOWER, VOCAB, save, write_tokenizer
@@ -123,7 +124,7 @@ def test_an_export_answers_in_transformers_as_the_run_does(name: str, tmp_path: 
     run = run_of(tmp_path / "run", kind, words, data)
     done = export_model(run, tmp_path / "out", verify=False)
     assert any(f"processor: {processor}" in line for line in done.lines), done.lines
-    theirs = hf.AutoProcessor.from_pretrained(tmp_path / "out")
+    theirs = pil_processor(tmp_path / "out")
     assert type(theirs).__name__ == processor
     model, ours = kempnerforge.load_pretrained(run, device="cpu", dtype=torch.float32)
     gap = "<image>\n" if data.source == "llava" else ""
@@ -152,7 +153,7 @@ def test_a_prompt_that_would_be_another_is_refused(tmp_path: Path) -> None:
     lines = export_model(run, tmp_path / "out", verify=False).lines
     assert any("it refuses 2 images" in line for line in lines)
     with pytest.raises(Exception, match="numbered in training"):
-        asked(hf.AutoProcessor.from_pretrained(tmp_path / "out"), pictures()[:2], "what?")
+        asked(pil_processor(tmp_path / "out"), pictures()[:2], "what?")
 
 
 def test_generation_stops_where_answers_end(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_images_that_are_handled_otherwise_are_told(tmp_path: Path, caplog: pyte
 def test_an_export_that_is_loaded_here_has_the_same_processor(kind: str, tmp_path: Path) -> None:
     data = {"llava": rows(**LLAVA_PROMPT), "paligemma": rows(template="paligemma"), "idefics3": rows(template="turns", turns=FRAMED_TURNS)}
     export_model(run_of(tmp_path / "run", kind, "plain", data[kind]), tmp_path / "out", verify=False)
-    theirs, (_, ours) = hf.AutoProcessor.from_pretrained(tmp_path / "out"), kempnerforge.load_pretrained(tmp_path / "out", device="cpu")
+    theirs, (_, ours) = pil_processor(tmp_path / "out"), kempnerforge.load_pretrained(tmp_path / "out", device="cpu")
     for images, text in ((pictures()[:1], "<image>what?"), (pictures()[:2], "<image><image>a caption en")):
         want, got = theirs(images=[images], text=[text], return_tensors="pt"), ours(images=[images], text=[text])
         assert got["input_ids"].tolist() == want["input_ids"].tolist()

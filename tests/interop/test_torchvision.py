@@ -1,4 +1,6 @@
-"""With torchvision installed all is as without: transformers then takes image processors that resize a little otherwise."""
+"""With torchvision installed all is as without: transformers then takes image processors that resize a little otherwise. And where timm is
+installed, too, nothing here imports it.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +10,38 @@ import sys
 from pathlib import Path
 
 from tests.dist import ROOT
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from transformers.utils import is_torchvision_available
-assert is_torchvision_available()
-import transformers
-from kempnerforge.training.convert import export_model, import_model
 from tests.interop.tiny_vlms import save
-here = Path(sys.argv[1])
-save("llava", here / "there")
-file = here / "there" / "preprocessor_config.json"
-whole = {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 28, "width": 28}}
-file.write_text(json.dumps(json.loads(file.read_text()) | whole))
-took = type(transformers.AutoImageProcessor.from_pretrained(here / "there")).__name__
-assert took == "CLIPImageProcessor", f"the stand-in is not taken: {took}"
-done = import_model(here / "there", here / "run", verify=False)
-assert not any("does otherwise" in line for line in done.lines), done.lines
-done = export_model(here / "run", here / "out", verify=False)
-print(*done.lines, sep="\\n")
+
+CASES = {
+    "tests/interop/test_processors.py": "(answers_in_transformers and (turns or crop or idefics)) or same_processor",
+    "tests/cli/test_convert.py": "import_and_export_give_the_same_model",
+    "tests/eval/test_lm_eval_task.py": "transformers_gives_the_model and inside",
+    "tests/model/test_image_files.py": "",
+}
+"""Tests that compare with transformers' own processors: a file, and which of it."""
+TAKEN = """
+import sys
+from transformers import AutoImageProcessor
+from transformers.utils import is_timm_available, is_torchvision_available
+print(is_torchvision_available(), is_timm_available(), type(AutoImageProcessor.from_pretrained(sys.argv[1])).__name__)
 """
 
 
-def test_an_export_has_its_processor_with_torchvision_too(tmp_path: Path) -> None:
+def with_stand_ins(*command: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(__file__).parent / "stand_ins"), str(ROOT)])
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "processor: LlavaProcessor" in done.stdout and "are those of training" in done.stdout
-    there = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"preprocessor_config.json", "processor_config.json", "chat_template.jinja"} <= there
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT)
+
+
+def test_the_stand_ins_are_taken(tmp_path: Path) -> None:
+    save("llava", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    done = with_stand_ins("-c", TAKEN, str(tmp_path))
+    assert done.stdout.split() == ["True", "True", "CLIPImageProcessor"], done.stderr[-3000:]  # without torchvision the name ends in Pil
+
+
+def test_processors_are_those_of_training_with_torchvision_too() -> None:
+    """Imports, exports, and what lm-eval asks."""
+    files, parts = [*CASES], [f"({Path(file).stem} and ({words or 'test'}))" for file, words in CASES.items()]
+    done = with_stand_ins("-m", "pytest", "-x", "-p", "no:xdist", *files, "-k", " or ".join(parts))
+    assert done.returncode == 0, done.stdout[-5000:]
+    print(done.stdout.splitlines()[-1])
