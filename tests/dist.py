@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,12 +44,6 @@ def run_ranks(target: str, world: int, *args: object, timeout: float = 120) -> l
     Returns:
         One result per rank.
     """
-    if re.fullmatch(r"[\w.]+:\w+", target):
-        module, function = target.split(":")
-        source = f"import importlib, sys; importlib.import_module({module!r}).{function}(*sys.argv[1:])"
-    else:
-        source = target
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # a plugin is found as it is here
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -55,28 +51,26 @@ def run_ranks(target: str, world: int, *args: object, timeout: float = 120) -> l
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", source, *map(str, args)]
+    words = list(map(str, args))
     deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world)]
-        processes: list[subprocess.Popen[bytes]] = []
+    processes = [Forked(_run_rank, (target, words), {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    results = []
+    for process in processes:
+        process.listen()
+    for process in processes:
         try:
-            for rank, (out, err) in enumerate(logs):
-                rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                with out.open("wb") as stdout, err.open("wb") as stderr:
-                    processes.append(subprocess.Popen(command, env=rank_env, cwd=ROOT, stdout=stdout, stderr=stderr))
-            for process in processes:
-                try:
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        return [
-            Result(p.returncode, o.read_text(errors="replace"), e.read_text(errors="replace"))
-            for p, (o, e) in zip(processes, logs, strict=True)
-        ]
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        out, err = process.communicate()
+        results.append(Result(process.wait(), out, err))
+    return results
+
+
+def _run_rank(target: str, words: list[str]) -> None:
+    sys.argv = ["-c", *words]
+    if re.fullmatch(r"[\w.]+:\w+", target):
+        module, function = target.split(":")
+        getattr(importlib.import_module(module), function)(*words)
+    else:
+        exec(compile(target, "<test>", "exec"), {"__name__": "__main__"})

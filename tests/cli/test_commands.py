@@ -13,7 +13,7 @@ from PIL import Image
 from kempnerforge.cli.main import COMMANDS, split_overrides
 from kempnerforge.config import load_config, to_toml
 from tests.cli.conftest import Trained
-from tests.training.tiny import call, make_job, metrics, spawn, start
+from tests.training.tiny import call, end_of, launch, make_job, metrics, start
 
 TWO_STAGES = """
 [[stages]]
@@ -62,7 +62,7 @@ def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...]):
 
 
 def test_module_and_script_are_the_same_program(tmp_path: Path):
-    ended = spawn("train", tmp_path / "none.toml")
+    ended = end_of(launch("train", tmp_path / "none.toml"))
     assert ended.code == 2 and ended.err == f"error: {tmp_path / 'none.toml'}: no such file\n"
 
 

@@ -1,19 +1,19 @@
-"""A staged job on two gloo ranks, started many times: a fork server has torch imported, so that a start takes a second."""
+"""A staged job on two gloo ranks, started many times."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from tests.dist import free_port
+from tests.processes import fork_server
 from tests.training.tiny import CONFIG, Ended, checkpoint_steps, make_job, metrics
 
 STEPS = 24
@@ -68,12 +68,6 @@ def rank_main(rank: int, world: int, port: int, argv: Sequence[str], faults: str
     main()
 
 
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "kempnerforge.training.run", "kempnerforge.cli.train", "tests.training.tiny"])
-    return context
-
-
 class Ranks:
     """The ranks of ``kempnerforge ARGV``, running. Leaving a ``with`` block kills what is left of them.
 
@@ -91,7 +85,7 @@ class Ranks:
         self.processes: list[ForkServerProcess] = []
         for rank, log in enumerate(self._logs):
             Path(f"{log}.err").touch()
-            self.processes.append(_context().Process(target=rank_main, args=(rank, world, port, words, text, log), daemon=True))
+            self.processes.append(fork_server().Process(target=rank_main, args=(rank, world, port, words, text, log), daemon=True))
             self.processes[-1].start()
 
     def __enter__(self) -> Ranks:

@@ -19,8 +19,8 @@ from tests.training.tiny import (
     losses,
     make_job,
     rows_of,
-    spawn,
     tensors,
+    two_ranks,
     weights_of,
     write_config,
     write_rows,
@@ -96,12 +96,12 @@ def test_two_ranks_of_which_one_knows_more(tmp_path: Path) -> None:
     config = make_job(tmp_path, extra=FROZEN + '[[stages]]\nname = "all"\nsteps = 1\n')  # the encoder is random, so it must train some day
     rows = rows_of(tmp_path)
     write_rows(tmp_path / "train.jsonl", [row if k % 3 else {**row, "image": None} for k, row in enumerate(rows)])
-    argv = ("train", config, *COMMON, "--train.max_steps=9", f"--train.feature_cache={tmp_path}/features", "--nproc", 2)
-    assert spawn(*argv).code == 0
+    argv = ("train", config, *COMMON, "--train.max_steps=9", f"--train.feature_cache={tmp_path}/features")
+    assert two_ranks(*argv).code == 0
     for lost in sorted((tmp_path / "features").rglob("*.safetensors"))[:3]:
         lost.unlink()
     shutil.move(tmp_path / "run", tmp_path / "first")
-    ended = spawn(*argv)
+    ended = two_ranks(*argv)
     assert ended.code == 0, ended
     assert all(abs(a - b) < 1e-4 for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "first"), strict=True))
 

@@ -12,8 +12,7 @@ from kempnerforge.config.lora import is_adapter
 from kempnerforge.model.lora import LoRALinear
 from kempnerforge.training.freeze import trainable_names
 from kempnerforge.training.setup import assemble, initialise
-from tests.training.test_ranks import torchrun
-from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors, write_config
+from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors, two_ranks, write_config
 
 pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
 
@@ -164,7 +163,7 @@ def test_two_ranks_equal_one_process_that_accumulates(folder: Path, tmp_path: Pa
     begin = (f"--run.init_from={folder}/base", *FROM)
     argv = ("train", plain, *begin, "--train.grad_clip_norm=0", "--train.max_steps=3", "--eval.at_end=false")
     assert call(*argv, "--train.grad_accum_steps=2", f"--run.dir={tmp_path}/one").code == 0
-    ended = torchrun(*argv, f"--run.dir={tmp_path}/two")
+    ended = two_ranks(*argv, f"--run.dir={tmp_path}/two")
     assert ended.code == 0, ended
     assert_same_tensors(tensors(tmp_path / "two"), tensors(tmp_path / "one"))
 

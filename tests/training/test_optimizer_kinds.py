@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.optimizers.lion import Lion
 from kempnerforge.training.optimizers.schedule_free import ScheduleFreeAdamW
-from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, spawn, tensors, weights_of
+from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, tensors, two_ranks, weights_of
 
 SHAPES = [(8, 24), (5, 3), (7,), (1, 1)]
 LRS = [0.002, 0.004, 0.01, 0.01, 0.003, 0.01, 0.0, 0.02]
@@ -197,7 +197,7 @@ def test_two_ranks_equal_one_process_that_accumulates_also_when_they_take_over(n
     argv, one = (*argv, f"--train.ema_decay={ema}"), "--train.grad_accum_steps=2"
     assert call(*argv, one, f"--run.dir={tmp_path}/whole").code == 0
     assert call(*argv, one, "--train.max_steps=1").code == 0
-    ended = spawn(*argv, "--nproc", 2, "--train.max_steps=5", "--eval.interval=1", "--eval.samples=2", "--eval.blind=false")
+    ended = two_ranks(*argv, "--train.max_steps=5", "--eval.interval=1", "--eval.samples=2", "--eval.blind=false")
     assert ended.code == 0, ended
     assert call(*argv, one).code == 0
     stored = tensors(tmp_path / "whole")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +16,14 @@ import pytest
 from kempnerforge.config import load_config
 from kempnerforge.data.sampler import StepSampler
 from tests.dist import free_port
+from tests.processes import Forked
 from tests.training.tiny import (
     Ended,
     assert_same_tensors,
     call,
     checkpoint_steps,
+    end_of,
+    launch,
     losses,
     make_job,
     metrics,
@@ -29,6 +31,7 @@ from tests.training.tiny import (
     spawn,
     start,
     tensors,
+    two_ranks,
     write_rows,
 )
 
@@ -45,8 +48,8 @@ steps = {STEPS}
 
 def torchrun(*argv: object) -> Ended:
     """As on a cluster: ``torchrun --nproc-per-node 2 -m kempnerforge ARGV``."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "kempnerforge")
-    return spawn(*argv, module=launcher)
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "kempnerforge")
+    return end_of(launch(*argv, module=launcher))
 
 
 def relative(a: list[float], b: list[float]) -> float:
@@ -101,7 +104,7 @@ def test_counts_and_evaluation_are_over_all_ranks(runs: Path):
 def test_checkpoints_change_hands(runs: Path):
     """Two ranks go on where one process stopped, and one where two stopped: step by step the curve of one process."""
     base = ("train", runs / "job.toml", *COMMON, "--eval.at_end=false")
-    for name, first, second in (("one-two", call, torchrun), ("two-one", torchrun, call)):
+    for name, first, second in (("one-two", call, two_ranks), ("two-one", two_ranks, call)):
         argv = (*base, f"--run.dir={runs}/{name}")
         started, went_on = first(*argv, "--train.max_steps=6"), second(*argv, "--train.max_steps=0")
         assert started.code == went_on.code == 0, (started, went_on)
@@ -124,7 +127,7 @@ def test_a_rank_that_sees_only_text_stays_in_step(arch: str, tmp_path: Path):
     write_rows(tmp_path / "train.jsonl", rows)
     argv = ("train", path, *COMMON, f"--vlm.arch={arch}", f"--train.max_steps={steps}", "--data.batching=pad", "--eval.at_end=false")
     argv = (*argv, "--vlm.cross_attention_every_n_layers=1") if arch == "cross_attention" else argv
-    ended = torchrun(*argv, f"--run.dir={tmp_path}/two")
+    ended = two_ranks(*argv, f"--run.dir={tmp_path}/two")
     assert ended.code == 0, ended
     assert call(*argv, "--train.grad_accum_steps=2", f"--run.dir={tmp_path}/one").code == 0
     ones, twos = ([row for row in metrics(tmp_path / name) if "train/loss" in row] for name in ("one", "two"))
@@ -146,7 +149,7 @@ def test_two_ranks_with_muon_and_freezing(runs: Path):
         "--checkpoint.interval=0",
     )
     assert call(*argv, "--train.grad_accum_steps=2").code == 0
-    ended = torchrun(*argv, f"--run.dir={runs}/muon/two")
+    ended = two_ranks(*argv, f"--run.dir={runs}/muon/two")
     assert ended.code == 0, ended
     assert relative(losses(runs / "muon" / "two"), losses(runs / "muon" / "run")) < 1e-3  # Muon orthogonalises in bf16
 
@@ -154,7 +157,7 @@ def test_two_ranks_with_muon_and_freezing(runs: Path):
 # ---- exit codes ------------------------------------------------------------------------------------------------------
 
 
-def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+def wait_for(process: Forked, there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 90
     while not there():
         assert process.poll() is None and time.monotonic() < deadline

@@ -7,13 +7,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from kempnerforge.training.hooks.metrics import keep_until
+from tests.processes import Forked
 from tests.training.tiny import (
     assert_same_tensors,
     call,
@@ -62,7 +62,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert ours | {"train_s": 0} == theirs | {"train_s": 0}
 
 
-def wait_for_lines(process: subprocess.Popen[str], run: Path, count: int) -> None:
+def wait_for_lines(process: Forked, run: Path, count: int) -> None:
     """Until metrics.jsonl has ``count`` lines or the process has ended."""
     path, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while process.poll() is None and (not path.exists() or path.read_text().count("\n") < count):

@@ -21,7 +21,6 @@ from kempnerforge.training.trainer import StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
 from tests.training.tiny import (
-    Ended,
     assert_same_tensors,
     call,
     checkpoint_steps,
@@ -29,8 +28,8 @@ from tests.training.tiny import (
     make_job,
     metrics,
     rows_of,
-    spawn,
     tensors,
+    two_ranks,
     write_rows,
 )
 
@@ -177,10 +176,6 @@ EXACT = ("--train.max_steps=0", "--train.grad_clip_norm=0", "--eval.at_end=false
 """No dropout, whose masks depend on the rank; no clipping, as the norm is a sum over shards."""
 
 
-def two(*argv: object) -> Ended:
-    return spawn(*argv, "--nproc", 2)
-
-
 @pytest.fixture(scope="module")
 def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs by one process, without (``one``) and with (``micro``) accumulation."""
@@ -196,7 +191,7 @@ def one_two_one(folder: Path, name: str, accumulation: int, more: tuple[str, ...
     """A run whose first four steps are done by one process, the next four by two ranks, the rest by one again."""
     argv = ("train", folder / "job.toml", *EXACT, *EVERY_STEP, *more, f"--run.dir={folder}/{name}")
     alone = f"--train.grad_accum_steps={accumulation}"
-    for start, extra in ((call, (alone, "--train.max_steps=4")), (two, ("--train.max_steps=8",)), (call, (alone,))):
+    for start, extra in ((call, (alone, "--train.max_steps=4")), (two_ranks, ("--train.max_steps=8",)), (call, (alone,))):
         ended = start(*argv, *extra)
         assert ended.code == 0, ended
     return folder / name

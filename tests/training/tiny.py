@@ -23,7 +23,8 @@ from kempnerforge.config import JobConfig
 from kempnerforge.distributed import world as worlds
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
-from tests.dist import ROOT
+from tests.dist import ROOT, run_ranks
+from tests.processes import Forked, run_module
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "yellow": (230, 210, 60)}
 TIMING = ("train/tokens_per_s", "train/images_per_s", "train/step_s", "train/elapsed_s")
@@ -141,22 +142,38 @@ def environment(**more: str) -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
-def start(*argv: object, module: Sequence[str] = ("-m", "kempnerforge"), **env: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, as a user starts it."""
-    command = [sys.executable, *module, *map(str, argv)]
+def start(*argv: object, **env: str) -> Forked:
+    """The command in a process of its own."""
+    return Forked(run_module, ("kempnerforge", [str(word) for word in argv]), environment(**env))
+
+
+def launch(*argv: object, module: Sequence[str] = ("kempnerforge",), **env: str) -> subprocess.Popen[str]:
+    """As ``start``, in a new interpreter, as a user starts it."""
+    command = [sys.executable, "-m", *module, *map(str, argv)]
     return subprocess.Popen(command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def spawn(*argv: object, module: Sequence[str] = ("-m", "kempnerforge"), timeout: float = 120, **env: str) -> Ended:
-    """``start``, then wait."""
-    process = start(*argv, module=module, **env)
+def end_of(process: Forked | subprocess.Popen[str], timeout: float = 120) -> Ended:
+    """Waits for it; what takes longer than ``timeout`` seconds fails."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError(f"{argv} took more than {timeout} s:\n{err[-3000:]}") from None
-    return Ended(process.returncode, out, err)
+        raise AssertionError(f"pid {process.pid} took more than {timeout} s:\n{err[-3000:]}") from None
+    return Ended(process.wait(), out, err)
+
+
+def spawn(*argv: object, timeout: float = 120, **env: str) -> Ended:
+    """``start``, then wait."""
+    return end_of(start(*argv, **env), timeout)
+
+
+def two_ranks(*argv: object, timeout: float = 120) -> Ended:
+    """The command on two ranks, in the environment that ``torchrun`` gives; its code is the first that is not 0."""
+    ended = run_ranks("from kempnerforge.cli.main import main; main()", 2, *argv, timeout=timeout)
+    code = next((one.returncode for one in ended if one.returncode), 0)
+    return Ended(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
 
 
 def metrics(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:
