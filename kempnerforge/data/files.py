@@ -20,6 +20,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # else a loss of power could leave the name without the content
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

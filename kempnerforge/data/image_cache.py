@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import time
-import warnings
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.files import why_not_writable, write_whole
+from kempnerforge.data.entries import Entries
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.images import contents
-
-HEADER = struct.Struct("<4sIII")  # MAGIC, CRC-32 of the pixels, number of views, their side in pixels
-MAGIC = b"kfv1"
-
 
 SETTLED_NS = 2 * 10**9
 """A file that was written later than this before it was read may be written again without its times showing it."""
@@ -93,57 +85,30 @@ class ImageCache:
 
 
 class DiskCache:
-    """Views in files, one for each image, uncompressed. Several processes may use the same directory.
-
-    A file appears whole or not at all, and carries a checksum: one that is damaged, or of another kind, counts as absent. It goes by what an
-    image holds, so an image that is copied or moved is found again, and one that is written anew is another one.
+    """Views on disk, uncompressed, for each image. It goes by what an image holds, so an image that is copied or moved is found again, and one
+    that is written anew is another one.
 
     Args:
-        directory: made with its first file.
+        directory: of the entries.
         transform: everything besides the image that decides what its views are.
+        side: of a view, in pixels.
 
     Raises:
-        ValueError: the directory cannot be written to.
+        InputError: the directory cannot be written to.
     """
 
-    def __init__(self, directory: str, transform: str) -> None:
-        self.directory, self.transform = Path(directory), transform
-        self.writable = True
-        if reason := why_not_writable(self.directory):
-            raise InputError(f"data.images.cache_dir = {directory!r}: {reason}")
+    def __init__(self, directory: str, transform: str, side: int) -> None:
+        self.entries = Entries(Path(directory), "data.images.cache_dir")
+        self.entries.check()
+        self.transform, self.side = transform, side
 
-    def path(self, image: str) -> Path:
-        """Where the views of the image with the content key ``image`` lie."""
-        key = hashlib.blake2b(f"{self.transform}\0{image}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-        return self.directory / key[:2] / f"{key[2:]}.views"
+    def read(self, image: str) -> list[np.ndarray] | None:
+        """The views of the image with the content key ``image``, read-only, if they are there and whole."""
+        pixels = self.entries.read(self._key(image), self.side * self.side * 3)
+        return None if pixels is None else list(np.frombuffer(pixels, np.uint8).reshape(-1, self.side, self.side, 3))
 
-    def read(self, path: Path, side: int) -> list[np.ndarray] | None:
-        """The views in ``path``, read-only, if they are there, whole, and squares of ``side`` pixels."""
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        if len(data) < HEADER.size:
-            return None
-        magic, checksum, count, found = HEADER.unpack_from(data)
-        pixels = memoryview(data)[HEADER.size :]
-        if magic != MAGIC or found != side or not count or len(pixels) != count * side * side * 3 or zlib.crc32(pixels) != checksum:
-            return None
-        return list(np.frombuffer(pixels, np.uint8).reshape(count, side, side, 3))
+    def write(self, image: str, views: list[np.ndarray]) -> None:
+        self.entries.write(self._key(image), np.stack(views).data.cast("B"))
 
-    def write(self, path: Path, views: list[np.ndarray]) -> None:
-        """Writes ``views`` to ``path``. A disk that takes no more is no reason to stop: from then on nothing is written."""
-        if not self.writable:
-            return
-        pixels = np.stack(views)
-
-        def fill(part: Path) -> None:
-            with part.open("xb") as file:
-                file.write(HEADER.pack(MAGIC, zlib.crc32(pixels.data), len(views), len(views[0])))
-                file.write(pixels.data)
-
-        try:
-            write_whole(path, fill)
-        except OSError as error:
-            self.writable = False
-            warnings.warn(f"data.images.cache_dir = {str(self.directory)!r}: {error.strerror or error}; nothing more is kept", stacklevel=2)
+    def _key(self, image: str) -> str:
+        return f"{self.transform}\0{image}"

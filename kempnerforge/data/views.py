@@ -55,7 +55,7 @@ class Views:
         deciding = {**dataclasses.asdict(cfg), "augment": None, "cache_dir": None, "markers": None, "number_images": None}
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding], sort_keys=True)
         if cfg.cache_dir:
-            self._disk = DiskCache(cfg.cache_dir, self._transform)
+            self._disk = DiskCache(cfg.cache_dir, self._transform, layout.image_size)
 
     @property
     def marker_ids(self) -> frozenset[int]:
@@ -127,7 +127,7 @@ class Views:
         if views is None:
             views = self._made(image, Change(), data)
             if self._disk is not None:
-                self._disk.write(self._disk.path(key), views)
+                self._disk.write(key, views)
             self.cache.put(key, self._transform, views)
         return views
 
@@ -135,7 +135,7 @@ class Views:
         """The views of the image with this content ``key``, if memory or disk has them."""
         views = self.cache.get(key, self._transform)
         if views is None and self._disk is not None:
-            views = self._disk.read(self._disk.path(key), self.layout.image_size)
+            views = self._disk.read(key)
             if views is not None:
                 self.cache.put(key, self._transform, views)
         return views

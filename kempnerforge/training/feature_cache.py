@@ -7,29 +7,24 @@ parameters P and tokens T of the encoder (v) and of the whole.
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.batch import Batch
-from kempnerforge.data.files import why_not_writable, write_whole
+from kempnerforge.data.entries import Entries
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.vlm.base import VLM
 
-LOG = logging.getLogger("kempnerforge")
-
-NAME = "features"
+WHERE = "train.feature_cache"
 
 
 class FeatureCache:
@@ -39,7 +34,7 @@ class FeatureCache:
     on which images were met together later. A micro-batch of which all ranks have everything is not encoded at all.
 
     Args:
-        directory: may be shared by runs and processes; a file is written whole or not at all.
+        directory: may be shared by runs and processes.
         model: sharded already. The key follows what its encoder is when it is used: what writes to the weights (the optimizer, a reset, a
             checkpoint, an average that takes their place) need not say so.
         world: the encoder is sharded over it, so all ranks must agree on calling it.
@@ -53,21 +48,19 @@ class FeatureCache:
         self.directory, self.model, self.world, self.dtype = directory, model, world, dtype
         self._weights = dict(model.vision_encoder.named_parameters())  # the sharded ones, whatever stands in the modules at the moment
         self._versions: list[int] | None = None
-        self._folder: Path | None = None
-        self._writable = True
-        if reason := why_not_writable(directory):
-            raise InputError(f"train.feature_cache = {str(directory)!r}: {reason}")
+        self._entries: Entries | None = None
+        Entries(directory, WHERE).check()
 
-    def _open(self) -> Path | None:
-        """Where the features of the encoder as it is now lie; None: it trains, and has none. Its weights are read when they may have changed."""
+    def _open(self) -> Entries | None:
+        """The features of the encoder as it is now; None: it trains, and has none. Its weights are read when they may have changed."""
         if any(parameter.requires_grad for parameter in self._weights.values()):
-            self._versions = self._folder = None
+            self._versions = self._entries = None
             return None
         versions = [local(value)._version for value in self._weights.values()]
         if self.world.sum([versions != self._versions])[0]:  # reading them is up to all ranks
-            self._folder = self.directory / self._key()
+            self._entries = Entries(self.directory / self._key(), WHERE)
             self._versions = versions
-        return self._folder
+        return self._entries
 
     def _key(self) -> str:
         """Of all that decides which features come out: settings, code, dtype, weights."""
@@ -102,25 +95,19 @@ class FeatureCache:
             if known is None:
                 self._write(key, features)
 
-    def _path(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / key[:2] / f"{key}.safetensors"
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.model.vision_encoder.num_tokens, self.model.vision_encoder.dim  # (F, E)
 
-    def _read(self, key: str) -> Tensor | None:
-        path = self._path(key)
-        if not path.exists():
-            return None
-        try:
-            return load_file(path)[NAME]
-        except (SafetensorError, KeyError, OSError):  # written by a machine that lost power: computed anew, and replaced
-            return None
+    def _read(self, image: str) -> Tensor | None:
+        assert self._entries is not None
+        found = self._entries.read(self._entry(image), math.prod(self._shape) * self.dtype.itemsize)
+        return None if found is None else torch.frombuffer(bytearray(found), dtype=self.dtype).reshape(self._shape)
 
-    def _write(self, key: str, features: Tensor) -> None:
-        """A disk that takes no more is no reason to stop: from then on nothing is written."""
-        if not self._writable:
-            return
-        try:
-            write_whole(self._path(key), lambda part: save_file({NAME: features.contiguous()}, part))
-        except (OSError, SafetensorError) as error:
-            self._writable = False
-            LOG.warning("train.feature_cache = %r: %s; nothing more is kept", str(self.directory), error)
+    def _write(self, image: str, features: Tensor) -> None:
+        assert self._entries is not None and features.shape == self._shape
+        self._entries.write(self._entry(image), features.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _entry(self, image: str) -> str:
+        assert self._entries is not None
+        return f"{self._entries.directory.name}\0{image}"

@@ -69,12 +69,29 @@ def test_each_image_is_encoded_once(tmp_path: Path) -> None:
     assert again == [0] * 9
     assert_same_tensors(first, second)
     assert all(torch.allclose(first[name], uncached[name], atol=1e-5) for name in first)
-    damaged = sorted((tmp_path / "features").rglob("*.safetensors"))
-    assert len(damaged) == 16
-    damaged[0].write_bytes(b"")
-    calls, third = encoded(tmp_path, cache)
-    assert sum(calls) == 4, "the batch of the one that is lost"
-    assert all(torch.allclose(first[name], third[name], atol=1e-5) for name in first)
+
+
+def test_a_damaged_swapped_or_foreign_entry_is_named_and_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each image is asked for in its first step; nothing but the batches of those that are wrong is encoded."""
+    make_job(tmp_path, extra=FROZEN)
+    cache = f"--train.feature_cache={tmp_path}/features"
+    _, first = encoded(tmp_path, cache)
+    entries = sorted(path for path in (tmp_path / "features").rglob("*") if path.is_file())
+    assert len(entries) == 16
+    good = [path.read_bytes() for path in entries]
+    for bad in (
+        {0: b""},
+        {1: good[1][:-3] + bytes([good[1][-3] ^ 1]) + good[1][-2:]},  # one bit of a feature: it was believed
+        {2: good[3], 3: good[2]},  # of two images: they were believed
+    ):
+        for k, data in bad.items():
+            entries[k].write_bytes(data)
+        caplog.clear()
+        calls, again = encoded(tmp_path, cache)
+        assert sum(calls) in (4, 8) and len(caplog.records) == len(bad)
+        assert all(str(entries[k]) in caplog.text for k in bad)
+        assert all(torch.allclose(first[name], again[name], atol=1e-5) for name in first)
+        assert sum(encoded(tmp_path, cache)[0]) == 0, "they are whole again"
 
 
 def test_an_encoder_that_has_learned_has_other_features(tmp_path: Path) -> None:
@@ -98,7 +115,7 @@ def test_two_ranks_of_which_one_knows_more(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [row if k % 3 else {**row, "image": None} for k, row in enumerate(rows)])
     argv = ("train", config, *COMMON, "--train.max_steps=9", f"--train.feature_cache={tmp_path}/features")
     assert two_ranks(*argv).code == 0
-    for lost in sorted((tmp_path / "features").rglob("*.safetensors"))[:3]:
+    for lost in sorted((tmp_path / "features").rglob("*.entry"))[:3]:
         lost.unlink()
     shutil.move(tmp_path / "run", tmp_path / "first")
     ended = two_ranks(*argv)
@@ -131,7 +148,8 @@ def test_the_key_follows_the_weights_that_encode(tmp_path: Path) -> None:
         assert features is not None
 
         def folder() -> Path | None:
-            return features._open()
+            opened = features._open()
+            return opened and opened.directory
 
         trainer.apply_freeze()
         for _ in range(3):
