@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of one JSON object a line that a run goes on with."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import json
+import logging
 import os
 import shutil
 import time
@@ -12,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
+
+LOG = logging.getLogger("kempnerforge")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -100,3 +105,51 @@ def why_not_writable(directory: Path) -> str:
     if not there.is_dir():
         return f"{there} is not a directory"
     return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
+
+
+# ---- one JSON object a line ---------------------------------------------------------------------------------------------------
+
+
+def read_objects(path: Path, key: str, kind: type) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of ``path`` that are objects with a ``kind`` at ``key``, and the numbers of the others. A last line without an end, as a kill
+    leaves it, is neither.
+    """
+    found: list[dict[str, Any]] = []
+    others: list[int] = []
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], start=1):
+        row = _parsed(line)
+        if isinstance(row, dict) and type(row.get(key)) is kind:
+            found.append(row)
+        elif number <= len(lines) and line.strip():
+            others.append(number)
+    return found, others
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def mend_objects(path: Path, key: str, kind: type, belongs: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
+    """Leaves in ``path`` the objects that belong there. If other lines were there, or it is no file, that is said, and what was there is kept
+    beside it: a side file never stops a run.
+    """
+    if not os.path.lexists(path):
+        return
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
+    try:
+        if not path.is_file():
+            raise OSError("not a file")
+        found, others = read_objects(path, key, kind)
+    except OSError as error:
+        path.rename(aside)
+        LOG.warning("%s: %s; moved to %s", path, error.strerror or error, aside.name)
+        return
+    if others:
+        shutil.copyfile(path, aside)  # not moved: other ranks read it
+        more = f" and {len(others) - 1} more cannot be read and are" if len(others) > 1 else " cannot be read and is"
+        LOG.warning("%s: line %d%s left out; the file as it was is %s", path, others[0], more, aside.name)
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in found if belongs(row)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from kempnerforge.config import to_toml
+from kempnerforge.data.files import read_objects
 from kempnerforge.training.history import changed_on_the_way, spans_of, trained_with
 from kempnerforge.training.restore import Restored
 
@@ -52,11 +52,7 @@ def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     if checkpoint.resolve().parent.name != "checkpoints" or not file.is_file():
         return found
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a line that was cut off when a run was killed
-            continue
-        if isinstance(row, dict) and isinstance(at := row.get("step", 0), int) and at <= step:
+    for row in read_objects(file, "step", int)[0]:
+        if row["step"] <= step:
             found = {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)} or found
     return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from kempnerforge.data.files import read_objects
 from kempnerforge.training.charts import Series
 
 
@@ -32,20 +31,11 @@ class Metrics:
 def read_metrics(path: Path) -> Metrics:
     """Reads ``metrics.jsonl``. Lines that are not an object with a step (a kill may break one) are counted and left out."""
     rows: dict[int, dict[str, float]] = {}
-    unreadable = 0
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in filter(None, map(bytes.strip, lines)):
-        try:
-            found: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            found = None
-        step = found.get("step") if isinstance(found, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool):
-            unreadable += 1
-            continue
-        numbers = {key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        rows.setdefault(step, {}).update(numbers)
-    return Metrics(dict(sorted(rows.items())), unreadable)
+    found, others = read_objects(path, "step", int) if path.exists() else ([], [])
+    for row in found:
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        rows.setdefault(row["step"], {}).update(numbers)
+    return Metrics(dict(sorted(rows.items())), len(others))
 
 
 class Facts:

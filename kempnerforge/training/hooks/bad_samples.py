@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from kempnerforge.config import Stage
+from kempnerforge.data.files import mend_objects, read_objects
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -19,10 +20,13 @@ class BadSamples(Hook):
 
     def start(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        if trainer.world.is_main:
+            mend_objects(self.path, "id", str)
+            if not trainer.step:  # what an attempt that got nowhere left; the data may have been mended since
+                self.path.unlink(missing_ok=True)
+        trainer.world.barrier()
         if trainer.step and self.path.exists():
-            self._known = {json.loads(line)["id"] for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
-        elif trainer.world.is_main:  # what an attempt that got nowhere left; the data may have been mended since
-            self.path.unlink(missing_ok=True)
+            self._known = {row["id"] for row in read_objects(self.path, "id", str)[0]}
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
         self._write(trainer, result.stage)

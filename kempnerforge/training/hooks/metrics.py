@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kempnerforge.config import MetricsConfig
-from kempnerforge.data.files import write_text
+from kempnerforge.data.files import mend_objects
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
@@ -67,17 +67,11 @@ class Metrics(Hook):
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
     """Drops what is about to be written again: the steps behind a checkpoint, a line that a kill cut short, and, when the run is about to
-    repeat its last evaluation, what that one found at ``step``.
+    repeat its last evaluation, what that one found at ``step``. Damaged lines are named.
     """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step - (evaluates_again and '"eval/' in line)]
-    write_text(path, "".join(f"{line}\n" for line in kept))
 
+    def stays(row: dict[str, Any]) -> bool:
+        repeated = evaluates_again and any(key.startswith("eval/") for key in row)
+        return row["step"] <= step - repeated
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+    mend_objects(path, "step", int, stays)
