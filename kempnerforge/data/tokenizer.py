@@ -18,6 +18,7 @@ from kempnerforge.config.paths import expand, start_of
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
+LONGEST_WORD = 4096
 CHAT_TEMPLATE = "chat_template.jinja"
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: adds nothing to tokenizer.json
@@ -237,17 +238,22 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level BPE (Radford et al. 2019, section 2.2) over ``texts``; the same texts give the same tokenizer.
 
+        NOTE: the trainer's time grows with the square of a word's length, so words of more than ``LONGEST_WORD`` bytes are learnt from in parts.
+
         Args:
             texts: the training text.
             vocab_size: entries at most: three special tokens, 256 bytes, then merges.
         """
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = pre_tokenizers.Split(tokenizers.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")  # a byte is a character, and none a line break
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
         unicode = (text.encode("utf-8", "ignore").decode() for text in texts)  # a lone surrogate makes its sample unusable, not the run
         backend.train_from_iterator(unicode, trainer)
+        backend.pre_tokenizer = words
         return cls(backend, eos=EOS, bos=BOS, pad=PAD, adds_bos=True)
 
     @classmethod

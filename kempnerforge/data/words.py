@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -106,11 +107,16 @@ class TextEncoder:
             raise SampleError(
                 "an image behind the first answer of a conversation, and the chat template writes earlier answers otherwise than the last one"
             )
-        parts = [replace(text, more=text.more[:k]) for k in range(len(text.more) + 1)]
-        if self.cfg.truncate:
-            room = self.layout.max_text_len
-            parts = [part for k, part in enumerate(parts) if not k or len(self._line(part).ids) <= room]
-        return parts
+        fitting = self._turns_that_fit(text)
+        if fitting < len(text.more) and not self.cfg.truncate:
+            raise SampleError(f"a text of {len(self._line(text).ids)} tokens, max_text_len = {self.layout.max_text_len}")
+        return [replace(text, more=text.more[:k]) for k in range(fitting + 1)]
+
+    def _turns_that_fit(self, text: Text) -> int:
+        """Turns of ``text.more``, from the first, with which it is not too long. Its length is asked for a few times, not for each turn."""
+        room, turns = self.layout.max_text_len, len(text.more)
+        too_long = lambda k: len(self._line(replace(text, more=text.more[:k])).ids) > room
+        return turns if not too_long(turns) else max(0, bisect_left(range(turns), True, key=too_long) - 1)
 
     def encode_prompt(self, prompt: str | Text, num_images: int) -> Prompt:
         """What stands before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
@@ -318,8 +324,8 @@ class TextEncoder:
         whole = line = self._line(text)
         room = self.layout.max_text_len
         if self.cfg.truncate:
-            while len(line.ids) > room and text.more and not self.template.by_turn:
-                text = replace(text, more=text.more[:-1])
+            if len(line.ids) > room and text.more and not self.template.by_turn:
+                text = replace(text, more=text.more[: self._turns_that_fit(text)])
                 line = self._line(text)
             keep = min(room, len(line.ids)) - 1
             if keep < len(line.ids) - 1 and keep > 0 and all(line.trained[keep - 1 :]) and all(k <= keep for k in line.at):

@@ -449,6 +449,31 @@ def test_truncation_cuts_turns_then_the_answer(tokenizer: Tokenizer) -> None:
         assert (len(kept) == room) == (room > at), "an image is never cut out, the text is too long then"
 
 
+@pytest.mark.parametrize(("name", "by_turn"), [("smollm2", False), ("qwen3", True)])
+def test_a_long_conversation_is_tokenised_a_few_times_not_once_a_turn(name: str, by_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, calls, line = Text("a", "b", (("c", "d"),) * 300), [], TextEncoder._line
+
+    def counted(self: TextEncoder, text: Text):
+        calls.append(text)
+        return line(self, text)
+
+    monkeypatch.setattr(TextEncoder, "_line", counted)
+    cutting, refusing = (
+        TextEncoder(bytes_level(FAMILIES[name]), DataConfig(template="chat", truncate=truncate), Layout(2, 8, 500, 10_000, 0))
+        for truncate in (True, False)
+    )
+    assert cutting.template.by_turn == by_turn
+    parts = cutting.as_asked(talk)
+    taken = cutting.encode(parts[-1]).length
+    assert 400 < taken <= 500 and len(calls) < 15
+    if by_turn:
+        assert cutting.encode(replace(talk, more=talk.more[: len(parts)])).length > 500, "one more does not fit"
+        calls.clear()
+        with pytest.raises(SampleError, match="tokens, max_text_len = 500"):
+            refusing.as_asked(talk)
+        assert len(calls) < 15
+
+
 @given(st.lists(st.tuples(st.text(max_size=6), st.text("ab <image>", min_size=1, max_size=12)), min_size=1, max_size=3), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_truncation_keeps_images_and_ends(tokenizer: Tokenizer, turns: list[tuple[str, str]], room: int) -> None:

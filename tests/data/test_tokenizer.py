@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.data import Tokenizer
-from kempnerforge.data.tokenizer import BOS, EOS, PAD, put_in_front, stop_ids
+from kempnerforge.data.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front, stop_ids
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)))
 
@@ -42,6 +45,24 @@ def test_training_is_deterministic_and_bounded() -> None:
     assert first.vocab_size == 270
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != Tokenizer.train(texts, 271).fingerprint
+
+
+def test_training_takes_the_same_time_for_words_of_any_length() -> None:
+    """The trainer alone needs minutes for a word of 300 kB. Words up to ``LONGEST_WORD`` are learnt from as they are."""
+    rng = random.Random(0)
+    word = lambda length: "".join(rng.choices("abcdefghijklmnop", k=length))
+    begin = time.process_time()
+    Tokenizer.train([word(300_000)], 600)
+    assert time.process_time() - begin < 15
+    texts = [word(LONGEST_WORD), "naïve 漢字\r\n\n\t\u2028x", *(word(rng.randint(1, 9)) for _ in range(300))]
+    trained = Tokenizer.train(texts, 600)
+    alone = tokenizers.Tokenizer(models.BPE())
+    alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
+    alone.train_from_iterator(texts, trainer)
+    ours, theirs = (json.loads(backend.to_str()) for backend in (trained.backend, alone))
+    assert ours["model"] == theirs["model"] and ours["pre_tokenizer"] == theirs["pre_tokenizer"]
 
 
 def test_frequent_words_become_one_token(tokenizer: Tokenizer) -> None:
