@@ -84,11 +84,15 @@ def sync_files(folder: Path) -> None:
 
 def move_aside(path: Path) -> Path:
     """Gives what is at ``path`` a name with the time beside it, which is free, and returns that."""
-    stem = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime())}"
-    names = chain([stem], (f"{stem}-{k}" for k in count(2)))
-    aside = next(other for name in names if not os.path.lexists(other := path.with_name(name)))
+    aside = _aside(path)
     path.rename(aside)
     return aside
+
+
+def _aside(path: Path) -> Path:
+    stem = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime())}"
+    names = chain([stem], (f"{stem}-{k}" for k in count(2)))
+    return next(other for name in names if not os.path.lexists(other := path.with_name(name)))
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -139,17 +143,15 @@ def mend_objects(path: Path, key: str, kind: type, belongs: Callable[[dict[str, 
     """
     if not os.path.lexists(path):
         return
-    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
     try:
         if not path.is_file():
             raise OSError("not a file")
         found, others = read_objects(path, key, kind)
     except OSError as error:
-        path.rename(aside)
-        LOG.warning("%s: %s; moved to %s", path, error.strerror or error, aside.name)
+        LOG.warning("%s: %s; moved to %s", path, error.strerror or error, move_aside(path).name)
         return
     if others:
-        shutil.copyfile(path, aside)  # not moved: other ranks read it
+        shutil.copyfile(path, aside := _aside(path))  # not moved: other ranks read it
         more = f" and {len(others) - 1} more cannot be read and are" if len(others) > 1 else " cannot be read and is"
         LOG.warning("%s: line %d%s left out; the file as it was is %s", path, others[0], more, aside.name)
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in found if belongs(row)))

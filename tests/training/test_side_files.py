@@ -54,7 +54,7 @@ def test_damaged_lines_are_named_and_left_out(cut: Path, tmp_path: Path, caplog:
     said = goes_on(cut, run, caplog)
     assert_same_run(run, cut / "run")
     for name, content in damaged.items():
-        (kept,) = run.glob(f"{name}.damaged-*")
+        (kept,) = run.glob(f"{name}.2*")
         assert kept.read_bytes() == content
         assert f"{run / name}: line 1 and {len(DAMAGE) - 1} more cannot be read and are left out; the file as it was is {kept.name}" in said
 
@@ -70,7 +70,7 @@ def test_a_line_that_a_kill_cut_off_is_none(cut: Path, tmp_path: Path, caplog: p
     for name in NAMES:
         with (run / name).open("ab") as file:
             file.write(b'{"step": 2, "id": "x')
-    assert not goes_on(cut, run, caplog) and not list(run.glob("*.damaged-*"))
+    assert not goes_on(cut, run, caplog) and not list(run.glob("*.jsonl.2*"))
 
 
 def test_what_is_no_file_is_moved_aside(cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,6 +80,6 @@ def test_what_is_no_file_is_moved_aside(cut: Path, tmp_path: Path, caplog: pytes
         (run / name).mkdir()
     said = goes_on(cut, run, caplog)
     for name in NAMES:
-        (aside,) = run.glob(f"{name}.damaged-*")
+        (aside,) = run.glob(f"{name}.2*")
         assert f"{run / name}: not a file; moved to {aside.name}" in said and aside.is_dir()
     assert metrics(run) == [row for row in metrics(cut / "run") if row["step"] > 2]
