@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from kempnerforge.checkpoint import resolve, verify
+from kempnerforge.checkpoint.manifest import METADATA, NAME
 from tests.faults.conftest import Job, Observe
-from tests.faults.ranks import STEPS, Faults, codes, lines, newest
+from tests.faults.ranks import STEPS, Faults, Ranks, codes, lines, newest
+from tests.interop.tiny_vlms import save
+from tests.training.tiny import call, make_job
 
 pytestmark = pytest.mark.dist
 
@@ -70,8 +75,11 @@ def test_in_a_step_and_around_the_line_of_metrics(job: Job, tmp_path: Path, obse
     observe("killed between a line of metrics.jsonl and its checkpoint, and behind the checkpoint", "no line twice, none missing", exact)
 
 
-def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random) -> list[str]:
+def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: str, fresh: float = 0.0) -> list[str]:
     """Kills ``run`` at ``kills`` random moments, from the start of a process to the final evaluation, then lets it finish.
+
+    Args:
+        fresh: how often the command that is killed says ``--fresh``.
 
     Returns:
         What was killed, as "ranks at line n of metrics.jsonl".
@@ -81,8 +89,9 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random) -> list[
         victims = rng.choice([(0,), (1,), (0, 1)])
         left = STEPS - newest(run)
         moment = lines(run) + rng.randint(0, max(1, left // (kills - kill)))  # in lines; a few of them are evaluations
-        with job.ranks(run, "--checkpoint.keep_last_n=3", "--distributed.timeout_s=20") as ranks:
-            ranks.wait_for(lambda moment=moment: lines(run) >= moment or (run / "report.html").exists())
+        anew = ["--fresh"] if rng.random() < fresh else []
+        with job.ranks(run, "--checkpoint.keep_last_n=3", "--distributed.timeout_s=20", *argv, *anew) as ranks:
+            ranks.wait_for(lambda moment=moment, anew=anew: bool(anew) or lines(run) >= moment or (run / "report.html").exists())
             time.sleep(rng.random() * (0.15 if lines(run) else 2.0))
             for rank in victims:
                 ranks.send(rank, signal.SIGKILL)
@@ -92,7 +101,7 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random) -> list[
         over = (run / "report.html").exists()
         assert over or all(code in those for code, those in zip(codes(ended), allowed, strict=True)), ranks.err()
         notes.append(f"{victims} at line {lines(run)}, checkpoint {newest(run)}{', too late' if over else ''}")
-    job.finish(run, "--checkpoint.keep_last_n=3")
+    job.finish(run, "--checkpoint.keep_last_n=3", *argv)
     return notes
 
 
@@ -110,8 +119,59 @@ def test_many_at_random(job: Job, tmp_path: Path, observe: Observe, request: pyt
     kills, runs = (int(request.config.getoption(name, default=n) or n) for name, n in (("--kills", 60), ("--kill-runs", 15)))
     begin, hit, number = time.monotonic(), 0, 0
     while number < runs or hit < kills:
-        want = (kills - hit) // max(1, runs - number)
-        notes = kill_at_random(job, tmp_path / f"run{number}", want, random.Random(number))
+        want, run = (kills - hit) // max(1, runs - number), tmp_path / f"run{number}"
+        caches = (f"--data.images.cache_dir={run}.images",) if number % 3 == 1 else ()
+        notes = kill_at_random(job, run, want, random.Random(number), *caches, fresh=0.5 if number % 3 == 2 else 0.0)
         number, hit = number + 1, hit + sum("too late" not in note for note in notes)
         print(f"run {number}, {time.monotonic() - begin:.0f} s: bitwise equal after", "; ".join(notes), flush=True)
-    observe(f"kill -9 at random moments over {number} runs with four stages and dropout", f"{hit} kills", True)
+    observe(
+        f"kill -9 at random moments over {number} runs with four stages and dropout, a third of them with an image cache, a third"
+        " with --fresh half of the time",
+        f"{hit} kills",
+        True,
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """But for those of a checkpoint that have a random id or the checksum of one, with which it is verified."""
+    if (folder / "checkpoints").is_dir():
+        verify(resolve(folder))
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (METADATA, NAME)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_conversion_at_random(command: str, tmp_path: Path, observe: Observe, request: pytest.FixtureRequest):
+    """Half of ``--kills`` in both together: the directory is not there, or is whole, and the next command makes it."""
+    kills, out, rng = int(request.config.getoption("--kills", default=60) or 60) // 4, tmp_path / "out", random.Random(command)
+    if command == "import":
+        save("llava", tmp_path / "theirs")
+        argv = ("import", tmp_path / "theirs", out)
+    else:
+        assert call("train", make_job(tmp_path), "--train.max_steps=1", "--eval.at_end=false").code == 0
+        argv = ("export", tmp_path / "run", out, "--format=kempnerforge")
+
+    def convert(seconds: float | None) -> float:
+        begin = time.monotonic()
+        with Ranks(tmp_path / "logs", *argv, world=1) as ranks:
+            if seconds is not None:
+                time.sleep(seconds)
+                ranks.send(0, signal.SIGKILL)
+            (ended,) = ranks.wait()
+        assert ended.code in ((0, KILLED) if seconds is not None else (0,)), ranks.err()
+        return time.monotonic() - begin
+
+    took, hit = convert(None), 0
+    whole = files(out)
+    shutil.rmtree(out)
+    for _ in range(kills):
+        convert(rng.random() * took)
+        assert not out.exists() or files(out) == whole
+        hit += not out.exists()
+        if out.exists():
+            shutil.rmtree(out)
+    convert(None)
+    assert files(out) == whole and not list(tmp_path.glob(".out.part-*"))
+    observe(f"kill -9 at random moments of an {command}", f"{hit} kills leave no directory; the next {command} makes it", "the same files")
