@@ -19,16 +19,18 @@ from typing import NoReturn
 
 from kempnerforge.config.errors import InputError, visible
 from kempnerforge.config.paths import place_of
+from kempnerforge.config.plugins import trusting
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
-NEWLINE = "\n"
+NEWLINE, TRUST = "\n", "--trust-plugins"
 INTERRUPTED = 130
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
-Any key of the config can be given on the command line, as --section.key=value or --section.key value.
+Any key of the config can be given on the command line, as --section.key=value or --section.key value. The record of a run, a checkpoint
+or an export may name plugins, which are code: --trust-plugins runs them.
 
 exit codes: 0 done; 2 the input is wrong (config, data, arguments); 3 stopped by a fault, the same command continues;
 130 interrupted after saving, the same command continues; 1 a defect of the program."""
@@ -91,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     """As ``run``; an interrupt comes out."""
-    words, overrides = split_overrides(argv)
+    words, overrides = split_overrides([word for word in argv if word != TRUST])
     args, rest = parser().parse_known_args(words)
     if hasattr(args, "images"):  # argparse takes those before the next option alone
         args.images = [*args.images, *(Path(word) for word in rest if not word.startswith("-"))]
@@ -99,7 +101,8 @@ def _run(argv: Sequence[str]) -> int:
     args.argv, args.overrides = list(argv), overrides + rest
     try:
         _expand_paths(args)
-        return command(args.command).run(args)
+        with trusting(TRUST in argv):
+            return command(args.command).run(args)
     except InputError as error:
         print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
         return 2

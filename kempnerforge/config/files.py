@@ -16,6 +16,8 @@ from kempnerforge.config.paths import expand, start_of
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
+OF_A_RUN = ("checkpoints", "manifest.json", "complete.json", "model.safetensors", "model.safetensors.index.json")
+"""What is beside the config of a run, a checkpoint or an export."""
 RECORD = "# A resolved job: every key is here, also those that nobody has set.\n"
 """The first line of what ``to_toml`` writes. A key in such a file is no choice: what is laid over it may leave it unread, and it goes back to
 its default then.
@@ -24,11 +26,16 @@ its default then.
 
 @dataclass(frozen=True)
 class Layer:
-    """One TOML file, without its ``extends``; ``record``: it is a resolved job."""
+    """One TOML file, without its ``extends``; ``record``: it begins as a resolved job."""
 
     path: Path
     table: dict[str, Any]
     record: bool = False
+
+    @property
+    def is_record(self) -> bool:
+        """Whether it is the config of something that was trained, rather than one that somebody wrote to train with it."""
+        return self.record or (self.path.name == "config.toml" and any((self.path.parent / name).exists() for name in OF_A_RUN))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

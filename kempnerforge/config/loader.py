@@ -15,7 +15,7 @@ from kempnerforge.config.errors import ConfigError, Problems
 from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.paths import PathText, place_of
-from kempnerforge.config.plugins import load_plugins
+from kempnerforge.config.plugins import check_trust, load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
 
 _UNION_SECTIONS = {name: UNIONS[cls] for name, cls in SECTIONS.items() if cls in UNIONS}
@@ -62,15 +62,17 @@ def _overrides_alone(stages: Any) -> list[StageConfig]:
 
 
 def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]) -> list[str]:
-    """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer."""
-    found: list[tuple[Any, Path, str]] = [
-        (layer.table["plugins"], layer.path.parent, str(layer.path)) for layer in layers if "plugins" in layer.table
+    """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer. Those of a record have to be trusted."""
+    found: list[tuple[Any, Path, str, bool]] = [
+        (layer.table["plugins"], layer.path.parent, str(layer.path), layer.is_record) for layer in layers if "plugins" in layer.table
     ]
-    found += [(value, Path(), COMMAND_LINE) for key, value in given if key == ("plugins",)]
-    value, folder, origin = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path))
+    found += [(value, Path(), COMMAND_LINE, False) for key, value in given if key == ("plugins",)]
+    value, folder, origin, theirs = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path), False)
     if isinstance(value, Argument) and isinstance(value.value, str):
         value = [value.text]  # --plugins=FILE
     names = convert(list[PathText], value, ("plugins",), problems := Problems(origin))
     if names is INVALID:
         raise ConfigError(problems.lines)
+    if theirs:
+        check_trust(names, folder, origin)
     return load_plugins(names, folder, origin)

@@ -1,6 +1,7 @@
 """Code outside this package that registers archs, encoders, adapters or data sources, imported before a config is read.
 
-A plugin is known by what it is: its source as it was imported, not by the name of its file or module.
+A plugin is known by what it is: its source as it was imported, not by the name of its file or module. Plugins that the record of a run, a
+checkpoint or an export names are somebody else's code: they run only if ``trusting`` says so.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -23,6 +27,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.errors import ConfigError
 
 ENTRY_POINTS = "kempnerforge.plugins"
+LOG = logging.getLogger("kempnerforge")
 DIFF_LINES = 30
 """Of a source that changed, in a message."""
 
@@ -61,8 +66,45 @@ class PluginRecord:
 
 _plugins: dict[str, Plugin] = {}
 """What was imported last under each name."""
+_trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 _sources: WeakKeyDictionary[ModuleType, Mapping[str, bytes]] = WeakKeyDictionary()
 """Of each module as it was when it was imported."""
+
+
+@contextmanager
+def trusting(yes: bool = True) -> Iterator[None]:
+    """Whether plugins that records name are run in the block."""
+    before = _trusting.set(yes)
+    try:
+        yield
+    finally:
+        _trusting.reset(before)
+
+
+def check_trust(names: Sequence[str], folder: Path, origin: str) -> None:
+    """Raises ConfigError for plugins that the record ``origin`` names and that are not trusted. What this process has imported already is."""
+    new = [(name, described) for name in names if (described := _not_yet_run(name, folder))]
+    listed = ", ".join(described for _, described in new)
+    if new and not _trusting.get():
+        raise ConfigError(
+            [
+                f"{origin}: plugins: {listed}: this is code, named by a record, that would run. --trust-plugins runs it"
+                " (load_pretrained(..., trust_plugins=True)), --plugins=FILE runs yours in its place"
+            ]
+        )
+    if new:
+        LOG.warning("%s: trusted, and run: %s", origin, listed)
+
+
+def _not_yet_run(name: str, folder: Path) -> str:
+    """A plugin with the file that it is and the SHA-256 of that; empty if it has been imported, or is not there."""
+    if not name.endswith(".py"):
+        return "" if name in sys.modules else f"{name!r} (a module)"
+    path = (folder / name).resolve()
+    if not path.is_file():
+        return ""  # nothing that could run
+    content = path.read_bytes()
+    return "" if _module_name(content) in sys.modules else f"{str(path)!r} (SHA-256 {hashlib.sha256(content).hexdigest()})"
 
 
 def load_plugins(names: Sequence[str], folder: Path, origin: str) -> list[str]:

@@ -39,6 +39,7 @@ from kempnerforge.model.mllama import MllamaTower
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.card import model_card
 from kempnerforge.training.export_processor import FILES, write_processor
+from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.processor import origin
 from kempnerforge.training.restore import Restored, restore
 from kempnerforge.training.run_state import RunState
@@ -204,7 +205,9 @@ def export_model(
         assembly.model.cpu()
         rounding = _rounded(assembly, how)
         converted = (_export_hf if form == "hf" else _export_own)(restored, part, how)
-        converted = replace(converted, path=out, lines=[*converted.lines, rounding])
+        spans = changed_on_the_way(restored.state.history, restored.state.step)
+        changed = ["not all of its steps were trained with one config: README.md there says what changed"] if spans else []
+        converted = replace(converted, path=out, lines=[*converted.lines, rounding, *changed])
         (part / "README.md").write_text(model_card(restored, out.resolve().name, form, converted.lines), encoding="utf-8")
     return converted
 

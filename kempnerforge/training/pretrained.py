@@ -15,6 +15,7 @@ from kempnerforge.config import load_config
 from kempnerforge.config.build import build_record
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
+from kempnerforge.config.plugins import trusting
 from kempnerforge.data.asking import Asking
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
@@ -34,7 +35,7 @@ log = logging.getLogger("kempnerforge")
 
 def load_pretrained(
     path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, plugins: Sequence[str | Path] = (),
-    verify: bool = True,
+    trust_plugins: bool = False, verify: bool = True,
 ) -> tuple[VLM, Processor]:  # fmt: skip
     """A model to use, and what makes its inputs.
 
@@ -49,6 +50,7 @@ def load_pretrained(
             model, PaliGemma, LLaVA, Idefics3, SmolVLM, Llama 3.2 Vision) or of nanoVLM.
         device: where to; None: a GPU if there is one.
         plugins: modules or files in place of the plugins that the run names, which may have moved; relative to the working directory.
+        trust_plugins: run the plugins that the run or export names. They are code; see docs/security.md.
         dtype: of the weights, and what it computes in; None: fp32, whatever it was trained or stored in.
         verify: compare a model from elsewhere with its class in transformers, as ``kempnerforge import`` does; it takes the memory of both in
             fp32. False: a warning says that it is not compared. Runs and our own exports need no comparison.
@@ -58,21 +60,22 @@ def load_pretrained(
     """
     path = place_of(path)
     given = ["--train.mixed_precision=fp32", *([f"--plugins={json.dumps([str(plugin) for plugin in plugins])}"] if plugins else [])]
-    if (path / CONFIG).is_file():
-        model, processor = _foreign(path, verify)
-    elif (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
-        model, processor = _exported(path, given)
-    else:
-        try:
-            restored = restore(path, given)
-        except CheckpointError as error:
-            raise InputError(
-                f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}"
-            ) from None
-        model = restored.assembly.model
-        processor = Processor(restored.assembly, **processing(restored.state.imported))
+    with trusting(trust_plugins):
+        model, processor = _load(path, given, verify)
     target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target, dtype).eval(), processor
+
+
+def _load(path: Path, given: Sequence[str], verify: bool) -> tuple[VLM, Processor]:
+    if (path / CONFIG).is_file():
+        return _foreign(path, verify)
+    if (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+        return _exported(path, given)
+    try:
+        restored = restore(path, given)
+    except CheckpointError as error:
+        raise InputError(f"{error}; models are loaded from checkpoints, run directories, exports and directories with a {CONFIG}") from None
+    return restored.assembly.model, Processor(restored.assembly, **processing(restored.state.imported))
 
 
 def _foreign(path: Path, verify: bool) -> tuple[VLM, Processor]:

@@ -80,6 +80,8 @@ def check_same_run(job: JobConfig, run_dir: Path, path: Path, state: RunState, a
         )
     for line in lines:
         LOG.warning("changed, as it is meant to be: %s", line)
+    if step and not history:
+        LOG.warning("%s: its checkpoint is of an earlier version: learning rates and [[vlm.freeze_schedule]] mean otherwise now", run_dir)
     if any(line.startswith(PLANNED) for line in lines) and (told := _next_rate(job, old, step)):
         LOG.warning("the new plan: %s", told)
     if step and any(line.startswith(("train.", "stages")) and "batch_size: " in line for line in lines):

@@ -250,7 +250,8 @@ def test_a_run_continued_with_another_batch_size_says_so(tmp_path: Path) -> None
     assert "batch_size = 2" in (run / "config.toml").read_text()
     change = "train.batch_size: 4 -> 2"
     assert change in (run / "report.html").read_text().replace("&gt;", ">")
-    assert call("export", run, tmp_path / "out", "--format", "kempnerforge").code == 0
+    ended = call("export", run, tmp_path / "out", "--format", "kempnerforge")
+    assert ended.code == 0 and "not all of its steps were trained with one config" in ended.out + ended.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"* `train`, steps 0 to 4: 4 steps of 4 samples; `jsonl` ({tmp_path}/train.jsonl)" in card
     assert "* `train`, steps 4 to 6: 2 steps of 2 samples;" in card and change in card and "## Config of the steps from 4 on" in card
