@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fault-table", default="", metavar="PATH", help="where the table goes (default: fault-matrix.md in the temporary folder)"
     )
     parser.addoption("--kills", type=int, default=60, metavar="N", help="kill -9 in the slow test")
+    parser.addoption("--fuzz", type=int, default=20, metavar="N", help="mutations of each kind of file in the slow test")
     parser.addoption("--kill-runs", type=int, default=15, metavar="N", help="runs that they are spread over")
 
 
