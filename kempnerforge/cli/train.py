@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 from kempnerforge.config import load_config, to_toml
+from kempnerforge.config.errors import InputError
 
+MOST_PROCESSES = 1024
+"""On one machine."""
 HELP = """Train what a TOML file describes, with evaluation, checkpoints and a report.
 
 The run's directory (run.dir) gets config.toml, checkpoints/, metrics.jsonl, events/ and report.html. The same command continues a run
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_toml(job), end="")
         return 0
+    if not 1 <= args.nproc <= MOST_PROCESSES:
+        raise InputError(f"--nproc {args.nproc}: must be between 1 and {MOST_PROCESSES}")
     if args.nproc > 1 and "RANK" not in os.environ:
         from kempnerforge.distributed.launch import launch
 

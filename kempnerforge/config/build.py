@@ -41,6 +41,9 @@ UNIONS: dict[type, Discriminator] = {
     DataConfig: Discriminator("source", registry.data_configs.get, registry.data_configs),
 }
 
+MAX_INT, MAX_FLOAT = 2**31 - 1, 1e12
+"""Of the numbers in a config."""
+
 SECTIONS: dict[str, Any] = {}
 """Every section of a job and its class; ``config/job.py`` fills it."""
 
@@ -302,11 +305,18 @@ def _convert_scalar(wanted: Any, value: Any, key: Key, problems: Problems) -> An
     if wanted not in _SCALARS:
         raise TypeError(f"{place(key)}: a config field cannot have the type {wanted!r}")
     if wanted is float and type(value) is int and abs(value) <= 2**53:
-        return float(value)
-    why = _objection(wanted, value)
+        value = float(value)
+    why = _objection(wanted, value) or (_too_large(value, key) if key[:1] and known_key(str(key[0])) else "")
     if why:
         problems.add(key, f" = {show(value)}: {why}")
     return INVALID if why else value
+
+
+def _too_large(value: Any, key: Key) -> str:
+    """Why no setting has this size, or nothing. No library behind a key has to be asked what it makes of it."""
+    if isinstance(value, int) and not isinstance(value, bool) and key[-1] != "seed" and abs(value) > MAX_INT:
+        return f"must be at most {MAX_INT:,}"
+    return f"must be at most {MAX_FLOAT:g}" if isinstance(value, float) and abs(value) > MAX_FLOAT else ""
 
 
 def _objection(wanted: type, value: Any) -> str:

@@ -23,6 +23,13 @@ def at_least(section: Any, low: float, *keys: str) -> None:
             raise InputError(f"{key} = {getattr(section, key)!r}: must be >= {low}{', non-negative' if low == 0 else ''}")
 
 
+def at_most(section: Any, high: float, *keys: str) -> None:
+    """Each ``section.key`` is <= ``high``."""
+    for key in keys:
+        if not getattr(section, key) <= high:
+            raise InputError(f"{key} = {getattr(section, key)!r}: must be <= {high}")
+
+
 def more_than(section: Any, low: float, *keys: str) -> None:
     """Each ``section.key`` is > ``low``."""
     for key in keys:

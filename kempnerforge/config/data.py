@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, fraction, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, fraction, one_of, only_if
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.paths import PathText
@@ -96,6 +96,7 @@ class DataConfig:
         at_least(self, 0, "max_images_per_row", "num_workers", "image_cache_mib")
         only_if(self, self.batching == "pack", "batching = 'pack'", "max_images_per_row")
         at_least(self, 300, "tokenizer_vocab_size")
+        at_most(self, 1 << 22, "tokenizer_vocab_size")
         fraction(self, "max_bad_fraction")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
             raise InputError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")

@@ -131,6 +131,8 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
 def dry_run(job: JobConfig) -> list[str]:
     """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
     assembly = assemble(job)
+    for section in (section for stage in assembly.stages for section in stage.data.sections()):
+        section.images.cache_dir = ""  # nor into a cache
     assembly.check_held_out()
     _check_patterns(assembly)
     lines = [f"warning: {line}" for line in assembly.warnings()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from kempnerforge.config import (
     registry,
 )
 from kempnerforge.config.adapter import AvgPoolConfig, PixelShuffleConfig
-from kempnerforge.config.build import UNIONS
+from kempnerforge.config.build import SECTIONS, UNIONS, fields_of
 from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import VLMConfig
@@ -461,3 +463,27 @@ def test_a_defect_where_an_arch_is_looked_up_is_no_input_error(tmp_path: Path, m
     with pytest.raises(ValueError, match="^not enough values") as error:
         load_config(write(tmp_path / "a.toml", MINIMAL))
     assert not isinstance(error.value, InputError)
+
+
+def numbers() -> Iterator[tuple[str, str, list[str]]]:
+    """Section, the line that selects its class, and the keys of all numbers in that."""
+    for section, kind in SECTIONS.items():
+        union = UNIONS.get(kind)
+        for cls in [kind] if union is None else [union.class_for(name) for name in union.entries.names()]:
+            if dataclasses.is_dataclass(cls):
+                keys = [key for key, wanted in fields_of(cls).items() if wanted in (int, float, int | None, float | None)]  # type: ignore[arg-type]
+                yield section, f"{union.key} = {getattr(cls, union.key)!r}" if union is not None else "", keys
+
+
+@pytest.mark.parametrize("value", ["9223372036854775807", "1099511627776", "-1099511627776", "1e308", "-1e300", "nan", "inf"])
+def test_no_number_is_of_a_size_that_nothing_has(value: str, tmp_path: Path) -> None:
+    """In any key: named, before any library has to make something of it."""
+    tried = 0
+    for section, which, keys in numbers():
+        keys = [key for key in keys if key != "seed" or value.startswith("-") or not value.isdecimal()]
+        (tmp_path / "job.toml").write_text("\n".join([f"[{section}]", which, *(f"{key} = {value}" for key in keys)]))
+        found = problems(tmp_path / "job.toml")
+        for key in keys:
+            assert any(f"[{section}] {key} = " in line for line in found), (section, which, key, found)
+        tried += len(keys)
+    assert tried > 150
