@@ -13,6 +13,7 @@ from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults, not_default
 from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
 from kempnerforge.config.paths import expand, start_of
+from kempnerforge.config.reading import deeper_than
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
@@ -65,18 +66,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         table = None
     except ValueError as error:
         raise ConfigError([f"{path}: {_syntax_error(str(error))}"]) from None
-    if table is None or _deeper_than(table, MAX_DEPTH):
+    if table is None or deeper_than(table, MAX_DEPTH):
         raise ConfigError([f"{path}: is nested more than {MAX_DEPTH} levels deep"])
     return table
-
-
-def _deeper_than(table: dict[str, Any], levels: int) -> bool:
-    here: list[Any] = [table]
-    for _ in range(levels):
-        here = [
-            child for value in here for child in (value.values() if isinstance(value, dict) else value) if isinstance(child, dict | list)
-        ]
-    return bool(here)
 
 
 def _line(raw: bytes, position: int) -> int:

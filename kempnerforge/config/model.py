@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kempnerforge.config.checks import at_least, more_than, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, more_than, one_of, only_if
 from kempnerforge.config.errors import InputError
+
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len", "rope_global_interval")
+        at_most(self, MAX_LAYERS, "n_layers")
         at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
         at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval", "sliding_window")
         more_than(self, 0, "norm_eps", "rope_theta")

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, divides, more_than
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.checks import at_least, at_most, divides, more_than
+from kempnerforge.config.errors import InputError, show
+from kempnerforge.config.model import MAX_LAYERS
 from kempnerforge.config.paths import PathText
+
+LARGEST_SIDE = 1 << 14
+"""Of an image or a patch in somebody's files, in pixels."""
 
 
 @dataclass
@@ -62,7 +66,9 @@ def square_side(key: str, value: Any) -> int:
         sides = [value[edge] for edge in ("height", "width", "shortest_edge") if edge in value]
     sides = list(sides) if isinstance(sides, list | tuple) else [sides]
     if not sides or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides) or len(set(sides)) > 1:
-        raise InputError(f"{key} = {value}: must be the side of a square, as a number or a list of two equal ones")
+        raise InputError(f"{key} = {show(value)}: must be the side of a square, as a number or a list of two equal ones")
+    if sides[0] > LARGEST_SIDE:
+        raise InputError(f"{key} = {sides[0]}: must be at most {LARGEST_SIDE} pixels")
     return sides[0]
 
 
@@ -98,6 +104,7 @@ class ViTConfig(VisionEncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "image_size", "patch_size", "dim", "n_layers", "n_heads")
+        at_most(self, MAX_LAYERS, "n_layers")
         at_least(self, 0, "stride", "mlp_dim")
         more_than(self, 0, "norm_eps")
         divides(self, "n_heads", "dim")

@@ -13,8 +13,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from kempnerforge.config.errors import InputError, library_call
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import expand, start_of
+from kempnerforge.config.reading import read_object
+from kempnerforge.model.their_config import check_config, class_call
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
@@ -273,7 +275,10 @@ class Tokenizer:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
-        with library_call(f"data.tokenizer = {str(path_or_id)!r}", "cannot be loaded"):
+        config, where = Path(path_or_id) / "config.json", f"data.tokenizer = {str(path_or_id)!r}"
+        said = read_object(config) if config.is_file() else {}
+        check_config(f"{where}: config.json", said)
+        with class_call(where, "cannot be loaded", said):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
@@ -311,12 +316,7 @@ def stop_ids(path: Path) -> tuple[int, ...]:
     for file in (path / "generation_config.json", path / "config.json"):
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read; {error}") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{file}: holds no JSON object")
+        content = read_object(file)
         text = content.get("text_config")
         said = next(
             (part["eos_token_id"] for part in (content, text) if isinstance(part, dict) and part.get("eos_token_id") is not None), None

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kempnerforge.config.data import JsonlConfig, TextConfig
-from kempnerforge.config.errors import InputError, cut
+from kempnerforge.config.errors import InputError, cut, show
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
@@ -29,6 +29,7 @@ from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
 from kempnerforge.interop.write import Progress, nothing, text_names
 from kempnerforge.model.adapters import build_adapter
 from kempnerforge.model.image_files import read_image_files
+from kempnerforge.model.their_config import within_memory
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.model.vision import build_vision_encoder
 
@@ -140,19 +141,18 @@ def open_foreign(path: Path | str) -> Foreign:
         return open_gguf(path)
     config, files = read_config(path), tensor_files(path)
     try:
-        if nanovlm.is_one(config):
-            return _open_nanovlm(path, config, files)
-        if config.get("model_type") in FAMILIES:
-            return _open_text(path, config, files)
-        if config.get("model_type") == mllama.KIND:
-            return _open_mllama(path, config, files)
-        if config.get("model_type") in WRAPPERS:
-            return _open_vlm(path, config, files)
-        raise InputError(_unknown(config.get("model_type")))
-    except ValueError as error:
+        with within_memory(config, meta=True):
+            if nanovlm.is_one(config):
+                return _open_nanovlm(path, config, files)
+            if config.get("model_type") in FAMILIES:
+                return _open_text(path, config, files)
+            if config.get("model_type") == mllama.KIND:
+                return _open_mllama(path, config, files)
+            if config.get("model_type") in WRAPPERS:
+                return _open_vlm(path, config, files)
+            raise InputError(_unknown(config.get("model_type")))
+    except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path / CONFIG}: {error}") from None
-    except Exception as error:  # settings of an unexpected type or size, here or in transformers
-        raise InputError(f"{path / CONFIG}, or a file beside it: cannot be understood; {type(error).__name__}: {error}") from error
 
 
 def _unknown(kind: Any) -> str:
@@ -192,9 +192,9 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> For
     names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
     layout = wrapper.layouts[choices.index(names)]
     spare = lambda name: name == layout.head or _unread(name, layout, names)
-    image_id = config.get("image_token_index", config.get("image_token_id"))
-    if not isinstance(image_id, int) or image_id < 0:
-        raise InputError(f"image_token_index = {image_id}: must be the id of a token")
+    key = "image_token_index" if "image_token_index" in config else "image_token_id"
+    if not isinstance(image_id := config.get(key), int) or image_id < 0:
+        raise InputError(f"{key} = {show(image_id)}: must be the id of a token")
     places = matched(path, names, files, spare)
     return Foreign(path, wrapper.architecture, job, places, files, image_id, _tied(places, files, layout.head))
 
@@ -254,7 +254,7 @@ def _vlm_job(job: JobConfig, texts: Mapping[str, Any], images: ImagesConfig, vie
     assert job.vlm is not None
     assumed = job.vlm.residual_stream_image_tokens(assumed)
     if job.model.max_seq_len <= assumed:
-        raise InputError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len}")
+        raise InputError(f"an image takes {assumed} positions and the text model has {job.model.max_seq_len} (max_position_embeddings)")
     text = min(MAX_TEXT, job.model.max_seq_len - assumed)
     data = JsonlConfig(path="train.jsonl", prompt_column="prompt", **{"images": images, **texts})
     length = min(job.model.max_seq_len, views * (assumed + data.images.has_markers) + text)

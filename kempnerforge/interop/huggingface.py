@@ -6,7 +6,6 @@ and reported; every tensor of the text model is there, in the shape that ``[mode
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,10 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.reading import read_object
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
 from kempnerforge.interop.settings import check_facts, complete, hf_facts, text_part
+from kempnerforge.model.their_config import check_config, names_keys
 from kempnerforge.model.transformer import Transformer
 
 log = logging.getLogger("kempnerforge")
@@ -47,11 +48,11 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     path = Path(path)
     config = read_config(path)
     text = text_part(config)
-    try:
+    with names_keys(config, f"{path / CONFIG}: "):
+        if not isinstance(text, dict):
+            raise InputError(f"text_config = {show(text)}: does not say which language model it is")
         text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)
-    except ValueError as error:
-        raise InputError(f"{path / CONFIG}: {error}") from None
     files = tensor_files(path)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     with torch.device("meta"):
@@ -71,14 +72,11 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
     """``config.json``, or a file like it.
 
     Raises:
-        ValueError: there is none, or it is no JSON object.
+        ValueError: there is none, it is no JSON object, or says what no class can be.
     """
-    try:
-        config = json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / name}: cannot be read; {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path / name}: holds no JSON object")
+    config = read_object(path / name)
+    if name == CONFIG:
+        check_config(str(path / name), config)
     return config
 
 
@@ -124,9 +122,9 @@ def _is_sharded(path: Path) -> bool:
 
 def _index(path: Path) -> dict[str, Path]:
     try:
-        shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = read_object(path / INDEX)["weight_map"]
         files = {name: path / shard for name, shard in shards.items() if Path(shard).name == shard}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / INDEX}: is no index of safetensors; {type(error).__name__}: {error}") from None
     if files.keys() != shards.keys():
         raise InputError(f"{path / INDEX}: names files outside its directory")

@@ -51,6 +51,13 @@ QKV = {"attention.q_proj": 0, "attention.k_proj": 1, "attention.v_proj": 2}
 
 HEAD = "decoder.head.weight"
 KEYS = ("vit_hidden_dim", "lm_hidden_dim", "mp_pixel_shuffle_factor")
+SIZES = (
+    *("vit_hidden_dim", "vit_inter_dim", "vit_n_heads", "vit_n_blocks", "lm_hidden_dim", "lm_inter_dim", "lm_n_heads", "lm_n_kv_heads"),
+    *("lm_n_blocks", "lm_vocab_size", "mp_pixel_shuffle_factor"),
+)
+MAY_LACK = ("lm_max_position_embeddings", "max_img_size", "mp_image_token_length")
+NUMBERS = ("lm_re_base", "lm_rms_eps", "vit_ln_eps", "lm_attn_scaling")
+"""Keys that are whole numbers above 0, those among them that older files do not have, and other numbers above 0."""
 SHARED = {HEAD: "decoder.token_embedding.weight"}
 """Its file has one of the two names of a tensor: the first in the alphabet."""
 SPARE = re.compile(r"decoder\.(head\.weight|rotary_embd\.(inv_freq|cos_cached|sin_cached))$")
@@ -72,6 +79,10 @@ def job_of(config: dict[str, Any]) -> JobConfig:
     Raises:
         ValueError: a setting that we have not.
     """
+    for key in (*SIZES, *MAY_LACK, *NUMBERS):
+        value = config.get(key, None if key in SIZES else 1)
+        if isinstance(value, bool) or not isinstance(value, int if key in SIZES + MAY_LACK else int | float) or not value > 0:
+            raise InputError(f"{key} = {show(value)}: must be a {'whole ' if key not in NUMBERS else ''}number above 0")
     if config.get("vit_cls_flag"):
         raise InputError("vit_cls_flag = true: the CLS token alone stands for an image; only patches are read")
     if not config.get("lm_tie_weights", True):
@@ -89,8 +100,8 @@ def job_of(config: dict[str, Any]) -> JobConfig:
         attention_scale=_attention_scale(config),
     )
     vision = ViTConfig(
-        image_size=square_side("vit_img_size", config["vit_img_size"]),
-        patch_size=square_side("vit_patch_size", config["vit_patch_size"]),
+        image_size=square_side("vit_img_size", config.get("vit_img_size")),
+        patch_size=square_side("vit_patch_size", config.get("vit_patch_size")),
         dim=config["vit_hidden_dim"],
         n_layers=config["vit_n_blocks"],
         n_heads=config["vit_n_heads"],
@@ -109,8 +120,6 @@ def job_of(config: dict[str, Any]) -> JobConfig:
 def _attention_scale(config: dict[str, Any]) -> float:
     """Its factor is on the rotary tables, so it is on queries and on keys; 0 is the usual scale."""
     factor = config.get("lm_attn_scaling", 1.0)
-    if not isinstance(factor, int | float) or factor <= 0:
-        raise InputError(f"lm_attn_scaling = {factor!r}: must be a number above 0")
     return 0.0 if factor == 1 else factor**2 * (config["lm_hidden_dim"] // config["lm_n_heads"]) ** -0.5
 
 

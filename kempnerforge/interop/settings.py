@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kempnerforge.config.errors import InputError, library_call
+from kempnerforge.config.errors import InputError, cut, show
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.keys import check_keys, followed
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
+from kempnerforge.model.their_config import class_call
 
 PLAIN = (
     *("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "nope_interval"),
@@ -30,7 +31,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
     given = {key: value for key, value in config.items() if key != "transformers_version"}
-    with library_call(config["model_type"], "transformers does not take this config"):
+    with class_call(config["model_type"], "transformers does not take this config", given):
         return AutoConfig.for_model(**given).to_dict()
 
 
@@ -67,7 +68,7 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise InputError(f"model_type = {name!r}: text weights are read from {', '.join(sorted(FAMILIES))}")
+        raise InputError(f"model_type = {cut(repr(name))}: text weights are read from {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
     check_keys(name, config)
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
@@ -121,7 +122,7 @@ def _rope_facts(family: str, config: dict[str, Any]) -> dict[str, Any]:
     elif family == "smollm3":
         found["nope_interval"] = _without_rope(config)
     if (theta := rope.get("rope_theta", config.get("rope_theta"))) is not None:
-        found["rope_theta"] = theta
+        found["rope_theta"] = _number({"rope_theta": theta}, "rope_theta")
     return found | {"rope_scaling": _rope_scaling(config.get("rope_scaling") or rope)}
 
 
@@ -158,11 +159,24 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     if (part := rope.get("partial_rotary_factor")) not in (None, 1):
         raise InputError(f"partial_rotary_factor = {part}: the backbone turns whole heads")
     if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
+        return RopeScaling("linear", _number(rope, "factor"))
     if kind == "llama3":
-        length = int(rope["original_max_position_embeddings"])
-        return RopeScaling("llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), length)
-    raise InputError(f"rope_type = {kind!r}: the backbone has 'default', 'linear' and 'llama3'")
+        length = int(_number(rope, "original_max_position_embeddings"))
+        factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        return RopeScaling("llama3", factor, low, high, length)
+    raise InputError(f"rope_type = {cut(repr(kind))}: the backbone has 'default', 'linear' and 'llama3'")
+
+
+def _number(table: dict[str, Any], key: str) -> float:
+    """A setting of rotary positions.
+
+    Raises:
+        ValueError: it is not there, or no number above 0.
+    """
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"{key} = {show(value)}: must be a number above 0")
+    return float(value)
 
 
 # ---- from one to the other ------------------------------------------------------------------------------------------
@@ -175,6 +189,8 @@ def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
         ValueError: the backbone cannot be that model.
     """
     found, length = hf_facts(config), int(config["max_position_embeddings"])
+    if "rope_theta" not in found:
+        raise InputError("rope_theta = null: must be a number above 0")
     if not found["rope_local_theta"]:
         del found["rope_global_interval"]
     if not found["sliding_window"]:

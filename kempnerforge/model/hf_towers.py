@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError, library_call
+from kempnerforge.config.errors import InputError, cut, library_call
 from kempnerforge.config.paths import start_of
 from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.image_files import Normalisation, read_image_files
-from kempnerforge.model.quiet import quiet
+from kempnerforge.model.their_config import check_config, check_room, class_call, load_whole
 from kempnerforge.model.vision import VisionEncoder
 
 
@@ -76,7 +76,9 @@ class HFTower(VisionEncoder):
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if not isinstance(kind, str) or kind not in self.models:
-            raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise InputError(
+                f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
+            )
         model_class = getattr(transformers, self.models[kind])
         config = tower_config(model_class.config_class, cfg)
         layers = config.num_hidden_layers
@@ -84,8 +86,10 @@ class HFTower(VisionEncoder):
             raise InputError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers + 1 + cfg.feature_layer
         config.vision_use_head = False
+        what, given = f"{self.models[kind]} cannot be built", config.to_dict()
+        check_room(lambda: model_class(config), where(cfg), what, given)
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            with library_call(where(cfg), f"{self.models[kind]} cannot be built"):
+            with class_call(where(cfg), what, given):
                 return model_class(config)
         return load_weights(model_class, config, cfg.path)
 
@@ -194,10 +198,11 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
         if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):
             raise InputError(f"settings: {unknown[0]!r} is no key of {config_class.__name__}; it has {', '.join(sorted(known))}")
         given = {key: value for key, value in cfg.settings.items() if key != "model_type"}
-        with library_call(where(cfg), f"{config_class.__name__} does not take them"):
+        check_config(where(cfg), given)
+        with class_call(where(cfg), f"{config_class.__name__} does not take them", given):
             config = config_class(**given, **more)
     else:
-        with library_call(where(cfg), f"{config_class.__name__} does not take its config.json"):
+        with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_config(cfg.path)):
             config = config_class.from_pretrained(cfg.path)
     if config.num_channels != 3:
         raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
@@ -220,18 +225,14 @@ def read_config(path: str) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"path = {path!r}: this directory has no config.json")
     with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
-        return PretrainedConfig.get_config_dict(path)[0]
+        config = PretrainedConfig.get_config_dict(path)[0]
+    check_config(f"path = {path!r}: config.json", config)
+    return config
 
 
 def load_weights(model_class: Any, config: Any, path: str) -> Any:
     """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
-    with library_call(f"path = {path!r}", "its weights cannot be loaded"), quiet():
-        tower, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"path = {path!r}: weights are missing: {', '.join(missing[:3])}{more}")
-    return tower
+    return load_whole(model_class, path, f"path = {path!r}", "its weights cannot be loaded", more=True, config=config)
 
 
 # NOTE: its tower is a subclass of the one here, so it can only be imported behind it.

@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError, library_call
+from kempnerforge.config.errors import InputError, cut
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.model.hf_towers import Clip, chosen_normalisation, load_weights, read_config, tower_config, where, with_settings
+from kempnerforge.model.their_config import check_room, class_call
 from kempnerforge.model.vision import VisionEncoder
+
+MOST_TILES = 64
 
 
 def grids(tiles: int) -> list[list[int]]:
-    """The grids that an image of at most ``tiles`` tiles may be cut into, in the order of their numbers, which begin with 1."""
+    """The grids that an image of at most ``tiles`` tiles may be cut into, in the order of their numbers, which begin with 1.
+
+    Raises:
+        ValueError: so many tiles no image has.
+    """
+    if not 1 <= tiles <= MOST_TILES:
+        raise InputError(f"max_num_tiles = {tiles}: must be 1 to {MOST_TILES}")
     sides = range(1, tiles + 1)
     return [[columns, rows] for columns in sides for rows in sides if columns * rows <= tiles]
 
@@ -75,10 +84,14 @@ class MllamaTower(VisionEncoder):
 
         kind = (cfg.settings or read_config(cfg.path)).get("model_type")
         if kind not in self.models:
-            raise InputError(f"{where(cfg)}: model_type {kind!r} is not of type {cfg.type!r}, which takes {', '.join(self.models)}")
+            raise InputError(
+                f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
+            )
         config = self._config(cfg)
+        what, given = "MllamaVisionModel cannot be built", config.to_dict()
+        check_room(lambda: MllamaVisionModel(config), where(cfg), what, given)
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            with library_call(where(cfg), "MllamaVisionModel cannot be built"):
+            with class_call(where(cfg), what, given):
                 return MllamaVisionModel(config)
         return load_weights(MllamaVisionModel, config, cfg.path)
 

@@ -20,8 +20,9 @@ from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.data.collate import prompt_batch
 from kempnerforge.data.interleave import Prompt
 from kempnerforge.interop import mllama
+from kempnerforge.interop.huggingface import read_config
 from kempnerforge.interop.vlms import WRAPPERS
-from kempnerforge.model.quiet import quiet
+from kempnerforge.model.their_config import check_room, class_call, load_whole, names_keys
 from kempnerforge.training.setup import Assembly
 from kempnerforge.vlm.base import VLM
 
@@ -166,13 +167,13 @@ def load_class(path: Path, architecture: str) -> Any:
     """
     import transformers
 
-    cls = getattr(transformers, architecture)
-    with library_call(str(path), f"{architecture} of transformers does not load it"), quiet():
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
-    if wrong := [f"{kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
-        raise InputError(f"{path}: {architecture} finds keys {'; '.join(wrong)}")
-    return model.eval()
+    what = f"{architecture} of transformers does not load it"
+    cls, said = getattr(transformers, architecture), read_config(path)
+    with class_call(str(path), what, said):
+        config = cls.config_class.from_pretrained(path, local_files_only=True)
+    check_room(lambda: cls(config), str(path), what, said)
+    with names_keys(said):
+        return load_whole(cls, path, str(path), what, local_files_only=True).eval()
 
 
 @torch.no_grad()

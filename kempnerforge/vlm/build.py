@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.model.lora import adapt
+from kempnerforge.model.their_config import within_memory
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
+
+SIZED = ("model", "vision_encoder", "adapter", "vlm")
+"""The sections that decide how large a model is."""
 
 
 def arch_class(job: JobConfig) -> type[VLM]:
@@ -30,9 +36,13 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     Args:
         job: ``model.vocab_size`` is set.
         device: where; "meta" builds shapes without memory.
+
+    Raises:
+        InputError: this machine has not the memory for it.
     """
     cls = arch_class(job)
-    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+    sizes = {name: asdict(part) for name in SIZED if (part := getattr(job, name)) is not None}
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes):
         torch.manual_seed(job.train.seed)
         model = cls(job)
         adapt(model, job.lora, job.module_patterns())

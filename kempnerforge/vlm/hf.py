@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
-from kempnerforge.config.errors import InputError, library_call
+from kempnerforge.config.errors import InputError, cut, library_call
 from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.paths import PathText
 from kempnerforge.config.vision import ViTConfig, square_side
@@ -31,7 +31,7 @@ from kempnerforge.interop.names import FAMILIES
 from kempnerforge.model.attention import Segments, additive
 from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_config
 from kempnerforge.model.image_files import read_image_files
-from kempnerforge.model.quiet import quiet
+from kempnerforge.model.their_config import check_room, class_call, load_whole
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import VLM, Output
 
@@ -162,10 +162,12 @@ class HF(VLM):
 
     def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
         assert seen is None, "the config refuses a feature cache"
-        pixels = self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype)
-        core = getattr(self.hf_model, "model", None)
+        return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D)."""
         if self.kind in FRAMED_KINDS:
-            return _idefics_features(core, pixels)
+            return _idefics_features(self.hf_model.model, pixels)
         found = self.hf_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return found if isinstance(found, Tensor) else torch.stack(list(found))  # (N, F, D)
 
@@ -232,7 +234,8 @@ class HF(VLM):
         own = {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in LORA_PARAMETERS}
         for parameter in own.values():
             parameter.data = parameter.data.new_empty(0)  # room for those that are read
-        loaded = dict(_load(type(self.hf_model), cfg.path).named_parameters())
+        what = "its weights cannot be loaded (pretrained = false begins without)"
+        loaded = dict(load_whole(type(self.hf_model), cfg.path, f"path = {cfg.path!r}", what).named_parameters())
         assert loaded.keys() == own.keys(), "one class, one config, one set of names"
         for name, parameter in own.items():
             parameter.data = loaded[name].data
@@ -260,10 +263,10 @@ class HF(VLM):
         if needed:
             raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
-        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)
+        blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
         try:
             with library_call(where, f"{name} does not take square images as pixel_values alone"), torch.no_grad():
-                features = self.encode(blank)
+                features = self._features(blank)
         except InputError as error:
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
             if not also:
@@ -306,32 +309,26 @@ def _build(path: str) -> Any:
     """The class that ``path`` names, with random weights in fp32."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    kind, where = read_config(path).get("model_type"), f"path = {path!r}"
-    with library_call(where, f"its config.json, of model_type {kind!r}, cannot be used"):
+    read, where = read_config(path), f"path = {path!r}"
+    kind = cut(repr(read.get("model_type")))
+    with class_call(where, f"its config.json, of model_type {kind}, cannot be used", read):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
-        instead = "; it is a language model, which `kempnerforge import` and run.init_from read" if kind in FAMILIES else ""
-        raise InputError(f"{where}: model_type {kind!r} is no model of transformers that reads images and words and writes words{instead}")
+        instead = "; it is a language model, which `kempnerforge import` and run.init_from read" if config.model_type in FAMILIES else ""
+        raise InputError(f"{where}: model_type {kind} is no model of transformers that reads images and words and writes words{instead}")
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     if not hasattr(model_class, "get_image_features"):
-        instead = "; `kempnerforge import` reads it" if kind == mllama.KIND else ""
+        instead = "; `kempnerforge import` reads it" if config.model_type == mllama.KIND else ""
         raise InputError(
             f"{where}: {model_class.__name__} reads images, but not as features among the words (it has no get_image_features), "
             f"which arch = 'hf' needs{instead}"
         )
-    with library_call(where, f"{model_class.__name__} cannot be built"):
+    what, given = f"{model_class.__name__} cannot be built", config.to_dict()
+    check_room(lambda: model_class._from_config(config), where, what, given)
+    with class_call(where, what, given):
         model = model_class._from_config(config, dtype=torch.float32)
     if model.get_output_embeddings() is None:
         raise InputError(f"{where}: {model_class.__name__} writes no words: it has no output embedding")
-    return model.float()
-
-
-def _load(model_class: Any, path: str) -> Any:
-    with library_call(f"path = {path!r}", "its weights cannot be loaded (pretrained = false begins without)"), quiet():
-        model, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": info["mismatched_keys"]}
-    if wrong := [f"{len(keys)} {kind}: {', '.join(map(str, sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys]:
-        raise InputError(f"path = {path!r}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
     return model.float()
 
 

@@ -220,7 +220,7 @@ def test_directories_that_hold_nothing_are_refused(llama: Path, tmp_path: Path) 
     (llama / "model.safetensors").unlink()
     index = llama / "model.safetensors.index.json"
     for content, message in [
-        ("[]", "is no index"),
+        ("[]", "holds no JSON object"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "outside its directory"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: cannot be read"),
     ]:

@@ -289,10 +289,10 @@ def test_configs_that_do_not_fit(tmp_path: Path) -> None:
     saved(CASES["clip"].model, tmp_path)
     cfg = ClipConfig(path=str(tmp_path))
     edit(tmp_path, num_hidden_layers=5)
-    with pytest.raises(ValueError, match=r"weights are missing: encoder\.layers\.3.* and 29 more"):
+    with pytest.raises(ValueError, match=r"32 missing: encoder\.layers\.3"):
         build_vision_encoder(cfg)
     edit(tmp_path, num_hidden_layers=3, intermediate_size=64)
-    with pytest.raises(ValueError, match="weights cannot be loaded"):
+    with pytest.raises(ValueError, match=r"9 of another shape: encoder\.layers\.0\.mlp\.fc1\.bias \(48,\), not \(64,\)"):
         build_vision_encoder(cfg)
     edit(tmp_path, intermediate_size=48, num_channels=1)
     with pytest.raises(ValueError, match="3 channels"):

@@ -1,0 +1,127 @@
+"""Files that others have written, read with limits: regular files alone, of a limited size, JSON of a limited depth."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.config.errors import InputError
+
+MIB = 1 << 20
+MAX_BYTES, MAX_DEPTH = 256 * MIB, 64
+"""Of a file that is read as a whole (a large tokenizer.json has 35 MiB), and levels of JSON."""
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def irregular(path: Path | str) -> str:
+    """What ``path`` is instead of a file: "a named pipe", say; empty for a file, and where nothing is. Opening others may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def regular(path: Path | str, what: str = "") -> Path:
+    """``path``, if it is a file or there is nothing.
+
+    Args:
+        what: whose path it is, for the message: "data.path".
+
+    Raises:
+        InputError: it is a pipe, a device, a socket or a directory.
+    """
+    if kind := irregular(path):
+        raise InputError(f"{what}{' = ' if what else ''}{path}: is {kind}; only regular files are read")
+    return Path(path)
+
+
+def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
+    """All of a file.
+
+    Raises:
+        InputError: it cannot be read, is no regular file, or has more than ``most`` bytes.
+    """
+    try:
+        with regular(path).open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                raise InputError(f"{path}: has {size:,} bytes; at most {most:,} are read")
+            return file.read(most)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read; {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_text(path: Path | str, most: int = MAX_BYTES) -> str:
+    """As ``read_bytes``, UTF-8."""
+    raw = read_bytes(path, most)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read; byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8") from None
+
+
+def read_json(path: Path | str, most: int = MAX_BYTES) -> Any:
+    """A JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, is too large or nested too deeply.
+    """
+    return parse_json(read_text(path, most), str(path))
+
+
+def read_object(path: Path | str, most: int = MAX_BYTES) -> dict[str, Any]:
+    """As ``read_json``, if the file holds an object."""
+    found = read_json(path, most)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return found
+
+
+def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
+    """``json.loads``, at most ``MAX_DEPTH`` levels deep.
+
+    Args:
+        where: what the text is, for messages; empty: they begin with what is wrong.
+        hooks: of ``json.loads``.
+
+    Raises:
+        InputError: it is no JSON, or nested too deeply.
+    """
+    start = f"{where}: " if where else ""
+    try:
+        found = json.loads(text, **hooks)
+    except RecursionError:
+        raise InputError(f"{start}is nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:
+        raise InputError(f"{start}cannot be read; {error}") from None
+    if deeper_than(found, MAX_DEPTH):
+        raise InputError(f"{start}is nested more than {MAX_DEPTH} levels deep")
+    return found
+
+
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether tables and lists are nested in ``value`` more than ``levels`` deep."""
+    here: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        here = [child for part in here for child in (part.values() if isinstance(part, dict) else part) if isinstance(child, dict | list)]
+    return bool(here)
+
+
+def entries(table: dict[str, Any], at: str = "") -> Iterator[tuple[str, str, Any]]:
+    """The keys of nested tables: where each stands ("text_config.hidden_size"), its last part, its value."""
+    for key, value in table.items():
+        yield f"{at}{key}", str(key), value
+        if isinstance(value, dict):
+            yield from entries(value, f"{at}{key}.")
