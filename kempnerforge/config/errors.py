@@ -13,12 +13,24 @@ Key = tuple[str | int, ...]
 """Where a value stands: ``("model", "dim")``, ``("stages", 0, "steps")``."""
 
 
+MOST_QUOTED = 300
+QUOTED = re.compile(
+    rf"""(?<!\w)'(?:[^'\\\n]|\\.){{{MOST_QUOTED},}}'|(?<!\w)"(?:[^"\\\n]|\\.){{{MOST_QUOTED},}}"|\S{{{MOST_QUOTED + 1},}}"""
+)
+"""A quoted string, or a word, that is longer."""
+
+
 class InputError(ValueError):
     """What the user gave cannot be used: config, data, arguments, somebody's files. Commands print it and end with exit code 2.
 
     NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own code is a defect and keeps its
     traceback; where a library rejects the user's input, the call is wrapped and raises this.
+
+    What it quotes is cut: of a value, no more than ``MOST_QUOTED`` characters are shown.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(QUOTED.sub(lambda found: cut(found[0], MOST_QUOTED), message))
 
 
 class UnreadError(InputError):

@@ -15,6 +15,7 @@ from kempnerforge.data.order import Order, Shuffled
 from kempnerforge.data.template import render_answer, stretches
 
 if TYPE_CHECKING:
+    from kempnerforge.data.sources.keys import Ignoring
     from kempnerforge.data.tokenizer import Tokenizer
 
 __all__ = ["ImageSource", "Sample", "SampleError", "Source", "Taken", "Text", "render_answer", "text_size"]
@@ -163,6 +164,10 @@ class Source(ABC):
     def part(self, index: int) -> int:
         """``Sample.part`` of a sample, without reading it."""
         return 0
+
+    def ignoring(self) -> Iterator[Ignoring]:
+        """``data.ignore_columns`` of each part, with what it was used for."""
+        return iter(())
 
     @classmethod
     def has(cls, cfg: DataConfig, split: str) -> bool:

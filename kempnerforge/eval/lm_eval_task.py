@@ -102,7 +102,8 @@ def _write_table(
 
     schema = Features(
         {"id": Value("string"), "images": List(ImageColumn())}
-        | {key: Value("string") for key in ("question", "answer", "compared")}  # as the tokenizer writes the answer
+        | {key: Value("string") for key in ("question", "answer")}
+        | {"right": List(Value("string"))}  # all answers that are, also as the tokenizer writes them
     ).arrow_schema
     lengths, encode = list[int](), lru_cache(maxsize=64)(encoded)  # the questions of an image follow one another
     with pq.ParquetWriter(path, schema) as file:
@@ -112,7 +113,7 @@ def _write_table(
                 try:
                     truth = truths.of(question)
                     row = _row(question, source.cfg.sections()[question.part].image_placeholder, encode)
-                    rows.append(row | {"compared": truth.text})
+                    rows.append(row | {"right": [row["answer"], truth.text, *question.references, *truth.others]})
                     lengths.append(truth.tokens)
                 except SampleError as error:
                     left_out.append((question.sample_id, str(error)))

@@ -20,6 +20,7 @@ from kempnerforge.data.fingerprint import pictures_fingerprint
 from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
+from kempnerforge.data.sources.keys import refuse_unused
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.eval.loss import PlainText
 from kempnerforge.eval.questions import HeldOut, examine
@@ -155,6 +156,7 @@ def assemble(
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
     held_out, plain_text = evaluated(job, stages[-1], tokenizer) if data else (None, None)
+    refuse_unused(chain.from_iterable(source.ignoring() for source in [*sources, held_out] if source is not None))
     layouts = [_layout(job, model, stage.train.seq_len) for stage in stages]
     return Assembly(job, stages, tokenizer, model, layouts, sources, held_out, plain_text)
 

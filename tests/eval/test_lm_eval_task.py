@@ -154,19 +154,28 @@ def test_answers_are_compared_as_the_tokenizer_writes_them_and_long_ones_are_cou
     samples = [Sample(truth, (), (Text("what?", truth),)) for truth in ("Red", "BLUE  sea", "dark red . a b")]
     written = write_task(ListSource(samples), encoder, tmp_path, EvalConfig(max_new_tokens=4))
     rows = read(tmp_path)
-    assert [(row["answer"], row["compared"]) for row in rows] == [
-        ("Red", "red"),
-        ("BLUE  sea", "blue sea"),
-        ("dark red . a b", "dark red . a b"),
-    ]
+    assert [row["right"] for row in rows] == [["Red", "red"], ["BLUE  sea", "blue sea"], ["dark red . a b", "dark red . a b"]]
     score = functions(tmp_path).score
     for row in rows:
-        for said in (row["answer"], row["compared"]):
+        for said in row["right"]:
             assert score(row, [f" {said}\n"]) == {"exact_match": 1}
         assert score(row, ["RED"]) == {"exact_match": 0}
     assert (written.questions, written.too_long) == (3, 1)
     task = (tmp_path / f"{TASK}.yaml").read_text()
     assert "  questions: 3\n  left_out: 0\n  too_long: 1\n" in task and "max_gen_toks: 4\n" in task
+
+
+def test_all_right_answers_count(tmp_path: Path) -> None:
+    """As in ``kempnerforge eval``: of a list of answers any, also as the tokenizer writes it."""
+    encoder = Encoder(lower_case(), DataConfig(), TEXT_ENCODER.layout, seed=0)
+    text = Text("what?", "Red", references=("Dark red", "blue"), listed=True)
+    write_task(ListSource([Sample("s", (), (text,))]), encoder, tmp_path, EvalConfig())
+    (row,) = read(tmp_path)
+    assert row["answer"] == "Red"
+    score = functions(tmp_path).score
+    for said in ("Red", "red", "Dark red", "dark red", " blue\n"):
+        assert score(row, [said]) == {"exact_match": 1}
+    assert score(row, ["green"]) == {"exact_match": 0}
 
 
 WORDS = st.text("ab .\t\n\u00a0\u2003", max_size=6)
@@ -176,7 +185,7 @@ WORDS = st.text("ab .\t\n\u00a0\u2003", max_size=6)
 @given(WORDS, WORDS)
 def test_an_answer_is_right_to_both_or_to_none(truth: str, said: str) -> None:
     right = Answer(Question("s", (), "what?", truth), 0, said, Truth(" ".join(truth.split()), 1, False), False).right
-    assert functions().score({"answer": truth, "compared": truth}, [said]) == {"exact_match": float(right)}
+    assert functions().score({"right": [truth, "other"]}, [said]) == {"exact_match": float(right)}
 
 
 # ---- what others make of it -----------------------------------------------------------------------------------------

@@ -110,6 +110,11 @@ def open_rows(
     return CsvRows(*args, quotes=quotes) if is_csv(source.path) else json_rows(*args)
 
 
+def is_dataset(path: str) -> bool:
+    """Whether ``path`` is no file, or a Parquet file."""
+    return not os.path.isfile(path) or path.lower().endswith(".parquet")
+
+
 def load(path: str, split: str) -> Any:
     """The rows of a split; raises ValueError if it cannot be read, or is not there."""
     import datasets

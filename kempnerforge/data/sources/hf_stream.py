@@ -279,6 +279,8 @@ class HFStream(TableSource):
         self.require_columns(self.path, names)
         there = [column for column in self.columns if column in names]
         tables.judge(self, there)
+        if not tables.by_column:  # not all keys are in a schema, nor all rows looked at
+            self.ignored.used.update(self.ignored.patterns)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer
         self._whole_rows = RowStream(partial(tables.open_at, columns=there), keep)

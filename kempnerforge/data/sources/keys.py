@@ -7,10 +7,10 @@ A source says what it knows as a table of tables (``Keys``); a key that is not i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from kempnerforge.config.errors import InputError, cut, show
@@ -33,50 +33,74 @@ HINTS = {
     "text_list": "data.source = 'interleaved' reads documents",
     "image_info": "data.source = 'interleaved' reads documents",
 }
-SHOWN = 4
+SHOWN, KEYS_KEPT = 4, 4096
 
 Keys = Mapping[str, "Keys | None"]
 """Known keys; below None nothing is looked at. A list is known by its entries."""
-PART: Keys = {"type": None, "text": None, "image": None, "image_url": {"url": None, "detail": None}, "path": None, "url": None}
+NULL: Keys = {}
+"""In the place of known keys: a key that may be there as null, as in exports that write every key of every entry."""
+PART: Keys = {
+    **dict.fromkeys(("type", "text", "image", "path", "url", "index")),
+    "image_url": {"url": None, "detail": None},
+    **dict.fromkeys(("input_audio", "audio", "video", "file", "annotations", "cache_control"), NULL),
+}
 """Of an entry of a content list, as OpenAI's API and chat templates have it."""
+ANSWER: Keys = {**PART, "answer": None, "answer_id": None, "answer_confidence": None}
+"""Of an entry of a list of answers, as VQAv2 and VizWiz have it, or of a content list."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ignoring:
-    """``data.ignore_columns``: patterns as of fnmatch, over the path of a key ("texts.note")."""
+    """``data.ignore_columns``: patterns as of fnmatch, over the path of a key ("texts.note").
+
+    Attributes:
+        used: those of the patterns that a key was seen for.
+    """
 
     patterns: tuple[str, ...] = ()
+    used: set[str] = field(default_factory=set)
+    _known: dict[str, bool] = field(default_factory=dict)
 
     def __call__(self, key: str) -> bool:
         """Whether an unknown ``key`` may be there."""
-        return bool(self.patterns) and _matches(key, self.patterns)
+        if key not in self._known:
+            found = [pattern for pattern in self.patterns if fnmatchcase(key, pattern)]
+            self.used.update(found)
+            if len(self._known) >= KEYS_KEPT:
+                self._known.clear()
+            self._known[key] = bool(found)
+        return self._known[key]
 
     def takes_out(self, key: str) -> bool:
         """Whether a known ``key`` shall not be read."""
         return key in self.patterns
 
 
-@lru_cache(maxsize=4096)
-def _matches(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
+def unread(value: Any, known: Keys, ignored: Ignoring, above: str = "", schema: bool = False) -> Iterator[str]:
+    """What is wrong with each key in ``value`` that is neither known nor ignored. A key without a value is one, too.
 
-
-def unread(value: Any, known: Keys, ignored: Ignoring, above: str = "") -> Iterator[str]:
-    """What is wrong with each key in ``value`` that is neither known nor ignored. A key without a value is one, too."""
+    Args:
+        schema: ``value`` is no row, but shows all keys that rows may have.
+    """
     if isinstance(value, list):
         for entry in value:
-            yield from unread(entry, known, ignored, above)
+            yield from unread(entry, known, ignored, above, schema)
     if not isinstance(value, Mapping):
         return
     for key in value:
         name = f"{above}{key}"
-        if key in known:
-            below = known[key]
-            is_no_list = below is PART and isinstance(value[key], Mapping)  # an object in the place of a text: a bad value, not bad keys
-            if below is not None and not is_no_list and not ignored.takes_out(name):
-                yield from unread(value[key], below, ignored, f"{name}.")
-        elif not ignored(name):
-            yield f"key {show(name)} is read by nothing ({_hint(str(key), known)})"
+        if key not in known or (known[key] is NULL and not schema and value[key] not in (None, [])):
+            if not ignored(name):
+                hint = "it may be there as null" if known.get(key) is NULL else _hint(str(key), known)
+                yield f"key {show(name)} is read by nothing ({hint})"
+            continue
+        if ignored.takes_out(name):
+            ignored.used.add(name)
+            continue
+        below = known[key]
+        is_no_list = below is PART and isinstance(value[key], Mapping)  # an object in the place of a text: a bad value, not bad keys
+        if below is not None and below is not NULL and not is_no_list:
+            yield from unread(value[key], below, ignored, f"{name}.", schema)
 
 
 def _hint(key: str, known: Collection[str]) -> str:
@@ -104,3 +128,11 @@ def refuse(where: str, problems: Collection[str]) -> None:
             else ". Name it in the config, or list it in data.ignore_columns"
         )
         raise InputError(f"{cut(where, 200)}: {'; '.join(shown)}{more}{advice}")
+
+
+def refuse_unused(ignoring: Iterable[Ignoring]) -> None:
+    """Raises InputError if ``data.ignore_columns`` has a pattern for which no key was seen, in any of the data that it holds for."""
+    for patterns, group in groupby(sorted(ignoring, key=lambda one: one.patterns), key=lambda one: one.patterns):
+        used = set().union(*(one.used for one in group))
+        if unused := [pattern for pattern in patterns if pattern not in used]:
+            raise InputError(f"data.ignore_columns: no key of the data is called {', '.join(map(show, unused))}; take it out, or mend it")

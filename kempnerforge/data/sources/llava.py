@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kempnerforge.config import registry
-from kempnerforge.config.data import FileConfig
+from kempnerforge.config.data import RowsConfig, is_file_of_rows
 from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
-from kempnerforge.data.sources.keys import ID, IMAGES, PART, Keys, candidates, unread
+from kempnerforge.data.sources.hf_rows import HFRows, is_dataset
+from kempnerforge.data.sources.keys import ID, IMAGES, NULL, PART, Keys, candidates, unread
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.rows import json_rows
-from kempnerforge.data.sources.said import as_text, is_content, nested_size
+from kempnerforge.data.sources.said import as_text, is_content, nested_size, shown
 from kempnerforge.data.sources.table import RowSource, require_columns
 
 SYSTEM = "system"
-TURN: Keys = {"from": None, "value": PART, "role": None, "content": PART}
+SPARE = ("name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations", "reasoning_content", "weight")
+"""Keys of a message in OpenAI's exports and in sets that follow them; they must be null."""
+TURN: Keys = {"from": None, "value": PART, "role": None, "content": PART, **dict.fromkeys(SPARE, NULL)}
 METADATA = (
     *(ID, "image_id", "question_id", "model", "source", "data_source", "dataset", "split", "url"),
     *("width", "height", "width_list", "height_list"),
@@ -29,11 +32,12 @@ ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "ans
 
 @registry.register_data_config
 @dataclass
-class LlavaConfig(FileConfig):
-    """A JSON list, or one object a line: ``image`` or ``images`` (a path or base64, a list of these, null, or missing) and ``conversations``, a
-    list of ``{from: human|gpt, value}``; ``messages`` with ``{role: user|assistant, content}`` is the same. What is said may be a content
-    list, ``[{type: text, text}, {type: image_url, image_url}, ...]``; an image in it stands at its place. A row's ``system`` is the system
-    prompt, in front of those among the turns.
+class LlavaConfig(RowsConfig):
+    """A JSON list, one object a line, or a dataset (Parquet, a directory of ``save_to_disk``, a hub id): ``image`` or ``images`` (a path or base64,
+    a list of these, null, or missing) and ``conversations``, a list of ``{from: human|gpt, value}``; ``messages`` with
+    ``{role: user|assistant, content}`` is the same. What is said may be a content list, ``[{type: text, text}, {type: image_url, image_url},
+    ...]``; an image in it stands at its place, and ``{type: image, index}`` is the image of that number among ``images``. A row's ``system``
+    is the system prompt, in front of those among the turns.
 
     Attributes:
         image_token: what marks the place of an image in the file; it becomes ``data.image_placeholder``.
@@ -61,7 +65,10 @@ class Llava(RowSource):
 
     def __init__(self, cfg: LlavaConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self.rows = json_rows(self.path, self.key, self._measure, self.problems, cfg.max_bad_fraction)
+        if is_file_of_rows(self.path) or not is_dataset(self.path):
+            self.rows = json_rows(self.path, self.key, self._measure, self.problems, cfg.max_bad_fraction)
+        else:
+            self.rows = HFRows(self, self._measure, ["conversations", "messages", SYSTEM], IMAGES, [ID])
         if "messages" not in self.rows.columns:
             require_columns(self.path, self.rows.columns, {"conversations": "data.source = 'llava'"})
         self.rows.judge(self)
@@ -71,10 +78,7 @@ class Llava(RowSource):
         text = self._with_system(text, row)
         if self.cfg.image_first:
             text = replace(text, prompt=_to_the_head(text.prompt, self.cfg.image_placeholder))
-        images = self.images_in(row)
-        if images and own:
-            raise SampleError("images both in 'image' or 'images' and in the conversation")
-        return Sample(name, images or own, (text,))
+        return Sample(name, shown(self.images_in(row), own, "'image' or 'images'"), (text,))
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield from unread(row, self.known, self.ignored)
@@ -86,7 +90,7 @@ class Llava(RowSource):
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         return nested_size([row.get(SYSTEM), _entries(row)]), sum(count_images(row.get(name)) for name in IMAGES)
 
-    def _conversation(self, entries: Any) -> tuple[Text, tuple[ImageSource, ...]]:
+    def _conversation(self, entries: Any) -> tuple[Text, tuple[ImageSource | int, ...]]:
         """What is said, and the images that it brings itself."""
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             what = "is null" if entries is None else "must be a list of {from, value} objects"
@@ -115,7 +119,7 @@ class Llava(RowSource):
             return text
         return replace(text, system="\n".join(filter(None, (as_text(row[SYSTEM], f"{SYSTEM!r}"), text.system))))
 
-    def _said(self, entry: dict[str, Any]) -> tuple[str, str, tuple[ImageSource, ...]]:
+    def _said(self, entry: dict[str, Any]) -> tuple[str, str, tuple[ImageSource | int, ...]]:
         """Role, text and images of an entry."""
         found = {names: candidates(entry, names, self.ignored) for names in (("from", "role"), ("value", "content"))}
         if twice := next((names for names in found.values() if len(names) > 1), None):

@@ -20,6 +20,7 @@ from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
 from kempnerforge.data.order import Mixed, Order
 from kempnerforge.data.sample import Sample, SampleError, Source
 from kempnerforge.data.sources.build import build_source
+from kempnerforge.data.sources.keys import Ignoring
 from kempnerforge.data.tokenizer import Tokenizer
 
 MIXTURE = "mixture"
@@ -200,6 +201,9 @@ class Mixture(Source):
 
     def fingerprint(self) -> str:
         return digest(*(part.source.fingerprint() for part in self._parts))
+
+    def ignoring(self) -> Iterator[Ignoring]:
+        return chain.from_iterable(part.source.ignoring() for part in self._parts)
 
     def corpus(self) -> Iterator[str]:
         return chain.from_iterable(part.source.corpus() for part in self._parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kempnerforge.config.errors import show
@@ -42,10 +42,15 @@ def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) 
         SampleError: no text, or nothing to train.
     """
     asked, answers = as_text(prompt, f"column {prompt_column!r}"), f"column {answer_column!r}"
+    if isinstance(answer, Mapping) and isinstance(answer.get("answer"), list):  # as columns, from older versions of `datasets`
+        answer = answer["answer"]
     several = is_list_of_answers(answer)
     if several and not answer:
         raise SampleError(f"{answers}: an empty list of answers")
-    first, *others = [as_text(entry, answers) for entry in (answer if several else [answer])]
+    first, *others = [
+        as_text(entry.get("answer") if isinstance(entry, Mapping) and "answer" in entry else entry, answers)
+        for entry in (answer if several else [answer])
+    ]
     if not first.strip():
         raise SampleError(f"{answers}: empty answer")
     others = tuple(other for other in dict.fromkeys(others) if other.strip() and other != first)
@@ -62,9 +67,9 @@ def is_content(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
 
 
-def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[Any, tuple[ImageSource, ...]]:
-    """What stands in a place of text, as one text with a placeholder for each image, and the images that it brings itself. Anything but a
-    content list is handed back as it is.
+def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[Any, tuple[ImageSource | int, ...]]:
+    """What stands in a place of text, as one text with a placeholder for each image, and the images that it brings itself, or their numbers
+    (see ``shown``). Anything but a content list is handed back as it is.
 
     Raises:
         SampleError: a part of a content list that is neither text nor image.
@@ -77,6 +82,8 @@ def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[An
         for problem in unread(part, PART, Ignoring()):
             raise SampleError(f"{where}: {problem}")
         if part["type"] == "text":
+            if part.get("index") is not None:
+                raise SampleError(f"{where}: a part of type text with an index; it numbers images")
             text = as_text(part.get("text"), f"{where}, a part of type text,")
             if pictured and placeholder in text:
                 raise SampleError(f"{where}: {placeholder!r} in a text beside parts that are images")
@@ -89,14 +96,44 @@ def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[An
     return written, tuple(images)
 
 
-def _pictured(part: dict[str, Any], open_image: Open) -> Sequence[ImageSource]:
-    """The image of ``part``; none where it only marks a place."""
+def shown(beside: tuple[ImageSource, ...], own: Sequence[ImageSource | int], columns: str) -> tuple[ImageSource, ...]:
+    """The images of a row.
+
+    Args:
+        beside: those in its ``columns``.
+        own: those that its texts bring, or the numbers of those ``beside`` that stand in them.
+
+    Raises:
+        SampleError: both are there, or a number is of no image, or an image has no number.
+    """
+    numbers = [image for image in own if isinstance(image, int)]
+    if not numbers:
+        if beside and own:
+            raise SampleError(f"images both in {columns} and in the texts")
+        return beside or tuple(image for image in own if not isinstance(image, int))
+    if len(numbers) < len(own):
+        raise SampleError("some parts of type image have an index, others an image")
+    if wrong := [number for number in numbers if not 0 <= number < len(beside)]:
+        raise SampleError(f"a part of type image has index {wrong[0]}, and {columns} {len(beside)} images, from 0")
+    if missing := set(range(len(beside))) - set(numbers):
+        raise SampleError(f"no part of type image has index {min(missing)}, and {columns} {len(beside)} images, from 0")
+    return tuple(beside[number] for number in numbers)
+
+
+def _pictured(part: dict[str, Any], open_image: Open) -> Sequence[ImageSource | int]:
+    """The image of ``part``, or its number; none where it only marks a place."""
     url = part.get("image_url")
     given = [part.get("image"), url.get("url") if isinstance(url, dict) else url, part.get("path"), part.get("url")]
     found = [value for value in given if value is not None]
     if len(found) > 1:
         raise SampleError("a part of a content list that names two images")
-    return open_image(found[0]) if found else ()
+    if (index := part.get("index")) is None:
+        return open_image(found[0]) if found else ()
+    if found or isinstance(index, bool) or not isinstance(index, int):
+        raise SampleError(
+            f"a part of a content list with index = {show(index)}: must be the number of an image beside the texts, and name no other"
+        )
+    return (index,)
 
 
 def nested_size(value: Any) -> int:

@@ -12,15 +12,29 @@ from typing import Any, ClassVar
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
 from kempnerforge.config.errors import InputError, cut
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Taken, Text
-from kempnerforge.data.sources.keys import ANSWERS, ID, IMAGES, PART, PROMPTS, TEXTS, Ignoring, Keys, candidates, refuse, unread
+from kempnerforge.data.sources.keys import (
+    ANSWER,
+    ANSWERS,
+    HINTS,
+    ID,
+    IMAGES,
+    PART,
+    PROMPTS,
+    TEXTS,
+    Ignoring,
+    Keys,
+    candidates,
+    refuse,
+    unread,
+)
 from kempnerforge.data.sources.pictures import count_images, images_of
 from kempnerforge.data.sources.rows import Rows
-from kempnerforge.data.sources.said import as_text, make_text, nested_size, said
+from kempnerforge.data.sources.said import as_text, make_text, nested_size, said, shown
 
 LOOKED_AT = 64
 """Rows whose keys are judged at the start, where not all of them are read there."""
 COLUMNS_SHOWN = 20
-ENTRY: Keys = dict.fromkeys((*PROMPTS, *ANSWERS), PART)
+ENTRY: Keys = {**dict.fromkeys(PROMPTS, PART), **dict.fromkeys(ANSWERS, ANSWER)}
 """Of an entry of ``texts``."""
 
 
@@ -93,7 +107,7 @@ class FileSource(Source):
 
     def judge_schema(self, example: Mapping[str, Any], where: str) -> None:
         """Raises InputError if a key of rows like ``example`` is read by nothing; ``where`` is the file."""
-        refuse(where, dict.fromkeys(unread(example, self.known, self.ignored)))
+        refuse(where, dict.fromkeys(unread(example, self.known, self.ignored, schema=True)))
 
     def __getitem__(self, index: int) -> Sample:
         name = self.row_id(index)
@@ -110,7 +124,10 @@ class FileSource(Source):
         """The images that a row's ``value`` names; raises SampleError: it names none, or one outside the data root."""
         return images_of(value, column, self.root, self.cfg.follow_links)
 
-    def said(self, value: Any, where: str) -> tuple[Any, tuple[ImageSource, ...]]:
+    def ignoring(self) -> Iterator[Ignoring]:
+        yield self.ignored
+
+    def said(self, value: Any, where: str) -> tuple[Any, tuple[ImageSource | int, ...]]:
         """As the function, with the images of this source."""
         return said(value, where, self.cfg.image_placeholder, lambda image: self.images_of(image, where))
 
@@ -166,7 +183,7 @@ class TableSource(FileSource):
         self._texts = [texts] if texts else any_of([TEXTS]) if not (cfg.prompt_column or cfg.answer_column) else []
         self.text_columns = [*self._texts, *self._prompts, *self._answers]
         self.image_columns = list(IMAGES) if self.usual and cfg.image_column == IMAGES[0] else [c for c in (cfg.image_column,) if c]
-        flat_keys = dict.fromkeys((*self._prompts, *self._answers), PART)
+        flat_keys: Keys = {**dict.fromkeys(self._prompts, PART), **dict.fromkeys(self._answers, ANSWER)}
         self.known = {**dict.fromkeys(self.image_columns), **flat_keys, **dict.fromkeys(self._texts, ENTRY), ID: None}
         self._prompted = bool(cfg.prompt_column)
 
@@ -175,11 +192,8 @@ class TableSource(FileSource):
         return [*self.text_columns, *self.image_columns, ID]
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        images = self._images(row)
         texts, own = self._texts_of(row)
-        if images and own:
-            raise SampleError(f"images both in {' or '.join(map(repr, self.image_columns))} and in the texts")
-        return Sample(name, images or own, texts)
+        return Sample(name, shown(self._images(row), own, " or ".join(map(repr, self.image_columns))), texts)
 
     def _images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
         if self.image_columns and not any(column in row for column in self.image_columns):
@@ -228,7 +242,7 @@ class TableSource(FileSource):
         """The texts of a row; raises SampleError: it has none."""
         return self._texts_of(row)[0]
 
-    def _texts_of(self, row: Mapping[str, Any]) -> tuple[tuple[Text, ...], tuple[ImageSource, ...]]:
+    def _texts_of(self, row: Mapping[str, Any]) -> tuple[tuple[Text, ...], tuple[ImageSource | int, ...]]:
         """The texts of a row, and the images that they bring themselves."""
         column = self.cfg.texts_column or next(iter(candidates(row, self._texts, self.ignored)), "")
         if not column:
@@ -245,19 +259,19 @@ class TableSource(FileSource):
 
     def _text(
         self, row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[str], above: str, prompted: bool
-    ) -> tuple[Text, tuple[ImageSource, ...]]:
+    ) -> tuple[Text, tuple[ImageSource | int, ...]]:
         """The text of a row, or of an entry of ``texts``, and its images. ``prompted``: it must have a prompt."""
         asked, images = self._prompt(row, prompts, above, prompted)
         answer = next(iter(candidates(row, answers, self.ignored, above)), None)
         if answer is None:
             raise SampleError(_lacking(row, answers, above))
-        value, shown = self.said(row[answer], f"column {above + answer!r}")
+        value, pictures = self.said(row[answer], f"column {above + answer!r}")
         text = make_text(asked, value, above + prompts[0] if prompts else "", above + answer)
-        if shown and text.listed:
+        if pictures and text.listed:
             raise SampleError(f"column {above + answer!r}: several answers beside images in them")
-        return text, (*images, *shown)
+        return text, (*images, *pictures)
 
-    def _prompt(self, row: Mapping[str, Any], names: Sequence[str], above: str, needed: bool) -> tuple[str, tuple[ImageSource, ...]]:
+    def _prompt(self, row: Mapping[str, Any], names: Sequence[str], above: str, needed: bool) -> tuple[str, tuple[ImageSource | int, ...]]:
         found = candidates(row, names, self.ignored, above)
         if not found and needed:
             raise SampleError(_lacking(row, names, above))
@@ -281,8 +295,9 @@ def conflicts(row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[
 def missing_columns(where: str, needed: Mapping[str, str], there: Collection[str]) -> InputError:
     """The error that columns (as shown, with the key that needs each) are not ``there``; ``where`` is the file."""
     shown = ", ".join(cut(str(name)) for name in sorted(there)[:COLUMNS_SHOWN]) or "none"
+    hint = next((f"; {HINTS[name]}" for name in sorted(there) if name in HINTS), "")
     return InputError(
-        f"{where}: no column {', '.join(f'{column} for {key}' for column, key in needed.items())}; columns: {cut(shown, 400)}"
+        f"{where}: no column {', '.join(f'{column} for {key}' for column, key in needed.items())}; columns: {cut(shown, 400)}{hint}"
     )
 
 

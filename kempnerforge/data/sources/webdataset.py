@@ -24,7 +24,7 @@ from kempnerforge.config.paths import PathText, start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
-from kempnerforge.data.sources.keys import METADATA, PART, Keys, unread
+from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unread
 from kempnerforge.data.sources.rows import parse_json
 from kempnerforge.data.sources.table import ENTRY, TableSource
 
@@ -92,6 +92,7 @@ class WebDataset(TableSource):
         if filled is not None:
             self._require_members(self._shard(filled))
             self.judge_keys(self.row, self._ends[filled])
+        self.ignored.used.update(self.ignored.patterns)  # not all samples are looked at
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -131,7 +132,7 @@ class WebDataset(TableSource):
             for name in path:
                 below = table.get(name)
                 table[name] = table = below if isinstance(below, dict) else {}
-            table[last] = ENTRY if column == self.cfg.texts_column else PART
+            table[last] = ENTRY if column == self.cfg.texts_column else ANSWER if column == self.cfg.answer_column else PART
         return known
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
