@@ -265,18 +265,33 @@ SKIPPED: list[tuple[str, Callable[[Path], dict], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "says"), [row[1:] for row in SKIPPED], ids=[row[0] for row in SKIPPED])
-def test_single_bad_sample_is_skipped_and_counted(change: Callable[[Path], dict], says: str, tmp_path: Path):
+def test_a_single_bad_sample_is_skipped_and_counted(tmp_path: Path):
     make_job(tmp_path)
     rows = rows_of(tmp_path)
-    rows[5] |= change(tmp_path)
+    rows[5] |= {"image": truncated_jpeg(tmp_path)}
     write_rows(tmp_path / "train.jsonl", rows)
     ended = call("train", tmp_path / "job.toml", "--data.max_bad_fraction=0.1", "--train.max_steps=4", "--eval.at_end=false")
     assert ended.code == 0 and "Traceback" not in ended.err, ended
     last = metrics(tmp_path / "run")[-1]
     assert last["data/bad_samples"] == 1 and last["data/samples"] == 16  # another sample stands in
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in listed] == ["jsonl/train[5]"] and says in listed[0]["reason"], listed
+    assert [row["id"] for row in listed] == ["jsonl/train[5]"] and "cannot be decoded" in listed[0]["reason"], listed
+
+
+def test_bad_samples_of_every_kind_are_skipped(tmp_path: Path):
+    """Each is met once at least; another one stands in for it."""
+    make_job(tmp_path)
+    rows = rows_of(tmp_path)
+    bad = [rows[5] | change(tmp_path) for _, change, _ in SKIPPED]
+    write_rows(tmp_path / "train.jsonl", [*rows, *bad, *rows[:2]])
+    ended = call("train", tmp_path / "job.toml", "--data.max_bad_fraction=0.9", "--train.max_steps=7", "--eval.at_end=false")
+    assert ended.code == 0 and "Traceback" not in ended.err, ended
+    last = metrics(tmp_path / "run")[-1]
+    assert last["data/bad_samples"] >= len(bad) and last["data/samples"] == 28
+    listed = {row["id"]: row["reason"] for row in map(json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines())}
+    assert listed.keys() == {f"jsonl/train[{16 + k}]" for k in range(len(bad))}
+    for k, (kind, _, says) in enumerate(SKIPPED):
+        assert says in listed[f"jsonl/train[{16 + k}]"], (kind, listed)
 
 
 # ---- something else where a file or folder is expected ------------------------------------------------------------------------

@@ -302,12 +302,12 @@ def combinations(text: Text, every: int, seed: int) -> set[bool]:
 @pytest.mark.parametrize(("every", "seed"), [(4, 0), (3, 5)])
 @pytest.mark.parametrize("skill", ASKED)
 def test_no_question_of_training_is_about_what_is_held_out(skill: str, every: int, seed: int) -> None:
-    cfg: dict[str, Any] = {"skills": [skill], "held_out_every": every, "seed": seed, "samples": 800, "eval_samples": 800}
+    cfg: dict[str, Any] = {"skills": [skill], "held_out_every": every, "seed": seed, "samples": 400, "eval_samples": 400}
     for split, eval_on, unseen in (("train", "same", False), ("test", "same", False), ("test", "heldout", True)):
         source = probe(split, eval_on=eval_on, **cfg)
-        seen = [combinations(text, every, seed) for index in range(800) for text in source.texts(index)]
+        seen = [combinations(text, every, seed) for index in range(400) for text in source.texts(index)]
         assert set().union(*seen) == ({unseen} if skill != "comparison" else set())
-        scenes = [scene for index in range(800) for scene in source.draft(index)[0].scenes]
+        scenes = [scene for index in range(400) for scene in source.draft(index)[0].scenes]
         pairs = {(list(COLOURS).index(t.colour), list(SHAPES).index(t.shape)) for scene in scenes for t in scene if t.shape}
         if not unseen and pairs:  # held-out pairs are not even drawn, and all others are
             assert pairs == {(i, j) for i in range(8) for j in range(6) if (i + j + seed) % every}
@@ -317,7 +317,7 @@ def test_no_question_of_training_is_about_what_is_held_out(skill: str, every: in
                 assert all((list(SHAPES).index(s) + n + seed) % every for s, n in numbers)
         if skill == "reading":
             assert len({len(scene) for scene in scenes}) == 3
-            asked_of = {text.answer for index in range(800) for text in source.texts(index)}
+            asked_of = {text.answer for index in range(400) for text in source.texts(index)}
             silent = {t.writing for scene in scenes for t in scene} - asked_of
             assert silent and not any((sum(map(int, string)) + seed) % every == 0 for string in silent)
     if skill == "comparison":  # each has a thing, or a number of a shape, that is held out
@@ -344,7 +344,7 @@ CHANCE = {"counting": 0.29, "relation": 0.375, "binding": 0.3, "reading": 0.02, 
 @pytest.mark.parametrize("skill", ASKED)
 def test_blind_guessing_is_at_chance(skill: str) -> None:
     train, same, heldout = (
-        probe(split, skills=[skill], eval_on=on, samples=6000, eval_samples=2000)
+        probe(split, skills=[skill], eval_on=on, samples=3000, eval_samples=1000)
         for split, on in (("train", "same"), ("test", "same"), ("test", "heldout"))
     )
     questions = [

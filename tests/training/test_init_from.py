@@ -68,7 +68,9 @@ def two_configs(folder: Path, aligned: Sequence[str] = ("adapter",)) -> tuple[Pa
     )
 
 
-@pytest.mark.parametrize("arch", WITH_ENCODER)
+@pytest.mark.parametrize(
+    "arch", [arch if arch in ("joint_decoder", "cross_attention") else pytest.param(arch, marks=pytest.mark.slow) for arch in WITH_ENCODER]
+)
 def test_two_stages_equal_two_runs(arch: str, tmp_path: Path) -> None:
     """LLaVA's two stages, with dropout: weights, optimizer state and losses of both ways are the same, bitwise; and only what should changes.
 

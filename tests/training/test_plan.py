@@ -74,8 +74,7 @@ def test_flops_are_those_of_a_real_step(job_path: Path):
     assert sum(m.flops > 0 for m in found.stages[0].cost.modules) >= 4  # encoder, adapter, layers, head
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("tied", "optimizer"), [(True, "adamw"), (False, "muon")])
 def test_bytes_of_state(tied: bool, optimizer: str, job_path: Path):
     """fp32 weights and gradients, two moments for AdamW and one for Muon, and no copy of the weights when computing in fp32."""
     job = load_config(job_path, [f"--optimizer.name={optimizer}", f"--model.tie_embeddings={str(tied).lower()}"])

@@ -178,7 +178,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # ---- one process -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 6))])
 def test_random_schedules(part: int, world: World, record_property: Callable[[str, object], None]) -> None:
     """What moves, what has gradients and state, modes, reductions; and with AdamW the weights of a plain loop, bit by bit."""
     tried, flips, evaluations, compared = 0, 0, 0, 0
@@ -267,9 +267,10 @@ def compare_ranks(numbers: Sequence[int], world: World, folder: Path, *, compile
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one_process(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [len(ARCHS), pytest.param(max(2 * len(ARCHS), COUNT // 3), marks=pytest.mark.slow)])
+def test_two_ranks_equal_one_process(count: int, world: World, tmp_path: Path) -> None:
     """Many schedules in one start of the ranks, every arch; all that is watched on one process is watched on each rank, too."""
-    print(compare_ranks(range(max(len(ARCHS), COUNT // 3)), world, tmp_path, timeout=120 + 10 * COUNT))
+    print(compare_ranks(range(count), world, tmp_path, timeout=120 + 10 * COUNT))
 
 
 # ---- compiled ----------------------------------------------------------------------------------------------------------
