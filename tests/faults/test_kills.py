@@ -105,6 +105,7 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: s
     return notes
 
 
+@pytest.mark.slow
 def test_at_random(job: Job, tmp_path: Path, observe: Observe):
     notes = kill_at_random(job, tmp_path / "run", 4, random.Random(0))
     hit = sum("too late" not in note for note in notes)

@@ -40,6 +40,7 @@ cp -a "$RUN" "$SEEN/run"
 MAY_MOUNT = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MAY_MOUNT, reason="no private tmpfs: user namespaces are off")
 def test_a_full_disk(job: Job, tmp_path: Path, observe: Observe):
     run, seen = tmp_path / "run", tmp_path / "seen"

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.dist
 SHORT = "--distributed.timeout_s=3"
 
 
+@pytest.mark.slow
 def test_a_hung_rank_under_the_launcher(job: Job, tmp_path: Path, observe: Observe):
     run, begin = tmp_path / "run", time.monotonic()
     ended = spawn("train", job.path, "--nproc", 2, f"--run.dir={run}", SHORT, FAULTS='{"1": [["hang", 7]]}')
@@ -42,6 +43,7 @@ def test_the_rank_that_keeps_the_store_hangs(job: Job, tmp_path: Path, observe: 
     observe("hung rank 0", "the same, both ranks end by themselves", job.finish(run))
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_the_interpreter(job: Job, tmp_path: Path, observe: Observe):
     """No thread of it can run; ``faulthandler`` still can."""
     run = tmp_path / "run"

@@ -126,6 +126,7 @@ def test_on_meta() -> None:
     assert o.shape == (3, found.num_keys, 32) and o.is_meta
 
 
+@pytest.mark.slow
 def test_compiled_without_breaks_and_checkpointed() -> None:
     torch.manual_seed(0)
     layer, graphs = Layer(), []

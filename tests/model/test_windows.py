@@ -268,6 +268,7 @@ def test_a_context_without_a_mask_is_refused_beyond_the_window() -> None:
         model.run(model.embed(positions), Context(rope_tables(positions, CFG)))
 
 
+@pytest.mark.slow
 def test_compiled_without_breaks() -> None:
     model, graphs = model_of(replace(CFG, n_layers=2, window_pattern="SF")), []
     tokens = [torch.arange(length).expand(2, -1) for length in (12, 15, 17)]

@@ -169,11 +169,11 @@ def test_nproc_ends_with_0_and_2(tmp_path: Path):
     ended = spawn("train", job, "--nproc", 2, "--train.max_steps=2", "--data.eval_path", "")
     assert ended.code == 0 and checkpoint_steps(tmp_path / "run") == [2] and "eval/" not in ended.err, ended
     (tmp_path / "train.jsonl").write_text("")
-    ended = spawn("train", job, "--nproc", 2, f"--run.dir={tmp_path}/other")
+    ended = two_ranks("train", job, f"--run.dir={tmp_path}/other")  # what the launcher makes of it: tests/distributed/test_world.py
     assert ended.code == 2 and "no rows" in ended.err and "Traceback" not in ended.err, ended
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_nproc_interrupted_saves_and_ends_with_130(number: signal.Signals, tmp_path: Path):
     argv = ("train", make_job(tmp_path), "--nproc", 2, "--train.max_steps=500", "--checkpoint.interval=0", "--eval.at_end=false")
     process = start(*argv)

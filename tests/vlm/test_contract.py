@@ -238,9 +238,17 @@ def ranked(archs: Iterable[tuple[str | None, str]], *hows: str) -> pytest.MarkDe
 
 @pytest.mark.dist
 @pytest.mark.timeout(600)  # the first one starts them all
-@ranked(MASKED, "")
+@ranked([(arch, accepted_masks(arch)[0]) for arch in ARCHS], "")
 def test_two_ranks_are_one_process_that_accumulates(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
     """Each rank has its own micro-batch, one of them without any image."""
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked([(arch, mask) for arch in ARCHS for mask in accepted_masks(arch)[1:]], "")
+def test_two_ranks_under_other_masks(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
     same_as_one_process(ranked, ranks(ranked))
 
 
