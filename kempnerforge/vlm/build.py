@@ -9,7 +9,7 @@ import torch
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.model.lora import adapt
-from kempnerforge.model.their_config import within_memory
+from kempnerforge.model.their_config import memory_bytes, within_memory
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
 
@@ -42,6 +42,9 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     """
     cls = arch_class(job)
     sizes = {name: asdict(part) for name in SIZED if (part := getattr(job, name)) is not None}
+    if torch.device(device or "cpu").type != "meta":  # filling memory until there is no more takes minutes
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), within_memory(sizes, meta=True, most=memory_bytes()):
+            cls(job)
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes):
         torch.manual_seed(job.train.seed)
         model = cls(job)
