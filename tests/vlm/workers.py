@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
 from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, Tiny, full, install, tiny
 
-AUX, FROZEN, RECOMPUTED, COMPILED = "aux", "frozen", "recomputed", "compiled"
+AUX, FROZEN, RECOMPUTED, COMPILED, TRACED = "aux", "frozen", "recomputed", "compiled", "traced"
+"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code is made of them, which takes minutes."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 
@@ -34,7 +36,7 @@ def two_ranks(folder: str, modules: str, *cases: str) -> None:
     try:
         for name in filter(None, modules.split(",")):
             importlib.import_module(name)
-        waits_for_compiler = any(COMPILED in case for case in cases)  # of the other rank
+        waits_for_compiler = any(COMPILED in case or TRACED in case for case in cases)  # of the other rank
         world = start(DistributedConfig(timeout_s=900 if waits_for_compiler else 60))
         for case in cases:
             two_steps(case, world, Path(folder) / case)
@@ -48,7 +50,10 @@ def two_ranks(folder: str, modules: str, *cases: str) -> None:
 
 def two_steps(case: str, world: World, out: Path) -> None:
     it, how = prepared(case)
-    install(it, world, recompute=RECOMPUTED in how, compile_units=COMPILED in how)
+    if TRACED in how:
+        torch._dynamo.reset()
+        it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))
+    install(it, world, recompute=RECOMPUTED in how, compile_units=COMPILED in how or TRACED in how)
     if FROZEN in how:
         freeze_some(it)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
@@ -98,7 +103,14 @@ def first_linear(unit: nn.Module) -> nn.Module:
 
 def add_loss(module: Any) -> None:
     """Has ``module`` want small outputs, too."""
-    kind = type(module)
+    if not hasattr(module, "aux_loss"):
+        module.aux_loss = None
+    module.__class__ = with_loss(type(module))
+
+
+@cache
+def with_loss(kind: type) -> type:
+    """A subclass; the same for all modules of ``kind``, as the compiler makes a graph for each class."""
     weight = 0.05
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,9 +121,7 @@ def add_loss(module: Any) -> None:
         self.aux_loss = None if not self.training else loss if own is None else own + loss
         return value
 
-    if not hasattr(module, "aux_loss"):
-        module.aux_loss = None
-    module.__class__ = type(f"{kind.__name__}WithLoss", (kind,), {"forward": forward})
+    return type(f"{kind.__name__}WithLoss", (kind,), {"forward": forward})
 
 
 def freeze_some(it: Tiny) -> None:
