@@ -15,9 +15,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from kempnerforge.cli.main import tune_process
+from kempnerforge.process import tune_memory
 
-tune_process()
+tune_memory()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402

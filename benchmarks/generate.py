@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kempnerforge.cli.main import tune_process
+from kempnerforge.process import tune_memory
 
-tune_process()
+tune_memory()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

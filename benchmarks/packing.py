@@ -21,9 +21,9 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-from kempnerforge.cli.main import tune_process
+from kempnerforge.process import tune_memory
 
-tune_process()
+tune_memory()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

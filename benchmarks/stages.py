@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.cli.main import tune_process
+from kempnerforge.process import tune_memory
 
-tune_process()
+tune_memory()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.cli.main import tune_process
+from kempnerforge.process import tune_memory
 
-tune_process()
+tune_memory()
 
 import torch  # noqa: E402
 

@@ -2,7 +2,7 @@
 
 from kempnerforge.checkpoint.lock import RunLock
 from kempnerforge.checkpoint.state import load_training, load_weights, model_tensors, optimizer_tensors, save_training
-from kempnerforge.checkpoint.store import CheckpointError, Manifest, find, load, resolve, save, tensor_info, verify
+from kempnerforge.checkpoint.store import CheckpointError, Manifest, find, load, reading, resolve, save, tensor_info, verify
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +14,7 @@ __all__ = [
     "load_weights",
     "model_tensors",
     "optimizer_tensors",
+    "reading",
     "resolve",
     "save",
     "save_training",

@@ -18,8 +18,9 @@ import shutil
 import uuid
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,10 +47,11 @@ from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, 
 from kempnerforge.checkpoint.reader import load, tensor_info
 from kempnerforge.config.paths import start_of
 
-__all__ = ["CheckpointError", "Manifest", "find", "load", "resolve", "save", "tensor_info", "verify"]
+__all__ = ["CheckpointError", "Manifest", "find", "load", "reading", "resolve", "save", "tensor_info", "verify"]
 
 log = logging.getLogger("kempnerforge")
 
+T = TypeVar("T")
 _STEP = re.compile(r"(\.old-)?step-(\d{8,})")
 
 
@@ -221,6 +223,11 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
+def newest_step(root: Path) -> int | None:
+    """The step of the newest checkpoint under ``root``, by its name alone; None where there is none."""
+    return next((step for step, _ in _candidates(root)), None) if root.is_dir() else None
+
+
 def find(root: Path) -> tuple[Path, Manifest] | None:
     """The newest checkpoint under ``root`` that verifies; None where there is none at all. Broken ones are reported and passed over.
 
@@ -237,6 +244,8 @@ def _find(root: Path) -> tuple[Path, Manifest] | None:
         try:
             return path, verify(path)
         except CheckpointError as error:
+            if not path.exists():  # removed meanwhile by the job that writes here: what it has kept is newer
+                return _find(root)
             errors.append(str(error))
             log.warning("skipping a broken checkpoint: %s", error)
     if errors:
@@ -251,6 +260,20 @@ def resolve(path: Path) -> Path:
         CheckpointError: on all ranks, when there is none, or when ``path`` is one and is broken.
     """
     return from_rank0(lambda: _resolve(Path(path)))
+
+
+def reading(path: Path, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of the checkpoint that ``path`` means (see ``resolve``). One that a job which trains there removes meanwhile is not an
+    error: it has kept newer ones.
+    """
+    while True:
+        found = resolve(path)
+        try:
+            return read(found)
+        except Exception:
+            if found == path or found.exists() or world_size() > 1:
+                raise
+            log.info("%s was removed while it was read, as newer ones are there: reading the newest", found)
 
 
 def _resolve(path: Path) -> Path:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import importlib
 import logging
 import os
 import select
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,12 +18,9 @@ from typing import NoReturn
 from kempnerforge.config.errors import InputError, visible
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import trusting
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's ``mallopt``."""
+from kempnerforge.process import INTERRUPTED, die_of_interrupt, end_with_launcher, keep_writing, tune_memory
 
 NEWLINE, TRUST = "\n", "--trust-plugins"
-INTERRUPTED = 130
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
@@ -86,9 +81,15 @@ def run(argv: Sequence[str]) -> int:
     """Parses ``argv``, runs the command and turns what went wrong into a line on stderr and an exit code."""
     try:
         return _run(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    """Says what ``error`` does: "interrupted", unless it has a text; an empty one is said already."""
+    if line := str(error.args[0]) if error.args else "interrupted":
+        print(line, file=sys.stderr)
+    return INTERRUPTED
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -123,10 +124,9 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe that has no reader any more."""
+    """Whether stdout is a pipe that has no reader any more."""
     watched = select.poll()
-    for number in (1, 2):
-        watched.register(number, 0)  # without an event that is asked for, what is wrong is told alone
+    watched.register(1, 0)  # without an event that is asked for, what is wrong is told alone
     return bool(watched.poll(0))
 
 
@@ -169,44 +169,34 @@ def _caller(error: BaseException) -> str:
     return next((name for name in reversed(names) if name not in sys.stdlib_module_names), PACKAGE)
 
 
-def tune_process() -> None:
-    """Two settings that make small models on a CPU faster; to be called before torch is imported.
-
-    OpenMP threads that spin while they wait slow everything on shared cores by a factor of four, so they are told to give up early. And
-    freed memory is kept: by default glibc hands each large tensor back to the system and takes new, zeroed pages for the next one, which
-    cost about an eighth of the CPU time where it was measured.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    for parameter, value in ((M_TRIM_THRESHOLD, 1 << 30), (M_MMAP_THRESHOLD, 1 << 30)):
-        mallopt(parameter, value)
-
-
 def main() -> NoReturn:
     """The entry point.
 
     NOTE: leaves by ``os._exit``: a process that used gloo may otherwise abort while the interpreter shuts down, after all is done.
     """
-    tune_process()
+    tune_memory()
+    keep_writing("stderr", *(["stdout"] if sys.argv[1:2] == ["train"] else []))
+    end_with_launcher()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kempnerforge").setLevel(logging.INFO)
     interrupted = False
     try:
         code = _run(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code, interrupted = INTERRUPTED, True
+    except KeyboardInterrupt as error:
+        code, interrupted = _interrupted(error), True
     except SystemExit as stop:  # argparse
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it has seen enough
+        pass
+    except OSError as error:
+        print(f"stopped: the output cannot be written: {error.strerror}", file=sys.stderr)
+        code = code or 3
     sys.stderr.flush()
-    if interrupted and "RANK" not in os.environ:  # a shell ends its loop when a command died of the signal; a launcher counts exit codes
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    if interrupted:
+        die_of_interrupt()
     os._exit(code)

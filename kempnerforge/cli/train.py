@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kempnerforge.config import load_config, to_toml
 from kempnerforge.config.errors import InputError
+from kempnerforge.process import INTERRUPTED
 
 MOST_PROCESSES = 1024
 """On one machine."""
@@ -52,11 +53,19 @@ def run(args: argparse.Namespace) -> int:
         for line in dry_run(job):
             print(line, file=sys.stderr)
         return 0
+    from kempnerforge.checkpoint.store import newest_step
     from kempnerforge.training.hooks.signals import asked_by
     from kempnerforge.training.run import train
 
-    if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True):
-        return 0
-    if signal.SIGINT in asked_by:
-        raise KeyboardInterrupt  # all is saved
-    return 130
+    try:
+        if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True):
+            return 0
+        said = f"interrupted: step {newest_step(Path(job.run.dir) / 'checkpoints')} is saved"
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted before the first step"
+    said = f"{said}; the same command continues" if os.environ.get("RANK", "0") == "0" else ""  # one of the ranks says it
+    if signal.SIGINT in asked_by or not asked_by:
+        raise KeyboardInterrupt(said)
+    if said:
+        print(said, file=sys.stderr)
+    return INTERRUPTED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -24,22 +23,19 @@ from kempnerforge.data.pack import PackSampler
 from kempnerforge.data.rows import DataError, EncodedSamples, collate_rows
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sampler import MEASURED_WINDOW, WINDOW, StepSampler
+from kempnerforge.process import STOPS, end_with
 
 CHARACTERS_PER_TOKEN = 4
 CLASS_POSITIONS = 16
 """Positions by which rows of one length class differ at most, about."""
 
 
-FOR_THE_MAIN_PROCESS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop also reaches its workers, as systems send it to whole groups. They go on, so that the step can be finished."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux' ``prctl``."""
-
-
 @contextmanager
 def _workers_starting() -> Iterator[None]:
-    """Processes that are started meanwhile never see the signals that are for the main process: a blocked signal stays so in a child."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_MAIN_PROCESS)
+    """Processes that are started meanwhile never see the signals that ask a run to stop, as a blocked signal stays so in a child: they are sent to
+    whole groups, and the workers go on so that the step can be finished.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -47,13 +43,8 @@ def _workers_starting() -> Iterator[None]:
 
 
 def _begin_worker(number: int, parent: int) -> None:
-    """A worker ends with the process that started it, however that ends."""
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    except (AttributeError, OSError, TypeError):  # not Linux: torch's own watchdog sees it within seconds
-        return
-    if os.getppid() != parent:
-        os._exit(1)
+    """A worker ends with the process that started it, however that ends; where that is not Linux, torch's own watchdog sees it within seconds."""
+    end_with(parent, signal.SIGKILL)
 
 
 def lost_worker(error: RuntimeError) -> str:

@@ -1,39 +1,84 @@
-"""``--nproc``: several processes of this command on one machine, as ``torchrun`` starts them, and the exit code of the first to fail."""
+"""``--nproc``: several processes of this command on one machine, in the environment that ``torchrun`` gives its own."""
 
 from __future__ import annotations
 
-import logging
+import os
+import signal
+import subprocess
 import sys
-import uuid
+import time
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from kempnerforge.process import INTERRUPTED, LAUNCHER, STOPS
+
+FAULT = 3
+LOOK_S = 0.05
+GRACE_S = 30.0
+"""Seconds that the others have to end when one rank has failed."""
 
 
 def launch(argv: Sequence[str], processes: int) -> int:
-    """Runs ``python -m kempnerforge ARGV`` in ``processes`` processes; returns the first failure's exit code, or 0.
+    """Runs ``python -m kempnerforge ARGV`` in ``processes`` processes, which end when this one does. Signals that ask to stop are handed on.
 
     Args:
         argv: the command line of this process, ``--nproc`` included: where ``RANK`` is set it is not read again.
+
+    Returns:
+        0, or the exit code of the first to fail: 3 for one that the system has ended, which is said.
+
+    Raises:
+        KeyboardInterrupt: SIGINT has stopped the ranks.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
-    config = LaunchConfig(
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of the system's choice that is ours from now on
+    env = {"OMP_NUM_THREADS": "1"} | os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), LAUNCHER: str(os.getpid())}
+    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOPS}
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
-        elastic_launch(config, sys.executable)("-m", "kempnerforge", *argv)
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 3  # below 0: killed by a signal, and a restart continues
-    except SignalException:
-        return 130
-    return 0
+        for rank in map(str, range(processes)):  # in sessions of their own: a terminal sends Ctrl-C to this process alone
+            command = [sys.executable, "-m", "kempnerforge", *argv]
+            ranks.append(subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, start_new_session=True))
+        code = _wait(ranks, asked)
+    finally:
+        for process in ranks:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt("")  # the ranks have said the rest
+    return code
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:
+    """Until all have ended. ``asked`` grows while it waits."""
+    handed_on, first, deadline = 0, 0, float("inf")
+    running = dict(enumerate(ranks))
+    while running:
+        time.sleep(LOOK_S)
+        for number in asked[handed_on:]:
+            handed_on += 1
+            for process in running.values():
+                process.send_signal(number)
+        ended = {rank: process.returncode for rank, process in running.items() if process.poll() is not None}
+        for rank, code in ended.items():
+            del running[rank]
+            if code < 0 and not first and not asked:
+                _say_what_ended(rank, -code)
+        failed = [code if code > 0 else INTERRUPTED if -code in asked else FAULT for code in ended.values() if code]
+        if failed and not first:
+            first = next((code for code in failed if code != FAULT), FAULT)  # others may fail because of it
+            deadline = time.monotonic() + GRACE_S
+            for process in running.values():
+                process.terminate()
+        if time.monotonic() > deadline:
+            for process in running.values():
+                process.kill()
+    return first
+
+
+def _say_what_ended(rank: int, number: int) -> None:
+    likely = "; the system ends processes so when memory runs out" if number == signal.SIGKILL else ""
+    print(f"stopped: rank {rank} was ended by {signal.Signals(number).name}{likely}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kempnerforge.checkpoint import CheckpointError, load, resolve, tensor_info
+from kempnerforge.checkpoint import CheckpointError, load, reading, tensor_info
 from kempnerforge.checkpoint.state import AVERAGED, MODEL
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig, RopeScaling
@@ -35,19 +35,22 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     if (path / CONFIG).is_file():
         return read_text_weights(path, cfg)
     try:
-        checkpoint = resolve(path)
-        info = tensor_info(checkpoint)
-        tensors, averaged = (
-            {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
-            for prefix in (MODEL, AVERAGED)
-        )
-        _check_config(checkpoint, cfg)
-        load(checkpoint, tensors, prefix=MODEL)
-        if averaged:
-            load(checkpoint, averaged, prefix=AVERAGED)
-            tensors |= {MODEL + name.removeprefix(AVERAGED): t for name, t in averaged.items()}
+        return reading(path, lambda checkpoint: _of_checkpoint(checkpoint, cfg))
     except CheckpointError as error:
         raise InputError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
+
+
+def _of_checkpoint(checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    info = tensor_info(checkpoint)
+    tensors, averaged = (
+        {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
+        for prefix in (MODEL, AVERAGED)
+    )
+    _check_config(checkpoint, cfg)
+    load(checkpoint, tensors, prefix=MODEL)
+    if averaged:
+        load(checkpoint, averaged, prefix=AVERAGED)
+        tensors |= {MODEL + name.removeprefix(AVERAGED): t for name, t in averaged.items()}
     return _with_head({name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}, checkpoint, cfg)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import load_weights, resolve
+from kempnerforge.checkpoint import load_weights, reading
 from kempnerforge.config import load_config
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import plugin_changes, plugins_of
@@ -47,7 +47,10 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> Restored:
         CheckpointError: there is none, or it is damaged.
         ValueError: the overrides do not fit.
     """
-    path = resolve(place_of(path))
+    return reading(place_of(path), lambda found: _restore(found, overrides))
+
+
+def _restore(path: Path, overrides: Sequence[str]) -> Restored:
     job = load_config(path / "config.toml", overrides)
     encoder = job.vision_encoder
     assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)

@@ -19,7 +19,8 @@ from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.files import read_toml
-from kempnerforge.data.files import move_aside, same_files, write_text
+from kempnerforge.config.paths import place_of
+from kempnerforge.data.files import move_aside, same_files, why_not_writable, write_text
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
@@ -41,7 +42,7 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
     Args:
         fresh: move an existing run directory aside and start over.
         allow: keys ("optimizer.lr") or sections ("optimizer") that are meant to differ from those of the run that is there.
-        leaving: the process ends with this run. SIGTERM and SIGINT, once they have asked it to stop, are then ignored until it is gone.
+        leaving: the process ends with this run. Signals, once they have asked it to stop, are then ignored until it is gone.
 
     Returns:
         Whether the run is complete; False: it was interrupted, and saved.
@@ -51,13 +52,14 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
             been written then.
         CheckpointError: the directory is in use, or none of its checkpoints is whole.
         TrainingFault: the run cannot go on by itself.
+        KeyboardInterrupt: a signal in the last evaluation, with all steps saved; or a second SIGINT.
     """
-    run_dir = Path(job.run.dir)
+    run_dir = place_of(job.run.dir)
     world = worlds.start(job.distributed)
     if not world.is_main:
         LOG.setLevel(logging.ERROR)  # what all ranks know, one says
     try:
-        with _claimed(run_dir, world) as locks:
+        with _claimed(run_dir, world, fresh) as locks:
             found = None if fresh else _found(run_dir)
             trainer = _prepare(job, run_dir, world, found, allow, leaving)
             config = trainer.history[-1].config
@@ -68,20 +70,20 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
                 locks.enter_context(RunLock(run_dir))
             _write(job, trainer, run_dir, found)
             trainer.fit()
-            return trainer.done
+            return trainer.done and not trainer.stopping
     finally:
         worlds.stop()
 
 
 @contextmanager
-def _claimed(run_dir: Path, world: World) -> Iterator[ExitStack]:
+def _claimed(run_dir: Path, world: World, fresh: bool) -> Iterator[ExitStack]:
     """Holds the lock of ``run_dir``. Directories that were made for it go again if nothing was put there."""
     made = from_rank0(lambda: _make(run_dir))
     if isinstance(made, str):
-        raise InputError(made)
+        raise InputError(f"run.dir = {str(run_dir)!r}: {made}")
     try:
-        if not os.access(run_dir, os.W_OK | os.X_OK):
-            raise InputError(f"run.dir = {str(run_dir)!r}: cannot be written to")
+        if problem := from_rank0(lambda: _unwritable(run_dir, fresh)):
+            raise InputError(f"run.dir = {str(run_dir)!r}: {problem}")
         with ExitStack() as locks:
             locks.enter_context(RunLock(run_dir))
             yield locks
@@ -97,8 +99,22 @@ def _make(run_dir: Path) -> list[Path] | str:
         missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"run.dir = {str(run_dir)!r}: cannot be made: {error.strerror or error}"
+        to = f"it is a link to {os.readlink(run_dir)!r}, which is not there" if run_dir.is_symlink() else error.strerror or error
+        return f"cannot be made: {to}"
     return missing
+
+
+def _unwritable(run_dir: Path, fresh: bool) -> str:
+    """Why a run cannot write where it will; empty if it can.
+
+    Args:
+        fresh: what is there is moved aside.
+    """
+    place, moves = run_dir.resolve(), fresh and _holds_a_run(run_dir)
+    if moves and os.path.ismount(place):
+        return f"{place} is where a disk is mounted: it cannot be moved aside"
+    folders = (run_dir, place.parent) if moves else (run_dir, run_dir / "checkpoints", run_dir / "events")
+    return next((why for folder in folders if (why := why_not_writable(folder))), "")
 
 
 def _found(run_dir: Path) -> tuple[Path, Manifest] | None:
@@ -185,9 +201,13 @@ def _write_tokenizer(tokenizer: Tokenizer, run_dir: Path, kept: Path | None) -> 
     part.rename(path)
 
 
+def _holds_a_run(run_dir: Path) -> bool:
+    return any(path.name != ".lock" for path in run_dir.iterdir())
+
+
 def _move_aside(run_dir: Path) -> bool:
     """Renames an existing run, its lock with it; nothing is deleted. A link to it stays one. Returns whether there was one."""
-    if all(path.name == ".lock" for path in run_dir.iterdir()):
+    if not _holds_a_run(run_dir):
         return False
     run_dir = run_dir.resolve()
     aside = move_aside(run_dir)

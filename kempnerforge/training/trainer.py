@@ -84,7 +84,7 @@ class Hook:
         """Numbers that belong to ``trainer.step``."""
 
     def finish(self, trainer: Trainer) -> None:
-        """After the last step, also when interrupted."""
+        """After the last step; not when interrupted."""
 
     def close(self) -> None:
         """At the very end, also after an error: let go of files and screens."""
@@ -95,6 +95,7 @@ class Trainer:
 
     Attributes:
         history: the spans of the run, the one that this process trains the last; empty where none are kept.
+        finishing: the last step is done and saved: who asks to stop now need not wait.
 
     Args:
         assembly: the job put together; its model is sharded in place.
@@ -126,7 +127,7 @@ class Trainer:
         self.samples_seen = self.samples_bad = 0
         self.samples_of: Counter[str] = Counter()
         self.skipped_in_a_row = 0
-        self.stop_requested = self.stopping = False
+        self.stop_requested = self.stopping = self.finishing = False
         self.bad_samples: list[tuple[str, str]] = []
         self._batches: Iterator[Batch] | None = None
         self._ahead: Data | None = None
@@ -160,9 +161,13 @@ class Trainer:
                 self.step += 1
                 for hook in self.hooks:
                     hook.step(self, result)
-            for hook in self.hooks:
+            self.finishing = self.done
+            (asked,) = self.world.sum([float(self.stop_requested)])  # while the last step was saved, too
+            self.stopping = asked > 0
+            for hook in self.hooks if not self.stopping else ():
                 hook.finish(self)
         finally:
+            self.finishing = False
             for hook in self.hooks:
                 hook.close()
 

@@ -24,6 +24,7 @@ import torch
 from kempnerforge.checkpoint import store
 from kempnerforge.data.batch import Batch
 from kempnerforge.distributed import world
+from kempnerforge.training.hooks import evaluation
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.trainer import Trainer
 from tests.training.tiny import plain
@@ -138,8 +139,21 @@ def wait_for(step: int, path: str) -> None:
 
 
 @fault
-def signal_in_save(step: int, number: int) -> None:
-    before(store, "_write", lambda tmp, *rest: os.kill(os.getpid(), number) if _step_of(tmp) == step else None)
+def signal_in_save(step: int, *numbers: int) -> None:
+    def send(writer: Any, *_: Any) -> None:
+        for number in numbers if _step_of(Path(writer.path)) == step else ():
+            os.kill(os.getpid(), number)
+
+    before(store._Writer, "write_data", send)
+
+
+@fault
+def signal_in_last_evaluation(number: int) -> None:
+    def send(*_: Any, limit: int, **__: Any) -> None:
+        if not limit:
+            os.kill(os.getpid(), number)
+
+    before(evaluation, "measure", send)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

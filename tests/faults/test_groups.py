@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.training.tiny import checkpoint_steps, environment, losses, make_job
 
-OPTIONS = ("--data.num_workers=1", "--train.max_steps=5000", "--checkpoint.interval=0", "--eval.at_end=false")
+OPTIONS = ("--data.num_workers=2", "--train.max_steps=5000", "--checkpoint.interval=0", "--eval.at_end=false")
 
 
 def begun(argv: Sequence[str], run: Path) -> subprocess.Popen[str]:
@@ -44,25 +47,48 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_a_group_is_asked_to_stop_then_a_worker_and_then_the_run_are_killed(tmp_path: Path) -> None:
+    """As ``timeout`` sends it: to the command, and to all of the group. As a terminal that closes does."""
     run = tmp_path / "run"
     argv = [sys.executable, "-m", "kempnerforge", "train", str(make_job(tmp_path)), *OPTIONS]
-    process = begun(argv, run)
-    os.killpg(process.pid, signal.SIGTERM)
+    process = begun(["timeout", "1000", *argv], run)
+    process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert checkpoint_steps(run) == [len(losses(run))]
+    assert "Traceback" not in err and checkpoint_steps(run) == [len(losses(run))], err
+    assert err.splitlines()[-1] == f"interrupted: step {len(losses(run))} is saved; the same command continues"
 
     process = begun(argv, run)
-    (worker,) = children(process.pid)
+    os.killpg(process.pid, signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and checkpoint_steps(run)[-1] == len(losses(run)), err
+
+    process = begun(argv, run)
+    worker, other = children(process.pid)
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3 and "stopped: data worker " in err and "memory" in err and "Traceback" not in err, err
+    assert wait_until(lambda: gone([other]), 3), "the other worker outlives the run"
 
     process = begun(argv, run)
     workers = children(process.pid)
     process.kill()
     process.communicate(timeout=60)
-    assert len(workers) == 1 and wait_until(lambda: gone(workers), 3), "workers outlive the run"
+    assert len(workers) == 2 and wait_until(lambda: gone(workers), 3), "workers outlive the run"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(40))
+def test_forty_signals_to_the_group(seed: int, tmp_path: Path) -> None:
+    run, chance = tmp_path / "run", random.Random(seed)
+    options = f"--data.num_workers={chance.choice((1, 2, 3))}", "--train.max_steps=5000", "--eval.at_end=false"
+    every = f"--checkpoint.interval={chance.choice((0, 1, 7))}"
+    process = begun([sys.executable, "-m", "kempnerforge", "train", str(make_job(tmp_path)), *options, every], run)
+    workers = children(process.pid)
+    time.sleep(chance.random())
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and checkpoint_steps(run)[-1] == len(losses(run)), err
+    assert wait_until(lambda: gone(workers), 3)
 
 
 def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
@@ -74,3 +100,27 @@ def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
     out, err = shell.communicate(timeout=60)
     assert shell.returncode == -signal.SIGINT and not out and "Traceback" not in err, (out, err)
     assert checkpoint_steps(run) == [len(losses(run))]
+
+
+def test_a_killed_rank_is_said_and_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+    """And a launcher that is asked to stop has its ranks save."""
+    run = tmp_path / "run"
+    argv = [sys.executable, "-m", "kempnerforge", "train", str(make_job(tmp_path)), "--nproc=2", *OPTIONS]
+    process = begun(argv, run)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "stopped: rank 1 was ended by SIGKILL; the system ends processes so when memory runs out" in err, err
+
+    process = begun(argv, run)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("is saved") == 1 and "Traceback" not in err, err
+    assert checkpoint_steps(run) == [len(losses(run))]
+
+    process = begun(argv, run)
+    ranks = children(process.pid)
+    workers = [pid for rank in ranks for pid in children(rank)]
+    process.kill()
+    _, err = process.communicate(timeout=60)
+    assert len(ranks) == 2 and len(workers) == 4 and wait_until(lambda: gone(ranks + workers), 20), "ranks outlive their launcher"
+    assert checkpoint_steps(run)[-1] == len(losses(run)) and "Traceback" not in err, err

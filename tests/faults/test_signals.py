@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Job, Observe
-from tests.faults.ranks import Faults, codes, last_line, newest
+from tests.faults.ranks import STEPS, Faults, codes, last_line, newest
+from tests.training.tiny import metrics
 
 pytestmark = pytest.mark.dist
 
@@ -21,6 +22,8 @@ def interrupted(job: Job, run: Path, faults: Faults) -> tuple[int, str]:
         ended = ranks.wait()
     assert codes(ended) == [130, 130], ranks.err()
     assert newest(run) == last_line(run) and "Traceback" not in ended[0].err + ended[1].err, ranks.err()
+    assert ended[0].err.splitlines()[-1] == f"interrupted: step {newest(run)} is saved; the same command continues"
+    assert "is saved" not in ended[1].err
     return newest(run), ended[0].err
 
 
@@ -47,12 +50,48 @@ def test_one_rank_alone_and_both_kinds(job: Job, tmp_path: Path, observe: Observ
     done, _ = interrupted(job, run, {rank: [("signal_in_save", 10, TERM)] for rank in (0, 1)})
     assert done == 11
     assert interrupted(job, run, {0: [("signals", 12, TERM)], 1: [("signal_behind_the_run", TERM)]})[0] == 13
-    with job.ranks(run, faults={rank: [("signals", 14, INT, INT)] for rank in (0, 1)}) as ranks:
-        ended = ranks.wait()
-    assert set(codes(ended)) <= {130, 3} and 130 in codes(ended), ranks.err()
-    assert newest(run) == 14
     exact = job.finish(run)
     observe("SIGTERM to one rank alone; SIGINT; SIGTERM twice", "both finish the step and save it, exit 130", exact)
     observe("SIGTERM during a save", "the save is finished; the run stops one step later, saved, exit 130", exact)
     observe("SIGTERM to one rank, to the other when all is saved", "saved, exit 130 on both", exact)
-    observe("a second SIGINT", f"leaves at once without saving, exit codes {codes(ended)}; continues at the newest checkpoint", exact)
+
+
+def test_what_batch_systems_and_terminals_send(job: Job, tmp_path: Path, observe: Observe):
+    run = tmp_path / "run"
+    for step, number in ((3, signal.SIGUSR1), (5, signal.SIGUSR2), (7, signal.SIGHUP)):
+        assert interrupted(job, run, {rank: [("signals", step, number)] for rank in (0, 1)})[0] == step + 1
+    observe("SIGUSR1, SIGUSR2, SIGHUP", "as SIGTERM: the step is finished and saved, exit 130", job.finish(run))
+
+
+@pytest.mark.parametrize("where", ["signals", "signal_in_save"])
+def test_a_second_interrupt(where: str, job: Job, tmp_path: Path, observe: Observe):
+    """Leaves at once: in a step, and in the middle of a save, which is then as a kill leaves it."""
+    run = tmp_path / "run"
+    with job.ranks(run, faults={rank: [(where, 8, INT, INT)] for rank in (0, 1)}) as ranks:
+        ended = ranks.wait()
+    assert set(codes(ended)) <= {130, 3} and 130 in codes(ended), ranks.err()
+    last = "SIGINT again: left at once, without saving; the same command continues at step "
+    assert any(one.err.splitlines()[-1].startswith(last) for one in ended) and "Traceback" not in ended[0].err + ended[1].err, ranks.err()
+    saved = newest(run)
+    assert saved == (8 if where == "signals" else 6)
+    place = {"signals": "a step", "signal_in_save": "a save"}[where]
+    observe(
+        f"a second SIGINT in {place}",
+        f"a plain line, without saving, exit codes {codes(ended)}; continues at step {saved}",
+        job.finish(run),
+    )
+
+
+def test_behind_the_last_step(job: Job, tmp_path: Path, observe: Observe):
+    """In the last save, then in the last evaluation: all is saved by then, and what was left out is done by the same command."""
+    run = tmp_path / "run"
+    done, _ = interrupted(job, run, {rank: [("signal_in_save", STEPS, TERM)] for rank in (0, 1)})
+    assert done == STEPS and "eval/exact_match" not in metrics(run)[-1]
+    with job.ranks(run, faults={rank: [("signal_in_last_evaluation", TERM)] for rank in (0, 1)}) as ranks:
+        ended = ranks.wait()
+    assert codes(ended) == [130, 130] and not (run / "report.html").exists(), ranks.err()
+    assert ended[0].err.splitlines()[-1].startswith(f"SIGTERM after the last step: step {STEPS} is saved"), ranks.err()
+    assert "Traceback" not in ended[0].err + ended[1].err, ranks.err()
+    exact = job.finish(run)
+    assert (run / "report.html").exists()
+    observe("SIGTERM in the last save, in the last evaluation", "exit 130 at once; the evaluation is made by the same command", exact)

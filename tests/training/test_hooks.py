@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kempnerforge.config import load_config
+from kempnerforge.process import STOPS
 from kempnerforge.training.hooks.console import ConsoleProgress
 from kempnerforge.training.hooks.signals import Signals
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
@@ -179,15 +180,14 @@ def test_handlers_are_given_back_after_an_interrupted_run(tmp_path: Path):
         def step(self, trainer: Trainer, result: StepResult) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def run(leaving: bool) -> object:
-        before = signal.getsignal(signal.SIGTERM)
-        with a_trainer(load_config(make_job(tmp_path)), [Signals(leaving), Interrupt()]) as trainer:
+    def run(leaving: bool) -> list[bool]:
+        before = {number: signal.getsignal(number) for number in STOPS}
+        with a_trainer(load_config(make_job(tmp_path)), [Signals(tmp_path / "run", leaving), Interrupt()]) as trainer:
             trainer.fit()
             assert trainer.stopping and trainer.step == 2  # the vote of step 2 hears of it
-        after = signal.signal(signal.SIGTERM, before)
-        return after is before
+        return [signal.signal(number, handler) is handler for number, handler in before.items()]
 
-    assert run(leaving=False) and not run(leaving=True)
+    assert all(run(leaving=False)) and not any(run(leaving=True))
 
 
 def test_checkpoints_that_stay(tmp_path: Path):

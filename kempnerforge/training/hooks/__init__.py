@@ -22,7 +22,7 @@ def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> t
     """
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
-    hooks: list[Hook] = [Signals(leaving), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
+    hooks: list[Hook] = [Signals(run_dir, leaving), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
     if job.metrics.tensorboard:
         hooks.append(TensorBoard(run_dir / "events"))
     return [*hooks, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints

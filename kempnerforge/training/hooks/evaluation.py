@@ -42,7 +42,7 @@ class Evaluation(Hook):
             self._evaluate(trainer, self.cfg.samples)
 
     def finish(self, trainer: Trainer) -> None:
-        if not (self.cfg.at_end and trainer.done):
+        if not self.cfg.at_end:
             return
         last = trainer.stages[-1]
         self.final = found = self._evaluate(trainer, 0)

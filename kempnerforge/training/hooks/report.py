@@ -31,7 +31,7 @@ class Report(Hook):
         self.run_dir, self.evaluation = run_dir, evaluation
 
     def finish(self, trainer: Trainer) -> None:
-        if not trainer.done or not trainer.world.is_main:
+        if not trainer.world.is_main:
             return
         job, final = trainer.job, self.evaluation.final
         summary: dict[str, object] = {

@@ -1,11 +1,13 @@
-"""SIGTERM and SIGINT: finish the step, save, leave. A second SIGINT leaves at once."""
+"""Signals that ask a run to stop: finish the step, save, leave. When all is saved, and at a second SIGINT, leave at once."""
 
 from __future__ import annotations
 
-import os
 import signal
+from pathlib import Path
 from types import FrameType
 
+from kempnerforge.checkpoint.store import newest_step
+from kempnerforge.process import STOPS, die_of_interrupt, say
 from kempnerforge.training.trainer import Hook, Trainer
 
 asked_by: set[int] = set()
@@ -15,13 +17,16 @@ asked_by: set[int] = set()
 class Signals(Hook):
     """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one.
 
+    A second SIGINT ends a process that ``leaving`` says is this run's from within the handler: an exception in the middle of a save would come
+    out as a damaged checkpoint. What is half written then is what a kill leaves, and is not taken for a checkpoint.
+
     Args:
         leaving: the process ends with this run. When it has been asked to stop, its handlers stay then: a signal that reaches this rank late
             must not change its exit code.
     """
 
-    def __init__(self, leaving: bool = False) -> None:
-        self.leaving = leaving
+    def __init__(self, run_dir: Path, leaving: bool = False) -> None:
+        self.run_dir, self.leaving = run_dir, leaving
         self._before: dict[int, object] = {}
         self._trainer: Trainer | None = None
 
@@ -30,15 +35,26 @@ class Signals(Hook):
         asked_by.clear()
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if trainer.stop_requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
+            again = trainer.stop_requested and number == signal.SIGINT
             trainer.stop_requested = True
             asked_by.add(number)
-            # past Python's buffers: a handler that finds one half written would raise
-            os.write(2, f"{signal.Signals(number).name}: stopping after this step; the run can be continued\n".encode())
+            name = signal.Signals(number).name
+            if trainer.finishing:
+                raise KeyboardInterrupt(f"{name} after the last step: step {trainer.step} is saved; what comes after it is not done yet")
+            if again and self.leaving:
+                say(f"{name} again: left at once, without saving; {self._newest()}")
+                die_of_interrupt()
+            if again:
+                raise KeyboardInterrupt
+            say(f"{name}: stopping after this step; the run can be continued")
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, ask)
+        for number in STOPS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without its terminal
+                self._before[number] = signal.signal(number, ask)
+
+    def _newest(self) -> str:
+        step = newest_step(self.run_dir / "checkpoints")
+        return f"the same command continues at step {step}" if step is not None else "there is no checkpoint yet"
 
     def close(self) -> None:
         if self.leaving and self._trainer is not None and self._trainer.stopping:
