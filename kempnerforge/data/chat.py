@@ -1,6 +1,6 @@
 """``data.template = "chat"``: the tokenizer's own chat template, taken apart.
 
-The template is rendered (in the sandbox of transformers) with a marker in place of each message. Between the markers lies what the template
+The template is rendered (in a process of its own, within limits) with a marker in place of each message. Between the markers lies what the template
 itself writes; a message never passes through it, so nothing in a message can be taken for the template's writing. The rendering is split at
 the markers, and the same split serves all conversations of as many turns.
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.data.rendering import TemplateError, TemplateLimitError, render
 from kempnerforge.data.template import EOS_PIECE, Piece, Template
 from kempnerforge.data.tokenizer import Tokenizer
 
@@ -81,6 +82,8 @@ class ChatTemplate(Template):
         self.listed = False
         try:
             self._opening = self._find_opening()
+        except TemplateLimitError:
+            raise
         except ValueError as error:
             self.listed = True  # templates of vision-language models take a message as a list of parts
             try:
@@ -151,6 +154,8 @@ class ChatTemplate(Template):
         """Whether some answer of a conversation of so many turns does not follow what it is asked with."""
         try:
             skeletons = [[*self._take_apart(count, system)] for count in range(1, turns + 1)]
+        except TemplateLimitError:
+            raise
         except ValueError:
             return turns > 1 and self._differs(turns - 1, system)
         return any(_before(skeletons[-1], k) != _before(skeletons[k], k) for k in range(turns - 1))
@@ -221,15 +226,10 @@ class ChatTemplate(Template):
             contents = [[{"type": "text", "text": content}] for content in contents]
         messages = [{"role": roles[field], "content": content} for (field, _), content in zip(fields, contents, strict=True)]
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            rendered, _ = render_jinja_template(
-                [messages], chat_template=self._source, add_generation_prompt=generate, date_string=DATE, **self._tokens
-            )
-        except Exception as error:  # a template may fail in any way that its language allows
+            return render(self._source, messages, generate, date_string=DATE, **self._tokens)
+        except (TemplateError, TemplateLimitError) as error:
             with_system = " with a system prompt" if fields[0][0] == "system" else ""
-            raise InputError(f"{self._blame}{with_system}: {str(error).strip() or type(error).__name__}") from None
-        return rendered[0]
+            raise type(error)(f"{self._blame}{with_system}: {error}") from None
 
 
 def _fields(turns: int, system: bool) -> list[tuple[str, int]]:

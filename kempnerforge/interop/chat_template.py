@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.template import WITH_SYSTEM
+from kempnerforge.data import rendering
 from kempnerforge.data.asking import Asking
 from kempnerforge.data.chat import DATE, ChatTemplate
 from kempnerforge.data.sample import Text
@@ -194,12 +194,6 @@ def render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer) 
     Raises:
         ValueError: the template refuses them.
     """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
     kept = {key: name for key, name in names.items() if name is not None}
-    try:
-        return render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **kept)[0][0]
-    except TemplateError as error:
-        raise InputError(str(error)) from None
+    return rendering.render(template, messages, True, **kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from kempnerforge.config.data import DataConfig, TextConfig
 from kempnerforge.config.errors import reason
+from kempnerforge.data import rendering
+from kempnerforge.data.rendering import TemplateError
 from kempnerforge.data.tokenizer import CHAT_TEMPLATE
 from kempnerforge.interop.chat_template import chat_template, render
 from kempnerforge.interop.processors import candidates, followed
@@ -158,6 +161,7 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
             want = ours(images=[pictures], text=[question])
         except ValueError:
             continue  # training has no such prompt either
+        bounded(theirs, count, question)
         try:
             with quiet():
                 found = [*_found(theirs, pictures, question, images)]
@@ -176,6 +180,15 @@ def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str
     counts = f" with {', '.join(map(str, sorted(equal)))} images" if images else ""
     rest = f"; it refuses {', '.join(map(str, sorted(refused)))} images" if refused else ""
     return f"{what} of {len(QUESTIONS)} questions{counts} are those of training{rest}"
+
+
+def bounded(theirs: Any, count: int, question: str) -> None:
+    """Raises InputError if the chat template of a tokenizer or processor takes more than it may, before the class renders it itself."""
+    tokens = {name: getattr(theirs, name, None) for name in ("bos_token", "eos_token", "pad_token")}
+    messages = _messages([None] * count, question)
+    if isinstance(theirs.chat_template, str):
+        with suppress(TemplateError):
+            rendering.render(theirs.chat_template, messages, True, **{k: v for k, v in tokens.items() if v is not None})
 
 
 def _found(theirs: Any, pictures: list[Image.Image], question: str, images: bool) -> Iterator[tuple[list[int], Tensor | None]]:
