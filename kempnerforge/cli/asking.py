@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from kempnerforge.cli.numbers import real, whole
 from kempnerforge.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Options of an answer."""
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 64, or what the model has room for)"
+        "--max-new-tokens", type=whole(0), metavar="N", help="tokens of an answer at most (default: 64, or what the model has room for)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens alone (default: all)")
+    parser.add_argument("--temperature", type=real(0), default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="draw from the K most likely tokens alone (default: all)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold a share P of the mass (default: 1)"
+        "--top-p",
+        type=real(0, 1),
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest tokens that hold a share P of the mass (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="of the draws (default: 0)")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

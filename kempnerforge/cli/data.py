@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
 from kempnerforge.config.errors import InputError, visible
 
@@ -50,10 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     check = actions.add_parser("check", help=CHECK_HELP.splitlines()[0], description=CHECK_HELP, allow_abbrev=False, formatter_class=raw)
     check.add_argument("config", type=Path, help="the TOML file")
-    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that read (default: one a core)")
+    check.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, metavar="N", help="processes that read (default: one a core)"
+    )
     check.add_argument(
         "--limit",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="read only N samples of each source, drawn by train.seed (of a stream the first ones)",
@@ -69,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     task.add_argument("config", type=Path, help="the TOML file, or a run directory")
     task.add_argument("out", type=Path, help="directory to write")
-    task.add_argument("--limit", type=int, default=0, metavar="N", help="write N questions, drawn by train.seed (default: all)")
+    task.add_argument("--limit", type=whole(0), default=0, metavar="N", help="write N questions, drawn by train.seed (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,8 +89,6 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _lm_eval(args: argparse.Namespace) -> int:
-    if args.limit < 0:
-        raise InputError(f"--limit {args.limit}: must be at least 0")
     config = args.config / "config.toml" if args.config.is_dir() else args.config
     job = load_config(config, args.overrides)
     from kempnerforge.cli.progress import reporting
@@ -113,8 +114,6 @@ def _lm_eval(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    if args.workers < 1 or args.limit < 0:
-        raise InputError(f"--workers {args.workers} --limit {args.limit}: must be at least 1 and 0")
     job = load_config(args.config, args.overrides)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

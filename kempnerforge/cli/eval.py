@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from kempnerforge.cli.numbers import whole
 from kempnerforge.config.errors import InputError, visible
 
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
@@ -18,7 +19,7 @@ the questions that were asked, those that could not be read, and those whose tru
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="ask N questions, drawn by train.seed (default: all)")
+    parser.add_argument("--limit", type=whole(0), default=0, metavar="N", help="ask N questions, drawn by train.seed (default: all)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every question and its answers, one JSON object a line")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -27,8 +28,6 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.data.files import why_not_writable
     from kempnerforge.training.evaluate import evaluate_checkpoint
 
-    if args.limit < 0:
-        raise InputError(f"--limit {args.limit}: must be at least 0")
     if args.predictions is not None and args.predictions.is_dir():
         raise InputError(f"--predictions {args.predictions}: is a directory")
     if args.predictions is not None and (reason := why_not_writable(args.predictions.parent)):

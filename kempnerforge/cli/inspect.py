@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
-from kempnerforge.config.errors import InputError
 
 if TYPE_CHECKING:
     from kempnerforge.training.inspection import Inspection
@@ -23,15 +23,13 @@ column and id, positions and samples of each row, what was left out and why. Exi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="the TOML file")
-    parser.add_argument("-n", type=int, default=4, help="samples of each stage, and in a mixture of each source (default: 4)")
-    parser.add_argument("--step", type=int, default=0, help="from this step of the stage on (default: 0)")
+    parser.add_argument("-n", type=whole(1), default=4, help="samples of each stage, and in a mixture of each source (default: 4)")
+    parser.add_argument("--step", type=whole(0), default=0, help="from this step of the stage on (default: 0)")
     parser.add_argument("--out", type=Path, help="directory for index.html and contact-sheet-STAGE.png (default: run.dir/inspect)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.n < 1 or args.step < 0:
-        raise InputError(f"-n {args.n} --step {args.step}: must be at least 1 and 0")
     job = load_config(args.config, args.overrides)
     from kempnerforge.training.inspection import inspect_stages, write_inspection
 

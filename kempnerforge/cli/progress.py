@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from kempnerforge.cli.numbers import real
+
 
 @contextmanager
 def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
@@ -25,7 +27,7 @@ def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
 def add_comparison(parser: argparse.ArgumentParser, no_verify: str) -> None:
     """Options about comparing the two models, and of the output."""
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="of the largest difference, in units of the largest logit (default: 1e-4)"
+        "--tolerance", type=real(0), default=1e-4, help="of the largest difference, in units of the largest logit (default: 1e-4)"
     )
     parser.add_argument("--no-verify", action="store_true", help=no_verify)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from kempnerforge.cli.numbers import whole
+
 HELP = """Ask a trained model on a local web page.
 
 Takes a checkpoint or run directory. Drop an image on the page and ask; the answer comes as it is written, and boxes and points in it (PaliGemma's
@@ -16,7 +18,7 @@ alone unless --host says otherwise; there is no password. Ctrl-C ends it."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="address or name to listen on (default: 127.0.0.1, this machine alone)")
 
 

@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config, to_toml
-from kempnerforge.config.errors import InputError
 from kempnerforge.process import INTERRUPTED
 
 MOST_PROCESSES = 1024
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="build everything, take one batch through the model, write nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved TOML and exit")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N processes on this machine (default: 1)")
+    parser.add_argument(
+        "--nproc", type=whole(1, MOST_PROCESSES), default=1, metavar="N", help="start N processes on this machine (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_toml(job), end="")
         return 0
-    if not 1 <= args.nproc <= MOST_PROCESSES:
-        raise InputError(f"--nproc {args.nproc}: must be between 1 and {MOST_PROCESSES}")
     if args.nproc > 1 and "RANK" not in os.environ:
         from kempnerforge.distributed.launch import launch
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least
+from kempnerforge.config.checks import at_least, at_most
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.model import MAX_LAYERS
 
 
 @dataclass
@@ -114,6 +115,7 @@ class PerceiverConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "latents", "depth", "heads", "head_dim", "ff_mult")
+        at_most(self, MAX_LAYERS, "depth")
 
     def num_tokens(self, num_features: int) -> int:
         """``latents``, whatever ``num_features`` is."""

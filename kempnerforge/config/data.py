@@ -97,6 +97,7 @@ class DataConfig:
         only_if(self, self.batching == "pack", "batching = 'pack'", "max_images_per_row")
         at_least(self, 300, "tokenizer_vocab_size")
         at_most(self, 1 << 22, "tokenizer_vocab_size")
+        at_most(self, 1024, "num_workers")
         fraction(self, "max_bad_fraction")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
             raise InputError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")

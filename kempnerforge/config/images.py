@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from kempnerforge.config.checks import at_least, fraction, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, fraction, one_of, only_if
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import PathText
 
 GLOBAL_MARKER = "<|global_image|>"
 """Stands before the view of a whole image (nanoVLM's name)."""
+MOST_TILES = 256
+"""In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers")
 _OF_TILING = {"grid": ("max_side", "resize_to_max_side", "marker_grid"), "anyres": ("pinpoints",), "overlap": ("max_tiles", "overlap")}
 """Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
@@ -100,10 +102,12 @@ class ImagesConfig:
         one_of(self, "fit", ("squash", "crop", "letterbox", "tiles"))
         one_of(self, "tiling", ("grid", "anyres", "overlap"))
         at_least(self, 1, "max_side", "marker_grid", "max_tiles")
+        at_most(self, 1 << 16, "max_side")
+        at_most(self, MOST_TILES, "marker_grid", "max_tiles")
         if not 0 <= self.overlap <= 0.5:
             raise InputError(f"overlap = {self.overlap}: must be between 0 and 0.5")
-        if not self.pinpoints or min(map(min, self.pinpoints)) < 1:
-            raise InputError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column")
+        if not self.pinpoints or not all(1 <= side <= MOST_TILES for grid in self.pinpoints for side in grid):
+            raise InputError(f"pinpoints = {self.pinpoints}: needs grids of at least 1 row and 1 column, and at most {MOST_TILES}")
         only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import PathText
+
+MOST_ROWS = 1 << 20
+"""At once."""
 
 
 @dataclass
@@ -73,6 +76,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
         at_least(self, 0, "max_steps", "seed", "grad_clip_norm", "max_skipped_steps")
+        at_most(self, MOST_ROWS, "batch_size")
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))
         if not 0 <= self.ema_decay < 1:
@@ -255,4 +259,5 @@ class EvalConfig:
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")
         at_least(self, 1, "batch_size", "max_new_tokens", "text_window")
+        at_most(self, MOST_ROWS, "batch_size")
         only_if(self, bool(self.text_path), "text_path", "text_window")

@@ -63,7 +63,6 @@ TEXT = (
 FREEZE = ("freeze = []", 'freeze = [{ module = "%s" }]')
 
 TABLE = [
-    Bad("no process", ("--nproc 0", "between 1 and"), argv=("--nproc=0",)),
     Bad("unknown key", ("[model] dimm", "unknown key", "did you mean 'dim'?"), edit=(("[model]\ndim", "[model]\ndimm"),)),
     Bad("unknown section", ("modell", "unknown section", "did you mean 'model'?"), edit=(("[model]", "[modell]"),)),
     Bad("wrong type", ("[model] dim", '"32"', "must be an integer, not a string"), edit=(("[model]\ndim = 32", '[model]\ndim = "32"'),)),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from kempnerforge.cli.main import COMMANDS, split_overrides
+from kempnerforge.cli.main import COMMANDS, parser, split_overrides
 from kempnerforge.config import load_config, to_toml
 from tests.cli.conftest import Trained
 from tests.training.tiny import call, end_of, launch, make_job, metrics, start
@@ -59,6 +61,45 @@ def test_help_of_a_command_is_worth_reading(name: str):
 def test_wrong_usage_is_exit_code_2(argv: tuple[str, ...]):
     ended = call(*argv)
     assert ended.code == 2 and "usage: kempnerforge" in ended.err and ended.out == ""
+
+
+def numbers(commands: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], argparse.Action]]:
+    """Every option that is a number, and the words of its command."""
+    for action in commands._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield from numbers(command, (*words, name))
+        elif getattr(action.type, "__name__", "") in ("int", "float"):
+            yield words, action
+
+
+def test_numbers_on_the_command_line_have_a_range():
+    """A number that makes no sense is refused with the name of its option, before anything is read."""
+    tried = list(numbers(parser()))
+    for words, action in tried:
+        (option, *_), needed = action.option_strings, ["a"] * 3
+        for value in ("9223372036854775808", "-9223372036854775809", "1e999", "nan", "-inf", "many"):
+            ended = call(*words, *needed, f"{option}={value}" if option.startswith("--") else f"{option}{value}")
+            assert ended.code == 2 and f"argument {option}: " in ended.err and "Traceback" not in ended.err, (words, ended)
+    found = {option for _, action in tried for option in action.option_strings}
+    assert {"--nproc", "--limit", "--workers", "-n", "--step", "--port", "--tolerance", "--top-k", "--temperature", "--seed"} <= found
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(("train", "a", f"--nproc={value}") for value in (0, -1, 5000)),
+        *(("eval", "a", f"--limit={value}") for value in (-1, 1 << 31)),
+        *(("data", "lm-eval", "a", "b", f"--limit={value}") for value in (-1, 1 << 31)),
+        *(("inspect", "a", word) for word in ("-n0", "-n=-3", "--step=-1")),
+        *(("generate", "a", word) for word in ("--temperature=-1", "--top-k=-1", "--top-p=1.5", "--top-p=-1", "--max-new-tokens=-1")),
+        *(("serve", "a", f"--port={value}") for value in (-1, 65536)),
+        ("import", "a", "b", "--tolerance=-1"),
+    ],
+)
+def test_numbers_out_of_their_range(argv: tuple[str, ...]):
+    ended = call(*argv)
+    assert ended.code == 2 and f"argument {argv[-1].partition('=')[0].rstrip('0123456789')}: " in ended.err, ended
 
 
 def test_module_and_script_are_the_same_program(tmp_path: Path):

@@ -122,7 +122,7 @@ def test_predictions_that_cannot_be_written(tmp_path: Path) -> None:
         (("--predictions", tmp_path), "is a directory"),
         (("--predictions", tmp_path / "0.png" / "said.jsonl"), "cannot be written"),
         (("--predictions", tmp_path / "said.jsonl", "--eval.exact_match=false"), "no question is asked"),
-        (("--limit", -1), "--limit -1: must be at least 0"),
+        (("--limit", -1), "argument --limit: -1: must be at least 0"),
     ):
         ended = call("eval", run, *argv)
         assert ended.code == 2 and says in ended.err, ended

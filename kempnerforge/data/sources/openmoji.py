@@ -20,7 +20,7 @@ from typing import ClassVar
 from PIL import Image, ImageDraw, ImageFont
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import PathText, start_of
@@ -62,6 +62,8 @@ class OpenMojiConfig(DataConfig):
         at_least(self, 1, "views")
         at_least(self, 2, "held_out_every")
         at_least(self, 8, "picture_size")
+        at_most(self, 1 << 12, "picture_size")
+        at_most(self, 1 << 16, "views")
         only_if(self, self.eval_on == "names", "eval_on = 'names'", "held_out_every")
 
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, fraction, more_than, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
@@ -87,6 +87,7 @@ class ProbeConfig(DataConfig):
         at_least(self, 2, "reading_length", "grid")
         at_least(self, 3, "held_out_every")
         at_least(self, 8, "picture_size")
+        at_most(self, 1 << 12, "picture_size")
         more_than(self, 0, "min_size")
         fraction(self, "noise")
         only_if(self, self.reading != "words", "reading = 'digits' or 'letters'", "reading_length")
