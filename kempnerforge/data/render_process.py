@@ -19,6 +19,7 @@ def environment() -> Any:
     """Chat templates are written for this one: it is that of ``transformers.utils.chat_template_utils``."""
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):

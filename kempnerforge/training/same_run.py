@@ -141,7 +141,9 @@ def _with_own_names(old: dict[str, Any]) -> dict[str, Any]:
     """The config of a run whose checkpoints have no history: its aliases match what is in a module, but not the module's own name."""
     vlm = old.get("vlm")
     aliases = vlm.get("module_patterns") if isinstance(vlm, dict) else None
-    for alias, patterns in aliases.items() if isinstance(aliases, dict) else ():
+    if not isinstance(aliases, dict):
+        return old
+    for alias, patterns in aliases.items():
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             continue
         own = (named(pattern.removesuffix(".*")) if pattern.endswith(".*") else [pattern] for pattern in patterns)
