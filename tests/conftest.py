@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from kempnerforge.distributed.world import World
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: threads of parallel tests would spin against each other
+
+# tests that are started in the background, or by nohup, inherit that these are ignored, and so would all processes that they start
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 settings.register_profile("shared cores", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared cores")
