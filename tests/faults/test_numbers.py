@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kempnerforge.training.optimizer import Optimizers
 from tests.faults.conftest import Job, Observe
 from tests.faults.ranks import Faults, Ranks, codes, newest
 from tests.training import test_ranks
-from tests.training.tiny import assert_same_tensors, call, make_job, metrics, tensors
+from tests.training.tiny import assert_same_tensors, call, make_job, metrics, plain, tensors
 
 pytestmark = pytest.mark.dist
 
@@ -100,12 +101,16 @@ def test_an_update_that_overflows(what: str, step: int, told: str, job: Job, tmp
     observe(f"an update leaves a {what} that is not finite", "ends with 3 at the next step or save; the last good checkpoint stays", exact)
 
 
-def test_a_short_run_that_overflows(tmp_path: Path):
-    """One step, with no step after it that would see it; and a run whose every step is skipped saves nothing over nothing."""
-    job = make_job(tmp_path)
-    ended = call("train", job, "--optimizer.lr=1e38", "--train.max_steps=1", "--train.grad_clip_norm=0", "--eval.at_end=false")
-    assert ended.code == 3 and "cannot save step 1" in ended.err and not list((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert not (tmp_path / "run" / "complete.json").exists()
+def test_a_short_run_that_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One step, and no step after it that would see it."""
+
+    def overflow(optimizers: Optimizers) -> None:
+        plain(optimizers.all[0].param_groups[0]["params"][0].detach()).view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(Optimizers, "zero_grad", overflow)
+    ended = call("train", make_job(tmp_path), "--train.max_steps=1", "--eval.at_end=false")
+    assert ended.code == 3 and "cannot save step 1" in ended.err, ended
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*")) and not (tmp_path / "run" / "complete.json").exists()
 
 
 def test_a_micro_batch_without_targets(job: Job, tmp_path: Path, observe: Observe):
