@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.optimizers.foreach import FOREACH, local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,10 +24,13 @@ EPS = 1e-7
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration in bf16 towards ``U V^T`` of each matrix's singular value decomposition: (N, R, C) -> (N, R, C)."""
+    """Newton-Schulz iteration towards ``U V^T`` of each matrix's singular value decomposition: (N, R, C) -> (N, R, C).
+
+    In bf16 where the hardware multiplies it, otherwise in fp32, where emulated products took more than half of a step.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(compute_dtype("auto", matrices.device))
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(ITERATIONS):
