@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import parse_json, read_bytes, regular
+
 FORMAT = 1
 NAME = "manifest.json"
 METADATA = ".metadata"
@@ -74,9 +77,9 @@ class Manifest:
             CheckpointError: it is not a manifest, is of another format, or was altered.
         """
         try:
-            body = json.loads(data)
+            body = parse_json(data, NAME)
             crc = body.pop("crc32")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (InputError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{NAME} is not a manifest ({len(data)} bytes)") from None
         if body.get("format") != FORMAT:
             raise CheckpointError(f"{NAME} has format {body.get('format')!r}; this version reads format {FORMAT}")
@@ -118,9 +121,9 @@ def check_name(name: str) -> str:
 
 
 def checksum(path: Path) -> FileEntry:
-    """Size and CRC-32 of the file at ``path``."""
+    """Size and CRC-32 of the file at ``path``; raises InputError if it is no regular one."""
     size = crc = 0
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while block := file.read(1 << 20):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return FileEntry(size, crc)
@@ -139,12 +142,12 @@ def verify(path: Path) -> Manifest:
     """
     path = Path(path)
     try:
-        manifest = Manifest.decode((path / NAME).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {NAME}; the checkpoint was not finished") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except CheckpointError as error:
+        if not (path / NAME).exists():
+            raise CheckpointError(f"no {NAME}; the checkpoint was not finished")
+        manifest = Manifest.decode(read_bytes(path / NAME))
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     named = re.fullmatch(r"step-(\d{8,})", path.name)
     if named and int(named[1]) != manifest.step:
@@ -164,6 +167,8 @@ def _verify_file(path: Path, name: str, expected: FileEntry) -> None:
         found = checksum(path / name) if size == expected.size else FileEntry(size, -1)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {name} is missing") from None
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if found.size != expected.size:

@@ -12,8 +12,12 @@ from typing import Any
 from kempnerforge.config.errors import InputError
 
 MIB = 1 << 20
-MAX_BYTES, MAX_DEPTH = 256 * MIB, 64
-"""Of a file that is read as a whole (a large tokenizer.json has 35 MiB), and levels of JSON."""
+MAX_BYTES = 256 * MIB
+"""Of a file that is read as a whole; a large tokenizer.json has 35 MiB."""
+MAX_JSON, MAX_DEPTH = 64 * MIB, 64
+"""Bytes (of a text: characters) and levels of JSON that is parsed here."""
+READ_WHOLE = (".json", ".jinja", ".model", ".txt")
+"""Of the files beside weights."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -46,6 +50,21 @@ def regular(path: Path | str, what: str = "") -> Path:
     return Path(path)
 
 
+def check_files(folder: Path | str, *patterns: str) -> None:
+    """Looks at the files in a directory before a library opens them by their names; nothing if it is no directory.
+
+    Args:
+        patterns: further files below it.
+
+    Raises:
+        InputError: one is a pipe, a device or a socket, or is read as a whole and has more than ``MAX_BYTES``.
+    """
+    for path in sorted(path for pattern in ("*", *patterns) for path in Path(folder).glob(pattern) if not path.is_dir()):
+        regular(path)
+        if path.suffix in READ_WHOLE and path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"{path}: has {size:,} bytes; at most {MAX_BYTES:,} are read")
+
+
 def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
     """All of a file.
 
@@ -72,7 +91,7 @@ def read_text(path: Path | str, most: int = MAX_BYTES) -> str:
         raise InputError(f"{path}: cannot be read; byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8") from None
 
 
-def read_json(path: Path | str, most: int = MAX_BYTES) -> Any:
+def read_json(path: Path | str, most: int = MAX_JSON) -> Any:
     """A JSON file.
 
     Raises:
@@ -81,7 +100,7 @@ def read_json(path: Path | str, most: int = MAX_BYTES) -> Any:
     return parse_json(read_text(path, most), str(path))
 
 
-def read_object(path: Path | str, most: int = MAX_BYTES) -> dict[str, Any]:
+def read_object(path: Path | str, most: int = MAX_JSON) -> dict[str, Any]:
     """As ``read_json``, if the file holds an object."""
     found = read_json(path, most)
     if not isinstance(found, dict):
@@ -90,25 +109,34 @@ def read_object(path: Path | str, most: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
-    """``json.loads``, at most ``MAX_DEPTH`` levels deep.
+    """``json.loads`` of at most ``MAX_JSON`` bytes, ``MAX_DEPTH`` levels deep.
 
     Args:
         where: what the text is, for messages; empty: they begin with what is wrong.
         hooks: of ``json.loads``.
 
     Raises:
-        InputError: it is no JSON, or nested too deeply.
+        InputError: it is no JSON, too large or nested too deeply.
     """
     start = f"{where}: " if where else ""
+    if len(text) > MAX_JSON:
+        raise InputError(f"{start}has {len(text):,} bytes; of JSON at most {MAX_JSON:,} are read")
     try:
         found = json.loads(text, **hooks)
     except RecursionError:
-        raise InputError(f"{start}is nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as error:
-        raise InputError(f"{start}cannot be read; {error}") from None
-    if deeper_than(found, MAX_DEPTH):
-        raise InputError(f"{start}is nested more than {MAX_DEPTH} levels deep")
-    return found
+        found = None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{start}not JSON: {error.msg} at {f'line {error.lineno}, ' * (error.lineno > 1)}column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{start}not UTF-8 at byte {error.start}") from None
+    except InputError as error:  # of a hook
+        raise InputError(f"{start}{error}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{start}not JSON: {str(error)[:80]}") from None
+    else:
+        if not deeper_than(found, MAX_DEPTH):
+            return found
+    raise InputError(f"{start}not read: nested more than {MAX_DEPTH} levels deep")
 
 
 def deeper_than(value: Any, levels: int) -> bool:

@@ -16,6 +16,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import MAX_BYTES, parse_json, read_bytes
+
 LOG = logging.getLogger("kempnerforge")
 
 
@@ -117,10 +120,13 @@ def why_not_writable(directory: Path) -> str:
 def read_objects(path: Path, key: str, kind: type) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines of ``path`` that are objects with a ``kind`` at ``key``, and the numbers of the others. A last line without an end, as a kill
     leaves it, is neither.
+
+    Raises:
+        InputError: it cannot be read, or is no regular file.
     """
     found: list[dict[str, Any]] = []
     others: list[int] = []
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, last = read_bytes(path, 16 * MAX_BYTES).split(b"\n")
     for number, line in enumerate([*lines, last], start=1):
         row = _parsed(line)
         if isinstance(row, dict) and type(row.get(key)) is kind:
@@ -132,8 +138,8 @@ def read_objects(path: Path, key: str, kind: type) -> tuple[list[dict[str, Any]]
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line, "")
+    except InputError:
         return None
 
 
@@ -144,11 +150,9 @@ def mend_objects(path: Path, key: str, kind: type, belongs: Callable[[dict[str, 
     if not os.path.lexists(path):
         return
     try:
-        if not path.is_file():
-            raise OSError("not a file")
         found, others = read_objects(path, key, kind)
-    except OSError as error:
-        LOG.warning("%s: %s; moved to %s", path, error.strerror or error, move_aside(path).name)
+    except InputError as error:
+        LOG.warning("%s; moved to %s", error, move_aside(path).name)
         return
     if others:
         shutil.copyfile(path, aside := _aside(path))  # not moved: other ranks read it

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import expand, start_of
-from kempnerforge.config.reading import read_object
+from kempnerforge.config.reading import check_files, read_object, read_text
 from kempnerforge.model.their_config import check_config, class_call
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -267,6 +267,7 @@ class Tokenizer:
             ValueError: it cannot be read, has no fast implementation, or has no EOS.
         """
         path_or_id = expand(str(path_or_id))
+        check_files(path_or_id, "additional_chat_templates/*")
         plain = _read_plain(Path(path_or_id))
         if plain is not None:
             return plain
@@ -381,7 +382,7 @@ def _read_plain(path: Path) -> Tokenizer | None:
     ):
         return None
     try:
-        config = json.loads(files[1].read_text(encoding="utf-8"))
+        config = read_object(files[1])
         own = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
         if not own or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
             return None
@@ -391,7 +392,7 @@ def _read_plain(path: Path) -> Tokenizer | None:
             backend,
             **{key: config.get(f"{key}_token") for key in ("bos", "eos", "pad")},
             appended=[str(name) for name in config.get("new_tokens", ())],
-            chat_template=chat.read_text(encoding="utf-8") if chat.is_file() else None,
+            chat_template=read_text(chat) if chat.is_file() else None,
             adds_bos=bool(config.get("adds_bos", True)),  # older ones do not say: texts started with a BOS that had a name
             stops=(*config.get("stop_ids", ()), *stop_ids(path)),
         )

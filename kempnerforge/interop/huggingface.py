@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.reading import read_object
+from kempnerforge.config.reading import check_files, read_object, regular
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
 from kempnerforge.interop.settings import check_facts, complete, hf_facts, text_part
 from kempnerforge.model.their_config import check_config, names_keys
@@ -74,6 +74,7 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
     Raises:
         ValueError: there is none, it is no JSON object, or says what no class can be.
     """
+    check_files(path)
     config = read_object(path / name)
     if name == CONFIG:
         check_config(str(path / name), config)
@@ -133,7 +134,7 @@ def _index(path: Path) -> dict[str, Path]:
 
 def _names(file: Path) -> set[str]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             return set(opened.keys())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read; {error}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.reading import read_object
 from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, ImageFiles
 
 LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
@@ -119,7 +120,7 @@ def followed(path: Path, kind: str) -> str | None:
     known = KNOWN.get(kind)
     if known is None:
         return None
-    files = [json.loads((path / name).read_text(encoding="utf-8")) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
+    files = [read_object(path / name) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
     return next((name for file in files if (name := file.get("processor_class")) in known.processors), known.processors[0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from kempnerforge.checkpoint import CheckpointError, load, reading, tensor_info
 from kempnerforge.checkpoint.state import AVERAGED, MODEL
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.files import read_toml
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.huggingface import CONFIG, read_text_weights
 from kempnerforge.interop.names import EMBEDDING, HEAD
@@ -69,12 +69,12 @@ def _check_config(checkpoint: Path, cfg: ModelConfig) -> None:
     file = checkpoint / "config.toml"
     if not file.is_file():
         return
+    table: Any = read_toml(file).get("model", {})
     try:
-        table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get("model", {})
         if scaling := table.get("rope_scaling"):
             table["rope_scaling"] = RopeScaling(**scaling)
         theirs = facts(ModelConfig(**table))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: cannot be read; {error}") from None
     try:
         check_facts(cfg, theirs, {})

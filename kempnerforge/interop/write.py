@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.reading import read_object
 from kempnerforge.data.files import scratch, sync_files
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
@@ -154,7 +155,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
 def cast_files(path: Path, dtype: torch.dtype) -> None:
     """The weights at ``path`` and its ``config.json``, if there is one, in ``dtype``. Tensors of whole numbers stay what they are."""
     if (path / CONFIG).is_file():
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(path / CONFIG)
         for section in (config, *(part for part in config.values() if isinstance(part, dict))):
             section.pop("dtype", None)
         write_config(path, config | {"torch_dtype": str(dtype).removeprefix("torch.")})
@@ -166,5 +167,5 @@ def cast_files(path: Path, dtype: torch.dtype) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
         size += sum(t.nbytes for t in tensors.values())
     if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        index = read_object(path / INDEX)
         write_config(path, index | {"metadata": index["metadata"] | {"total_size": size}}, INDEX)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.errors import InputError, cut, library_call
 from kempnerforge.config.paths import start_of
+from kempnerforge.config.reading import check_files, read_object
 from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.image_files import Normalisation, read_image_files
 from kempnerforge.model.their_config import check_config, check_room, class_call, load_whole
@@ -222,10 +223,14 @@ def read_config(path: str) -> dict[str, Any]:
     looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"path = {path!r}: no such directory{start_of(path)}")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"path = {path!r}: this directory has no config.json")
-    with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
-        config = PretrainedConfig.get_config_dict(path)[0]
+    if Path(path).is_dir():
+        if not (file := Path(path) / "config.json").is_file():
+            raise InputError(f"path = {path!r}: this directory has no config.json")
+        check_files(path)
+        config = read_object(file)
+    else:
+        with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
+            config = PretrainedConfig.get_config_dict(path)[0]
     check_config(f"path = {path!r}: config.json", config)
     return config
 

@@ -5,12 +5,12 @@ That class does it itself, on its PIL backend, so that nothing depends on what e
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import InputError, library_call, reason
+from kempnerforge.config.errors import InputError, reason
+from kempnerforge.config.reading import check_files, read_object
 from kempnerforge.model.quiet import quiet
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -81,13 +81,11 @@ def _said(path: Path) -> dict[str, Any] | None:
     """The settings as they are written: nested ones come first, as in transformers. Files of video processors are others."""
     if not path.is_dir():
         return _said_on_the_hub(str(path))
+    check_files(path)
     for name, nested in ((PROCESSOR, True), (PREPROCESSOR, False)):
         if not (path / name).is_file():
             continue
-        with library_call(str(path / name), "cannot be read"):
-            found = json.loads((path / name).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise InputError(f"{path / name}: cannot be read; it holds no JSON object")
+        found = read_object(path / name)
         found = found.get("image_processor") if nested else found
         if isinstance(found, dict):
             return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import parse_json
 from kempnerforge.eval.generate import Sampling
 
 MAX_BODY = 64 * 2**20
@@ -41,10 +41,7 @@ def read_question(body: bytes) -> Question:
     Raises:
         ValueError: it is none, and why.
     """
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InputError("the request is not JSON") from None
+    given = parse_json(body, "the request")
     if not isinstance(given, dict):
         raise InputError("the request is not a JSON object")
     if unknown := sorted(given.keys() - set(KEYS)):

@@ -14,6 +14,7 @@ from kempnerforge.checkpoint.manifest import NAME as MANIFEST
 from kempnerforge.checkpoint.manifest import Manifest, checksum
 from kempnerforge.config import diff
 from kempnerforge.config.build import build_record
+from kempnerforge.config.reading import read_object
 from kempnerforge.data.files import write_text
 
 NAME = "complete.json"
@@ -51,9 +52,9 @@ def write_complete(run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
 def is_complete(run_dir: Path, manifest: Manifest, config: Mapping[str, Any]) -> bool:
     """Whether the results in ``run_dir`` are those of the checkpoint with ``manifest``, evaluated as ``config`` says."""
     try:
-        record = build_record(Complete, "complete", json.loads((run_dir / NAME).read_bytes()), NAME)
+        record = build_record(Complete, "complete", read_object(run_dir / NAME), NAME)
         there = {name: checksum(run_dir / name).crc32 for name in (SUMMARY, REPORT)}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     evaluated = not [line for line in diff(record.config, config) if not line.startswith(WITHOUT_EFFECT)]
     return evaluated and (record.step, record.checkpoint, record.files) == (manifest.step, manifest.crc32, there)

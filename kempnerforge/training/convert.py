@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
+from kempnerforge.config.reading import read_object
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
@@ -282,7 +282,7 @@ def _write_ends(out: Path, assembly: Assembly) -> None:
     """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and those of the tokenizer."""
     tokenizer, encoder = assembly.tokenizer, assembly.encoder(assembly.stages[-1])
     end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
-    there = json.loads((out / GENERATION).read_text(encoding="utf-8")) if (out / GENERATION).is_file() else {}
+    there = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
     stop = [*dict.fromkeys((end, tokenizer.eos_id, *others))]
     stop = stop if len(stop) > 1 else end
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}

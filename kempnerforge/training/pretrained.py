@@ -16,6 +16,7 @@ from kempnerforge.config.build import build_record
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import trusting
+from kempnerforge.config.reading import read_object
 from kempnerforge.data.asking import Asking
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
@@ -106,5 +107,5 @@ def _exported(path: Path, overrides: Sequence[str]) -> tuple[VLM, Processor]:
         raise InputError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     if (path / ASKED_FILE).is_file():
-        assembly.asked = build_record(Asking, "asked", json.loads((path / ASKED_FILE).read_text(encoding="utf-8")), str(path / ASKED_FILE))
+        assembly.asked = build_record(Asking, "asked", read_object(path / ASKED_FILE), str(path / ASKED_FILE))
     return assembly.model, Processor(assembly)

@@ -279,9 +279,9 @@ def test_user_errors(tmp_path: Path) -> None:
         (path / "preprocessor_config.json").write_text(content)
         with pytest.raises(ValueError, match="three numbers each"):
             build_vision_encoder(ClipConfig(path=good))
-    for content in ("{", "[]"):
+    for content, why in (("{", "not JSON"), ("[]", "holds no JSON object")):
         (path / "preprocessor_config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"preprocessor_config\.json: cannot be read"):
+        with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {why}"):
             build_vision_encoder(ClipConfig(path=good))
 
 
@@ -298,7 +298,7 @@ def test_configs_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 channels"):
         build_vision_encoder(ClipConfig(path=str(tmp_path), pretrained=False))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="neither a directory nor a hub model that can be read"):
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         build_vision_encoder(cfg)
 
 

@@ -215,8 +215,9 @@ def test_a_form_cannot_ask(server: Server, model: Fake) -> None:
 
 BAD = [
     (b"{", "not JSON"),
-    (b"\xff", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
+    (b"\xff", "not UTF-8"),
+    (b"[" * 100_000, "nested more than 64 levels"),
+    (b'{"seed": 1' + b"0" * 100_000 + b"}", "digits"),
     (b"[]", "not a JSON object"),
     ({"prompt": 1}, "prompt"),
     ({"prompt": "x" * 100_001}, "at most 100000 characters"),

@@ -81,5 +81,5 @@ def test_what_is_no_file_is_moved_aside(cut: Path, tmp_path: Path, caplog: pytes
     said = goes_on(cut, run, caplog)
     for name in NAMES:
         (aside,) = run.glob(f"{name}.2*")
-        assert f"{run / name}: not a file; moved to {aside.name}" in said and aside.is_dir()
+        assert f"{run / name}: is a directory; only regular files are read; moved to {aside.name}" in said and aside.is_dir()
     assert metrics(run) == [row for row in metrics(cut / "run") if row["step"] > 2]

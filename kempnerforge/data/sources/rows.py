@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import mmap
 import os
 import re
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from kempnerforge.config import reading
 from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
@@ -177,7 +177,9 @@ class JsonLines(IndexedRows):
     def _scan(self, file: BinaryIO) -> Iterator[Found]:
         refuse_array(self.path)
         end = 0
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(reading.MAX_JSON + 1), b""), 1):
+            if len(line) > reading.MAX_JSON:
+                raise InputError(f"{self.path}: line {number} has more than {reading.MAX_JSON:,} bytes")
             begin, end = end, end + len(line)
             if line.removeprefix(BOM if number == 1 else b"").strip():
                 yield begin, len(line), number, _attempt(parse_line, line)
@@ -198,8 +200,8 @@ class JsonList(IndexedRows):
                 opens, closes = depth == 2 and token in b"[{", depth == 1 and token in b"]}"
                 if closes:
                     number += 1
-                    yield begin, match.end() - begin, number, _attempt(parse_line, content[begin : match.end()])
                     behind = match.end()
+                    yield begin, behind - begin, number, _attempt(parse_line, content[begin : min(behind, begin + reading.MAX_JSON + 1)])
                 elif depth <= 1 or opens:  # on the level of the list there are objects and commas, and nothing else
                     if not (opens or token in b"[]") or content[behind : match.start()].strip(BOM + b", \t\r\n"):
                         raise InputError(f"{self.path}: entry {number + 1} is not an object")
@@ -300,16 +302,7 @@ class Written(float):
 
 def parse_json(text: str) -> Any:
     """The value in ``text``, whose numbers know how they are written. Raises ValueError: not JSON, or an object has a key twice."""
-    try:
-        return json.loads(text, parse_float=Written.parse, parse_constant=Written.parse, object_pairs_hook=_no_key_twice)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise InputError("not JSON: nested too deeply") from None
-    except InputError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"not JSON: {str(error)[:80]}") from None
+    return reading.parse_json(text, "", parse_float=Written.parse, parse_constant=Written.parse, object_pairs_hook=_no_key_twice)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
