@@ -1,4 +1,4 @@
-"""This process among others: its memory, its terminal, and the process that started it. Needs the standard library alone."""
+"""This process among others: its memory, its terminal, and the process that started it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+from kempnerforge.config.errors import visible
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
@@ -20,6 +22,9 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SI
 INTERRUPTED = 130
 LAUNCHER = "KEMPNERFORGE_LAUNCHER"
 """The variable that holds the pid of what has started the ranks."""
+
+HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
+"""What ``str.isprintable`` excludes and no terminal obeys: ends of lines, tabs, wide spaces, what joins characters."""
 
 
 def tune_memory() -> None:
@@ -64,8 +69,25 @@ class _Lasting(io.FileIO):
         return len(memoryview(data).cast("B"))
 
 
-def keep_writing(*names: str) -> None:
-    """Makes the streams ``names`` of ``sys`` lose what they cannot write: a terminal that is gone, a pipe without a reader, a full disk.
+class Shown(io.TextIOWrapper):
+    """A stream for people. Names and texts of others may be in what is written: of those, what would steer a terminal is shown as an escape.
+
+    Attributes:
+        exact: the same file, which takes text as it is, and names of files byte for byte.
+    """
+
+    def __init__(self, raw: io.FileIO, encoding: str, line_buffering: bool) -> None:
+        buffer = io.BufferedWriter(raw)
+        self.exact = io.TextIOWrapper(buffer, encoding, "surrogateescape", line_buffering=line_buffering, write_through=True)
+        super().__init__(buffer, encoding, "backslashreplace", line_buffering=line_buffering, write_through=True)
+
+    def write(self, text: str, /) -> int:
+        return super().write(visible(text, HARMLESS))
+
+
+def open_output(*lasting: str) -> None:
+    """Makes stdout and stderr ``Shown``: what is printed, logs and tracebacks. Those named in ``lasting`` lose what they cannot write: a
+    terminal that is gone, a pipe without a reader, a full disk.
 
     And descriptors 0 to 2 that are closed become /dev/null: otherwise the next file that is opened, a checkpoint say, would be the one that
     messages are written to.
@@ -77,11 +99,19 @@ def keep_writing(*names: str) -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None or name in names:
-            encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-            raw = _Lasting(number, "w", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2 or raw.isatty())
-            setattr(sys, name, text)
+        raw = (_Lasting if stream is None or name in lasting else io.FileIO)(number, "w", closefd=False)
+        at_once = number == 2 or raw.isatty() or getattr(stream, "write_through", False)
+        setattr(sys, name, Shown(raw, getattr(stream, "encoding", "utf-8"), at_once))
+
+
+def exact(stream: TextIO) -> TextIO:
+    """What takes text as it is to where ``stream`` goes: for those who have made it visible, and for results that another program reads."""
+    return stream.exact if isinstance(stream, Shown) else stream
+
+
+def answer_stream() -> TextIO:
+    """Where the answers of a model go: stdout, of which a terminal gets what can be shown, and a file or another program all of it."""
+    return sys.stdout if sys.stdout.isatty() else exact(sys.stdout)
 
 
 def say(line: str) -> None:

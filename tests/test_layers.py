@@ -18,7 +18,7 @@ from kempnerforge.config.build import UNIONS, fields_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kempnerforge"
 LAYERS = [
-    {"config", "process"},
+    {"config", "process", "screen"},
     {"model", "data", "checkpoint", "eval", "interop"},
     {"vlm", "distributed"},
     {"training", "study", "serve"},

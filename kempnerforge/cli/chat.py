@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
 from kempnerforge.config.errors import InputError
+from kempnerforge.process import answer_stream
 
 if TYPE_CHECKING:
     from kempnerforge.serve.terminal import Chat
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = sampling_of(args)
     model = Answerer(args.checkpoint, args.overrides)
-    chat = Chat(model, sys.stdout, note, has_turns=model.has_turns, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    chat = Chat(model, answer_stream(), note, has_turns=model.has_turns, max_new_tokens=args.max_new_tokens, sampling=sampling)
     chat.add(args.images)
     if sys.stdin.isatty():
         note(f"{model.path}: /help lists the commands, /quit ends")

@@ -103,8 +103,9 @@ def _as_json(plan: StagePlan) -> dict[str, Any]:
 
 
 def _show(plan: StagePlan) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from kempnerforge.screen import Screen
 
     cost, parts = plan.cost, plan.cost.modules
     table = Table(title=f"stage {plan.stage.name}: steps {plan.stage.start} to {plan.stage.end}", title_justify="left")
@@ -116,14 +117,14 @@ def _show(plan: StagePlan) -> None:
         table.add_row(m.name, f"{m.parameters:,}", f"{m.trainable:,}", scale, _mega(m.forward_flops), _mega(m.backward_flops))
     sizes = f"{sum(m.parameters for m in parts):,}", f"{sum(m.trainable for m in parts):,}"
     table.add_row("total", *sizes, "", _mega(cost.forward_flops), _mega(cost.backward_flops), style="bold")
-    console = Console(width=100)
+    console = Screen(sys.stdout, width=100)
     console.print(table)
     for line in (
         f"training: {_mega(cost.flops)} MFLOP a sample; rows of {plan.row_length} positions, {plan.useful:.0%} of them useful",
         _generation_line(plan),
         f"memory: weights, gradients, optimizer {cost.state_bytes / 2**20:,.1f} MiB; activations {cost.activation_bytes / 2**20:,.1f} MiB\n",
     ):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def _generation_line(plan: StagePlan) -> str:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
 from kempnerforge.config.errors import InputError, visible
+from kempnerforge.process import exact
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from kempnerforge.screen import Screen
     from kempnerforge.training.data_check import Checked, Leak
 
 HELP = """Check whole data sources before training, fetch one, or write what is held out for lm-eval.
@@ -84,7 +84,7 @@ def _fetch(args: argparse.Namespace) -> int:
         raise InputError(f"data fetch: {' '.join(args.overrides)}: not understood")
     from kempnerforge.data.fetch import fetch
 
-    print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)))
+    print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)), file=exact(sys.stdout))
     return 0
 
 
@@ -115,15 +115,15 @@ def _lm_eval(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     job = load_config(args.config, args.overrides)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+    from kempnerforge.screen import Screen, Words, bars
     from kempnerforge.training.data_check import check_data, write_bad_samples, write_leaks
     from kempnerforge.training.data_page import write_data_page
 
     out = args.out or Path(job.run.dir) / "data-check"
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = Words("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with bars(Screen(sys.stderr), *columns, transient=True) as progress:
 
         def begin(name: str, samples: int) -> Callable[[int], object]:
             task = progress.add_task(name, total=samples)
@@ -139,12 +139,12 @@ def _check(args: argparse.Namespace) -> int:
         shared = [{"stages": leak.stages, "kind": leak.kind, "samples": len(leak.pairs)} for leak in leaks]
         print(json.dumps(found | {"shared_images": images, "shared": shared}))
     else:
-        _show(Console(width=100, highlight=False, markup=False, soft_wrap=True), checked, leaks)
+        _show(Screen(sys.stdout, width=100, soft_wrap=True), checked, leaks)
         print(f"page: {page}\nbad samples: {bad}\nheld-out samples that training has seen: {listed}")
     return 0 if all(one.usable for one in checked) else 2
 
 
-def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
+def _show(console: Screen, checked: list[Checked], leaks: list[Leak]) -> None:
     for one in checked:
         _show_source(console, one)
         for line in one.remarks:
@@ -155,7 +155,7 @@ def _show(console: Console, checked: list[Checked], leaks: list[Leak]) -> None:
             print(f"  {visible(trained)} and {visible(held_out)}", file=sys.stderr)
 
 
-def _show_source(console: Console, one: Checked) -> None:
+def _show_source(console: Screen, one: Checked) -> None:
     from rich.table import Table
 
     from kempnerforge.data.check_facts import COVERED, MULTIPLE, histogram

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
 from kempnerforge.config.errors import InputError, visible
+from kempnerforge.process import answer_stream
 
 HELP = """Ask a trained model about images.
 
@@ -37,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kempnerforge.eval.codecs import decode
-    from kempnerforge.serve.terminal import printable
     from kempnerforge.training.answer import Answerer
 
     sampling = sampling_of(args)
@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> int:
     model = Answerer(args.checkpoint, args.overrides)
     groups = model.groups(args.prompt, images)
     places = _places(args.draw, groups, images)
-    answers, failed = [], False
+    answers, failed, out = [], False, answer_stream()
     for group, place in zip(groups, places, strict=True):
         names = [str(image) for image in group]
         found = {"image": names[0] if len(names) == 1 else None, "images": names, "prompt": args.prompt}
         if not args.json and len(groups) > 1:
-            print(f"{visible(', '.join(names))}: ", end="", flush=True)
+            print(f"{visible(', '.join(names))}: ", end="", flush=True, file=out)
         try:
             answer = model.ask(args.prompt, group, args.max_new_tokens, sampling)
             for piece in answer:
                 if not args.json:
-                    print(printable(piece, sys.stdout), end="", flush=True)
+                    print(piece, end="", flush=True, file=out)
             marks = decode(answer.text)
             answers.append({**found, "answer": answer.text, **marks.to_json(), "drawn": _draw(group, answer.text, place)})
         except InputError as error:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             answers.append({**found, "error": str(error)})
             print(f"error: {visible(str(error))}", file=sys.stderr)
         if not args.json:
-            print()
+            print(file=out)
     if args.json:
         print(json.dumps({"checkpoint": str(model.path), "answers": answers}))
     elif model.has_images and not images:

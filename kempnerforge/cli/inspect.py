@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
+from kempnerforge.config.errors import visible
+from kempnerforge.process import exact
 
 if TYPE_CHECKING:
     from kempnerforge.training.inspection import Inspection
@@ -48,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(stage: Inspection) -> None:
-    from kempnerforge.data.audit import visible
-
     print(f"== stage {stage.name}: {stage.summary}")
     if len(stage.sources) > 1:
         for name, part in zip(stage.sources, stage.parts, strict=True):
@@ -57,7 +57,7 @@ def _show(stage: Inspection) -> None:
     for note in stage.notes:
         print(f"note: {visible(note)}")
     for row in stage.rows:
-        print(row)
+        print(row, file=exact(sys.stdout))  # with colours, where a terminal has them
     if stage.sheet is not None:
         print(f"images: {stage.sheet}")
     for sample, reason in stage.skipped:

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from kempnerforge.config.errors import InputError, visible
+from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import trusting
-from kempnerforge.process import INTERRUPTED, die_of_interrupt, end_with_launcher, keep_writing, tune_memory
+from kempnerforge.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
 
-NEWLINE, TRUST = "\n", "--trust-plugins"
+TRUST = "--trust-plugins"
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
 
 EPILOG = """\
@@ -105,7 +105,7 @@ def _run(argv: Sequence[str]) -> int:
         with trusting(TRUST in argv):
             return command(args.command).run(args)
     except InputError as error:
-        print(f"error: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
         from kempnerforge.data.loader import lost_worker
@@ -119,7 +119,7 @@ def _run(argv: Sequence[str]) -> int:
         code = _exit_code(error, args.command)
         if code is None:
             raise
-        print(f"{'error' if code == 2 else f'stopped: {type(error).__name__}'}: {visible(str(error), keep=NEWLINE)}", file=sys.stderr)
+        print(f"{'error' if code == 2 else f'stopped: {type(error).__name__}'}: {error}", file=sys.stderr)
         return code
 
 
@@ -175,7 +175,7 @@ def main() -> NoReturn:
     NOTE: leaves by ``os._exit``: a process that used gloo may otherwise abort while the interpreter shuts down, after all is done.
     """
     tune_memory()
-    keep_writing("stderr", *(["stdout"] if sys.argv[1:2] == ["train"] else []))
+    open_output("stderr", *(["stdout"] if sys.argv[1:2] == ["train"] else []))
     end_with_launcher()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kempnerforge").setLevel(logging.INFO)

@@ -15,13 +15,14 @@ from kempnerforge.cli.numbers import real
 @contextmanager
 def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
     """A function that takes what is being done, how much of it is done, and how much there is. Only terminals see it."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    with Progress(console=Console(file=stream), transient=True, disable=not stream.isatty()) as bar:
+    from kempnerforge.screen import Screen, Words, bars
+
+    columns = Words("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with bars(Screen(stream), *columns, transient=True, disable=not stream.isatty()) as bar:
         task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def add_comparison(parser: argparse.ArgumentParser, no_verify: str) -> None:

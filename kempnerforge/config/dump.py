@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,13 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 def to_toml(job: JobConfig) -> str:
     """The resolved job; ``load_config`` reads an equal one from it, and no key in it counts as chosen."""
-    return RECORD + tomli_w.dumps(to_dict(job))
+    return RECORD + re.sub(r"[^\n -~]", _escaped, tomli_w.dumps(to_dict(job)))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """A character of a string as TOML writes one that cannot be seen."""
+    char = found[0]
+    return char if char.isprintable() else f"\\u{ord(char):04x}" if ord(char) < 2**16 else f"\\U{ord(char):08x}"
 
 
 def diff(old: JobConfig | Mapping[str, Any], new: JobConfig | Mapping[str, Any]) -> list[str]:

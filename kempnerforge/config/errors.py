@@ -177,4 +177,6 @@ def kind(value: Any) -> str:
 
 def visible(text: str, keep: str = "") -> str:
     """Control characters as escapes, but for those in ``keep``: what is shown may quote data, which must not steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -110,7 +110,7 @@ class Chat:
         answer = self._model.ask(prompt, self.images, self._max_new_tokens, self._sampling, self.history)
         try:
             for piece in answer:
-                self._out.write(printable(piece, self._out))
+                self._out.write(piece)
                 self._out.flush()
         finally:
             self.last = answer.text
@@ -133,8 +133,3 @@ def counted(marks: Marks) -> str:
     """Such as "1 box and 2 points"."""
     numbers = ((len(marks.boxes), "box", "boxes"), (len(marks.points), "point", "points"))
     return " and ".join(f"{count} {one if count == 1 else several}" for count, one, several in numbers if count)
-
-
-def printable(text: str, out: TextIO) -> str:
-    """``text`` for ``out``: what a terminal would obey is shown instead."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text) if out.isatty() else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ def _inspect(assembly: Assembly, stage: Stage, samples: int, step: int, out: Pat
             captions += texts
     if pictures:
         out.mkdir(parents=True, exist_ok=True)
-        found.sheet = out / f"contact-sheet-{stage.name}.png"
+        name = stage.name if re.fullmatch(r"[\w .-]{1,50}", stage.name) else f"stage-{stage.index + 1}"
+        found.sheet = out / f"contact-sheet-{name}.png"
         contact_sheet(np.stack(pictures), captions).save(found.sheet)
     return found
 

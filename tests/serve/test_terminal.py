@@ -16,11 +16,6 @@ from tests.serve.fake import Fake, Said
 BOX = "<loc0256><loc0128><loc0768><loc0512> cat"
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def chat(out: io.StringIO | None = None, **kwargs: object) -> tuple[Chat, Fake, io.StringIO, list[str]]:
     model = Fake(lambda prompt: Said([BOX] if prompt == "detect" else ["said ", prompt]))
     out, notes = out or io.StringIO(), []
@@ -81,18 +76,6 @@ def test_marks_are_counted_and_drawn(picture: Path, tmp_path: Path) -> None:
     assert notes == ["1 box; /draw PATH draws them", f"1 box drawn into {tmp_path}/out.png"]
     before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (picture, tmp_path / "out.png"))
     assert after.shape == before.shape and (after[125:128, 76:299] != before[125:128, 76:299]).any(-1).all()
-
-
-def test_an_answer_cannot_command_the_terminal() -> None:
-    evil = "\x1b]0;title\x07\x9b31m\tok\n\u202eabc"
-    it, model, out, _ = chat(Terminal())
-    model.answer = lambda prompt: Said([evil])
-    it.read("x")
-    assert out.getvalue() == "\ufffd]0;title\ufffd\ufffd31m\tok\n\ufffdabc\n"
-    it, model, out, _ = chat()
-    model.answer = lambda prompt: Said([evil])
-    it.read("x")
-    assert out.getvalue() == evil + "\n", "a program gets what was said"
 
 
 def test_a_stopped_answer_is_not_remembered() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
+from kempnerforge.screen import Screen, Words, bars
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 PLAIN_LINE_S = 10.0
@@ -18,7 +19,7 @@ class ConsoleProgress(Hook):
     """Step, loss, useful tokens and images per second, time left."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = Screen(sys.stderr)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._last_line = self._smooth_loss = self._tokens = self._images = self._seconds = self._steps = 0.0
@@ -28,10 +29,9 @@ class ConsoleProgress(Hook):
         if not trainer.world.is_main:
             self.console.quiet = True
         elif self.console.is_terminal:
-            columns = ("[bold]{task.fields[stage]}", "{task.completed}/{task.total}", "{task.fields[text]}")
-            self._progress = Progress(
-                TextColumn(columns[0]), BarColumn(), *(TextColumn(c) for c in columns[1:]), TimeRemainingColumn(), console=self.console
-            )
+            done, said = Words("{task.completed}/{task.total}"), Words("{task.fields[text]}")
+            stage = Words("{task.fields[stage]}", "bold")
+            self._progress = bars(self.console, stage, BarColumn(), done, said, TimeRemainingColumn())
             self._task = self._progress.add_task(
                 "train", total=trainer.total_steps, completed=trainer.step, stage=trainer.stage.name, text=""
             )
@@ -51,14 +51,12 @@ class ConsoleProgress(Hook):
         elif time.monotonic() - self._last_line > PLAIN_LINE_S or trainer.done or result.stage.index != self._stage:
             self._last_line, self._stage = time.monotonic(), result.stage.index
             left = (trainer.total_steps - trainer.step) * self._seconds / self._steps
-            self.console.print(
-                f"{result.stage.name} {trainer.step}/{trainer.total_steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True
-            )
+            self.console.print(f"{result.stage.name} {trainer.step}/{trainer.total_steps}  {text}  {left:.0f} s left", soft_wrap=True)
 
     def record(self, trainer: Trainer, values: dict[str, float]) -> None:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key.startswith("eval/"))
         if shown:
-            self.console.print(f"step {trainer.step}  {shown}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {trainer.step}  {shown}", soft_wrap=True)
 
     def finish(self, trainer: Trainer) -> None:
         self.close()
