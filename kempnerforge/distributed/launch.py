@@ -47,7 +47,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
             process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in asked:
+    if code and signal.SIGINT in asked:
         raise KeyboardInterrupt("")  # the ranks have said the rest
     return code
 

@@ -13,6 +13,8 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
+from kempnerforge.config.errors import visible
+
 ALARM, TOLD = "alarm", "told"
 GRACE_S = 5.0
 """Seconds that the rank which raised the alarm waits for the others' stacks."""
@@ -88,7 +90,7 @@ class Watchdog:
         text = "".join(traceback.format_exception(error)) if error is not None else ""
         lines = [f"stacks of rank {self.rank}, because {why}", *f"{text}{stacks(but=threading.get_ident())}".splitlines()]
         sys.stderr.flush()
-        os.write(2, "".join(f"[rank {self.rank}] {line}\n" for line in lines).encode(errors="replace"))
+        os.write(2, "".join(f"[rank {self.rank}] {visible(line)}\n" for line in lines).encode(errors="replace"))
         self._store.add(TOLD, 1)
 
     @staticmethod

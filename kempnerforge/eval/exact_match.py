@@ -28,7 +28,9 @@ BLANK = 128
 
 
 class Ranks(Protocol):
-    """What evaluation must know of the processes it is spread over."""
+    """What evaluation must know of the processes it is spread over. It calls ``sum`` for each token and each batch: what that raises, on all
+    ranks, breaks it off.
+    """
 
     @property
     def rank(self) -> int: ...

@@ -63,6 +63,7 @@ def held_out_loss(
     loss, tokens, samples, left_out, skipped = 0.0, 0, 0, 0, list[tuple[str, str]]()
     with mode(model, training=False):
         for start in range(0, len(indices), step):
+            ranks.sum([])  # may break it off
             encoded = []
             for index in indices[start : start + step][ranks.rank :: ranks.size]:
                 try:

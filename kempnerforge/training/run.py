@@ -45,14 +45,14 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), lea
         leaving: the process ends with this run. Signals, once they have asked it to stop, are then ignored until it is gone.
 
     Returns:
-        Whether the run is complete; False: it was interrupted, and saved.
+        Whether the run is complete, on all ranks alike; False: it was interrupted, and saved.
 
     Raises:
         ValueError: the config does not fit the data, the model or the run that is there, or the directory cannot be written to. Nothing has
             been written then.
         CheckpointError: the directory is in use, or none of its checkpoints is whole.
         TrainingFault: the run cannot go on by itself.
-        KeyboardInterrupt: a signal in the last evaluation, with all steps saved; or a second SIGINT.
+        KeyboardInterrupt: a second SIGINT.
     """
     run_dir = place_of(job.run.dir)
     world = worlds.start(job.distributed)

@@ -22,6 +22,7 @@ class RunState:
         samples_seen, samples_bad: over all ranks, so far.
         samples_of: how many came from each part of a mixture.
         frozen: names of the parameters that did not train in the last step.
+        unevaluated: the evaluation of this step was broken off.
         data: fingerprints of what it was begun with, by what the data are for.
         asked: how its data place their images; None in what was imported.
         history: what each span of steps was trained with.
@@ -34,6 +35,7 @@ class RunState:
     samples_bad: int = 0
     samples_of: dict[str, int] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    unevaluated: bool = False
     data: dict[str, str] = field(default_factory=dict)
     asked: Asking | None = None
     history: list[Span] = field(default_factory=list)

@@ -95,7 +95,9 @@ class Trainer:
 
     Attributes:
         history: the spans of the run, the one that this process trains the last; empty where none are kept.
-        finishing: the last step is done and saved: who asks to stop now need not wait.
+        stop_requested: a signal has asked this process to stop.
+        stopping: and all ranks know of one that was asked.
+        unevaluated: the evaluation of ``step`` was broken off; who continues makes it.
 
     Args:
         assembly: the job put together; its model is sharded in place.
@@ -127,7 +129,7 @@ class Trainer:
         self.samples_seen = self.samples_bad = 0
         self.samples_of: Counter[str] = Counter()
         self.skipped_in_a_row = 0
-        self.stop_requested = self.stopping = self.finishing = False
+        self.stop_requested = self.stopping = self.unevaluated = False
         self.bad_samples: list[tuple[str, str]] = []
         self._batches: Iterator[Batch] | None = None
         self._ahead: Data | None = None
@@ -149,9 +151,9 @@ class Trainer:
     def fit(self) -> None:
         """Runs from the current step to the end, or until a signal asks to stop."""
         try:
+            self.apply_freeze()
             for hook in self.hooks:
                 hook.start(self)
-            self.apply_freeze()
             while not self.done and not self.stopping:
                 if self.step in self.boundaries:
                     self.apply_freeze()
@@ -161,15 +163,19 @@ class Trainer:
                 self.step += 1
                 for hook in self.hooks:
                     hook.step(self, result)
-            self.finishing = self.done
-            (asked,) = self.world.sum([float(self.stop_requested)])  # while the last step was saved, too
-            self.stopping = asked > 0
-            for hook in self.hooks if not self.stopping else ():
-                hook.finish(self)
+            self.sum([])  # a signal while the last step was saved, too
+            for hook in self.hooks:
+                if not self.stopping:
+                    hook.finish(self)
         finally:
-            self.finishing = False
             for hook in self.hooks:
                 hook.close()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """As ``World.sum``; afterwards ``stopping`` says on all ranks whether one of them was asked to stop."""
+        *totals, asked = self.world.sum([*values, float(self.stop_requested)])
+        self.stopping = self.stopping or asked > 0
+        return totals
 
     def record(self, values: dict[str, float]) -> None:
         """Hands numbers of the current step to all hooks."""
@@ -253,8 +259,7 @@ class Trainer:
             if output.aux_loss is not None:
                 aux_loss += output.aux_loss.detach()
         grads = local_gradients(self.model)
-        total, aux, squared, stop = self.world.sum([loss.item(), aux_loss.item(), squared_norm(grads), float(self.stop_requested)])
-        self.stopping = stop > 0
+        total, aux, squared = self.sum([loss.item(), aux_loss.item(), squared_norm(grads)])
         norm = math.sqrt(squared)
         finite = math.isfinite(total) and math.isfinite(aux) and math.isfinite(norm)
         if finite:

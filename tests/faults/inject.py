@@ -24,7 +24,7 @@ import torch
 from kempnerforge.checkpoint import store
 from kempnerforge.data.batch import Batch
 from kempnerforge.distributed import world
-from kempnerforge.training.hooks import evaluation
+from kempnerforge.training.hooks import evaluation, report
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.trainer import Trainer
 from tests.training.tiny import plain
@@ -148,12 +148,22 @@ def signal_in_save(step: int, *numbers: int) -> None:
 
 
 @fault
-def signal_in_last_evaluation(number: int) -> None:
-    def send(*_: Any, limit: int, **__: Any) -> None:
-        if not limit:
-            os.kill(os.getpid(), number)
+def signal_in_evaluation(step: int, number: int, votes: int) -> None:
+    """When ``step`` steps are done, after so many tokens of their evaluation; at step 24 of the last one."""
+    seen = {"votes": 0}
 
-    before(evaluation, "measure", send)
+    def send(ranks: evaluation.Voting, _: object) -> None:
+        if ranks.trainer.step == step:
+            seen["votes"] += 1
+            if seen["votes"] == votes:
+                os.kill(os.getpid(), number)
+
+    before(evaluation.Voting, "sum", send)
+
+
+@fault
+def signal_in_report(number: int) -> None:
+    before(report.Report, "finish", lambda *_: os.kill(os.getpid(), number))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

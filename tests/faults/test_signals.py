@@ -82,16 +82,49 @@ def test_a_second_interrupt(where: str, job: Job, tmp_path: Path, observe: Obser
     )
 
 
+def test_one_rank_alone_in_a_save(job: Job, tmp_path: Path, observe: Observe):
+    run = tmp_path / "run"
+    assert interrupted(job, run, {1: [("signal_in_save", 4, TERM)]})[0] == 5
+    assert interrupted(job, run, {0: [("signal_in_save", 8, TERM)]})[0] == 9
+    done, _ = interrupted(job, run, {1: [("signal_in_save", STEPS, TERM)]})
+    assert done == STEPS and "eval/exact_match" not in metrics(run)[-1]
+    observe("SIGTERM to one rank alone in a save, in the last one too", "the save is whole; both exit 130", job.finish(run))
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_in_an_evaluation(number: signal.Signals, job: Job, tmp_path: Path, observe: Observe):
+    """Of step 6, and of step 12 and the same one again as it is repeated: it is broken off at a token, saved, and made by who continues."""
+    run = tmp_path / "run"
+    evaluated = lambda: [row["step"] for row in metrics(run) if "eval/exact_match" in row]
+    for step, faults in ((6, {1: [("signal_in_evaluation", 6, number, 2)]}), (12, {0: [("signal_in_evaluation", 12, number, 1)]})):
+        assert interrupted(job, run, faults)[0] == step
+        assert step not in evaluated()
+    assert evaluated() == [6]
+    assert interrupted(job, run, {1: [("signal_in_evaluation", 12, number, 2)]})[0] == 12
+    assert evaluated() == [6]
+    with job.ranks(run, faults={0: [("die_behind_the_checkpoint", 12)]}) as ranks:  # the evaluation is made, and not yet in a checkpoint
+        ranks.wait()
+    assert evaluated() == [6, 12]
+    observe(
+        f"{number.name} to one rank in an evaluation between steps", "it is broken off; saved, exit 130; it is made again", job.finish(run)
+    )
+
+
 def test_behind_the_last_step(job: Job, tmp_path: Path, observe: Observe):
-    """In the last save, then in the last evaluation: all is saved by then, and what was left out is done by the same command."""
+    """In the last save, then in the last evaluation, of both ranks and of one: all is saved by then, and what was left out is done by the
+    same command. While the report is written it is finished.
+    """
     run = tmp_path / "run"
     done, _ = interrupted(job, run, {rank: [("signal_in_save", STEPS, TERM)] for rank in (0, 1)})
     assert done == STEPS and "eval/exact_match" not in metrics(run)[-1]
-    with job.ranks(run, faults={rank: [("signal_in_last_evaluation", TERM)] for rank in (0, 1)}) as ranks:
-        ended = ranks.wait()
-    assert codes(ended) == [130, 130] and not (run / "report.html").exists(), ranks.err()
-    assert ended[0].err.splitlines()[-1].startswith(f"SIGTERM after the last step: step {STEPS} is saved"), ranks.err()
-    assert "Traceback" not in ended[0].err + ended[1].err, ranks.err()
+    for ranks in ((0, 1), (0,), (1,)):
+        assert interrupted(job, run, {rank: [("signal_in_evaluation", STEPS, TERM, 2)] for rank in ranks})[0] == STEPS
+        assert not (run / "report.html").exists() and "eval/exact_match" not in metrics(run)[-1]
     exact = job.finish(run)
     assert (run / "report.html").exists()
-    observe("SIGTERM in the last save, in the last evaluation", "exit 130 at once; the evaluation is made by the same command", exact)
+    observe("SIGTERM in the last save, in the last evaluation, to both ranks or one", "exit 130 at once; the same command makes it", exact)
+    (run / "report.html").unlink()
+    with job.ranks(run, faults={0: [("signal_in_report", TERM)]}) as ranks:
+        ended = ranks.wait()
+    assert codes(ended) == [0, 0] and (run / "report.html").exists(), ranks.err()
+    observe("SIGTERM while the report is written", "it is finished; exit 0", job.finish(run))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import pytest
 
 from kempnerforge.config import load_config
 from kempnerforge.process import STOPS
+from kempnerforge.training.hooks import evaluation
 from kempnerforge.training.hooks.console import ConsoleProgress
+from kempnerforge.training.hooks.evaluation import Evaluation, Voting
 from kempnerforge.training.hooks.signals import Signals
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from tests.training.tiny import CONFIG, a_trainer, call, make_job, metrics, write_config
@@ -188,6 +191,36 @@ def test_handlers_are_given_back_after_an_interrupted_run(tmp_path: Path):
         return [signal.signal(number, handler) is handler for number, handler in before.items()]
 
     assert all(run(leaving=False)) and not any(run(leaving=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [((), 1), (("--eval.exact_match=false",), 2), (("--data.eval_path=", "--eval.text_path={text}", "--eval.text_window=16"), 3)],
+)
+def test_every_kind_of_evaluation_is_broken_off(options: tuple[str, ...], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Answers, losses and plain text, after a few of their tokens or batches."""
+    (tmp_path / "text.txt").write_text("which colour is it? it is red. " * 800)
+    votes: list[int] = []
+
+    class Stopped(Voting):
+        def sum(self, values: Sequence[float]) -> list[float]:
+            votes.append(self.trainer.step)
+            self.trainer.stop_requested = len(votes) > asked
+            return super().sum(values)
+
+    monkeypatch.setattr(evaluation, "Voting", Stopped)
+    job = load_config(make_job(tmp_path), [option.format(text=tmp_path / "text.txt") for option in options])
+    job.eval.interval = 2
+    recorded: list[dict[str, float]] = []
+
+    class Records(Hook):
+        def record(self, trainer: Trainer, values: dict[str, float]) -> None:
+            recorded.append(values)
+
+    with a_trainer(job, [Evaluation(job.eval), Records()]) as trainer:
+        trainer.fit()
+        assert votes == [2] * (asked + 1) and trainer.stopping and trainer.unevaluated and trainer.step == 2
+    assert not recorded
 
 
 def test_checkpoints_that_stay(tmp_path: Path):

@@ -125,7 +125,7 @@ def test_signals_save_and_the_same_command_continues(tmp_path: Path):
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == (-number if number == signal.SIGINT else 130), err  # a shell says 130 of both
-        assert f"{number.name}: stopping after this step; the run can be continued" in err and "Traceback" not in err
+        assert f"{number.name}: saving, then stopping; the run can be continued" in err and "Traceback" not in err
         done = metrics(tmp_path / "run")[-1]["step"]
         assert lines - 2 <= done < 80 and checkpoint_steps(tmp_path / "run")[-1] == done
         assert not (tmp_path / "run" / "report.html").exists()

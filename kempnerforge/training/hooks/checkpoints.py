@@ -33,6 +33,7 @@ class Checkpoints(Hook):
         trainer.seconds = state.seconds
         trainer.samples_seen, trainer.samples_bad = state.samples_seen, state.samples_bad
         trainer.samples_of.update(state.samples_of)
+        trainer.unevaluated = state.unevaluated
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
@@ -57,6 +58,7 @@ class Checkpoints(Hook):
             samples_bad=trainer.samples_bad,
             samples_of=dict(trainer.samples_of),
             frozen=trainer.frozen,
+            unevaluated=trainer.unevaluated,
             data=self._data,
             asked=self._asked,
             history=trainer.history,

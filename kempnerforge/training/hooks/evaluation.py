@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.eval.exact_match import question_only_prior
@@ -14,6 +16,26 @@ LOG = logging.getLogger("kempnerforge")
 
 PRIOR_SAMPLES = 50_000
 """Training samples up to which the guess from the question alone is made of them: all have to be read for it."""
+
+
+class BrokenOff(Exception):
+    """A rank was asked to stop during an evaluation. It is raised on all of them at the same place."""
+
+
+class Voting:
+    """The ranks of an evaluation that ends when one of them is asked to stop."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.rank, self.size = trainer, trainer.world.rank, trainer.world.size
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        totals = self.trainer.sum(values)
+        if self.trainer.stopping:
+            raise BrokenOff
+        return totals
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.trainer.world.gather(value)
 
 
 class Evaluation(Hook):
@@ -36,16 +58,21 @@ class Evaluation(Hook):
         trainer.assembly.check_held_out()
         if (self.cfg.interval or self.cfg.at_end) and trainer.assembly.examined is not None:
             self._remark(trainer.assembly.examined.remarks())
+        if trainer.unevaluated:
+            self._evaluate_if_due(trainer)
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
-        if self.cfg.interval and trainer.step % self.cfg.interval == 0 and not (trainer.done and self.cfg.at_end):
-            self._evaluate(trainer, self.cfg.samples)
+        self._evaluate_if_due(trainer)
+
+    def _evaluate_if_due(self, trainer: Trainer) -> None:
+        due = self.cfg.interval and trainer.step % self.cfg.interval == 0 and not (trainer.done and self.cfg.at_end)
+        trainer.unevaluated = bool(due) and self._evaluate(trainer, self.cfg.samples) is None
 
     def finish(self, trainer: Trainer) -> None:
-        if not self.cfg.at_end:
+        found = self._evaluate(trainer, 0) if self.cfg.at_end else None
+        if found is None:
             return
-        last = trainer.stages[-1]
-        self.final = found = self._evaluate(trainer, 0)
+        self.final, last = found, trainer.stages[-1]
         self._remark(found.remarks(last.optimizer.lr))
         known = trainer.assembly.sources[-1]
         if found.seeing is not None and found.blind is not None and trainer.world.is_main and len(known) <= PRIOR_SAMPLES:
@@ -57,20 +84,25 @@ class Evaluation(Hook):
         for line in lines:
             LOG.warning("%s", line)
 
-    def _evaluate(self, trainer: Trainer, limit: int) -> Measured:
-        assembly, world = trainer.assembly, trainer.world
-        with trainer.optimizers.averaged():
-            found = measure(
-                trainer.model,
-                assembly.encoder(trainer.stages[-1]),
-                self.cfg,
-                world,
-                world.device,
-                held_out=assembly.examined,
-                plain_text=assembly.plain_text,
-                rows=max(1, trainer.stage.train.batch_size // world.size),
-                limit=limit,
-            )
+    def _evaluate(self, trainer: Trainer, limit: int) -> Measured | None:
+        """What was found, which is recorded; None: the run is to stop."""
+        assembly, ranks = trainer.assembly, Voting(trainer)
+        try:
+            ranks.sum([])
+            with trainer.optimizers.averaged():
+                found = measure(
+                    trainer.model,
+                    assembly.encoder(trainer.stages[-1]),
+                    self.cfg,
+                    ranks,
+                    trainer.world.device,
+                    held_out=assembly.examined,
+                    plain_text=assembly.plain_text,
+                    rows=max(1, trainer.stage.train.batch_size // ranks.size),
+                    limit=limit,
+                )
+        except BrokenOff:
+            return None
         if found.values:
             trainer.record(found.values)
         return found

@@ -25,7 +25,7 @@ class Metrics(Hook):
 
     def start(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
-            keep_until(self.path, trainer.step, evaluates_again=trainer.done and trainer.job.eval.at_end)
+            keep_until(self.path, trainer.step, evaluates_again=trainer.unevaluated or (trainer.done and trainer.job.eval.at_end))
             self._file = self.path.open("a", encoding="utf-8")
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
@@ -67,7 +67,7 @@ class Metrics(Hook):
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
     """Drops what is about to be written again: the steps behind a checkpoint, a line that a kill cut short, and, when the run is about to
-    repeat its last evaluation, what that one found at ``step``. Damaged lines are named.
+    repeat an evaluation, what that one found at ``step``. Damaged lines are named.
     """
 
     def stays(row: dict[str, Any]) -> bool:

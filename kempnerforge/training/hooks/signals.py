@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, save, leave. When all is saved, and at a second SIGINT, leave at once."""
+"""Signals that ask a run to stop: finish the step, save, leave. An evaluation is broken off. At a second SIGINT, leave at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ asked_by: set[int] = set()
 
 
 class Signals(Hook):
-    """Asks the trainer to stop. The ranks vote at the end of each step, so that all of them stop at the same one.
+    """Asks the trainer to stop. The ranks vote in each step and at each token of an evaluation, so that all of them stop at the same place,
+    whichever of them the signal has reached. What comes after the last evaluation, the report, is finished.
 
     A second SIGINT ends a process that ``leaving`` says is this run's from within the handler: an exception in the middle of a save would come
     out as a damaged checkpoint. What is half written then is what a kill leaves, and is not taken for a checkpoint.
@@ -39,14 +40,12 @@ class Signals(Hook):
             trainer.stop_requested = True
             asked_by.add(number)
             name = signal.Signals(number).name
-            if trainer.finishing:
-                raise KeyboardInterrupt(f"{name} after the last step: step {trainer.step} is saved; what comes after it is not done yet")
             if again and self.leaving:
                 say(f"{name} again: left at once, without saving; {self._newest()}")
                 die_of_interrupt()
             if again:
                 raise KeyboardInterrupt
-            say(f"{name}: stopping after this step; the run can be continued")
+            say(f"{name}: saving, then stopping; the run can be continued")
 
         for number in STOPS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without its terminal
