@@ -159,9 +159,11 @@ def check_same_data(assembly: Assembly, before: Mapping[str, str], run_dir: Path
     """
     now = assembly.fingerprints
     changed = [name for name, kept in before.items() if now.get(name, kept) != kept]
-    if changed and "data" not in allow:
+    meant = lambda name: "data" in allow or (name.startswith("eval.") and name.startswith(_meant(allow)))
+    refused = [name for name in changed if not meant(name)]
+    if refused:
         raise InputError(
-            f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(changed)}); put them back, use"
+            f"run.dir = {str(run_dir)!r}: the data are no longer those that the run was begun with ({', '.join(refused)}); put them back, use"
             " --fresh, or say --allow-change=data if it is meant"
         )
     if changed:

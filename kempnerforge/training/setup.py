@@ -71,10 +71,12 @@ class Assembly:
         found = {stage.name: self.sources[stage.index] for stage in self.stages}
         if self.held_out is not None:
             found["held-out data"] = self.held_out
-        lists = {name: source.fingerprint() for name, source in found.items()}
-        if not self.model.has_images:
-            return lists
-        return lists | {f"images of {name}": pictures_fingerprint(source) for name, source in found.items()}
+        prints = {name: source.fingerprint() for name, source in found.items()}
+        if self.plain_text is not None:  # under a name for each path: another path is a change of the config
+            prints[f"eval.text_path = {self.job.eval.text_path!r}"] = self.plain_text.windows.fingerprint()
+        if self.model.has_images:
+            prints |= {f"images of {name}": pictures_fingerprint(source) for name, source in found.items()}
+        return prints
 
     def warnings(self) -> list[str]:
         """What is allowed but may not be meant, of the config and of the names of the model's parameters."""

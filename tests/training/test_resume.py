@@ -240,6 +240,25 @@ def test_edited_data_behind_the_same_path_are_noticed(tmp_path: Path):
     assert "--allow-change=data" in call("train", config, constant).err, "the newest checkpoint counts"
 
 
+@pytest.mark.parametrize("meant", ["data", "eval.text_path"])
+def test_an_edited_text_of_the_evaluation_is_noticed(meant: str, tmp_path: Path):
+    """As edited data are. Another path is a change of the config, and one that may be made."""
+    (text := tmp_path / "plain.txt").write_text(before := "which colour is it? it is red. " * 8)
+    options = f"--eval.text_path={text}", "--eval.text_window=16", "--eval.at_end=false", "--scheduler.name=constant"
+    argv = ("train", make_job(tmp_path), *options)
+    assert call(*argv, "--train.max_steps=2").code == 0
+    text.write_text(before.replace("red", "tan"))
+    ended = call(*argv, "--train.max_steps=3")
+    assert ended.code == 2 and f"(eval.text_path = '{text}')" in ended.err and "--allow-change=data" in ended.err, ended
+    assert call(*argv, "--train.max_steps=3", "--allow-change=optimizer").code == 2
+    assert call(*argv, "--train.max_steps=3", f"--allow-change={meant}").code == 0
+    assert call(*argv, "--train.max_steps=4").code == 0
+    text.write_text(before)
+    (other := tmp_path / "other.txt").write_text(before)
+    assert call(*argv, "--train.max_steps=5").code == 2
+    assert call(*argv, "--train.max_steps=5", f"--eval.text_path={other}").code == 0
+
+
 def test_what_does_not_touch_learning_may_change(tmp_path: Path):
     job = make_job(tmp_path)
     assert call("train", job, "--train.max_steps=2", "--eval.at_end=false", "--scheduler.name=constant").code == 0
