@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import re
 import signal
@@ -34,12 +36,22 @@ CLASS_POSITIONS = 16
 def _workers_starting() -> Iterator[None]:
     """Processes that are started meanwhile never see the signals that ask a run to stop, as a blocked signal stays so in a child: they are sent to
     whole groups, and the workers go on so that the step can be finished.
+
+    NOTE: Python ends the processes that are left at its exit with SIGTERM, which these do not see, and waits for them. So they are killed first.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before, others = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), multiprocessing.active_children()
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                atexit.register(_kill, worker)
+
+
+def _kill(worker: multiprocessing.Process) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an error of it
+    worker.kill()
 
 
 def _begin_worker(number: int, parent: int) -> None:

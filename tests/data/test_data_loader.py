@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
 from kempnerforge.data.loader import Loader, lost_worker
 from kempnerforge.data.pack import Sizes
+from tests.training.tiny import make_job
 
 MakeEncoder = Callable[..., Encoder]
 
@@ -172,6 +174,20 @@ def test_workers_leave_signals_to_the_main_process(list_source: Any, make_encode
     for _ in range(6):  # more than was ready before
         next(batches)
     assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_program_with_workers_ends(tmp_path: Path) -> None:
+    """A loop of the user's own, which stops in the middle of an iteration that is still held."""
+    program = f"""
+from kempnerforge.config import load_config
+from kempnerforge.training.setup import assemble
+assembly = assemble(load_config({str(make_job(tmp_path))!r}, ["--data.num_workers=2"]))
+batches = assembly.batches(assembly.stages[0], 0)
+print(next(batches).num_targets)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert int(ended.stdout) > 0
 
 
 @pytest.mark.parametrize(
