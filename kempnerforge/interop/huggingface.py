@@ -51,6 +51,8 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     with names_keys(config, f"{path / CONFIG}: "):
         if not isinstance(text, dict):
             raise InputError(f"text_config = {show(text)}: does not say which language model it is")
+        if not config.get("model_type"):
+            raise InputError(f"model_type = {show(config.get('model_type'))}: does not say which model it is")
         text = complete(text)
         check_facts(cfg, hf_facts(text), SETTINGS)
     files = tensor_files(path)

@@ -24,7 +24,7 @@ MOST_TENSORS, HINT = 100_000, "; look at "
 BOOKKEEPING = ("dtype", "model_type", "transformers_version", "_name_or_path")
 POSITIVE = re.compile(
     r"hidden_size|intermediate_size|vocab_size|image_size|patch_size|head_dim|max_position_embeddings|num_channels|scale_factor"
-    r"|num_(hidden_layers|attention_heads|key_value_heads|patches)|attention_heads|max_num_tiles|projection_dim"
+    r"|num_(hidden_layers|attention_heads|key_value_heads|patches)|attention_heads|max_num_tiles|projection_dim|query_pre_attn_scalar"
 )
 SIZE = re.compile(r"(num|n|max_num)_\w+|\w+_(size|dim|heads|length|embeddings|channels|ratio|width|prob|rate|eps)|depth")
 ROPE = re.compile(r"(low_freq_|high_freq_)?factor|rope_theta|original_max_position_embeddings")
@@ -53,6 +53,10 @@ def _wrong(key: str, value: Any) -> str:
     if key in ("dtype", "torch_dtype"):
         known = isinstance(value, str) and isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
         return "" if value is None or known else "must be the name of a dtype, or null"
+    if POSITIVE.fullmatch(key) and (value in ([], {}) or isinstance(value, str | bool)):
+        return "must be a number above 0"
+    if key == "vision_feature_layer" and value in ([], 0):
+        return "must be a layer, counted from 1 or from the end, or a list of them"
     if isinstance(value, str):
         return f"has {len(value):,} characters; at most {LONGEST:,} are read" if len(value) > LONGEST else ""
     if (key.endswith("_config") or key in ("rope_parameters", "rope_scaling")) and not isinstance(value, dict | None):
@@ -63,6 +67,8 @@ def _wrong(key: str, value: Any) -> str:
         return ""
     if not math.isfinite(value) or abs(value) > (LARGEST if isinstance(value, int) else 1e30):
         return f"must be at most {LARGEST}" if isinstance(value, int) else "must be a finite number of usual size"
+    if key.endswith("dropout") and not 0 <= value <= 1:
+        return "must be a number from 0 to 1"
     low = 1 if POSITIVE.fullmatch(key) else 0 if SIZE.fullmatch(key) else -LARGEST
     if value < low and not key.endswith(("_id", "_ids")):
         return f"must be at least {low}"
@@ -100,15 +106,20 @@ def names_keys(config: Mapping[str, Any], start: str = "") -> Iterator[None]:
 
 def _about(config: Mapping[str, Any], said: str) -> str:
     """The keys whose value an error quotes, or that can be meant by it; nothing if it names a key itself."""
-    found = [entry for entry in entries(dict(config)) if entry[1] not in BOOKKEEPING and not isinstance(entry[2], bool)]
+    said = re.sub(r"\S*/\S*", " ", said)  # a path may hold the name of a key, or a number
+    found = [
+        entry
+        for entry in entries(dict(config))
+        if entry[1].isidentifier() and entry[1] not in BOOKKEEPING and not isinstance(entry[2], bool)
+    ]
     if HINT in said or any(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", said) for _, key, _ in found):
         return ""
     numbers = {*re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", said)}
     picks: list[Callable[[str, Any], bool]] = [
         lambda key, value: value is None and "NoneType" in said and key.endswith("_config"),
+        lambda key, value: value is None and "NoneType" in said and bool(POSITIVE.fullmatch(key) or key.endswith("dropout")),
+        lambda key, value: value in ([], {}) and bool(re.search("list|dict|IndexError", said)),
         lambda key, value: str(value) in numbers if isinstance(value, int | float) else isinstance(value, str) and value[:99] in said,
-        lambda key, value: value in ([], {}) and bool(re.search("list|dict", said)),
-        lambda key, value: isinstance(value, int | float) and value <= 0 and bool(re.search("zero|Zero|negative", said)),
     ]
     picked = next((kept for pick in picks if (kept := [e for e in found if e[2] != "" and pick(*e[1:])])), [])
     named = [f"{name} = {'null' if value is None else show(value)}" for name, _, value in picked]

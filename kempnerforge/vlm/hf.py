@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
-from kempnerforge.config.errors import InputError, cut, library_call
+from kempnerforge.config.errors import InputError, cut
 from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.paths import PathText
 from kempnerforge.config.vision import ViTConfig, square_side
@@ -265,16 +265,14 @@ class HF(VLM):
         device = self.hf_model.get_input_embeddings().weight.device
         blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
         try:
-            with library_call(where, f"{name} does not take square images as pixel_values alone"), torch.no_grad():
+            what, given = f"{name} does not take square images as pixel_values alone", self.hf_model.config.to_dict()
+            with class_call(where, what, given), torch.no_grad():
                 features = self._features(blank)
         except InputError as error:
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
             if not also:
                 raise
-            raise InputError(
-                f"{where}: {name} does not take square images as pixel_values alone: it reads {', '.join(also)} as well, which arch = 'hf' "
-                "does not give it"
-            ) from error
+            raise InputError(f"{error}; it can read {', '.join(also)} as well, which arch = 'hf' does not give it") from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
         if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
