@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.checkpoint.manifest import CheckpointError
 from kempnerforge.checkpoint.ranks import from_rank0
+from kempnerforge.config.reading import regular
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,7 +38,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = Path(run_dir) / ".lock"
+        self.path = regular(Path(run_dir) / ".lock")
         self._descriptor: int | None = None
         from_rank0(self._acquire)
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from kempnerforge.checkpoint.manifest import METADATA, CheckpointError
 from kempnerforge.checkpoint.ranks import agreed, in_group
+from kempnerforge.config.reading import irregular
 
 TensorInfo = tuple[tuple[int, ...], torch.dtype]
 
@@ -58,6 +59,7 @@ class _SafeReader(FileSystemReader):
 
 
 def _read_metadata(path: Path) -> Metadata:
+    _check_regular(path, [METADATA])
     try:
         with (path / METADATA).open("rb") as file:
             metadata = _SafeUnpickler(file).load()
@@ -73,9 +75,16 @@ def _read_metadata(path: Path) -> Metadata:
     outside = {str(info.relative_path) for info in metadata.storage_data.values() if Path(info.relative_path).name != info.relative_path}
     if outside:
         raise CheckpointError(f"{METADATA} points outside the checkpoint: {_some(outside)}")
+    _check_regular(path, {info.relative_path for info in metadata.storage_data.values()})
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     return metadata
+
+
+def _check_regular(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if kind := irregular(path / name):
+            raise CheckpointError(f"{path / name}: is {kind}")
 
 
 def _some(names: Iterable[str]) -> str:

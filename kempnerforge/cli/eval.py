@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config.errors import InputError, visible
+from kempnerforge.config.reading import irregular
 
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
 
@@ -28,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.data.files import why_not_writable
     from kempnerforge.training.evaluate import evaluate_checkpoint
 
-    if args.predictions is not None and args.predictions.is_dir():
-        raise InputError(f"--predictions {args.predictions}: is a directory")
+    if args.predictions is not None and (kind := irregular(args.predictions)):
+        raise InputError(f"--predictions {args.predictions}: is {kind}; name a file")
     if args.predictions is not None and (reason := why_not_writable(args.predictions.parent)):
         raise InputError(f"--predictions {args.predictions}: cannot be written: {reason}")
     found = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit, args.predictions)

@@ -13,7 +13,7 @@ from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults, not_default
 from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
 from kempnerforge.config.paths import expand, start_of
-from kempnerforge.config.reading import deeper_than
+from kempnerforge.config.reading import deeper_than, irregular
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
@@ -45,6 +45,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or is no TOML, in one line with file and line number.
     """
+    if what := irregular(path):
+        raise ConfigError([f"{path}: cannot be read: is {what}"])
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

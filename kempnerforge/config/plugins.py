@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 from kempnerforge.config import registry
 from kempnerforge.config.errors import ConfigError
+from kempnerforge.config.reading import regular
 
 ENTRY_POINTS = "kempnerforge.plugins"
 LOG = logging.getLogger("kempnerforge")
@@ -160,7 +161,7 @@ def _load(name: str, folder: Path) -> str:
         _keep(name, importlib.import_module(name))
         return name
     path = (folder / name).resolve()
-    if not path.is_file():
+    if not regular(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     content = path.read_bytes()
     # NOTE: a fixed name for a fixed content, so that a plugin runs once in a process however often, and by however many names, it is named
@@ -214,7 +215,7 @@ def _source(module: ModuleType) -> dict[str, bytes]:
         return {module.__name__: b""}
     found, queue, folder = {file.name: file.read_bytes()}, [module], file.parent
     if hasattr(module, "__path__"):
-        below = sorted(path for path in folder.rglob("*.py") if path != file)
+        below = sorted(path for path in folder.rglob("*.py") if path != file and path.is_file())
         found |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in below}
         queue += [part for name, part in sys.modules.items() if name.startswith(f"{module.__name__}.") and _python_file(part)]
         folder = folder.parent

@@ -75,7 +75,7 @@ def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
         with regular(path).open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise InputError(f"{path}: has {size:,} bytes; at most {most:,} are read")
-            return file.read(most)
+            return file.read()
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from kempnerforge.config.errors import cut, visible
+from kempnerforge.config.reading import irregular
 from kempnerforge.data.sample import ImageSource, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -150,7 +151,7 @@ def name_of(source: ImageSource) -> str:
 
 def _file(path: Path, whole: bool) -> BinaryIO:
     if not os.path.isfile(path):
-        raise ImageError("no such file")
+        raise ImageError(f"is {kind}, not a file" if (kind := irregular(path)) else "no such file")
     try:
         file = path.open("rb")
         size = os.fstat(file.fileno()).st_size

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from kempnerforge.config.reading import regular
 from kempnerforge.data.sample import SampleError
 
 BLOCK = 512
@@ -95,7 +96,7 @@ def index_tar(path: str) -> Shard:
     kinds: dict[str, int] = {}
     owners: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             for name, offset, size in _members(file):
                 folder, _, base = name.rpartition("/")
                 stem, dot, extension = base.partition(".")

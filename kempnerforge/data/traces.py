@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from kempnerforge.data.images import contents
 from kempnerforge.data.remarks import content_digest
 from kempnerforge.data.sample import ImageSource, Sample
 
@@ -60,9 +60,8 @@ class Traces:
 
 
 def digest(image: ImageSource) -> bytes:
-    """16 bytes that stand for the content of an encoded image."""
-    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    """16 bytes that stand for the content of an encoded image; raises ImageError if its file cannot be read."""
+    return hashlib.blake2b(image if isinstance(image, bytes) else contents(image), digest_size=16).digest()
 
 
 def shared(first: Marks, second: Marks) -> list[tuple[int, int]]:

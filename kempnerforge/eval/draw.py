@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import irregular
 from kempnerforge.data.images import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Box, Marks, Point, decode
@@ -79,6 +80,8 @@ def check_place(path: Path, images: Iterable[ImageSource]) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take one of {', '.join(SUFFIXES)}")
+    if kind := irregular(path):
+        raise InputError(f"{path}: cannot be written: is {kind}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: cannot be written: {path.parent} is no folder")
     if path.exists() and any(isinstance(image, Path) and image.exists() and path.samefile(image) for image in images):

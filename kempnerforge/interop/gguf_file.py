@@ -18,6 +18,7 @@ from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.config.reading import regular
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.tokenizer import Tokenizer
@@ -234,7 +235,7 @@ def _fields(path: Path) -> _Fields:
 
 
 def _version(path: Path) -> Signature:
-    found = signature(path)
+    found = signature(regular(path))
     if found is None:
         raise InputError(f"{path}: no such file")
     return found

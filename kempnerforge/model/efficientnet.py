@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import regular
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.model.vision import VisionEncoder
 
@@ -111,7 +112,7 @@ def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     (Jacob et al. 2018, section 3.2, eq. 14).
     """
     try:
-        there = load_file(path)
+        there = load_file(regular(path, "path"))
     except (OSError, SafetensorError) as error:
         raise InputError(f"path = {str(path)!r}: cannot be read; {error}; kempnerforge data fetch efficientnet-lite0 makes it") from None
     names = published_names()

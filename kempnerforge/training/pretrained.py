@@ -16,7 +16,7 @@ from kempnerforge.config.build import build_record
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import trusting
-from kempnerforge.config.reading import read_object
+from kempnerforge.config.reading import check_files, read_object
 from kempnerforge.data.asking import Asking
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import open_foreign
@@ -68,6 +68,7 @@ def load_pretrained(
 
 
 def _load(path: Path, given: Sequence[str], verify: bool) -> tuple[VLM, Processor]:
+    check_files(path)
     if (path / CONFIG).is_file():
         return _foreign(path, verify)
     if (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):

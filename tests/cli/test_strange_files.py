@@ -1,8 +1,11 @@
-"""Files of others that no reader may trust: JSON without an end, of any depth or size. Each command ends with one line, soon and in little memory."""
+"""Files of others that no reader may trust: JSON of any depth or size; pipes and devices, which have no end. Each command ends with one line,
+soon and in little memory.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -13,12 +16,18 @@ from pathlib import Path
 import pytest
 
 from kempnerforge import load_pretrained
+from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.vision import EfficientNetLite0Config
+from kempnerforge.data.sources.stamps import Stamps, StampsConfig
+from kempnerforge.data.sources.text import PlainText
+from kempnerforge.data.traces import digest
 from kempnerforge.interop.processors import followed
 from kempnerforge.model.hf_towers import read_config
+from kempnerforge.model.vision import build_vision_encoder
 from tests.cli.conftest import Trained
 from tests.interop.tiny_vlms import save
-from tests.training.tiny import call, write_config
+from tests.training.tiny import call, make_job, write_config
 
 SECONDS, ROOM, LARGE = 30, 4 << 30, 5 << 30
 """That a command may take, bytes of memory on top of what the process has, and those of a file."""
@@ -122,3 +131,105 @@ def test_json_of_others_has_limits(name: str, content: str, here: Path) -> None:
     CONTENTS[content](path)
     said = ends_with_one_line(here, JSON[name])
     assert (path.name in said or str(path.parent) in said) and len(said) < 700, said  # transformers names the directory
+
+
+# ---- what is no file ----------------------------------------------------------------------------------------------------
+
+
+def _pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _zeros(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+KINDS = {"pipe": _pipe, "device": _zeros}
+DATA = (*CHECK, "--data.eval_path=")
+TRAIN = ("train", "{here}/job.toml", "--train.max_steps=8")
+STREAM = ("--data.source=hf_stream", "--data.num_samples=8")
+OPENED: dict[str, Read] = {
+    "job.toml": CHECK,
+    "base.toml": ("check", "{here}/mine.toml"),
+    "plugin.py": (*CHECK, '--plugins=["{here}/plugin.py"]'),
+    # rows and what they name
+    "train.jsonl": DATA,
+    "test.jsonl": CHECK,
+    "rows.json": (*DATA, "--data.path={here}/rows.json", "--data.source=hf_dataset"),
+    "rows.csv": (*DATA, "--data.path={here}/rows.csv", "--data.source=hf_dataset"),
+    "rows.parquet": (*DATA, "--data.path={here}/rows.parquet", "--data.source=hf_dataset"),
+    "saved/state.json": (*DATA, "--data.path={here}/saved", "--data.source=hf_dataset"),
+    "shard.jsonl": (*DATA, *STREAM, "--data.path={here}/shard.jsonl"),
+    "shard-1.jsonl": (*DATA, *STREAM, "--data.path={here}/shard-*.jsonl"),
+    "shard-1.parquet": (*DATA, *STREAM, "--data.path={here}/shard-*.parquet"),
+    "a.tar": (*DATA, "--data.source=webdataset", "--data.path={here}/a.tar"),
+    "tars/b.tar": (*DATA, "--data.source=webdataset", "--data.path={here}/tars"),
+    "tars.jsonl": (*DATA, "--data.source=webdataset", "--data.path={here}/tars.jsonl"),
+    "plain.txt": lambda here: PlainText(TextConfig(path=str(here / "plain.txt")), "train"),
+    "perplexity.txt": ("eval", "{here}/run", "--eval.text_path={here}/perplexity.txt", "--eval.text_window=32"),
+    "stamps/a/x.txt": lambda here: Stamps(StampsConfig(path=str(here / "stamps")), "train"),
+    "0.png": ("generate", "{here}/run", "{here}/0.png"),
+    "1.png": lambda here: digest(here / "1.png"),
+    # models
+    "hf/config.json": IMPORT,
+    "hf/generation_config.json": IMPORT,
+    "hf/preprocessor_config.json": IMPORT,
+    "hf/chat_template.jinja": IMPORT,
+    "hf/tokenizer.json": IMPORT,
+    "hf/tokenizer_config.json": IMPORT,
+    "hf/model.safetensors": IMPORT,
+    "hf/model.safetensors.index.json": IMPORT,
+    "hf/chat_template.jinja of a tokenizer": (*CHECK, "--data.tokenizer={here}/hf"),
+    "hf/model.safetensors of a tower": lambda here: read_config(str(here / "hf")),
+    "hf/model.safetensors for use": lambda here: load_pretrained(here / "hf"),
+    "model.gguf": ("import", "{here}/model.gguf", "{here}/out"),
+    "lite0.safetensors": lambda here: build_vision_encoder(EfficientNetLite0Config(path=str(here / "lite0.safetensors"))),
+    "export/config.toml": lambda here: load_pretrained(here / "export"),
+    "export/model.safetensors": lambda here: load_pretrained(here / "export"),
+    "export/asked.json": lambda here: load_pretrained(here / "export"),
+    "export/tokenizer/chat_template.jinja": lambda here: load_pretrained(here / "export"),
+    # checkpoints
+    "run/checkpoints/{step}/manifest.json": GENERATE,
+    "run/checkpoints/{step}/.metadata": GENERATE,
+    "run/checkpoints/{step}/config.toml": GENERATE,
+    "run/checkpoints/{step}/tokenizer/tokenizer.json": GENERATE,
+    "run/checkpoints/{step}/__0_0.distcp": GENERATE,
+    "run/.lock": TRAIN,
+    "fresh": ("train", "{here}/job.toml", "--run.dir={here}/fresh"),
+    # what is written
+    "told.jsonl": ("eval", "{here}/run", "--predictions={here}/told.jsonl"),
+    "drawn.png": ("generate", "{here}/run", "{here}/0.png", "--draw={here}/drawn.png"),
+    "out": ("import", "{here}/hf", "{here}/out"),
+    "checked": CHECK,
+    "looked": ("inspect", "{here}/job.toml", "--out={here}/looked"),
+}
+"""What is put in the place of a file -> the command that meets it, or the call."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPENED)
+def test_what_is_no_file_is_refused(name: str, kind: str, here: Path) -> None:
+    (here / "mine.toml").write_text('extends = "base.toml"\n')
+    path = here / name.split(" ")[0].replace("{step}", resolve_name(here))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.with_suffix(".png") if "stamps" in name else here / "shard-0.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    KINDS[kind](path)
+    said = ends_with_one_line(here, OPENED[name])
+    assert path.name in said and len(said) < 700, said
+
+
+SIDE = ("run/metrics.jsonl", "run/complete.json", "run/summary.json", "run/report.html", "run/config.toml")
+"""Of a run that goes on without them."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_side_files_that_are_none_do_not_stop_a_run(kind: str, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    assert call("train", job, "--train.max_steps=2").code == 0
+    for name in (*SIDE, "run/tokenizer/more.json"):
+        KINDS[kind](tmp_path / name)
+    with limited():
+        ended = call("train", job, "--train.max_steps=3", "--allow-change=train.max_steps")
+    assert ended.code == 0 and all((tmp_path / name).is_file() and not (tmp_path / name).is_symlink() for name in SIDE), ended

@@ -61,7 +61,7 @@ def encoder_of(images: dict[str, Any], **cfg: Any) -> Encoder:
 def reason_of(sample: Sample) -> str | None:
     """Why it is refused, as a pattern; None: it is not."""
     if sample.id.startswith("absent"):
-        return "no such file"
+        return "no such file" if sample.id.endswith(".png") else "is a directory"
     found = REFUSED.get(sample.id.removeprefix("file "))
     return found[1] if found else None
 

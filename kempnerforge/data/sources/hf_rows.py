@@ -10,6 +10,7 @@ from typing import Any
 from kempnerforge.config.data import is_csv, is_file_of_rows
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import start_of
+from kempnerforge.config.reading import check_files
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example
@@ -121,6 +122,7 @@ def load(path: str, split: str) -> Any:
 
     try:
         if os.path.isdir(path):
+            check_files(path, "*/*")
             table = datasets.load_from_disk(path)
         elif os.path.isfile(path):
             if not path.lower().endswith(".parquet"):

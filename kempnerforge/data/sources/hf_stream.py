@@ -18,6 +18,7 @@ from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import start_of
+from kempnerforge.config.reading import regular
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.order import Order, Windowed
 from kempnerforge.data.sample import SampleError
@@ -247,7 +248,7 @@ def _find(path: str, split: str) -> Tables:
             f"{os.path.basename(others[0])} is not of split {split!r}, as {os.path.basename(named[0])} is; give a pattern, as {split}-*"
         )
     if len(found) == 1 and found[0] in kinds:
-        return kinds[found[0]](sorted(files))
+        return kinds[found[0]](sorted(str(regular(file)) for file in files))
     if files or os.path.exists(path):
         raise InputError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
     if os.path.isabs(path) or path.startswith(".") or has_magic(path) or suffix(path) in kinds:

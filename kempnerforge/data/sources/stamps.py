@@ -16,6 +16,7 @@ from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import PathText
+from kempnerforge.config.reading import regular
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.sources.pictures import resolve_image
 
@@ -137,7 +138,7 @@ def read_captions(path: str) -> dict[str, str]:
         ValueError: it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(regular(path), encoding="utf-8-sig") as file:
             first, *lines = file.read().splitlines() or [""]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None

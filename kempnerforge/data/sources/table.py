@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
 from kempnerforge.config.errors import InputError, cut
+from kempnerforge.config.reading import regular
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Taken, Text
 from kempnerforge.data.sources.keys import (
     ANSWER,
@@ -54,6 +55,8 @@ class FileSource(Source):
         super().__init__(cfg, split)
         self.path = cfg.path if split == "train" or not cfg.eval_path else cfg.eval_path
         self.key = "path" if self.path == cfg.path else "eval_path"
+        if not os.path.isdir(self.path):
+            regular(self.path, f"data.{self.key}")
         beside = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         self.root = os.path.realpath(cfg.root or beside or ".")
         self.ignored = Ignoring(tuple(cfg.ignore_columns))

@@ -13,6 +13,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
 from kempnerforge.config.paths import start_of
+from kempnerforge.config.reading import regular
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class PlainText(Source):
         key = "path" if split == "train" else "eval_path"
         self.path = Path(getattr(cfg, key))
         try:
-            content = self.path.read_bytes()
+            content = regular(self.path, f"data.{key}").read_bytes()
             text = content.decode("utf-8-sig")
         except OSError as error:
             raise InputError(f"data.{key} = {str(self.path)!r}: {error.strerror or error}{start_of(self.path)}") from None

@@ -21,6 +21,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
 from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.paths import PathText, start_of
+from kempnerforge.config.reading import regular
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
@@ -309,7 +310,7 @@ def _there(shard: Listed, where: str) -> Listed:
 
 def _manifest(path: str, key: str) -> Iterator[Listed]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(regular(path, key), encoding="utf-8-sig") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise InputError(f"{key} = {path!r}: {error.strerror or error}{start_of(path)}") from None

@@ -37,7 +37,7 @@ class Checkpoints(Hook):
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
-        self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir())}
+        self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir()) if file.is_file()}
         self._files["config.toml"] = to_toml(trainer.job).encode()
         self._files |= plugin_files(plugins_of(trainer.job.plugins))
         self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
