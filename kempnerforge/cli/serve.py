@@ -13,7 +13,7 @@ HELP = """Ask a trained model on a local web page.
 
 Takes a checkpoint or run directory. Drop an image on the page and ask; the answer comes as it is written, and boxes and points in it (PaliGemma's
 <loc> tokens, Molmo's <point> tags) are drawn on the image. One question is answered at a time, the others wait. The page is for this machine
-alone unless --host says otherwise; there is no password. Ctrl-C ends it."""
+alone unless --host says otherwise; there is no password. A request has 60 s to come in, and a client 24 connections. Ctrl-C ends it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -382,7 +382,7 @@ def _read_plain(path: Path) -> Tokenizer | None:
     ):
         return None
     try:
-        config = read_object(files[1])
+        config: Any = read_object(files[1])
         own = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
         if not own or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
             return None

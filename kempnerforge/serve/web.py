@@ -9,12 +9,15 @@ DNS, takes questions only from its own page or from programs, never from another
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
 import select
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,8 +31,10 @@ from kempnerforge.serve.request import MAX_BODY, read_question
 
 log = logging.getLogger("kempnerforge")
 
-MAX_CONNECTIONS = 64
-READ_TIMEOUT_S = 30.0
+MAX_CONNECTIONS, MAX_OF_CLIENT = 64, 24
+"""At a time: in all, and of one address."""
+REQUEST_S, SEND_S = 60.0, 30.0
+"""That a request may take to come in, head and body together and however it is cut up, and that a client may take to read a piece."""
 POLL_S = 0.25
 """How often it is looked whether a client that waits is still there."""
 DRAINED = 2 * MAX_BODY
@@ -52,7 +57,7 @@ class Server(ThreadingHTTPServer):
         self.desk, self.facts, self.host = desk, facts, address[0]
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._clients, self._change = Counter[str](), threading.Lock()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -80,7 +85,10 @@ class Server(ThreadingHTTPServer):
         return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
+        with self._change:
+            room = self._clients.total() < MAX_CONNECTIONS and self._clients[client_address[0]] < MAX_OF_CLIENT
+            self._clients[client_address[0]] += room
+        if room:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -89,7 +97,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._change:
+                self._clients -= Counter({client_address[0]: 1})  # which drops those that are at 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection of %s broke off", client_address, exc_info=True)
@@ -110,12 +119,37 @@ def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Serve
         raise InputError(f"--host {host} --port {port}: cannot listen there: {why}") from None
 
 
+class Reader(socket.SocketIO):
+    """What comes in on ``connection``, until ``until`` on the monotonic clock."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection, "r")
+        self.connection, self.until = connection, 0.0
+
+    def readinto(self, b: Any) -> int | None:
+        """As of ``socket.SocketIO``; raises TimeoutError: it is over."""
+        self.connection.settimeout(max(self.until - time.monotonic(), 1e-3))
+        try:
+            return super().readinto(b)
+        finally:
+            self.connection.settimeout(SEND_S)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "kempnerforge", ""
-    timeout = READ_TIMEOUT_S
+    timeout = SEND_S
+
+    def setup(self) -> None:
+        super().setup()
+        self._reader = Reader(self.connection)
+        self.rfile = io.BufferedReader(self._reader)
+
+    def handle_one_request(self) -> None:
+        self._reader.until = time.monotonic() + REQUEST_S
+        super().handle_one_request()
 
     @property
     def web(self) -> Server:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -279,8 +280,55 @@ def test_a_question_that_breaks_off(server: Server, model: Fake) -> None:
 
 
 def test_a_client_that_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr(web.Handler, "timeout", 0.1)
+    monkeypatch.setattr(web, "REQUEST_S", 0.1)
     assert raw(server, HEAD + b"Content-Length: 100\r\n\r\n{}", close=False) == b""
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nX: ", HEAD + b"Content-Length: 9999\r\n\r\n"], ids=["line", "head", "body"])
+def test_a_client_that_trickles_is_let_go(start: bytes, monkeypatch: pytest.MonkeyPatch, server: Server, model: Fake) -> None:
+    """Each byte comes soon, and the request never does."""
+    monkeypatch.setattr(web, "REQUEST_S", 0.5)
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=0.02) as line, suppress(ConnectionError):
+        line.sendall(start)
+        while time.monotonic() - begun < 10:
+            line.sendall(b"x")
+            with suppress(TimeoutError):
+                if line.recv(1) == b"":
+                    break
+    assert 0.4 < time.monotonic() - begun < 5 and model.asked == []
+    assert post(server, {"prompt": "a"})[0] == 200
+
+
+def test_the_next_request_of_a_connection_has_its_own_time(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setattr(web, "REQUEST_S", 0.6)
+    line = connection(server)
+    for _ in range(3):
+        line.request("GET", "/api/model")
+        assert line.getresponse().read()
+        time.sleep(0.3)
+    line.close()
+
+
+def test_connections_of_one_client_are_bounded(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setattr(web, "MAX_OF_CLIENT", 2)
+    place = ("127.0.0.1", server.server_port)
+    idle = [socket.create_connection(place, source_address=("127.0.0.2", 0)) for _ in range(5)]
+    wait_for(lambda: sum(is_closed(line) for line in idle) == 3)
+    assert post(server, {"prompt": "a"})[0] == 200, "another client"
+    for line in idle:
+        line.close()
+    wait_for(lambda: not server._clients)
+
+
+def is_closed(line: socket.socket) -> bool:
+    line.settimeout(0.01)
+    try:
+        return line.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
