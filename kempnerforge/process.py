@@ -24,7 +24,7 @@ LAUNCHER = "KEMPNERFORGE_LAUNCHER"
 """The variable that holds the pid of what has started the ranks."""
 
 HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
-"""What ``str.isprintable`` excludes and no terminal obeys: ends of lines, tabs, wide spaces, what joins characters."""
+"""Not printable for Python, and obeyed by no terminal: ends of lines, tabs, wide spaces, what joins characters."""
 
 
 def tune_memory() -> None:
@@ -70,7 +70,8 @@ class _Lasting(io.FileIO):
 
 
 class Shown(io.TextIOWrapper):
-    """A stream for people. Names and texts of others may be in what is written: of those, what would steer a terminal is shown as an escape.
+    """A stream for people. What is written may quote names and texts of others: what would steer a terminal is shown
+    as an escape. On stderr ``\\r`` may come first, as it does in the progress bars of libraries.
 
     Attributes:
         exact: the same file, which takes text as it is, and names of files byte for byte.
@@ -82,12 +83,13 @@ class Shown(io.TextIOWrapper):
         super().__init__(buffer, encoding, "backslashreplace", line_buffering=line_buffering, write_through=True)
 
     def write(self, text: str, /) -> int:
-        return super().write(visible(text, HARMLESS))
+        bar = self.fileno() == 2 and text.startswith("\r")
+        return super().write("\r" * bar + visible(text[bar:], HARMLESS))
 
 
 def open_output(*lasting: str) -> None:
-    """Makes stdout and stderr ``Shown``: what is printed, logs and tracebacks. Those named in ``lasting`` lose what they cannot write: a
-    terminal that is gone, a pipe without a reader, a full disk.
+    """Makes stdout and stderr ``Shown``: what is printed, logs and tracebacks. Those named in ``lasting`` lose what they
+    cannot write: a terminal that is gone, a pipe without a reader, a full disk.
 
     And descriptors 0 to 2 that are closed become /dev/null: otherwise the next file that is opened, a checkpoint say, would be the one that
     messages are written to.
@@ -105,12 +107,12 @@ def open_output(*lasting: str) -> None:
 
 
 def exact(stream: TextIO) -> TextIO:
-    """What takes text as it is to where ``stream`` goes: for those who have made it visible, and for results that another program reads."""
+    """Takes text as it is to where ``stream`` goes: text made visible before, and results that a program reads."""
     return stream.exact if isinstance(stream, Shown) else stream
 
 
 def answer_stream() -> TextIO:
-    """Where the answers of a model go: stdout, of which a terminal gets what can be shown, and a file or another program all of it."""
+    """Where a model's answers go: stdout. A terminal gets what can be shown, a file or another program all of it."""
     return sys.stdout if sys.stdout.isatty() else exact(sys.stdout)
 
 

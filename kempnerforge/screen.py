@@ -1,4 +1,4 @@
-"""Tables and progress bars on a terminal, by rich. Names in them are shown as they are written: rich would take ``[...]`` for its own marks."""
+"""Tables and progress bars on a terminal, by rich, which would take ``[...]`` in a name for its own marks."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ BLANK = 128
 
 
 class Ranks(Protocol):
-    """What evaluation must know of the processes it is spread over. It calls ``sum`` for each token and each batch: what that raises, on all
-    ranks, breaks it off.
+    """What evaluation must know of the processes it is spread over. It calls ``sum`` for each token and each batch:
+    what that raises, on all ranks, breaks it off.
     """
 
     @property

@@ -97,7 +97,7 @@ class Trainer:
         history: the spans of the run, the one that this process trains the last; empty where none are kept.
         stop_requested: a signal has asked this process to stop.
         stopping: and all ranks know of one that was asked.
-        unevaluated: the evaluation of ``step`` was broken off; who continues makes it.
+        unevaluated: the evaluation of ``step`` was broken off; it is made on resume.
 
     Args:
         assembly: the job put together; its model is sharded in place.

@@ -1,4 +1,4 @@
-"""Names that rich would take for marks, and that a terminal would obey, are printed as they are written, by every command."""
+"""Names with marks of rich or controls of a terminal in them are printed as they are written, by every command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from kempnerforge.config.errors import visible
@@ -18,7 +20,7 @@ from tests.processes import Forked, run_module
 from tests.training.tiny import CONFIG, Ended, end_of, environment, rows_of, spawn, write_rows
 
 NAMES = {
-    "marks": "a[bold]b[red]c[link=x]:smile:",
+    "marks": "a[bold]b[red]c[link=x]:smile:<img src=x onerror=alert(1)>&\"'",
     "controls": "a\x1b[31mb\x1b]0;title\x07\rc\x9b2J\u202e\x08\x7f",
 }
 STAGE = '\n[[stages]]\nname = "{name}[/x]"\nsteps = 3\n'
@@ -53,6 +55,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     rows[3]["image"] = f"{name} is not there.png"
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "test.jsonl", rows[::2])
+    table = {key: [row[key] for row in rows] for key in ("prompt", "answer")}
+    pyarrow.parquet.write_table(pyarrow.table(table | {"image": [None] * len(rows)}), folder / "rows.parquet")
     written = lambda text: json.dumps(text)[1:-1]
     config = CONFIG.replace("max_steps = 6", "max_steps = 0").replace("= 48", "= 160").replace("= 64", "= 256")
     config = config.replace('prompt_column = "prompt"', 'prompt_column = "prompt"\nmax_bad_fraction = 0.5')
@@ -71,6 +75,7 @@ DONE = {
     "check": ("check", "{folder}/job.toml"),
     "config": ("check", "{folder}/job.toml", "--print-config"),
     "inspect": ("inspect", "{folder}/job.toml", "-n", "16"),
+    "Parquet": ("inspect", "{folder}/job.toml", "--data.source=hf_dataset", "--data.path={folder}/rows.parquet", "--data.eval_path="),
     "data check": ("data", "check", "{folder}/job.toml", "--workers=1"),
     "lm-eval": ("data", "lm-eval", "{folder}/job.toml", "{folder}/task"),
     "eval": ("eval", "{run}", "--eval.max_new_tokens=2"),
@@ -127,6 +132,7 @@ def test_commands_that_are_refused(command: str, place: Place) -> None:
 
 def assert_harmless(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
+    assert "<img src=x" not in html
     assert not [char for char in html if not char.isprintable() and char not in HARMLESS]
 
 

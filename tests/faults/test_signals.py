@@ -93,7 +93,7 @@ def test_one_rank_alone_in_a_save(job: Job, tmp_path: Path, observe: Observe):
 
 @pytest.mark.parametrize("number", [TERM, INT])
 def test_in_an_evaluation(number: signal.Signals, job: Job, tmp_path: Path, observe: Observe):
-    """Of step 6, and of step 12 and the same one again as it is repeated: it is broken off at a token, saved, and made by who continues."""
+    """Of step 6, of step 12, and that one again as it is repeated: broken off at a token, saved, made on resume."""
     run = tmp_path / "run"
     evaluated = lambda: [row["step"] for row in metrics(run) if "eval/exact_match" in row]
     for step, faults in ((6, {1: [("signal_in_evaluation", 6, number, 2)]}), (12, {0: [("signal_in_evaluation", 12, number, 1)]})):
@@ -111,8 +111,8 @@ def test_in_an_evaluation(number: signal.Signals, job: Job, tmp_path: Path, obse
 
 
 def test_behind_the_last_step(job: Job, tmp_path: Path, observe: Observe):
-    """In the last save, then in the last evaluation, of both ranks and of one: all is saved by then, and what was left out is done by the
-    same command. While the report is written it is finished.
+    """In the last save, then in the last evaluation, of both ranks and of one: all is saved by then, and what was left
+    out is done by the same command. While the report is written it is finished.
     """
     run = tmp_path / "run"
     done, _ = interrupted(job, run, {rank: [("signal_in_save", STEPS, TERM)] for rank in (0, 1)})

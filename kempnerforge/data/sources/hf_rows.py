@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -130,7 +131,7 @@ def load(path: str, split: str) -> Any:
             import pyarrow.parquet
 
             example(pyarrow.parquet.read_schema(path), path)
-            table = datasets.load_dataset("parquet", data_files=path, split="train")
+            table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
         elif path.lower().endswith(ENDINGS):
             raise InputError(f"no such file{start_of(path)}")
         else:

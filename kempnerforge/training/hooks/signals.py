@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, save, leave. An evaluation is broken off. At a second SIGINT, leave at once."""
+"""Signals that ask a run to stop: finish the step, or break an evaluation off; save; leave. A second SIGINT: leave at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ asked_by: set[int] = set()
 
 
 class Signals(Hook):
-    """Asks the trainer to stop. The ranks vote in each step and at each token of an evaluation, so that all of them stop at the same place,
-    whichever of them the signal has reached. What comes after the last evaluation, the report, is finished.
+    """Asks the trainer to stop. The ranks vote in each step and at each token of an evaluation, so that all of them stop
+    at the same place, whichever the signal has reached. The report after the last evaluation is finished.
 
     A second SIGINT ends a process that ``leaving`` says is this run's from within the handler: an exception in the middle of a save would come
     out as a damaged checkpoint. What is half written then is what a kill leaves, and is not taken for a checkpoint.
