@@ -13,7 +13,7 @@ from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults, not_default
 from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
 from kempnerforge.config.paths import expand, start_of
-from kempnerforge.config.reading import deeper_than, irregular
+from kempnerforge.config.reading import MAX_BYTES, deeper_than, irregular
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32
@@ -48,13 +48,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     if what := irregular(path):
         raise ConfigError([f"{path}: cannot be read: is {what}"])
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes() if (size := path.stat().st_size) <= MAX_BYTES else None
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file{start_of(path)}"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
     except ValueError as error:
         raise ConfigError([f"{show(str(path))}: cannot be read: {error}"]) from None
+    if raw is None:
+        raise ConfigError([f"{path}: has {size:,} bytes; at most {MAX_BYTES:,} are read"])
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ConfigError([f"{path}: line 1: starts with a byte order mark; save it as UTF-8 without one"])
     if b"\0" in raw:

@@ -57,11 +57,16 @@ def check_files(folder: Path | str, *patterns: str) -> None:
         patterns: further files below it.
 
     Raises:
-        InputError: one is a pipe, a device or a socket, or is read as a whole and has more than ``MAX_BYTES``.
+        InputError: one is a pipe, a device or a socket, or a directory with a name of a file; or is read as a whole and has more than
+            ``MAX_BYTES``.
     """
-    for path in sorted(path for pattern in ("*", *patterns) for path in Path(folder).glob(pattern) if not path.is_dir()):
+    if not os.path.isdir(folder):
+        return
+    for path in sorted(path for pattern in ("*", *patterns) for path in Path(folder).glob(pattern)):
+        if os.path.isdir(path) and path.suffix not in (*READ_WHOLE, ".safetensors", ".toml"):
+            continue
         regular(path)
-        if path.suffix in READ_WHOLE and path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+        if path.suffix in READ_WHOLE and os.path.isfile(path) and (size := os.path.getsize(path)) > MAX_BYTES:
             raise InputError(f"{path}: has {size:,} bytes; at most {MAX_BYTES:,} are read")
 
 

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.manifest import Manifest, checksum
 from kempnerforge.config import diff
 from kempnerforge.config.build import build_record
 from kempnerforge.config.reading import read_object
-from kempnerforge.data.files import write_text
+from kempnerforge.data.files import move_aside, write_text
 
 NAME = "complete.json"
 SUMMARY, REPORT = "summary.json", "report.html"
@@ -63,4 +63,7 @@ def is_complete(run_dir: Path, manifest: Manifest, config: Mapping[str, Any]) ->
 def forget(run_dir: Path) -> None:
     """Takes the results away before the run goes on: those of fewer steps, or of another evaluation, are not its own."""
     for name in (NAME, SUMMARY, REPORT):  # in this order: a kill in between leaves no record
-        (run_dir / name).unlink(missing_ok=True)
+        if (path := run_dir / name).is_dir():
+            move_aside(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -4,11 +4,14 @@ soon and in little memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +91,7 @@ JSON: dict[str, Read] = {
     "hf/processor_config.json and its class": lambda here: followed(here / "hf", "llava"),
     "export/asked.json": lambda here: load_pretrained(here / "export"),
     "run/checkpoints/{step}/manifest.json": GENERATE,
+    "run/checkpoints/{step}/config.toml": GENERATE,
     "train.jsonl": CHECK,
     "test.jsonl": CHECK,
     "rows.json": (*CHECK, "--data.path={here}/rows.json", "--data.source=hf_dataset"),
@@ -133,6 +137,32 @@ def test_json_of_others_has_limits(name: str, content: str, here: Path) -> None:
     assert (path.name in said or str(path.parent) in said) and len(said) < 700, said  # transformers names the directory
 
 
+def _safetensors(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+HEADERS = {
+    "deep": _safetensors(b'{"a":' * 5000 + b"0" + b"}" * 5000),
+    "digits": _safetensors(b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 100_000 + b'], "data_offsets": [0, 4]}}'),
+    "long": _safetensors(b"{}", 2**63),
+    "no JSON": _safetensors(b"\xff" * 64),
+    "outside": _safetensors(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 18446744073709551615]}}'),
+}
+WEIGHTS: dict[str, Read] = {
+    "hf/model.safetensors": IMPORT,
+    "hf/model.safetensors of a tower": ("check", "{here}/job.toml", "--vision_encoder.type=clip", "--vision_encoder.path={here}/hf"),
+    "export/model.safetensors": lambda here: load_pretrained(here / "export"),
+    "lite0.safetensors": lambda here: build_vision_encoder(EfficientNetLite0Config(path=str(here / "lite0.safetensors"))),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_headers_of_weights_have_limits(name: str, header: str, here: Path) -> None:
+    (here / name.split(" ")[0]).write_bytes(HEADERS[header])
+    assert len(ends_with_one_line(here, WEIGHTS[name])) < 900
+
+
 # ---- what is no file ----------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +176,18 @@ def _zeros(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-KINDS = {"pipe": _pipe, "device": _zeros}
+def _socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(path.parent):  # whose names are short
+        bound.bind(path.name)
+
+
+def _folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+KINDS = {"pipe": _pipe, "device": _zeros, "socket": _socket, "folder": _folder}
 DATA = (*CHECK, "--data.eval_path=")
 TRAIN = ("train", "{here}/job.toml", "--train.max_steps=8")
 STREAM = ("--data.source=hf_stream", "--data.num_samples=8")
@@ -171,6 +212,7 @@ OPENED: dict[str, Read] = {
     "perplexity.txt": ("eval", "{here}/run", "--eval.text_path={here}/perplexity.txt", "--eval.text_window=32"),
     "stamps/a/x.txt": lambda here: Stamps(StampsConfig(path=str(here / "stamps")), "train"),
     "0.png": ("generate", "{here}/run", "{here}/0.png"),
+    "2.png": ("chat", "{here}/run", "{here}/2.png"),
     "1.png": lambda here: digest(here / "1.png"),
     # models
     "hf/config.json": IMPORT,
@@ -203,21 +245,28 @@ OPENED: dict[str, Read] = {
     "drawn.png": ("generate", "{here}/run", "{here}/0.png", "--draw={here}/drawn.png"),
     "out": ("import", "{here}/hf", "{here}/out"),
     "checked": CHECK,
+    "task": ("data", "lm-eval", "{here}/job.toml", "{here}/task"),
     "looked": ("inspect", "{here}/job.toml", "--out={here}/looked"),
 }
 """What is put in the place of a file -> the command that meets it, or the call."""
 
 
+FOLDERS = ("fresh", "out", "task", "checked", "looked", "drawn.png")
+"""Which may be one."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPENED)
 def test_what_is_no_file_is_refused(name: str, kind: str, here: Path) -> None:
+    if kind == "folder" and name in FOLDERS:
+        pytest.skip("a folder is meant")
     (here / "mine.toml").write_text('extends = "base.toml"\n')
     path = here / name.split(" ")[0].replace("{step}", resolve_name(here))
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.with_suffix(".png") if "stamps" in name else here / "shard-0.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     KINDS[kind](path)
     said = ends_with_one_line(here, OPENED[name])
-    assert path.name in said and len(said) < 700, said
+    assert (path.name in said or (kind == "folder" and str(path.parents[1]) in said)) and len(said) < 700, said
 
 
 SIDE = ("run/metrics.jsonl", "run/complete.json", "run/summary.json", "run/report.html", "run/config.toml")
