@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ MAX_BYTES = 256 * MIB
 """Of a file that is read as a whole; a large tokenizer.json has 35 MiB."""
 MAX_JSON, MAX_DEPTH = 64 * MIB, 64
 """Bytes (of a text: characters) and levels of JSON that is parsed here."""
-READ_WHOLE = (".json", ".jinja", ".model", ".txt")
-"""Of the files beside weights."""
+READ_WHOLE = re.compile(r"(.*config|.*token.*|vocab|chat_template.*|.*\.index|asked|state)\.json|(merges|vocab)\.txt|.*\.(jinja|model)")
+"""Names of files beside weights; others, as data, may lie there too."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -57,16 +58,16 @@ def check_files(folder: Path | str, *patterns: str) -> None:
         patterns: further files below it.
 
     Raises:
-        InputError: one is a pipe, a device or a socket, or a directory with a name of a file; or is read as a whole and has more than
-            ``MAX_BYTES``.
+        InputError: one is a pipe, a device or a socket; or one of ``READ_WHOLE``, weights or a config is a directory; or one of
+            ``READ_WHOLE`` has more than ``MAX_BYTES``.
     """
     if not os.path.isdir(folder):
         return
     for path in sorted(path for pattern in ("*", *patterns) for path in Path(folder).glob(pattern)):
-        if os.path.isdir(path) and path.suffix not in (*READ_WHOLE, ".safetensors", ".toml"):
-            continue
-        regular(path)
-        if path.suffix in READ_WHOLE and os.path.isfile(path) and (size := os.path.getsize(path)) > MAX_BYTES:
+        whole = READ_WHOLE.fullmatch(path.name)
+        if not os.path.isdir(path) or whole or path.suffix in (".safetensors", ".toml"):
+            regular(path)
+        if whole and os.path.isfile(path) and (size := os.path.getsize(path)) > MAX_BYTES:
             raise InputError(f"{path}: has {size:,} bytes; at most {MAX_BYTES:,} are read")
 
 
@@ -148,6 +149,8 @@ def deeper_than(value: Any, levels: int) -> bool:
     """Whether tables and lists are nested in ``value`` more than ``levels`` deep."""
     here: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
+        if not here:
+            return False
         here = [child for part in here for child in (part.values() if isinstance(part, dict) else part) if isinstance(child, dict | list)]
     return bool(here)
 

@@ -21,6 +21,7 @@ import pytest
 from kempnerforge import load_pretrained
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.errors import InputError
+from kempnerforge.config.reading import check_files
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.data.sources.stamps import Stamps, StampsConfig
 from kempnerforge.data.sources.text import PlainText
@@ -267,6 +268,13 @@ def test_what_is_no_file_is_refused(name: str, kind: str, here: Path) -> None:
     KINDS[kind](path)
     said = ends_with_one_line(here, OPENED[name])
     assert (path.name in said or (kind == "folder" and str(path.parents[1]) in said)) and len(said) < 700, said
+
+
+def test_data_may_lie_beside_a_model(here: Path) -> None:
+    (here / "hf" / "train.txt").touch()
+    _grow(here / "hf" / "train.txt")
+    (here / "hf" / "rows.json").mkdir()
+    check_files(here / "hf")
 
 
 SIDE = ("run/metrics.jsonl", "run/complete.json", "run/summary.json", "run/report.html", "run/config.toml")
