@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
@@ -20,6 +20,9 @@ class Screen(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text, keep="\n"), **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError  # as from ``print``, where rich would end the process with 1
 
 
 class Words(ProgressColumn):

@@ -107,10 +107,14 @@ def test_module_and_script_are_the_same_program(tmp_path: Path):
     assert ended.code == 2 and ended.err == f"error: {tmp_path / 'none.toml'}: no such file\n"
 
 
-def test_output_may_be_cut_off(tmp_path: Path):
+@pytest.mark.parametrize("lines", [0, 1])
+def test_output_may_be_cut_off(lines: int, tmp_path: Path):
+    """As `| head -0` and `| head -1` do it; the rest is written by rich."""
     process = start("check", make_job(tmp_path))
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()  # as `| head -0` does
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
     error = process.stderr.read()
     process.stderr.close()
     assert process.wait(60) == 0 and error == ""
