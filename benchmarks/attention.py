@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from kempnerforge.process import tune_memory
+from kempnerforge.util.process import tune_memory
 
 tune_memory()
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kempnerforge.process import tune_memory
+from kempnerforge.util.process import tune_memory
 
 tune_memory()
 
@@ -26,8 +26,8 @@ import transformers  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from kempnerforge.config import DataConfig, JobConfig  # noqa: E402
-from kempnerforge.data.collate import prompt_batch  # noqa: E402
-from kempnerforge.data.encode import Layout, Prompt  # noqa: E402
+from kempnerforge.data.batching.collate import prompt_batch  # noqa: E402
+from kempnerforge.data.text.encode import Layout, Prompt  # noqa: E402
 from kempnerforge.eval.generate import tokens_of  # noqa: E402
 from kempnerforge.interop import read_text_weights, take_weights  # noqa: E402
 from kempnerforge.interop.settings import complete, model_config  # noqa: E402

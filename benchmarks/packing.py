@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-from kempnerforge.process import tune_memory
+from kempnerforge.util.process import tune_memory
 
 tune_memory()
 
@@ -34,9 +34,9 @@ from kempnerforge.config.adapter import MLPAdapterConfig  # noqa: E402
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, TextConfig  # noqa: E402
 from kempnerforge.config.vision import ViTConfig  # noqa: E402
 from kempnerforge.data import Batch, Encoder, Sample, Source, Text, Tokenizer, build_loader  # noqa: E402
-from kempnerforge.data.interleave import Layout  # noqa: E402
-from kempnerforge.data.pack import PackSampler, Sizes, knapsack  # noqa: E402
+from kempnerforge.data.batching.pack import PackSampler, Sizes, knapsack  # noqa: E402
 from kempnerforge.data.sources.build import build_source  # noqa: E402
+from kempnerforge.data.text.interleave import Layout  # noqa: E402
 from kempnerforge.distributed import world as worlds  # noqa: E402
 from kempnerforge.distributed.fsdp import prepare  # noqa: E402
 from kempnerforge.distributed.world import compute_dtype  # noqa: E402

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kempnerforge.training.charts import Series, format_percent, line_chart
+from kempnerforge.report.charts import Series, format_percent, line_chart
 from kempnerforge.training.report_facts import read_metrics
 
 

@@ -33,8 +33,8 @@ from kempnerforge import load_pretrained
 from kempnerforge.checkpoint import load, resolve, tensor_info
 from kempnerforge.cli.main import run
 from kempnerforge.config import load_config
+from kempnerforge.convert.verify import make_probe, our_logits
 from kempnerforge.training.setup import assemble
-from kempnerforge.training.verify import make_probe, our_logits
 from tests.interop import families, tiny_vlms
 from tests.training.tiny import CONFIG, TIMING, make_job
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.process import tune_memory
+from kempnerforge.util.process import tune_memory
 
 tune_memory()
 
@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 
 from kempnerforge.config import FreezeSpec, JobConfig, StageConfig, load_config  # noqa: E402
 from kempnerforge.distributed import world as worlds  # noqa: E402
-from kempnerforge.training.plan import plan  # noqa: E402
+from kempnerforge.inspection.plan import plan  # noqa: E402
 from kempnerforge.training.setup import assemble  # noqa: E402
 from kempnerforge.training.trainer import Trainer  # noqa: E402
 

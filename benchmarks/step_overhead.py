@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.process import tune_memory
+from kempnerforge.util.process import tune_memory
 
 tune_memory()
 
 import torch  # noqa: E402
 
 from kempnerforge.config import RunConfig, Stage, load_config  # noqa: E402
-from kempnerforge.data.batch import Batch  # noqa: E402
+from kempnerforge.data.batching.batch import Batch  # noqa: E402
 from kempnerforge.distributed import world as worlds  # noqa: E402
 from kempnerforge.distributed.world import compute_dtype  # noqa: E402
 from kempnerforge.training.hooks import default_hooks  # noqa: E402

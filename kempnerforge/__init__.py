@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kempnerforge.training.pretrained import load_pretrained
+    from kempnerforge.inference.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["load_pretrained"]
@@ -14,7 +14,7 @@ __all__ = ["load_pretrained"]
 def __getattr__(name: str) -> Any:
     """``load_pretrained`` brings torch with it, so it is imported when it is asked for."""
     if name == "load_pretrained":
-        from kempnerforge.training.pretrained import load_pretrained
+        from kempnerforge.inference.pretrained import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module 'kempnerforge' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.checkpoint.manifest import CheckpointError
 from kempnerforge.checkpoint.ranks import from_rank0
-from kempnerforge.config.reading import regular
+from kempnerforge.util.reading import regular
 
 if TYPE_CHECKING:
     from typing import Self

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.reading import parse_json, read_bytes, regular
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import parse_json, read_bytes, regular
 
 FORMAT = 1
 NAME = "manifest.json"

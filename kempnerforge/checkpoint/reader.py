@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from kempnerforge.checkpoint.manifest import METADATA, CheckpointError
 from kempnerforge.checkpoint.ranks import agreed, in_group
-from kempnerforge.config.reading import irregular
+from kempnerforge.util.reading import irregular
 
 TensorInfo = tuple[tuple[int, ...], torch.dtype]
 

@@ -45,7 +45,7 @@ from kempnerforge.checkpoint.manifest import (
 )
 from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, rank, world_size
 from kempnerforge.checkpoint.reader import load, tensor_info
-from kempnerforge.config.paths import start_of
+from kempnerforge.util.paths import start_of
 
 __all__ = ["CheckpointError", "Manifest", "find", "load", "reading", "resolve", "save", "tensor_info", "verify"]
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kempnerforge.cli.numbers import real, whole
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 if TYPE_CHECKING:
     from kempnerforge.eval.generate import Sampling

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
-from kempnerforge.config.errors import InputError
-from kempnerforge.process import answer_stream
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.process import answer_stream
 
 if TYPE_CHECKING:
     from kempnerforge.serve.terminal import Chat
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kempnerforge.inference.answer import Answerer
     from kempnerforge.serve.terminal import Chat
-    from kempnerforge.training.answer import Answerer
 
     sampling = sampling_of(args)
     model = Answerer(args.checkpoint, args.overrides)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config import load_config, to_toml
-from kempnerforge.config.errors import InputError, visible
+from kempnerforge.util.errors import InputError, visible
 
 if TYPE_CHECKING:
-    from kempnerforge.training.plan import StagePlan
+    from kempnerforge.inspection.plan import StagePlan
     from kempnerforge.training.setup import Assembly
 
 HELP = """Check a config without training: every cross check, and what each stage trains and costs.
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     job = load_config(args.config, args.overrides)
-    from kempnerforge.training.data_remarks import data_remarks
-    from kempnerforge.training.plan import plan
+    from kempnerforge.inspection.data_remarks import data_remarks
+    from kempnerforge.inspection.plan import plan
 
     found = plan(job)
     held_out = found.assembly.examined
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(assembly: Assembly) -> dict[str, str | None]:
     """The format of an export, and the class of transformers that it is or the reason why it is none."""
-    from kempnerforge.training.convert import class_of
+    from kempnerforge.convert.commands import class_of
 
     try:
         return {"format": "hf", "class": class_of(assembly).name, "reason": None}
@@ -72,7 +72,7 @@ def _export(assembly: Assembly) -> dict[str, str | None]:
 
 
 def _as_json(plan: StagePlan) -> dict[str, Any]:
-    from kempnerforge.training.accounting import GenerationCost
+    from kempnerforge.inspection.accounting import GenerationCost
 
     modules = {
         m.name: {
@@ -105,7 +105,7 @@ def _as_json(plan: StagePlan) -> dict[str, Any]:
 def _show(plan: StagePlan) -> None:
     from rich.table import Table
 
-    from kempnerforge.screen import Screen
+    from kempnerforge.util.screen import Screen
 
     cost, parts = plan.cost, plan.cost.modules
     table = Table(title=f"stage {plan.stage.name}: steps {plan.stage.start} to {plan.stage.end}", title_justify="left")

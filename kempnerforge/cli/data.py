@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
-from kempnerforge.config.errors import InputError, visible
-from kempnerforge.process import exact
+from kempnerforge.util.errors import InputError, visible
+from kempnerforge.util.process import exact
 
 if TYPE_CHECKING:
-    from kempnerforge.screen import Screen
-    from kempnerforge.training.data_check import Checked, Leak
+    from kempnerforge.inspection.data_check import Checked, Leak
+    from kempnerforge.util.screen import Screen
 
 HELP = """Check whole data sources before training, fetch one, or write what is held out for lm-eval.
 
@@ -117,9 +117,9 @@ def _check(args: argparse.Namespace) -> int:
     job = load_config(args.config, args.overrides)
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    from kempnerforge.screen import Screen, Words, bars
-    from kempnerforge.training.data_check import check_data, write_bad_samples, write_leaks
-    from kempnerforge.training.data_page import write_data_page
+    from kempnerforge.inspection.data_check import check_data, write_bad_samples, write_leaks
+    from kempnerforge.inspection.data_page import write_data_page
+    from kempnerforge.util.screen import Screen, Words, bars
 
     out = args.out or Path(job.run.dir) / "data-check"
     columns = Words("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -158,8 +158,8 @@ def _show(console: Screen, checked: list[Checked], leaks: list[Leak]) -> None:
 def _show_source(console: Screen, one: Checked) -> None:
     from rich.table import Table
 
-    from kempnerforge.data.check_facts import COVERED, MULTIPLE, histogram
-    from kempnerforge.training.histogram import bar_lines
+    from kempnerforge.inspection.check_facts import COVERED, MULTIPLE, histogram
+    from kempnerforge.report.histogram import bar_lines
 
     facts = one.as_json()
     totals = facts["totals"]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from kempnerforge.cli.numbers import whole
-from kempnerforge.config.errors import InputError, visible
-from kempnerforge.config.reading import irregular
+from kempnerforge.util.errors import InputError, visible
+from kempnerforge.util.reading import irregular
 
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
 
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kempnerforge.data.files import why_not_writable
-    from kempnerforge.training.evaluate import evaluate_checkpoint
+    from kempnerforge.inference.evaluate import evaluate_checkpoint
+    from kempnerforge.util.files import why_not_writable
 
     if args.predictions is not None and (kind := irregular(args.predictions)):
         raise InputError(f"--predictions {args.predictions}: is {kind}; name a file")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kempnerforge.cli.progress import add_comparison, print_result, reporting
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 HELP = """Write a trained model for others to load.
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if other := [word for word in args.overrides if not word.startswith("--plugins=")]:
         raise InputError(f"export: {' '.join(other)}: not understood")
-    from kempnerforge.training.convert import export_model
+    from kempnerforge.convert.commands import export_model
 
     with reporting(sys.stderr) as progress:
         done = export_model(

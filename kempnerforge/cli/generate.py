@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
-from kempnerforge.config.errors import InputError, visible
-from kempnerforge.process import answer_stream
+from kempnerforge.util.errors import InputError, visible
+from kempnerforge.util.process import answer_stream
 
 HELP = """Ask a trained model about images.
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kempnerforge.eval.codecs import decode
-    from kempnerforge.training.answer import Answerer
+    from kempnerforge.inference.answer import Answerer
 
     sampling = sampling_of(args)
     images = [image for path in args.images for image in _images_at(path)]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kempnerforge.cli.progress import add_comparison, print_result, reporting
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 HELP = """Make a run directory of a model that was trained elsewhere.
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.overrides:
         raise InputError(f"import: {' '.join(args.overrides)}: not understood")
-    from kempnerforge.training.convert import import_model
+    from kempnerforge.convert.commands import import_model
 
     with reporting(sys.stderr) as progress:
         done = import_model(args.source, args.out, args.tokenizer, verify=not args.no_verify, tolerance=args.tolerance, progress=progress)

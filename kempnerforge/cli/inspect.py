@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config
-from kempnerforge.config.errors import visible
-from kempnerforge.process import exact
+from kempnerforge.util.errors import visible
+from kempnerforge.util.process import exact
 
 if TYPE_CHECKING:
-    from kempnerforge.training.inspection import Inspection
+    from kempnerforge.inspection.rows_page import Inspection
 
 HELP = """Look at what the model would really be trained on.
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     job = load_config(args.config, args.overrides)
-    from kempnerforge.training.inspection import inspect_stages, write_inspection
+    from kempnerforge.inspection.rows_page import inspect_stages, write_inspection
 
     out = args.out or Path(job.run.dir) / "inspect"
     stages = []

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import place_of
 from kempnerforge.config.plugins import trusting
-from kempnerforge.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import place_of
+from kempnerforge.util.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
 
 TRUST = "--trust-plugins"
 COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "import", "export")
@@ -108,7 +108,7 @@ def _run(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
-        from kempnerforge.data.loader import lost_worker
+        from kempnerforge.data.batching.loader import lost_worker
 
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # who did has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
     """A function that takes what is being done, how much of it is done, and how much there is. Only terminals see it."""
     from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    from kempnerforge.screen import Screen, Words, bars
+    from kempnerforge.util.screen import Screen, Words, bars
 
     columns = Words("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with bars(Screen(stream), *columns, transient=True, disable=not stream.isatty()) as bar:

@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kempnerforge.inference.answer import Answerer
     from kempnerforge.serve.desk import Desk
     from kempnerforge.serve.facts import facts_of
     from kempnerforge.serve.web import bind
-    from kempnerforge.training.answer import Answerer
 
     model = Answerer(args.checkpoint, args.overrides)
     server = bind(args.host, args.port, Desk(model), facts_of(model))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config, to_toml
-from kempnerforge.process import INTERRUPTED
+from kempnerforge.util.process import INTERRUPTED
 
 MOST_PROCESSES = 1024
 """On one machine."""
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
         return launch(args.argv, args.nproc)
     if args.dry_run:
-        from kempnerforge.training.plan import dry_run
+        from kempnerforge.inspection.plan import dry_run
 
         for line in dry_run(job):
             print(line, file=sys.stderr)

@@ -6,7 +6,6 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.dump import diff, to_dict, to_toml
-from kempnerforge.config.errors import ConfigError, InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loader import load_config
 from kempnerforge.config.lora import LoRAConfig
@@ -25,6 +24,7 @@ from kempnerforge.config.training import (
 )
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
+from kempnerforge.util.errors import ConfigError, InputError
 
 __all__ = [
     "AdapterConfig",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import MAX_LAYERS
+from kempnerforge.util.errors import InputError
 
 
 @dataclass

@@ -16,10 +16,10 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError, Key, Problems, UnreadError, kind, place, show
-from kempnerforge.config.paths import expand
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, kind, place, show
+from kempnerforge.util.paths import expand
 
 INVALID: Any = type("Invalid", (), {"__repr__": lambda self: "INVALID"})()
 """Stands for a value that has a problem, which is in the list already."""

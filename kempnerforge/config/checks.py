@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from kempnerforge.config.errors import InputError, UnreadError
+from kempnerforge.util.errors import InputError, UnreadError
 
 
 def one_of(section: Any, key: str, allowed: Iterable[Any]) -> None:

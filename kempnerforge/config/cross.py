@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kempnerforge.config.errors import Key
+from kempnerforge.util.errors import Key
 
 if TYPE_CHECKING:
     from kempnerforge.config.data import DataConfig

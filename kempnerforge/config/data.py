@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, fraction, one_of, only_if
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.config.paths import PathText
 from kempnerforge.config.template import TurnsConfig, check_template
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import PathText
 
 JOB_KEYS = (
     "tokenizer",

@@ -11,9 +11,9 @@ from typing import Any
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults, not_default
-from kempnerforge.config.errors import ConfigError, InputError, Key, Problems, show
-from kempnerforge.config.paths import expand, start_of
-from kempnerforge.config.reading import MAX_BYTES, deeper_than, irregular
+from kempnerforge.util.errors import ConfigError, InputError, Key, Problems, show
+from kempnerforge.util.paths import expand, start_of
+from kempnerforge.util.reading import MAX_BYTES, deeper_than, irregular
 
 COMMAND_LINE = "command line"
 MAX_DEPTH = 32

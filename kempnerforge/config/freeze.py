@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kempnerforge.config.checks import at_least
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 
 def named(*modules: str) -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from kempnerforge.config.checks import at_least, at_most, fraction, one_of, only_if
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import PathText
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import PathText
 
 GLOBAL_MARKER = "<|global_image|>"
 """Stands before the view of a whole image (nanoVLM's name)."""

@@ -10,10 +10,8 @@ from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.build import SECTIONS, fields_of
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
-from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.paths import PathText
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
 from kempnerforge.config.training import (
     CheckpointConfig,
@@ -27,6 +25,8 @@ from kempnerforge.config.training import (
 )
 from kempnerforge.config.vision import VisionEncoderConfig, ViTConfig
 from kempnerforge.config.vlm import FreezeSpec, VLMConfig
+from kempnerforge.util.errors import InputError, Problems
+from kempnerforge.util.paths import PathText
 
 
 @dataclass

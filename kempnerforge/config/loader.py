@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.build import INVALID, SECTIONS, UNIONS, convert, convert_fields, plain
-from kempnerforge.config.errors import ConfigError, Problems
 from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.paths import PathText, place_of
 from kempnerforge.config.plugins import check_trust, load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
+from kempnerforge.util.errors import ConfigError, Problems
+from kempnerforge.util.paths import PathText, place_of
 
 _UNION_SECTIONS = {name: UNIONS[cls] for name, cls in SECTIONS.items() if cls in UNIONS}
 

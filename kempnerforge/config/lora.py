@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kempnerforge.config.checks import at_least, more_than
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 LORA_PARAMETERS = ("lora_a", "lora_b", "magnitude")
 """What an adapter adds to a layer, by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, at_most, more_than, one_of, only_if
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 MAX_LAYERS = 4096
 

@@ -24,8 +24,8 @@ from types import ModuleType
 from weakref import WeakKeyDictionary
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import ConfigError
-from kempnerforge.config.reading import regular
+from kempnerforge.util.errors import ConfigError
+from kempnerforge.util.reading import regular
 
 ENTRY_POINTS = "kempnerforge.plugins"
 LOG = logging.getLogger("kempnerforge")

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 
 class Registry:

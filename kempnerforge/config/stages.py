@@ -10,9 +10,9 @@ from typing import Any
 from kempnerforge.config.build import INVALID, UNIONS, class_named, construct, convert, convert_fields, fields_of
 from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError, Key, Problems
 from kempnerforge.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
+from kempnerforge.util.errors import InputError, Key, Problems
 
 _FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",)}
 """Keys that hold for the whole run."""

@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from kempnerforge.config.checks import one_of, only_if
-from kempnerforge.config.errors import InputError, UnreadError
+from kempnerforge.util.errors import InputError, UnreadError
 
 TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
 WITH_SYSTEM = ("chat", "turns")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import PathText
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import PathText
 
 MOST_ROWS = 1 << 20
 """At once."""

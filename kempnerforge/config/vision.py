@@ -7,9 +7,9 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, divides, more_than
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.model import MAX_LAYERS
-from kempnerforge.config.paths import PathText
+from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.paths import PathText
 
 LARGEST_SIDE = 1 << 14
 """Of an image or a patch in somebody's files, in pixels."""

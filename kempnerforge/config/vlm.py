@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, more_than, one_of
-from kempnerforge.config.errors import InputError, NotBuiltError
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
-from kempnerforge.config.paths import PathText
+from kempnerforge.util.errors import InputError, NotBuiltError
+from kempnerforge.util.paths import PathText
 
 if TYPE_CHECKING:
     from kempnerforge.config.job import JobConfig

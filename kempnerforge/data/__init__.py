@@ -1,15 +1,15 @@
 """Data: sources of samples, tokenizer, encoding, sampling, batches."""
 
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.collate import collate, prompt_batch
-from kempnerforge.data.encode import Encoded, Encoder
-from kempnerforge.data.images import ImageError, load_image
-from kempnerforge.data.interleave import Layout, Prompt
-from kempnerforge.data.loader import build_loader
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.collate import collate, prompt_batch
+from kempnerforge.data.batching.loader import build_loader
+from kempnerforge.data.batching.sampler import StepSampler
+from kempnerforge.data.images.decode import ImageError, load_image
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
-from kempnerforge.data.sampler import StepSampler
 from kempnerforge.data.sources import build_source, text_corpus
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoded, Encoder
+from kempnerforge.data.text.interleave import Layout, Prompt
+from kempnerforge.data.text.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORE",

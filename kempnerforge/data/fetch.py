@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.files import scratch, sync_files
 from kempnerforge.data.sources.openmoji import DRAWINGS, FONT, emoji_names
 from kempnerforge.data.sources.stamps import find_stamps
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import scratch, sync_files
 
 TIMEOUT_S = 1800
 STAMPS, STAMPS_FOLDER = "tuxpaint-stamps-default", "usr/share/tuxpaint/stamps"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError, cut
+from kempnerforge.data.batching.order import Order, Shuffled
 from kempnerforge.data.fingerprint import digest
-from kempnerforge.data.order import Order, Shuffled
-from kempnerforge.data.template import render_answer, stretches
+from kempnerforge.data.text.template import render_answer, stretches
+from kempnerforge.util.errors import InputError, cut
 
 if TYPE_CHECKING:
     from kempnerforge.data.sources.keys import Ignoring
-    from kempnerforge.data.tokenizer import Tokenizer
+    from kempnerforge.data.text.tokenizer import Tokenizer
 
 __all__ = ["ImageSource", "Sample", "SampleError", "Source", "Taken", "Text", "render_answer", "text_size"]
 

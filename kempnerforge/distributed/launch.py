@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from kempnerforge.process import INTERRUPTED, LAUNCHER, STOPS
+from kempnerforge.util.process import INTERRUPTED, LAUNCHER, STOPS
 
 FAULT = 3
 LOOK_S = 0.05

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from kempnerforge.config.errors import visible
+from kempnerforge.util.errors import visible
 
 ALARM, TOLD = "alarm", "told"
 GRACE_S = 5.0

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 
 LOC_BINS = 1024
 SEG_BINS = 128

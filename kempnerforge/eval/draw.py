@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.reading import irregular
-from kempnerforge.data.images import opened
+from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Box, Marks, Point, decode
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import irregular
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 """Told apart by colour-blind readers, too (Okabe and Ito 2008), white in place of their black. Each label has one."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.model.transformer import Cache
+from kempnerforge.util.errors import InputError
 
 TINY = torch.finfo(torch.float32).tiny
 UNFINISHED = "\ufffd"

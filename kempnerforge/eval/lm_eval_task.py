@@ -13,11 +13,11 @@ from typing import Any
 from PIL import Image
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.images import opened
+from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource, SampleError, Source
+from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.questions import HeldOut, Question, Truths, examine
+from kempnerforge.util.errors import InputError
 
 FILES = Path(__file__).with_name("lm_eval")
 TASK, TABLE = "kempnerforge_vqa", "questions.parquet"

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from kempnerforge.config.data import TextConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.collate import collate
-from kempnerforge.data.encode import Encoded, Encoder
-from kempnerforge.data.interleave import Layout
-from kempnerforge.data.order import drawn
+from kempnerforge.data.batching.collate import collate
+from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.sample import SampleError, Source
 from kempnerforge.data.sources.build import build_source
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoded, Encoder
+from kempnerforge.data.text.interleave import Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import Ranks
 from kempnerforge.eval.mode import mode
+from kempnerforge.util.errors import InputError
 
 TOKENS_AT_ONCE = 4096
 MAX_EXPONENT = 700.0

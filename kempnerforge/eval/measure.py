@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.data.encode import Encoder
+from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.exact_match import Ranks, Score, evaluate
 from kempnerforge.eval.loss import PlainText, held_out_loss
 from kempnerforge.eval.questions import HeldOut

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.files import write_text
 from kempnerforge.eval.exact_match import Score
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import write_text
 
 KEYS = (
     *("id", "prompt", "kind", "truth", "compared", "truth_tokens", "too_long", "also_right"),

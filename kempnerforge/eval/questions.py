@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.images import opened
-from kempnerforge.data.order import drawn
+from kempnerforge.data.batching.order import drawn
+from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text, render_answer
+from kempnerforge.data.text.encode import Encoder
+from kempnerforge.util.errors import InputError
 
 PICTURES, DECODED = 2000, 200
 """Samples of which the headers of the pictures are read before training, drawn at random; those of them of which the pixels are decoded, too."""

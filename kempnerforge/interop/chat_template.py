@@ -11,12 +11,12 @@ from typing import Any
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.template import WITH_SYSTEM
-from kempnerforge.data import rendering
-from kempnerforge.data.asking import Asking
-from kempnerforge.data.chat import DATE, ChatTemplate
 from kempnerforge.data.sample import Text
-from kempnerforge.data.template import Piece, build_template
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text import rendering
+from kempnerforge.data.text.asking import Asking
+from kempnerforge.data.text.chat import DATE, ChatTemplate
+from kempnerforge.data.text.template import Piece, build_template
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.processors import FRAME, FRAMED, PALIGEMMA
 
 PROMPT, ANSWER, SYSTEM = "\ue000prompt\ue001", "\ue000answer\ue001", "\ue000system\ue001"

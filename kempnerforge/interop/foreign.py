@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kempnerforge.config.data import JsonlConfig, TextConfig
-from kempnerforge.config.errors import InputError, cut, show
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
@@ -32,6 +31,7 @@ from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.their_config import within_memory
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.model.vision import build_vision_encoder
+from kempnerforge.util.errors import InputError, cut, show
 
 log = logging.getLogger("kempnerforge")
 

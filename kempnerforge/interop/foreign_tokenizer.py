@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.tokenizer import Tokenizer, stop_ids
+from kempnerforge.data.text.tokenizer import Tokenizer, stop_ids
 from kempnerforge.interop.foreign import Foreign
 from kempnerforge.interop.huggingface import CONFIG
+from kempnerforge.util.errors import InputError
 
 
 def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:

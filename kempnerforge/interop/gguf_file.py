@@ -15,17 +15,17 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from kempnerforge.config.data import TextConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
-from kempnerforge.config.reading import regular
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.foreign import MAX_TEXT, Foreign, Place, matched, shapes
 from kempnerforge.interop.huggingface import check_tensor
 from kempnerforge.interop.names import EMBEDDING, HEAD, NORM
 from kempnerforge.interop.write import Progress, nothing
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import regular
 
 TOP = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
 LAYER = {

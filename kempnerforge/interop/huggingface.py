@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.reading import check_files, read_object, regular
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_EMBEDDING, HF_HEAD, IGNORED, OTHER_PARTS, SETTINGS, hf_name
 from kempnerforge.interop.settings import check_facts, complete, hf_facts, text_part
 from kempnerforge.model.their_config import check_config, names_keys
 from kempnerforge.model.transformer import Transformer
+from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.reading import check_files, read_object, regular
 
 log = logging.getLogger("kempnerforge")
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.interop.names import FAMILIES, SETTINGS
+from kempnerforge.util.errors import InputError, show
 
 FOLLOWED = frozenset({"max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"})
 """By every family, besides ``SETTINGS`` and what its entry in ``FAMILIES`` names."""

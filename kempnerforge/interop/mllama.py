@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import LinearAdapterConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
@@ -26,6 +25,7 @@ from kempnerforge.interop.names import EMBEDDING, HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
 from kempnerforge.interop.vlms import BOOKKEEPING, Layout, Parts, scalars
 from kempnerforge.model.mllama import MllamaTower, grids
+from kempnerforge.util.errors import InputError
 
 KIND, ARCHITECTURE, FAMILY = "mllama", "MllamaForConditionalGeneration", "llama"
 SPARE = 8

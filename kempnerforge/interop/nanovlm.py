@@ -6,13 +6,13 @@ import re
 from typing import Any, NamedTuple
 
 from kempnerforge.config.adapter import PixelShuffleConfig
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.util.errors import InputError, show
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"

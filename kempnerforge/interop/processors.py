@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.config.reading import read_object
 from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, ImageFiles
+from kempnerforge.util.reading import read_object
 
 LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
 FRAMED = ("Idefics3Processor", "SmolVLMProcessor")

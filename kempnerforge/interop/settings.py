@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kempnerforge.config.errors import InputError, cut, show
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.keys import check_keys, followed
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 from kempnerforge.model.their_config import class_call
+from kempnerforge.util.errors import InputError, cut, show
 
 PLAIN = (
     *("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "nope_interval"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kempnerforge.config.adapter import AdapterConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
@@ -18,6 +17,7 @@ from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig, 
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, hf_config, model_config, text_part
+from kempnerforge.util.errors import InputError
 
 BOOKKEEPING = {"initializer_range", "initializer_factor", "projection_dim", "vocab_size", "vision_use_head", "num_image_tokens"}
 """Keys of a tower's config that do not change what its patches are."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from kempnerforge.checkpoint import CheckpointError, load, reading, tensor_info
 from kempnerforge.checkpoint.state import AVERAGED, MODEL
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.files import read_toml
 from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.interop.huggingface import CONFIG, read_text_weights
 from kempnerforge.interop.names import EMBEDDING, HEAD
 from kempnerforge.interop.settings import check_facts, facts
+from kempnerforge.util.errors import InputError
 
 log = logging.getLogger("kempnerforge")
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.reading import read_object
-from kempnerforge.data.files import scratch, sync_files
 from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
 from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
 from kempnerforge.interop.settings import hf_config
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import scratch, sync_files
+from kempnerforge.util.reading import read_object
 
 SHARD_BYTES = 5_000_000_000
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig, PerceiverConfig
-from kempnerforge.config.errors import InputError, NotBuiltError
 from kempnerforge.model.attention import attend
+from kempnerforge.util.errors import InputError, NotBuiltError
 
 
 class MLP(nn.Module):

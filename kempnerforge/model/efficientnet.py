@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.reading import regular
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.model.vision import VisionEncoder
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import regular
 
 STEM, HEAD = 32, 1280
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))

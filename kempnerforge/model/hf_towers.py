@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError, cut, library_call
-from kempnerforge.config.paths import start_of
-from kempnerforge.config.reading import check_files, read_object
 from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.image_files import Normalisation, read_image_files
 from kempnerforge.model.their_config import check_config, check_room, class_call, load_whole
 from kempnerforge.model.vision import VisionEncoder
+from kempnerforge.util.errors import InputError, cut, library_call
+from kempnerforge.util.paths import start_of
+from kempnerforge.util.reading import check_files, read_object
 
 
 class HFTower(VisionEncoder):

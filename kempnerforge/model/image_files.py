@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import InputError, reason
-from kempnerforge.config.reading import check_files, read_object
 from kempnerforge.model.quiet import quiet
+from kempnerforge.util.errors import InputError, reason
+from kempnerforge.util.reading import check_files, read_object
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Normalisation = tuple[list[float], list[float]]

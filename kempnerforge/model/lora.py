@@ -22,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LORA_PARAMETERS, LoRAConfig
 from kempnerforge.model.transformer import aside
+from kempnerforge.util.errors import InputError
 
 
 class LoRALinear(nn.Linear):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError, cut
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.model.hf_towers import Clip, chosen_normalisation, load_weights, read_config, tower_config, where, with_settings
 from kempnerforge.model.their_config import check_room, class_call
 from kempnerforge.model.vision import VisionEncoder
+from kempnerforge.util.errors import InputError, cut
 
 MOST_TILES = 64
 

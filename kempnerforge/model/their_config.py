@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kempnerforge.config.errors import InputError, library_call, show
 from kempnerforge.config.model import MAX_LAYERS
-from kempnerforge.config.reading import entries
 from kempnerforge.model.quiet import quiet
+from kempnerforge.util.errors import InputError, library_call, show
+from kempnerforge.util.reading import entries
 
 LARGEST, LONGEST = 2**31 - 1, 1 << 16
 """Of an integer and of a text."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.model.buffers import ExactBuffers
+from kempnerforge.util.errors import NotBuiltError
 
 
 class VisionEncoder(ExactBuffers):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Marks, decode
 from kempnerforge.eval.generate import Sampling
 from kempnerforge.serve.request import Question
+from kempnerforge.util.errors import InputError
 
 log = logging.getLogger("kempnerforge")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kempnerforge.eval.draw import COLOURS
+from kempnerforge.inference.answer import Answerer
 from kempnerforge.serve.request import MAX_IMAGES
-from kempnerforge.training.answer import Answerer
 
 
 def facts_of(model: Answerer) -> dict[str, object]:

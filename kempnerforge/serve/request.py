@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.reading import parse_json
 from kempnerforge.eval.generate import Sampling
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import parse_json
 
 MAX_BODY = 64 * 2**20
 MAX_IMAGES = 16

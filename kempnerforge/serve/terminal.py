@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import place_of
-from kempnerforge.data.images import opened
+from kempnerforge.data.images.decode import opened
 from kempnerforge.eval.codecs import Marks, decode
 from kempnerforge.eval.draw import save_drawn
 from kempnerforge.eval.generate import Sampling
 from kempnerforge.serve.desk import Model
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import place_of
 
 HELP = """\
 /image PATH...   ask about these images, too

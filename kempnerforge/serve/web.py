@@ -24,10 +24,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any, cast
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.serve.desk import Busy, Desk, Event, Ticket
 from kempnerforge.serve.document import document
 from kempnerforge.serve.request import MAX_BODY, read_question
+from kempnerforge.util.errors import InputError
 
 log = logging.getLogger("kempnerforge")
 

@@ -14,8 +14,8 @@ from kempnerforge.checkpoint.manifest import NAME as MANIFEST
 from kempnerforge.checkpoint.manifest import Manifest, checksum
 from kempnerforge.config import diff
 from kempnerforge.config.build import build_record
-from kempnerforge.config.reading import read_object
-from kempnerforge.data.files import move_aside, write_text
+from kempnerforge.util.files import move_aside, write_text
+from kempnerforge.util.reading import read_object
 
 NAME = "complete.json"
 SUMMARY, REPORT = "summary.json", "report.html"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.entries import Entries
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.seen import Seen
 from kempnerforge.data.fingerprint import file_fingerprint
-from kempnerforge.data.seen import Seen
 from kempnerforge.distributed.world import World
 from kempnerforge.training.optimizers.foreach import local
+from kempnerforge.util.entries import Entries
 from kempnerforge.vlm.base import VLM
 
 WHERE = "train.feature_cache"

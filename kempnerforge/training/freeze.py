@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 import torch.nn as nn
 
 from kempnerforge.config import FreezeSpec, JobConfig, Stage, VLMConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
-from kempnerforge.training.accounting import part_of
+from kempnerforge.inspection.accounting import part_of
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 log = logging.getLogger("kempnerforge")

@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from kempnerforge.config import OptimizerConfig, Stage
-from kempnerforge.config.errors import InputError
 from kempnerforge.training.ema import Averaging, Ema, swapped, write
 from kempnerforge.training.freeze import match_names
 from kempnerforge.training.muon import Muon
 from kempnerforge.training.optimizers.lion import Lion
 from kempnerforge.training.optimizers.schedule_free import ScheduleFreeAdamW
 from kempnerforge.training.schedule import lr_factor
+from kempnerforge.util.errors import InputError
 
 
 def _adamw(groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kempnerforge.data.audit_page import picture, text
-from kempnerforge.training.charts import Band, Series, format_number, format_percent, line_chart
-from kempnerforge.training.pages import tiles, write_page
+from kempnerforge.inspection.audit_page import picture, text
+from kempnerforge.report.charts import Band, Series, format_number, format_percent, line_chart
+from kempnerforge.report.page import tiles, write_page
 from kempnerforge.training.report_facts import Facts, Metrics, read_metrics, wilson_interval
 
 MAX_IMAGE_SIDE = 320  # pixels; larger examples are shrunk so that the file stays small

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from kempnerforge.data.files import read_objects
-from kempnerforge.training.charts import Series
+from kempnerforge.report.charts import Series
+from kempnerforge.util.files import read_objects
 
 
 @dataclass(frozen=True)

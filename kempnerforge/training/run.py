@@ -17,11 +17,8 @@ from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.ranks import from_rank0
 from kempnerforge.checkpoint.store import find
 from kempnerforge.config import JobConfig, to_toml
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.files import read_toml
-from kempnerforge.config.paths import place_of
-from kempnerforge.data.files import move_aside, same_files, why_not_writable, write_text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
 from kempnerforge.training.complete import NAME as COMPLETE
@@ -32,6 +29,9 @@ from kempnerforge.training.run_state import RunState
 from kempnerforge.training.same_run import check_copies, check_meant, check_same_data, check_same_run
 from kempnerforge.training.setup import TOKENIZER, assemble, initialise, saved_tokenizer
 from kempnerforge.training.trainer import Trainer
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import move_aside, same_files, why_not_writable, write_text
+from kempnerforge.util.paths import place_of
 
 LOG = logging.getLogger("kempnerforge")
 

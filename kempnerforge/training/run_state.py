@@ -7,9 +7,9 @@ from typing import Any
 
 from kempnerforge.checkpoint.manifest import NAME, CheckpointError, Manifest
 from kempnerforge.config.build import build_record
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.asking import Asking
+from kempnerforge.data.text.asking import Asking
 from kempnerforge.training.history import Span
+from kempnerforge.util.errors import InputError
 
 
 @dataclass(frozen=True)

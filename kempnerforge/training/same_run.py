@@ -12,16 +12,16 @@ from typing import Any
 
 from kempnerforge.config import JobConfig, Stage, diff
 from kempnerforge.config.build import convert_fields, known_key
-from kempnerforge.config.errors import InputError, Problems
 from kempnerforge.config.files import read_toml
 from kempnerforge.config.freeze import named
 from kempnerforge.config.plugins import plugin_changes, plugins_of
-from kempnerforge.data.files import same_files
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.training.history import Span
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.schedule import lr_factor
 from kempnerforge.training.setup import TOKENIZER, Assembly
+from kempnerforge.util.errors import InputError, Problems
+from kempnerforge.util.files import same_files
 
 LOG = logging.getLogger("kempnerforge")
 

@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.asking import Asking, Seen, observe
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.loader import build_loader
 from kempnerforge.data.fingerprint import pictures_fingerprint
-from kempnerforge.data.loader import build_loader
 from kempnerforge.data.sample import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.keys import refuse_unused
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.asking import Asking, Seen, observe
+from kempnerforge.data.text.encode import Encoder, Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.loss import PlainText
 from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
 from kempnerforge.training.freeze import refuse_random, remarks_on_lora
 from kempnerforge.training.vocabulary import rows_by_token, tokenizer_beside, vocab_size
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kempnerforge.config import Stage
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
 from kempnerforge.training.feature_cache import FeatureCache
@@ -23,6 +22,7 @@ from kempnerforge.training.history import Span
 from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import Assembly
+from kempnerforge.util.errors import InputError
 
 
 class TrainingFault(RuntimeError):

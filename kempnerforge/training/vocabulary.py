@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.names import EMBEDDING, HEAD
 from kempnerforge.interop.write import NEW_EMBEDDING, NEW_HEAD
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 log = logging.getLogger("kempnerforge")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.seen import Seen
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.seen import Seen
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments

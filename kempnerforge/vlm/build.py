@@ -7,9 +7,9 @@ from dataclasses import asdict
 import torch
 
 from kempnerforge.config import JobConfig, registry
-from kempnerforge.config.errors import NotBuiltError
 from kempnerforge.model.lora import adapt
 from kempnerforge.model.their_config import memory_bytes, within_memory
+from kempnerforge.util.errors import NotBuiltError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
 

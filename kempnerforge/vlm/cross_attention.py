@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, registry
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import CrossAttentionConfig
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, aside, init_weights
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 NOTHING = -2

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
-from kempnerforge.config.errors import InputError, cut
 from kempnerforge.config.lora import LORA_PARAMETERS
-from kempnerforge.config.paths import PathText
 from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import MASKS, VLMConfig, named
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.seen import Seen
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.seen import Seen
 from kempnerforge.interop import mllama
 from kempnerforge.interop.names import FAMILIES
 from kempnerforge.model.attention import Segments, additive
@@ -33,6 +31,8 @@ from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_config
 from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.their_config import check_room, class_call, load_whole
 from kempnerforge.model.transformer import Cache
+from kempnerforge.util.errors import InputError, cut
+from kempnerforge.util.paths import PathText
 from kempnerforge.vlm.base import VLM, Output
 
 OWN_MASK = "model"

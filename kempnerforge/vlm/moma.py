@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoMaConfig, registry
-from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, aside, init_weights
 from kempnerforge.vlm.base import VLM
 

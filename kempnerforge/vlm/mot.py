@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoTConfig, registry
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import is_adapter
-from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.rope import Rope, rope_tables
 from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, RMSNorm, aside, init_weights
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 log = logging.getLogger("kempnerforge")

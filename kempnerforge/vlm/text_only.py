@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.transformer import Cache, Context
 from kempnerforge.vlm.base import VLM
 

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from kempnerforge.eval.exact_match import evaluate
-from kempnerforge.training.evaluate import OneProcess
-from kempnerforge.training.restore import restore
+from kempnerforge.inference.evaluate import OneProcess
+from kempnerforge.inference.restore import restore
 
 
 def main(run: str, samples: str) -> int:

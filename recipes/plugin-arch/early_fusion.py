@@ -17,7 +17,7 @@ from kempnerforge.config import AdapterConfig, JobConfig, registry
 from kempnerforge.config.checks import at_least
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import FreezeSpec, VLMConfig, named
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.adapters import Adapter
 from kempnerforge.model.transformer import Cache, Context
 from kempnerforge.model.vision import VisionEncoder

@@ -303,7 +303,7 @@ def test_inspect_names_what_is_skipped(tmp_path: Path):
 
 
 def test_inspect_fails_on_labels_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kempnerforge.training.inspection.audit", lambda batch, eos_id, **known: ["row 0: no trained token"])
+    monkeypatch.setattr("kempnerforge.inspection.rows_page.audit", lambda batch, eos_id, **known: ["row 0: no trained token"])
     ended = call("inspect", make_job(tmp_path), "-n", 2, "--out", tmp_path / "seen")
     assert ended.code == 2 and "WRONG: row 0: no trained token" in ended.out
 

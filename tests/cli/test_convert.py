@@ -21,15 +21,15 @@ from kempnerforge.cli.main import run
 from kempnerforge.config import JobConfig, ModelConfig, load_config, to_toml
 from kempnerforge.config.adapter import LinearAdapterConfig
 from kempnerforge.config.data import TextConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.vision import ClipConfig, SiglipConfig, ViTConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.data.batch import Kind
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.convert.commands import class_of, export_model, import_model
+from kempnerforge.data.batching.batch import Kind
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.model.image_files import pil_processor
-from kempnerforge.training.convert import class_of, export_model, import_model
 from kempnerforge.training.setup import assemble
+from kempnerforge.util.errors import InputError
 from tests.interop.tiny_vlms import TEXT, TOWER, rename, save, write_tokenizer
 
 WORDS = ["what shape is it? circle", "what colour? red, or a caption en\n"]

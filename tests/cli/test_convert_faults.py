@@ -20,11 +20,11 @@ from kempnerforge.cli.main import run
 from kempnerforge.config import load_config
 from kempnerforge.config.adapter import LinearAdapterConfig
 from kempnerforge.config.vision import ClipConfig
+from kempnerforge.convert import commands as convert
+from kempnerforge.convert.commands import export_model, import_model
+from kempnerforge.inference import restore as restoring
 from kempnerforge.interop import write
 from kempnerforge.interop.write import fresh
-from kempnerforge.training import convert
-from kempnerforge.training import restore as restoring
-from kempnerforge.training.convert import export_model, import_model
 from tests.cli.test_convert import llava_like, ours
 from tests.interop.tiny_vlms import TOWER, save
 from tests.training.tiny import call, make_job

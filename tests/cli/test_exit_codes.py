@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from kempnerforge.config import registry
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.vlm.joint_decoder import JointDecoder
 

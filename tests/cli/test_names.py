@@ -13,9 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kempnerforge.config.errors import visible
-from kempnerforge.process import HARMLESS
-from kempnerforge.training.answer import Answer
+from kempnerforge.inference.answer import Answer
+from kempnerforge.util.errors import visible
+from kempnerforge.util.process import HARMLESS
 from tests.processes import Forked, run_module
 from tests.training.tiny import CONFIG, Ended, end_of, environment, rows_of, spawn, write_rows
 

@@ -20,8 +20,6 @@ import pytest
 
 from kempnerforge import load_pretrained
 from kempnerforge.config.data import TextConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.reading import check_files
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.data.sources.stamps import Stamps, StampsConfig
 from kempnerforge.data.sources.text import PlainText
@@ -29,6 +27,8 @@ from kempnerforge.data.traces import digest
 from kempnerforge.interop.processors import followed
 from kempnerforge.model.hf_towers import read_config
 from kempnerforge.model.vision import build_vision_encoder
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.reading import check_files
 from tests.cli.conftest import Trained
 from tests.interop.tiny_vlms import save
 from tests.training.tiny import call, make_job, write_config

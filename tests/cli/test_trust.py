@@ -10,7 +10,7 @@ import pytest
 
 from kempnerforge import load_pretrained
 from kempnerforge.checkpoint import resolve
-from kempnerforge.config.errors import InputError
+from kempnerforge.util.errors import InputError
 from tests.checkpoint.helpers import reseal
 from tests.cli.conftest import Trained
 from tests.training.tiny import call

@@ -26,9 +26,9 @@ from kempnerforge.config import (
     to_toml,
 )
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, JsonlConfig, TextConfig
-from kempnerforge.config.errors import ConfigError
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TEMPLATES, TurnsConfig
+from kempnerforge.util.errors import ConfigError
 
 registry.vlm_configs.import_all()
 registry.data_configs.import_all()

@@ -28,8 +28,8 @@ from kempnerforge.config import (
 from kempnerforge.config.adapter import AvgPoolConfig, PixelShuffleConfig
 from kempnerforge.config.build import SECTIONS, UNIONS, fields_of
 from kempnerforge.config.data import JsonlConfig, TextConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.util.errors import InputError
 
 MINIMAL = '[vlm]\narch = "joint_decoder"\n[train]\nmax_steps = 10\n'
 

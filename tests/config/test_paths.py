@@ -13,12 +13,12 @@ import pytest
 
 from kempnerforge.config import ConfigError, JobConfig, load_config, registry
 from kempnerforge.config.build import SECTIONS, UNIONS, Argument, convert, fields_of, nearest
-from kempnerforge.config.errors import InputError, Problems
-from kempnerforge.config.paths import PathText, expand, start_of
-from kempnerforge.data.tokenizer import Tokenizer
-from kempnerforge.training.convert import export_model, import_model
-from kempnerforge.training.pretrained import load_pretrained
-from kempnerforge.training.restore import restore
+from kempnerforge.convert.commands import export_model, import_model
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.inference.pretrained import load_pretrained
+from kempnerforge.inference.restore import restore
+from kempnerforge.util.errors import InputError, Problems
+from kempnerforge.util.paths import PathText, expand, start_of
 from tests.training.tiny import call, make_job
 
 

@@ -10,7 +10,6 @@ import pytest
 
 import kempnerforge.config
 from kempnerforge.config import JobConfig, RunConfig, TrainConfig, load_config, registry
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.vlm import (
     DEFAULT_MODULE_PATTERNS,
     CrossAttentionConfig,
@@ -21,6 +20,7 @@ from kempnerforge.config.vlm import (
     MoTConfig,
     VLMConfig,
 )
+from kempnerforge.util.errors import InputError
 
 BASE = {"max_text_len": 512, "freeze": [FreezeSpec("vision_encoder", True)], "freeze_schedule": []}
 CASES = [

@@ -13,10 +13,10 @@ from torch import Tensor
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
-from kempnerforge.data.audit import audit, render_rows
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.contact_sheet import contact_sheet
-from kempnerforge.data.pack import join
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.pack import join
+from kempnerforge.inspection.audit import audit, render_rows
+from kempnerforge.inspection.contact_sheet import contact_sheet
 from tests.data.conftest import png
 
 PAD, BOS, EOS = 0, 1, 2

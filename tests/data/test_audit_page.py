@@ -13,11 +13,11 @@ from PIL import Image
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
-from kempnerforge.data.audit import render_rows
-from kempnerforge.data.audit_page import describe, picture, row_card, share_bar, text
-from kempnerforge.data.audit_rows import rows_of
-from kempnerforge.data.batch import Batch, Kind
-from kempnerforge.data.pack import join
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.data.batching.pack import join
+from kempnerforge.inspection.audit import render_rows
+from kempnerforge.inspection.audit_page import describe, picture, row_card, share_bar, text
+from kempnerforge.inspection.audit_rows import rows_of
 from tests.data.conftest import png
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e&amp;</div>'

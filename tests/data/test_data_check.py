@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kempnerforge.config import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Source, Text, build_loader
-from kempnerforge.data.check import Found, Reader, read_all, spread
-from kempnerforge.data.check_facts import batching_modes, distribution, histogram, limits, recommended
 from kempnerforge.data.traces import shared
+from kempnerforge.inspection.check_facts import batching_modes, distribution, histogram, limits, recommended
+from kempnerforge.inspection.read_all import Found, Reader, read_all, spread
 from tests.data.conftest import ListSource, png
 
 RED = png((200, 0, 0))

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig, HFDatasetConfig, JsonlConfig
 from kempnerforge.data import SampleError, Source, Text
-from kempnerforge.data.remarks import Remarks
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.finevision import FineVisionConfig
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
@@ -29,6 +28,7 @@ from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.sources.mixture import MixtureConfig
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.data.sources.webdataset import WebDatasetConfig
+from kempnerforge.inspection.remarks import Remarks
 from tests.data.conftest import png
 from tests.data.test_file_sources import built
 
@@ -489,7 +489,7 @@ def test_no_message_is_long(image: Any, tmp_path: Path) -> None:
 
 
 def open_all(sample: Any) -> None:
-    from kempnerforge.data.images import image_size
+    from kempnerforge.data.images.decode import image_size
 
     for image in sample.images:
         image_size(image)

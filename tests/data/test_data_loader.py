@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
-from kempnerforge.data.loader import Loader, lost_worker
-from kempnerforge.data.pack import Sizes
+from kempnerforge.data.batching.loader import Loader, lost_worker
+from kempnerforge.data.batching.pack import Sizes
 from tests.training.tiny import make_job
 
 MakeEncoder = Callable[..., Encoder]

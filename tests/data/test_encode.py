@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kempnerforge.data import IGNORE, Encoder, Kind, Layout, Prompt, Sample, SampleError, Text, Tokenizer, collate, prompt_batch
-from kempnerforge.data.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS
+from kempnerforge.data.text.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS
 
 MakeEncoder = Callable[..., Encoder]
 Png = Callable[..., bytes]

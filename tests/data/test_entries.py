@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.data.entries import HEADER, NAMED, Entries
+from kempnerforge.util.entries import HEADER, NAMED, Entries
 
 CONTENT = bytes(range(48))
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kempnerforge.config.data import DataConfig, HFDatasetConfig, JsonlConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.data import SampleError
 from kempnerforge.data.sources.llava import SPARE, LlavaConfig
 from kempnerforge.data.sources.mixture import MixtureConfig
+from kempnerforge.util.errors import InputError
 from tests.data.conftest import png
 from tests.data.test_data_keys import ROWS, WRITERS, lines, parquet
 from tests.data.test_file_sources import built

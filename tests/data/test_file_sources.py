@@ -14,7 +14,6 @@ from kempnerforge.config import load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate
-from kempnerforge.data.audit import audit
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.finevision import FineVisionConfig
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
@@ -22,6 +21,7 @@ from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.sources.openmoji import OpenMojiConfig
 from kempnerforge.data.sources.probe import ProbeConfig
+from kempnerforge.inspection.audit import audit
 from tests.data.conftest import png
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.data.files import move_aside, same_files, scratch
+from kempnerforge.util.files import move_aside, same_files, scratch
 from tests.training.tiny import environment
 
 KILLED = """

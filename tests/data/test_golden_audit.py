@@ -18,11 +18,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kempnerforge.config.data import DataConfig, HFDatasetConfig, JsonlConfig, TextConfig
 from kempnerforge.data import IGNORE, Batch, Encoder, Layout, SampleError, Source, Tokenizer, build_source, collate
-from kempnerforge.data.audit import audit
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.finevision import FineVisionConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
+from kempnerforge.inspection.audit import audit
 from tests.data.chat_templates import FAMILIES, VICUNA_SYSTEM
 from tests.data.conftest import png
 from tests.data.test_template import CHATML_TURNS, VICUNA_TURNS

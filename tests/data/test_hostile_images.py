@@ -16,8 +16,8 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, build_loader, load_image
-from kempnerforge.data.encode import Encoded
-from kempnerforge.data.rows import EncodedSamples
+from kempnerforge.data.batching.rows import EncodedSamples
+from kempnerforge.data.text.encode import Encoded
 from tests.data.conftest import ListSource, png
 from tests.data.test_images import ACCEPTED, REFUSED
 

@@ -15,10 +15,10 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Kind, Layout, Sample, Source, Text, Tokenizer, build_source
-from kempnerforge.data.interleave import INPUT_IDS, KINDS
-from kempnerforge.data.loader import build_loader
+from kempnerforge.data.batching.loader import build_loader
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.llava import LlavaConfig
+from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
 from tests.data.conftest import png
 
 GOOD = 40

@@ -15,8 +15,8 @@ from PIL import Image
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
 from kempnerforge.data import ImageError, Layout, Tokenizer
 from kempnerforge.data.fingerprint import Signature
-from kempnerforge.data.image_cache import DiskCache, ImageCache, KnownFiles, content_key
-from kempnerforge.data.views import Views
+from kempnerforge.data.images.cache import DiskCache, ImageCache, KnownFiles, content_key
+from kempnerforge.data.images.views import Views
 
 LAYOUT = Layout(image_tokens=2, image_size=32, max_text_len=8, seq_len=64, pad_to=32)
 TOKENIZER = Tokenizer.train(["."], 300)
@@ -117,10 +117,10 @@ def test_a_file_is_what_it_holds(tmp_path: Path, mib: int, on_disk: bool, settle
     """Written anew with as many bytes and its old times, in place or by a rename, it is the new image; moved back it is the old one, and known."""
     decoded = count_decodes(monkeypatch)
     if settled:
-        monkeypatch.setattr("kempnerforge.data.image_cache.SETTLED_NS", 0)
+        monkeypatch.setattr("kempnerforge.data.images.cache.SETTLED_NS", 0)
     else:  # a clock so coarse that it shows nothing
         same = Signature(1, 1, 1, time.time_ns() + 10**9, time.time_ns() + 10**9)
-        monkeypatch.setattr("kempnerforge.data.image_cache.signature", lambda path: same)
+        monkeypatch.setattr("kempnerforge.data.images.cache.signature", lambda path: same)
     views = views_of(tmp_path / "cache", mib, cache_dir=str(tmp_path / "cache") if on_disk else "")
     plain = views_of(tmp_path, cache_dir="")
     red, blue = (bmp(colour) for colour in ("red", "blue"))
@@ -148,8 +148,8 @@ def test_a_file_is_what_it_holds(tmp_path: Path, mib: int, on_disk: bool, settle
 
 
 def test_what_is_known_of_files_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kempnerforge.data.image_cache.SETTLED_NS", 0)
-    monkeypatch.setattr("kempnerforge.data.image_cache.REMEMBERED", 2)
+    monkeypatch.setattr("kempnerforge.data.images.cache.SETTLED_NS", 0)
+    monkeypatch.setattr("kempnerforge.data.images.cache.REMEMBERED", 2)
     known, paths = KnownFiles(), [tmp_path / f"{k}.png" for k in range(3)]
     for k, path in enumerate(paths):
         path.write_bytes(noise(k))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from kempnerforge.data import ImageError, load_image
-from kempnerforge.data.images import image_size, opened
+from kempnerforge.data.images.decode import image_size, opened
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 255, (48, 64, 3), dtype=np.uint8))

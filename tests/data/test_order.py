@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kempnerforge.data.order import ENDLESS, MAX_PERIOD, Cycle, Mixed, Order, Shuffled, Windowed
+from kempnerforge.data.batching.order import ENDLESS, MAX_PERIOD, Cycle, Mixed, Order, Shuffled, Windowed
 
 WEIGHTS = st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(any)
 

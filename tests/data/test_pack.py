@@ -20,11 +20,11 @@ from torch import Tensor
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
-from kempnerforge.data.batch import IGNORE
-from kempnerforge.data.collate import collate
-from kempnerforge.data.order import Mixed, Order, Shuffled
-from kempnerforge.data.pack import Pack, PackSampler, Row, Sizes, join, knapsack
-from kempnerforge.data.rows import DataError, EncodedSamples
+from kempnerforge.data.batching.batch import IGNORE
+from kempnerforge.data.batching.collate import collate
+from kempnerforge.data.batching.order import Mixed, Order, Shuffled
+from kempnerforge.data.batching.pack import Pack, PackSampler, Row, Sizes, join, knapsack
+from kempnerforge.data.batching.rows import DataError, EncodedSamples
 from tests.data.conftest import ListSource
 
 MakeEncoder = Callable[..., Encoder]

@@ -19,17 +19,17 @@ from PIL import Image
 
 from kempnerforge.config import registry
 from kempnerforge.data import Encoder, Text
-from kempnerforge.data.audit import audit
-from kempnerforge.data.batch import IGNORE
-from kempnerforge.data.collate import collate
-from kempnerforge.data.interleave import LABELS
+from kempnerforge.data.batching.batch import IGNORE
+from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Thing, place
 from kempnerforge.data.probe.combinations import WORDS
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.probe import Probe, ProbeConfig
+from kempnerforge.data.text.interleave import LABELS
 from kempnerforge.eval.codecs import decode_points, encode_points
 from kempnerforge.eval.exact_match import question_only_prior
 from kempnerforge.eval.questions import Question
+from kempnerforge.inspection.audit import audit
 from tests.eval.scripted import TEXT_ENCODER
 
 EOS = "<eos>"

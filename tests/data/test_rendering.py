@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from kempnerforge.config.errors import InputError
-from kempnerforge.data import rendering
-from kempnerforge.data.chat import DATE, ChatTemplate
-from kempnerforge.data.rendering import LONGEST, TemplateError, TemplateLimitError, render
+from kempnerforge.data.text import rendering
+from kempnerforge.data.text.chat import DATE, ChatTemplate
+from kempnerforge.data.text.rendering import LONGEST, TemplateError, TemplateLimitError, render
+from kempnerforge.util.errors import InputError
 from tests.data.chat_templates import FAMILIES, LATER
 from tests.data.test_template import bytes_level
 from tests.interop.tiny_vlms import write_tokenizer

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kempnerforge.data import StepSampler
-from kempnerforge.data.order import Mixed, Shuffled, Windowed
-from kempnerforge.data.sampler import WINDOW, Lengths
+from kempnerforge.data.batching.order import Mixed, Shuffled, Windowed
+from kempnerforge.data.batching.sampler import WINDOW, Lengths
 
 SHARES = [(world, accum) for world in (1, 2, 4) for accum in (1, 2, 4)]
 

@@ -11,9 +11,9 @@ import pytest
 
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig, JsonlConfig, TextConfig
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image, text_corpus
-from kempnerforge.data.audit import audit
-from kempnerforge.data.loader import RowClasses
+from kempnerforge.data.batching.loader import RowClasses
 from kempnerforge.data.sources.pictures import resolve_image
+from kempnerforge.inspection.audit import audit
 
 Png = Callable[..., bytes]
 

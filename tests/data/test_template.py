@@ -18,11 +18,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.template import TurnsConfig, fill
 from kempnerforge.data import IGNORE, Encoder, Layout, Sample, SampleError, Text, Tokenizer, collate
-from kempnerforge.data.audit import audit
-from kempnerforge.data.chat import DATE
-from kempnerforge.data.interleave import INPUT_IDS, KINDS
-from kempnerforge.data.template import build_template
-from kempnerforge.data.words import TextEncoder
+from kempnerforge.data.text.chat import DATE
+from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
+from kempnerforge.data.text.template import build_template
+from kempnerforge.data.text.words import TextEncoder
+from kempnerforge.inspection.audit import audit
 from tests.data.chat_templates import FAMILIES, LATER, VICUNA, VICUNA_SYSTEM, Family
 from tests.data.conftest import png
 

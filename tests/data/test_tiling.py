@@ -14,9 +14,19 @@ from PIL import Image
 
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Layout, Tokenizer
-from kempnerforge.data.image_cache import ImageCache
-from kempnerforge.data.tiling import Frame, best_pinpoint, cropped, frames_of, grid_of, letterboxed, overlap_grid, stretched_grid, tiles
-from kempnerforge.data.views import Views
+from kempnerforge.data.images.cache import ImageCache
+from kempnerforge.data.images.tiling import (
+    Frame,
+    best_pinpoint,
+    cropped,
+    frames_of,
+    grid_of,
+    letterboxed,
+    overlap_grid,
+    stretched_grid,
+    tiles,
+)
+from kempnerforge.data.images.views import Views
 
 SIZES = [(64, 48), (48, 64), (50, 50), (17, 90), (90, 17), (33, 32), (7, 5), (200, 120)]
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data import Tokenizer
-from kempnerforge.data.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front, stop_ids
+from kempnerforge.data.text.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front, stop_ids
+from kempnerforge.util.errors import InputError
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)))
 

@@ -32,9 +32,9 @@ from kempnerforge.data import (
     collate,
     prompt_batch,
 )
-from kempnerforge.data.audit import audit
-from kempnerforge.data.augment import Change, draw
-from kempnerforge.data.interleave import KINDS
+from kempnerforge.data.images.augment import Change, draw
+from kempnerforge.data.text.interleave import KINDS
+from kempnerforge.inspection.audit import audit
 from tests.data.conftest import ListSource
 from tests.data.test_interleave import columns, placements
 

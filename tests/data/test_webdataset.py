@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from kempnerforge.config import TrainConfig
 from kempnerforge.data import Encoder, Sample, SampleError, Source, Text, build_loader
-from kempnerforge.data.batch import IGNORE
-from kempnerforge.data.interleave import LABELS
+from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.shards import Shard, ShardError, index_tar
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.webdataset import WebDatasetConfig, expand, list_shards
+from kempnerforge.data.text.interleave import LABELS
 
 Png = Callable[..., bytes]
 Content = bytes | str | dict[str, Any] | list[Any]

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kempnerforge.config import DataConfig, DistributedConfig, EvalConfig
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.encode import Encoder, Layout
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.sample import Sample, SampleError, Source, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoder, Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop
 from kempnerforge.eval.exact_match import Score, evaluate
 from kempnerforge.eval.loss import HeldOutLoss, held_out_loss

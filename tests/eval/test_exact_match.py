@@ -15,11 +15,11 @@ from PIL import Image
 from kempnerforge.config import DataConfig, EvalConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TurnsConfig
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.interleave import Layout
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoder
+from kempnerforge.data.text.interleave import Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import BLANK, Answer, evaluate, question_only_prior
 from kempnerforge.eval.questions import Question, Truth, examine, questions
 from tests.dist import run_ranks

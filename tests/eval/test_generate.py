@@ -15,12 +15,12 @@ from tokenizers import decoders, models
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.collate import prompt_batch
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.generate import Sampling, TextStream, choose, generate, generate_stream, tokens_of
+from kempnerforge.inference.answer import Answer
 from kempnerforge.model.transformer import Cache
-from kempnerforge.training.answer import Answer
 from kempnerforge.vlm.base import Output
 from tests.eval.scripted import ENCODER, TEXT_ENCODER, TOKENIZER, Scripted
 from tests.vlm.tiny import tiny

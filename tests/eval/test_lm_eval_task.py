@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kempnerforge.config import DataConfig, EvalConfig
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.images import opened
+from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.exact_match import Answer, evaluate
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, examine, questions
+from kempnerforge.inference.restore import restore
 from kempnerforge.model.image_files import pil_processor
-from kempnerforge.training.restore import restore
 from kempnerforge.training.setup import evaluated
 from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, Alone, ListSource, grey
 from tests.eval.test_questions import lower_case

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.data.order import drawn
+from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.eval.loss import HeldOutLoss, PlainText, held_out_loss
 from tests.eval.scripted import DEVICE, TEXT_ENCODER, Alone, ListSource, Scripted, shade

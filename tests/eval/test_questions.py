@@ -13,10 +13,10 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from kempnerforge.config import DataConfig, EvalConfig
 from kempnerforge.config.template import TurnsConfig
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.interleave import Layout
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoder
+from kempnerforge.data.text.interleave import Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.exact_match import evaluate, question_only_prior
 from kempnerforge.eval.questions import DECODED, PICTURES, HeldOut, Question, Truths, examine, plain
 from tests.eval.scripted import BROKEN, DEVICE, ENCODER, TEXT_ENCODER, TOKENIZER, Alone, ListSource, Scripted, asked_of, grey

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from kempnerforge.checkpoint import store
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed import world
 from kempnerforge.training.hooks import evaluation, report
 from kempnerforge.training.optimizer import Optimizers

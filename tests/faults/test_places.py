@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import kempnerforge.data.files
+import kempnerforge.util.files
 from kempnerforge.checkpoint import resolve, store
 from kempnerforge.config import load_config
+from kempnerforge.inference import restore as restoring
+from kempnerforge.inference.restore import restore
 from kempnerforge.interop import weights
-from kempnerforge.training import restore as restoring
-from kempnerforge.training.restore import restore
 from kempnerforge.training.run import train
 from tests.training.tiny import Ended, call, checkpoint_steps, make_job
 
@@ -60,7 +60,7 @@ def test_folders_that_cannot_be_written_to_are_found_at_the_start(name: str, tmp
         (run / name).unlink()
     (run / name).mkdir()
     access = os.access
-    monkeypatch.setattr(kempnerforge.data.files.os, "access", lambda path, mode: Path(path) != run / name and access(path, mode))
+    monkeypatch.setattr(kempnerforge.util.files.os, "access", lambda path, mode: Path(path) != run / name and access(path, mode))
     ended = trained(tmp_path)  # root may write anywhere but on a disk that is read-only
     assert ended.code == 2 and f"{run / name} cannot be written to" in ended.err and os.listdir(run) == [name], ended
 

@@ -14,11 +14,11 @@ import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kempnerforge import load_pretrained
+from kempnerforge.convert.commands import import_model
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import read_tokenizer
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Context, Transformer
-from kempnerforge.training.convert import import_model
 from tests.interop.families import THEIRS
 
 gguf: Any = pytest.importorskip("gguf")

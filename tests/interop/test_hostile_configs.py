@@ -21,15 +21,15 @@ import transformers as hf
 
 from kempnerforge.config import JobConfig, ModelConfig, TrainConfig, VLMConfig
 from kempnerforge.config.data import JsonlConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.vision import HFTowerConfig, MllamaTowerConfig
+from kempnerforge.convert.commands import import_model
 from kempnerforge.interop import read_weights
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.model import their_config
 from kempnerforge.model.their_config import check_config, class_call, within_memory
 from kempnerforge.model.vision import build_vision_encoder
-from kempnerforge.training.convert import import_model
 from kempnerforge.training.setup import assemble, initialise
+from kempnerforge.util.errors import InputError
 from tests.interop import families, test_mllama, test_nanovlm, tiny_vlms
 from tests.model import test_hf_towers as towers
 from tests.training.tiny import CONFIG, call, make_job

@@ -15,12 +15,12 @@ import transformers as hf
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.interop.keys import BOOKKEEPING, _source, allowed, defaults, followed
 from kempnerforge.interop.names import FAMILIES
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.write import text_names
 from kempnerforge.model.transformer import Transformer
+from kempnerforge.util.errors import InputError
 from tests.interop.families import THEIRS, logits
 
 LAYERS = 3

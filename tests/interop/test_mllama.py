@@ -20,17 +20,17 @@ from kempnerforge import load_pretrained
 from kempnerforge.config import CrossAttentionConfig, JobConfig, ModelConfig
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.collate import prompt_batch
-from kempnerforge.data.interleave import Prompt
-from kempnerforge.data.tokenizer import put_in_front
+from kempnerforge.convert.commands import export_model, import_model
+from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.data.text.tokenizer import put_in_front
 from kempnerforge.interop import mllama
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
 from kempnerforge.model.mllama import MllamaTower
-from kempnerforge.training.convert import export_model, import_model
 from kempnerforge.training.setup import Assembly, assemble
-from kempnerforge.training.verify import agreement, load_class, make_probe, our_logits, their_logits
 from kempnerforge.vlm.build import build_model
 from tests.interop.tiny_vlms import rename, write_tokenizer
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kempnerforge import load_pretrained
-from kempnerforge.config.errors import InputError
-from kempnerforge.data.batch import Kind
+from kempnerforge.convert.commands import import_model
+from kempnerforge.convert.verify import make_probe, our_logits
+from kempnerforge.data.batching.batch import Kind
 from kempnerforge.interop import nanovlm
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import read_tokenizer
-from kempnerforge.training.convert import import_model
 from kempnerforge.training.setup import assemble
-from kempnerforge.training.verify import make_probe, our_logits
+from kempnerforge.util.errors import InputError
 from tests.interop.tiny_vlms import write_tokenizer
 
 VISION, TEXT, FFN, VOCAB, HEADS, GROUPS, PATCH, SIDE, FACTOR = 24, 32, 48, 340, 4, 2, 7, 4, 2

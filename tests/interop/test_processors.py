@@ -24,15 +24,15 @@ from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ClipConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.data.batch import Kind
+from kempnerforge.convert.commands import export_model, import_model
+from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.sample import Text
 from kempnerforge.data.sources.llava import LlavaConfig
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.model.image_files import pil_processor
-from kempnerforge.training.convert import export_model, import_model
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import FRAMES, TEXT, TOWER, VOCAB, save, write_tokenizer
 

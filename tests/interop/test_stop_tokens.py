@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from kempnerforge import load_pretrained
-from kempnerforge.training.answer import Answerer
-from kempnerforge.training.convert import export_model, import_model
-from kempnerforge.training.verify import load_class
+from kempnerforge.convert.commands import export_model, import_model
+from kempnerforge.convert.verify import load_class
+from kempnerforge.inference.answer import Answerer
 from tests.interop.test_hostile_configs import TEXTS, VLMS
 
 MODELS: dict[str, Callable[[Path], object]] = TEXTS | VLMS

@@ -12,9 +12,9 @@ import torch
 import transformers
 from PIL import Image
 
-from kempnerforge.config.errors import InputError, library_call
 from kempnerforge.config.vision import square_side
 from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, read_image_files
+from kempnerforge.util.errors import InputError, library_call
 
 CLASSES = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "ViTImageProcessor")
 SIDE = 28

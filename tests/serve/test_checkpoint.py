@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from kempnerforge.cli import chat
-from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.eval.draw import SUFFIXES
+from kempnerforge.inference.answer import Answer, Answerer
 from kempnerforge.serve.facts import facts_of
 from kempnerforge.serve.terminal import Chat
-from kempnerforge.training.answer import Answer, Answerer
 from tests.serve.fake import post, serving
 from tests.training.tiny import call, make_job, start
 
@@ -222,7 +222,7 @@ def test_options_that_cannot_be(trained: Path, words: tuple[str, ...], why: str)
 
 
 def test_folders_hold_what_is_opened() -> None:
-    from kempnerforge.data.images import FORMATS
+    from kempnerforge.data.images.decode import FORMATS
 
     Image.init()
     assert {Image.EXTENSION[suffix] for suffix in SUFFIXES} == set(FORMATS)

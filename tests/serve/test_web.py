@@ -12,11 +12,11 @@ from contextlib import suppress
 
 import pytest
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.serve import desk as desks
 from kempnerforge.serve import web
 from kempnerforge.serve.request import MAX_BODY
 from kempnerforge.serve.web import Server, bind
+from kempnerforge.util.errors import InputError
 from tests.serve.fake import FACTS, Fake, Said, connection, post, serving
 
 BOX = "<loc0256><loc0128><loc0768><loc0512> cat"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kempnerforge.config import DistributedConfig, FreezeSpec, JobConfig, OptimizerConfig, SchedulerConfig, Stage, StageConfig, TrainConfig
 from kempnerforge.config import registry as registries
 from kempnerforge.config.vlm import FreezeStage, VLMConfig
-from kempnerforge.data.batch import Batch
-from kempnerforge.data.collate import collate
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample
 from kempnerforge.training.setup import Assembly, assemble
 from tests.vlm.tiny import ANSWERED, FOREIGN, INTERLEAVED, LATE, MODEL, NO_IMAGE, ONE, THREE, TWICE, TWO_IMAGES, shake, tiny_job, tokenizer

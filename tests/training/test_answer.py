@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kempnerforge.training.answer import Answerer
-from kempnerforge.training.restore import restore
+from kempnerforge.inference.answer import Answerer
+from kempnerforge.inference.restore import restore
 from tests.training.tiny import CONFIG, Ended, call, make_job, rows_of, write_config, write_rows
 
 ASKED = "is <image> left of <image>?"

@@ -21,20 +21,20 @@ from kempnerforge.config import JobConfig, ModelConfig, VLMConfig, registry
 from kempnerforge.config.data import DataConfig, JsonlConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.data.asking import Asking, observe
-from kempnerforge.data.batch import IGNORE, Kind
-from kempnerforge.data.encode import Encoder
-from kempnerforge.data.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW
+from kempnerforge.convert.commands import import_model
+from kempnerforge.data.batching.batch import IGNORE, Kind
 from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.text.asking import Asking, observe
+from kempnerforge.data.text.encode import Encoder
+from kempnerforge.data.text.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW
 from kempnerforge.eval.questions import questions
+from kempnerforge.inference import answer
+from kempnerforge.inference.answer import Answerer
+from kempnerforge.inference.pretrained import load_pretrained
+from kempnerforge.inference.processor import Processor
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.serve.desk import Desk
 from kempnerforge.serve.request import Question
-from kempnerforge.training import answer
-from kempnerforge.training.answer import Answerer
-from kempnerforge.training.convert import import_model
-from kempnerforge.training.pretrained import load_pretrained
-from kempnerforge.training.processor import Processor
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble
 from tests.data.chat_templates import FAMILIES, LATER, Family

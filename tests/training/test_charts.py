@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kempnerforge.training import charts
-from kempnerforge.training.charts import Series, format_number, format_percent, line_chart, log_ticks, moving_average, nice_ticks
+from kempnerforge.report import charts
+from kempnerforge.report.charts import Series, format_number, format_percent, line_chart, log_ticks, moving_average, nice_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 finite = st.floats(-1e12, 1e12, allow_nan=False)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from kempnerforge.config import load_config
-from kempnerforge.process import STOPS
 from kempnerforge.training.hooks import evaluation
 from kempnerforge.training.hooks.console import ConsoleProgress
 from kempnerforge.training.hooks.evaluation import Evaluation, Voting
 from kempnerforge.training.hooks.signals import Signals
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.process import STOPS
 from tests.training.tiny import CONFIG, a_trainer, call, make_job, metrics, write_config
 
 TRAIN_KEYS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kempnerforge.config import load_config
-from kempnerforge.data.sampler import StepSampler
+from kempnerforge.data.batching.sampler import StepSampler
 from tests.dist import free_port
 from tests.processes import Forked
 from tests.training.tiny import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.data.files import read_objects
+from kempnerforge.util.files import read_objects
 from tests.training.test_resume import assert_same_run
 from tests.training.tiny import call, make_job, metrics, rows_of, write_rows
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kempnerforge.config import JobConfig, load_config
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.training.trainer import Hook, StepResult, Trainer, TrainingFault
 from tests.training.tiny import Recorder, a_trainer, call, make_job, metrics, plain, rows_of, weights_of, write_rows
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import kempnerforge
 from kempnerforge.config import RopeScaling
-from kempnerforge.data.batch import Batch
+from kempnerforge.convert import verify
+from kempnerforge.convert.commands import import_model
+from kempnerforge.convert.verify import Limits, agreement, compare, forms, load_class, make_probe, our_logits, their_logits
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
-from kempnerforge.training import verify
-from kempnerforge.training.convert import import_model
 from kempnerforge.training.setup import Assembly, assemble
-from kempnerforge.training.verify import Limits, agreement, compare, forms, load_class, make_probe, our_logits, their_logits
 from tests.interop import families, tiny_vlms
 
 WINDOW = 16

@@ -10,9 +10,9 @@ import torch
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.data.tokenizer import Tokenizer
-from kempnerforge.training.convert import export_model
-from kempnerforge.training.pretrained import load_pretrained
+from kempnerforge.convert.commands import export_model
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.inference.pretrained import load_pretrained
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.vocabulary import rows_by_token
 from tests.training.tiny import call, write_config

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from kempnerforge.checkpoint import resolve
 from kempnerforge.checkpoint.manifest import verify
 from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, TrainConfig, VLMConfig, to_dict
-from kempnerforge.config.errors import InputError
 from kempnerforge.config.training import OptimizerGroup
 from kempnerforge.training.history import Span, StageRecord, changed_on_the_way, continued, trained_with
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.same_run import check_same_run
 from kempnerforge.training.schedule import DECAYS, lr_factor
+from kempnerforge.util.errors import InputError
 from tests.training.tiny import call, make_job, metrics, write_rows
 
 
@@ -324,7 +324,7 @@ def test_a_plugin_is_known_by_its_source(lab: Callable[..., object], tmp_path: P
 def test_a_run_whose_plugin_has_moved_is_loaded_with_it(
     lab: Callable[..., object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from kempnerforge.training.pretrained import load_pretrained
+    from kempnerforge.inference.pretrained import load_pretrained
 
     assert lab(1).code == 0
     moved = (tmp_path / "lab" / "arch.py").rename(tmp_path / "elsewhere.py")

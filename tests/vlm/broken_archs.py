@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, registry
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.transformer import Block, Cache, Context
 from kempnerforge.vlm.base import Output
 from kempnerforge.vlm.joint_decoder import JointDecoder

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
 from kempnerforge.config import FreezeSpec, ModelConfig, load_config, registry, to_toml
 from kempnerforge.config.plugins import load_plugins
-from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.distributed.world import World
 from kempnerforge.eval.generate import generate

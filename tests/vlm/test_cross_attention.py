@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kempnerforge.config import FreezeSpec, ModelConfig, load_config
 from kempnerforge.config.adapter import PerceiverConfig
 from kempnerforge.config.vlm import CrossAttentionConfig
-from kempnerforge.data.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.distributed.world import World
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache

@@ -21,14 +21,14 @@ from kempnerforge.config import ConfigError, FreezeSpec, JobConfig, LoRAConfig, 
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.collate import collate
+from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.inference.pretrained import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.optimizer import muon_names
-from kempnerforge.training.pretrained import Processor
 from kempnerforge.training.setup import Assembly, assemble, initialise
-from kempnerforge.training.verify import agreement, load_class, make_probe, our_logits, their_logits
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
@@ -412,7 +412,7 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
 
 
 def read(path: Path) -> Any:
-    from kempnerforge.data.tokenizer import Tokenizer
+    from kempnerforge.data.text.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained(path)
 

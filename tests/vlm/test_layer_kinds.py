@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kempnerforge.config import registry
-from kempnerforge.data.batch import Kind
+from kempnerforge.data.batching.batch import Kind
 from kempnerforge.eval.generate import generate
 from kempnerforge.model import attention
 from kempnerforge.vlm.mot import MoT

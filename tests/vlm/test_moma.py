@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.config import VLMConfig
-from kempnerforge.data.batch import Kind
+from kempnerforge.data.batching.batch import Kind
 from kempnerforge.eval.generate import generate
 from kempnerforge.vlm.moma import MoMaBlock, MoMaConfig, MoMaContext, Tokens
 from tests.vlm.tiny import INTERLEAVED, MODEL, NO_IMAGE, ONE, SAMPLES, TWO_IMAGES, Tiny, all_logits, gradients, tiny, tiny_job

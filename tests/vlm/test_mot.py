@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.checkpoint import save_training
 from kempnerforge.config import ModelConfig, MoTConfig, VLMConfig, to_toml
-from kempnerforge.data.batch import Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.rope import Rope

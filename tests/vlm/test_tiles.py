@@ -14,10 +14,10 @@ from PIL import Image
 from kempnerforge.config import TrainConfig
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.data.batch import Batch, Kind
-from kempnerforge.data.collate import collate, prompt_batch
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.data.batching.collate import collate, prompt_batch
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.setup import assemble

@@ -25,13 +25,13 @@ from kempnerforge.config.data import TextConfig
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
-from kempnerforge.data.batch import IGNORE, Batch, Kind
-from kempnerforge.data.collate import collate, prompt_batch
-from kempnerforge.data.encode import Encoded, Encoder
-from kempnerforge.data.images import load_image
-from kempnerforge.data.pack import join
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.collate import collate, prompt_batch
+from kempnerforge.data.batching.pack import join
+from kempnerforge.data.images.decode import load_image
 from kempnerforge.data.sample import ImageSource, Sample, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.encode import Encoded, Encoder
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.fsdp import prepare
 from kempnerforge.distributed.world import World
 from kempnerforge.training.setup import assemble

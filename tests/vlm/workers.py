@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import DistributedConfig
-from kempnerforge.data.batch import Batch
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
 from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, Tiny, full, install, tiny

@@ -11,8 +11,8 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.probe.scene import COLOURS, Placed
+from kempnerforge.util.errors import InputError
 
 FINE = 4
 """Pixels are drawn this many times finer and averaged: smooth edges."""

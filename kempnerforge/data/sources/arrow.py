@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kempnerforge.config.errors import InputError, cut, show
+from kempnerforge.util.errors import InputError, cut, show
 
 
 def example(schema: Any, where: str) -> dict[str, Any]:

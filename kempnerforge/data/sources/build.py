@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Source
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.util.errors import InputError
 
 
 def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None, seq_len: int = 0) -> Source | None:

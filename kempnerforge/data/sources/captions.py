@@ -9,13 +9,13 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import only_if
 from kempnerforge.config.data import RowsConfig, is_csv
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, candidates, unread
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.said import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
+from kempnerforge.util.errors import InputError
 
 DEFAULT = ("caption",)
 USUAL = ("captions", *(name for name in ANSWERS if name not in DEFAULT))

@@ -12,8 +12,8 @@ from PIL import Image
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.util.errors import InputError
 
 QUESTIONS = {
     "which": ("which digit is it?", str),

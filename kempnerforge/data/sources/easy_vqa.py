@@ -8,8 +8,8 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import EasyVQAConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.util.errors import InputError
 
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})

@@ -9,9 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from kempnerforge.config.data import is_csv, is_file_of_rows
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import start_of
-from kempnerforge.config.reading import check_files
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example
@@ -19,6 +16,9 @@ from kempnerforge.data.sources.keys import ID
 from kempnerforge.data.sources.rows import CsvRows, Judge, Measure, Rows, json_rows
 from kempnerforge.data.sources.table import FileSource
 from kempnerforge.data.stream import first_line
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import start_of
+from kempnerforge.util.reading import check_files
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 

@@ -16,17 +16,17 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import start_of
-from kempnerforge.config.reading import regular
+from kempnerforge.data.batching.order import Order, Windowed
 from kempnerforge.data.fingerprint import digest, file_fingerprint
-from kempnerforge.data.order import Order, Windowed
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example, labels_of, same_columns
 from kempnerforge.data.sources.rows import parse_line, refuse_array
 from kempnerforge.data.sources.said import nested_size
 from kempnerforge.data.sources.table import FileSource, TableSource
 from kempnerforge.data.stream import BLOCK, RowStream, first_line
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import start_of
+from kempnerforge.util.reading import regular
 
 KEPT_WINDOWS = 4
 """Shuffle windows in memory: samplers read three at once at most, and at the end of an epoch the next one begins."""

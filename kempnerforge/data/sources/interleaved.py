@@ -9,12 +9,12 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import RowsConfig
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.said import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
+from kempnerforge.util.errors import InputError, show
 
 FORMS = {"text": ("text", "images"), "lists": ("texts", "images"), "mmc4": ("text_list", "image_info")}
 """Columns of texts and images, by ``data.form``."""

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
-from kempnerforge.config.errors import InputError, cut, show
+from kempnerforge.util.errors import InputError, cut, show
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 ANSWERS = ("answer", "answers", "response", "output", "caption", "text")

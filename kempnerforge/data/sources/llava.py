@@ -8,7 +8,6 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import RowsConfig, is_file_of_rows
-from kempnerforge.config.errors import InputError, show
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import HFRows, is_dataset
 from kempnerforge.data.sources.keys import ID, IMAGES, NULL, PART, Keys, candidates, unread
@@ -16,6 +15,7 @@ from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.rows import json_rows
 from kempnerforge.data.sources.said import as_text, is_content, nested_size, shown
 from kempnerforge.data.sources.table import RowSource, require_columns
+from kempnerforge.util.errors import InputError, show
 
 SYSTEM = "system"
 SPARE = ("name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations", "reasoning_content", "weight")

@@ -14,14 +14,14 @@ import numpy as np
 from kempnerforge.config import registry
 from kempnerforge.config.checks import more_than, not_default
 from kempnerforge.config.data import JOB_KEYS, DataConfig
-from kempnerforge.config.errors import InputError, UnreadError
+from kempnerforge.data.batching.loader import CHARACTERS_PER_TOKEN
+from kempnerforge.data.batching.order import Mixed, Order
 from kempnerforge.data.fingerprint import digest
-from kempnerforge.data.loader import CHARACTERS_PER_TOKEN
-from kempnerforge.data.order import Mixed, Order
 from kempnerforge.data.sample import Sample, SampleError, Source
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.sources.keys import Ignoring
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.util.errors import InputError, UnreadError
 
 MIXTURE = "mixture"
 

@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import PathText, start_of
 from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import PathText, start_of
 
 FONT, DRAWINGS = "font/glyf_colr0.ttf", "svg"
 """In the package's folder: a font with layers of flat colour, which FreeType draws, and a file for each emoji, for its name."""

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.errors import show
 from kempnerforge.data.sample import ImageSource, SampleError
+from kempnerforge.util.errors import show
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?((?:;[^;,]*)*),", re.IGNORECASE)

@@ -13,11 +13,11 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
 from kempnerforge.data.probe.scene import GAP
 from kempnerforge.data.probe.skills import QUESTIONS
 from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.util.errors import InputError
 
 FULL = 0.4
 """Share of a picture that its things may need at their smallest, with the room around them: more is rarely found at random."""

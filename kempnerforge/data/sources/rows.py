@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from kempnerforge.config import reading
-from kempnerforge.config.errors import InputError, show
-from kempnerforge.config.paths import start_of
 from kempnerforge.data.fingerprint import digest, file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.keys import refuse
+from kempnerforge.util import reading
+from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.paths import start_of
 
 BOM = b"\xef\xbb\xbf"
 SHOWN_ROWS = 5

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kempnerforge.config.errors import show
 from kempnerforge.data.sample import ImageSource, SampleError, Taken, Text
 from kempnerforge.data.sources.keys import PART, Ignoring, unread
 from kempnerforge.data.sources.rows import Written
+from kempnerforge.util.errors import show
 
 Open = Callable[[Any], tuple[ImageSource, ...]]
 """Opens what a content list has as an image."""

@@ -14,11 +14,11 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import PathText
-from kempnerforge.config.reading import regular
 from kempnerforge.data.sample import Sample, Source, Text
 from kempnerforge.data.sources.pictures import resolve_image
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import PathText
+from kempnerforge.util.reading import regular
 
 ENGLISH = "en"
 

@@ -10,8 +10,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
-from kempnerforge.config.errors import InputError, cut
-from kempnerforge.config.reading import regular
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Taken, Text
 from kempnerforge.data.sources.keys import (
     ANSWER,
@@ -31,6 +29,8 @@ from kempnerforge.data.sources.keys import (
 from kempnerforge.data.sources.pictures import count_images, images_of
 from kempnerforge.data.sources.rows import Rows
 from kempnerforge.data.sources.said import as_text, make_text, nested_size, said, shown
+from kempnerforge.util.errors import InputError, cut
+from kempnerforge.util.reading import regular
 
 LOOKED_AT = 64
 """Rows whose keys are judged at the start, where not all of them are read there."""

@@ -11,12 +11,12 @@ import numpy as np
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
-from kempnerforge.config.errors import InputError
-from kempnerforge.config.paths import start_of
-from kempnerforge.config.reading import regular
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import Sample, Source, Text
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import start_of
+from kempnerforge.util.reading import regular
 
 BLOCK_CHARACTERS = 2**16
 

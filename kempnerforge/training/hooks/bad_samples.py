@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from kempnerforge.config import Stage
-from kempnerforge.data.files import mend_objects, read_objects
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.files import mend_objects, read_objects
 
 
 class BadSamples(Hook):

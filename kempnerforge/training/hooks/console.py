@@ -8,8 +8,8 @@ import time
 
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
-from kempnerforge.screen import Screen, Words, bars
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.screen import Screen, Words, bars
 
 PLAIN_LINE_S = 10.0
 """Seconds between plain lines."""

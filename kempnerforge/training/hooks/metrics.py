@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from kempnerforge.config import MetricsConfig
-from kempnerforge.data.files import mend_objects
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.files import mend_objects
 
 
 class Metrics(Hook):

@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 
 from kempnerforge.config import to_toml
-from kempnerforge.data.files import write_text
-from kempnerforge.data.images import load_image
-from kempnerforge.data.order import drawn
+from kempnerforge.data.batching.order import drawn
+from kempnerforge.data.images.decode import load_image
 from kempnerforge.data.sample import SampleError
 from kempnerforge.eval.exact_match import Answer, Score
 from kempnerforge.training.complete import SUMMARY, write_complete
@@ -17,6 +16,7 @@ from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.training.trainer import Hook, Trainer
+from kempnerforge.util.files import write_text
 
 LOG = logging.getLogger("kempnerforge")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import FrameType
 
 from kempnerforge.checkpoint.store import newest_step
-from kempnerforge.process import STOPS, die_of_interrupt, say
 from kempnerforge.training.trainer import Hook, Trainer
+from kempnerforge.util.process import STOPS, die_of_interrupt, say
 
 asked_by: set[int] = set()
 """The signals that have asked this process to stop."""

@@ -1,0 +1,1 @@
+"""Models between their files and ours, compared on the spot."""

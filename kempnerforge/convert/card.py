@@ -1,0 +1,58 @@
+"""The model card that goes with an exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kempnerforge.config import to_toml
+from kempnerforge.inference.restore import Restored
+from kempnerforge.training.history import changed_on_the_way, spans_of, trained_with
+from kempnerforge.util.files import read_objects
+
+
+def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> str:
+    """``README.md`` of an export: what it is, what it was trained on, how well it does. The licence is left to whoever publishes it.
+
+    Args:
+        name: a title.
+        form: "hf" or "kempnerforge".
+        lines: facts about the conversion.
+    """
+    job, state = restored.assembly.job, restored.state
+    use = (
+        "Loads with the `from_pretrained` of its class in transformers."
+        if form == "hf"
+        else "No class of transformers is this model: `kempnerforge.load_pretrained` reads it (weights in `model.safetensors`, `config.toml`)."
+    )
+    step, history, imported = state.step, state.history, state.imported
+    changed = [f"* {line}" for line in changed_on_the_way(history, step)]
+    metrics = [f"| `{key}` | {value:.6g} |" for key, value in _metrics(restored.path, step).items()]
+    parts = [
+        "---\ntags:\n- kempnerforge\n---",
+        f"# {name}",
+        use,
+        "\n".join(f"* {line}" for line in lines),
+        "**Licence: not stated.** Whoever publishes this chooses one that the licences of its parts and data allow.",
+        "## Data",
+        f"Weights of {imported['source']}, not trained here."
+        if imported and not step
+        else "\n".join(f"* {line}" for line in trained_with(history, step)),
+        "\n".join(["Not all steps were trained with one config. What changed on the way:", "", *changed]) if changed else "",
+        f"## Metrics\n\nAt step {step}, {state.samples_seen:,} samples seen.",
+        "\n".join(["| metric | value |", "|---|---|", *metrics]) if metrics else "None were measured.",
+        "## Config" if not changed else f"## Config of the steps from {spans_of(history, step)[-1][0].start} on",
+        f"```toml\n{to_toml(job).strip()}\n```",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
+    """What the last evaluation up to ``step`` measured, from the run around the checkpoint, if it still is in one."""
+    file = checkpoint.resolve().parent.parent / "metrics.jsonl"
+    found: dict[str, float] = {}
+    if checkpoint.resolve().parent.name != "checkpoints" or not file.is_file():
+        return found
+    for row in read_objects(file, "step", int)[0]:
+        if row["step"] <= step:
+            found = {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)} or found
+    return found

@@ -1,0 +1,376 @@
+"""``kempnerforge import`` and ``export``: models between their files and ours, compared on the spot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kempnerforge.checkpoint import CheckpointError, save_training
+from kempnerforge.config import to_toml
+from kempnerforge.convert.card import model_card
+from kempnerforge.convert.processor import FILES, write_processor
+from kempnerforge.convert.verify import TOLERANCE, agreement, compare, load_class, make_probe, our_logits
+from kempnerforge.inference.processor import origin
+from kempnerforge.inference.restore import Restored, restore
+from kempnerforge.interop import mllama
+from kempnerforge.interop.foreign import open_foreign
+from kempnerforge.interop.foreign_tokenizer import tokenizer_of
+from kempnerforge.interop.huggingface import CONFIG
+from kempnerforge.interop.settings import hf_config
+from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_parts
+from kempnerforge.interop.write import (
+    DTYPES,
+    Progress,
+    cast_files,
+    fresh,
+    nothing,
+    plain_embedding,
+    save_tensors,
+    text_names,
+    write_config,
+    write_text,
+)
+from kempnerforge.model.hf_towers import HFTower
+from kempnerforge.model.mllama import MllamaTower
+from kempnerforge.model.quiet import quiet
+from kempnerforge.training.history import changed_on_the_way
+from kempnerforge.training.run_state import RunState
+from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import place_of
+from kempnerforge.util.reading import read_object
+
+JOB_FILE, TOKENIZER, ASKED_FILE = "config.toml", "tokenizer", "asked.json"
+FORMATS = ("hf", "kempnerforge")
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of a model.
+
+    Attributes:
+        path: the directory.
+        lines: what a person should know of it.
+        difference: the largest one of two logits, theirs and ours; None: there was nothing to compare with.
+    """
+
+    path: Path
+    lines: list[str]
+    difference: float | None
+
+
+class TheirClass(NamedTuple):
+    """A class of transformers that a model of ours is written as.
+
+    Attributes:
+        name: what transformers calls it.
+        kind: ``model_type`` of the whole model; empty: a language model.
+        family: ``model_type`` of its text model; empty: the model is one of transformers as it stands.
+    """
+
+    name: str
+    kind: str
+    family: str
+
+
+class How(NamedTuple):
+    """How a model is written: as ``export_model`` takes it."""
+
+    family: str | None
+    dtype: torch.dtype
+    verify: bool
+    tolerance: float
+    progress: Progress
+
+
+# ---- theirs to ours -------------------------------------------------------------------------------------------------
+
+
+def import_model(
+    source: Path, out: Path, tokenizer: Path | None = None, *, verify: bool = True, tolerance: float = TOLERANCE, progress: Progress = nothing
+) -> Converted:  # fmt: skip
+    """Makes ``out`` a run directory of ours at step 0, with a config that trains on from it.
+
+    Args:
+        source: a directory of transformers (a language model or a whole vision-language model) or of nanoVLM, or a GGUF file.
+        tokenizer: a directory; None: ``source``.
+        verify: run the class of ``source`` on some rows and compare its logits with ours.
+        tolerance: see ``Agreement.require``.
+
+    Raises:
+        ValueError: it cannot be read, or is not the same model afterwards; nothing is left behind then.
+    """
+    source, out, tokenizer = place_of(source), place_of(out), None if tokenizer is None else place_of(tokenizer)
+    with fresh(out) as part:
+        lines, difference = _import_into(part, source, tokenizer, out, verify, tolerance, progress)
+    lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
+    return Converted(out, lines, difference)
+
+
+def _import_into(
+    part: Path, source: Path, tokenizer: Path | None, out: Path, verify: bool, tolerance: float, progress: Progress
+) -> tuple[list[str], float | None]:
+    """What a person should know of it, and the difference of its logits.
+
+    Args:
+        part: what will be ``out``.
+    """
+    foreign = open_foreign(source)
+    words = tokenizer_of(foreign, tokenizer)
+    assembly = assemble(foreign.job, words, data=False)
+    weights = foreign.read(progress)
+    assembly.model.load_state_dict(weights, strict=True, assign=True)
+    assembly.model.eval()
+    lines = [_described(assembly, foreign.architecture or source.name)]
+    if foreign.image_id is not None:
+        lines.append(
+            f"image token: id {foreign.image_id}, from {source / CONFIG}; texts mark the place of an image by {assembly.job.data.image_placeholder!r}"
+        )
+    difference = None
+    if verify and foreign.can_be_compared:
+        progress(f"running {foreign.architecture}", 0, 1)
+        found = compare(assembly, foreign.image_id, load_class(source, foreign.architecture))
+        lines.append(found.require(f"{foreign.architecture} and ours", tolerance))
+        difference = found.difference
+    elif not foreign.can_be_compared:
+        lines.append("transformers does not load it: nothing to compare with")
+    kept, line = origin(assembly, foreign)
+    lines += [line] if line else []
+    lines += [f"otherwise than there: {note}" for note in foreign.notes]
+    _write_run(part, out, assembly, kept)
+    return lines, difference
+
+
+def _described(assembly: Assembly, name: str) -> str:
+    count = sum(p.numel() for p in assembly.model.parameters())
+    images = f", {assembly.layout.image_tokens} positions an image" if assembly.model.has_images else ""
+    return f"{name}: {count:,} parameters, {assembly.job.model.vocab_size:,} tokens{images}"
+
+
+def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
+    """NOTE: ``run.dir`` is another directory than ``out``, which is a run already, and the place to begin from."""
+    assembly.tokenizer.save(part / TOKENIZER)
+    home = out.resolve()
+    job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{home.name}-trained", init_from=str(home)))
+    (part / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
+    files = {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in sorted((part / TOKENIZER).iterdir())}
+    files[JOB_FILE] = to_toml(replace(job, run=replace(job.run, init_from=""))).encode()
+    save_training(part / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
+
+
+# ---- ours to theirs -------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    checkpoint: Path, out: Path, form: str = "hf", family: str | None = None, *, dtype: str = "fp32", verify: bool = True,
+    tolerance: float = TOLERANCE, progress: Progress = nothing, moved: Sequence[str] = (),
+) -> Converted:  # fmt: skip
+    """Writes a trained model: averaged weights where there are any, LoRA adapters folded in.
+
+    Args:
+        checkpoint: a checkpoint or run directory.
+        form: "hf": what a class of transformers loads; "kempnerforge": safetensors and our config, which ``load_pretrained`` reads.
+        family: of a language model in transformers; None takes the first that can be it.
+        dtype: of the weights: "fp32", "bf16" or "fp16".
+        verify: load what was written and compare its logits with ours, both of the rounded weights, computed in fp32; and say what the
+            rounding does to ours.
+        moved: "--plugins=FILE", where a plugin is no longer where the run says.
+
+    Raises:
+        ValueError: no class of transformers is this model, what it loads is another model, or a weight does not fit ``dtype``; nothing is
+            left behind then.
+    """
+    if form not in FORMATS:
+        raise InputError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype = {dtype!r}: allowed are {', '.join(DTYPES)}")
+    how, checkpoint, out = How(family, DTYPES[dtype], verify, tolerance, progress), place_of(checkpoint), place_of(out)
+    with fresh(out) as part:
+        try:
+            restored = restore(checkpoint, ["--train.mixed_precision=fp32", *moved])
+        except CheckpointError as error:
+            raise InputError(str(error)) from None
+        assembly = restored.assembly
+        if family is not None and (form != "hf" or assembly.job.vlm is not None):
+            raise InputError(f"--family = {family!r}: only a language model that goes out with --format hf has one")
+        if form != "hf" and assembly.model.hf_model is not None:
+            raise InputError(f"{checkpoint}: is a model of transformers; it goes out with --format hf")
+        assembly.model.cpu()
+        rounding = _rounded(assembly, how)
+        converted = (_export_hf if form == "hf" else _export_own)(restored, part, how)
+        spans = changed_on_the_way(restored.state.history, restored.state.step)
+        changed = ["not all of its steps were trained with one config: README.md there says what changed"] if spans else []
+        converted = replace(converted, path=out, lines=[*converted.lines, rounding, *changed])
+        (part / "README.md").write_text(model_card(restored, out.resolve().name, form, converted.lines), encoding="utf-8")
+    return converted
+
+
+def _rounded(assembly: Assembly, how: How) -> str:
+    """Rounds the weights, which stay in fp32, to those of ``how.dtype``, and says so.
+
+    Raises:
+        ValueError: one of them is too large.
+    """
+    name, model = str(how.dtype).removeprefix("torch."), assembly.model
+    if how.dtype == torch.float32:
+        return f"weights in {name}"
+    batch = make_probe(assembly, None, assembly.tokenizer.base_vocab_size).batch if how.verify else None
+    before = our_logits(model, batch) if batch is not None else None
+    for key, p in model.named_parameters():
+        rounded = p.detach().to(how.dtype)
+        if rounded.isinf().any():
+            raise InputError(f"--dtype = {name}: {key} has a value of {p.abs().max().item():.3g}, which does not fit")
+        p.data.copy_(rounded)
+    if before is None or batch is None:
+        return f"weights in {name}, rounded from float32"
+    found = agreement(before, our_logits(model, batch))
+    return (
+        f"weights in {name}, rounded from float32: logits before and after, max|difference| {found.difference:.2g}, "
+        f"max|logit| {found.scale:.3g}"
+    )
+
+
+def _export_own(restored: Restored, out: Path, how: How) -> Converted:
+    assembly = restored.assembly
+    save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
+    cast_files(out, how.dtype)
+    assembly.tokenizer.save(out / TOKENIZER)
+    write_config(out, asdict(assembly.encoder(assembly.stages[-1]).asking), ASKED_FILE)
+    job = replace(assembly.job, lora=[])
+    if assembly.model.has_images:
+        job = replace(job, vision_encoder=assembly.model.vision_encoder.standing_alone(job.vision_encoder))
+    (out / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
+    return Converted(out, [_described(assembly, "kempnerforge")], None)
+
+
+def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
+    assembly = restored.assembly
+    try:
+        architecture, kind, chosen = class_of(assembly, how.family)
+    except InputError as error:
+        raise InputError(f"{restored.path}: {error}; --format kempnerforge writes safetensors with our config") from None
+    if assembly.model.hf_model is not None:
+        return _export_as_it_is(assembly, out, architecture, how)
+    job, tokenizer = assembly.job, assembly.tokenizer
+    lines, image_id, rows = [], None, 0
+    if kind:
+        image_id, rows, line = _image_token(assembly)
+        lines.append(line)
+    cfg, tensors = plain_embedding(job.model, dict(assembly.model.named_parameters()), rows)
+    plain = replace(job, model=cfg)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if kind:
+        assert image_id is not None
+        _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, how.progress)
+    else:
+        write_text(out, cfg, tensors, ids, chosen, progress=how.progress)
+    cast_files(out, how.dtype)
+    (tokenizer if kind else tokenizer.starting()).save(out)
+    _write_ends(out, assembly)
+    lines = [_described(assembly, architecture), *lines, *write_processor(out, assembly, kind)]
+    return _verified(assembly, out, architecture, image_id, lines, how)
+
+
+def _write_ends(out: Path, assembly: Assembly) -> None:
+    """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and those of the tokenizer."""
+    tokenizer, encoder = assembly.tokenizer, assembly.encoder(assembly.stages[-1])
+    end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
+    there = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
+    stop = [*dict.fromkeys((end, tokenizer.eos_id, *others))]
+    stop = stop if len(stop) > 1 else end
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}
+    write_config(out, there | ids, GENERATION)
+
+
+def class_of(assembly: Assembly, family: str | None = None) -> TheirClass:
+    """What ``export_model`` writes the model as. Nothing but shapes is read: it may be on the meta device.
+
+    Args:
+        family: of a language model; None takes the first that can be it.
+
+    Raises:
+        InputError: no class of transformers is this model.
+    """
+    job, model = assembly.job, assembly.model
+    if model.hf_model is not None:
+        return TheirClass(type(model.hf_model).__name__, model.hf_model.config.model_type, "")
+    if job.vlm is None:
+        config = hf_config(job.model, family)
+        return TheirClass(config["architectures"][0], "", config["model_type"])
+    if job.vlm.stands_for != mllama.KIND:
+        kind = fitting(job)
+        return TheirClass(WRAPPERS[kind].architecture, kind, text_family(job, kind))
+    mllama.check(job)
+    encoder = model.vision_encoder
+    assert isinstance(encoder, MllamaTower), "the config of its tower has been checked"
+    mllama.check_tiles(job, encoder)
+    if (name := job.data.image_placeholder) not in assembly.tokenizer.appended:
+        raise InputError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
+    return TheirClass(mllama.ARCHITECTURE, mllama.KIND, mllama.FAMILY)
+
+
+def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], how: How) -> Converted:
+    """Loads what was written and compares, if that is wanted."""
+    if not how.verify:
+        return Converted(out, lines, None)
+    how.progress(f"running {architecture}", 0, 1)
+    found = compare(assembly, image_id, load_class(out, architecture))
+    return Converted(out, [*lines, found.require(f"ours and {architecture}", how.tolerance)], found.difference)
+
+
+def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How) -> Converted:
+    """A model of transformers as it writes itself, with the files of its processor from where it came from."""
+    model, source = assembly.model.hf_model, Path(assembly.job.vlm.files if assembly.job.vlm is not None else "")
+    with quiet():
+        model.save_pretrained(out)
+    cast_files(out, how.dtype)
+    assembly.tokenizer.save(out)
+    _write_ends(out, assembly)
+    copied = [name for name in FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, out / name)
+    processor = write_processor(out, assembly, model.config.model_type, given=bool(copied))
+    lines = [_described(assembly, architecture), *processor]
+    return _verified(assembly, out, architecture, model.config.image_token_id, lines, how)
+
+
+def _image_token(assembly: Assembly) -> tuple[int, int, str]:
+    """The token that stands at the positions of an image, how many rows the embedding needs besides, and a line that says so. A tokenizer
+    without one gets it, behind its vocabulary.
+    """
+    tokenizer, name, rows = assembly.tokenizer, assembly.job.data.image_placeholder, assembly.job.model
+    found = tokenizer.token_id(name)
+    origin = "the tokenizer"
+    if found is None:
+        tokenizer.add_tokens([*tokenizer.appended, name])
+        found = tokenizer.token_id(name)
+        origin = "added to the tokenizer, its embedding the mean of all"
+    assert found is not None
+    return found, max(0, found + 1 - rows.vocab_size - len(rows.new_tokens)), f"image token: `{name}`, id {found} ({origin})"
+
+
+def _write_vlm(
+    out: Path, assembly: Assembly, kind: str, family: str, tensors: dict[str, Tensor], image_id: int, ids: dict[str, Any], progress: Progress
+) -> None:  # fmt: skip
+    """Config and weights."""
+    if isinstance(encoder := assembly.model.vision_encoder, MllamaTower):
+        write_config(out, mllama.write_parts(assembly.job, encoder, image_id, ids))
+        save_tensors(out, mllama.write_tensors(assembly.job, tensors), progress=progress)
+        return
+    job, wrapper = assembly.job, WRAPPERS[kind]
+    assert isinstance(encoder, HFTower), "the class has a vision tower of transformers"
+    tower, layout = encoder.tower.config, wrapper.layouts[0]
+    names = text_names(job.model, family, layout.text, layout.head)
+    names |= {f"adapter.{ours}": layout.projector + theirs for ours, theirs in wrapper.adapter_names.items()}
+    written = {names.get(ours) or layout.vision + ours.removeprefix("vision_encoder."): tensor for ours, tensor in tensors.items()}
+    for name, fill in zip(NORM_OF_CLS, (torch.ones, torch.zeros), strict=True):
+        written.setdefault(layout.vision + name, fill(tower.hidden_size))
+    write_config(out, write_parts(job, kind, tower, assembly.layout.image_tokens, image_id, ids))
+    save_tensors(out, written, progress=progress)

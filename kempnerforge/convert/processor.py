@@ -1,0 +1,222 @@
+"""The processor of an exported model: candidates are written, loaded as others will load them, and compared with what training reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from kempnerforge.config.data import DataConfig, TextConfig
+from kempnerforge.data.text import rendering
+from kempnerforge.data.text.rendering import TemplateError
+from kempnerforge.data.text.tokenizer import CHAT_TEMPLATE
+from kempnerforge.inference.processor import Processor
+from kempnerforge.interop.chat_template import chat_template, render
+from kempnerforge.interop.processors import candidates, followed
+from kempnerforge.interop.write import write_config
+from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, pil_processor
+from kempnerforge.model.quiet import quiet
+from kempnerforge.training.setup import Assembly
+from kempnerforge.util.errors import reason
+
+FILES = (PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, "chat_template.json")
+QUESTIONS = ("what is in the picture?", " Name two things,\nplease: a and é. ", "\nand this?")
+TOLERANCE = 1e-5
+"""Of pixels, which are about 1 in size: both are fp32, computed in another order."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to have it.
+
+    Attributes:
+        name: the processor's class; empty: the tokenizer alone.
+        files: of the processor, by name; empty: those that are there already, or none.
+        keeps: the tokenizer keeps what it puts around all that it is given.
+        space: see ``chat_template``.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]]
+    keeps: bool
+    space: str
+
+    def write(self, out: Path, tokenizer: bytes) -> None:
+        """Its files, and ``tokenizer`` as it has it."""
+        for name, content in self.files.items():
+            write_config(out, content, name)
+        if not self.keeps:
+            tokenizer = json.dumps(json.loads(tokenizer) | {"post_processor": None}, ensure_ascii=False).encode()
+        (out / "tokenizer.json").write_bytes(tokenizer)
+
+
+_ENDS = {True: ((True, ""), (False, ""), (False, " ")), False: ((True, ""), (True, " "))}
+"""Whether the tokenizer adds BOS -> what is tried: ``keeps`` and ``space``."""
+
+
+class Different(Exception):
+    """Where ids or pixels are not ours."""
+
+
+def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = False) -> list[str]:
+    """Writes processor and chat template beside the tokenizer, if some class of transformers makes of images and questions what ours does.
+
+    Args:
+        out: has config and tokenizer of the model, and nothing of a processor unless ``given``.
+        kind: its ``model_type`` if it takes images; empty: a language model.
+        given: a processor's files are there already. They are tried first, and stay if nothing does what ours does.
+
+    Returns:
+        Lines that say what is there, and how a prompt reads.
+    """
+    encoder = assembly.encoder(assembly.stages[-1])
+    cfg, words = encoder.texts[0].cfg, assembly.tokenizer
+    if isinstance(cfg, TextConfig):
+        return []  # running text has no template
+    before = {name: (out / name).read_bytes() for name in ("tokenizer.json", *(FILES if given else ())) if (out / name).is_file()}
+    adds_bos = words.bos_id is not None and words.bos_id in words.backend.encode("").ids
+    lines, reasons = [_prompt_line(cfg, assembly, words.special_names[encoder.end_id()])], []
+    ways = [*_ways(out, assembly, cfg, kind, given)]
+    reasons += [] if ways else [f"a {kind} has none that does what data.images.fit = {cfg.images.fit!r} does"]
+    for attempt in [Attempt(*way, *ends) for way in ways for ends in _ENDS[adds_bos]]:
+        attempt.write(out, before["tokenizer.json"])
+        adds = {"adds_bos": bool(kind) and adds_bos and attempt.keeps, "space": attempt.space}
+        template = chat_template(cfg, words, encoder.asking, processor=attempt.name, **adds)
+        (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
+        try:
+            fine = compare(out, assembly, cfg, bool(kind))
+        except Different as error:
+            reasons.append(f"{attempt.name or 'the tokenizer'} {error}")
+            continue
+        others = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if not reason.startswith(attempt.name))
+        origin = "that of the source" if given and not attempt.files else "written here"
+        what = f"processor: {attempt.name} ({origin}), with a chat template" if kind else "chat template"
+        lines.append(f"{what}; {fine}{others}")
+        return lines if attempt.keeps else [*lines, f"the tokenizer no longer adds `{words.bos}`: the chat template writes it"]
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    for name, content in before.items():
+        (out / name).write_bytes(content)
+    what = "no files of a processor are written" if kind else "no chat template is written"
+    if given:
+        what = "the processor is that of the source, which does otherwise than training"
+    return [*lines, f"{what}: {'; '.join(dict.fromkeys(reasons))}. The processor of kempnerforge.load_pretrained is that of the training"]
+
+
+def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Names of processors, and their files."""
+    layout = assembly.layout
+    if not kind:
+        yield "", {}
+        return
+    if given:
+        yield followed(out, kind) or "a processor", {}
+    norm = assembly.model.normalisation
+    yield from candidates(kind, layout.image_size, norm, cfg.images, layout.image_tokens, cfg.image_placeholder).items()
+
+
+def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
+    """How a prompt reads."""
+    template = chat_template(cfg, assembly.tokenizer, assembly.encoder(assembly.stages[-1]).asking)
+    for count in (1, 0, 2) if assembly.model.has_images else (0,):
+        try:
+            prompt = render(template, _messages([None] * count, "{prompt}"), assembly.tokenizer)
+        except ValueError:
+            continue
+        images = f" with {count} image{'s' * (count > 1)}" if count else ""
+        return f"a prompt{images} reads `{prompt!r}`, and an answer ends with `{end}`"
+    return f"an answer ends with `{end}`"
+
+
+def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str:
+    """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and through the chat template in ``out``.
+
+    Returns:
+        A line that says what is equal.
+
+    Raises:
+        Different: something is not, or cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    ours = Processor(assembly)
+    equal, refused = set[int](), dict[int, str]()
+    try:
+        with quiet():
+            theirs: Any = (
+                pil_processor(out) if images else AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
+            )
+    except Exception as error:  # its class may fail in any way
+        raise Different(f"cannot be loaded ({reason(error)})") from None
+    for count, question in ((count, question) for count in range(3 if images else 1) for question in QUESTIONS):
+        pictures = _pictures(count)
+        try:
+            want = ours(images=[pictures], text=[question])
+        except ValueError:
+            continue  # training has no such prompt either
+        bounded(theirs, count, question)
+        try:
+            with quiet():
+                found = [*_found(theirs, pictures, question, images)]
+        except Exception as error:  # a refusal is not another answer; it is told
+            refused[count] = reason(error)
+            continue
+        for ids, pixels in found:
+            if ids != want.input_ids[0].tolist():
+                raise Different(f"makes other ids of a question with {count} images")
+            if pixels is not None and not _same(pixels, want.pixel_values):
+                raise Different("makes other pixels")
+        equal.add(count)
+    if not equal - ({0} if images else set()):
+        raise Different(f"refuses every question ({next(iter(refused.values()), 'training has none')})")
+    what = "ids and pixels" if images else "ids"
+    counts = f" with {', '.join(map(str, sorted(equal)))} images" if images else ""
+    rest = f"; it refuses {', '.join(map(str, sorted(refused)))} images" if refused else ""
+    return f"{what} of {len(QUESTIONS)} questions{counts} are those of training{rest}"
+
+
+def bounded(theirs: Any, count: int, question: str) -> None:
+    """Raises InputError if the chat template of a tokenizer or processor takes more than it may, before the class renders it itself."""
+    tokens = {name: getattr(theirs, name, None) for name in ("bos_token", "eos_token", "pad_token")}
+    messages = _messages([None] * count, question)
+    if isinstance(theirs.chat_template, str):
+        with suppress(TemplateError):
+            rendering.render(theirs.chat_template, messages, True, **{k: v for k, v in tokens.items() if v is not None})
+
+
+def _found(theirs: Any, pictures: list[Image.Image], question: str, images: bool) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Ids and pixels as people get them: of the chat template at once, and of the text that it renders."""
+    messages = _messages(pictures, question)
+    if not images:
+        yield theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), None
+        return
+    how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for made in (
+        theirs.apply_chat_template(messages, tokenize=True, **how),
+        theirs(images=[pictures] if pictures else None, text=[text], return_tensors="pt"),
+    ):
+        yield made["input_ids"][0].tolist(), made.get("pixel_values")
+
+
+def _messages(pictures: Sequence[Image.Image | None], question: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def _same(theirs: Tensor, ours: Tensor | None) -> bool:
+    flat = theirs.reshape(-1, *theirs.shape[-3:])  # (N, 3, H, W)
+    return ours is not None and flat.shape == ours.shape and bool((flat - ours).abs().max() <= TOLERANCE)
+
+
+def _pictures(count: int) -> list[Image.Image]:
+    """Of odd shapes, with and without transparency."""
+    rng = np.random.default_rng(count)
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((37, 61, 3), (90, 23, 4))[:count]]

@@ -1,0 +1,299 @@
+"""Some batches through a class of transformers and through our model: whether they are the same function.
+
+Shapes: B rows, S positions, K of them that are scored, N images, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.interop import mllama
+from kempnerforge.interop.huggingface import read_config
+from kempnerforge.interop.vlms import WRAPPERS
+from kempnerforge.model.their_config import check_room, class_call, load_whole, names_keys
+from kempnerforge.training.setup import Assembly
+from kempnerforge.util.errors import InputError, library_call
+from kempnerforge.vlm.base import VLM
+
+TOLERANCE = 1e-4
+"""Of the largest difference between two logits, in units of the largest logit, both computed in fp32."""
+ANGLE = 2.0**-22
+"""What is allowed besides, for each position: how exactly fp32 holds an angle of one radian per position, in two formulas."""
+WORDS, BEFORE, ANSWER = 11, 3, 4
+"""Of a short row: tokens, how many of them stand before its image, how many are the answer."""
+LONG_WORDS = 48
+"""Tokens of a long row at least, and of one whose positions are far apart."""
+TIMES = 4
+"""Windows that a long row is long."""
+SCORED = 256
+"""Positions of a row at most whose logits are compared."""
+COST, SCORES = 7e13, 2**30
+"""Of a long row at most: floating point operations of one model (a minute or two for 7 billion parameters on a machine with the memory for
+them), and attention scores of a layer."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models are apart.
+
+    Attributes:
+        difference: the largest one of two logits.
+        scale: the largest logit.
+        farthest: the largest position.
+        covered: what was compared, for people.
+    """
+
+    difference: float
+    scale: float
+    farthest: int = 0
+    covered: str = ""
+
+    @property
+    def excess(self) -> float:
+        """How much of ``scale`` they are apart, beyond what angles of such positions give; infinite for NaN."""
+        apart = self.difference / self.scale - ANGLE * self.farthest if self.scale else self.difference
+        return apart if math.isfinite(apart) else math.inf
+
+    def require(self, what: str, tolerance: float = TOLERANCE) -> str:
+        """A line that says so.
+
+        Raises:
+            ValueError: they are further apart than ``tolerance`` times ``scale``.
+        """
+        line = f"logits of {what}: max|difference| {self.difference:.2g}, max|logit| {self.scale:.3g}; compared: {self.covered}"
+        if not self.excess <= tolerance:
+            raise InputError(f"{line}; more than {tolerance:g} of it: these are two different models")
+        return line
+
+
+class Form(NamedTuple):
+    """What the rows of a probe are like.
+
+    Attributes:
+        words: tokens of a row.
+        image_at: how many of them stand before each image.
+        rows: B.
+        answer: how many words at the end are the answer.
+        farthest: the last position, the others in equal steps to it; 0: one follows the other.
+    """
+
+    words: int
+    image_at: tuple[int, ...] = ()
+    rows: int = 1
+    answer: int = ANSWER
+    farthest: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch for our model, and the same for transformers."""
+
+    batch: Batch
+    inputs: dict[str, Tensor]
+
+
+def short_form(model: VLM) -> Form:
+    """Two rows with an image each: in front where image and prompt see each other (as the classes have it), else after a few words."""
+    at = (0 if model.attention_mask == "prefix" else BEFORE,) if model.has_images else ()
+    return Form(WORDS, at, rows=2)
+
+
+def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: Form | None = None) -> Probe:
+    """Random words and images.
+
+    Args:
+        image_id: what stands at the positions of an image in transformers. Where images take no position it is a word of the stream.
+        vocab_size: words are drawn from so many.
+        form: None: a short one.
+    """
+    model, layout = assembly.model, assembly.layout
+    form = form or short_form(model)
+    rng = torch.Generator().manual_seed(0)
+    allowed = torch.tensor([i for i in range(min(vocab_size, 10_000)) if i != image_id])
+    rows: list[list[int]] = allowed[torch.randint(len(allowed), (form.rows, form.words), generator=rng)].tolist()  # (B, words)
+    images, at = None, form.image_at
+    if model.has_images:
+        count = form.rows * len(at)
+        images = torch.randint(256, (count, 3, layout.image_size, layout.image_size), generator=rng, dtype=torch.uint8)
+    if image_id is not None and not layout.image_tokens:
+        at = tuple(words + before for before, words in enumerate(at))
+        for row in rows:
+            for index in at:
+                row.insert(index, image_id)
+    numbers = [range(row * len(at), (row + 1) * len(at)) for row in range(form.rows)]
+    batch = prompt_batch([Prompt(row, at) for row in rows], images, numbers, layout, 0)
+    length = batch.kinds.shape[1]
+    kinds, scored = batch.kinds.clone(), torch.linspace(0, length - 1, min(length, SCORED)).long()  # (B, S), (K,)
+    kinds[:, -form.answer :] = Kind.ANSWER
+    targets = (torch.arange(form.rows)[:, None] * length + scored).flatten()  # (B * K,)
+    positions = torch.linspace(0, form.farthest, length).long().expand_as(kinds) if form.farthest else batch.positions
+    batch = replace(batch, kinds=kinds, targets=targets, positions=positions)
+    return Probe(batch, _inputs(model, batch, image_id, scored, spread=form.farthest > 0))
+
+
+def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
+    """Of their class; ``scored`` columns (K,) have logits."""
+    ids, kinds = batch.input_ids, batch.kinds
+    inputs = {"attention_mask": torch.ones_like(ids)}
+    if batch.images is not None and image_id is not None:
+        ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
+        if len(batch.images):
+            inputs["pixel_values"] = model.normalise(batch.images)
+        if model.attention_mask != "causal":  # what their classes go by
+            inputs["token_type_ids"] = (kinds == (Kind.ANSWER if model.attention_mask == "prefix" else Kind.IMAGE)).long()
+    if len(scored) < ids.shape[1]:
+        inputs["logits_to_keep"] = scored
+    if spread:
+        inputs["position_ids"] = batch.positions
+    return inputs | {"input_ids": ids}
+
+
+def load_class(path: Path, architecture: str) -> Any:
+    """A model of transformers in fp32, every one of whose parameters has been read.
+
+    Raises:
+        ValueError: it cannot be loaded, or keys are missing, left over or of another shape.
+    """
+    import transformers
+
+    what = f"{architecture} of transformers does not load it"
+    cls, said = getattr(transformers, architecture), read_config(path)
+    with class_call(str(path), what, said):
+        config = cls.config_class.from_pretrained(path, local_files_only=True)
+    check_room(lambda: cls(config), str(path), what, said)
+    with names_keys(said):
+        return load_whole(cls, path, str(path), what, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def our_logits(model: VLM, batch: Batch) -> Tensor:
+    """(B, K, V) of a model on the CPU in fp32."""
+    return model(batch).logits.unflatten(0, (len(batch.input_ids), -1))
+
+
+@torch.no_grad()
+def their_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, K, V)."""
+    inputs, wrapper = dict(inputs), WRAPPERS.get(model.config.model_type)
+    if model.config.model_type == mllama.KIND:
+        inputs = mllama.class_inputs(inputs, model.config)
+    if wrapper is not None and wrapper.images_by_row and "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(inputs["input_ids"]), -1))  # (B, images of a row, 3, H, W)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    scored = None if keeps else inputs.pop("logits_to_keep", None)
+    with library_call(model.config.model_type, f"{type(model).__name__} of transformers cannot run what it has loaded"):
+        logits = model(**inputs, use_cache=False).logits
+    return (logits if scored is None else logits[:, scored]).float()
+
+
+def agreement(ours: Tensor, theirs: Tensor, farthest: int = 0) -> Agreement:
+    """Of (B, K, V) logits; rows of the vocabulary that only one of them has are left out."""
+    size = min(ours.shape[-1], theirs.shape[-1])
+    difference = (ours[..., :size] - theirs[..., :size]).abs().max()
+    return Agreement(difference.item(), ours[..., :size].abs().max().item(), farthest)
+
+
+# ---- how far --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Positions at which a model begins to compute otherwise, by its own settings or those of the class.
+
+    Attributes:
+        windows: of attention, unequal ones.
+        rope: the original lengths of scaled rotary positions.
+        room: positions of a row at most: as many as the model has, or as can be computed in reasonable time.
+    """
+
+    windows: tuple[int, ...]
+    rope: tuple[int, ...]
+    room: int
+
+    @property
+    def length(self) -> int:
+        """Of a row beyond all of them, as far as there is room; 0: nothing asks for a long one."""
+        beyond = TIMES * max(self.windows + self.rope, default=0) if self.windows else 0
+        return min(beyond, self.room)
+
+
+def limits(assembly: Assembly, theirs: Any) -> Limits:
+    """Those of both models: either can be wrong."""
+    cfg, text = assembly.job.model, theirs.config.get_text_config()
+    windows, rope = {getattr(text, "sliding_window", None), *cfg.windows}, set[int]()
+    if assembly.model.hf_model is None:
+        rope = {*_original(getattr(text, "rope_parameters", None) or {})}
+        if cfg.rope_scaling is not None and cfg.rope_scaling.type == "llama3":
+            rope.add(cfg.rope_scaling.original_max_seq_len)
+    heads, parameters = getattr(text, "num_attention_heads", cfg.n_heads), sum(p.numel() for p in assembly.model.parameters())
+    room = min(cfg.max_seq_len, int(COST / (2 * parameters)), math.isqrt(SCORES // heads))
+    return Limits(tuple(sorted(w for w in windows if w)), tuple(sorted(rope)), room)
+
+
+def _original(rope: Mapping[str, Any]) -> Iterable[int]:
+    """``original_max_position_embeddings`` of ``rope_parameters``, which some classes have by kind of layer."""
+    for key, value in rope.items():
+        if isinstance(value, Mapping):
+            yield from _original(value)
+        elif key == "original_max_position_embeddings" and value:
+            yield int(value)
+
+
+def forms(assembly: Assembly, limits: Limits) -> list[Form]:
+    """Short rows; for a model with images one without; a long one, with two images where there is room; and, without windows, one whose
+    positions are far apart, as distances are all that rotary positions are read by.
+    """
+    model, taken = assembly.model, assembly.layout.image_tokens
+    found, prefix = [short_form(model)], model.attention_mask == "prefix"
+    far = min(TIMES * max(limits.rope, default=0), assembly.job.model.max_seq_len) - 1
+    if not limits.windows and far >= LONG_WORDS:
+        found.append(Form(LONG_WORDS, farthest=far))
+    elif model.has_images:
+        found.append(Form(WORDS))
+    images = 0
+    if model.has_images:
+        images = 2 if 2 * (taken + 1) + WORDS <= limits.room else 1
+    words = min(max(limits.length - images * taken, LONG_WORDS), limits.room - images * (taken + 1))
+    if words > WORDS or images > 1:
+        at = (0, 0) if prefix else (BEFORE, words // 2)
+        found.append(Form(words, at[:images], answer=max(ANSWER, words // 2)))
+    return found
+
+
+def compare(assembly: Assembly, image_id: int | None, theirs: Any) -> Agreement:
+    """Both models on short and long rows, with and without images.
+
+    Args:
+        image_id: see ``make_probe``.
+        theirs: as from ``load_class``.
+    """
+    bounds, found, probes = limits(assembly, theirs), list[Agreement](), list[Probe]()
+    for form in forms(assembly, bounds):
+        probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size, form)
+        ours, farthest = our_logits(assembly.model, probe.batch), int(probe.batch.positions.max())
+        found.append(agreement(ours, their_logits(theirs, probe.inputs), farthest))
+        probes.append(probe)
+    worst = max(found, key=lambda one: one.excess)
+    return replace(worst, covered=_covered(bounds, [probe.batch for probe in probes]))
+
+
+def _covered(bounds: Limits, batches: Sequence[Batch]) -> str:
+    rows, longest = sum(len(batch.input_ids) for batch in batches), max(batch.input_ids.shape[1] for batch in batches)
+    farthest = max(int(batch.positions.max()) for batch in batches)
+    said = f"{rows} rows, the longest of {longest:,} positions, up to position {farthest:,}"
+    if images := max(batch.row_images for batch in batches):
+        said += f", 0 to {images} images in a row"
+    short = [f"a window of {window:,}" for window in bounds.windows if longest <= window]
+    short += [f"a rope scaling's original length of {length:,}" for length in bounds.rope if farthest < length]
+    return said + (f"; NOT compared: what lies beyond {' and '.join(short)}" if short else "")

@@ -1,0 +1,1 @@
+"""Samples to batches: order, rows, packing, workers."""

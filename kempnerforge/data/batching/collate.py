@@ -1,0 +1,146 @@
+"""Encoded rows -> one batch, padded on the right to train, on the left to generate.
+
+B rows, S positions, N images, M placements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.pack import SAMPLE_IDS, SAMPLES, Row, join
+from kempnerforge.data.text.encode import Encoded
+from kempnerforge.data.text.interleave import (
+    IMAGES,
+    INPUT_IDS,
+    KINDS,
+    LABELS,
+    POSITIONS,
+    STARTS,
+    TEXT_IDS,
+    TEXTS,
+    Layout,
+    Prompt,
+    Words,
+    lay_out,
+)
+
+
+def collate(encoded: Sequence[Encoded | Row], pad_id: int, pad_to: int | None) -> Batch:
+    """Rows to a batch, padded on the right.
+
+    Args:
+        encoded: B rows; a single sample is one.
+        pad_id: the id on padding and on positions of images.
+        pad_to: row length; None pads to the longest. A row that is longer is kept whole.
+    """
+    rows = [join([row]) if isinstance(row, Encoded) else row for row in encoded]
+    length = max([row.table.shape[1] for row in rows] + [pad_to or 0])
+    firsts = np.cumsum([0] + [len(row.images) for row in rows])  # the number of each row's first image in the batch
+    packed = any(len(row.documents) > 1 for row in rows)
+    return _batch(
+        [(row.table, row.placements) for row in rows],
+        [first + row.placements[IMAGES] for first, row in zip(firsts, rows, strict=False)],
+        [0] * len(rows),
+        length,
+        pad_id,
+        images=_stack([image for row in rows for image in row.images], rows[0].image_size),
+        has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
+        skipped=[bad for row in rows for bad in row.skipped],
+        sample_names=[name for row in rows for name in row.names],
+        texts_left_out=sum(row.left_out for row in rows),
+        parts=[part for row in rows for part in row.parts],
+        documents=tuple(row.documents for row in rows) if packed else (),
+    )
+
+
+def prompt_batch(
+    prompts: Sequence[Prompt],
+    images: torch.Tensor | None,
+    image_of_row: Sequence[int | Sequence[int]] | None,
+    layout: Layout,
+    pad_id: int,
+) -> Batch:
+    """Prompts to generate from, padded on the left so that all answers start at the same position. Nothing is trained.
+
+    Args:
+        prompts: B of them, as from ``Encoder.encode_prompt``.
+        images: (N, 3, H, W) uint8, or None where the job has none.
+        image_of_row: which image (or images: the views of the prompt, in order) each row has, so that rows can share one; None: row b has
+            image b.
+        pad_id: the id on padding and on positions of images.
+    """
+    chosen = range(len(prompts)) if image_of_row is None else image_of_row
+    rows, indices = [], []
+    for prompt, which in zip(prompts, chosen, strict=True):
+        numbers = [] if images is None else [which] if isinstance(which, int) else list(which)
+        blocks = prompt.blocks_of(layout.image_tokens)
+        views = sum(len(block.starts) for block in blocks)
+        assert len(numbers) == views and len(blocks) == len(prompt.image_at), f"{views} views in the prompt, {len(numbers)} given"
+        lead = sum(at == 0 for at in prompt.image_at)
+        words = Words.of(prompt.ids, np.zeros(len(prompt.ids), dtype=bool), prompt.image_at, lead)
+        table, placements = lay_out([words], lead, blocks)
+        row = join([Encoded("", table, [], placements, 0)])
+        rows.append((row.table, row.placements))
+        indices.append(np.asarray(numbers, dtype=np.int64))
+    lengths = [table.shape[1] for table, _ in rows]
+    begins = [max(lengths) - length for length in lengths]
+    names = [str(row) for row in range(len(rows))]
+    return _batch(rows, indices, begins, max(lengths), pad_id, images=images, has_documents=any(begins), sample_names=names)
+
+
+def _batch(
+    rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
+) -> Batch:
+    """``rows`` (table and placements of each, as in ``Row``) from the columns ``begins`` on; ``indices``: which image of the batch stands at
+    each placement, row by row.
+    """
+    table = np.zeros((6, len(rows), length), dtype=np.int64)  # (6, B, S)
+    table[INPUT_IDS], table[LABELS], table[SAMPLE_IDS] = pad_id, IGNORE, -1
+    for row, ((columns, _), begin) in enumerate(zip(rows, begins, strict=True)):
+        table[:, row, begin : begin + columns.shape[1]] = columns
+    table[INPUT_IDS][table[KINDS] == Kind.IMAGE] = pad_id
+    counts = [placed.shape[1] for _, placed in rows]
+    placements = np.concatenate([placed for _, placed in rows], axis=1)  # (4, M)
+    columns = torch.from_numpy(table)
+    return Batch(
+        input_ids=columns[INPUT_IDS],
+        labels=columns[LABELS],
+        positions=columns[POSITIONS],
+        sample_ids=columns[SAMPLE_IDS],
+        text_ids=columns[TEXT_IDS],
+        kinds=columns[KINDS].to(torch.uint8),
+        targets=torch.from_numpy(np.flatnonzero(table[LABELS] != IGNORE)),
+        image_index=torch.from_numpy(np.concatenate(indices)),
+        image_rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        image_starts=torch.from_numpy(placements[STARTS] + np.repeat(np.asarray(begins), counts)),
+        image_text_ids=torch.from_numpy(placements[TEXTS]),
+        image_sample_ids=torch.from_numpy(placements[SAMPLES]),
+        image_slots=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
+        **_row_facts(table[KINDS], counts),
+        **others,
+    )
+
+
+def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
+    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S), ``placements`` counts the images of each row."""
+    images = (kinds == Kind.IMAGE).sum(axis=1)  # (B,) positions
+    alike = placements[0] > 0 and len(set(placements)) == 1 and images.min() == images.max() > 0
+    leading = alike and bool((kinds[:, : images[0]] == Kind.IMAGE).all())
+    return {
+        "row_images": max(placements),
+        "row_words": int((kinds > Kind.IMAGE).sum(axis=1).max()),
+        "leading_images": placements[0] if leading else 0,
+    }
+
+
+def _stack(images: list[np.ndarray], size: int) -> torch.Tensor | None:
+    if not size:
+        return None
+    if not images:
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))  # (N, 3, H, W)

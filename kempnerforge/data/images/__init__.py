@@ -1,0 +1,1 @@
+"""Images: decoded, cut into views, changed at random, kept."""

@@ -1,0 +1,232 @@
+"""Images from files that nobody has checked: refused by name, or decoded to upright RGB."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from kempnerforge.data.sample import ImageSource, SampleError
+from kempnerforge.util.errors import cut, visible
+from kempnerforge.util.reading import irregular
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What is opened. EPS would start Ghostscript; TIFF and the rest are rare in training data and wide open."""
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 200
+MAX_BYTES = 256 * 2**20
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations in which width and height are exchanged."""
+ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
+"""One of these is in the bytes of a PNG that says how it is to be turned; it may say so behind the pixels."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of a PNG that no pixel depends on. Pillow unpacks them and refuses a whole image for one of more than 1 MiB."""
+MAX_NOTE = 16 * 2**20
+"""Bytes of such a chunk, unpacked. What is larger is a bomb, and refused."""
+
+
+class ImageError(SampleError):
+    """This image cannot be used, and why."""
+
+
+class Picture:
+    """An image whose header has been read and judged; its pixels have not been decoded.
+
+    Attributes:
+        size: (width, height) in pixels, upright.
+    """
+
+    def __init__(self, data: BinaryIO) -> None:
+        if not data.read(1):
+            raise ImageError("empty")
+        data = _without_notes(data)
+        try:
+            self._image = Image.open(data, formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise ImageError(f"exceeds {MAX_PIXELS} pixels") from None
+        except UnidentifiedImageError:
+            raise ImageError(f"not an image of {', '.join(FORMATS)}") from None
+        except Exception as error:
+            raise ImageError(f"not an image of {', '.join(FORMATS)} that can be read ({type(error).__name__}: {cut(str(error))})") from None
+        width, height = self._image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"{width}x{height} exceeds {MAX_PIXELS} pixels")
+        if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError(f"degenerate size {width}x{height}")
+        with _decoding():
+            self._turned = _orientation(self._image, data) in TURNED
+        self.size = (height, width) if self._turned else (width, height)
+
+    def pixels(self, least: tuple[int, int]) -> Image.Image:
+        """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least`` (width, height)."""
+        image = self._image
+        width, height = least[::-1] if self._turned else least
+        with _decoding():
+            if image.format == "JPEG":
+                image.draft("RGB", (2 * width, 2 * height))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def load_image(source: ImageSource, size: int) -> np.ndarray:
+    """Decode an image, first frame of several, to RGB and squash it to a square (bicubic).
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled. Size and shape are judged before pixels are decoded.
+
+    Args:
+        source: a file, or the encoded image.
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        ImageError: no such file, not an image, damaged, too large or degenerate.
+    """
+    with opened(source) as picture:
+        image = picture.pixels((size, size))
+        with _decoding():
+            return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))  # (H, W, 3)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) of an image in pixels, upright. Of a file no more than the header is read, unless it is a PNG.
+
+    Raises:
+        ImageError: as ``load_image``, as far as the header shows it.
+    """
+    with opened(source, whole=False) as picture:
+        return picture.size
+
+
+@contextmanager
+def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True) -> Iterator[Picture]:
+    """The image, and its name in front of what is wrong with it.
+
+    Args:
+        source: a file, or the encoded image.
+        data: what it holds, where it has been read.
+        whole: read a file at once, as its pixels will be wanted.
+
+    Raises:
+        ImageError: no such file, not an image, too large or degenerate.
+    """
+    try:
+        data = source if isinstance(source, bytes) else data
+        file = io.BytesIO(data) if data is not None else _file(Path(os.fspath(source)), whole)  # pyright: ignore[reportArgumentType]
+        # Pillow warns of large images between its two bounds; the bound here is lower than both
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield Picture(file)
+    except ImageError as error:
+        raise ImageError(f"image {name_of(source)}: {error}") from None
+
+
+def contents(path: Path) -> bytes:
+    """What an image file holds, as it is.
+
+    Raises:
+        ImageError: no such file, or too large.
+    """
+    try:
+        with _file(path, whole=True) as file:
+            return file.read()
+    except ImageError as error:
+        raise ImageError(f"image {name_of(path)}: {error}") from None
+
+
+def name_of(source: ImageSource) -> str:
+    """What messages call an image."""
+    return visible(cut(str(source), 300)) if isinstance(source, Path) else f"{len(source)} bytes"
+
+
+def _file(path: Path, whole: bool) -> BinaryIO:
+    if not os.path.isfile(path):
+        raise ImageError(f"is {kind}, not a file" if (kind := irregular(path)) else "no such file")
+    try:
+        file = path.open("rb")
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            file.close()
+            raise ImageError(f"more than {MAX_BYTES} bytes")
+        if not whole:
+            return file
+        with file:
+            return io.BytesIO(file.read(MAX_BYTES))
+    except OSError as error:
+        raise ImageError(str(error.strerror or error)) from None
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder raises says that the image is damaged."""
+    try:
+        yield
+    except Exception as error:
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {cut(str(error))})") from None
+
+
+def _without_notes(data: BinaryIO) -> BinaryIO:
+    """The same image; a PNG without its colour profile and texts, but for those that say how it is turned."""
+    data.seek(0)
+    head = data.read(len(PNG))
+    data.seek(0)
+    if head != PNG:
+        return data
+    content = data.read(MAX_BYTES)
+    data.seek(0)
+    if not any(kind in content for kind in NOTES):
+        return data
+    kept, at, marks = [PNG], len(PNG), tuple(mark.encode() for mark in ORIENTATION_MARKS)
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind, body = content[at + 4 : at + 8], content[at + 8 : end - 4]
+        if kind not in NOTES or body.startswith(marks) or _is_bomb(kind, body):
+            kept.append(content[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
+
+
+def _is_bomb(kind: bytes, body: bytes) -> bool:
+    """Whether a chunk of ``NOTES`` is compressed and more than ``MAX_NOTE`` bytes unpacked. Damaged ones are none."""
+    _, _, packed = body.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
+        return False
+    packed = packed[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else packed[1:]
+    try:
+        return len(zlib.decompressobj().decompress(packed, MAX_NOTE + 1)) > MAX_NOTE
+    except zlib.error:
+        return False
+
+
+def _orientation(image: Image.Image, data: BinaryIO) -> int:
+    """The EXIF orientation. Only a PNG that may give it behind its pixels is decoded for that."""
+    if image.format == "PNG" and not any(key in image.info for key in ("exif", *ORIENTATION_MARKS)):
+        here = data.tell()
+        data.seek(0)
+        content = data.read(MAX_BYTES)
+        data.seek(here)
+        if any(mark.encode() in content for mark in ORIENTATION_MARKS):
+            image.load()
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of a PNG would always decode
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB by meaning: ``convert("RGB")`` alone would clip 16-bit gray to white and drop alpha."""
+    if image.mode.startswith("I"):
+        scaled = (np.asarray(image, dtype=np.float64) / 256).clip(0, 255)
+        image = Image.fromarray(scaled.astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")

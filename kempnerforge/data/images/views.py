@@ -1,0 +1,174 @@
+"""An image as the views that the vision encoder sees, and as the block that they take in a row.
+
+A view is an (H, W, 3) uint8 square of the encoder's size. It is normalised on the device, by the encoder: each tower has its own numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from kempnerforge.config.images import GLOBAL_MARKER, ImagesConfig, tile_marker
+from kempnerforge.data.images.augment import Change, draw
+from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
+from kempnerforge.data.images.decode import ImageError, image_size, name_of, opened
+from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of
+from kempnerforge.data.sample import ImageSource
+from kempnerforge.data.text.interleave import Block, Layout
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.util.errors import InputError
+
+VERSION = 1
+"""Of what is done to pixels, for the cache on disk."""
+
+
+class Views:
+    """Makes views as ``data.images`` says.
+
+    Args:
+        layout: size of views, positions that one takes, and the colour around an image.
+        cache: in memory; may be shared with others.
+
+    Raises:
+        ValueError: ``cfg`` does not go with the encoder's image size, its tokens are not in the tokenizer, or its cache cannot be used.
+    """
+
+    def __init__(self, cfg: ImagesConfig, layout: Layout, tokenizer: Tokenizer, cache: ImageCache) -> None:
+        self.cfg, self.layout, self.tokenizer, self.cache = cfg, layout, tokenizer, cache
+        self._blocks: dict[tuple[Grid, int | None], Block] = {}
+        self._markers: dict[str, int] = {}
+        self._disk: DiskCache | None = None
+        if not layout.image_size:
+            return
+        cfg.check(layout.image_size)
+        for name in cfg.new_tokens():
+            found = tokenizer.token_id(name)
+            if found is None:
+                raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
+            self._markers[name] = found
+        self._fill = tuple(int(255 * value) for value in layout.image_mean)
+        deciding = {**dataclasses.asdict(cfg), "augment": None, "cache_dir": None, "markers": None, "number_images": None}
+        self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding], sort_keys=True)
+        if cfg.cache_dir:
+            self._disk = DiskCache(cfg.cache_dir, self._transform, layout.image_size)
+
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """Tokens that stand before views."""
+        return frozenset(self._markers.values())
+
+    # ---- positions ---------------------------------------------------------------------------------------------------------
+
+    def blocks(self, images: Sequence[ImageSource]) -> list[Block]:
+        """What the images of a sample are in its row. Their pixels are not decoded, and if views do not depend on their size nothing is read.
+
+        Raises:
+            ImageError: an image cannot be used, as far as its header shows.
+        """
+        if not self.layout.image_size:
+            return [Block.of([()], 0)] * len(images)
+        numbered = self.cfg.number_images and len(images) > 1
+        return [self._block(self._grid(image), k if numbered else None) for k, image in enumerate(images)]
+
+    def _grid(self, image: ImageSource) -> Grid:
+        return grid_of(self.cfg, self.layout.image_size, image_size(image)) if self.cfg.tiled else (1, 1)
+
+    def _block(self, grid: Grid, number: int | None) -> Block:
+        """The block of an image with this grid, and with ``number`` in front."""
+        block = self._blocks.get((grid, number))
+        if block is None:
+            markers = self._before_views(grid)
+            if number is not None:
+                markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
+            block = self._blocks[grid, number] = Block.of(markers, self.layout.image_tokens)
+        return block
+
+    def _before_views(self, grid: Grid) -> list[tuple[int, ...]]:
+        """For each view the tokens that stand before it."""
+        if not self.cfg.tiled:
+            return [()]
+        names = [GLOBAL_MARKER] if self.cfg.global_view else []
+        if not names or grid != (1, 1):
+            names += [tile_marker(row + 1, column + 1) for row in range(grid[0]) for column in range(grid[1])]
+        return [(self._markers[name],) if self.cfg.markers else () for name in names]
+
+    # ---- pixels ------------------------------------------------------------------------------------------------------------
+
+    def load(self, image: ImageSource, expected: int | None = None, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+        """The views of an image, in the order of its block; read-only.
+
+        Args:
+            expected: how many the block has.
+            rng: draws the changes of ``augment``; None changes nothing. What is changed is not kept in a cache.
+
+        Raises:
+            ImageError: the image cannot be used, or has changed since its block was made.
+        """
+        views = self._made(image, draw(self.cfg.augment, rng)) if rng is not None else self._kept(image)
+        if expected is not None and len(views) != expected:
+            raise ImageError(f"image {name_of(image)}: has changed while it was read")
+        return views
+
+    def _kept(self, image: ImageSource) -> list[np.ndarray]:
+        """The unchanged views: from memory, from disk, or made."""
+        if not self.cache.keeps and self._disk is None:
+            return self._made(image, Change())
+        data, key = (image, content_key(image)) if isinstance(image, bytes) else (None, self.cache.files.key(image))
+        views = self._known(key) if key is not None else None
+        if views is None and not isinstance(image, bytes):
+            data, key = self.cache.files.read(image)
+            views = self._known(key)
+        assert key is not None
+        if views is None:
+            views = self._made(image, Change(), data)
+            if self._disk is not None:
+                self._disk.write(key, views)
+            self.cache.put(key, self._transform, views)
+        return views
+
+    def _known(self, key: str) -> list[np.ndarray] | None:
+        """The views of the image with this content ``key``, if memory or disk has them."""
+        views = self.cache.get(key, self._transform)
+        if views is None and self._disk is not None:
+            views = self._disk.read(key)
+            if views is not None:
+                self.cache.put(key, self._transform, views)
+        return views
+
+    def _made(self, image: ImageSource, change: Change, data: bytes | None = None) -> list[np.ndarray]:
+        side = self.layout.image_size
+        with opened(image, data) as picture:
+            frames = frames_of(self.cfg, side, picture.size)
+            least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
+            pixels = picture.pixels(least)
+        views = [view for frame in frames for view in cut(pixels, frame, side, change, self._fill)]
+        for view in views:
+            view.setflags(write=False)
+        return views
+
+
+def cut(image: Image.Image, frame: Frame, side: int, change: Change, fill: tuple[int, ...]) -> list[np.ndarray]:
+    """The views of one frame.
+
+    Args:
+        image: the whole image in RGB, at any scale.
+        change: what is done to the image before it is laid on the canvas.
+        fill: colour of the canvas, RGB.
+
+    Returns:
+        (side, side, 3) uint8 each.
+    """
+    if image.size != frame.content or change.box != Change().box:
+        image = image.resize(frame.content, Image.Resampling.BICUBIC, box=change.part(image.size))
+    image = change.recolour(image)
+    if frame.content != frame.canvas or frame.offset != (0, 0):
+        canvas = Image.new("RGB", frame.canvas, fill)
+        canvas.paste(image, frame.offset)
+        image = canvas
+    pixels = np.asarray(image)  # (H, W, 3)
+    return [np.ascontiguousarray(pixels[top : top + side, left : left + side]) for left, top in frame.corners]

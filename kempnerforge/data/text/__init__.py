@@ -1,0 +1,1 @@
+"""Texts: tokenizer, templates, and which of their tokens are trained."""

@@ -1,0 +1,210 @@
+"""Where the images of a text stand among its tokens, and the columns of a row that follow from it.
+
+An image stands in a row as a block: its views, and tokens that say which view follows. Most images are one view and no such token.
+
+A, text tokens of one text; P, positions of one view; L, of one block; S, of a row; M, placements of a view in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from kempnerforge.data.batching.batch import IGNORE, Kind
+
+# rows of a table of columns
+INPUT_IDS, LABELS, POSITIONS, TEXT_IDS, KINDS = range(5)
+# rows of a table of placements
+IMAGES, STARTS, TEXTS = range(3)
+VIEW = -1
+"""Stands for a token at the positions of a view."""
+NOWHERE = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the data must know of the model.
+
+    Attributes:
+        image_tokens: positions that one view takes in the row; 0 where images stay out of the residual stream.
+        image_size: pixels of a view's side; 0: the job has no images, and those of the samples are left out.
+        max_text_len: text tokens of a row at most; images inside the texts do not count.
+        seq_len: positions of a row at most.
+        pad_to: length of a row with ``data.batching = "pad"``.
+        image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its image.
+    """
+
+    image_tokens: int
+    image_size: int
+    max_text_len: int
+    seq_len: int
+    pad_to: int
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class Block(NamedTuple):
+    """What one image is in a row.
+
+    Attributes:
+        ids: L of them: tokens of the vocabulary, and ``VIEW`` at the positions of views.
+        starts: for each view its first position in the block. Where views take no position: that of the token before it if there is one in
+            the block, which is the first to see it; else 0, that of the token behind the block.
+    """
+
+    ids: tuple[int, ...]
+    starts: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int) -> Block:
+        """Views one after the other.
+
+        Args:
+            markers: for each view the tokens that stand before it.
+            image_tokens: P.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        for tokens in markers:
+            ids += tokens
+            starts.append(len(ids) if image_tokens else max(0, len(ids) - 1))
+            ids += [VIEW] * image_tokens
+        return cls(tuple(ids), tuple(starts))
+
+
+class Prompt(NamedTuple):
+    """What stands before an answer.
+
+    Attributes:
+        image_at: for each image the offset in ``ids`` before which it stands; 0 is in front of everything.
+        blocks: what each image is in the row; empty: each is one view and nothing else.
+    """
+
+    ids: list[int]
+    image_at: tuple[int, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+    def blocks_of(self, image_tokens: int) -> Sequence[Block]:
+        """``blocks``, those that are left out as well."""
+        return self.blocks or [Block.of([()], image_tokens)] * len(self.image_at)
+
+    def length(self, image_tokens: int) -> int:
+        """Positions that the prompt takes in a row."""
+        return len(self.ids) + sum(len(block.ids) for block in self.blocks_of(image_tokens))
+
+
+@dataclass(frozen=True)
+class Words:
+    """One text without its images, and where they belong.
+
+    Attributes:
+        table: (5, A) int64 as in ``Encoded.table``, with positions from 0 and text id 1.
+        image_at: as in ``Prompt``; empty if the text says nothing of images.
+        lead: how many of them come before anything else of the text.
+    """
+
+    table: np.ndarray
+    image_at: tuple[int, ...] = ()
+    lead: int = 0
+
+    @property
+    def length(self) -> int:
+        """A."""
+        return self.table.shape[1]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], trained: np.ndarray, image_at: tuple[int, ...] = (), lead: int = 0) -> Words:
+        """
+        Args:
+            ids: A tokens.
+            trained: (A,) bool; never the first.
+        """
+        table = np.empty((5, len(ids)), dtype=np.int64)
+        table[INPUT_IDS] = ids
+        table[LABELS] = _labels(table[INPUT_IDS], trained, np.arange(len(ids)), len(ids))
+        table[POSITIONS] = np.arange(len(ids))
+        table[TEXT_IDS] = 1
+        table[KINDS] = np.where(trained, Kind.ANSWER, Kind.PROMPT)
+        return cls(table, image_at, lead)
+
+    def spread(self, skip: int, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+        """The text with its images in it, but for the first ``skip``.
+
+        Returns:
+            Table (5, A + the sum of L over the n images in it), and where the n blocks begin.
+        """
+        if len(self.image_at) <= skip:
+            return self.table, NOWHERE
+        at = np.asarray(self.image_at[skip:], dtype=np.int64)
+        room = np.asarray([0, *accumulate(len(block.ids) for block in blocks[skip : skip + len(at)])])
+        if not room[-1]:
+            return self.table, at
+        length = self.table.shape[1]
+        columns = np.arange(length) + room[np.searchsorted(at, np.arange(length), side="right")]  # behind the blocks before each token
+        begins = at + room[:-1]
+        table = np.empty((5, length + room[-1]), dtype=np.int64)
+        for block, begin in zip(blocks[skip:], begins, strict=True):
+            _fill(table[:, begin : begin + len(block.ids)], block)
+        table[:, columns] = self.table
+        table[LABELS] = _labels(self.table[INPUT_IDS], self.table[KINDS] == Kind.ANSWER, columns, table.shape[1])
+        table[POSITIONS] = np.arange(table.shape[1])
+        table[TEXT_IDS] = 1
+        return table, begins
+
+
+def _fill(table: np.ndarray, block: Block) -> None:
+    """Ids and kinds of ``block``: (5, L)."""
+    if max(block.ids, default=VIEW) == VIEW:  # nothing but views
+        table[INPUT_IDS], table[KINDS] = 0, Kind.IMAGE
+        return
+    ids = np.asarray(block.ids, dtype=np.int64)
+    table[INPUT_IDS] = np.maximum(ids, 0)
+    table[KINDS] = np.where(ids == VIEW, Kind.IMAGE, Kind.PROMPT)
+
+
+def _labels(ids: np.ndarray, trained: np.ndarray, columns: np.ndarray, length: int) -> np.ndarray:
+    """(length,) labels: each trained token is that of the position before it."""
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    labels[columns[trained] - 1] = ids[trained]
+    return labels
+
+
+def lay_out(texts: Sequence[Words], shared: int, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+    """One row: the images that all texts share, then the texts.
+
+    Args:
+        shared: images in front.
+
+    Returns:
+        Columns (5, S), and placements (3, M): number of the view over all images, first position, text.
+    """
+    *begins, front = accumulate((len(block.ids) for block in blocks[:shared]), initial=0)
+    images = np.zeros((5, front), dtype=np.int64)
+    images[LABELS], images[POSITIONS] = IGNORE, np.arange(front)
+    for block, begin in zip(blocks, begins, strict=False):
+        _fill(images[:, begin : begin + len(block.ids)], block)
+    spread = [text.spread(shared, blocks) for text in texts]
+    sizes = [table.shape[1] for table, _ in spread]
+    columns = np.concatenate([images, *(table for table, _ in spread)], axis=1)  # (5, S)
+    columns[TEXT_IDS, front:] = np.repeat(np.arange(1, len(texts) + 1), sizes)
+    columns[POSITIONS, front:] += front
+    firsts = list(accumulate((len(block.starts) for block in blocks), initial=0))  # the number of each image's first view
+    placements = _place(0, begins, blocks, firsts)
+    begin = front
+    for number, ((_, inside), size) in enumerate(zip(spread, sizes, strict=True), start=1):
+        if len(inside):
+            placements += _place(number, (begin + inside).tolist(), blocks[shared:], firsts[shared:])
+        begin += size
+    return columns, np.asarray(placements, dtype=np.int64).reshape(-1, 3).T  # (3, M)
+
+
+def _place(text: int, begins: Sequence[int], blocks: Sequence[Block], firsts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(number of the view, first position, text) of all views of the images that begin at ``begins``."""
+    return [
+        (first + view, begin + start, text)
+        for begin, block, first in zip(begins, blocks, firsts, strict=False)
+        for view, start in enumerate(block.starts)
+    ]

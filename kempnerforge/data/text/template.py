@@ -1,0 +1,188 @@
+"""Texts -> pieces, each trained or not: what ``data.template`` says. Which tokens are trained follows from here and nothing else.
+
+A piece knows whether it is the template's own writing or the sample's. Neighbours are tokenised together, up to where training begins or
+ends, so that a template's structure, and never a second tokenisation of a prefix, draws the line between prompt and answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from kempnerforge.config.template import TurnsConfig, fill
+from kempnerforge.util.errors import InputError
+
+if TYPE_CHECKING:
+    from kempnerforge.config.data import DataConfig
+    from kempnerforge.data.sample import Text
+    from kempnerforge.data.text.tokenizer import Tokenizer
+
+
+class Piece(NamedTuple):
+    """A stretch of a conversation.
+
+    Attributes:
+        field: "system", "prompt" or "answer" where the sample's words stand; empty for the template's own.
+        eos: the EOS token stands here, and ``text`` is empty.
+    """
+
+    text: str
+    trained: bool
+    field: str = ""
+    eos: bool = False
+
+
+EOS_PIECE = Piece("", True, eos=True)
+
+
+class Template(ABC):
+    """Makes pieces of texts.
+
+    Attributes:
+        bos: whether BOS stands in front of the pieces, with a tokenizer that puts it there.
+        own_bos: it does with any tokenizer that has one.
+        specials: whether names of special tokens in the template's own writing are these tokens.
+        end: name of the token that ends an answer; empty means EOS.
+        own: the template's own writing, to tell which names occur in it.
+        turns: whether it can write more than one.
+        by_turn: it writes earlier answers in another way than the last one, so a conversation is a text for each turn, up to its answer, which is
+            the only one that is trained there.
+    """
+
+    bos = True
+    own_bos = False
+    specials = False
+    end = ""
+    own = ""
+    turns = True
+    by_turn = False
+
+    @abstractmethod
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        """What is written of ``text``, which is of strings; raises ValueError where the template cannot."""
+
+
+class PromptTemplate(Template):
+    """``data.prompt_template`` and ``data.answer_template`` in turn, EOS behind each answer."""
+
+    def __init__(self, cfg: DataConfig) -> None:
+        self.cfg = cfg
+
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        _no_system(system, "prompt")
+        found = []
+        for prompt, answer in text.turns:
+            found += _around(self.cfg.prompt_template, prompt, "prompt", trained=False)
+            found += [*_around(self.cfg.answer_template, answer, "answer", trained=True), EOS_PIECE]
+        return found
+
+
+class PlainTemplate(Template):
+    """Images, answer, line break, EOS (LLaVA's "plain": Liu et al. 2023, section 4.2). Of a prompt only the images are left."""
+
+    turns = False
+
+    def __init__(self, cfg: DataConfig) -> None:
+        self.cfg = cfg
+
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        _no_system(system, "plain")
+        prompt, answer = _only_turn(text, "plain")
+        name = self.cfg.image_placeholder
+        images = name * prompt.count(name) if text.leading is None else ""
+        return [Piece(images, False, "prompt"), Piece(answer, True, "answer"), Piece("\n", True), EOS_PIECE]
+
+
+class PaliGemmaTemplate(Template):
+    """Images, BOS, prompt, line break; answer, EOS (Beyer et al. 2024, "PaliGemma", section 3.1)."""
+
+    own_bos = True
+    turns = False
+
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        _no_system(system, "paligemma")
+        prompt, answer = _only_turn(text, "paligemma")
+        return [Piece(prompt, False, "prompt"), Piece("\n", False), Piece(answer, True, "answer"), EOS_PIECE]
+
+
+class TurnsTemplate(Template):
+    """``[data.turns]``."""
+
+    specials = True
+
+    def __init__(self, turns: TurnsConfig, tokenizer: Tokenizer | None) -> None:
+        self.cfg, self.bos, self.end = turns, turns.bos, turns.end
+        if self.end and tokenizer is not None and self.end not in tokenizer.special_names.values():
+            raise InputError(
+                f"data.turns.end = {self.end!r}: the tokenizer has no such token; add it to model.new_tokens, or leave it empty"
+            )
+        self.own = "\0".join((turns.system, turns.user, turns.assistant, turns.answer, turns.end, turns.separator))
+
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        turns = self.cfg
+        found = _around(turns.system, system, "system", trained=False) if system else []
+        for prompt, answer in text.turns:
+            found += [*_around(turns.user, prompt, "prompt", trained=False), Piece(turns.assistant, False)]
+            found += [*_around(turns.answer, answer, "answer", trained=True), Piece(turns.end, True) if turns.end else EOS_PIECE]
+            found.append(Piece(turns.separator, False))
+        return found
+
+
+def _around(template: str, value: str, field: str, trained: bool) -> list[Piece]:
+    before, value, behind = fill(template, value)
+    return [Piece(before, trained), Piece(value, trained, field), Piece(behind, trained)]
+
+
+def _only_turn(text: Text, template: str) -> tuple[str, str]:
+    if text.more:
+        raise InputError(f"data.template = {template!r}: a text of {len(text.more) + 1} turns, it writes one")
+    return text.turns[0]
+
+
+def _no_system(system: str, template: str) -> None:
+    if system:
+        raise InputError(f"data.template = {template!r}: the text has a system prompt, and there is no place for it")
+
+
+def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
+    """The template of ``cfg``; raises ValueError if it does not fit the tokenizer."""
+    if cfg.template == "chat":
+        from kempnerforge.data.text.chat import ChatTemplate
+
+        return ChatTemplate(tokenizer, cfg.system)
+    if cfg.template == "paligemma" and tokenizer.bos_id is None:
+        raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
+    return _of_config(cfg, tokenizer)
+
+
+def _of_config(cfg: DataConfig, tokenizer: Tokenizer | None) -> Template:
+    """A template that needs no tokenizer to be what it is."""
+    if cfg.template == "turns":
+        return TurnsTemplate(cfg.turns, tokenizer)
+    if cfg.template == "paligemma":
+        return PaliGemmaTemplate()
+    return PlainTemplate(cfg) if cfg.template == "plain" else PromptTemplate(cfg)
+
+
+def stretches(cfg: DataConfig, text: Text) -> Iterator[str]:
+    """What ``text`` becomes, without special tokens, in strings that are tokenised each alone; for the corpus of a tokenizer."""
+    if not text.turns:
+        return
+    system = text.system or cfg.system
+    if cfg.template == "chat":
+        yield from (part for part in (system, *(part for turn in text.turns for part in turn)) if part)
+        return
+    try:
+        pieces = _of_config(cfg, None).pieces(text, system)
+    except ValueError:
+        return  # nothing that this template cannot write is ever trained
+    for _, group in groupby(pieces, key=lambda piece: piece.trained):
+        yield "".join(piece.text for piece in group)
+
+
+def render_answer(cfg: DataConfig, answer: str) -> str:
+    """``answer`` as the template writes it, without the token that ends it."""
+    template = {"prompt": cfg.answer_template, "plain": "{answer}\n", "turns": cfg.turns.answer}.get(cfg.template, "{answer}")
+    return "".join(fill(template, answer))

@@ -1,0 +1,400 @@
+"""Text <-> token ids, on top of ``tokenizers``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from kempnerforge.model.their_config import check_config, class_call
+from kempnerforge.util.errors import InputError
+from kempnerforge.util.paths import expand, start_of
+from kempnerforge.util.reading import check_files, read_object, read_text
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CACHED, CACHED_CHARACTERS = 8192, 256  # strings that are kept, in each process; longer ones are rarely seen twice
+LONGEST_WORD = 4096
+CHAT_TEMPLATE = "chat_template.jinja"
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: adds nothing to tokenizer.json
+OWN_KEYS = {"tokenizer_class", "clean_up_tokenization_spaces", "bos_token", "eos_token", "pad_token", "new_tokens", "adds_bos", "stop_ids"}
+"""Of ``tokenizer_config.json`` as ``Tokenizer.save`` writes it."""
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` with the ids that training needs.
+
+    Args:
+        backend: the tokenizer. Its truncation and padding are switched off, and names of special tokens inside a text are encoded as text.
+        eos: the token that ends an answer.
+        bos: the token that is called so, if there is one.
+        adds_bos: whether a text starts with it; None: as the backend's post-processor has it.
+        pad: the token on padding; None takes ``eos``.
+        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put behind the others; it may be asked for them again.
+        chat_template: how conversations are written, in Jinja, if the tokenizer says.
+        stops: ids of further tokens that end an answer.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they stand in a text.
+        base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
+        bos_id, eos_id, pad_id: ids of the above.
+        unknown_id: of the token that stands for what the tokenizer does not know, if there is one.
+        start_id: of the token that a text starts with, if one is put there.
+        stop_ids: at these generation ends, EOS among them.
+        special_names: names of added and special tokens by id.
+        fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not part of it: it decides what the
+            text is.
+
+    Raises:
+        ValueError: a named token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos: str,
+        bos: str | None = None,
+        pad: str | None = None,
+        appended: Sequence[str] = (),
+        chat_template: str | None = None,
+        adds_bos: bool | None = None,
+        stops: Iterable[int] = (),
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.eos, self.bos, self.pad = eos, bos, pad or eos
+        self.chat_template = chat_template
+        vocab = backend.get_vocab(with_added_tokens=True)
+        missing = [token for token in (self.eos, self.bos, self.pad) if token is not None and token not in vocab]
+        if missing:
+            raise InputError(f"data.tokenizer: special token {missing[0]!r} is not in the vocabulary")
+        self.eos_id: int = vocab[self.eos]
+        self.pad_id: int = vocab[self.pad]
+        self.bos_id: int | None = None if self.bos is None else vocab[self.bos]
+        added = backend.encode("").ids[:1]
+        starts = self.bos_id is not None and (added == [self.bos_id] if adds_bos is None else adds_bos)
+        if adds_bos is None and added and added[0] not in (self.bos_id, self.eos_id):
+            raise InputError(f"data.tokenizer: puts {backend.id_to_token(added[0])!r} in front of each text, and its BOS is {self.bos!r}")
+        self.start_id: int | None = self.bos_id if starts else None
+        self.stop_ids: frozenset[int] = frozenset({self.eos_id, *stops})
+        self.new_tokens: tuple[str, ...] = ()
+        self._appended = tuple(appended)
+        self._changed(vocab)
+
+    def _changed(self, vocab: dict[str, int]) -> None:
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.fingerprint = self._fingerprint(vocab)
+        self._backends: dict[str, tokenizers.Tokenizer] = {"": self.backend}
+        self.special_names: dict[int, str] = {id_: token.content for id_, token in self.backend.get_added_tokens_decoder().items()}
+        self.special_names |= {vocab[name]: name for name in (self.eos, self.bos, self.pad) if name is not None}
+        self._cached = lru_cache(maxsize=CACHED)(self._encode)
+
+    @property
+    def base_vocab_size(self) -> int:
+        return self.vocab_size - len(self.new_tokens)
+
+    @property
+    def appended(self) -> tuple[str, ...]:
+        """Names that ``add_tokens`` has put behind the vocabulary, here or before the tokenizer was saved."""
+        return self._appended
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """Ids of ``new_tokens``."""
+        return list(range(self.base_vocab_size, self.vocab_size))
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that are a byte each, where the decoder joins them ("byte fallback"): what it makes of one depends on its neighbours."""
+        decoder = self.backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return frozenset()
+        return frozenset(id_ for name, id_ in self.backend.get_vocab(with_added_tokens=True).items() if BYTE_TOKEN.fullmatch(name))
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token called ``name``, if there is one."""
+        return self.backend.token_to_id(name)
+
+    def add_tokens(self, names: Sequence[str]) -> None:
+        """Puts tokens behind the vocabulary. Those that it was given before, here or before it was saved, may be named again.
+
+        Args:
+            names: all new tokens, in the order of their ids; the ones that are there already first.
+
+        Raises:
+            ValueError: a name is empty, given twice, or in the vocabulary otherwise.
+        """
+        names = tuple(names)
+        there = self._appended
+        if not names:
+            return
+        if names[: len(there)] != there:
+            raise InputError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(there)}")
+        known = self.backend.get_vocab(with_added_tokens=True)
+        for name in (added := names[len(there) :]):
+            if not name or names.count(name) > 1:
+                raise InputError(f"model.new_tokens = {list(names)}: needs names, each once")
+            if name in known:
+                raise InputError(f"model.new_tokens: {name!r} is in the tokenizer's vocabulary already; take another name, or leave it out")
+        # NOTE: special ones would not be recognised inside a text, as no special token's name is
+        self.backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in added])
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self.new_tokens = self._appended = names
+        self._changed(vocab)
+        if [vocab[name] for name in names] != self.new_token_ids:
+            raise InputError(f"model.new_tokens = {list(names)}: the tokenizer's ids have gaps, so new ones cannot follow them")
+
+    def _fingerprint(self, vocab: dict[str, int]) -> str:
+        parts = json.loads(self.backend.to_str())
+        deciding = [
+            sorted(vocab.items()),
+            parts["normalizer"],
+            parts["pre_tokenizer"],
+            parts["model"].get("merges"),
+            parts["model"]["type"],
+        ]
+        unknown = parts["model"].get("unk_token")
+        self.unknown_id: int | None = parts["model"].get("unk_id") if unknown is None else vocab.get(unknown)
+        specials = [self.start_id, self.eos_id, self.pad_id]
+        return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.backend.to_str(), self._named, self.new_tokens)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        """What the constructor is given besides the backend."""
+        names = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "appended": self._appended, "chat_template": self.chat_template}
+        return names | {"adds_bos": self.start_id is not None, "stops": self.stop_ids}
+
+    def changed(self, **named: Any) -> Tokenizer:
+        """The same with other arguments of the constructor."""
+        return Tokenizer(self.backend, **self._named | named)
+
+    def starting(self) -> Tokenizer:
+        """The same, with a backend that puts the token there that a text starts with."""
+        if self.start_id is None or self.backend.encode("").ids[:1] == [self.start_id]:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = put_in_front(str(self.bos), self.start_id)
+        return Tokenizer(backend, **self._named)
+
+    def _encode(self, text: str, behind: str = "") -> tuple[int, ...]:
+        if behind not in self._backends:
+            self._backends[behind] = _without_prefix(self.backend, behind)
+        try:
+            return tuple(self._backends[behind].encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            # the binding refuses strings that are not Unicode text
+            if not isinstance(text, str):
+                raise
+            bad = next((i for i, char in enumerate(text) if 0xD800 <= ord(char) <= 0xDFFF), 0)
+            raise InputError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
+
+    def encode(self, text: str, behind: str = "") -> list[int]:
+        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
+
+        Args:
+            behind: what ``text`` stands behind: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
+                front of a text put none where a whole of several pieces would not get one.
+
+        Raises:
+            ValueError: ``text`` holds a lone surrogate.
+        """
+        return list(self._cached(text, behind) if len(text) <= CACHED_CHARACTERS else self._encode(text, behind))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; special tokens are left out, new ones are not."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write a directory that ``from_pretrained`` and ``transformers.AutoTokenizer`` read."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        config = {
+            "tokenizer_class": PLAIN_CLASS,
+            "clean_up_tokenization_spaces": False,
+            **{key: token for key, token in names.items() if token is not None},
+            "adds_bos": self.start_id is not None,
+            "stop_ids": sorted(self.stop_ids),
+            **({"new_tokens": list(self._appended)} if self._appended else {}),
+        }
+        (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (path / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-level BPE (Radford et al. 2019, section 2.2) over ``texts``; the same texts give the same tokenizer.
+
+        NOTE: the trainer's time grows with the square of a word's length, so words of more than ``LONGEST_WORD`` bytes are learnt from in parts.
+
+        Args:
+            texts: the training text.
+            vocab_size: entries at most: three special tokens, 256 bytes, then merges.
+        """
+        backend = tokenizers.Tokenizer(models.BPE())
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = pre_tokenizers.Split(tokenizers.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")  # a byte is a character, and none a line break
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
+        unicode = (text.encode("utf-8", "ignore").decode() for text in texts)  # a lone surrogate makes its sample unusable, not the run
+        backend.train_from_iterator(unicode, trainer)
+        backend.pre_tokenizer = words
+        return cls(backend, eos=EOS, bos=BOS, pad=PAD, adds_bos=True)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path) -> Tokenizer:
+        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the repository is run. What ends an
+        answer in the model whose directory it is, by its ``generation_config.json`` or ``config.json``, ends one here, too.
+
+        Raises:
+            ValueError: it cannot be read, has no fast implementation, or has no EOS.
+        """
+        path_or_id = expand(str(path_or_id))
+        check_files(path_or_id, "additional_chat_templates/*")
+        plain = _read_plain(Path(path_or_id))
+        if plain is not None:
+            return plain
+        names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
+        if names_a_path and not Path(path_or_id).is_dir():
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
+        from transformers import AutoTokenizer
+
+        config, where = Path(path_or_id) / "config.json", f"data.tokenizer = {str(path_or_id)!r}"
+        said = read_object(config) if config.is_file() else {}
+        check_config(f"{where}: config.json", said)
+        with class_call(where, "cannot be loaded", said):
+            loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
+        if loaded.eos_token is None:
+            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
+        # a copy: transformers keeps its own
+        return cls(
+            tokenizers.Tokenizer.from_str(backend.to_str()),
+            eos=loaded.eos_token,
+            bos=loaded.bos_token,
+            pad=loaded.pad_token,
+            chat_template=_default_template(loaded.chat_template),
+            stops=stop_ids(Path(path_or_id)),
+        )
+
+
+def _rebuild(serialised: str, named: dict[str, Any], new: tuple[str, ...]) -> Tokenizer:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(serialised), **named)
+    tokenizer.add_tokens(new)
+    return tokenizer
+
+
+def put_in_front(name: str, id_: int) -> Any:
+    """A post-processor that puts one token in front of a text."""
+    return processors.TemplateProcessing(single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, id_)])
+
+
+def stop_ids(path: Path) -> tuple[int, ...]:
+    """The tokens at which the model in ``path`` stops, as transformers finds them; none if there is no model.
+
+    Raises:
+        ValueError: a file cannot be read, or names something that is no id.
+    """
+    for file in (path / "generation_config.json", path / "config.json"):
+        if not file.is_file():
+            continue
+        content = read_object(file)
+        text = content.get("text_config")
+        said = next(
+            (part["eos_token_id"] for part in (content, text) if isinstance(part, dict) and part.get("eos_token_id") is not None), None
+        )
+        if said is None:
+            continue
+        found = said if isinstance(said, list) else [said]
+        if wrong := [id_ for id_ in found if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0]:
+            raise InputError(f"{file}: eos_token_id has {wrong[0]!r}, which is no id of a token")
+        return tuple(found)
+    return ()
+
+
+def _default_template(found: Any) -> str | None:
+    """The chat template for plain conversations; some tokenizers have several, by name, or as a list of {name, template}."""
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.Tokenizer:
+    """``backend`` for a piece of a longer text. Some tokenizers put a space in front of the whole text only (Metaspace "first"), some also
+    behind each special token; none does inside.
+    """
+
+    def changed(node: Any) -> Any:
+        if isinstance(node, list):
+            kept = [entry for entry in node if behind == "special" or not isinstance(entry, dict) or entry.get("type") != "Prepend"]
+            return [changed(entry) for entry in kept]
+        if not isinstance(node, dict):
+            return node
+        node = {key: changed(value) for key, value in node.items()}
+        if node.get("type") == "Metaspace" and (behind == "text" or node.get("prepend_scheme") == "first"):
+            node["prepend_scheme"] = "never"
+        if node.get("type") == "ByteLevel" and behind == "text":
+            node["add_prefix_space"] = False
+        return node
+
+    parts = json.loads(backend.to_str())
+    old = {key: parts[key] for key in ("normalizer", "pre_tokenizer")}
+    # a lone normalizer is treated as a list of one, so that it can be left out
+    new = {"normalizer": changed({"type": "Sequence", "normalizers": [old["normalizer"]] if old["normalizer"] else []})}
+    new["pre_tokenizer"] = old["pre_tokenizer"] and changed(old["pre_tokenizer"])
+    if new["pre_tokenizer"] == old["pre_tokenizer"] and new["normalizer"]["normalizers"] == (
+        [old["normalizer"]] if old["normalizer"] else []
+    ):
+        return backend
+    inner = tokenizers.Tokenizer.from_str(json.dumps(parts | new))
+    inner.encode_special_tokens = True
+    return inner
+
+
+def _read_plain(path: Path) -> Tokenizer | None:
+    """The tokenizer of a directory that ``Tokenizer.save`` wrote: read without importing transformers, which takes seconds. Any other may
+    say more than ``tokenizer.json`` does, in its config or beside it.
+    """
+    files = path / "tokenizer.json", path / "tokenizer_config.json"
+    if not all(file.is_file() for file in files) or any(
+        (path / name).is_file() for name in ("added_tokens.json", "special_tokens_map.json")
+    ):
+        return None
+    try:
+        config: Any = read_object(files[1])
+        own = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
+        if not own or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
+            return None
+        backend = tokenizers.Tokenizer.from_file(str(files[0]))
+        chat = path / CHAT_TEMPLATE
+        return Tokenizer(
+            backend,
+            **{key: config.get(f"{key}_token") for key in ("bos", "eos", "pad")},
+            appended=[str(name) for name in config.get("new_tokens", ())],
+            chat_template=read_text(chat) if chat.is_file() else None,
+            adds_bos=bool(config.get("adds_bos", True)),  # older ones do not say: texts started with a BOS that had a name
+            stops=(*config.get("stop_ids", ()), *stop_ids(path)),
+        )
+    except Exception as error:
+        raise InputError(f"data.tokenizer = {str(path)!r}: cannot be read: {error}") from None

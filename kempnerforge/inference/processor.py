@@ -1,0 +1,300 @@
+"""From images and texts to what a model reads: the inputs that ``load_pretrained`` comes with.
+
+Shapes: B rows, S positions, N views, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.images.decode import opened
+from kempnerforge.data.sample import ImageSource
+from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.interop.foreign import Foreign
+from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed
+from kempnerforge.interop.vlms import WRAPPERS
+from kempnerforge.model.image_files import ImageFiles, read_image_files
+from kempnerforge.model.quiet import quiet
+from kempnerforge.training.setup import Assembly
+from kempnerforge.util.errors import InputError, reason
+
+Picture = Image.Image | Path | str | bytes | np.ndarray
+"""An image: opened, a file, encoded, or (H, W, 3) uint8 RGB."""
+SAME_PIXELS = 1e-3
+"""Of normalised pixels; the smallest step of an 8-bit pixel is at least four times as large."""
+AS_IT_IS = "tokenizer"
+"""What ``Processor`` follows for a language model: the text is the prompt."""
+
+
+@dataclass(frozen=True)
+class Inputs(Mapping[str, Tensor]):
+    """What a processor makes: the tensors that processors of transformers make, and the batch that our models take.
+
+    Attributes:
+        input_ids: (B, S) int64, left padded; positions of images hold the image token.
+        attention_mask: (B, S) int64.
+        pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros, where the class takes it so; None
+            without images.
+        batch: the same as a ``Batch``.
+        end_id: the token that ends an answer, or several.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None
+    batch: Batch
+    end_id: int | frozenset[int]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return found if self.pixel_values is None else found | {"pixel_values": self.pixel_values}
+
+
+class Processor:
+    """From images and texts to what a model reads.
+
+    A model that was trained here gets its texts as in training, by its template. One that comes from transformers gets the ids and the
+    pixels that its processor there makes: PaliGemma's puts images, BOS and a line break around a prompt; LLaVA's takes the text as it is,
+    with "<image>" where an image stands; that of Idefics 3 puts tokens around each image besides; and a language model's tokenizer takes
+    the text as it is, too. Of images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
+
+    Images are upright and transparency is laid on white, as in training. Only where a processor of transformers is followed, an image that
+    is opened already is not turned by its EXIF orientation, as there.
+
+    Args:
+        assembly: of the model.
+        follows: the class of the processor in transformers that is followed, or ``AS_IT_IS``; empty: the template.
+        image_id: the token at positions of images, if the source says.
+        by_row: ``pixel_values`` have an axis for the images of a row.
+
+    Raises:
+        ValueError: the tokenizer has not the tokens that such a processor writes.
+    """
+
+    def __init__(self, assembly: Assembly, follows: str = "", image_id: int | None = None, *, by_row: bool = False) -> None:
+        self.assembly, self.follows, self.by_row = assembly, follows, by_row
+        self.tokenizer, self.layout = assembly.tokenizer, assembly.layout
+        self.encoder = assembly.encoder(assembly.stages[-1])
+        self.placeholder = self.encoder.texts[0].cfg.image_placeholder
+        self.image_token_id = self.tokenizer.token_id(self.placeholder) if image_id is None else image_id
+        stops = self.encoder.texts[0].stops
+        self.end_id = stops if len(stops) > 1 else min(stops)
+        # NOTE: a copy that knows special tokens inside a text, as tokenizers of transformers do
+        self._plain = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
+        self._plain.encode_special_tokens = False
+        if follows in FRAMED and self.tokenizer.token_id(FAKE) is None:
+            raise InputError(f"the tokenizer has no {FAKE!r}, which a {follows} puts around images")
+
+    def __call__(
+        self, images: Picture | Sequence[Picture | Sequence[Picture]] | None = None, text: str | Sequence[str] = ""
+    ) -> Inputs:  # fmt: skip
+        """One prompt or several.
+
+        Args:
+            images: those of the prompt; of several prompts one image each, or a list of images each.
+            text: the prompts.
+
+        Raises:
+            ValueError: images and prompts do not fit together, or an image cannot be used.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        literally = self.follows not in ("", AS_IT_IS)
+        sources = [[_encoded(image, literally) for image in group] for group in _grouped(images, len(texts))]
+        if any(sources) and not self.assembly.model.has_images:
+            raise InputError("this model was trained on text alone and takes no image")
+        prompts = [self.prompt(words, group) for words, group in zip(texts, sources, strict=True)]
+        views = [self.views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
+        pixels, numbers = None, None
+        if self.assembly.model.has_images:
+            pixels = stacked([view for row in views for view in row], self.layout.image_size)
+            ends = np.cumsum([len(row) for row in views])
+            numbers = [range(end - len(row), end) for row, end in zip(views, ends.tolist(), strict=True)]
+        batch = prompt_batch(prompts, pixels, numbers, self.layout, self.tokenizer.pad_id)
+        ids = batch.input_ids
+        if self.image_token_id is not None:
+            ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.image_token_id)
+        normalised = self._normalised(pixels, [len(row) for row in views]) if pixels is not None and len(pixels) else None
+        return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
+
+    def view(self, image: Picture) -> Tensor:
+        """(1, 3, H, W) normalised pixels of an image that makes one view."""
+        views = np.stack(self.encoder.images[0].load(_encoded(image, literally=True), 1))  # (1, H, W, 3)
+        return self._normalised(torch.from_numpy(views).permute(0, 3, 1, 2), [1]).reshape(1, 3, *views.shape[1:3])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def prompt(self, text: str, images: Sequence[ImageSource], history: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """The row of a question about ``images``, without them.
+
+        Args:
+            history: (prompt, answer) of the turns before, which are written by the template.
+
+        Raises:
+            ValueError: it cannot be asked.
+        """
+        if not self.follows or history:
+            return self.encoder.ask(text, images, history)
+        if self.follows == PALIGEMMA:
+            if self.placeholder not in text:
+                text = self.placeholder * len(images) + text
+            behind = text.rfind(self.placeholder) + len(self.placeholder) if self.placeholder in text else 0
+            text = f"{text[:behind]}{self.tokenizer.bos}{text[behind:]}\n"
+        elif self.follows in FRAMED:
+            text = text.replace(self.placeholder, FRAME)
+        literal = self.follows in (PALIGEMMA, AS_IT_IS)
+        found = self._plain.encode(text, add_special_tokens=not literal).ids
+        if self.follows == AS_IT_IS and self.tokenizer.start_id is not None:  # what a tokenizer puts after a text would end a prompt
+            found = [self.tokenizer.start_id, *found]
+        ids: list[int] = []
+        at: list[int] = []
+        for token in found:
+            (at if token == self.image_token_id else ids).append(len(ids) if token == self.image_token_id else token)
+        if len(at) != len(images):
+            raise InputError(f"{len(at)} of {self.placeholder!r} in the text and {len(images)} images: must be as many")
+        if not ids and not at:
+            raise InputError("text = '': a prompt without an image needs at least one token")
+        return Prompt(ids, tuple(at), tuple(self.encoder.images[0].blocks(images)))
+
+    def views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
+        """The views of ``images``, (H, W, 3) uint8 each."""
+        blocks = zip(images, prompt.blocks_of(self.layout.image_tokens), strict=True)
+        return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
+
+    def _normalised(self, pixels: Tensor, counts: Sequence[int]) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.assembly.model.normalisation)
+        normalised = (pixels.float() / 255 - mean) / std  # (N, 3, H, W)
+        if not self.by_row:
+            return normalised
+        return pad_sequence([*normalised.split(list(counts))], batch_first=True)  # (B, images of a row, 3, H, W)
+
+
+def stacked(views: Sequence[np.ndarray], size: int) -> Tensor:
+    """(N, 3, H, W) uint8 of N views of side ``size``."""
+    stack = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
+    return torch.from_numpy(stack).permute(0, 3, 1, 2)
+
+
+def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, texts: int) -> list[list[Picture]]:
+    """The images of each text."""
+    if images is None:
+        return [[] for _ in range(texts)]
+    if isinstance(images, Image.Image | Path | str | bytes | np.ndarray):
+        return [[images] for _ in range(texts)]
+    groups: list[list[Any]] = [list(group) if isinstance(group, list | tuple) else [group] for group in images]
+    if texts == 1 and not any(isinstance(group, list | tuple) for group in images):
+        return [[image for group in groups for image in group]]
+    if len(groups) != texts:
+        raise InputError(f"{len(groups)} images or lists of images for {texts} texts: must be as many")
+    return groups
+
+
+def _encoded(image: Picture, literally: bool) -> ImageSource:
+    """As the data code takes it. What is opened already becomes a PNG, which loses nothing and is decoded at its full size.
+
+    Args:
+        literally: as processors of transformers do it: files are decoded at full size, opened images are not turned, 16 bits become 8 by
+            clipping.
+    """
+    if isinstance(image, str):
+        image = Path(image)
+    if isinstance(image, bytes | Path):
+        if not literally:
+            return image
+        with opened(image) as picture:
+            image = picture.pixels(picture.size)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    if not literally:
+        image = ImageOps.exif_transpose(image)
+    if literally or not image.mode.startswith("I"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+# ---- models of transformers -----------------------------------------------------------------------------------------
+
+
+def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
+    """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of its processor, or nothing."""
+    kept: dict[str, Any] = {"source": str(foreign.path), "architecture": foreign.architecture, "image_id": foreign.image_id}
+    if not assembly.model.has_images or not foreign.can_be_compared:
+        return kept, ""
+    files, side = read_image_files(foreign.path), assembly.layout.image_size
+    name, other = followed(foreign.path, _kind(foreign.architecture)), other_pixels(Processor(assembly), files)
+    if other and files is not None:
+        other += differing_settings(files, side)
+    called = name or "image processor"
+    if name in FRAMED and assembly.tokenizer.token_id(FAKE) is None:
+        name = LLAVA
+        other.append(f"{FAKE!r} around images, which the tokenizer has not")
+    line = (
+        f"its {called} does otherwise with images ({'; '.join(other)}): here an image is one square of {side} pixels, "
+        "bicubic, so ids and pixels are not the same"
+    )
+    return kept | ({"processor": name} if name else {}), line if other else ""
+
+
+def other_pixels(ours: Processor, files: ImageFiles | None) -> list[str]:
+    """What the source's own image processor makes of images that ours does not; empty: the same pixels."""
+    if files is None:
+        return ["it has no files of an image processor; mean and std are those of its family"]
+    if files.processor is None:
+        return [f"it cannot be run: {files.problem}"]
+    furthest, side = 0.0, ours.layout.image_size
+    for width, height in ((side, side), (2 * side, side), (61, 37), (23, 90)):
+        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        try:
+            with quiet():
+                made = files.processor(images=Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+        except Exception as error:  # values that its class does not take
+            return [f"it refuses an image of {width} x {height} pixels: {reason(error)}"]
+        views = made.reshape(-1, *made.shape[-3:])  # (views, 3, H, W)
+        views = torch.stack([view for number, view in enumerate(views) if not number or view.any()])  # without empty tiles
+        want = ours.view(noise)
+        if views.shape != want.shape:
+            return [f"an image of {width} x {height} pixels becomes {len(views)} x {tuple(views.shape[1:])}, here {tuple(want.shape[1:])}"]
+        furthest = max(furthest, (views - want).abs().max().item())
+    return [f"pixels up to {furthest:.2g} apart"] if furthest > SAME_PIXELS else []
+
+
+def processing(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Processor`` for a model with this ``origin``; of one that was trained here it is empty."""
+    architecture = kept.get("architecture", "")
+    kind = _kind(architecture)
+    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", _OWN.get(kind, ""))
+    return {"follows": follows, "image_id": kept.get("image_id"), "by_row": bool(kind and follows and WRAPPERS[kind].images_by_row)}
+
+
+_OWN = {kind: known.processors[0] for kind, known in KNOWN.items() if known.processors[0] not in FRAMED}
+"""Followed where a run does not say more."""
+
+
+def _kind(architecture: str) -> str:
+    """The ``model_type`` of a vision-language class."""
+    return next((kind for kind, wrapper in WRAPPERS.items() if wrapper.architecture == architecture), "")

@@ -1,0 +1,1 @@
+"""``check``, ``inspect`` and ``data check``: what a job would do, before it does it."""

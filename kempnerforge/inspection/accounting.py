@@ -1,0 +1,278 @@
+"""What a stage costs: parameters, FLOPs and bytes, counted on the meta device by running the model there, not by a formula per arch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from kempnerforge.config import ModelConfig
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.eval.generate import generate
+from kempnerforge.eval.mode import mode
+from kempnerforge.model.transformer import Block, Cache
+from kempnerforge.vlm.base import VLM, Output
+
+LAYERS = "transformer.layers"
+REST = ""
+"""The part of products outside of all modules: the head, where it is the embedding's own weight."""
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """One part of the model.
+
+    Attributes:
+        parameters, trainable: counts.
+        forward_flops, backward_flops: of one sample in training.
+    """
+
+    name: str
+    parameters: int
+    trainable: int
+    forward_flops: float
+    backward_flops: float
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage costs, on one process.
+
+    Attributes:
+        modules: the parts; they cover the model.
+        state_bytes: fp32 weights and gradients, optimizer state, and the weights once more in the compute dtype.
+        activation_bytes: kept for the backward pass of one micro-batch.
+    """
+
+    modules: list[ModuleCost]
+    state_bytes: int
+    activation_bytes: int
+
+    @property
+    def forward_flops(self) -> float:
+        return sum(module.forward_flops for module in self.modules)
+
+    @property
+    def backward_flops(self) -> float:
+        return sum(module.backward_flops for module in self.modules)
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """What an answer costs.
+
+    Attributes:
+        prompt_length: positions of the prompt, images included where they stand in the stream.
+        prefill_flops: to read the prompt, images included.
+        decode_flops: of the first token that is made from the cache.
+    """
+
+    prompt_length: int
+    prefill_flops: int
+    decode_flops: int
+
+
+@cache
+def _own_children() -> frozenset[str]:
+    """Children of a layer of the plain text backbone."""
+    with torch.device("meta"):
+        return frozenset(name for name, _ in Block(ModelConfig(), 0).named_children())
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to: a child of the model, of the backbone (``model`` in transformers) one level deeper. What an arch
+    adds to the layers of the text backbone is a part as well, the same child of all layers together.
+    """
+    words = name.split(".")
+    if len(words) > 4 and name.startswith(f"{LAYERS}.") and words[3] not in _own_children():
+        return f"{LAYERS}.*.{words[3]}"
+    return ".".join(words[: 2 if words[0] in ("transformer", "model") else 1])
+
+
+def parts(names: Sequence[str]) -> dict[str, list[str]]:
+    """Parameter names by part."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(part_of(name), []).append(name)
+    return found
+
+
+def _counter() -> FlopCounterMode:
+    """NOTE: torch counts the gradient of the weights of a grouped convolution as if there were no groups, a depthwise one as C times what it is."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: object) -> int:
+    """Gradients of the input and of the weights cost as much as the forward pass each."""
+    transposed, _, _, wanted = rest[-4:]  # behind bias, stride, padding, dilation; between them output padding and groups
+    return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
+
+
+class Meter:
+    """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product counted once.
+
+    A product belongs to the innermost module that is running. In the backward pass that is the one that was running when its autograd node
+    was made, which the node's sequence number tells.
+
+    NOTE: ``FlopCounterMode`` can tell modules apart as well, but in a backward pass it leaves a module when the gradient of its input is
+    there: a module whose input needs none gets the FLOPs of all that follows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._counter = _counter()
+        self._flops: defaultdict[str, int] = defaultdict(int)
+        self._running = [REST]
+        self._booked = 0
+        self._marks: list[tuple[int, str]] = [(0, REST)]  # from this node on, the part
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, dict[str, int]]:
+        """One pass: what it would send backward, and FLOPs by part."""
+        handles = []
+        for name, module in self.model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(self._enter, part_of(f"{name}.weight"))))
+                handles.append(module.register_forward_hook(self._leave))
+        try:
+            with self._counter:
+                total = self.model(batch, cache).total
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total, self._taken()
+
+    def backward(self, total: Tensor) -> dict[str, int]:
+        """FLOPs by part of the backward pass of the ``forward`` that gave ``total``."""
+        begins = [number for number, _ in self._marks]
+        for node in _nodes(total):
+            _, part = self._marks[bisect_right(begins, node._sequence_nr()) - 1]
+            node.register_prehook(partial(self._at, part))
+        with self._counter:
+            total.backward()
+        return self._taken()
+
+    def _enter(self, part: str, *_: object) -> None:
+        self._book()
+        self._running.append(part)
+        self._mark()
+
+    def _leave(self, *_: object) -> None:
+        self._book()
+        self._running.pop()
+        self._mark()
+
+    def _at(self, part: str, *_: object) -> None:
+        self._book()
+        self._running[-1] = part
+
+    def _mark(self) -> None:
+        self._marks.append((torch.autograd._get_sequence_nr(), self._running[-1]))  # pyright: ignore[reportPrivateImportUsage]
+
+    def _book(self) -> None:
+        """What was counted since the last call belongs to the part that is running."""
+        now = self._counter.get_total_flops()
+        self._flops[self._running[-1]] += now - self._booked
+        self._booked = now
+
+    def _taken(self) -> dict[str, int]:
+        self._book()
+        found = {part: flops for part, flops in self._flops.items() if flops}
+        assert sum(found.values()) == self._counter.get_total_flops(), "every product belongs to one part"
+        self._flops.clear()
+        self._running, self._booked = [REST], 0
+        self._counter = _counter()
+        return found
+
+
+def _nodes(total: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """The autograd graph behind ``total``, without the leaves."""
+    waiting = [total.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or not node.next_functions:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [behind for behind, _ in node.next_functions]
+
+
+def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute_bytes: int) -> Cost:
+    """Counts one micro-batch of a stage.
+
+    Args:
+        model: on the meta device; only shapes are computed.
+        batch: a real one, for its shapes.
+        trainable: names of the parameters that train.
+        optimizer_slots: name -> fp32 numbers that the optimizer keeps per number of the parameter.
+        compute_bytes: of one number in the compute dtype.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trainable)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[id(tensor.untyped_storage())] = tensor.numel() * compute_bytes
+        return tensor
+
+    meter = Meter(model)
+    with mode(model, training=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, forward = meter.forward(batch.to("meta"))
+        backward = meter.backward(total)
+    rows = max(1, len(batch.sample_names))
+    modules, by_part = [], parts(list(parameters))
+    for part in [*by_part, *(p for p in forward | backward if p not in by_part)]:
+        names = by_part.get(part, [])
+        sizes = [parameters[name].numel() for name in names]
+        train = [parameters[name].numel() for name in names if name in trainable]
+        shown = part or ("output head (tied)" if model.transformer.output_head is None else "outside of modules")
+        modules.append(ModuleCost(shown, sum(sizes), sum(train), forward.get(part, 0) / rows, backward.get(part, 0) / rows))
+    state = sum(p.numel() * (4 + compute_bytes % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items())
+    return Cost(modules, state, sum(kept.values()))
+
+
+class _Metered(nn.Module):
+    """Stands in for a model on the meta device where one is asked for tokens; keeps the FLOPs of each call."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+        self.flops: list[int] = []
+
+    def forward(self, batch: Batch, cache: Cache) -> Output:
+        _, flops = self.meter.forward(batch.to("meta"), cache)
+        self.flops.append(sum(flops.values()))
+        return Output(torch.zeros(()), torch.zeros(len(batch.input_ids), 1))
+
+
+def generation_cost(model: VLM, prompt: Batch) -> GenerationCost:
+    """Counts reading ``prompt``, one row, and one token behind it, with a cache.
+
+    Args:
+        model: on the meta device.
+        prompt: as generation gets it.
+
+    Raises:
+        NotImplementedError: the arch does not generate.
+    """
+    metered = _Metered(Meter(model))
+    with mode(model, training=False):
+        generate(metered, prompt, max_new_tokens=2, eos_id=-1)
+    return GenerationCost(prompt.input_ids.shape[1], *metered.flops)

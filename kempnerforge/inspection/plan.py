@@ -1,0 +1,147 @@
+"""What ``check`` and ``--dry-run`` show of a job before it trains: modules, what trains, what it costs, and one batch through the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kempnerforge.config import JobConfig, Stage
+from kempnerforge.data.batching.batch import Batch
+from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.distributed.world import compute_dtype
+from kempnerforge.inspection.accounting import Cost, GenerationCost, cost, generation_cost, part_of
+from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
+from kempnerforge.training.optimizer import muon_names, settings, state_copies
+from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.util.errors import InputError
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, as it will run.
+
+    Attributes:
+        lr: part -> the peak learning rates in it, smallest first.
+        row_length: positions in a row of the first batch.
+        useful: share of its positions that are no padding.
+        generation: of an answer to the stage's first prompt, or why there is none.
+    """
+
+    stage: Stage
+    cost: Cost
+    lr: dict[str, list[float]]
+    row_length: int
+    useful: float
+    generation: GenerationCost | str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole job."""
+
+    assembly: Assembly
+    dtype: torch.dtype
+    stages: list[StagePlan]
+
+
+def plan(job: JobConfig) -> Plan:
+    """Builds the job on the meta device, takes the first batch of every stage and counts.
+
+    Raises:
+        ValueError: something does not fit; as training would say.
+    """
+    assembly = assemble(job, device="meta")
+    assembly.check_held_out()
+    _check_patterns(assembly)
+    dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
+
+
+def _check_patterns(assembly: Assembly) -> None:
+    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. Which weights a
+    run begins with that reads some, or goes on, is known when it reads them.
+    """
+    job = assembly.job
+    patterns = job.module_patterns()
+    names = [name for name, _ in assembly.model.named_parameters()]
+    freeze_boundaries(job, names, patterns)
+    reads = job.run.init_from or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
+    if not reads:
+        refuse_random(job, assembly.model)
+    for stage in assembly.stages:
+        settings(names, stage.optimizer, patterns)
+
+
+def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
+    job, model = assembly.job, assembly.model
+    patterns = job.module_patterns()
+    names = [name for name, _ in model.named_parameters()]
+    trainable = trainable_names(names, job.freeze_at(stage.start), patterns)
+    own = settings(names, stage.optimizer, patterns)
+    to_muon = muon_names(model) if stage.optimizer.name == "muon" else frozenset()
+    batch = next(assembly.batches(stage, stage.start))
+    counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
+    by_part: dict[str, set[float]] = {}
+    for name in names:
+        by_part.setdefault(part_of(name), set()).add(own[name].muon_lr if name in to_muon else own[name].lr)
+    return StagePlan(
+        stage,
+        counted,
+        {k: sorted(v) for k, v in by_part.items()},
+        batch.input_ids.shape[1],
+        batch.useful_tokens / batch.input_ids.numel(),
+        _generation(assembly, stage),
+    )
+
+
+def _generation(assembly: Assembly, stage: Stage) -> GenerationCost | str:
+    try:
+        return generation_cost(assembly.model, _first_prompt(assembly, stage))
+    except NotImplementedError as error:
+        return str(error) or "not possible with this arch"
+
+
+def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
+    """The first prompt of the stage's training data that can be read, alone; a window of running text where the data are that. Images have
+    no memory, only shapes.
+    """
+    encoder, layout = assembly.encoder(stage), assembly.layout
+    source = assembly.sources[stage.index]
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            if not sample.texts:
+                continue
+            text = sample.texts[0]
+            if isinstance(text.answer, tuple):
+                prompt = Prompt(list(text.answer[:-1]))
+            else:
+                prompt = encoder.encode_question(text.prompt, sample.images, sample.part)
+        except InputError:
+            continue
+        size, count = layout.image_size, sum(len(block.starts) for block in prompt.blocks)
+        images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None
+        return prompt_batch([prompt], images, [list(range(count))], layout, encoder.tokenizer.pad_id)
+    raise InputError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")
+
+
+def dry_run(job: JobConfig) -> list[str]:
+    """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
+    assembly = assemble(job)
+    for section in (section for stage in assembly.stages for section in stage.data.sections()):
+        section.images.cache_dir = ""  # nor into a cache
+    assembly.check_held_out()
+    _check_patterns(assembly)
+    lines = [f"warning: {line}" for line in assembly.warnings()]
+    for stage in assembly.stages:
+        batch = next(assembly.batches(stage, stage.start))
+        with torch.no_grad():
+            loss = float(assembly.model(batch).loss) / max(1, batch.num_targets)
+        rows, length = batch.input_ids.shape
+        lines.append(
+            f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, fresh weights)"
+        )
+    return [*lines, "nothing was written"]

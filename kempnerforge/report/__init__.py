@@ -1,0 +1,1 @@
+"""Pages and charts. Nothing here knows what a job is."""

@@ -1,0 +1,1 @@
+"""Files, reading with limits, errors, processes: what knows nothing of this program."""
