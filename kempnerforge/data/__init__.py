@@ -5,7 +5,8 @@ from kempnerforge.data.batching.collate import collate, prompt_batch
 from kempnerforge.data.batching.loader import build_loader
 from kempnerforge.data.batching.sampler import StepSampler
 from kempnerforge.data.images.decode import ImageError, load_image
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources import build_source, text_corpus
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import Layout, Prompt

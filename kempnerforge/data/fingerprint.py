@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import zlib
@@ -10,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kempnerforge.util.digest import digest
+
 if TYPE_CHECKING:
-    from kempnerforge.data.sample import Source
+    from kempnerforge.data.source import Source
 
 WHOLE = 8 * 2**20
 """Bytes of a file up to which all of it is read."""
@@ -44,11 +45,6 @@ def signature(path: str | Path) -> Signature | None:
     except (OSError, ValueError):
         return None
     return Signature(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-def digest(*parts: object) -> str:
-    """16 hex digits that depend on all ``parts``."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_fingerprint(path: str | Path) -> str:

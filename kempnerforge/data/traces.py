@@ -10,7 +10,7 @@ import numpy as np
 
 from kempnerforge.data.images.decode import contents
 from kempnerforge.data.sample import ImageSource, Sample
-from kempnerforge.inspection.remarks import content_digest
+from kempnerforge.util.digest import content_digest
 
 KINDS = {"image": "images", "question": "questions about the same image, or none", "id": "ids"}
 """What two samples may share, in words."""

@@ -14,7 +14,8 @@ from PIL import Image
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.data.images.decode import opened
-from kempnerforge.data.sample import ImageSource, SampleError, Source
+from kempnerforge.data.sample import ImageSource, SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.questions import HeldOut, Question, Truths, examine
 from kempnerforge.util.errors import InputError

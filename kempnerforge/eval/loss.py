@@ -10,7 +10,8 @@ import torch
 from kempnerforge.config.data import TextConfig
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.order import drawn
-from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sample import SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import Layout

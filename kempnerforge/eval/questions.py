@@ -11,8 +11,10 @@ from typing import Any
 from kempnerforge.config import EvalConfig
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.images.decode import opened
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Text, render_answer
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
+from kempnerforge.data.text.template import render_answer
 from kempnerforge.util.errors import InputError
 
 PICTURES, DECODED = 2000, 200

@@ -5,21 +5,15 @@ What comes out is a part of a page, without scripts and without references to an
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from kempnerforge.inspection.audit import count, image_length
 from kempnerforge.inspection.audit_rows import Decoder, Piece, Row, pieces_of
-from kempnerforge.util.errors import visible
+from kempnerforge.report.html import picture, text
 
-SMALL_SIDE, MAX_SIDE = 96, 512
-"""Pixels: up to the first an image is kept exactly and shown with sharp pixels, beyond the second it is shrunk so that the file stays small."""
 HUES = 6
 KINDS = ("image", "prompt", "trained", "padding")
 
@@ -55,11 +49,6 @@ background:var(--image);box-shadow:none}.tokens .p{background:var(--padding);col
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 @media (max-width:560px){.line{grid-template-columns:minmax(0,1fr)}.views figure,.views img{width:112px}.views img{height:112px}}
 """
-
-
-def text(value: object, keep: str = "") -> str:
-    """Escaped for HTML and XML; controls (but those to ``keep``) and half surrogates become visible escapes."""
-    return escape(visible(str(value), keep + "\u00a0"), quote=True)
 
 
 def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]) -> dict[str, Any]:
@@ -147,25 +136,6 @@ def _view(slot: int, image: Mapping[str, Any], images: np.ndarray | None) -> str
     known = images is not None and 0 <= image["picture"] < len(images)
     shown = picture(images[image["picture"]].transpose(1, 2, 0), f"image {slot}") if known and images is not None else "(no such image)"
     return f"<figure>{shown}<figcaption>image {slot} · {_text_name(image)}<br>{where}</figcaption></figure>"
-
-
-def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> str:
-    """An ``img`` element with the pixels in it.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        name: read aloud instead of it.
-        side: of a larger one, to which it is shrunk.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image is {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
-    drawn, buffer = Image.fromarray(np.ascontiguousarray(image)), io.BytesIO()
-    small = max(drawn.size) <= SMALL_SIDE
-    drawn.thumbnail((side, side))
-    kind, options = ("png", {"optimize": True}) if small else ("jpeg", {"quality": 88})
-    drawn.save(buffer, kind, **options)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img{" class=small" if small else ""} alt="{text(name)}" src="data:image/{kind};base64,{data}">'
 
 
 def _text_name(owned: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from kempnerforge.data.batching.loader import CLASS_POSITIONS, RowClasses
 from kempnerforge.data.batching.order import Order, Shuffled
 from kempnerforge.data.batching.pack import PackSampler
 from kempnerforge.data.batching.sampler import StepSampler
-from kempnerforge.data.sample import Source
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.interleave import Layout
 from kempnerforge.inspection.read_all import Found
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
-from kempnerforge.data.sample import Source
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.traces import KINDS, shared
 from kempnerforge.eval.questions import HeldOut, examine

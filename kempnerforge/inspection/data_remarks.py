@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kempnerforge.config import Stage
-from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sample import SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.traces import KINDS, Marks, Traces, digest, shared
 from kempnerforge.inspection.read_all import is_stream, spread
 from kempnerforge.inspection.remarks import Remarks

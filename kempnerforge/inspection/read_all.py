@@ -15,7 +15,8 @@ import numpy as np
 from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.images.decode import ImageError
-from kempnerforge.data.sample import Sample, SampleError, Source
+from kempnerforge.data.sample import Sample, SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import LABELS
 from kempnerforge.data.traces import KINDS, Marks, Traces, digest, joined

@@ -8,15 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kempnerforge.data.sample import ImageSource, Sample, Taken, Text
+from kempnerforge.util.digest import content_digest
 from kempnerforge.util.errors import show
 
 KEPT = 200_000
 """Images whose answers are remembered."""
-
-
-def content_digest(*parts: object) -> bytes:
-    """16 bytes that stand for ``parts``."""
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def name_digest(image: ImageSource) -> bytes:

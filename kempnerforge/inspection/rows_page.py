@@ -14,10 +14,11 @@ import numpy as np
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.inspection.audit import audit, count, render_row
-from kempnerforge.inspection.audit_page import STYLE, describe, row_card, share_bar, text
+from kempnerforge.inspection.audit_page import STYLE, describe, row_card, share_bar
 from kempnerforge.inspection.audit_rows import Row, rows_of
 from kempnerforge.inspection.contact_sheet import contact_sheet
 from kempnerforge.inspection.data_remarks import glance
+from kempnerforge.report.html import text
 from kempnerforge.report.page import table, write_page
 from kempnerforge.training.setup import Assembly, assemble
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kempnerforge.inspection.audit_page import text
+from kempnerforge.report.html import text
 
 WIDTH, HEIGHT = 480.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 468.0, 58.0, 232.0  # the plot area

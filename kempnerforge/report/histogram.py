@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kempnerforge.inspection.audit_page import text
 from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, format_number, grid, head, nice_ticks
+from kempnerforge.report.html import text
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 

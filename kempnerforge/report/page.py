@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kempnerforge.inspection.audit_page import text
+from kempnerforge.report.html import text
 from kempnerforge.util.files import write_text
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

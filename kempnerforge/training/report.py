@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kempnerforge.inspection.audit_page import picture, text
 from kempnerforge.report.charts import Band, Series, format_number, format_percent, line_chart
+from kempnerforge.report.html import picture, text
 from kempnerforge.report.page import tiles, write_page
 from kempnerforge.training.report_facts import Facts, Metrics, read_metrics, wilson_interval
 

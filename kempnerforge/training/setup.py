@@ -15,7 +15,7 @@ from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.loader import build_loader
 from kempnerforge.data.fingerprint import pictures_fingerprint
-from kempnerforge.data.sample import Source
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.keys import refuse_unused
 from kempnerforge.data.text.asking import Asking, Seen, observe

@@ -16,8 +16,9 @@ from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.pack import join
 from kempnerforge.inspection.audit import render_rows
-from kempnerforge.inspection.audit_page import describe, picture, row_card, share_bar, text
+from kempnerforge.inspection.audit_page import describe, row_card, share_bar
 from kempnerforge.inspection.audit_rows import rows_of
+from kempnerforge.report.html import picture, text
 from tests.data.conftest import png
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e&amp;</div>'

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kempnerforge.config import DataConfig, DistributedConfig, EvalConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.data.sample import Sample, SampleError, Source, Text
+from kempnerforge.data.sample import Sample, SampleError, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop

@@ -23,7 +23,8 @@ from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.convert.commands import import_model
 from kempnerforge.data.batching.batch import IGNORE, Kind
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.asking import Asking, observe
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW

@@ -22,7 +22,7 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.pack import PackSampler
 from kempnerforge.data.batching.rows import DataError, EncodedSamples, collate_rows
 from kempnerforge.data.batching.sampler import MEASURED_WINDOW, WINDOW, StepSampler
-from kempnerforge.data.sample import Source
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.process import STOPS, end_with

@@ -19,7 +19,8 @@ import numpy as np
 
 from kempnerforge.data.batching.order import Kept, Order
 from kempnerforge.data.batching.sampler import RankSampler
-from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sample import SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import IMAGES, STARTS
 

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.pack import Pack, Row, Sizes, join
-from kempnerforge.data.sample import SampleError, Source
+from kempnerforge.data.sample import SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.util.errors import InputError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.sample import Source
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.errors import InputError
 

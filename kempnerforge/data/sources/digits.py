@@ -12,7 +12,8 @@ from PIL import Image
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
 
 QUESTIONS = {

@@ -8,7 +8,8 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import EasyVQAConfig
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
 
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})

@@ -6,9 +6,10 @@ import os
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import HFDatasetConfig
-from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.table import RowSource, TableSource
+from kempnerforge.util.digest import digest
 
 
 @registry.register_source("hf_dataset")

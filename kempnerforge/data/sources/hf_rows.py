@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from kempnerforge.config.data import is_csv, is_file_of_rows
-from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example
 from kempnerforge.data.sources.keys import ID
 from kempnerforge.data.sources.rows import CsvRows, Judge, Measure, Rows, json_rows
 from kempnerforge.data.sources.table import FileSource
 from kempnerforge.data.stream import first_line
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import start_of
 from kempnerforge.util.reading import check_files

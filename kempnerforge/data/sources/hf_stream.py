@@ -17,13 +17,14 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, only_if
 from kempnerforge.config.data import HFDatasetConfig
 from kempnerforge.data.batching.order import Order, Windowed
-from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example, labels_of, same_columns
 from kempnerforge.data.sources.rows import parse_line, refuse_array
 from kempnerforge.data.sources.said import nested_size
 from kempnerforge.data.sources.table import FileSource, TableSource
 from kempnerforge.data.stream import BLOCK, RowStream, first_line
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import start_of
 from kempnerforge.util.reading import regular

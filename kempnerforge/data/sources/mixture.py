@@ -16,11 +16,12 @@ from kempnerforge.config.checks import more_than, not_default
 from kempnerforge.config.data import JOB_KEYS, DataConfig
 from kempnerforge.data.batching.loader import CHARACTERS_PER_TOKEN
 from kempnerforge.data.batching.order import Mixed, Order
-from kempnerforge.data.fingerprint import digest
-from kempnerforge.data.sample import Sample, SampleError, Source
+from kempnerforge.data.sample import Sample, SampleError
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.sources.keys import Ignoring
 from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError, UnreadError
 
 MIXTURE = "mixture"

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText, start_of
 

@@ -16,7 +16,8 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
 from kempnerforge.data.probe.scene import GAP
 from kempnerforge.data.probe.skills import QUESTIONS
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
 
 FULL = 0.4

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.keys import refuse
 from kempnerforge.util import reading
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError, show
 from kempnerforge.util.paths import start_of
 

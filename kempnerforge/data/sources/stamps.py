@@ -14,7 +14,8 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText

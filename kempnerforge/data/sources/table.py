@@ -10,7 +10,8 @@ from itertools import chain
 from typing import Any, ClassVar
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Source, Taken, Text
+from kempnerforge.data.sample import ImageSource, Sample, SampleError, Taken, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.sources.keys import (
     ANSWER,
     ANSWERS,

@@ -12,7 +12,8 @@ import numpy as np
 from kempnerforge.config import registry
 from kempnerforge.config.data import TextConfig
 from kempnerforge.data.fingerprint import file_fingerprint
-from kempnerforge.data.sample import Sample, Source, Text
+from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.source import Source
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import start_of

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
-from kempnerforge.data.fingerprint import digest, file_fingerprint
+from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
 from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unread
 from kempnerforge.data.sources.rows import parse_json
 from kempnerforge.data.sources.table import ENTRY, TableSource
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError, show
 from kempnerforge.util.paths import PathText, start_of
 from kempnerforge.util.reading import regular

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.sample import Sample, SampleError, Source, Text
+from kempnerforge.data.sample import Sample, SampleError, Text
+from kempnerforge.data.source import Source
 
 PLACES = ("front", "head", "tail")
 LOOKED_AT = 8
