@@ -23,7 +23,7 @@ from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import Prompt
-from kempnerforge.interop.foreign import Foreign
+from kempnerforge.interop.places import Foreign
 from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed
 from kempnerforge.interop.vlms import WRAPPERS
 from kempnerforge.model.image_files import ImageFiles, read_image_files

@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from kempnerforge.data.text.tokenizer import Tokenizer, stop_ids
-from kempnerforge.interop.foreign import Foreign
+from kempnerforge.interop.gguf_file import read_gguf_tokenizer
+from kempnerforge.interop.places import Foreign
 from kempnerforge.interop.huggingface import CONFIG
 from kempnerforge.util.errors import InputError
 
@@ -20,8 +21,6 @@ def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
     """
     path = given or source
     if path.suffix == ".gguf":
-        from kempnerforge.interop.gguf_file import read_gguf_tokenizer
-
         return read_gguf_tokenizer(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{path}: has no tokenizer (tokenizer.json); name a directory that has one with --tokenizer")
