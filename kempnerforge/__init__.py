@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kempnerforge.util.version import __version__
+
 if TYPE_CHECKING:
     from kempnerforge.inference.pretrained import load_pretrained
 
-__version__ = "0.1.0"
-__all__ = ["load_pretrained"]
+__all__ = ["__version__", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

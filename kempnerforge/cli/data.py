@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _fetch(args: argparse.Namespace) -> int:
     if args.overrides:
         raise InputError(f"data fetch: {' '.join(args.overrides)}: not understood")
-    from kempnerforge.data.fetch import fetch
+    from kempnerforge.data.collections.fetch import fetch
 
     print(fetch(args.name, args.root, lambda line: print(line, file=sys.stderr)), file=exact(sys.stdout))
     return 0

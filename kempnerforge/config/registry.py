@@ -37,11 +37,11 @@ class Registry:
     Args:
         kind: what an entry is, for messages ("vlm arch").
         key: the config key that selects an entry ("vlm.arch"), for messages and for the bare decorator.
-        package: where an entry that is not there yet may be found, in the module of its name.
+        packages: where an entry that is not there yet may be found, in the module of its name.
     """
 
-    def __init__(self, kind: str, key: str, package: str = "") -> None:
-        self.kind, self.key, self.package = kind, key, package
+    def __init__(self, kind: str, key: str, *packages: str) -> None:
+        self.kind, self.key, self.packages = kind, key, packages
         self._entries: dict[str, type] = {}
 
     def register(self, name: str | type) -> Any:
@@ -76,10 +76,10 @@ class Registry:
         return self._entries[name]
 
     def import_all(self) -> None:
-        """Imports every module of the package, so that all entries are there."""
-        if self.package:
-            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+        """Imports every module of the packages, so that all entries are there."""
+        for package in self.packages:
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -98,27 +98,31 @@ class Registry:
         return next((n for n, c in self._entries.items() if c is cls), None)
 
     def __contains__(self, name: object) -> bool:
-        if name not in self._entries and self.package and isinstance(name, str) and name.isidentifier():
-            module = f"{self.package}.{name}"
-            if importlib.util.find_spec(module) is not None:
-                importlib.import_module(module)
+        if name not in self._entries and isinstance(name, str) and name.isidentifier():
+            for module in (f"{package}.{name}" for package in self.packages):
+                if importlib.util.find_spec(module) is not None:
+                    importlib.import_module(module)
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
 
-vlm_configs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
+_SOURCES = ("kempnerforge.data.sources", "kempnerforge.data.collections")
+
+vlm_configs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
 vision_configs = Registry("vision encoder", "vision_encoder.type")
 adapter_configs = Registry("adapter", "adapter.type")
-data_configs = Registry("data source", "data.source", package="kempnerforge.data.sources")
+data_configs = Registry("data source", "data.source", *_SOURCES)
 
-archs = Registry("vlm arch", "vlm.arch", package="kempnerforge.vlm")
+archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
-sources = Registry("data source", "data.source", package="kempnerforge.data.sources")
+sources = Registry("data source", "data.source", *_SOURCES)
 
-ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources)
+templates = Registry("template", "data.template", "kempnerforge.data.text")
+
+ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources, templates)
 
 
 def forget(module: str) -> None:
@@ -136,6 +140,7 @@ register_arch: Decorator = archs.register
 register_vision_encoder: Decorator = vision_encoders.register
 register_adapter: Decorator = adapters.register
 register_source: Decorator = sources.register
+register_template: Decorator = templates.register
 
 
 def list_vlm_configs() -> list[str]:

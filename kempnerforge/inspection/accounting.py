@@ -6,19 +6,19 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from kempnerforge.config import ModelConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.eval.generate import generate
 from kempnerforge.eval.mode import mode
-from kempnerforge.model.transformer import Block, Cache
+from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import VLM, Output
+from kempnerforge.vlm.parts import part_of, parts
 
 REST = ""
 """The part of products outside of all modules: the head, where it is the embedding's own weight."""
@@ -84,8 +84,6 @@ class GenerationCost:
     prompt_length: int
     prefill_flops: int
     decode_flops: int
-
-
 
 
 def _counter() -> FlopCounterMode:

@@ -12,12 +12,12 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
-from kempnerforge.vlm.parts import part_of
 from kempnerforge.inspection.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
 from kempnerforge.training.optimizer import muon_names, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
+from kempnerforge.vlm.parts import part_of
 
 
 @dataclass(frozen=True)

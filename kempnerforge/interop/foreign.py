@@ -5,16 +5,14 @@ nanoVLM's. Strict: every tensor of the files has a place or is known to have non
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
@@ -22,27 +20,19 @@ from kempnerforge.config.job import JobConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.interop import mllama, nanovlm
 from kempnerforge.interop.gguf_file import open_gguf
+from kempnerforge.interop.huggingface import CONFIG, read_config, tensor_files
+from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD
 from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
-from kempnerforge.interop.huggingface import CONFIG, check_tensor, read_config, some, tensor_files
-from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD, IGNORED
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
-from kempnerforge.interop.write import Progress, nothing, text_names
-from kempnerforge.model.adapters import build_adapter
+from kempnerforge.interop.write import text_names
 from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.their_config import within_memory
-from kempnerforge.model.transformer import Transformer
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.util.errors import InputError, cut, show
 
-log = logging.getLogger("kempnerforge")
-
-
-
-
-
-
-
+UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
+"""Tensors of a tower that may have no place in ours, besides layers behind the one that is read: a norm that no patch passes, pooling."""
 
 
 def open_foreign(path: Path | str) -> Foreign:
@@ -192,5 +182,3 @@ def _prefix_of(path: Path, name: str, files: dict[str, Path]) -> str:
 def _rows(files: dict[str, Path], name: str) -> int:
     with safe_open(files[name], framework="pt") as opened:
         return opened.get_slice(name).get_shape()[0]
-
-

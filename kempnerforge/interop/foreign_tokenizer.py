@@ -8,8 +8,8 @@ from tokenizers import AddedToken
 
 from kempnerforge.data.text.tokenizer import Tokenizer, stop_ids
 from kempnerforge.interop.gguf_file import read_gguf_tokenizer
-from kempnerforge.interop.places import Foreign
 from kempnerforge.interop.huggingface import CONFIG
+from kempnerforge.interop.places import Foreign
 from kempnerforge.util.errors import InputError
 
 

@@ -20,9 +20,9 @@ from kempnerforge.config.model import ModelConfig, RopeScaling
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
 from kempnerforge.interop.huggingface import check_tensor
 from kempnerforge.interop.names import EMBEDDING, HEAD, NORM
+from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
 from kempnerforge.interop.write import Progress, nothing
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import regular

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from kempnerforge.config.data import JsonlConfig, TextConfig
-from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.training import TrainConfig
-from kempnerforge.interop import mllama, nanovlm
-from kempnerforge.interop.huggingface import CONFIG, check_tensor, read_config, some, tensor_files
-from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD, IGNORED
-from kempnerforge.interop.settings import complete, model_config
-from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
-from kempnerforge.interop.write import Progress, nothing, text_names
+from kempnerforge.interop import mllama
+from kempnerforge.interop.huggingface import CONFIG, check_tensor, some
+from kempnerforge.interop.names import IGNORED
+from kempnerforge.interop.write import Progress, nothing
 from kempnerforge.model.adapters import build_adapter
-from kempnerforge.model.image_files import read_image_files
-from kempnerforge.model.their_config import within_memory
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.model.vision import build_vision_encoder
-from kempnerforge.util.errors import InputError, cut, show
+from kempnerforge.util.errors import InputError
 
+log = logging.getLogger("kempnerforge")
 
 MAX_TEXT = 512
 """Tokens of a text in the config that is made, if the model has room for so many."""
-UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
-"""Tensors of a tower that may have no place in ours, besides layers behind the one that is read: a norm that no patch passes, pooling."""
 
 
 class Place(NamedTuple):

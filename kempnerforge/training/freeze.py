@@ -18,9 +18,9 @@ import torch.nn as nn
 from kempnerforge.config import FreezeSpec, JobConfig, Stage, VLMConfig
 from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
-from kempnerforge.vlm.parts import part_of
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
+from kempnerforge.vlm.parts import part_of
 
 log = logging.getLogger("kempnerforge")
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-import kempnerforge
 from kempnerforge.config import JobConfig, diff, to_dict
 from kempnerforge.config.plugins import PluginRecord, plugins_of, record_plugins
 from kempnerforge.distributed.world import World, compute_dtype
 from kempnerforge.training.setup import Assembly
+from kempnerforge.util.version import __version__
 
 LIBRARIES = ("numpy", "pillow", "tokenizers", "transformers", "safetensors")
 """Besides torch: those through which data and weights go."""
@@ -97,7 +97,7 @@ def span(job: JobConfig, assembly: Assembly, world: World) -> Span:
 
 
 def _versions() -> dict[str, str]:
-    own = {"kempnerforge": kempnerforge.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    own = {"kempnerforge": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return own | {name: version(name) for name in LIBRARIES}
 
 

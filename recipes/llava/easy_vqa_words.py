@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import EasyVQAConfig
+from kempnerforge.data.collections.easy_vqa import EasyVQA
 from kempnerforge.data.sample import Sample
-from kempnerforge.data.sources.easy_vqa import EasyVQA
 
 
 @registry.register_data_config

@@ -148,7 +148,7 @@ def test_fetch_asks_for_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append((name, root))
         return root / name
 
-    monkeypatch.setattr("kempnerforge.data.fetch.fetch", fetch)
+    monkeypatch.setattr("kempnerforge.data.collections.fetch.fetch", fetch)
     ended = call("data", "fetch", "stamps", "--root", tmp_path)
     assert (
         ended.code == 0 and ended.out == f"{tmp_path / 'stamps'}\n" and ended.err == "takes a minute\n" and asked == [("stamps", tmp_path)]

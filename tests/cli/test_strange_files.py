@@ -21,7 +21,7 @@ import pytest
 from kempnerforge import load_pretrained
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.vision import EfficientNetLite0Config
-from kempnerforge.data.sources.stamps import Stamps, StampsConfig
+from kempnerforge.data.collections.stamps import Stamps, StampsConfig
 from kempnerforge.data.sources.text import PlainText
 from kempnerforge.data.traces import digest
 from kempnerforge.interop.processors import followed

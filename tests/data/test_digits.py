@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kempnerforge.data.collections.digits import DigitsConfig
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.digits import DigitsConfig
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from kempnerforge.data import fetch as module
-from kempnerforge.data.fetch import FetchError, fetch
+from kempnerforge.data.collections.fetch import FetchError, fetch
+from kempnerforge.data.collections.stamps import StampsConfig
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.stamps import StampsConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,14 +13,15 @@ import pytest
 from kempnerforge.config import load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate
+from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source
+from kempnerforge.data import collate
+from kempnerforge.data.collections.openmoji import OpenMojiConfig
+from kempnerforge.data.collections.probe import ProbeConfig
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.finevision import FineVisionConfig
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
-from kempnerforge.data.sources.openmoji import OpenMojiConfig
-from kempnerforge.data.sources.probe import ProbeConfig
 from kempnerforge.inspection.audit import audit
 from tests.data.conftest import png
 

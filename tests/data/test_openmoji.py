@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from kempnerforge.data import Source, Text
+from kempnerforge.data.collections.openmoji import FONT, OpenMojiConfig, emoji_names
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.openmoji import FONT, OpenMojiConfig, emoji_names
 
 CODES = ("0041", "0042", "2603", "1F600", "1F1E6", "1F3FB", "E001", "1F468-200D-1F3ED", "not-a-code", "0043.svg")
 NAMES = {0x41: "latin capital letter a", 0x42: "latin capital letter b", 0x2603: "snowman", 0x1F600: "grinning face"}

@@ -21,10 +21,11 @@ from kempnerforge.config import registry
 from kempnerforge.data import Encoder, Text
 from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.batching.collate import collate
-from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Thing, place
-from kempnerforge.data.probe.combinations import WORDS
+from kempnerforge.data.collections.probe import Probe, ProbeConfig
+from kempnerforge.data.collections.probe.combinations import WORDS
+from kempnerforge.data.collections.probe.scene import COLOURS, SHAPES, Thing, place
+from kempnerforge.data.collections.probe.skills import SKILLS
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.probe import Probe, ProbeConfig
 from kempnerforge.data.text.interleave import LABELS
 from kempnerforge.eval.codecs import decode_points, encode_points
 from kempnerforge.eval.exact_match import question_only_prior

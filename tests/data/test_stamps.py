@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kempnerforge.data import SampleError, Source, Text
+from kempnerforge.data.collections.stamps import StampsConfig, find_stamps, read_captions
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.stamps import StampsConfig, find_stamps, read_captions
 
 CAPTIONS = "A {0}.\nde.utf8=Ein {0}.\npt_BR.utf8=Um {0}. = bom\nxx.utf8=\nnot a line\nsr@latin.utf8=Jedan {0}.\n"
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from kempnerforge.config import JobConfig
 from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
 from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.places import Foreign
 from kempnerforge.interop.foreign_tokenizer import read_tokenizer
+from kempnerforge.interop.places import Foreign
 from kempnerforge.interop.vlms import fitting
 from kempnerforge.training.setup import Assembly, assemble
 from tests.interop.tiny_vlms import IMAGE, MODELS, VOCAB, rename, save

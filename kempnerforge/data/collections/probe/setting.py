@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
 
-from kempnerforge.data.probe.combinations import DIGITS, LETTERS, WORDS, Combinations
-from kempnerforge.data.probe.scene import Thing
+from kempnerforge.data.collections.probe.combinations import DIGITS, LETTERS, WORDS, Combinations
+from kempnerforge.data.collections.probe.config import ProbeConfig
+from kempnerforge.data.collections.probe.scene import Thing
 from kempnerforge.data.sample import Text
-
-if TYPE_CHECKING:
-    from kempnerforge.data.sources.probe import ProbeConfig
 
 ALPHABETS = {"digits": DIGITS, "letters": LETTERS}
 

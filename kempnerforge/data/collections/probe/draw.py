@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kempnerforge.data.probe.scene import COLOURS, Placed
+from kempnerforge.data.collections.probe.scene import COLOURS, Placed
 from kempnerforge.util.errors import InputError
 
 FINE = 4

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kempnerforge.data.probe.scene import Thing
-from kempnerforge.data.probe.setting import Draft, Setting
+from kempnerforge.data.collections.probe.scene import Thing
+from kempnerforge.data.collections.probe.setting import Draft, Setting
 from kempnerforge.data.sample import Text
 
 PLURALS = {"cross": "crosses"}
@@ -191,4 +191,3 @@ def description(s: Setting) -> Draft:
 SKILLS: dict[str, Callable[[Setting], Draft]] = {
     skill.__name__: skill for skill in (counting, relation, binding, reading, comparison, pointing, description)
 }
-QUESTIONS = tuple(name for name in SKILLS if name != "description")

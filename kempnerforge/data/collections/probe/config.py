@@ -1,25 +1,19 @@
-"""A procedural diagnostic: what a model sees, skill by skill, with exact answers and knobs for how hard it is. Needs no files.
-
-The skills and their questions are listed in ``data/probe/skills.py``. In each block of as many samples as there are skills every skill has its
-turn, in an order of the block's own. Sample k is a pure function of (seed, split, k): nothing is stored, and all processes draw the same pictures.
-"""
+"""``data.source = "probe"``: its settings, and what must hold between them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from random import Random
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.probe import COLOURS, SHAPES, SKILLS, Combinations, Draft, Setting, draw, place
-from kempnerforge.data.probe.scene import GAP
-from kempnerforge.data.probe.skills import QUESTIONS
-from kempnerforge.data.sample import Sample, Text
-from kempnerforge.data.source import Source
+from kempnerforge.data.collections.probe.scene import COLOURS, GAP, SHAPES
 from kempnerforge.util.errors import InputError
 
+QUESTIONS = ("counting", "relation", "binding", "reading", "comparison", "pointing")
+SKILLS = (*QUESTIONS, "description")
+"""Each is a function of its name in ``skills.py``; the last one asks nothing."""
 FULL = 0.4
 """Share of a picture that its things may need at their smallest, with the room around them: more is rarely found at random."""
 
@@ -118,45 +112,3 @@ class ProbeConfig(DataConfig):
             raise InputError(f"{key} = {names!r}: {unknown[0]!r} is none; allowed are {', '.join(map(repr, known))}")
         if len(names) < least or (least > 1 and len(set(names)) < len(names)):
             raise InputError(f"{key} = {names!r}: at least {least} are needed" + (", each once" if least > 1 else ""))
-
-
-@registry.register_source("probe")
-class Probe(Source):
-    """Samples ``probe/SKILL/SPLIT/INDEX``, whose texts are of the kind SKILL. "test" is held out, from the same combinations as training or from
-    others, as ``eval_on`` says.
-    """
-
-    cfg: ProbeConfig
-
-    def __init__(self, cfg: ProbeConfig, split: str) -> None:
-        super().__init__(cfg, split)
-        self.unseen = split == "test" and cfg.eval_on == "heldout"
-        self._skills = [name for name in cfg.skills if split == "train" or name in QUESTIONS] or cfg.skills
-        self._known = Combinations(cfg.palette, cfg.shapes, cfg.max_count, cfg.held_out_every, cfg.seed)
-
-    def __len__(self) -> int:
-        return self.cfg.samples if self.split == "train" else self.cfg.eval_samples
-
-    def skill(self, index: int) -> str:
-        """What sample ``index`` is about."""
-        block, place = divmod(range(len(self))[index], len(self._skills))
-        return Random(f"{self.cfg.seed}/{self.split}/skills/{block}").sample(self._skills, len(self._skills))[place]
-
-    def draft(self, index: int) -> tuple[Draft, Random]:
-        """Sample ``index`` before it is drawn, and the dice to go on with."""
-        rng = Random(f"{self.cfg.seed}/{self.split}/{self.unseen}/{index}")  # a string is hashed the same way everywhere
-        setting = Setting(self.cfg, self._known, rng, self.unseen)
-        made = SKILLS[self.skill(index)](setting)
-        return replace(made, texts=tuple(replace(text, kind=self.skill(index)) for text in made.texts)), rng
-
-    def texts(self, index: int) -> tuple[Text, ...]:
-        return self.draft(index)[0].texts
-
-    def num_images(self, index: int) -> int:
-        return self.cfg.compared_images if self.skill(index) == "comparison" else 1
-
-    def __getitem__(self, index: int) -> Sample:
-        cfg, (made, rng) = self.cfg, self.draft(index)
-        placed = [place(scene, rng, cfg.min_size, cfg.max_size) for scene in made.scenes]
-        images = tuple(draw(things, cfg.picture_size, rng, cfg.background, cfg.noise) for things in placed)
-        return Sample(f"probe/{self.skill(index)}/{self.split}/{index}", images, made.texts)

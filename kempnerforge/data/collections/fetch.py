@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kempnerforge.data.sources.openmoji import DRAWINGS, FONT, emoji_names
-from kempnerforge.data.sources.stamps import find_stamps
+from kempnerforge.data.collections.openmoji import DRAWINGS, FONT, emoji_names
+from kempnerforge.data.collections.stamps import find_stamps
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import scratch, sync_files
 
