@@ -7,7 +7,7 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +18,15 @@ from kempnerforge.config.build import UNIONS, fields_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kempnerforge"
 LAYERS = [
-    {"config", "process", "screen"},
-    {"model", "data", "checkpoint", "eval", "interop"},
-    {"vlm", "distributed"},
-    {"training", "study", "serve"},
+    {"util"},
+    {"config"},
+    {"checkpoint", "report"},
+    {"model", "data", "distributed"},
+    {"eval", "interop"},
+    {"vlm"},
+    {"training"},
+    {"inference", "convert", "inspection"},
+    {"serve", "study"},
     {"cli"},
 ]
 """From the ground up. Imports point down, or stay in their layer."""
@@ -87,6 +92,29 @@ def test_imports_point_down(path: Path) -> None:
         if words[0] == "kempnerforge" and len(words) > 1:
             assert words[1] in LEVEL, f"{path.name} imports {name}"
             assert LEVEL[words[1]] <= LEVEL[part(path)], f"{path.name} (layer {LEVEL[part(path)]}) imports {name} (layer {LEVEL[words[1]]})"
+
+
+def test_no_file_imports_itself() -> None:
+    """Not by way of others either, and not inside functions or for type checkers."""
+    modules = {
+        ".".join(("kempnerforge", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES
+    }
+    found = {
+        name: {known for target in imported(parse(path), path) if (known := nearest(target, modules))} for name, path in modules.items()
+    }
+    for name in sorted(modules):
+        reached, waiting = set[str](), set(found[name]) - {name}
+        while waiting:
+            reached.add(one := waiting.pop())
+            waiting |= found[one] - reached
+        assert name not in reached, f"{name} is imported by {sorted(one for one in reached if name in found[one])}, which it imports"
+
+
+def nearest(target: str, modules: Collection[str]) -> str:
+    """The module that ``target`` is, or is defined in; empty for those of others."""
+    while target and target not in modules:
+        target = target.rpartition(".")[0]
+    return target
 
 
 def test_config_needs_neither_torch_nor_numpy() -> None:

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.sections import JobSections
+from kempnerforge.config.stages import StageConfig
+from kempnerforge.config.training import EvalConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import Key
 
-if TYPE_CHECKING:
-    from kempnerforge.config.data import DataConfig
-    from kempnerforge.config.job import JobConfig
-    from kempnerforge.config.training import OptimizerConfig, SchedulerConfig
-
 Found = Iterator[tuple[Key, str]]
+
+
+class Job(JobSections, Protocol):
+    """What the checks read of a ``JobConfig``."""
+
+    vlm: VLMConfig | None
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    eval: EvalConfig
+    stages: list[StageConfig]
+
+    def image_tokens(self) -> int | None: ...
+
+    def check_sequence(self, num_image_tokens: int) -> None: ...
+
+    def staged_sections(self) -> list[dict[str, Any]]: ...
 
 
 class CrossCheck(NamedTuple):
     """A check and the sections that it reads; it is left out when one of them could not be built."""
 
-    run: Callable[[JobConfig], Found]
+    run: Callable[[Job], Found]
     reads: frozenset[str]
 
 
 CROSS_CHECKS: list[CrossCheck] = []
 
 
-def _reads(*sections: str) -> Callable[[Callable[[JobConfig], Found]], Callable[[JobConfig], Found]]:
-    def register(check: Callable[[JobConfig], Found]) -> Callable[[JobConfig], Found]:
+def _reads(*sections: str) -> Callable[[Callable[[Job], Found]], Callable[[Job], Found]]:
+    def register(check: Callable[[Job], Found]) -> Callable[[Job], Found]:
         CROSS_CHECKS.append(CrossCheck(check, frozenset(sections)))
         return check
 
@@ -34,14 +52,14 @@ def _reads(*sections: str) -> Callable[[Callable[[JobConfig], Found]], Callable[
 
 
 @_reads("train", "stages")
-def some_steps(job: JobConfig) -> Found:
+def some_steps(job: Job) -> Found:
     """There is something to train."""
     if not job.stages and not job.train.max_steps:
         yield ("train",), "max_steps = 0: there are no [[stages]] either, so nothing would be trained; set it, or add a stage"
 
 
 @_reads("stages")
-def stage_names(job: JobConfig) -> Found:
+def stage_names(job: Job) -> Found:
     """No two stages have the same name."""
     names = [stage.name for stage in job.stages]
     for index, name in enumerate(names):
@@ -50,7 +68,7 @@ def stage_names(job: JobConfig) -> Found:
 
 
 @_reads("train", "scheduler", "optimizer", "stages")
-def warmup_and_decay_fit(job: JobConfig) -> Found:
+def warmup_and_decay_fit(job: Job) -> Found:
     """A run without stages has room for both. (Of stages ``stage_fits`` says it.)"""
     if not job.stages and job.train.max_steps and job.scheduler.name == "wsd":
         for message in _overlap(job.scheduler, job.optimizer, job.train.max_steps):
@@ -67,7 +85,7 @@ def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int)
 
 
 @_reads("model", "train")
-def rows_fit(job: JobConfig) -> Found:
+def rows_fit(job: Job) -> Found:
     """A row is not longer than the model reads."""
     if job.train.seq_len > job.model.max_seq_len:
         yield ("train",), f"seq_len = {job.train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
@@ -76,7 +94,7 @@ def rows_fit(job: JobConfig) -> Found:
 
 
 @_reads("vision_encoder", "adapter", "vlm", "model", "train")
-def sequence_fits(job: JobConfig) -> Found:
+def sequence_fits(job: Job) -> Found:
     """The adapter takes the encoder's features, and image and text fit into model and row, as far as is known without the encoder."""
     try:
         tokens = job.image_tokens()
@@ -92,7 +110,7 @@ def sequence_fits(job: JobConfig) -> Found:
 
 
 @_reads("model", "vlm")
-def arch_fits(job: JobConfig) -> Found:
+def arch_fits(job: Job) -> Found:
     """What the arch itself demands of the other sections."""
     if job.vlm is not None:
         try:
@@ -102,14 +120,14 @@ def arch_fits(job: JobConfig) -> Found:
 
 
 @_reads("train", "optimizer")
-def one_average(job: JobConfig) -> Found:
+def one_average(job: Job) -> Found:
     """Only one average of the weights is kept."""
     if job.train.ema_decay and job.optimizer.name == "schedule_free_adamw":
         yield ("train",), f"ema_decay = {job.train.ema_decay}: optimizer.name = 'schedule_free_adamw' keeps an average of its own; use 0"
 
 
 @_reads("vlm", "stages")
-def one_way_to_freeze(job: JobConfig) -> Found:
+def one_way_to_freeze(job: Job) -> Found:
     """Freezing over time is said in one place."""
     frozen = [stage.name for stage in job.stages if stage.freeze is not None]
     if job.vlm is not None and job.vlm.freeze_schedule and frozen:
@@ -117,7 +135,7 @@ def one_way_to_freeze(job: JobConfig) -> Found:
 
 
 @_reads("vlm", "train", "stages")
-def schedule_is_reached(job: JobConfig) -> Found:
+def schedule_is_reached(job: Job) -> Found:
     """Every step of the freeze schedule exists, unless ``train.max_steps`` makes a short run of longer stages."""
     planned = sum(stage.steps for stage in job.stages) or job.train.max_steps
     for index, stage in enumerate(job.vlm.freeze_schedule if job.vlm is not None else ()):
@@ -126,40 +144,40 @@ def schedule_is_reached(job: JobConfig) -> Found:
 
 
 @_reads("vlm", "data", "stages")
-def images_fit(job: JobConfig) -> Found:
+def images_fit(job: Job) -> Found:
     """An arch whose words see the latest image alone would see one tile of it."""
     if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.tiled for section in _image_sections(job)):
         yield ("vlm",), f"{job.vlm.latest_image_alone}: with data.images.fit = 'tiles' a word would see the last tile alone"
 
 
 @_reads("train", "data", "stages")
-def features_are_those_of_images(job: JobConfig) -> Found:
+def features_are_those_of_images(job: Job) -> Found:
     """Images that are changed at random are never seen twice, so there is nothing to keep."""
     if job.train.feature_cache and any(section.images.augment.enabled for section in _image_sections(job)):
         yield ("train",), f"feature_cache = {job.train.feature_cache!r}: data.images.augment changes the images; use one of the two"
 
 
-def _image_sections(job: JobConfig) -> list[DataConfig]:
+def _image_sections(job: Job) -> list[DataConfig]:
     """All sections that samples come from."""
     sections = [changed["data"] for changed in job.staged_sections() if "data" in changed] if job.stages else [job.data]
     return [part for section in sections for part in section.sections()]
 
 
 @_reads("vlm", "data", "stages")
-def source_fits(job: JobConfig) -> Found:
+def source_fits(job: Job) -> Found:
     """A pure text run does not read a source that is about images. (Stages have their own data, see ``stage_fits``.)"""
     if job.vlm is None and not job.stages and job.data.needs_images:
         yield ("data",), _needs_images(job.data.source)
 
 
 @_reads("train", "data", "stages")
-def phases_are_reached(job: JobConfig) -> Found:
+def phases_are_reached(job: Job) -> Found:
     """Every phase of a mixture exists. (Of stages ``stage_fits`` says it.)"""
     if not job.stages and job.train.max_steps and (late := job.data.never_reached(job.train.max_steps)):
         yield ("data",), f"{late}: the last step is {job.train.max_steps - 1}, counted from 0"
 
 
-def stage_fits(job: JobConfig, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
+def stage_fits(job: Job, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
     """Stage ``index`` is long enough for its warm-up, its rows fit into the model, and a pure text run does not read images in it.
 
     Args:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from kempnerforge.config import registry
 from kempnerforge.config.checks import one_of, only_if
 from kempnerforge.util.errors import InputError, UnreadError
 
@@ -57,12 +58,13 @@ def one_field(section: Any, key: str, name: str) -> None:
 
 def check_template(section: Any) -> None:
     """The keys of ``[data]`` that say how texts are written: each is one that ``section.template`` reads."""
-    one_of(section, "template", TEMPLATES)
+    if section.template not in TEMPLATES and section.template not in registry.templates:  # of a plugin
+        one_of(section, "template", (*TEMPLATES, *registry.templates))
     for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
         one_field(section, key, name)
         only_if(section, section.template == "prompt", "template = 'prompt'", key)
     only_if(section, section.template == "turns", "template = 'turns'", "turns")
-    if section.system and section.template not in WITH_SYSTEM:
+    if section.system and section.template in TEMPLATES and section.template not in WITH_SYSTEM:
         raise UnreadError(
             "system", f"system = {section.system!r}: template = {section.template!r} has no place for it; {' and '.join(WITH_SYSTEM)} have"
         )

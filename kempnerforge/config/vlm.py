@@ -11,16 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
+from kempnerforge.config.sections import JobSections
 from kempnerforge.util.errors import InputError, NotBuiltError
 from kempnerforge.util.paths import PathText
-
-if TYPE_CHECKING:
-    from kempnerforge.config.job import JobConfig
 
 __all__ = [
     "DEFAULT_MODULE_PATTERNS",
@@ -116,7 +114,7 @@ class VLMConfig:
         """How many of an image's ``num_tokens`` tokens this arch places in the residual stream."""
         return num_tokens
 
-    def image_tokens(self, job: JobConfig) -> int | None:
+    def image_tokens(self, job: JobSections) -> int | None:
         """Tokens of one image behind the adapter; None when only the built encoder knows.
 
         Raises:
@@ -142,14 +140,14 @@ class VLMConfig:
         """Whether this section names files with weights that a fresh run begins with."""
         return False
 
-    def check(self, job: JobConfig) -> None:
+    def check(self, job: JobSections) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
         Raises:
             ValueError: it does not hold.
         """
 
-    def warnings(self, job: JobConfig) -> list[str]:
+    def warnings(self, job: JobSections) -> list[str]:
         """What is allowed but may not be meant."""
         return []
 
@@ -247,7 +245,7 @@ class CrossAttentionConfig(VLMConfig):
             raise InputError(f"cross_attention_n_kv_heads = {kv}: must divide the {heads} heads of cross-attention ({source})")
         return heads, kv
 
-    def check(self, job: JobConfig) -> None:
+    def check(self, job: JobSections) -> None:
         every, model = self.cross_attention_every_n_layers, job.model
         if every > model.n_layers:
             raise InputError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
@@ -258,7 +256,7 @@ class CrossAttentionConfig(VLMConfig):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
             raise InputError(f"unwritten_tokens = {self.unwritten_tokens}: are in the embedding and not in the head; not with {reason}")
 
-    def warnings(self, job: JobConfig) -> list[str]:
+    def warnings(self, job: JobSections) -> list[str]:
         """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""
         block = f"transformer.layers.{self.cross_attention_every_n_layers - 1}.cross_attention"
         gates = [f"{block}.{part}" for part in ("attention_gate", "mlp_gate")]
@@ -344,14 +342,14 @@ class MoTConfig(VLMConfig):
         heads = self.mot_image_n_heads or model_n_heads
         return heads, self.mot_image_n_kv_heads or model_n_kv_heads or heads
 
-    def check(self, job: JobConfig) -> None:
+    def check(self, job: JobSections) -> None:
         text = (job.model.n_heads, job.model.kv_heads)
         image = self.resolved_image_heads(*text)
         if image != text:
             own = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
             raise InputError(f"{own}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
 
-    def warnings(self, job: JobConfig) -> list[str]:
+    def warnings(self, job: JobSections) -> list[str]:
         path, asked = self.mot_warm_start_path, self.mot_warm_start_from_text
         if path and not asked:
             return [f"vlm.mot_warm_start_path = {path!r}: is not read, as mot_warm_start_from_text = false"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kempnerforge.data import fetch as module
+from kempnerforge.data.collections import fetch as module
 from kempnerforge.data.collections.fetch import FetchError, fetch
 from kempnerforge.data.collections.stamps import StampsConfig
 from kempnerforge.data.sources import build_source

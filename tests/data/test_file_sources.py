@@ -13,8 +13,7 @@ import pytest
 from kempnerforge.config import load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source
-from kempnerforge.data import collate
+from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate
 from kempnerforge.data.collections.openmoji import OpenMojiConfig
 from kempnerforge.data.collections.probe import ProbeConfig
 from kempnerforge.data.sources.captions import CaptionsConfig

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from kempnerforge.config import DataConfig
 from kempnerforge.data.text import rendering
 from kempnerforge.data.text.chat import DATE, ChatTemplate
 from kempnerforge.data.text.rendering import LONGEST, TemplateError, TemplateLimitError, render
@@ -125,7 +126,7 @@ def test_a_chat_template_of_somebody_is_refused_at_once() -> None:
     tokenizer = bytes_level(FAMILIES["smollm2"]).changed(chat_template=ENDLESS["silent loops"])
     began = time.process_time() + sum(children())
     with pytest.raises(InputError, match="chat template .* cannot be used: takes more than 2 s of computing"):
-        ChatTemplate(tokenizer, "")
+        ChatTemplate(DataConfig(template="chat"), tokenizer)
     assert time.process_time() + sum(children()) - began < 4
 
 
@@ -167,7 +168,7 @@ def test_a_fork_has_a_process_of_its_own() -> None:
 
 def test_it_ends_with_its_parent() -> None:
     code = (
-        "import os, signal; from kempnerforge.data import rendering; rendering.render('x', [], True);"
+        "import os, signal; from kempnerforge.data.text import rendering; rendering.render('x', [], True);"
         "print(rendering._process._started.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

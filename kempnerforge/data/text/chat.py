@@ -14,6 +14,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kempnerforge.config import registry
+from kempnerforge.config.data import DataConfig
+from kempnerforge.data.sample import Text
 from kempnerforge.data.text.rendering import TemplateError, TemplateLimitError, render
 from kempnerforge.data.text.template import EOS_PIECE, Piece, Template
 from kempnerforge.data.text.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ class Slot(NamedTuple):
         return message.rstrip() if self.trims[1] else message
 
 
+@registry.register_template("chat")
 class ChatTemplate(Template):
     """The chat template of a tokenizer.
 
@@ -55,7 +59,7 @@ class ChatTemplate(Template):
     none is given EOS, behind the last answer.
 
     Args:
-        system: a system prompt that is going to be used, or nothing: what the template thinks of it is known at once.
+        cfg: what the template thinks of its system prompt is known at once.
 
     Attributes:
         listed: the template takes a message as a list of parts.
@@ -68,7 +72,10 @@ class ChatTemplate(Template):
     bos = False  # the template writes it where it belongs
     specials = True
 
-    def __init__(self, tokenizer: Tokenizer, system: str) -> None:
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
+        super().__init__(cfg, tokenizer)
+        system = cfg.system
+        assert tokenizer is not None, "what it writes is known with a tokenizer alone"
         if tokenizer.chat_template is None:
             raise InputError("data.template = 'chat': the tokenizer has no chat template; data.template = 'turns' lets you write one")
         self._source = tokenizer.chat_template
@@ -99,6 +106,11 @@ class ChatTemplate(Template):
         asked = "".join(self._asked(_fields(1, bool(system))[:-1])[0])
         before = "".join(part.text for part in skeleton[:last] if isinstance(part, Piece) and not part.trained)
         self.extra = before.removeprefix(asked) if before.startswith(asked) else ""
+
+    @classmethod
+    def stretches(cls, cfg: DataConfig, text: Text) -> Iterator[str]:
+        """The words alone: what is around them is known with a tokenizer."""
+        yield from (part for part in (text.system or cfg.system, *(part for turn in text.turns for part in turn)) if part)
 
     @property
     def _blame(self) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from kempnerforge.config.template import TurnsConfig, fill
+from kempnerforge.config import registry
+from kempnerforge.config.template import fill
 from kempnerforge.util.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ EOS_PIECE = Piece("", True, eos=True)
 
 
 class Template(ABC):
-    """Makes pieces of texts.
+    """Makes pieces of texts. Subclasses register with ``@registry.register_template("name")``.
+
+    Args:
+        cfg: the ``[data]`` section.
+        tokenizer: None: of no use yet; only what is written is asked for.
 
     Attributes:
         bos: whether BOS stands in front of the pieces, with a tokenizer that puts it there.
@@ -59,16 +64,36 @@ class Template(ABC):
     turns = True
     by_turn = False
 
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
+        self.cfg = cfg
+
+    @classmethod
+    def answer_template(cls, cfg: DataConfig) -> str:
+        """What is written of an answer, "{answer}" stands for it."""
+        return "{answer}"
+
+    @classmethod
+    def stretches(cls, cfg: DataConfig, text: Text) -> Iterator[str]:
+        """As the function of this name."""
+        try:
+            pieces = cls(cfg, None).pieces(text, text.system or cfg.system)
+        except ValueError:
+            return  # nothing that this template cannot write is ever trained
+        for _, group in groupby(pieces, key=lambda piece: piece.trained):
+            yield "".join(piece.text for piece in group)
+
     @abstractmethod
     def pieces(self, text: Text, system: str) -> list[Piece]:
         """What is written of ``text``, which is of strings; raises ValueError where the template cannot."""
 
 
+@registry.register_template("prompt")
 class PromptTemplate(Template):
     """``data.prompt_template`` and ``data.answer_template`` in turn, EOS behind each answer."""
 
-    def __init__(self, cfg: DataConfig) -> None:
-        self.cfg = cfg
+    @classmethod
+    def answer_template(cls, cfg: DataConfig) -> str:
+        return cfg.answer_template
 
     def pieces(self, text: Text, system: str) -> list[Piece]:
         _no_system(system, "prompt")
@@ -79,13 +104,15 @@ class PromptTemplate(Template):
         return found
 
 
+@registry.register_template("plain")
 class PlainTemplate(Template):
     """Images, answer, line break, EOS (LLaVA's "plain": Liu et al. 2023, section 4.2). Of a prompt only the images are left."""
 
     turns = False
 
-    def __init__(self, cfg: DataConfig) -> None:
-        self.cfg = cfg
+    @classmethod
+    def answer_template(cls, cfg: DataConfig) -> str:
+        return "{answer}\n"
 
     def pieces(self, text: Text, system: str) -> list[Piece]:
         _no_system(system, "plain")
@@ -95,11 +122,17 @@ class PlainTemplate(Template):
         return [Piece(images, False, "prompt"), Piece(answer, True, "answer"), Piece("\n", True), EOS_PIECE]
 
 
+@registry.register_template("paligemma")
 class PaliGemmaTemplate(Template):
     """Images, BOS, prompt, line break; answer, EOS (Beyer et al. 2024, "PaliGemma", section 3.1)."""
 
     own_bos = True
     turns = False
+
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
+        super().__init__(cfg, tokenizer)
+        if tokenizer is not None and tokenizer.bos_id is None:
+            raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
 
     def pieces(self, text: Text, system: str) -> list[Piece]:
         _no_system(system, "paligemma")
@@ -107,21 +140,28 @@ class PaliGemmaTemplate(Template):
         return [Piece(prompt, False, "prompt"), Piece("\n", False), Piece(answer, True, "answer"), EOS_PIECE]
 
 
+@registry.register_template("turns")
 class TurnsTemplate(Template):
     """``[data.turns]``."""
 
     specials = True
 
-    def __init__(self, turns: TurnsConfig, tokenizer: Tokenizer | None) -> None:
-        self.cfg, self.bos, self.end = turns, turns.bos, turns.end
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
+        super().__init__(cfg, tokenizer)
+        turns = cfg.turns
+        self.bos, self.end = turns.bos, turns.end
         if self.end and tokenizer is not None and self.end not in tokenizer.special_names.values():
             raise InputError(
                 f"data.turns.end = {self.end!r}: the tokenizer has no such token; add it to model.new_tokens, or leave it empty"
             )
         self.own = "\0".join((turns.system, turns.user, turns.assistant, turns.answer, turns.end, turns.separator))
 
+    @classmethod
+    def answer_template(cls, cfg: DataConfig) -> str:
+        return cfg.turns.answer
+
     def pieces(self, text: Text, system: str) -> list[Piece]:
-        turns = self.cfg
+        turns = self.cfg.turns
         found = _around(turns.system, system, "system", trained=False) if system else []
         for prompt, answer in text.turns:
             found += [*_around(turns.user, prompt, "prompt", trained=False), Piece(turns.assistant, False)]
@@ -148,41 +188,18 @@ def _no_system(system: str, template: str) -> None:
 
 def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
     """The template of ``cfg``; raises ValueError if it does not fit the tokenizer."""
-    if cfg.template == "chat":
-        from kempnerforge.data.text.chat import ChatTemplate
-
-        return ChatTemplate(tokenizer, cfg.system)
-    if cfg.template == "paligemma" and tokenizer.bos_id is None:
-        raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
-    return _of_config(cfg, tokenizer)
-
-
-def _of_config(cfg: DataConfig, tokenizer: Tokenizer | None) -> Template:
-    """A template that needs no tokenizer to be what it is."""
-    if cfg.template == "turns":
-        return TurnsTemplate(cfg.turns, tokenizer)
-    if cfg.template == "paligemma":
-        return PaliGemmaTemplate()
-    return PlainTemplate(cfg) if cfg.template == "plain" else PromptTemplate(cfg)
+    kind: type[Template] = registry.templates.get(cfg.template)
+    return kind(cfg, tokenizer)
 
 
 def stretches(cfg: DataConfig, text: Text) -> Iterator[str]:
     """What ``text`` becomes, without special tokens, in strings that are tokenised each alone; for the corpus of a tokenizer."""
-    if not text.turns:
-        return
-    system = text.system or cfg.system
-    if cfg.template == "chat":
-        yield from (part for part in (system, *(part for turn in text.turns for part in turn)) if part)
-        return
-    try:
-        pieces = _of_config(cfg, None).pieces(text, system)
-    except ValueError:
-        return  # nothing that this template cannot write is ever trained
-    for _, group in groupby(pieces, key=lambda piece: piece.trained):
-        yield "".join(piece.text for piece in group)
+    kind: type[Template] = registry.templates.get(cfg.template)
+    if text.turns:
+        yield from kind.stretches(cfg, text)
 
 
 def render_answer(cfg: DataConfig, answer: str) -> str:
     """``answer`` as the template writes it, without the token that ends it."""
-    template = {"prompt": cfg.answer_template, "plain": "{answer}\n", "turns": cfg.turns.answer}.get(cfg.template, "{answer}")
-    return "".join(fill(template, answer))
+    kind: type[Template] = registry.templates.get(cfg.template)
+    return "".join(fill(kind.answer_template(cfg), answer))
