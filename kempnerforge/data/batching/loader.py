@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def _workers_starting() -> Iterator[None]:
                 atexit.register(_kill, worker)
 
 
-def _kill(worker: multiprocessing.Process) -> None:
+def _kill(worker: BaseProcess) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an error of it
     worker.kill()
 
