@@ -196,7 +196,7 @@ def imported(folder: Path, kept: Path | None, name: str, save: Callable[[Path], 
     found = {"logits": digest(logits(folder / "run"))}
     if kept is not None and not torch.equal(logits(folder / "run"), logits(kept / name.replace(" ", "-") / "run")):
         found["loaded"] = "the run of the record has other logits"
-    return found | tensor_digests(folder / "run") | file_digests(folder / "export", "export")
+    return found | tensor_digests(folder / "run") | file_digests(folder / "export", "export", source.parent)
 
 
 @torch.no_grad()
@@ -257,10 +257,15 @@ def tensor_digests(run_dir: Path) -> Digests:
     return {f"checkpoint {name}": digest(tensor) for name, tensor in tensors.items()}
 
 
-def file_digests(folder: Path, name: str) -> Digests:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    here = str(folder.parent).encode()
-    return {f"{name} {path.relative_to(folder)}": digest(path.read_bytes().replace(here, b"").hex()) for path in files}
+def file_digests(folder: Path, name: str, *named: Path) -> Digests:
+    """Of the bytes of each file, but for the paths in ``named`` and that of the case, which some files hold."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for place in (folder.parent, *named):
+            content = content.replace(str(place).encode(), b"")
+        found[f"{name} {path.relative_to(folder)}"] = digest(content.hex())
+    return found
 
 
 if __name__ == "__main__":

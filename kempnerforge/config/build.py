@@ -276,7 +276,7 @@ def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems)
         result = convert(option, value, key, trial := Problems())
         if not trial.lines:
             return result
-    problems.add(key, f" = {show(value)}: must be {' or '.join(_name(o) for o in options)}, not {kind(value)}")
+    problems.add(key, f" = {show(value)}: must be {' or '.join(type_name(o) for o in options)}, not {kind(value)}")
     return INVALID
 
 
@@ -322,7 +322,7 @@ def _too_large(value: Any, key: Key) -> str:
 def _objection(wanted: type, value: Any) -> str:
     """Why ``value`` is no ``wanted``, or nothing."""
     if type(value) is not wanted:
-        return f"must be {_name(wanted)}, not {kind(value)}"
+        return f"must be {type_name(wanted)}, not {kind(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -335,7 +335,7 @@ def _objection(wanted: type, value: Any) -> str:
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-def _name(wanted: Any) -> str:
+def type_name(wanted: Any) -> str:
     if typing.get_origin(wanted) in (list, tuple):
         return "an array"
     return _SCALARS.get(wanted, "a table")

@@ -1,0 +1,78 @@
+"""Every section of a job and its keys as text, taken from the dataclasses and their docstrings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tomli_w
+
+from kempnerforge.config.build import SECTIONS, UNIONS, fields_of, type_name
+from kempnerforge.config.lora import LoRAConfig
+from kempnerforge.config.stages import StageConfig
+from kempnerforge.util.errors import InputError
+
+TABLES = {"[[stages]]": StageConfig, "[[lora]]": LoRAConfig}
+
+
+def describe(section: str = "") -> str:
+    """The keys of one section ("optimizer"), or of all, as Markdown: each with its type, its default and what it means.
+
+    Raises:
+        InputError: there is no such section.
+    """
+    known = {f"[{name}]": cls for name, cls in SECTIONS.items()} | TABLES
+    names = [name for name in known if section in ("", name.strip("[]"))]
+    if not names:
+        raise InputError(f"section = {section!r}: there is none; the sections are {', '.join(name.strip('[]') for name in known)}")
+    return "\n".join(line for name in names for line in _section(name, known[name])).rstrip() + "\n"
+
+
+def _section(name: str, cls: type) -> Iterator[str]:
+    union = UNIONS.get(cls)
+    yield from (f"## `{name}`", "", *_about(cls), "")
+    yield from (*_keys(cls, ()), "")
+    for value in union.entries.names() if union is not None else ():
+        chosen = union.class_for(value)
+        yield from (f'### `{union.key} = "{value}"`', "", *_about(chosen), "")
+        yield from (*_keys(chosen, (*fields_of(cls), union.key)), "")
+
+
+def _about(cls: type) -> list[str]:
+    """The first paragraph of the docstring of ``cls``."""
+    return [_plain(line) for line in inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].splitlines()]
+
+
+def _keys(cls: type, known: tuple[str, ...]) -> Iterator[str]:
+    """A line for each key of ``cls`` that is not ``known`` from its base class."""
+    meanings = meanings_of(cls)
+    for f in dataclasses.fields(cls):
+        if f.init and f.name not in known:
+            yield f"* `{f.name}`{_default(f)} ({type_name(fields_of(cls)[f.name])}): {_plain(meanings.get(f.name, ''))}"
+
+
+def _default(f: dataclasses.Field[Any]) -> str:
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    if value is dataclasses.MISSING or value is None or dataclasses.is_dataclass(value):
+        return ""
+    if isinstance(value, list):
+        value = [dataclasses.asdict(each) if dataclasses.is_dataclass(each) and not isinstance(each, type) else each for each in value]
+    written = tomli_w.dumps({"key": value}).partition(" = ")[2] if value != {} else "{}"
+    return f" = `{' '.join(written.split()).replace('[ ', '[').replace(', ]', ']')}`"
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """Key -> what the docstring of ``cls``, or of a class above it, says in its "Attributes"."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        block = inspect.cleandoc(each.__dict__.get("__doc__") or "").partition("Attributes:\n")[2].split("\n\n")[0]
+        for names, meaning in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", block, flags=re.M):
+            found |= dict.fromkeys(re.split(r",\s*", names), re.sub(r"\s+", " ", meaning))
+    return found
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "`")
