@@ -9,10 +9,11 @@ import logging
 import os
 import select
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from kempnerforge.config.plugins import trusting
@@ -169,6 +170,12 @@ def _caller(error: BaseException) -> str:
     return next((name for name in reversed(names) if name not in sys.stdlib_module_names), PACKAGE)
 
 
+def _say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback, unless a thread of Python's own lost the process it talked to: the main thread says which one."""
+    if threading.current_thread() is threading.main_thread() or not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def main() -> NoReturn:
     """The entry point.
 
@@ -177,6 +184,7 @@ def main() -> NoReturn:
     tune_memory()
     open_output("stderr", *(["stdout"] if sys.argv[1:2] == ["train"] else []))
     end_with_launcher()
+    sys.excepthook = _say_error
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kempnerforge").setLevel(logging.INFO)
     interrupted = False

@@ -272,7 +272,8 @@ class HF(VLM):
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
             if not also:
                 raise
-            raise InputError(f"{error}; it can read {', '.join(also)} as well, which arch = 'hf' does not give it") from error
+            said = f"{where}: {what}" if "NoneType" in str(error) else error  # then it lacks what it is not given
+            raise InputError(f"{said}: it reads {', '.join(also)} as well, which arch = 'hf' does not give it") from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
         if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")

@@ -20,6 +20,6 @@ def one_thread() -> Iterator[None]:
 def random_may_stay_frozen() -> Iterator[None]:
     """Runs of random weights that never train, for tests of which weights move. A run of a user's is refused."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("setup", "plan"):
-            patch.setattr(f"kempnerforge.training.{module}.refuse_random", lambda job, model: None)
+        for module in ("training.setup", "inspection.plan"):
+            patch.setattr(f"kempnerforge.{module}.refuse_random", lambda job, model: None)
         yield
