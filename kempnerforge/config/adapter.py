@@ -60,7 +60,11 @@ class MLPAdapterConfig(AdapterConfig):
 
 @dataclass
 class GridAdapterConfig(AdapterConfig):
-    """An adapter that joins ``factor`` x ``factor`` neighbours of a square grid of features."""
+    """An adapter that joins neighbours of a square grid of features.
+
+    Attributes:
+        factor: factor x factor neighbours become one token.
+    """
 
     factor: int = 2
 
@@ -88,7 +92,7 @@ class PixelShuffleConfig(GridAdapterConfig):
 @registry.register_adapter_config
 @dataclass
 class AvgPoolConfig(GridAdapterConfig):
-    """The mean of each ``factor`` x ``factor`` window, then a projection."""
+    """The mean of each window of features, then a projection."""
 
     type: str = "avg_pool"
 

@@ -276,7 +276,7 @@ def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems)
         result = convert(option, value, key, trial := Problems())
         if not trial.lines:
             return result
-    problems.add(key, f" = {show(value)}: must be {' or '.join(type_name(o) for o in options)}, not {kind(value)}")
+    problems.add(key, f" = {show(value)}: must be {' or '.join(type_name(option) for option in options)}, not {kind(value)}")
     return INVALID
 
 
@@ -336,6 +336,11 @@ _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a
 
 
 def type_name(wanted: Any) -> str:
+    """What a value of type ``wanted`` is in TOML."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(type_name(option) for option in typing.get_args(wanted) if option is not type(None)))
     if typing.get_origin(wanted) in (list, tuple):
         return "an array"
+    if typing.get_origin(wanted) is typing.Annotated:
+        return "a path"
     return _SCALARS.get(wanted, "a table")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from dataclasses import is_dataclass
+from itertools import chain
+from typing import Any, get_args, get_origin
 
 import tomli_w
 
@@ -33,12 +35,27 @@ def describe(section: str = "") -> str:
 
 def _section(name: str, cls: type) -> Iterator[str]:
     union = UNIONS.get(cls)
-    yield from (f"## `{name}`", "", *_about(cls), "")
-    yield from (*_keys(cls, ()), "")
+    yield from (f"## `{name}`", "", *_about(cls), "", *_keys(cls), "")
+    yield from _tables(name, cls)
+    known = (*fields_of(cls), union.key) if union is not None else ()
     for value in union.entries.names() if union is not None else ():
         chosen = union.class_for(value)
-        yield from (f'### `{union.key} = "{value}"`', "", *_about(chosen), "")
-        yield from (*_keys(chosen, (*fields_of(cls), union.key)), "")
+        if not chosen.__module__.startswith("kempnerforge."):  # of a plugin that happens to be imported
+            continue
+        yield from (f'### `{name}` with `{union.key} = "{value}"`', "", *_about(chosen), "", *_keys(chosen, known), "")
+        yield from _tables(name, chosen, known)
+
+
+def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
+    """The tables inside a section: keys whose value, or each entry of it, has keys of its own."""
+    for key, wanted in fields_of(cls).items():
+        types = (wanted, *get_args(wanted), *chain(*map(get_args, get_args(wanted))))
+        inner = next((each for each in types if is_dataclass(each)), None)
+        if key not in known and isinstance(inner, type) and inner not in UNIONS:
+            own = f"{name.strip('[]')}.{key}"
+            title = f"[[{own}]]" if list in map(get_origin, types) else f"[{own}]"
+            yield from (f"### `{title}`", "", *_about(inner), "", *_keys(inner), "")
+            yield from _tables(own, inner)
 
 
 def _about(cls: type) -> list[str]:
@@ -46,7 +63,7 @@ def _about(cls: type) -> list[str]:
     return [_plain(line) for line in inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].splitlines()]
 
 
-def _keys(cls: type, known: tuple[str, ...]) -> Iterator[str]:
+def _keys(cls: type, known: Collection[str] = ()) -> Iterator[str]:
     """A line for each key of ``cls`` that is not ``known`` from its base class."""
     meanings = meanings_of(cls)
     for f in dataclasses.fields(cls):
@@ -56,10 +73,10 @@ def _keys(cls: type, known: tuple[str, ...]) -> Iterator[str]:
 
 def _default(f: dataclasses.Field[Any]) -> str:
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    if value is dataclasses.MISSING or value is None or dataclasses.is_dataclass(value):
+    if value is dataclasses.MISSING or value is None or is_dataclass(value):
         return ""
     if isinstance(value, list):
-        value = [dataclasses.asdict(each) if dataclasses.is_dataclass(each) and not isinstance(each, type) else each for each in value]
+        value = [dataclasses.asdict(each) if is_dataclass(each) and not isinstance(each, type) else each for each in value]
     written = tomli_w.dumps({"key": value}).partition(" = ")[2] if value != {} else "{}"
     return f" = `{' '.join(written.split()).replace('[ ', '[').replace(', ]', ']')}`"
 

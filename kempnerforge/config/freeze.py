@@ -41,7 +41,12 @@ class FreezeSpec:
 
 @dataclass(frozen=True)
 class FreezeStage:
-    """Freeze directives that apply from optimizer step ``start_step`` onward, on top of ``freeze`` and of the stages before."""
+    """Freeze specs that are added to those before them.
+
+    Attributes:
+        start_step: the optimizer step from which on they apply.
+        specs: come after ``freeze`` and after the specs of earlier entries.
+    """
 
     start_step: int
     specs: tuple[FreezeSpec, ...]

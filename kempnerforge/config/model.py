@@ -51,7 +51,7 @@ class ModelConfig:
         post_norms: RMSNorm on what attention and feed-forward add to the stream, besides the one before them (Gemma 2).
         qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
         rope_theta, rope_scaling: rotary positions (Su et al. 2021).
-        rope_local_theta: every ``rope_global_interval``-th layer has the two above, all others have this base and no scaling (Gemma 3);
+        rope_local_theta, rope_global_interval: every ``rope_global_interval``-th layer has the two above, all others have this base and no scaling (Gemma 3);
             0: all layers are alike.
         nope_interval: every n-th layer has no rotary positions (SmolLM3); 0: none is without.
         sliding_window: a token sees this many positions of its text at most, itself the last of them (Mistral: Jiang et al. 2023); positions

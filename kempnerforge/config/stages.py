@@ -22,8 +22,13 @@ STAGED = ("data", "train", "optimizer", "scheduler")
 
 @dataclass
 class StageConfig:
-    """One ``[[stages]]`` table. ``data``, ``train``, ``optimizer`` and ``scheduler`` hold overrides of those sections as written; each key
-    replaces the section's. ``freeze`` replaces ``[vlm].freeze`` for this stage when it is given.
+    """One ``[[stages]]`` table.
+
+    Attributes:
+        name: names the stage in messages, metrics and reports.
+        steps: optimizer steps of this stage.
+        freeze: replaces ``[vlm].freeze`` during this stage.
+        data, train, optimizer, scheduler: keys of these sections that are different in this stage.
     """
 
     name: str

@@ -205,7 +205,12 @@ class DistributedConfig:
 
 @dataclass
 class CheckpointConfig:
-    """``interval`` in steps (0: only at the end and when interrupted); ``keep_last_n`` of them stay."""
+    """When a run saves itself.
+
+    Attributes:
+        interval: steps between checkpoints; 0: only at the end and when interrupted.
+        keep_last_n: the newest ones stay, older ones are deleted.
+    """
 
     interval: int = 500
     keep_last_n: int = 2
@@ -217,7 +222,12 @@ class CheckpointConfig:
 
 @dataclass
 class MetricsConfig:
-    """``interval`` in steps between lines of metrics.jsonl; ``tensorboard`` writes the same to events/."""
+    """What is written down of a run's progress.
+
+    Attributes:
+        interval: steps between lines of ``metrics.jsonl``.
+        tensorboard: write the same numbers to ``events/``.
+    """
 
     interval: int = 10
     tensorboard: bool = True

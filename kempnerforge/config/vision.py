@@ -82,6 +82,7 @@ class ViTConfig(VisionEncoderConfig):
         patch_size: kernel of the patch convolution.
         stride: its stride; 0 means ``patch_size``. A smaller stride makes overlapping patches (padding keeps the grid ``image_size/stride``).
         dim, n_layers, n_heads, mlp_dim: widths; ``mlp_dim`` 0 means ``4 * dim``.
+        norm_eps: added to the variance in layer norms.
         bias: whether the linear layers have biases (SigLIP's do).
         cls_token: prepend a learned token, which stays among the features.
         mean, std: normalisation of RGB values in [0, 1].
