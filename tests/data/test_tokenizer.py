@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from kempnerforge.data import Tokenizer
 from kempnerforge.data.text.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front, stop_ids
 from kempnerforge.util.errors import InputError
+from tests.interop.tiny_vlms import write_tokenizer
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)))
 
@@ -126,6 +127,17 @@ NEW = ["<image>", "<|end|>", "<e>"]
 
 def fresh() -> Tokenizer:
     return Tokenizer.train(["what is the colour?\n", "red"] * 4, 300)
+
+
+def test_tokens_with_one_id_are_refused(tmp_path: Path) -> None:
+    """transformers loads such a file; it fails where it is written again."""
+    write_tokenizer(tmp_path, prefix=False)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {name: id_ if len(name) == 1 else 0 for name, id_ in vocab.items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"data\.tokenizer = .*: cannot be loaded; .*out of vocabulary"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_new_tokens_follow_the_base_vocabulary() -> None:

@@ -281,14 +281,14 @@ class Tokenizer:
         check_config(f"{where}: config.json", said)
         with class_call(where, "cannot be loaded", said):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
-        backend = getattr(loaded, "backend_tokenizer", None)
-        if backend is None:
+            backend = getattr(loaded, "backend_tokenizer", None)
+            own = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own
+        if own is None:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
         if loaded.eos_token is None:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
-        # a copy: transformers keeps its own
         return cls(
-            tokenizers.Tokenizer.from_str(backend.to_str()),
+            own,
             eos=loaded.eos_token,
             bos=loaded.bos_token,
             pad=loaded.pad_token,
