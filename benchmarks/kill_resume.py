@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint import load, resolve, tensor_info
-from kempnerforge.training.report_facts import read_metrics
+from kempnerforge.util.metrics import read_metrics
 
 
 def start(config: str, run_dir: Path, overrides: list[str]) -> subprocess.Popen[bytes]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kempnerforge.report.charts import Series, format_percent, line_chart
-from kempnerforge.training.report_facts import read_metrics
+from kempnerforge.report.charts import Series, line_chart
+from kempnerforge.util.metrics import read_metrics
+from kempnerforge.util.numbers import format_percent
 
 
 def main() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from kempnerforge.config import registry
+from kempnerforge.config.build import build
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
 from kempnerforge.config.training import EvalConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.util.errors import Key
+from kempnerforge.util.errors import InputError, Key, Problems
 
 Found = Iterator[tuple[Key, str]]
 
@@ -155,6 +157,19 @@ def features_are_those_of_images(job: Job) -> Found:
     """Images that are changed at random are never seen twice, so there is nothing to keep."""
     if job.train.feature_cache and any(section.images.augment.enabled for section in _image_sections(job)):
         yield ("train",), f"feature_cache = {job.train.feature_cache!r}: data.images.augment changes the images; use one of the two"
+
+
+@_reads("eval")
+def tasks_are_known(job: Job) -> Found:
+    """Every task of ``eval.tasks`` is registered, and its options are fields of it."""
+    for name in job.eval.tasks:
+        try:
+            cls = registry.tasks.get(name)
+        except InputError as error:
+            yield ("eval",), str(error).removeprefix("eval.")
+            continue
+        build(cls, job.eval.options.get(name, {}), ("options", name), problems := Problems())
+        yield from ((("eval",), line.replace(f"[options] {name}", f"options.{name}", 1)) for line in problems.lines)
 
 
 def _image_sections(job: Job) -> list[DataConfig]:

@@ -121,8 +121,9 @@ adapters = Registry("adapter", "adapter.type")
 sources = Registry("data source", "data.source", *_SOURCES)
 
 templates = Registry("template", "data.template", "kempnerforge.data.text")
+tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks")
 
-ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources, templates)
+ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources, templates, tasks)
 
 
 def forget(module: str) -> None:
@@ -141,6 +142,7 @@ register_vision_encoder: Decorator = vision_encoders.register
 register_adapter: Decorator = adapters.register
 register_source: Decorator = sources.register
 register_template: Decorator = templates.register
+register_task: Decorator = tasks.register
 
 
 def list_vlm_configs() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
 from kempnerforge.util.errors import InputError
@@ -253,7 +254,11 @@ class EvalConfig:
         text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the perplexity: what is left of the
             language model, or has become of it.
         text_window: tokens of it that are read together, each after those before it.
+        tasks: further metrics by name, from ``kempnerforge/eval/tasks/`` or plugins.
+        options: of a task in ``tasks``, by its name: ``[eval.options.NAME]``.
     """
+
+    BUILT_IN: ClassVar[tuple[str, ...]] = ("exact_match", "loss", "text_perplexity")  # tasks with keys of their own here
 
     interval: int = 0
     at_end: bool = True
@@ -265,9 +270,15 @@ class EvalConfig:
     loss: bool = False
     text_path: PathText = ""
     text_window: int = 512
+    tasks: list[str] = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")
         at_least(self, 1, "batch_size", "max_new_tokens", "text_window")
         at_most(self, MOST_ROWS, "batch_size")
         only_if(self, bool(self.text_path), "text_path", "text_window")
+        if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:
+            raise InputError(f"tasks = {self.tasks}: {twice[0]!r} is there already; name each task but {', '.join(self.BUILT_IN)} once")
+        if unused := [name for name in self.options if name not in self.tasks]:
+            raise InputError(f"options.{unused[0]}: eval.tasks = {self.tasks} does not name this task")

@@ -7,7 +7,7 @@ from pathlib import Path
 from kempnerforge.config import to_toml
 from kempnerforge.inference.restore import Restored
 from kempnerforge.training.history import changed_on_the_way, spans_of, trained_with
-from kempnerforge.util.files import read_objects
+from kempnerforge.util.metrics import read_metrics
 
 
 def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> str:
@@ -48,11 +48,5 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
 
 def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
     """What the last evaluation up to ``step`` measured, from the run around the checkpoint, if it still is in one."""
-    file = checkpoint.resolve().parent.parent / "metrics.jsonl"
-    found: dict[str, float] = {}
-    if checkpoint.resolve().parent.name != "checkpoints" or not file.is_file():
-        return found
-    for row in read_objects(file, "step", int)[0]:
-        if row["step"] <= step:
-            found = {key: value for key, value in row.items() if key.startswith("eval/") and isinstance(value, int | float)} or found
-    return found
+    run = checkpoint.resolve().parent
+    return read_metrics(run.parent / "metrics.jsonl").last_evaluation(until=step) if run.name == "checkpoints" else {}

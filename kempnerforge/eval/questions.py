@@ -272,7 +272,7 @@ def examine(source: Source, encoder: Encoder, cfg: EvalConfig, *, chosen: Sequen
     chosen = range(len(source)) if chosen is None else chosen
     counts = pictures, min(pictures, DECODED)
     looked, decoded = ({chosen[at] for at in drawn(len(chosen), n, encoder.seed)} if n else set() for n in counts)
-    found = _Found(encoder, loss=cfg.loss or not cfg.exact_match)
+    found = _Found(encoder, loss=cfg.loss or not (cfg.exact_match or cfg.tasks))
     bad_rows = bad_looked = 0
     for index in chosen:
         bad = not found.read(source, index)

@@ -9,10 +9,10 @@ from kempnerforge.data.traces import KINDS
 from kempnerforge.inspection.audit import count
 from kempnerforge.inspection.check_facts import COVERED, MULTIPLE, Batching, Limits, histogram
 from kempnerforge.inspection.data_check import HELD_OUT, Checked, Leak
-from kempnerforge.report.charts import format_percent
 from kempnerforge.report.histogram import bar_chart
 from kempnerforge.report.html import text
 from kempnerforge.report.page import table, tiles, write_page
+from kempnerforge.util.numbers import format_percent
 
 BINS = 60
 SHOWN_BAD = 20

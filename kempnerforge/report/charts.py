@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kempnerforge.report.html import text
+from kempnerforge.util.numbers import format_number
 
 WIDTH, HEIGHT = 480.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 468.0, 58.0, 232.0  # the plot area
@@ -74,31 +75,6 @@ class Axis:
         at = math.log10(max(value, 1e-300)) if self.log else value
         share = (at - low) / (high - low)
         return self.start + (self.end - self.start) * min(max(share, -10.0), 11.0)  # far outside is outside enough
-
-
-def format_number(value: float) -> str:
-    """Short text for a tick or a legend: ``1.5k``, ``0.012``, ``3e-5``."""
-    size = abs(value)
-    if not math.isfinite(value):
-        return "–"
-    if size and (size < 1e-2 or size >= 1e12):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    scales: tuple[tuple[float, str], ...] = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-    for number, (scale, unit) in enumerate(scales):
-        if size >= scale:
-            shown = f"{value / scale:.3g}"
-            if "e" in shown:  # 999.6 rounds up to the next unit
-                larger, larger_unit = scales[max(number - 1, 0)]
-                return f"{value / larger:.3g}{larger_unit}"
-            return f"{shown}{unit}"
-    return f"{value:.3g}"
-
-
-def format_percent(value: float) -> str:
-    """``0.9931`` -> ``99.3 %``."""
-    shown = f"{100 * value:.1f}"
-    return f"{shown.removesuffix('.0')}\u00a0%"  # a space that does not break
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

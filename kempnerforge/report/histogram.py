@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, format_number, grid, head, nice_ticks
+from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, grid, head, nice_ticks
 from kempnerforge.report.html import text
+from kempnerforge.util.numbers import format_number
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from kempnerforge.eval.draw import COLOURS
 from kempnerforge.inference.answer import Answerer
 from kempnerforge.serve.request import MAX_IMAGES
+from kempnerforge.util.numbers import format_number
 
 
 def facts_of(model: Answerer) -> dict[str, object]:
@@ -16,7 +17,7 @@ def facts_of(model: Answerer) -> dict[str, object]:
     about = {
         "checkpoint": model.path.name,
         "architecture": "text" if job.vlm is None else job.vlm.arch,
-        "parameters": _short(count),
+        "parameters": format_number(count),
         "device": model.device.type,
     }
     return {
@@ -33,10 +34,3 @@ def _name(path: Path) -> str:
     """Of the run that a checkpoint belongs to."""
     path = path.resolve()
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-
-
-def _short(count: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)

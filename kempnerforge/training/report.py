@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kempnerforge.report.charts import Band, Series, format_number, format_percent, line_chart
+from kempnerforge.config import EvalConfig
+from kempnerforge.eval.evaluate import tasks_of
+from kempnerforge.eval.task import Task
+from kempnerforge.report.charts import Band, Series, line_chart
 from kempnerforge.report.html import picture, text
 from kempnerforge.report.page import tiles, write_page
-from kempnerforge.training.report_facts import Facts, Metrics, read_metrics, wilson_interval
+from kempnerforge.training.report_facts import Facts
+from kempnerforge.util.metrics import Metrics, read_metrics
+from kempnerforge.util.numbers import format_duration, format_number, format_percent
 
 MAX_IMAGE_SIDE = 320  # pixels; larger examples are shrunk so that the file stays small
 MAX_ANSWERS = 40  # rows of the table per answer
@@ -47,6 +51,7 @@ def write_report(
     summary: Mapping[str, object],
     remarks: Sequence[str] = (),
     changed: Sequence[str] = (),
+    tasks: Sequence[Task] | None = None,
 ) -> Path:
     """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and what is given; an old report is replaced in one move.
 
@@ -60,18 +65,20 @@ def write_report(
             comes from the metrics or is left out; other plain values appear in the header under their own name. ``unreadable`` and ``too_long``
             (beside ``questions``), ``loss_samples`` and ``loss_unreadable`` are said beside their score.
         remarks: what has to be known beside the scores.
+        tasks: their rows and curves are shown; None: those that every job has.
 
     Returns:
         The path of the report.
     """
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    facts = Facts(summary, metrics)
+    tasks = tasks_of(EvalConfig()) if tasks is None else tasks
+    facts = Facts(summary, metrics, [task.name for task in tasks if task.name not in EvalConfig.BUILT_IN])
     name = facts.text("name") or run_dir.resolve().name
     sections = [
         _header(name, facts, stages),
-        _tiles(facts),
+        _tiles(facts, tasks),
         "".join(f'<p class="note">{text(line)}</p>' for line in remarks),
-        _charts(metrics, facts, stages),
+        _charts(metrics, facts, stages, tasks),
         _answers(facts.by_answer),
         _examples(examples),
         _changed(changed),
@@ -88,19 +95,6 @@ def _changed(lines: Sequence[str]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def _header(name: str, facts: Facts, stages: Sequence[tuple[str, int, int]]) -> str:
     parameters, trainable = facts.number("parameters"), facts.number("trainable_parameters")
     steps, seconds = facts.number("steps"), facts.number("train_s")
@@ -115,49 +109,33 @@ def _header(name: str, facts: Facts, stages: Sequence[tuple[str, int, int]]) -> 
     if len(stages) > 1:
         rows.append(("stages", ", ".join(f"{stage} ({max(last - first, 0):,} steps)" for stage, first, last in stages)))
     if seconds is not None:
-        rows.append(("training time", _duration(seconds)))
+        rows.append(("training time", format_duration(seconds)))
     rows += [("device", facts.text("device")), *facts.others()]
     items = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in rows if value)
     return f'<header><h1>{text(name)}</h1><dl class="facts">{items}</dl></header>'
 
 
-def _tiles(facts: Facts) -> str:
-    cards = []
-    seen, blind, total, base = facts.result("exact_match"), facts.result("exact_match_blind"), facts.questions(), facts.baseline()
-    if seen is not None:
-        more = "generated answer equals the truth"
-        if total:
-            low, high = wilson_interval(seen * total, total)
-            more = f"{round(seen * total):,} of {total:,} right; 95\u00a0% interval {100 * low:.1f} to {format_percent(high)}"
-            more += facts.beside("unreadable", "could not be asked") + facts.beside("too_long", "cannot be written in eval.max_new_tokens")
-        cards.append(("Exact match", _percent(seen), more, "lead"))
-    if blind is not None:
-        more = "image blanked" + (f"; {base[1]}: {format_percent(base[0])}" if base else ": the same questions")
-        cards.append(("Blind exact match", _percent(blind), more, ""))
-    if seen is not None and blind is not None:
-        points = f"{100 * (seen - blind):+.1f} <small>points</small>".replace("-", "−")
-        cards.append(("What the image adds", points, "difference of the two", ""))
-    loss = facts.result("loss")
-    if loss is not None:
-        said = facts.beside("loss_samples", "samples") + facts.beside("loss_unreadable", "could not be read")
-        cards.append(
-            ("Held-out loss", f"{loss:.4g}", f"nats a token; perplexity {format_number(math.exp(min(loss, 700.0)))}{said}", "lead")
-        )
+def _tiles(facts: Facts, tasks: Sequence[Task]) -> str:
+    rows = [row for task in tasks for row in task.rows(facts)]
+    cards = [(row.title, _value(row.value, row.unit), row.about, "lead" if row.lead else "") for row in rows]
     tokens, images, seconds = facts.rate("tokens_per_s"), facts.rate("images_per_s"), facts.number("train_s")
     if tokens is not None:
         more = "useful tokens, padding not counted" + (f"; {format_number(images)} images/s" if images else "")
-        cards.append(("Throughput", f"{format_number(tokens)} <small>tokens/s</small>", more, ""))
+        cards.append(("Throughput", _value(format_number(tokens), "tokens/s"), more, ""))
     if seconds is not None:
         steps = facts.number("steps")
-        more = f"{_duration(seconds / steps)} a step; evaluation and saving not counted" if steps else "evaluation and saving not counted"
-        cards.append(("Training time", _duration(seconds), more, ""))
+        more = (
+            f"{format_duration(seconds / steps)} a step; evaluation and saving not counted"
+            if steps
+            else "evaluation and saving not counted"
+        )
+        cards.append(("Training time", format_duration(seconds), more, ""))
     return tiles(cards)
 
 
-def _percent(share: float) -> str:
-    """Two decimals near the ends, where they matter."""
-    digits = 2 if share >= 0.98 and share < 1 else 1
-    return f"{100 * share:.{digits}f} <small>%</small>"
+def _value(value: str, unit: str) -> str:
+    """As HTML."""
+    return text(value) + (f" <small>{text(unit)}</small>" if unit else "")
 
 
 def _wide(values: Sequence[float]) -> bool:
@@ -165,27 +143,28 @@ def _wide(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 25 * min(values)
 
 
-def _charts(metrics: Metrics, facts: Facts, stages: Sequence[tuple[str, int, int]]) -> str:
+def _charts(metrics: Metrics, facts: Facts, stages: Sequence[tuple[str, int, int]], tasks: Sequence[Task]) -> str:
     bands: list[Band] = [(first, last, name) for name, first, last in stages] if len(stages) > 1 else []
     base = facts.baseline()
     rules = [(base[0], f"{base[1]}:")] if base else []
     charts: list[str] = []
+    series = lambda key, name, smooth=False: Series(name, *metrics.points(key), smooth)
 
-    def add(title: str, label: str, *lines: Series | None, log: bool = False, **options: Any) -> None:
-        present = [line for line in lines if line]
-        if present:
+    def add(title: str, label: str, *lines: Series, log: bool = False, **options: Any) -> None:
+        if present := [line for line in lines if line.x]:
             charts.append(line_chart(present, title, label, bands=bands, log=log, **options))
 
-    losses = [metrics.series("train/loss", "training", smooth=True), metrics.series("eval/loss", "held out")]
+    losses = [series("train/loss", "training", smooth=True), series("eval/loss", "held out")]
     add("Loss", "nats per trained token", *losses, log=_wide(metrics.values("train/loss")))
-    matches = [metrics.series("eval/exact_match", "exact match"), metrics.series("eval/exact_match_blind", "image blanked")]
-    add("Accuracy", "share of answers that match", *matches, y_range=(0.0, 1.0), y_format=format_percent, rules=rules)
-    add("Plain text", "perplexity, without any image", metrics.series("eval/text_perplexity", "perplexity"))
-    add("Throughput", "useful tokens per second", metrics.series("train/tokens_per_s", "tokens/s", smooth=True))
+    for curve in (curve for task in tasks for curve in task.curves()):
+        options: dict[str, Any] = {"y_range": (0.0, 1.0), "y_format": format_percent} if curve.share else {}
+        options |= {"rules": rules} if curve.baseline else {}
+        add(curve.title, curve.label, *(series(key, name) for key, name in curve.lines.items()), **options)
+    add("Throughput", "useful tokens per second", series("train/tokens_per_s", "tokens/s", smooth=True))
     if any(metrics.values("train/images_per_s")):
-        add("Images", "images per second", metrics.series("train/images_per_s", "images/s", smooth=True))
-    add("Learning rate", "of the step", metrics.series("train/lr", "rate"))
-    norms = metrics.series("train/grad_norm", "norm", smooth=True)
+        add("Images", "images per second", series("train/images_per_s", "images/s", smooth=True))
+    add("Learning rate", "of the step", series("train/lr", "rate"))
+    norms = series("train/grad_norm", "norm", smooth=True)
     add("Gradient norm", "before clipping", norms, log=_wide(metrics.values("train/grad_norm")))
     if not charts:
         return ""

@@ -21,7 +21,9 @@ from kempnerforge.data.sources.keys import refuse_unused
 from kempnerforge.data.text.asking import Asking, Seen, observe
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.loss import PlainText
+from kempnerforge.eval.evaluate import Measured, evaluate
+from kempnerforge.eval.exam import Exam, Ranks
+from kempnerforge.eval.plain_text import PlainText
 from kempnerforge.eval.questions import HeldOut, examine
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.lora import fitting_magnitudes
@@ -92,6 +94,19 @@ class Assembly:
         """Raises InputError if this job evaluates on held-out data of which more than ``data.max_bad_fraction`` cannot be read, or all."""
         if (self.job.eval.interval or self.job.eval.at_end) and self.examined is not None:
             self.examined.require(self.stages[-1].data.max_bad_fraction)
+
+    def evaluate(self, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> Measured:
+        """What ``[eval]`` asks for, of the model as it is.
+
+        Args:
+            rows: samples that a rank takes at once for a loss.
+            limit: questions, samples and windows at most; 0: all.
+
+        Raises:
+            InputError: none of the held-out data can be read.
+        """
+        encoder = self.encoder(self.stages[-1])
+        return evaluate(Exam(self.model, encoder, self.job.eval, device, ranks, self.examined, self.plain_text, rows, limit))
 
     @cached_property
     def seen(self) -> Seen:

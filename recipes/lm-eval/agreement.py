@@ -11,19 +11,22 @@ import json
 import sys
 from pathlib import Path
 
-from kempnerforge.eval.exact_match import evaluate
-from kempnerforge.inference.evaluate import OneProcess
+from kempnerforge.eval.answers import ask
+from kempnerforge.eval.exam import Exam
 from kempnerforge.inference.restore import restore
+from kempnerforge.training.setup import evaluated
 
 
 def main(run: str, samples: str) -> int:
-    restored = restore(Path(run), ["--train.mixed_precision=fp32"], data=True)
-    assembly = restored.assembly
+    restored = restore(Path(run), ["--train.mixed_precision=fp32"])
+    assembly, last = restored.assembly, restored.assembly.stages[-1]
+    assembly.held_out, _ = evaluated(assembly.job, last, assembly.tokenizer)
     assert assembly.examined is not None
     logged = [json.loads(line) for line in Path(samples).read_text(encoding="utf-8").splitlines()]
     asked = [assembly.examined.questions[one["doc_id"]] for one in logged]
     assert [question.sample_id for question in asked] == [one["doc"]["id"] for one in logged], "the questions of another run"
-    ours = evaluate(assembly.model, asked, assembly.encoder(assembly.stages[-1]), assembly.job.eval, OneProcess(), restored.device)
+    exam = Exam(assembly.model, assembly.encoder(last), assembly.job.eval, restored.device)
+    ours = ask(exam, dict(enumerate(asked)))
     same = 0
     for answer, one in zip(ours.answers, logged, strict=True):
         theirs, said = one["resps"][0][0].strip(), answer.text.strip()
@@ -31,8 +34,9 @@ def main(run: str, samples: str) -> int:
         if said != theirs:
             print(f"{one['doc']['id']}: {answer.question.prompt} {answer.question.truth}; ours: {said}; lm-eval: {theirs}")
     right = sum(one["exact_match"] for one in logged)
+    right_here = sum(answer.right for answer in ours.answers)
     print(f"{'questions':20s} {len(logged):,}")
-    print(f"{'kempnerforge eval':20s} {ours.right:,} right, {ours.exact_match:.4%}")
+    print(f"{'kempnerforge eval':20s} {right_here:,} right, {right_here / ours.total:.4%}")
     print(f"{'lm-eval':20s} {right:,.0f} right, {right / len(logged):.4%}")
     print(f"{'the same answer':20s} {same:,}")
     return int(same != len(logged))

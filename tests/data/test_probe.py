@@ -28,8 +28,8 @@ from kempnerforge.data.collections.probe.skills import SKILLS
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.text.interleave import LABELS
 from kempnerforge.eval.codecs import decode_points, encode_points
-from kempnerforge.eval.exact_match import question_only_prior
 from kempnerforge.eval.questions import Question
+from kempnerforge.eval.tasks.exact_match import question_only_prior
 from kempnerforge.inspection.audit import audit
 from tests.eval.scripted import TEXT_ENCODER
 

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop
-from kempnerforge.eval.exact_match import Score, evaluate
+from kempnerforge.eval.exam import Exam, OneProcess, Ranks
 from kempnerforge.eval.loss import HeldOutLoss, held_out_loss
 from kempnerforge.eval.questions import Question, questions
+from kempnerforge.eval.task import Score
+from kempnerforge.eval.tasks.exact_match import ExactMatch
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import Output
 
@@ -37,18 +39,12 @@ Level = int | tuple[int, ...] | None
 """Brightness of the image of a question; of several; None: it has none, or there are none in the job."""
 
 
-@dataclass(frozen=True)
-class Alone:
-    """A world of one."""
-
-    rank: int = 0
-    size: int = 1
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
+def evaluate(
+    model: nn.Module, asked: Sequence[Question], encoder: Encoder, cfg: EvalConfig, ranks: Ranks | None = None, *, blind: bool = False
+) -> Score:  # fmt: skip
+    """Exact match of ``asked``."""
+    exam = Exam(model, encoder, cfg, DEVICE, ranks or OneProcess())
+    return ExactMatch()._score(exam, dict(enumerate(asked)), blind)
 
 
 class ListSource(Source):
@@ -156,8 +152,9 @@ def both(model: Scripted, ranks: Any) -> tuple[Score, HeldOutLoss]:
         for k, sample in enumerate(held_out(LEVELS))
     ]
     source = ListSource(samples)
-    score = evaluate(model, questions(source)[0], ENCODER, EvalConfig(batch_size=1, max_new_tokens=4), ranks, DEVICE)
-    return score, held_out_loss(model, source, ENCODER, ranks, DEVICE, rows=1, limit=0)
+    cfg = EvalConfig(batch_size=1, max_new_tokens=4)
+    score = evaluate(model, questions(source)[0], ENCODER, cfg, ranks)
+    return score, held_out_loss(Exam(model, ENCODER, cfg, DEVICE, ranks), source, ENCODER, rows=1)
 
 
 def facts(score: Score, loss: HeldOutLoss) -> dict[str, Any]:

@@ -20,20 +20,21 @@ from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.exact_match import BLANK, Answer, evaluate, question_only_prior
+from kempnerforge.eval.answers import BLANK, Answer
+from kempnerforge.eval.exam import OneProcess
 from kempnerforge.eval.questions import Question, Truth, examine, questions
+from kempnerforge.eval.tasks.exact_match import question_only_prior
 from tests.dist import run_ranks
 from tests.eval.scripted import (
     BROKEN,
-    DEVICE,
     ENCODER,
     TEXT_ENCODER,
     TOKENIZER,
-    Alone,
     ListSource,
     Scripted,
     asked_of,
     both,
+    evaluate,
     facts,
     grey,
     held_out,
@@ -53,9 +54,9 @@ def question(prompt: str, truth: str) -> Question:
 def test_counts(batch_size: int) -> None:
     model = Scripted(lambda prompt, level: "red")
     asked = asked_of(held_out([10, 200, 20, 240, 30, 250, 40]))
-    score = evaluate(model, asked, ENCODER, replace(CFG, batch_size=batch_size), Alone(), DEVICE)
+    score = evaluate(model, asked, ENCODER, replace(CFG, batch_size=batch_size))
     assert (score.right, score.total) == (4, 7)
-    assert score.exact_match == 4 / 7
+    assert score.mean == 4 / 7
     assert score.by_truth == {"blue": (0, 3), "red": (4, 4)}
     assert [answer.question for answer in score.answers] == asked
     assert {answer.text for answer in score.answers} == {"red"}
@@ -67,15 +68,15 @@ def test_each_question_is_asked_about_its_own_image() -> None:
     """Texts of one sample share its image, of which one copy is in the batch."""
     samples = [Sample("a", (grey(10),), (Text("one", "red"), Text("two", "red"))), Sample("b", (grey(200),), (Text("one", "blue"),))]
     model = Scripted(shade)
-    score = evaluate(model, asked_of(samples), ENCODER, CFG, Alone(), DEVICE)
-    assert score.exact_match == 1
+    score = evaluate(model, asked_of(samples), ENCODER, CFG)
+    assert score.mean == 1
     assert model.asked == [("one", 10), ("two", 10), ("one", 200)]
 
 
 def test_blind_asks_every_prompt_once() -> None:
     model = Scripted(shade)
     asked = asked_of(held_out([10, 200, 20, 240, 30, 250, 40]))
-    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE, blind=True)
+    score = evaluate(model, asked, ENCODER, CFG, blind=True)
     assert sorted(model.asked) == [(f"what colour {k}?", BLANK) for k in range(3)]
     assert (score.right, score.total) == (3, 7), "a blind model says blue to all"
 
@@ -83,17 +84,17 @@ def test_blind_asks_every_prompt_once() -> None:
 def test_unreadable_images_are_counted_and_not_fatal() -> None:
     """Also when a whole batch cannot be read; blind, nothing has to be."""
     asked = asked_of(held_out([None, None, None, 10, 200]))
-    score = evaluate(Scripted(shade), asked, ENCODER, CFG, Alone(), DEVICE)
+    score = evaluate(Scripted(shade), asked, ENCODER, CFG)
     assert (score.right, score.total) == (2, 2)
     assert [name for name, _ in score.skipped] == ["s0", "s1", "s2"]
     assert all("not an image" in reason for _, reason in score.skipped)
-    assert evaluate(Scripted(shade), asked, ENCODER, CFG, Alone(), DEVICE, blind=True).total == 5
+    assert evaluate(Scripted(shade), asked, ENCODER, CFG, blind=True).total == 5
 
 
 def test_nothing_readable_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"none of 2 held-out questions can be read; the first: .*not an image"):
-        evaluate(Scripted(shade), asked_of(held_out([None, None])), ENCODER, CFG, Alone(), DEVICE)
-    assert evaluate(Scripted(shade), [], ENCODER, CFG, Alone(), DEVICE).total == 0
+        evaluate(Scripted(shade), asked_of(held_out([None, None])), ENCODER, CFG)
+    assert evaluate(Scripted(shade), [], ENCODER, CFG).total == 0
 
 
 MIXED = [
@@ -108,7 +109,7 @@ MIXED = [
 def test_interleaved_questions() -> None:
     model = Scripted(lambda prompt, level: "c" if level == (20, 200) else "e" if level is None else "x")
     asked = asked_of(MIXED)
-    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE)
+    score = evaluate(model, asked, ENCODER, CFG)
     assert model.asked == [
         ("what  colour?", 10),
         ("what colour?", 10),
@@ -123,7 +124,7 @@ def test_interleaved_questions() -> None:
 def test_blind_tells_numbers_of_images_apart() -> None:
     model = Scripted(lambda prompt, level: "d" if level == (BLANK, BLANK) else "e" if level is None else "x")
     asked = asked_of([*MIXED, Sample("front again", (grey(1), grey(2)), (Text("what colour?", "e"),))])
-    score = evaluate(model, asked, ENCODER, CFG, Alone(), DEVICE, blind=True)
+    score = evaluate(model, asked, ENCODER, CFG, blind=True)
     assert len(model.asked) == 5 and ("what colour?", None) in model.asked and ("what colour?", (BLANK, BLANK)) in model.asked
     assert [answer.text for answer in score.answers] == ["x", "x", "d", "d", "e", "d"]
     assert (score.right, score.total) == (2, 6)
@@ -142,7 +143,7 @@ def test_answers_with_images_are_not_asked_for() -> None:
 
 def test_a_job_without_images_asks_about_words_alone() -> None:
     model = Scripted(lambda prompt, level: "red" if prompt.endswith("0?") else "no")
-    score = evaluate(model, asked_of(held_out([10, 200, 20, 240])), TEXT_ENCODER, CFG, Alone(), DEVICE)
+    score = evaluate(model, asked_of(held_out([10, 200, 20, 240])), TEXT_ENCODER, CFG)
     assert {level for _, level in model.asked} == {None}
     assert (score.right, score.total) == (1, 4)
 
@@ -155,20 +156,20 @@ def test_white_space_does_not_count() -> None:
     assert not right("dark red", "darkred")
     assert not right("Red", "red")
     asked = [question("one", " dark\nred "), question("two", "dark red")]
-    score = evaluate(Scripted(lambda prompt, level: "dark  red"), asked, TEXT_ENCODER, replace(CFG, max_new_tokens=30), Alone(), DEVICE)
+    score = evaluate(Scripted(lambda prompt, level: "dark  red"), asked, TEXT_ENCODER, replace(CFG, max_new_tokens=30))
     assert score.by_truth == {"dark red": (2, 2)}
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_comes_back(training: bool) -> None:
     model = Scripted(shade).train(training)
-    evaluate(model, asked_of(held_out([10])), ENCODER, CFG, Alone(), DEVICE)
+    evaluate(model, asked_of(held_out([10])), ENCODER, CFG)
     assert model.training == training and model.modes == {False}
 
 
 def test_answers_are_cut_at_max_new_tokens() -> None:
     model = Scripted(lambda prompt, level: "red blue red blue red blue")
-    score = evaluate(model, asked_of(held_out([10])), ENCODER, replace(CFG, max_new_tokens=2), Alone(), DEVICE)
+    score = evaluate(model, asked_of(held_out([10])), ENCODER, replace(CFG, max_new_tokens=2))
     assert score.answers[0].text == TOKENIZER.decode(TOKENIZER.encode("red blue red blue red blue")[:2])
 
 
@@ -213,10 +214,10 @@ def test_a_real_model() -> None:
     """Truths taken from what the model itself writes are all right, in batches of any size."""
     it = tiny(None, noise=0.3)
     asked = [Question(s.id, s.images, t.prompt, t.answer) for s in (ONE, THREE) for t in s.texts if isinstance(t.answer, str)]
-    first = evaluate(it.model, asked, it.encoder, CFG, Alone(), DEVICE)
+    first = evaluate(it.model, asked, it.encoder, CFG)
     assert first.total == 4 and len({a.text for a in first.answers}) > 1
     own = [replace(a.question, truth=a.text) for a in first.answers]
-    assert evaluate(it.model, own, it.encoder, replace(CFG, batch_size=1), Alone(), DEVICE).exact_match == 1
+    assert evaluate(it.model, own, it.encoder, replace(CFG, batch_size=1)).mean == 1
     assert tokenizer().vocab_size == it.job.model.vocab_size
 
 
@@ -244,11 +245,11 @@ def test_tiles_are_asked_about_as_in_training_and_blanked_one_by_one() -> None:
         Sample("wide, too", (block(30, 9, 200),), (Text("what colour?", "blue"),)),
         Sample("broken", (BROKEN,), (Text("what colour?", "red"),)),
     ]
-    score = evaluate(model, asked_of(samples), encoder, replace(CFG, batch_size=4), Alone(), DEVICE)
+    score = evaluate(model, asked_of(samples), encoder, replace(CFG, batch_size=4))
     assert [level for _, level in model.asked] == [(10,) * 3, (20,) * 5, (200,) * 3]
     assert (score.right, score.total) == (2, 3) and [name for name, _ in score.skipped] == ["broken"]
     blind = Scripted(lambda prompt, level: "red")
-    score = evaluate(blind, asked_of(samples), encoder, CFG, Alone(), DEVICE, blind=True)
+    score = evaluate(blind, asked_of(samples), encoder, CFG, blind=True)
     assert [level for _, level in blind.asked] == [(BLANK,) * 3, (BLANK,) * 5], "asked once for each number of views"
     assert (score.right, score.total) == (2, 3) and [name for name, _ in score.skipped] == ["broken"]
 
@@ -258,7 +259,7 @@ def test_conversations_are_asked_turn_by_turn() -> None:
     found, _ = questions(ListSource([Sample("s", (), (text,)), Sample("t", (), (Text("what?", "blue"),))]))
     assert [(q.prompt, q.truth) for q in found] == [("what?", "red"), ("and?", "blue"), ("so?", "no"), ("what?", "blue")]
     model = Scripted(lambda prompt, level: "red")
-    score = evaluate(model, found, TEXT_ENCODER, CFG, Alone(), DEVICE)
+    score = evaluate(model, found, TEXT_ENCODER, CFG)
     lines = [TOKENIZER.encode(part) for part in ("what?\n", "and?\n", "so?\n")]
     row = TEXT_ENCODER.encode_question(found[2].asked, ()).ids
     assert row == [1, *lines[0], *TOKENIZER.encode("red"), 2, *lines[1], *TOKENIZER.encode("blue"), 2, *lines[2]]
@@ -277,12 +278,12 @@ def test_an_answer_ends_where_its_template_says() -> None:
         def _reply(self, batch: Batch, row: int) -> list[int]:
             return [*ended.tokenizer.encode("red"), end_id, *ended.tokenizer.encode("blue")]
 
-    assert evaluate(Ending(shade), asked, ended, CFG, Alone(), DEVICE).answers[0].text == "red"
+    assert evaluate(Ending(shade), asked, ended, CFG).answers[0].text == "red"
 
 
 def test_each_kind_is_counted_alone() -> None:
     samples = [Sample(str(k), (), (Text("what colour?", truth, kind=kind),)) for k, (truth, kind) in enumerate(KINDS)]
-    score = evaluate(Scripted(lambda prompt, level: "red"), asked_of(samples), TEXT_ENCODER, CFG, Alone(), DEVICE)
+    score = evaluate(Scripted(lambda prompt, level: "red"), asked_of(samples), TEXT_ENCODER, CFG)
     assert score.by_kind == {"counting": (1, 2), "reading": (1, 1)} and (score.right, score.total) == (2, 4)
 
 
@@ -298,7 +299,7 @@ def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
     one, two = written(tmp_path / "0.pt"), written(tmp_path / "1.pt")
     assert one[0] == two[0] == [4, 4]
-    alone = facts(*both(Scripted(shade, lambda labels: labels.double()), Alone()))
+    alone = facts(*both(Scripted(shade, lambda labels: labels.double()), OneProcess()))
     assert alone["counts"] == [4, 5, 0] and alone["by_kind"] == {"odd": (0, 1)}
     assert alone["by_truth"] == {"blue": (2, 3), "red": (2, 2)} and [name for name, _ in alone["unreadable"]] == ["s2", "s5"]
     assert one[1] == two[1] == alone

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from kempnerforge.config import EvalConfig
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.eval.loss import HeldOutLoss, PlainText, held_out_loss
-from tests.eval.scripted import DEVICE, TEXT_ENCODER, Alone, ListSource, Scripted, shade
+from kempnerforge.eval.exam import Exam
+from kempnerforge.eval.loss import HeldOutLoss, held_out_loss
+from kempnerforge.eval.plain_text import PlainText
+from kempnerforge.eval.tasks.text_perplexity import TextPerplexity
+from tests.eval.scripted import DEVICE, TEXT_ENCODER, ListSource, Scripted, shade
 from tests.vlm.tiny import NO_IMAGE, ONE, THREE, all_logits, tiny
 
 SAMPLES = [
@@ -25,9 +30,9 @@ def mean_of(samples: list[Sample | None], **settings: int) -> float:
     return loss_of(samples, **settings).nats
 
 
-def loss_of(samples: list[Sample | None], **settings: int) -> HeldOutLoss:
+def loss_of(samples: list[Sample | None], rows: int, limit: int = 0) -> HeldOutLoss:
     model = Scripted(shade, lambda labels: labels.double())
-    return held_out_loss(model, ListSource(samples), TEXT_ENCODER, Alone(), DEVICE, **{"limit": 0, **settings})
+    return held_out_loss(Exam(model, TEXT_ENCODER, EvalConfig(), DEVICE, limit=limit), ListSource(samples), TEXT_ENCODER, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 10])
@@ -70,7 +75,7 @@ def test_of_a_real_model_by_hand() -> None:
         kept = batch.labels >= 0
         total -= all_logits(it.model, batch)[kept].log_softmax(-1).gather(-1, batch.labels[kept][:, None]).sum().item()
         count += int(kept.sum())
-    got = held_out_loss(it.model, ListSource(samples), it.encoder, Alone(), DEVICE, rows=2, limit=0)
+    got = held_out_loss(Exam(it.model, it.encoder, EvalConfig(), DEVICE), ListSource(samples), it.encoder, rows=2)
     assert got.nats == pytest.approx(total / count, rel=1e-5)
     assert it.model.training
 
@@ -92,9 +97,15 @@ def test_perplexity_of_plain_text_by_hand(arch: str | None, tmp_path: Path) -> N
         losses += [-scores[at, token].item() for at, token in enumerate(window[1:])]
     assert len(losses) == len(ids) - 1
     text = PlainText(str(path), 8, tokenizer)
-    assert text.measure(it.model, Alone(), DEVICE, 0).perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+    def measured(limit: int) -> Mapping[str, float]:
+        found = TextPerplexity().measure(Exam(it.model, it.encoder, EvalConfig(), DEVICE, plain_text=text, limit=limit))
+        assert found is not None
+        return found.values
+
+    assert measured(0)["eval/text_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     (begin,) = (8 * at for at in drawn(-(-len(losses) // 8), 1, 0))
-    part = text.measure(it.model, Alone(), DEVICE, 1)
-    assert part.samples == 1 and part.perplexity == pytest.approx(
+    part = measured(1)
+    assert part["eval/text_windows"] == 1 and part["eval/text_perplexity"] == pytest.approx(
         math.exp(sum(losses[begin : begin + 8]) / len(losses[begin : begin + 8])), rel=1e-4
     )

@@ -17,9 +17,9 @@ from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.exact_match import evaluate, question_only_prior
 from kempnerforge.eval.questions import DECODED, PICTURES, HeldOut, Question, Truths, examine, plain
-from tests.eval.scripted import BROKEN, DEVICE, ENCODER, TEXT_ENCODER, TOKENIZER, Alone, ListSource, Scripted, asked_of, grey
+from kempnerforge.eval.tasks.exact_match import question_only_prior
+from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, TOKENIZER, ListSource, Scripted, asked_of, evaluate, grey
 
 CFG = EvalConfig(max_new_tokens=6)
 LAYOUT = Layout(image_tokens=0, image_size=0, max_text_len=64, seq_len=64, pad_to=64)
@@ -64,17 +64,17 @@ def test_right_answers_of_a_tokenizer_that_writes_otherwise() -> None:
     """The model can only say what the tokenizer writes; truths in capitals and with unknown words are reached all the same."""
     encoder = encoder_of(lower_case())
     asked = asked_of([text("Red"), text("red"), text("BLUE"), text("dark  Café sea")])
-    score = evaluate(Saying(encoder, "red"), asked, encoder, CFG, Alone(), DEVICE)
+    score = evaluate(Saying(encoder, "red"), asked, encoder, CFG)
     assert [answer.right for answer in score.answers] == [True, True, False, False]
     assert score.by_truth == {"red": (2, 2), "blue": (0, 1), encoder.tokenizer.decode([7, 0, 8]): (0, 1)}
-    assert evaluate(Saying(encoder, "dark café sea"), asked[3:], encoder, CFG, Alone(), DEVICE).exact_match == 1
+    assert evaluate(Saying(encoder, "dark café sea"), asked[3:], encoder, CFG).mean == 1
 
 
 def test_any_of_several_answers_is_right() -> None:
     encoder = encoder_of(lower_case())
     several = Sample("s", (), (Text("what?", "red", references=("Dark Sea", "blue")),))
     for answer, right in (("red", 1), ("dark sea", 1), ("blue", 1), ("a", 0)):
-        score = evaluate(Saying(encoder, answer), asked_of([several]), encoder, CFG, Alone(), DEVICE)
+        score = evaluate(Saying(encoder, answer), asked_of([several]), encoder, CFG)
         assert (score.right, score.total) == (right, 1), answer
 
 
@@ -135,7 +135,7 @@ def test_answers_that_cannot_be_written_are_counted(limit: int) -> None:
     cfg = EvalConfig(max_new_tokens=limit)
     found = held_out(*truths, cfg=cfg)
     assert found.too_long == found.counts()["too_long"] == want and found.longest == max(tokens)
-    score = evaluate(Scripted(lambda prompt, level: "red"), found.questions, TEXT_ENCODER, cfg, Alone(), DEVICE)
+    score = evaluate(Scripted(lambda prompt, level: "red"), found.questions, TEXT_ENCODER, cfg)
     assert score.too_long == want
     assert (f"{want} of 4 true answers take more than eval.max_new_tokens = {limit} tokens" in " ".join(found.remarks())) is (want > 0)
 

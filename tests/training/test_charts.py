@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kempnerforge.report import charts
-from kempnerforge.report.charts import Series, format_number, format_percent, line_chart, log_ticks, moving_average, nice_ticks
+from kempnerforge.report.charts import Series, line_chart, log_ticks, moving_average, nice_ticks
+from kempnerforge.util.numbers import format_number, format_percent
 
 SVG = "{http://www.w3.org/2000/svg}"
 finite = st.floats(-1e12, 1e12, allow_nan=False)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from kempnerforge.eval.exact_match import Answer, Score
-from kempnerforge.eval.measure import Measured
+from kempnerforge.eval.answers import Answer
+from kempnerforge.eval.evaluate import Measured
 from kempnerforge.eval.questions import Question, Truth
+from kempnerforge.eval.task import Found, Score
 from tests.training.tiny import CONFIG, call, make_job, metrics, rows_of, write_config, write_rows
 
 LONG = "a red square that lies on the left side of a much larger blue one"
@@ -203,7 +204,7 @@ def test_answers_that_no_model_can_write_are_said_by_every_command(tmp_path: Pat
 def score_of(said: list[str], truths: list[str]) -> Score:
     asked = [Question(str(k), (), "what?", truth) for k, truth in enumerate(truths)]
     answers = [Answer(q, k, text, Truth(q.truth, 1, False), False) for k, (q, text) in enumerate(zip(asked, said, strict=True))]
-    return Score(asked, answers, {})
+    return Score(dict(enumerate(asked)), answers, {}, [answer.right for answer in answers])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def score_of(said: list[str], truths: list[str]) -> Score:
     ],
 )
 def test_one_answer_to_everything_is_remarked(seeing: list[str], blind: list[str], truths: list[str], remarked: bool) -> None:
-    lines = Measured({}, score_of(seeing, truths), score_of(blind, truths)).remarks(1e-5)
+    lines = Measured({"exact_match": Found({}, score_of(seeing, truths), score_of(blind, truths))}).remarks(1e-5)
     assert bool(lines) is remarked
     assert not lines or ("'red'" in lines[0] and "optimizer.lr (it was 1e-05)" in lines[0])
-    assert Measured({}, score_of(seeing, truths), None).remarks(1e-5) == []
+    assert Measured({"exact_match": Found({}, score_of(seeing, truths))}).remarks(1e-5) == []

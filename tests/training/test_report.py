@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from kempnerforge.training.report import Example, write_report
-from kempnerforge.training.report_facts import read_metrics, wilson_interval
+from kempnerforge.util.metrics import read_metrics
+from kempnerforge.util.numbers import wilson_interval
 
 VOID = {"meta", "link", "img", "br", "circle", "line", "rect", "path"}
 STAGES = [("captions", 0, 50), ("questions", 50, 100)]
@@ -169,9 +170,8 @@ def test_metrics_last_line_wins_and_broken_lines_are_left_out(tmp_path: Path) ->
     assert list(metrics.rows) == [10, 20, 30] and metrics.unreadable == 4
     assert metrics.rows[20] == {"step": 20, "train/loss": 1.0, "eval/x": 0.5} and set(metrics.rows[30]) == {"step", "train/loss"}
     assert metrics.values("train/loss") == [2.0, 1.0]
-    line = metrics.series("train/loss", "loss")
-    assert line is not None and list(line.x) == [10, 20, 30] and math.isnan(line.y[2] or 0.0)
-    assert metrics.series("train/none", "none") is None
+    steps, losses = metrics.points("train/loss")
+    assert steps == [10, 20, 30] and math.isnan(losses[2]) and metrics.points("train/none") == ([], [])
     assert "left out: 4" in Page(report(tmp_path)).text
 
 

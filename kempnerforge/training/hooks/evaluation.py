@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.eval.exact_match import question_only_prior
-from kempnerforge.eval.measure import Measured, measure
+from kempnerforge.eval.evaluate import Measured
 from kempnerforge.eval.questions import questions
+from kempnerforge.eval.tasks.exact_match import question_only_prior
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 LOG = logging.getLogger("kempnerforge")
@@ -39,7 +39,7 @@ class Voting:
 
 
 class Evaluation(Hook):
-    """Exact match of generated answers with and without the images; held-out loss where the data have no questions; perplexity of plain text.
+    """Measures the tasks of ``[eval]``.
 
     Attributes:
         final: what was measured in the end, once ``finish`` has run.
@@ -75,8 +75,9 @@ class Evaluation(Hook):
         self.final, last = found, trainer.stages[-1]
         self._remark(found.remarks(last.optimizer.lr))
         known = trainer.assembly.sources[-1]
-        if found.seeing is not None and found.blind is not None and trainer.world.is_main and len(known) <= PRIOR_SAMPLES:
-            asked = [answer.question for answer in found.seeing.answers]
+        exact = found.tasks.get("exact_match")
+        if exact and exact.seeing and exact.blind and trainer.world.is_main and len(known) <= PRIOR_SAMPLES:
+            asked = [answer.question for answer in exact.seeing.answers]
             self.prior = question_only_prior(questions(known)[0], asked, trainer.assembly.encoder(last))
 
     def _remark(self, lines: list[str]) -> None:
@@ -86,21 +87,12 @@ class Evaluation(Hook):
 
     def _evaluate(self, trainer: Trainer, limit: int) -> Measured | None:
         """What was found, which is recorded; None: the run is to stop."""
-        assembly, ranks = trainer.assembly, Voting(trainer)
+        ranks = Voting(trainer)
+        rows = max(1, trainer.stage.train.batch_size // ranks.size)
         try:
             ranks.sum([])
             with trainer.optimizers.averaged():
-                found = measure(
-                    trainer.model,
-                    assembly.encoder(trainer.stages[-1]),
-                    self.cfg,
-                    ranks,
-                    trainer.world.device,
-                    held_out=assembly.examined,
-                    plain_text=assembly.plain_text,
-                    rows=max(1, trainer.stage.train.batch_size // ranks.size),
-                    limit=limit,
-                )
+                found = trainer.assembly.evaluate(ranks, trainer.world.device, rows=rows, limit=limit)
         except BrokenOff:
             return None
         if found.values:

@@ -10,7 +10,9 @@ from kempnerforge.config import to_toml
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.images.decode import load_image
 from kempnerforge.data.sample import SampleError
-from kempnerforge.eval.exact_match import Answer, Score
+from kempnerforge.eval.answers import Answer
+from kempnerforge.eval.evaluate import tasks_of
+from kempnerforge.eval.task import Score
 from kempnerforge.training.complete import SUMMARY, write_complete
 from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.hooks.evaluation import Evaluation
@@ -47,14 +49,15 @@ class Report(Hook):
         if self.evaluation.prior is not None:
             summary["question_only_prior"] = self.evaluation.prior
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        seeing = final.seeing
+        seeing, blind = final.first.seeing, final.first.blind
         path = write_report(
             self.run_dir,
             config_toml=to_toml(job),
             changed=changed_on_the_way(trainer.history, trainer.step),
             stages=[(stage.name, stage.start, stage.end) for stage in trainer.stages],
-            examples=examples(seeing, final.blind, trainer.assembly.layout.image_size) if seeing is not None else [],
-            summary=summary | ({"by_answer": seeing.by_truth} if seeing is not None else {}),
+            examples=examples(seeing, blind, trainer.assembly.layout.image_size) if seeing is not None else [],
+            summary=summary | {"by_answer": final.by_answer},
+            tasks=tasks_of(job.eval),
             remarks=self.evaluation.remarks,
         )
         write_complete(self.run_dir, trainer.step, trainer.history[-1].config)
@@ -63,21 +66,22 @@ class Report(Hook):
 
 def examples(seeing: Score, blind: Score | None, image_size: int) -> list[Example]:
     """``EXAMPLES`` answers, drawn from all, wrong ones for up to a third of them: a page of right answers teaches little."""
-    wrong = _some([a for a in seeing.answers if not a.right], EXAMPLES // 3)
-    chosen = _some([a for a in seeing.answers if a.right], EXAMPLES - len(wrong)) + wrong
+    told = list(zip(seeing.answers, [points == 1 for points in seeing.points], strict=True))
+    wrong = _some([one for one in told if not one[1]], EXAMPLES // 3)
+    chosen = _some([one for one in told if one[1]], EXAMPLES - len(wrong)) + wrong
     blind_text = {a.question: a.text for a in blind.answers} if blind is not None else {}
-    return [example for a in chosen if (example := _example(a, blind_text.get(a.question), image_size)) is not None]
+    return [example for a, right in chosen if (example := _example(a, right, blind_text.get(a.question), image_size)) is not None]
 
 
-def _some(answers: list[Answer], count: int) -> list[Answer]:
+def _some(answers: list[tuple[Answer, bool]], count: int) -> list[tuple[Answer, bool]]:
     return [answers[at] for at in drawn(len(answers), count, 0)]
 
 
-def _example(answer: Answer, blind: str | None, image_size: int) -> Example | None:
+def _example(answer: Answer, right: bool, blind: str | None, image_size: int) -> Example | None:
     if not answer.question.images:
         return None
     try:
         image = load_image(answer.question.images[0], image_size)
     except SampleError:
         return None  # counted by the evaluation
-    return Example(image, answer.question.prompt, answer.question.truth, answer.text, answer.right, blind)
+    return Example(image, answer.question.prompt, answer.question.truth, answer.text, right, blind)

@@ -1,23 +1,20 @@
-"""Exact match of generated answers, with the images and without them ("blind"): a model that does not look is visible at once."""
+"""Answers of a model to held-out questions, with the images or without them ("blind"), generated once for all tasks that ask the same."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice, repeat
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from kempnerforge.config import EvalConfig
 from kempnerforge.data.batching.collate import prompt_batch
-from kempnerforge.data.sample import ImageSource, SampleError, Text
+from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Block, Prompt
+from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.eval.mode import mode
 from kempnerforge.eval.questions import Question, Truth, Truths, plain
@@ -27,28 +24,12 @@ BLANK = 128
 """The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
 
 
-class Ranks(Protocol):
-    """What evaluation must know of the processes it is spread over. It calls ``sum`` for each token and each batch:
-    what that raises, on all ranks, breaks it off.
-    """
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def sum(self, values: Sequence[float]) -> list[float]: ...
-
-    def gather(self, value: Any) -> list[Any]: ...
-
-
 @dataclass(frozen=True)
 class Answer:
     """A question and what the model wrote.
 
     Attributes:
-        number: of the question among those that were asked.
+        number: of the question among the held-out ones.
         truth: what is right, as the tokenizer writes it.
         too_long: that takes more tokens than an answer may have.
     """
@@ -61,34 +42,27 @@ class Answer:
 
     @property
     def right(self) -> bool:
+        """Whether it is the truth, or a further right answer, as the tokenizer writes them, white space normalised."""
         return plain(self.text) in (self.truth.text, *self.truth.others)
 
 
 @dataclass(frozen=True)
-class Score:
+class Answers:
     """What was asked, over all ranks; every count is one over the answers.
 
     Attributes:
-        asked: all questions, in their order.
+        asked: all questions by their number among the held-out ones, ascending.
         answers: to those that could be asked, in the same order.
         unreadable: number of a question -> why it could not be asked.
     """
 
-    asked: Sequence[Question]
+    asked: Mapping[int, Question]
     answers: list[Answer]
     unreadable: dict[int, str]
 
     @property
     def total(self) -> int:
         return len(self.answers)
-
-    @cached_property
-    def right(self) -> int:
-        return sum(answer.right for answer in self.answers)
-
-    @property
-    def exact_match(self) -> float:
-        return self.right / max(1, self.total)
 
     @property
     def too_long(self) -> int:
@@ -100,70 +74,86 @@ class Score:
         """(sample id, reason) of the questions that could not be asked."""
         return [(self.asked[number].sample_id, reason) for number, reason in self.unreadable.items()]
 
-    @cached_property
-    def by_truth(self) -> dict[str, tuple[int, int]]:
-        """(right, total) of the questions with this answer, as the tokenizer writes it."""
-        return self._by(lambda answer: answer.truth.text)
 
-    @cached_property
-    def by_kind(self) -> dict[str, tuple[int, int]]:
-        """(right, total) of the questions of this kind, where they have one."""
-        return {kind: counts for kind, counts in self._by(lambda answer: answer.question.kind).items() if kind}
+def ask(exam: Exam, asked: Mapping[int, Question], *, blind: bool = False, max_new_tokens: int = 0) -> Answers:
+    """The model's answer to every question. What cannot be read is left out, with the reason. Questions that this exam has asked before, in
+    the same words, are not asked again.
 
-    def _by(self, key: Callable[[Answer], str]) -> dict[str, tuple[int, int]]:
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for answer in self.answers:
-            groups[key(answer)].append(answer.right)
-        return {name: (sum(right), len(right)) for name, right in sorted(groups.items())}
-
-
-def evaluate(
-    model: torch.nn.Module,
-    asked: Sequence[Question],
-    encoder: Encoder,
-    cfg: EvalConfig,
-    ranks: Ranks,
-    device: torch.device,
-    *,
-    blind: bool = False,
-) -> Score:
-    """Generates an answer to every question and compares it with the truth, both as the tokenizer writes them, white space normalised.
-
-    With ``blind`` all views are the same grey, so every distinct prompt is answered once for each number of images (and, where it depends on
-    an image's size how many views it has, for each of these). What cannot be read is skipped and counted.
+    Args:
+        asked: questions by their number among the held-out ones.
+        blind: all views are the same grey, so every distinct prompt is answered once for each number of images (and, where it depends on an
+            image's size how many views it has, for each of these).
+        max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.
 
     Raises:
-        ValueError: nothing can be read.
+        InputError: nothing can be read.
     """
+    most = max_new_tokens or exam.cfg.max_new_tokens
+    keys = {number: (number, question, blind, most) for number, question in asked.items()}
+    if missing := {number: question for number, question in asked.items() if keys[number] not in exam.answered}:
+        key = (lambda question: _key(question, exam.encoder)) if blind else None
+        found = spread(exam, missing, lambda chunk, failed: _generate(exam, chunk, blind, most, failed), most, key)
+        exam.answered |= {keys[number]: answer for number, answer in found.items()}
+    return answers_of(asked, {number: exam.answered[key] for number, key in keys.items()})
+
+
+def answers_of(asked: Mapping[int, Question], found: Mapping[int, Answer | str]) -> Answers:
+    """What ``spread`` has found, as ``Answers``.
+
+    Raises:
+        InputError: nothing can be read.
+    """
+    answers = [found[number] for number in asked if isinstance(found[number], Answer)]
+    unreadable = {number: why for number in asked if isinstance(why := found[number], str)}
+    if asked and not answers:
+        raise InputError(f"eval: none of {len(asked)} held-out questions can be read; the first: {next(iter(unreadable.values()))}")
+    return Answers(asked, answers, unreadable)
+
+
+def spread(
+    exam: Exam,
+    asked: Mapping[int, Question],
+    write: Callable[[list[tuple[Hashable, Question]], dict[Hashable, str]], dict[Hashable, str]],
+    max_new_tokens: int,
+    key: Callable[[Question], Hashable] | None = None,
+) -> dict[int, Answer | str]:
+    """Shares questions out over the ranks, each to one of them, and gathers the answers.
+
+    Args:
+        asked: questions by number.
+        write: gets at most ``eval.batch_size`` questions whose answers end in the same tokens, by key, and gives back their answers; it puts
+            into the second argument why a question cannot be asked. NOTE: it is called equally often on all ranks, with no question where a
+            rank has none left, and has to call the model as often for these as for others.
+        max_new_tokens: a true answer with more tokens is too long.
+        key: questions with the same key are asked once; None: each is asked.
+
+    Returns:
+        By number, the answer or why there is none.
+    """
+    encoder, ranks = exam.encoder, exam.ranks
     truths, true = Truths(encoder), dict[int, Truth]()
     keys, reasons = dict[int, Hashable](), dict[int, str]()
-    for number in range(ranks.rank, len(asked), ranks.size):
+    for number in [*asked][ranks.rank :: ranks.size]:
         try:
             true[number] = truths.of(asked[number])
-            keys[number] = _key(asked[number], encoder) if blind else number
+            keys[number] = key(asked[number]) if key is not None else number
         except InputError as error:
             reasons[number] = str(error)
     work = {key: asked[number] for number, key in keys.items()}
-    chunks = _chunks(list(work.items()), encoder, cfg.batch_size)
+    chunks = _chunks(list(work.items()), encoder, exam.cfg.batch_size)
     rounds = max(ranks.gather(len(chunks)))
     texts, failed = dict[Hashable, str](), dict[Hashable, str]()
-    with mode(model, training=False):
+    with mode(exam.model, training=False):
         for chunk in islice(chain(chunks, repeat([])), rounds):
-            texts.update(_answer(model, chunk, encoder, cfg, ranks, device, blind, failed))
+            texts.update(write(chunk, failed))
     mine = {number: (texts[key], true[number]) for number, key in keys.items() if key in texts}
     reasons |= {number: failed[key] for number, key in keys.items() if key in failed}
-    answered, unreadable = dict[int, tuple[str, Truth]](), dict[int, str]()
+    found = dict[int, Answer | str]()
     for theirs, why in ranks.gather((mine, reasons)):
-        answered |= theirs
-        unreadable |= why
-    answers = [
-        Answer(asked[number], number, text, truth, truth.tokens > cfg.max_new_tokens) for number, (text, truth) in sorted(answered.items())
-    ]
-    unreadable = dict(sorted(unreadable.items()))
-    if asked and not answers:
-        reason = f"; the first: {next(iter(unreadable.values()))}" if unreadable else ""
-        raise InputError(f"eval: none of {len(asked)} held-out questions can be read{reason}")
-    return Score(asked, answers, unreadable)
+        found |= {
+            number: Answer(asked[number], number, text, truth, truth.tokens > max_new_tokens) for number, (text, truth) in theirs.items()
+        } | why
+    return found
 
 
 def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) -> list[list[tuple[Hashable, Question]]]:
@@ -174,42 +164,18 @@ def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) 
     return [group[i : i + size] for group in by_end.values() for i in range(0, len(group), size)]
 
 
-def question_only_prior(train: Sequence[Question], asked: Sequence[Question], encoder: Encoder) -> float:
-    """Exact match of the best guess without an image: for each prompt (and number of images) its most frequent answer in training, else
-    that of all prompts. Answers are told apart as the tokenizer writes them.
-    """
-    truths, overall = Truths(encoder), Counter[str]()
-    by_prompt: dict[tuple[str | Text, int, int], Counter[str]] = defaultdict(Counter)
-    for question in train:
-        with suppress(SampleError):  # nor is it trained on
-            truth = truths.of(question).text
-            by_prompt[question.unseen][truth] += 1
-            overall[truth] += 1
-    if not overall or not asked:
-        return 0.0
-    guess = {prompt: answers.most_common(1)[0][0] for prompt, answers in by_prompt.items()}
-    fallback = overall.most_common(1)[0][0]
-    return sum(guess.get(q.unseen, fallback) == truths.of(q).text for q in asked) / len(asked)
-
-
 def _key(question: Question, encoder: Encoder) -> Hashable:
     """What two questions share that cannot be told apart without looking."""
     return question.unseen, tuple(encoder.images[question.part].blocks(question.images))
 
 
-def _answer(
-    model: torch.nn.Module,
-    chunk: list[tuple[Hashable, Question]],
-    encoder: Encoder,
-    cfg: EvalConfig,
-    ranks: Ranks,
-    device: torch.device,
-    blind: bool,
-    failed: dict[Hashable, str],
-) -> dict[Hashable, str]:
-    """By its key, what the model writes to each question of ``chunk`` that can be read; ``failed`` gets why the others cannot. Without any it is
-    asked nothing, about a blank image, as all ranks must call it equally often.
+def _generate(
+    exam: Exam, chunk: list[tuple[Hashable, Question]], blind: bool, most: int, failed: dict[Hashable, str]
+) -> dict[Hashable, str]:  # fmt: skip
+    """By its key, what the model writes to each question of ``chunk`` that can be read; ``failed`` gets why the others cannot. Without any
+    it is asked nothing, about a blank image, as all ranks must call it equally often.
     """
+    encoder, ranks = exam.encoder, exam.ranks
     size = encoder.layout.image_size
     prompts, keys, places = [], [], []
     pictures = _Pictures(encoder)
@@ -225,11 +191,11 @@ def _answer(
         keys.append(key)
     if not keys:
         prompts, places = [Prompt([encoder.tokenizer.eos_id], (0,) if size else ())], [[pictures.blank()] if size else []]
-    batch = prompt_batch(prompts, pictures.stack(), places, encoder.layout, encoder.tokenizer.pad_id).to(device)
+    batch = prompt_batch(prompts, pictures.stack(), places, encoder.layout, encoder.tokenizer.pad_id).to(exam.device)
     made = generate(
-        model,
+        exam.model,
         batch,
-        max_new_tokens=cfg.max_new_tokens,
+        max_new_tokens=most,
         eos_id=encoder.stops(chunk[0][1].part if chunk else 0),
         sampling=Sampling(),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,

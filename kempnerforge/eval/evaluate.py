@@ -1,0 +1,74 @@
+"""One evaluation: every task of a job, by the names under which their values are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kempnerforge.config import EvalConfig, registry
+from kempnerforge.config.build import build_record
+from kempnerforge.eval.exam import Exam
+from kempnerforge.eval.task import Found, Score, Task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        tasks: by name, in the order of ``values``; those that had nothing to measure are left out.
+    """
+
+    tasks: Mapping[str, Found] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All numbers by key."""
+        return {key: value for found in self.tasks.values() for key, value in found.values.items()}
+
+    @cached_property
+    def first(self) -> Found:
+        """Of the first task that asked questions."""
+        return next((found for found in self.tasks.values() if found.seeing is not None), Found())
+
+    @property
+    def by_answer(self) -> dict[str, tuple[float, int]]:
+        """(right, total) by true answer, of the first task if it says right or wrong."""
+        seeing: Score | None = self.first.seeing
+        return seeing.by_truth if seeing is not None and all(isinstance(points, bool) for points in seeing.points) else {}
+
+    def remarks(self, lr: float) -> list[str]:
+        """A line where the model gives one answer to everything, with the images and without, and there is more than one to give.
+
+        Args:
+            lr: the learning rate of the training.
+        """
+        seeing, blind = self.first.seeing, self.first.blind
+        if seeing is None or blind is None or len(seeing.by_truth) < 2:
+            return []
+        said = {answer.text for score in (seeing, blind) for answer in score.answers}
+        if len(said) > 1:
+            return []
+        return [
+            f"the model gives one answer, {said.pop()!r}, to all {seeing.total} questions, with the images and without: it has not learned"
+            f" to tell them apart. Try another optimizer.lr (it was {lr:g}), more steps, or thaw frozen parts with random weights (vlm.freeze)"
+        ]
+
+
+def tasks_of(cfg: EvalConfig) -> list[Task]:
+    """The tasks of ``[eval]``: those that have keys of their own there, then ``eval.tasks``."""
+    return [
+        build_record(registry.tasks.get(name), f"eval.options.{name}", cfg.options.get(name, {}), "")
+        for name in (*cfg.BUILT_IN, *cfg.tasks)
+    ]
+
+
+def evaluate(exam: Exam) -> Measured:
+    """Measures what ``exam.cfg`` asks for, those first that read no held-out data.
+
+    Raises:
+        InputError: none of the held-out data can be read.
+    """
+    found = {task.name: task.measure(exam) for task in sorted(tasks_of(exam.cfg), key=lambda task: task.reads_held_out)}
+    return Measured({name: one for name, one in found.items() if one is not None})

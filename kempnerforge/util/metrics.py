@@ -1,0 +1,47 @@
+"""``metrics.jsonl`` as numbers by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from kempnerforge.util.files import read_objects
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A row of numbers per step, ascending; the last line counts where a step was logged again.
+
+    Attributes:
+        unreadable: lines that are left out: no object with a step (a kill may break one).
+    """
+
+    rows: dict[int, dict[str, float]]
+    unreadable: int
+
+    def points(self, key: str) -> tuple[list[int], list[float]]:
+        """The steps that have ``key``, and its values there."""
+        found = [(step, row[key]) for step, row in self.rows.items() if key in row]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def values(self, key: str) -> list[float]:
+        """The finite values of ``key``."""
+        return [value for value in self.points(key)[1] if math.isfinite(value)]
+
+    def last_evaluation(self, until: float = math.inf) -> dict[str, float]:
+        """The finite values of the last evaluation up to the step ``until``, by key; empty where there is none."""
+        for step in reversed(self.rows):
+            if step <= until and (found := {key: value for key, value in self.rows[step].items() if key.startswith("eval/")}):
+                return {key: value for key, value in found.items() if math.isfinite(value)}
+        return {}
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Reads the file; no rows where there is none."""
+    rows: dict[int, dict[str, float]] = {}
+    found, others = read_objects(path, "step", int) if path.is_file() else ([], [])
+    for row in found:
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        rows.setdefault(row["step"], {}).update(numbers)
+    return Metrics(dict(sorted(rows.items())), len(others))
