@@ -161,7 +161,9 @@ def features_are_those_of_images(job: Job) -> Found:
 
 @_reads("eval")
 def tasks_are_known(job: Job) -> Found:
-    """Every task of ``eval.tasks`` is registered, and its options are fields of it."""
+    """Every task of ``eval.tasks`` is registered, and options are fields of one of them."""
+    for name in job.eval.options.keys() - job.eval.tasks:
+        yield ("eval",), f"options.{name}: eval.tasks = {job.eval.tasks} does not name this task"
     for name in job.eval.tasks:
         try:
             cls = registry.tasks.get(name)

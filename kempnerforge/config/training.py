@@ -280,5 +280,3 @@ class EvalConfig:
         only_if(self, bool(self.text_path), "text_path", "text_window")
         if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:
             raise InputError(f"tasks = {self.tasks}: {twice[0]!r} is there already; name each task but {', '.join(self.BUILT_IN)} once")
-        if unused := [name for name in self.options if name not in self.tasks]:
-            raise InputError(f"options.{unused[0]}: eval.tasks = {self.tasks} does not name this task")

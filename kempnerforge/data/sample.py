@@ -45,7 +45,7 @@ class Text:
         leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images stand at the
             head of the first prompt, and the name of the placeholder is text like any other.
         kind: what is asked, for scores: evaluation reports each kind alone.
-        references: further answers that are right; they are not trained.
+        references: further answers that are right, as often as they were given; they are not trained.
         listed: whether the answer was the first of a list.
     """
 

@@ -114,7 +114,7 @@ def _write_table(
                 try:
                     truth = truths.of(question)
                     row = _row(question, source.cfg.sections()[question.part].image_placeholder, encode)
-                    rows.append(row | {"right": [row["answer"], truth.text, *question.references, *truth.others]})
+                    rows.append(row | {"right": [row["answer"], truth.text, *question.also_right, *truth.others]})
                     lengths.append(truth.tokens)
                 except SampleError as error:
                     left_out.append((question.sample_id, str(error)))

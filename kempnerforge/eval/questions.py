@@ -50,7 +50,7 @@ class Question:
         part: the section of the data that it is from.
         conversation: all up to the question; None: ``prompt`` is all there is.
         kind: what is asked, for scores.
-        references: further answers that are right.
+        references: further answers that are right, as often as they were given (VQA accuracy counts them).
     """
 
     sample_id: str
@@ -62,6 +62,11 @@ class Question:
     conversation: Text | None = None
     kind: str = ""
     references: tuple[str, ...] = ()
+
+    @property
+    def also_right(self) -> list[str]:
+        """The different ``references`` that are not ``truth``."""
+        return [text for text in dict.fromkeys(self.references) if text != self.truth]
 
     @property
     def asked(self) -> str | Text:
@@ -160,7 +165,7 @@ class Truths:
         if key not in self._made:
             ids = self.encoder.texts[question.part].answer_ids(question.answered)
             tokenizer, others = self.encoder.tokenizer, list[str]()
-            for reference in question.references:
+            for reference in question.also_right:
                 with contextlib.suppress(SampleError):  # one that cannot be written is no answer that could be given
                     others.append(self.of(replace(question, truth=reference, references=())).text)
             self._made[key] = Truth(plain(tokenizer.decode(ids)), len(ids) + 1, tokenizer.unknown_id in ids, tuple(others))

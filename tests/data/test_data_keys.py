@@ -353,7 +353,7 @@ def test_numbers_are_taken_as_written_and_said(tmp_path: Path) -> None:
 def test_several_answers(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [{"image": None, "question": "q", "answers": ["four", 4, "four", "IV"]}])
     (text,) = built(JsonlConfig(path=str(tmp_path / "a.jsonl")))[0].texts
-    assert text == Text("q", "four") and text.references == ("4", "IV") and text.listed
+    assert text == Text("q", "four") and text.references == ("4", "four", "IV") and text.listed
     lines(tmp_path / "a.jsonl", [{"image": "0.png", "caption": ["a", "b"]}])
     assert [t.answer for t in built(CaptionsConfig(path=str(tmp_path / "a.jsonl")))[0].texts] == ["a", "b"], "captions are all trained"
 

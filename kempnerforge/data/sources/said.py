@@ -53,8 +53,7 @@ def make_text(prompt: Any, answer: Any, prompt_column: str, answer_column: str) 
     ]
     if not first.strip():
         raise SampleError(f"{answers}: empty answer")
-    others = tuple(other for other in dict.fromkeys(others) if other.strip() and other != first)
-    return Text(asked, first, references=others, listed=several)
+    return Text(asked, first, references=tuple(other for other in others if other.strip()), listed=several)
 
 
 def is_list_of_answers(value: Any) -> bool:
