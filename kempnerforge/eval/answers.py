@@ -103,7 +103,7 @@ def answers_of(asked: Mapping[int, Question], found: Mapping[int, Answer | str])
     Raises:
         InputError: nothing can be read.
     """
-    answers = [found[number] for number in asked if isinstance(found[number], Answer)]
+    answers = [answer for number in asked if isinstance(answer := found[number], Answer)]
     unreadable = {number: why for number in asked if isinstance(why := found[number], str)}
     if asked and not answers:
         raise InputError(f"eval: none of {len(asked)} held-out questions can be read; the first: {next(iter(unreadable.values()))}")
