@@ -10,6 +10,7 @@ from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loader import load_config
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.stages import Stage, StageConfig
 from kempnerforge.config.training import (
     CheckpointConfig,
@@ -19,7 +20,6 @@ from kempnerforge.config.training import (
     OptimizerConfig,
     OptimizerGroup,
     RunConfig,
-    SchedulerConfig,
     TrainConfig,
 )
 from kempnerforge.config.vision import VisionEncoderConfig

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Protocol
 from kempnerforge.config import registry
 from kempnerforge.config.build import build
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import EvalConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from kempnerforge.config.training import EvalConfig, OptimizerConfig, TrainConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -72,18 +73,18 @@ def stage_names(job: Job) -> Found:
 @_reads("train", "scheduler", "optimizer", "stages")
 def warmup_and_decay_fit(job: Job) -> Found:
     """A run without stages has room for both. (Of stages ``stage_fits`` says it.)"""
-    if not job.stages and job.train.max_steps and job.scheduler.name == "wsd":
+    if not job.stages and job.train.max_steps:
         for message in _overlap(job.scheduler, job.optimizer, job.train.max_steps):
             yield ("scheduler",), message
 
 
 def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
-    """Why warm-up and decay of "wsd" do not fit into ``steps``."""
-    decay = scheduler.decay_steps(steps)
+    """Why warm-up and decay do not fit into ``steps``."""
     groups = [(f"optimizer.groups of {group.module!r}: ", group.warmup_steps) for group in optimizer.groups]
     for where, warmup in [("", scheduler.warmup_steps), *groups]:
-        if warmup is not None and warmup + decay > steps:
-            yield f"{where}warmup_steps = {warmup}: with the {decay} steps that 'wsd' decays in that is more than the {steps} there are"
+        if warmup is not None and warmup > (start := scheduler.decay_start(steps, warmup)):
+            decay = f"the {steps - start} steps that {scheduler.name!r} decays in"
+            yield f"{where}warmup_steps = {warmup}: with {decay} that is more than the {steps} there are"
 
 
 @_reads("model", "train")
@@ -207,7 +208,7 @@ def stage_fits(job: Job, index: int, sections: Mapping[str, Any], text_only: boo
             yield ("stages", index, "optimizer"), f"groups: {group.module!r} warms up for {group.warmup_steps} of {steps} steps"
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
-    if scheduler is not None and optimizer is not None and scheduler.name == "wsd" and scheduler.warmup_steps <= steps:
+    if scheduler is not None and optimizer is not None and scheduler.warmup_steps <= steps:
         for message in _overlap(scheduler, optimizer, steps):
             yield ("stages", index, "scheduler"), message
     train = sections.get("train")

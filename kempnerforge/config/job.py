@@ -6,12 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.build import SECTIONS, fields_of
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
 from kempnerforge.config.training import (
     CheckpointConfig,
@@ -20,7 +22,6 @@ from kempnerforge.config.training import (
     MetricsConfig,
     OptimizerConfig,
     RunConfig,
-    SchedulerConfig,
     TrainConfig,
 )
 from kempnerforge.config.vision import VisionEncoderConfig, ViTConfig
@@ -41,7 +42,7 @@ class JobConfig:
     data: DataConfig = field(default_factory=EasyVQAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    scheduler: SchedulerConfig = field(default_factory=lambda: registry.schedules.get("cosine")())
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,4 +1,4 @@
-"""Code outside this package that registers archs, encoders, adapters or data sources, imported before a config is read.
+"""Code outside this package that registers an extension (see ``registry``), imported before a config is read.
 
 A plugin is known by what it is: its source as it was imported, not by the name of its file or module. Plugins that the record of a run, a
 checkpoint or an export names are somebody else's code: they run only if ``trusting`` says so.

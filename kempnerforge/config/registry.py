@@ -15,7 +15,7 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     class MyArch(VLM): ...
 
 An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
-configs of most archs are in ``config/vlm.py``.) So is a data source, ``kempnerforge/data/sources/my_source.py``.
+configs of most archs are in ``config/vlm.py``.) So are a data source, ``kempnerforge/data/sources/my_source.py``, and a schedule.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ sources = Registry("data source", "data.source", *_SOURCES)
 templates = Registry("template", "data.template", "kempnerforge.data.text")
 tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks")
 
-ALL = (vlm_configs, vision_configs, adapter_configs, data_configs, archs, vision_encoders, adapters, sources, templates, tasks)
+schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedules")
+"""Both at once: a schedule is a config that computes."""
+
+ALL = tuple(each for each in list(globals().values()) if isinstance(each, Registry))
 
 
 def forget(module: str) -> None:
@@ -143,6 +146,7 @@ register_adapter: Decorator = adapters.register
 register_source: Decorator = sources.register
 register_template: Decorator = templates.register
 register_task: Decorator = tasks.register
+register_schedule: Decorator = schedules.register
 
 
 def list_vlm_configs() -> list[str]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kempnerforge.config.build import INVALID, UNIONS, class_named, construct, convert, convert_fields, fields_of
+from kempnerforge.config.build import INVALID, UNIONS, Discriminator, class_named, construct, convert, convert_fields, fields_of
 from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.training import OptimizerConfig, SchedulerConfig, TrainConfig
+from kempnerforge.config.schedule import SchedulerConfig
+from kempnerforge.config.training import OptimizerConfig, TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
 from kempnerforge.util.errors import InputError, Key, Problems
 
-_FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",)}
+_FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",), "scheduler": ()}
 """Keys that hold for the whole run."""
 _TRAIN_KEYS = ("batch_size", "grad_accum_steps", "seq_len")
 STAGED = ("data", "train", "optimizer", "scheduler")
@@ -99,8 +100,9 @@ def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems
 
 
 def _override_section(section: Any, table: dict[str, Any], key: Key, problems: Problems) -> Any:
-    if isinstance(section, DataConfig) and UNIONS[DataConfig].key in table:
-        return _other_source(section, table, key, problems)
+    union = next((union for base, union in UNIONS.items() if isinstance(section, base)), None)
+    if union is not None and union.key in table and union.key not in _FIXED[str(key[-1])]:
+        return _other_class(section, union, table, key, problems)
     return _replace(section, table, key, problems)
 
 
@@ -121,15 +123,15 @@ def _replace(section: Any, table: dict[str, Any], key: Key, problems: Problems, 
     return construct(type(section), partial(replace, section), values, table, key, problems, complete=True)
 
 
-def _other_source(section: DataConfig, table: dict[str, Any], key: Key, problems: Problems) -> Any:
-    """The section for the stage's own ``source``; keys of the job's [data] that the new source knows, too, stay."""
-    union = UNIONS[DataConfig]
+def _other_class(section: Any, union: Discriminator, table: dict[str, Any], key: Key, problems: Problems) -> Any:
+    """The section for the stage's own source or schedule; keys of the job's section that the new class knows, too, stay."""
     name = convert(str, table[union.key], (*key, union.key), problems)
     chosen = None if name is INVALID else class_named(union, name, key, problems)
     if chosen is None:
         return INVALID
     if chosen is type(section):
         return _replace(section, table, key, problems)
-    kept = {part: value for part, value in not_default(section).items() if part in fields_of(chosen) and part not in chosen.unread}
+    unread = chosen.unread if issubclass(chosen, DataConfig) else ()
+    kept = {part: value for part, value in not_default(section).items() if part in fields_of(chosen) and part not in unread}
     values = kept | _convert(chosen, table, key, problems) | {union.key: name}
     return construct(chosen, chosen, values, kept.keys() | table.keys(), key, problems)

@@ -1,4 +1,4 @@
-"""``[run] [train] [optimizer] [scheduler] [distributed] [checkpoint] [metrics] [eval]``. Steps are optimizer steps."""
+"""``[run] [train] [optimizer] [distributed] [checkpoint] [metrics] [eval]``. Steps are optimizer steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kempnerforge.config.checks import at_least, at_most, fraction, more_than, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, more_than, one_of, only_if
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
 
@@ -160,32 +160,6 @@ class OptimizerConfig:
 def _check_betas(betas: Iterable[float]) -> None:
     if not all(0 <= beta < 1 for beta in betas):
         raise InputError(f"betas = {list(betas)}: must lie in [0, 1)")
-
-
-@dataclass
-class SchedulerConfig:
-    """Learning rate over a stage, as a factor on the peak, ``optimizer.lr``, which is reached where the warm-up ends.
-
-    Attributes:
-        name: "cosine", "linear", "wsd" (warm-up, stable, decay: Hu et al. 2024) or "constant".
-        warmup_steps: of the linear warm-up; the last of them has the peak. The decay of "cosine" and "linear" begins behind it.
-        min_lr_ratio: the factor at the last step of the stage.
-        decay_fraction: share of the stage that "wsd" decays in, at its end.
-    """
-
-    name: str = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        one_of(self, "name", ("cosine", "linear", "wsd", "constant"))
-        at_least(self, 0, "warmup_steps")
-        fraction(self, "min_lr_ratio", "decay_fraction")
-
-    def decay_steps(self, steps: int) -> int:
-        """How many of the last of ``steps`` "wsd" decays in: one or more if it decays at all, and never the first, which has the peak."""
-        return min(steps - 1, max(1, round(self.decay_fraction * steps))) if self.decay_fraction else 0
 
 
 @dataclass

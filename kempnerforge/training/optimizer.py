@@ -25,7 +25,6 @@ from kempnerforge.training.freeze import match_names
 from kempnerforge.training.muon import Muon
 from kempnerforge.training.optimizers.lion import Lion
 from kempnerforge.training.optimizers.schedule_free import ScheduleFreeAdamW
-from kempnerforge.training.schedule import lr_factor
 from kempnerforge.util.errors import InputError
 
 
@@ -154,11 +153,11 @@ class Optimizers:
             muon = isinstance(optimizer, Muon)
             for group in optimizer.param_groups:
                 own: Settings = group["settings"][stage.index]
-                factor = lr_factor(stage.scheduler, into, stage.planned_steps, own.warmup_steps)
+                factor = stage.scheduler.factor(into, stage.planned_steps, own.warmup_steps)
                 group["lr"] = (own.muon_lr if muon else own.lr) * factor
                 group["weight_decay"] = own.weight_decay if group["decays"] else 0.0
                 group.update({"momentum": cfg.muon_momentum} if muon else {"betas": own.betas, "eps": cfg.eps})
-        factor = lr_factor(stage.scheduler, into, stage.planned_steps)
+        factor = stage.scheduler.factor(into, stage.planned_steps)
         self.muon_lr = cfg.muon_lr * factor if cfg.name == "muon" else None
         return cfg.lr * factor
 

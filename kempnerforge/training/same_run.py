@@ -18,7 +18,6 @@ from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.training.history import Span
 from kempnerforge.training.run_state import RunState
-from kempnerforge.training.schedule import lr_factor
 from kempnerforge.training.setup import TOKENIZER, Assembly
 from kempnerforge.util.errors import InputError, Problems
 from kempnerforge.util.files import same_files
@@ -188,7 +187,8 @@ def _moved_plan(job: JobConfig, old: Mapping[str, Any], step: int) -> list[str]:
     if job.stages or old.get("stages") or before == after or not step:
         return []
     warmups = {None, *(group.warmup_steps for group in job.optimizer.groups)}
-    if all(lr_factor(job.scheduler, step - 1, before, w) == lr_factor(job.scheduler, step - 1, after, w) for w in warmups):
+    factor = job.scheduler.factor
+    if all(factor(step - 1, before, w) == factor(step - 1, after, w) for w in warmups):
         return []
     line = f"train.max_steps: {before} -> {after}: the schedule {job.scheduler.name!r} was planned for {before} steps"
     told = _next_rate(job, old, step)
@@ -215,5 +215,5 @@ def _planned(job: JobConfig, old: Mapping[str, Any]) -> list[Stage] | None:
 def _rate(stages: Sequence[Stage], step: int) -> str:
     stage = next((s for s in stages if step < s.end), stages[-1])
     into = step - stage.start
-    rate = stage.optimizer.lr * lr_factor(stage.scheduler, into, stage.planned_steps)
+    rate = stage.optimizer.lr * stage.scheduler.factor(into, stage.planned_steps)
     return f"{rate:.3g} (step {into + 1} of {stage.planned_steps} in stage {stage.name!r})"

@@ -20,7 +20,6 @@ from kempnerforge.config import (
     MoTConfig,
     OptimizerConfig,
     RunConfig,
-    SchedulerConfig,
     StageConfig,
     TrainConfig,
     VLMConfig,
@@ -30,6 +29,7 @@ from kempnerforge.config.adapter import PixelShuffleConfig
 from kempnerforge.config.data import EasyVQAConfig, JsonlConfig, TextConfig
 from kempnerforge.config.training import OptimizerGroup
 from kempnerforge.config.vision import SiglipConfig, ViTConfig
+from tests.training.tiny import scheduler
 
 HEAD = '[vlm]\narch = "joint_decoder"\n'
 VISION = FreezeSpec("vision_encoder")
@@ -102,7 +102,7 @@ scheduler.warmup_steps = 2
     assert second.data == EasyVQAConfig(form="questions", max_bad_fraction=0.5)
     assert second.train == TrainConfig(batch_size=12, grad_accum_steps=3)
     assert second.optimizer == OptimizerConfig(lr=1.0, lr_scale={})
-    assert second.scheduler == SchedulerConfig("wsd", warmup_steps=2)
+    assert second.scheduler == scheduler("wsd", warmup_steps=2)
     assert cfg.data == EasyVQAConfig(max_bad_fraction=0.5), "the job itself stays as it is"
 
 
@@ -160,7 +160,7 @@ def test_a_run_has_steps() -> None:
 
 
 def test_warnings_of_short_and_long_runs() -> None:
-    warm = SchedulerConfig(warmup_steps=8)
+    warm = scheduler("cosine", warmup_steps=8)
     cfg = job(stages=stages(10, 20), scheduler=warm, train=TrainConfig(max_steps=5))
     cfg.validate()
     assert cfg.warnings() == [

@@ -9,13 +9,14 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kempnerforge.config import ConfigError, SchedulerConfig, load_config
-from kempnerforge.training.schedule import DECAYS, lr_factor
-from tests.training.tiny import make_job
+from kempnerforge.config import ConfigError, load_config, registry
+from tests.training.tiny import make_job, scheduler
+
+NAMES = registry.schedules.names()
 
 
 @given(
-    st.sampled_from(sorted(DECAYS)),
+    st.sampled_from(NAMES),
     st.integers(1, 300),
     st.integers(0, 300),
     st.floats(0, 1),
@@ -28,17 +29,17 @@ from tests.training.tiny import make_job
 @example("wsd", 9, 0, 0.1, 1.0, None)
 def test_a_factor_rises_to_the_peak_and_falls_to_its_foot(name: str, steps: int, warmup: int, floor: float, share: float, own: int | None):
     """Over every schedule, also with a warm-up of a group's own: peak exactly 1 where the warm-up ends, foot exactly at the last step."""
-    cfg = SchedulerConfig(name=name, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=share)
+    cfg = scheduler(name, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=share)
     rising = max(1, warmup if own is None else own)
-    assume(rising <= steps and (name != "wsd" or rising + cfg.decay_steps(steps) <= steps))
-    factors = [lr_factor(cfg, step, steps, own) for step in range(steps)]
+    assume(rising <= steps and (name != "wsd" or rising <= cfg.decay_start(steps, rising)))
+    factors = [cfg.factor(step, steps, own) for step in range(steps)]
     assert factors[:rising] == [(step + 1) / rising for step in range(rising)] and factors[rising - 1] == 1.0
     after = factors[rising - 1 :]
     assert all(later <= now and floor <= now <= 1 for now, later in pairwise(after))
     decays = name in ("cosine", "linear") or (name == "wsd" and share > 0)
     assert after[-1] == pytest.approx(floor if decays and len(after) > 1 else 1.0, abs=1e-12)
     if name == "wsd":
-        flat = steps - cfg.decay_steps(steps)
+        flat = cfg.decay_start(steps, rising)
         assert set(factors[rising - 1 : flat]) == {1.0} and all(f < 1.0 for f in factors[flat:] if floor < 1)
 
 
@@ -58,38 +59,38 @@ def transformers_rates(schedule: Callable[..., torch.optim.lr_scheduler.LRSchedu
 def test_the_closed_forms_are_those_of_transformers_one_step_on(name: str, warmup: int, steps: int):
     """Their step 0 has a rate of 0: it moves nothing. Ours begins with their step 1 and so arrives at the foot, their step ``steps``, too."""
     optimization = pytest.importorskip("transformers").optimization
-    decay = SchedulerConfig(decay_fraction=0.05).decay_steps(steps)
+    decay = steps - scheduler("wsd", decay_fraction=0.05).decay_start(steps, warmup)
     ours, schedule, settings = {
-        "cosine": (SchedulerConfig("cosine", min_lr_ratio=0.0), "get_cosine_schedule_with_warmup", {"num_training_steps": steps}),
+        "cosine": (scheduler("cosine", min_lr_ratio=0.0), "get_cosine_schedule_with_warmup", {"num_training_steps": steps}),
         "cosine with a floor": (
-            SchedulerConfig("cosine", min_lr_ratio=0.1),
+            scheduler("cosine", min_lr_ratio=0.1),
             "get_cosine_with_min_lr_schedule_with_warmup",
             {"num_training_steps": steps, "min_lr_rate": 0.1},
         ),
-        "linear": (SchedulerConfig("linear", min_lr_ratio=0.0), "get_linear_schedule_with_warmup", {"num_training_steps": steps}),
+        "linear": (scheduler("linear", min_lr_ratio=0.0), "get_linear_schedule_with_warmup", {"num_training_steps": steps}),
         "wsd": (
-            SchedulerConfig("wsd", min_lr_ratio=0.0, decay_fraction=0.05),
+            scheduler("wsd", min_lr_ratio=0.0, decay_fraction=0.05),
             "get_wsd_schedule",
             {"num_stable_steps": steps - warmup - decay, "num_decay_steps": decay, "decay_type": "linear"},
         ),
-        "constant": (SchedulerConfig("constant"), "get_constant_schedule_with_warmup", {}),
+        "constant": (scheduler("constant"), "get_constant_schedule_with_warmup", {}),
     }[name]
     theirs = transformers_rates(getattr(optimization, schedule), steps, num_warmup_steps=warmup, **settings)
-    assert [lr_factor(ours, step, steps, warmup) for step in range(steps)] == pytest.approx(theirs[1:], abs=1e-12)
+    assert [ours.factor(step, steps, warmup) for step in range(steps)] == pytest.approx(theirs[1:], abs=1e-12)
 
 
 def test_without_warmup_the_first_step_has_the_peak():
-    for name in DECAYS:
-        cfg = SchedulerConfig(name=name, min_lr_ratio=0.2, decay_fraction=0.5)
+    for name in NAMES:
+        cfg = scheduler(name, min_lr_ratio=0.2, decay_fraction=0.5)
         expected = {
             "cosine": [1, 0.8, 0.4, 0.2],
             "linear": [1, 1 - 0.8 / 3, 1 - 1.6 / 3, 0.2],
             "wsd": [1, 1, 0.6, 0.2],
             "constant": [1] * 4,
         }
-        assert [lr_factor(cfg, step, 4) for step in range(4)] == pytest.approx(expected[name]), name
-        assert lr_factor(cfg, 0, 1) == 1.0, "a stage of one step"
-        assert lr_factor(cfg, 99, 4) == pytest.approx(expected[name][-1]), "behind the end it stays at the foot"
+        assert [cfg.factor(step, 4) for step in range(4)] == pytest.approx(expected[name]), name
+        assert cfg.factor(0, 1) == 1.0, "a stage of one step"
+        assert cfg.factor(99, 4) == pytest.approx(expected[name][-1]), "behind the end it stays at the foot"
 
 
 @pytest.mark.parametrize(
@@ -117,5 +118,5 @@ def test_a_stage_cut_short_keeps_its_learning_rate(tmp_path: Path):
     whole, short = (load_config(job, [f"--train.max_steps={n}"]).resolved_stages() for n in (30, 13))
     assert [s.end for s in whole] == [10, 30] and [s.end for s in short] == [10, 13]
     for step in range(10, 13):
-        factors = {lr_factor(s[1].scheduler, step - s[1].start, s[1].planned_steps) for s in (whole, short)}
+        factors = {s[1].scheduler.factor(step - s[1].start, s[1].planned_steps) for s in (whole, short)}
         assert len(factors) == 1

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import load, model_tensors, resolve, tensor_info
 from kempnerforge.cli.main import run
-from kempnerforge.config import JobConfig
+from kempnerforge.config import JobConfig, SchedulerConfig, registry
 from kempnerforge.distributed import world as worlds
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
@@ -80,6 +80,11 @@ interval = 2
 interval = 1
 tensorboard = false
 """
+
+
+def scheduler(name: str, **keys: float) -> SchedulerConfig:
+    """The ``[scheduler]`` section of that name."""
+    return registry.schedules.get(name)(**keys)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,0 +1,71 @@
+"""The pages of docs/extend: the example of each is a plugin that trains and resumes, with nothing in the package changed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from kempnerforge.config import ConfigError, load_config, registry
+from kempnerforge.config.files import read_toml
+from tests.training.tiny import assert_same_tensors, call, make_job, metrics, tensors
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "extend"
+
+
+@pytest.fixture(autouse=True)
+def plugins_are_forgotten(tmp_path: Path) -> Iterator[None]:
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            registry.forget(name)
+            del sys.modules[name]
+
+
+def merged(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
+    both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
+    return below | above | {k: merged(a, b) for k, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
+
+
+def example(kind: str, folder: Path) -> Path:
+    """The plugin of the page of ``kind`` and a job that uses it, in ``folder``."""
+    python, toml = (
+        re.findall(rf"^```{fence}\n(.*?)^```$", (PAGES / f"{kind}.md").read_text(), re.M | re.S) for fence in ("python", "toml")
+    )
+    job = make_job(folder)
+    (folder / "plugin.py").write_text(python[0])
+    (folder / "page.toml").write_text(toml[0])
+    job.write_text(tomli_w.dumps(merged(read_toml(job), read_toml(folder / "page.toml"))))
+    return job
+
+
+@pytest.mark.parametrize("kind", ["schedule"])
+def test_the_example_trains_and_resumes(kind: str, tmp_path: Path) -> None:
+    job = example(kind, tmp_path)
+    whole = ("train", job, "--train.max_steps=4", "--eval.at_end=false")
+    assert (ended := call(*whole, f"--run.dir={tmp_path}/whole")).code == 0, ended
+    cut = (*whole, "--stages=[{name='all', steps=4}]")
+    assert call(*cut, "--train.max_steps=2").code == 0
+    assert (ended := call(*cut)).code == 0, ended
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2, 3, 4] and "all 3/4" in ended.err, ended
+    assert_same_tensors(tensors(tmp_path / "whole"), tensors(tmp_path / "run"))
+
+
+def test_a_schedule_of_a_plugin_has_its_keys_and_its_rates(tmp_path: Path) -> None:
+    path = example("schedule", tmp_path)
+    job = load_config(path, ["--train.max_steps=3"])
+    assert [job.scheduler.factor(t, 3) for t in range(3)] == pytest.approx([1.0, 0.1 + 0.9 / 8, 0.1])
+    with pytest.raises(ConfigError, match=r"scheduler\] powr = 1: unknown key; did you mean 'power'"):
+        load_config(path, ["--scheduler.powr=1"])
+    with pytest.raises(ConfigError, match=r"power.*unknown key; a key of name = 'power'; here name = 'cosine'"):
+        load_config(path, ["--scheduler.name=cosine"])
+    stages = "--stages=[{name='a', steps=2}, {name='b', steps=2, scheduler={name='wsd'}}]"
+    first, second = load_config(path, [stages]).resolved_stages()
+    assert (first.scheduler.name, second.scheduler.name) == ("power", "wsd")
+    assert second.scheduler.warmup_steps == 1, "keys that both have stay"
+    with pytest.raises(ConfigError, match="name = 'powr'.*registered: constant, cosine, linear, power, wsd.*did you mean 'power'"):
+        load_config(path, ["--scheduler.name=powr"])
