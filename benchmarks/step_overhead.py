@@ -23,12 +23,12 @@ tune_memory()
 import torch  # noqa: E402
 
 from kempnerforge.config import RunConfig, Stage, load_config  # noqa: E402
+from kempnerforge.config.optimizer import AdamWConfig  # noqa: E402
 from kempnerforge.data.batching.batch import Batch  # noqa: E402
 from kempnerforge.distributed import world as worlds  # noqa: E402
 from kempnerforge.distributed.world import compute_dtype  # noqa: E402
 from kempnerforge.training.hooks import default_hooks  # noqa: E402
-from kempnerforge.training.muon import Muon  # noqa: E402
-from kempnerforge.training.optimizer import muon_names  # noqa: E402
+from kempnerforge.training.optimizers.muon import Muon, MuonRule  # noqa: E402
 from kempnerforge.training.setup import Assembly, assemble  # noqa: E402
 from kempnerforge.training.trainer import Trainer  # noqa: E402
 
@@ -36,9 +36,10 @@ from kempnerforge.training.trainer import Trainer  # noqa: E402
 def bare_step(assembly: Assembly, stage: Stage, dtype: torch.dtype, muon_class: type) -> Callable[[], None]:
     """One step of the plain loop."""
     model, cfg = assembly.model, stage.optimizer
+    assert isinstance(cfg, AdamWConfig)
     batches: Iterator[Batch] = assembly.batches(stage, stage.start)
     named = dict(model.named_parameters())
-    to_muon = muon_names(model) if cfg.name == "muon" else frozenset()
+    to_muon = MuonRule().takes(model) if cfg.name == "muon" else frozenset()
     extra = {"adjust_lr_fn": "original"} if muon_class is not Muon else {}
     optimizers: list[torch.optim.Optimizer] = []
     if to_muon:

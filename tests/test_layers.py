@@ -226,8 +226,8 @@ def sections() -> dict[str, type]:
     """Every dataclass that a TOML file can fill."""
     found: dict[str, type] = {}
     waiting: list[type] = [JobConfig, StageConfig]
-    for entries in (registry.vlm_configs, registry.vision_configs, registry.adapter_configs, registry.data_configs, registry.schedules):
-        waiting += [entries.get(name) for name in entries]
+    for union in UNIONS.values():
+        waiting += [union.class_for(name) for name in union.entries]
     while waiting:
         cls = waiting.pop()
         if cls.__name__ not in found:

@@ -10,6 +10,7 @@ from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loader import load_config
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.config.optimizer import OptimizerConfig, OptimizerGroup
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.stages import Stage, StageConfig
 from kempnerforge.config.training import (
@@ -17,8 +18,6 @@ from kempnerforge.config.training import (
     DistributedConfig,
     EvalConfig,
     MetricsConfig,
-    OptimizerConfig,
-    OptimizerGroup,
     RunConfig,
     TrainConfig,
 )

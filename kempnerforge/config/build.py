@@ -16,6 +16,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
@@ -39,6 +40,7 @@ UNIONS: dict[type, Discriminator] = {
     VLMConfig: Discriminator("arch", VLMConfig.class_for, registry.vlm_configs),
     VisionEncoderConfig: Discriminator("type", registry.vision_configs.get, registry.vision_configs),
     AdapterConfig: Discriminator("type", registry.adapter_configs.get, registry.adapter_configs),
+    OptimizerConfig: Discriminator("name", registry.optimizer_configs.get, registry.optimizer_configs),
     SchedulerConfig: Discriminator("name", registry.schedules.get, registry.schedules),
     DataConfig: Discriminator("source", registry.data_configs.get, registry.data_configs),
 }

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 from kempnerforge.config import registry
 from kempnerforge.config.build import build
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import EvalConfig, OptimizerConfig, TrainConfig
+from kempnerforge.config.training import EvalConfig, TrainConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -125,8 +126,9 @@ def arch_fits(job: Job) -> Found:
 @_reads("train", "optimizer")
 def one_average(job: Job) -> Found:
     """Only one average of the weights is kept."""
-    if job.train.ema_decay and job.optimizer.name == "schedule_free_adamw":
-        yield ("train",), f"ema_decay = {job.train.ema_decay}: optimizer.name = 'schedule_free_adamw' keeps an average of its own; use 0"
+    if job.train.ema_decay and job.optimizer.keeps_average:
+        name = f"optimizer.name = {job.optimizer.name!r}"
+        yield ("train",), f"ema_decay = {job.train.ema_decay}: {name} keeps an average of its own; use 0"
 
 
 @_reads("vlm", "stages")

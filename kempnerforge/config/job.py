@@ -13,6 +13,7 @@ from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
 from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.optimizer import AdamWConfig, OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.stages import STAGED, Stage, StageConfig, override
 from kempnerforge.config.training import (
@@ -20,7 +21,6 @@ from kempnerforge.config.training import (
     DistributedConfig,
     EvalConfig,
     MetricsConfig,
-    OptimizerConfig,
     RunConfig,
     TrainConfig,
 )
@@ -41,7 +41,7 @@ class JobConfig:
     vlm: VLMConfig | None = None
     data: DataConfig = field(default_factory=EasyVQAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     scheduler: SchedulerConfig = field(default_factory=lambda: registry.schedules.get("cosine")())
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -141,26 +141,13 @@ class JobConfig:
             warmup = max([stage.scheduler.warmup_steps, *(group.warmup_steps or 0 for group in stage.optimizer.groups)])
             if warmup > stage.steps:
                 lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {warmup} warm-up steps, {cap}")
-            lines += self._muon_alone(stage)
-            if stage.optimizer.name == "schedule_free_adamw" and stage.scheduler.name != "constant":
-                lines.append(
-                    f"stage {stage.name!r}: 'schedule_free_adamw' is made for scheduler.name = 'constant', not {stage.scheduler.name!r}"
-                )
+            changed = self.stages[stage.index].optimizer if self.stages else {}
+            lines += [f"stage {stage.name!r}: {line}" for line in stage.optimizer.warnings(stage.scheduler.name, changed)]
         lines += self.vlm.warnings(self) if self.vlm else []
         for change in self.vlm.freeze_schedule if self.vlm else ():
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")
         return lines
-
-    def _muon_alone(self, stage: Stage) -> list[str]:
-        """Where ``stage`` or a group of it changes ``lr``, which "muon" does not use for matrices, and leaves ``muon_lr``."""
-        if stage.optimizer.name != "muon":
-            return []
-        changed = self.stages[stage.index].optimizer if self.stages else {}
-        places = ["optimizer.lr"] if "lr" in changed and "muon_lr" not in changed else []
-        places += [f"lr of group {g.module!r}" for g in stage.optimizer.groups if g.lr is not None and g.muon_lr is None]
-        told = f"is of what AdamW takes; the matrices stay at optimizer.muon_lr = {stage.optimizer.muon_lr:g} unless it is set beside it"
-        return [f"stage {stage.name!r}: {place} {told}" for place in places]
 
     def validate(self) -> None:
         """Runs every check between sections. ``load_config`` has done it; for jobs made by a program.

@@ -115,10 +115,13 @@ vision_configs = Registry("vision encoder", "vision_encoder.type")
 adapter_configs = Registry("adapter", "adapter.type")
 data_configs = Registry("data source", "data.source", *_SOURCES)
 
+optimizer_configs = Registry("optimizer", "optimizer.name")
+
 archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
 sources = Registry("data source", "data.source", *_SOURCES)
+optimizers = Registry("optimizer", "optimizer.name", "kempnerforge.training.optimizers")
 
 templates = Registry("template", "data.template", "kempnerforge.data.text")
 tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks")
@@ -140,10 +143,12 @@ register_vlm_config: Decorator = vlm_configs.register
 register_vision_config: Decorator = vision_configs.register
 register_adapter_config: Decorator = adapter_configs.register
 register_data_config: Decorator = data_configs.register
+register_optimizer_config: Decorator = optimizer_configs.register
 register_arch: Decorator = archs.register
 register_vision_encoder: Decorator = vision_encoders.register
 register_adapter: Decorator = adapters.register
 register_source: Decorator = sources.register
+register_optimizer: Decorator = optimizers.register
 register_template: Decorator = templates.register
 register_task: Decorator = tasks.register
 register_schedule: Decorator = schedules.register

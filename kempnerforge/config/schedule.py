@@ -10,7 +10,9 @@ from kempnerforge.config.checks import at_least, fraction
 
 @dataclass
 class SchedulerConfig(ABC):
-    """A factor in [0, 1] on the peak ``optimizer.lr`` over one stage. Subclasses register with ``@registry.register_schedule``.
+    """A factor in [0, 1] on the peak ``optimizer.lr`` over one stage.
+
+    Subclasses register with ``@registry.register_schedule``.
 
     Step t (from 0) of T, with W steps of warm-up, or one if there are none, has the factor ``(t + 1) / W`` up to 1 at t = W - 1. The decay
     begins at step B, which is W unless the schedule says otherwise, and ends at the last step, t = T - 1, at ``min_lr_ratio``::

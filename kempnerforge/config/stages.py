@@ -10,8 +10,9 @@ from typing import Any
 from kempnerforge.config.build import INVALID, UNIONS, Discriminator, class_named, construct, convert, convert_fields, fields_of
 from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
-from kempnerforge.config.training import OptimizerConfig, TrainConfig
+from kempnerforge.config.training import TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
 from kempnerforge.util.errors import InputError, Key, Problems
 

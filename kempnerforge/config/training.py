@@ -1,12 +1,11 @@
-"""``[run] [train] [optimizer] [distributed] [checkpoint] [metrics] [eval]``. Steps are optimizer steps."""
+"""``[run] [train] [distributed] [checkpoint] [metrics] [eval]``. Steps are optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kempnerforge.config.checks import at_least, at_most, more_than, one_of, only_if
+from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
 
@@ -84,82 +83,6 @@ class TrainConfig:
             raise InputError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
         if self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
-
-
-@dataclass
-class OptimizerGroup:
-    """One ``[[optimizer.groups]]`` table: what is different for some parameters. A key that is not given stays as it is for them.
-
-    Attributes:
-        module: alias or fnmatch pattern of parameter names.
-        lr: peak learning rate, in place of the section's; with "muon" only of what AdamW takes.
-        muon_lr: of the matrices that Muon takes.
-        weight_decay, betas: as in the section.
-        warmup_steps: in place of the scheduler's, at the start of every stage.
-    """
-
-    module: str
-    lr: float | None = None
-    muon_lr: float | None = None
-    weight_decay: float | None = None
-    betas: tuple[float, float] | None = None
-    warmup_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("lr", "muon_lr", "weight_decay", "warmup_steps") if getattr(self, key) is not None]
-        at_least(self, 0, *given)
-        if not given and self.betas is None:
-            raise InputError(f"module = {self.module!r}: the group changes nothing; give lr, muon_lr, weight_decay, betas or warmup_steps")
-        _check_betas(self.betas or ())
-
-
-@dataclass
-class OptimizerConfig:
-    """What moves the weights.
-
-    Attributes:
-        name: "adamw" (Loshchilov and Hutter 2019); "muon" (Jordan et al. 2024) for hidden matrices, with AdamW for the rest; "lion" (Chen et
-            al. 2023: a third of AdamW's learning rate or less, betas 0.9 and 0.99); or "schedule_free_adamw" (Defazio et al. 2024: wants a
-            constant schedule behind its warm-up; evaluation and generation use its average of the weights).
-        lr: peak learning rate, reached at the end of the warm-up, of all that Muon does not take.
-        muon_lr, muon_momentum: the same, and the momentum, of the matrices that Muon takes; ``lr`` does not move them.
-        betas: of AdamW and Lion; for "schedule_free_adamw" the first one interpolates between the average and the newest weights.
-        eps: of AdamW, with or without a schedule.
-        weight_decay: of matrices; vectors have none.
-        lr_scale: alias or fnmatch pattern of parameter names -> factor on the learning rate; the last match counts.
-        groups: what is different for some parameters; of those that give a key for a parameter the last one counts. ``lr_scale`` multiplies.
-        moments: what a stage does at its start with the optimizer's state: "keep", or "reset" to none.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    lr_scale: dict[str, float] = field(default_factory=dict)
-    groups: list[OptimizerGroup] = field(default_factory=list)
-    moments: str = "keep"
-
-    def __post_init__(self) -> None:
-        one_of(self, "name", ("adamw", "muon", "lion", "schedule_free_adamw"))
-        one_of(self, "moments", ("keep", "reset"))
-        at_least(self, 0, "lr", "muon_lr", "weight_decay")
-        more_than(self, 0, "eps")
-        _check_betas(self.betas)
-        if not 0 <= self.muon_momentum < 1:
-            raise InputError(f"muon_momentum = {self.muon_momentum}: must lie in [0, 1)")
-        for pattern, scale in self.lr_scale.items():
-            if scale < 0:
-                raise InputError(f"lr_scale.{pattern} = {scale}: must be >= 0")
-        if self.name == "schedule_free_adamw" and not all(g.betas[0] for g in (self, *self.groups) if g.betas is not None):
-            raise InputError(f"betas = {list(self.betas)}: the first one must be > 0 for 'schedule_free_adamw', here and in groups")
-
-
-def _check_betas(betas: Iterable[float]) -> None:
-    if not all(0 <= beta < 1 for beta in betas):
-        raise InputError(f"betas = {list(betas)}: must lie in [0, 1)")
 
 
 @dataclass

@@ -8,9 +8,9 @@ as a function of that step, so nothing of them needs to be saved.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,57 +19,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from kempnerforge.config import OptimizerConfig, Stage
+from kempnerforge.config import OptimizerConfig, Stage, registry
 from kempnerforge.training.ema import Averaging, Ema, swapped, write
 from kempnerforge.training.freeze import match_names
-from kempnerforge.training.muon import Muon
-from kempnerforge.training.optimizers.lion import Lion
-from kempnerforge.training.optimizers.schedule_free import ScheduleFreeAdamW
+from kempnerforge.training.optimizers.rule import Settings, UpdateRule
 from kempnerforge.util.errors import InputError
 
 
-def _adamw(groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[UpdateRule[Any], frozenset[str]]:
+    """The rule of ``cfg`` and those for what it does not take, each with the names of its parameters.
 
-
-MAKERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "muon": _adamw,
-    "lion": lambda groups, cfg: Lion(groups, lr=cfg.lr, betas=cfg.betas),
-    "schedule_free_adamw": lambda groups, cfg: ScheduleFreeAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps),
-}
-"""``optimizer.name`` -> what takes all that Muon does not."""
-
-MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "schedule_free_adamw": 2}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for one parameter in one stage.
-
-    Attributes:
-        lr, muon_lr: peaks; the one of the optimizer that takes the parameter counts.
-        weight_decay: if it decays, see ``Optimizers``.
-        warmup_steps: None: the scheduler's.
+    Raises:
+        ValueError: no rule takes a parameter.
     """
+    left, found = frozenset(name for name, _ in model.named_parameters()), dict[UpdateRule[Any], frozenset[str]]()
+    cls: type[UpdateRule[Any]] | None = registry.optimizers.get(cfg.name)
+    while cls is not None:
+        rule = cls()
+        found[rule] = left & rule.takes(model)
+        left, cls = left - found[rule], rule.rest
+    if left:
+        raise InputError(f"optimizer.name = {cfg.name!r}: takes no parameter like {min(left)!r}; its rule needs a `rest`")
+    return found
 
-    lr: float
-    muon_lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    warmup_steps: int | None = None
 
-
-def muon_names(model: nn.Module) -> frozenset[str]:
-    """The hidden matrices: weights of linear layers, less the output head, which like the embedding faces the vocabulary (Jordan et al. 2024)."""
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return frozenset(linears) - {"transformer.output_head.weight", "lm_head.weight"}  # ours, and that of models of transformers
+def rule_by_name(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
+    """Name -> the rule that moves the parameter."""
+    return {name: rule for rule, names in rules_of(model, cfg).items() for name in names}
 
 
 def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str, int]:
-    """Name -> fp32 tensors of its size that are kept beside weight and gradient once it trains."""
-    to_muon = muon_names(model) if cfg.name == "muon" else frozenset()
-    return {name: (1 if name in to_muon else MOMENTS[cfg.name]) + ema for name, _ in model.named_parameters()}
+    """Name -> fp32 tensors of its size that are kept besides weight and gradient once it trains."""
+    return {name: rule.state_copies + ema for name, rule in rule_by_name(model, cfg).items()}
 
 
 def lr_scales(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -86,17 +67,20 @@ def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    found = dict.fromkeys(names, Settings(cfg.lr, cfg.muon_lr, cfg.weight_decay, cfg.betas))
+    section = {key: value for key, value in vars(cfg).items() if key in Settings.__dataclass_fields__}
+    found = dict.fromkeys(names, Settings(**section))
     for index, group in enumerate(cfg.groups):
-        given = {key: value for key, value in vars(group).items() if key != "module" and value is not None}
         for name in match_names(names, group.module, patterns, f"optimizer.groups[{index}].module"):
-            found[name] = replace(found[name], **given)
+            found[name] = replace(found[name], **group.given())
     scales = lr_scales(names, cfg, patterns)
     return {name: replace(s, lr=s.lr * scales[name], muon_lr=s.muon_lr * scales[name]) for name, s in found.items()}
 
 
 class Optimizers:
-    """The optimizer, or Muon beside AdamW, stepped as one; and the average of the weights, if one is kept.
+    """The optimizers of all rules, stepped as one; and the average of the weights, if one is kept.
+
+    Attributes:
+        all: those that have parameters.
 
     Args:
         model: its parameters are partitioned; each is in exactly one group. Matrices decay, vectors do not.
@@ -111,55 +95,42 @@ class Optimizers:
         self.model, self.stages = model, list(stages)
         self.parameters = dict(model.named_parameters())
         found = [settings(list(self.parameters), stage.optimizer, patterns) for stage in stages]
-        to_muon = muon_names(model) if cfg.name == "muon" else frozenset()
-        groups: dict[tuple[bool, bool, tuple[Settings, ...]], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.parameters.items():
-            groups[name in to_muon, parameter.ndim > 1, tuple(s[name] for s in found)].append(parameter)
-        rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for (muon, decays, each), members in groups.items():
-            rows[muon].append({"params": members, "decays": decays, "settings": each, "betas": each[0].betas})
-        count = sum(len(g["params"]) for part in rows.values() for g in part)
-        assert count == len(self.parameters), "groups must cover every parameter once"
-        self.all: list[torch.optim.Optimizer] = []
+        rules = rules_of(model, cfg)
+        assert sum(map(len, rules.values())) == len(self.parameters), "rules must cover every parameter once"
         self.ema = Ema(ema_decay) if ema_decay else None
         self._averaging: Averaging | None = self.ema
+        self._lr_keys = dict.fromkeys(["lr", *(rule.lr_key for rule in rules)])
+        self._rules: list[UpdateRule[Any]] = []
+        self.all: list[torch.optim.Optimizer] = []
         self._step = 0
-        self.muon_lr: float | None = None
-        if rows[True]:
-            self.all.append(Muon(rows[True], lr=cfg.muon_lr, momentum=cfg.muon_momentum))
-        if rows[False]:
-            self.all.append(rest := MAKERS[cfg.name](rows[False], cfg))
-            if isinstance(rest, ScheduleFreeAdamW):
-                self._averaging = self._schedule_free(rest)
+        for rule, names in rules.items():
+            members: dict[tuple[bool, tuple[Settings, ...]], list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in self.parameters.items():
+                if name in names:
+                    members[parameter.ndim > 1, tuple(s[name] for s in found)].append(parameter)
+            groups = [
+                {"params": params, "decays": decays, "settings": each, **rule.values(cfg, each[0])}
+                for (decays, each), params in members.items()
+            ]
+            if groups:
+                self._rules.append(rule)
+                self.all.append(optimizer := rule.make(groups, cfg))
+                self._averaging = rule.averaging(optimizer) or self._averaging
+        assert self.ema in (None, self._averaging), "train.ema_decay with an optimizer that averages is refused when a job is loaded"
 
-    def _schedule_free(self, optimizer: ScheduleFreeAdamW) -> ScheduleFreeAdamW:
-        if self.ema is not None:
-            raise InputError(
-                "train.ema_decay: 'schedule_free_adamw' keeps an average of its own; set ema_decay = 0, or take another optimizer"
-            )
-        for group in optimizer.param_groups:
-            if len(firsts := {s.betas[0] for s in group["settings"]}) > 1:
-                raise InputError(
-                    f"optimizer.betas: the first one is {sorted(firsts)} in different stages, but with 'schedule_free_adamw' the average is"
-                    " made with it; use one for the whole run"
-                )
-        return optimizer
-
-    def set_step(self, stage: Stage, step: int) -> float:
-        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rate of the section. Muon's is in ``muon_lr`` then."""
+    def set_step(self, stage: Stage, step: int) -> dict[str, float]:
+        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rates of the section by their keys."""
         cfg, self._step = stage.optimizer, step
         into = step - stage.start
-        for optimizer in self.all:
-            muon = isinstance(optimizer, Muon)
+        for rule, optimizer in zip(self._rules, self.all, strict=True):
             for group in optimizer.param_groups:
                 own: Settings = group["settings"][stage.index]
                 factor = stage.scheduler.factor(into, stage.planned_steps, own.warmup_steps)
-                group["lr"] = (own.muon_lr if muon else own.lr) * factor
+                group["lr"] = getattr(own, rule.lr_key) * factor
                 group["weight_decay"] = own.weight_decay if group["decays"] else 0.0
-                group.update({"momentum": cfg.muon_momentum} if muon else {"betas": own.betas, "eps": cfg.eps})
+                group.update(rule.values(cfg, own))
         factor = stage.scheduler.factor(into, stage.planned_steps)
-        self.muon_lr = cfg.muon_lr * factor if cfg.name == "muon" else None
-        return cfg.lr * factor
+        return {key: getattr(cfg, key) * factor for key in self._lr_keys}
 
     def step(self) -> None:
         if self.ema is not None:
@@ -170,7 +141,7 @@ class Optimizers:
             self.ema.update(self._step)
 
     def reset(self) -> None:
-        """Forgets all moments and step counts, as if nothing had been trained yet. A schedule-free optimizer goes on from its average."""
+        """Forgets all moments and step counts, as if nothing had been trained yet. An optimizer that averages goes on from its average."""
         if self._averaging is not self.ema:
             write(self.model, self._averages())
         for optimizer in self.all:
@@ -189,7 +160,7 @@ class Optimizers:
         return swapped(self.model, self._averages())
 
     def load_averages(self, averages: Mapping[str, Tensor]) -> None:
-        """Goes on from the ``averages`` of a checkpoint. (A schedule-free optimizer makes them from its state.)"""
+        """Goes on from the ``averages`` of a checkpoint. (An optimizer that averages makes them from its state.)"""
         if self.ema is not None:
             self.ema.load({self.parameters[name]: value for name, value in averages.items()})
 

@@ -38,8 +38,7 @@ class StepResult:
         loss: mean over trained tokens.
         aux_loss: of the model's parts, as it was added to the loss; 0 if there is none.
         grad_norm: before clipping.
-        lr: AdamW's, at scale 1.
-        muon_lr: Muon's, where there is one.
+        rates: learning rates at scale 1, by the keys of the section: "lr", and "muon_lr" where Muon trains.
         skipped: loss or gradient was not finite; nothing moved.
         tokens, images, samples: useful tokens, images and rows that went in.
         texts_left_out: texts that did not fit into their rows.
@@ -50,8 +49,7 @@ class StepResult:
     loss: float
     aux_loss: float
     grad_norm: float
-    lr: float
-    muon_lr: float | None
+    rates: dict[str, float]
     skipped: bool
     tokens: int
     images: int
@@ -246,7 +244,7 @@ class Trainer:
         data, self._ahead = self._ahead or self._counted(self.next_batches()), None
         batches, targets = data.batches, data.targets
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
-        lr = self.optimizers.set_step(self.stage, self.step)
+        rates = self.optimizers.set_step(self.stage, self.step)
         loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(self.model, index == len(batches) - 1)
@@ -279,9 +277,8 @@ class Trainer:
             raise TrainingFault(f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite, {policy}")
         seconds = time.perf_counter() - begin
         self.seconds += seconds
-        rates = lr, self.optimizers.muon_lr
         counts = data.tokens, data.images, data.samples, data.texts_left_out
-        return StepResult(self.stage, total / targets, aux / targets, norm, *rates, not finite, *counts, seconds)
+        return StepResult(self.stage, total / targets, aux / targets, norm, rates, not finite, *counts, seconds)
 
     def _spoilt(self) -> str:
         """The first parameter, on any rank, that is not finite; empty: all are."""

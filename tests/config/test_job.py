@@ -18,7 +18,6 @@ from kempnerforge.config import (
     JointDecoderConfig,
     ModelConfig,
     MoTConfig,
-    OptimizerConfig,
     RunConfig,
     StageConfig,
     TrainConfig,
@@ -27,9 +26,9 @@ from kempnerforge.config import (
 )
 from kempnerforge.config.adapter import PixelShuffleConfig
 from kempnerforge.config.data import EasyVQAConfig, JsonlConfig, TextConfig
-from kempnerforge.config.training import OptimizerGroup
+from kempnerforge.config.optimizer import OptimizerGroup
 from kempnerforge.config.vision import SiglipConfig, ViTConfig
-from tests.training.tiny import scheduler
+from tests.training.tiny import optimizer_config, scheduler_config
 
 HEAD = '[vlm]\narch = "joint_decoder"\n'
 VISION = FreezeSpec("vision_encoder")
@@ -101,8 +100,8 @@ scheduler.warmup_steps = 2
     assert (first.train, first.optimizer, first.scheduler) == (cfg.train, cfg.optimizer, cfg.scheduler)
     assert second.data == EasyVQAConfig(form="questions", max_bad_fraction=0.5)
     assert second.train == TrainConfig(batch_size=12, grad_accum_steps=3)
-    assert second.optimizer == OptimizerConfig(lr=1.0, lr_scale={})
-    assert second.scheduler == scheduler("wsd", warmup_steps=2)
+    assert second.optimizer == optimizer_config("adamw", lr=1.0, lr_scale={})
+    assert second.scheduler == scheduler_config("wsd", warmup_steps=2)
     assert cfg.data == EasyVQAConfig(max_bad_fraction=0.5), "the job itself stays as it is"
 
 
@@ -160,7 +159,7 @@ def test_a_run_has_steps() -> None:
 
 
 def test_warnings_of_short_and_long_runs() -> None:
-    warm = scheduler("cosine", warmup_steps=8)
+    warm = scheduler_config("cosine", warmup_steps=8)
     cfg = job(stages=stages(10, 20), scheduler=warm, train=TrainConfig(max_steps=5))
     cfg.validate()
     assert cfg.warnings() == [
@@ -176,9 +175,9 @@ def test_warnings_of_short_and_long_runs() -> None:
 def test_a_learning_rate_that_muon_does_not_read() -> None:
     """Where ``lr`` changes for a stage or a group, and ``muon_lr`` stays."""
 
-    def said(name: str, optimizer: dict[str, object], *groups: OptimizerGroup) -> list[str]:
-        base = OptimizerConfig(name=name, muon_lr=0.03, groups=list(groups))
-        return job(optimizer=base, stages=[StageConfig("a", 5), StageConfig("b", 5, optimizer=optimizer)]).warnings()
+    def said(name: str, changes: dict[str, object], *groups: OptimizerGroup) -> list[str]:
+        base = optimizer_config(name, muon_lr=0.03, groups=list(groups))
+        return job(optimizer=base, stages=[StageConfig("a", 5), StageConfig("b", 5, optimizer=changes)]).warnings()
 
     (line,) = said("muon", {"lr": 1e-4})
     assert line == (

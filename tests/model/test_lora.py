@@ -16,7 +16,7 @@ from kempnerforge.config.lora import LoRAConfig, is_adapter, lora_frozen
 from kempnerforge.distributed.world import World
 from kempnerforge.model.lora import LoRALinear, adapt, adapted_layers, fitting_magnitudes, merge
 from kempnerforge.training.freeze import match_names
-from kempnerforge.training.optimizer import muon_names
+from kempnerforge.training.optimizers.muon import MuonRule
 from tests.vlm.tiny import INTERLEAVED, ONE, THREE, Tiny, all_logits, gradients, install, tiny
 
 KINDS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -298,8 +298,8 @@ def test_every_linear_layer_of_every_arch_can_have_one(arch: str | None) -> None
         p.requires_grad_(name in wanted)
     _, grads = gradients(it.model, samples(it))
     assert set(grads) == wanted
-    muon = muon_names(it.model)
-    assert not any(is_adapter(name) for name in muon) and muon == muon_names(tiny(arch).model)
+    muon = MuonRule().takes(it.model)
+    assert not any(is_adapter(name) for name in muon) and muon == MuonRule().takes(tiny(arch).model)
 
 
 @KINDS

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kempnerforge.config import DistributedConfig, FreezeSpec, JobConfig, OptimizerConfig, Stage, StageConfig, TrainConfig
+from kempnerforge.config import DistributedConfig, FreezeSpec, JobConfig, Stage, StageConfig, TrainConfig
 from kempnerforge.config import registry as registries
 from kempnerforge.config.vlm import FreezeStage, VLMConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample
 from kempnerforge.training.setup import Assembly, assemble
-from tests.training.tiny import scheduler
+from tests.training.tiny import optimizer_config, scheduler_config
 from tests.vlm.tiny import ANSWERED, FOREIGN, INTERLEAVED, LATE, MODEL, NO_IMAGE, ONE, THREE, TWICE, TWO_IMAGES, shake, tiny_job, tokenizer
 
 ARCHS: list[str | None] = [None, *(arch for arch in registries.archs if arch not in FOREIGN)]
@@ -177,8 +177,8 @@ def schedule(number: int, *, ranks: bool = False, compiled: bool = False) -> Sch
         model=replace(MODEL, dropout=0.0 if ranks or compiled else rng.choice([0.0, 0.2])),
         train=train,
         stages=stages,
-        optimizer=OptimizerConfig(name=name, lr=1e-2, eps=1e-3 if ranks or compiled else 1e-8),
-        scheduler=scheduler("constant"),
+        optimizer=optimizer_config(name, lr=1e-2, eps=1e-3 if ranks or compiled else 1e-8),
+        scheduler=scheduler_config("constant"),
         distributed=DistributedConfig(reshard_after_forward=rng.random() < 0.5),
     )
     job.validate()

@@ -43,7 +43,7 @@ def example(kind: str, folder: Path) -> Path:
     return job
 
 
-@pytest.mark.parametrize("kind", ["schedule"])
+@pytest.mark.parametrize("kind", ["schedule", "optimizer"])
 def test_the_example_trains_and_resumes(kind: str, tmp_path: Path) -> None:
     job = example(kind, tmp_path)
     whole = ("train", job, "--train.max_steps=4", "--eval.at_end=false")
@@ -69,3 +69,31 @@ def test_a_schedule_of_a_plugin_has_its_keys_and_its_rates(tmp_path: Path) -> No
     assert second.scheduler.warmup_steps == 1, "keys that both have stay"
     with pytest.raises(ConfigError, match="name = 'powr'.*registered: constant, cosine, linear, power, wsd.*did you mean 'power'"):
         load_config(path, ["--scheduler.name=powr"])
+
+
+def test_an_optimizer_of_a_plugin_has_its_keys_and_its_state(tmp_path: Path) -> None:
+    path = example("optimizer", tmp_path)
+    assert call("train", path, "--train.max_steps=2", "--eval.at_end=false").code == 0
+    stored = tensors(tmp_path / "run")
+    moments = {name for name in stored if name.startswith("optim.")}
+    assert moments and all(name.endswith("|momentum_buffer") for name in moments), sorted(moments)[:4]
+    assert [row["train/lr"] for row in metrics(tmp_path / "run") if "train/lr" in row] == pytest.approx([0.1, 0.01])
+    for wrong, message in (
+        ("--optimizer.momentum=-1", "[optimizer] momentum = -1.0: must be >= 0"),
+        ("--optimizer.betas=[0.9, 0.9]", "a key of name = 'adamw', 'lion', 'muon', 'schedule_free_adamw'; here name = 'sgd'"),
+        ("--optimizer.name=sdg", "registered: adamw, lion, muon, schedule_free_adamw, sgd (did you mean 'sgd'?)"),
+        ("--optimizer.groups=[{module='adapter', muon_lr=1.0}]", "groups: muon_lr of 'adapter': name = 'sgd' has no such key"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, [wrong])
+        assert message in str(caught.value)
+    ended = call("check", path)
+    assert ended.code == 0 and "0.2" in ended.out, ended
+
+
+def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
+    path = example("optimizer", tmp_path)
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(plugin.read_text().replace('register_optimizer("sgd")', 'register_optimizer("another")'))
+    ended = call("train", path)
+    assert ended.code == 2 and "optimizer.name = 'sgd': Unknown optimizer.name; registered: adamw, another" in ended.err, ended

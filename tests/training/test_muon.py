@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kempnerforge.training import muon
-from kempnerforge.training.muon import Muon, orthogonalise
+from kempnerforge.training.optimizers import muon
+from kempnerforge.training.optimizers.muon import Muon, orthogonalise
 from tests.dist import run_ranks
 
 SHAPES = [(8, 24), (24, 8), (8, 24), (16, 16), (5, 3), (1, 7), (7, 1)]

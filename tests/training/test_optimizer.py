@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kempnerforge.config import JobConfig, OptimizerConfig, load_config
-from kempnerforge.training.muon import Muon
-from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, lr_scales, muon_names, squared_norm
+from kempnerforge.config import JobConfig, load_config
+from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, lr_scales, squared_norm
+from kempnerforge.training.optimizers.muon import Muon, MuonRule
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
-from tests.training.tiny import make_job
+from tests.training.tiny import make_job, optimizer_config
 
 STAGES = """
 [[stages]]
@@ -56,7 +56,7 @@ def test_groups_partition_all_parameters_frozen_ones_too(name: str, tied: str, t
 def test_muon_takes_linear_weights_and_neither_head_nor_embedding(tmp_path: Path):
     job, model = job_and_model(tmp_path, "--optimizer.name=muon", "--model.tie_embeddings=false")
     taken = {name for name, (o, _) in by_name(model, optimizers_of(job, model)).items() if isinstance(o, Muon)}
-    assert taken == muon_names(model)
+    assert taken == MuonRule().takes(model)
     assert taken == {n for n, p in model.named_parameters() if p.ndim == 2} - {
         "transformer.token_embedding.weight",
         "transformer.output_head.weight",
@@ -78,9 +78,9 @@ def test_learning_rate_of_a_stage_with_scales_the_last_match_counts(tmp_path: Pa
     job, model = job_and_model(tmp_path, "--optimizer.name=muon", "--scheduler.name=constant")
     optimizers = optimizers_of(job, model)
     stages = job.resolved_stages()
-    assert optimizers.set_step(stages[0], 0) == 0.01
+    assert optimizers.set_step(stages[0], 0) == {"lr": 0.01, "muon_lr": 0.02}
     assert {g["lr"] for o in optimizers.all for g in o.param_groups} == {0.01, 0.02}
-    assert optimizers.set_step(stages[1], 5) == 1e-4
+    assert optimizers.set_step(stages[1], 5) == {"lr": 1e-4, "muon_lr": 0.02}
     found = by_name(model, optimizers)
     assert found["vision_encoder.layers.0.mlp.fc1.weight"][1]["lr"] == pytest.approx(0.1 * 0.02)
     assert found["vision_encoder.layers.0.mlp.fc1.bias"][1]["lr"] == pytest.approx(0.1 * 1e-4)
@@ -92,7 +92,7 @@ def test_learning_rate_of_a_stage_with_scales_the_last_match_counts(tmp_path: Pa
 
 def test_lr_scales_by_alias_and_pattern():
     names = ["adapter.proj.weight", "adapter.proj.bias", "transformer.norm.weight"]
-    cfg = OptimizerConfig(lr_scale={"adapter": 0.5, "*.bias": 2.0})
+    cfg = optimizer_config("adamw", lr_scale={"adapter": 0.5, "*.bias": 2.0})
     scales = lr_scales(names, cfg, {"adapter": ["adapter.*"]})
     assert scales == {"adapter.proj.weight": 0.5, "adapter.proj.bias": 2.0, "transformer.norm.weight": 1.0}
     with pytest.raises(ValueError, match=r"optimizer.lr_scale = 'adapter': matches no parameter"):
@@ -114,7 +114,7 @@ def test_step_equals_torch_adamw_with_the_same_groups(tmp_path: Path):
             rng = torch.Generator().manual_seed(1000 * step + index)
             p.grad = torch.randn(p.shape, generator=rng)
             q.grad = p.grad.clone()
-        lr = optimizers.set_step(stage, step)
+        lr = optimizers.set_step(stage, step)["lr"]
         for group in oracle.param_groups:
             group["lr"] = lr
         optimizers.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.optimizers.lion import Lion
-from kempnerforge.training.optimizers.schedule_free import ScheduleFreeAdamW
+from kempnerforge.training.optimizers.schedule_free_adamw import ScheduleFreeAdamW
 from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, tensors, two_ranks, weights_of
 
 SHAPES = [(8, 24), (5, 3), (7,), (1, 1)]

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from kempnerforge.config import ConfigError, load_config, registry
-from tests.training.tiny import make_job, scheduler
+from tests.training.tiny import make_job, scheduler_config
 
 NAMES = registry.schedules.names()
 
@@ -29,7 +29,7 @@ NAMES = registry.schedules.names()
 @example("wsd", 9, 0, 0.1, 1.0, None)
 def test_a_factor_rises_to_the_peak_and_falls_to_its_foot(name: str, steps: int, warmup: int, floor: float, share: float, own: int | None):
     """Over every schedule, also with a warm-up of a group's own: peak exactly 1 where the warm-up ends, foot exactly at the last step."""
-    cfg = scheduler(name, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=share)
+    cfg = scheduler_config(name, warmup_steps=warmup, min_lr_ratio=floor, decay_fraction=share)
     rising = max(1, warmup if own is None else own)
     assume(rising <= steps and (name != "wsd" or rising <= cfg.decay_start(steps, rising)))
     factors = [cfg.factor(step, steps, own) for step in range(steps)]
@@ -59,21 +59,21 @@ def transformers_rates(schedule: Callable[..., torch.optim.lr_scheduler.LRSchedu
 def test_the_closed_forms_are_those_of_transformers_one_step_on(name: str, warmup: int, steps: int):
     """Their step 0 has a rate of 0: it moves nothing. Ours begins with their step 1 and so arrives at the foot, their step ``steps``, too."""
     optimization = pytest.importorskip("transformers").optimization
-    decay = steps - scheduler("wsd", decay_fraction=0.05).decay_start(steps, warmup)
+    decay = steps - scheduler_config("wsd", decay_fraction=0.05).decay_start(steps, warmup)
     ours, schedule, settings = {
-        "cosine": (scheduler("cosine", min_lr_ratio=0.0), "get_cosine_schedule_with_warmup", {"num_training_steps": steps}),
+        "cosine": (scheduler_config("cosine", min_lr_ratio=0.0), "get_cosine_schedule_with_warmup", {"num_training_steps": steps}),
         "cosine with a floor": (
-            scheduler("cosine", min_lr_ratio=0.1),
+            scheduler_config("cosine", min_lr_ratio=0.1),
             "get_cosine_with_min_lr_schedule_with_warmup",
             {"num_training_steps": steps, "min_lr_rate": 0.1},
         ),
-        "linear": (scheduler("linear", min_lr_ratio=0.0), "get_linear_schedule_with_warmup", {"num_training_steps": steps}),
+        "linear": (scheduler_config("linear", min_lr_ratio=0.0), "get_linear_schedule_with_warmup", {"num_training_steps": steps}),
         "wsd": (
-            scheduler("wsd", min_lr_ratio=0.0, decay_fraction=0.05),
+            scheduler_config("wsd", min_lr_ratio=0.0, decay_fraction=0.05),
             "get_wsd_schedule",
             {"num_stable_steps": steps - warmup - decay, "num_decay_steps": decay, "decay_type": "linear"},
         ),
-        "constant": (scheduler("constant"), "get_constant_schedule_with_warmup", {}),
+        "constant": (scheduler_config("constant"), "get_constant_schedule_with_warmup", {}),
     }[name]
     theirs = transformers_rates(getattr(optimization, schedule), steps, num_warmup_steps=warmup, **settings)
     assert [ours.factor(step, steps, warmup) for step in range(steps)] == pytest.approx(theirs[1:], abs=1e-12)
@@ -81,7 +81,7 @@ def test_the_closed_forms_are_those_of_transformers_one_step_on(name: str, warmu
 
 def test_without_warmup_the_first_step_has_the_peak():
     for name in NAMES:
-        cfg = scheduler(name, min_lr_ratio=0.2, decay_fraction=0.5)
+        cfg = scheduler_config(name, min_lr_ratio=0.2, decay_fraction=0.5)
         expected = {
             "cosine": [1, 0.8, 0.4, 0.2],
             "linear": [1, 1 - 0.8 / 3, 1 - 1.6 / 3, 0.2],

@@ -25,7 +25,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from kempnerforge.checkpoint import model_tensors, optimizer_tensors
 from kempnerforge.distributed.world import World
 from kempnerforge.eval.mode import mode
-from kempnerforge.training.optimizer import MAKERS
+from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
@@ -164,8 +164,8 @@ def unfused() -> Iterator[None]:
     """AdamW without its fused kernel, which computes the entries behind the last whole vector of a tensor by other code: now and then their last
     bit depends on where a tensor is cut into shards.
     """
-    plain_adamw = lambda groups, cfg: torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=False)
-    with mock.patch.dict(MAKERS, dict.fromkeys(("adamw", "muon"), plain_adamw)):
+    plain_adamw = lambda rule, groups, cfg: torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=False)
+    with mock.patch.object(AdamWRule, "make", plain_adamw):
         yield
 
 

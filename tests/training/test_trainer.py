@@ -273,7 +273,7 @@ def test_stages_change_data_batch_and_learning_rate(tmp_path: Path):
     with a_trainer(job_of(tmp_path, extra=extra.replace("{folder}", str(tmp_path))), [recorder]) as trainer:
         trainer.fit()
     assert [r.samples for r in recorder.results] == [4, 4, 4, 2, 2, 2]
-    assert recorder.results[0].lr == pytest.approx(2e-3) and recorder.results[3].lr == pytest.approx(0.5e-4)
+    assert recorder.results[0].rates["lr"] == pytest.approx(2e-3) and recorder.results[3].rates["lr"] == pytest.approx(0.5e-4)
     assert moved_parts(recorder)[3] == {"vision_encoder", "adapter"}
 
 

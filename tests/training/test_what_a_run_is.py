@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from kempnerforge.checkpoint import resolve
 from kempnerforge.checkpoint.manifest import verify
-from kempnerforge.config import JobConfig, OptimizerConfig, TrainConfig, VLMConfig, registry, to_dict
-from kempnerforge.config.training import OptimizerGroup
+from kempnerforge.config import JobConfig, TrainConfig, VLMConfig, registry, to_dict
+from kempnerforge.config.optimizer import OptimizerGroup
 from kempnerforge.training.history import Span, StageRecord, changed_on_the_way, continued, trained_with
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.same_run import check_same_run
 from kempnerforge.util.errors import InputError
-from tests.training.tiny import call, make_job, metrics, scheduler, write_rows
+from tests.training.tiny import call, make_job, metrics, optimizer_config, scheduler_config, write_rows
 
 
 def state(job: JobConfig, step: int) -> RunState:
@@ -57,8 +57,8 @@ def test_another_length_is_refused_where_it_would_have_changed_what_was_done(
     step = data.draw(st.integers(0, min(before, after)))
     job = JobConfig(
         train=TrainConfig(max_steps=before),
-        scheduler=scheduler(name, warmup_steps=warmup, min_lr_ratio=floor),
-        optimizer=OptimizerConfig(groups=[] if own is None else [OptimizerGroup("adapter", warmup_steps=own)]),
+        scheduler=scheduler_config(name, warmup_steps=warmup, min_lr_ratio=floor),
+        optimizer=optimizer_config("adamw", groups=[] if own is None else [OptimizerGroup("adapter", warmup_steps=own)]),
     )
     rates = [[job.scheduler.factor(t, n, w) for w in (None, own) for t in range(step)] for n in (before, after)]
     found = refused(replace(job, train=TrainConfig(max_steps=after)), job, step)
@@ -71,14 +71,14 @@ def test_another_length_is_refused_where_it_would_have_changed_what_was_done(
 
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_a_run_that_has_passed_the_end_is_refused(end: int, step: int) -> None:
-    job = JobConfig(train=TrainConfig(max_steps=end), scheduler=scheduler("constant"))
+    job = JobConfig(train=TrainConfig(max_steps=end), scheduler=scheduler_config("constant"))
     found = refused(job, job, step)
     assert bool(found) == (step > end)
     assert not found or (f"has done {step} steps already" in found and f"train.max_steps = {end}" in found)
 
 
 def test_a_complete_run_takes_nothing_that_no_step_was_trained_with() -> None:
-    old, steps = JobConfig(train=TrainConfig(max_steps=6), scheduler=scheduler("constant")), 6
+    old, steps = JobConfig(train=TrainConfig(max_steps=6), scheduler=scheduler_config("constant")), 6
     new = replace(old, optimizer=replace(old.optimizer, lr=2.0))
     assert "has done all of its 6 steps, none of them with\n  optimizer.lr" in refused(new, old, steps, "optimizer.lr")
     assert not refused(new, old, steps - 1, "optimizer.lr") and not refused(old, old, steps, "optimizer.lr")
@@ -97,7 +97,7 @@ def test_the_new_plan_is_said_and_followed(tmp_path: Path, caplog: pytest.LogCap
         assert call(*more, "--allow-change=train.max_steps").code == 0
     assert "the new plan: step 5 has the learning rate" in caplog.text
     rates = {row["step"]: row["train/lr"] for row in metrics(tmp_path / "run")}
-    cosine = scheduler("cosine")
+    cosine = scheduler_config("cosine")
     expected = [*(cosine.factor(t, 4) for t in range(4)), *(cosine.factor(t, 8) for t in range(4, 8))]
     assert list(rates.values()) == pytest.approx([2e-3 * factor for factor in expected])
 

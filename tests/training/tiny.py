@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import load, model_tensors, resolve, tensor_info
 from kempnerforge.cli.main import run
-from kempnerforge.config import JobConfig, SchedulerConfig, registry
+from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, registry
 from kempnerforge.distributed import world as worlds
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
@@ -82,9 +82,14 @@ tensorboard = false
 """
 
 
-def scheduler(name: str, **keys: float) -> SchedulerConfig:
+def scheduler_config(name: str, **keys: float) -> SchedulerConfig:
     """The ``[scheduler]`` section of that name."""
     return registry.schedules.get(name)(**keys)
+
+
+def optimizer_config(name: str, **keys: Any) -> OptimizerConfig:
+    """The ``[optimizer]`` section of that name."""
+    return registry.optimizer_configs.get(name)(**keys)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

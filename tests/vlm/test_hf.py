@@ -27,7 +27,7 @@ from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.inference.pretrained import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
-from kempnerforge.training.optimizer import muon_names
+from kempnerforge.training.optimizers.muon import MuonRule
 from kempnerforge.training.setup import Assembly, assemble, initialise
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
@@ -196,7 +196,7 @@ def test_aliases_are_the_parts(name: str, saved: dict[str, Path]) -> None:
     names = [n for n, _ in assembly.model.named_parameters()]
     found = [n for alias in ALIASES for n in match_names(names, alias, assembly.job.module_patterns(), "")]
     assert sorted(found) == sorted(names)
-    assert "lm_head.weight" not in muon_names(assembly.model)
+    assert "lm_head.weight" not in MuonRule().takes(assembly.model)
 
 
 def test_aliases_are_the_parts_of_qwen() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kempnerforge.config import registry
+from kempnerforge.config.optimizer import AdamWConfig
+from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.optimizers.foreach import FOREACH, ForeachOptimizer, local
 
 
@@ -37,3 +40,11 @@ class Lion(ForeachOptimizer):
         FOREACH["mul_"](params, 1 - group["lr"] * group["weight_decay"])
         FOREACH["add_"](params, directions, alpha=-group["lr"])
         FOREACH["lerp_"](momenta, grads, 1 - beta2)
+
+
+@registry.register_optimizer("lion")
+class LionRule(AdamWRule):
+    state_copies = 1
+
+    def make(self, groups: list[dict[str, Any]], cfg: AdamWConfig) -> torch.optim.Optimizer:
+        return Lion(groups, lr=cfg.lr, betas=cfg.betas)

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kempnerforge.config import registry
+from kempnerforge.config.optimizer import MuonConfig
 from kempnerforge.distributed.world import compute_dtype
+from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.optimizers.foreach import FOREACH, local
+from kempnerforge.training.optimizers.rule import Settings, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -82,6 +86,27 @@ class Muon(torch.optim.Optimizer):
                 weights = [local(p) for p in params]
                 FOREACH["mul_"](weights, 1 - group["lr"] * group["weight_decay"])
                 FOREACH["add_"](weights, [updates[p] for p in params], alpha=-group["lr"] * stretch)
+
+
+@registry.register_optimizer("muon")
+class MuonRule(UpdateRule[MuonConfig]):
+    """Takes the hidden matrices: weights of linear layers, without the output head, which like the embedding faces the vocabulary (Jordan et
+    al. 2024).
+    """
+
+    lr_key = "muon_lr"
+    state_copies = 1
+    rest = AdamWRule
+
+    def takes(self, model: nn.Module) -> frozenset[str]:
+        linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        return frozenset(linears) - {"transformer.output_head.weight", "lm_head.weight"}  # ours, and the one of models of transformers
+
+    def make(self, groups: list[dict[str, Any]], cfg: MuonConfig) -> torch.optim.Optimizer:
+        return Muon(groups, lr=cfg.muon_lr, momentum=cfg.muon_momentum)
+
+    def values(self, cfg: MuonConfig, own: Settings) -> dict[str, Any]:
+        return {"momentum": cfg.muon_momentum}
 
 
 def _by_stretch(params: Iterable[Tensor]) -> dict[float, list[Tensor]]:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kempnerforge.config import registry
+from kempnerforge.config.optimizer import AdamWConfig
+from kempnerforge.training.ema import Averaging
+from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.optimizers.foreach import FOREACH, ForeachOptimizer, local
+from kempnerforge.util.errors import InputError
 
 
 class ScheduleFreeAdamW(ForeachOptimizer):
@@ -92,3 +97,19 @@ def _move(
     FOREACH["lerp_"](y, z, share)
     FOREACH["add_"](y, direction, alpha=lr * (beta1 * (1 - share) - 1))
     FOREACH["add_"](z, direction, alpha=-lr)
+
+
+@registry.register_optimizer("schedule_free_adamw")
+class ScheduleFreeAdamWRule(AdamWRule):
+    def make(self, groups: list[dict[str, Any]], cfg: AdamWConfig) -> torch.optim.Optimizer:
+        for group in groups:
+            if len(firsts := {own.betas[0] for own in group["settings"]}) > 1:
+                raise InputError(
+                    f"optimizer.betas: the first one is {sorted(firsts)} in different stages, but with 'schedule_free_adamw' the average is"
+                    " made with it; use one for the whole run"
+                )
+        return ScheduleFreeAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+
+    def averaging(self, optimizer: torch.optim.Optimizer) -> Averaging | None:
+        assert isinstance(optimizer, ScheduleFreeAdamW)
+        return optimizer

@@ -1,0 +1,69 @@
+"""What an optimizer is to the trainer: one file per rule, found by ``optimizer.name``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from kempnerforge.config import OptimizerConfig
+from kempnerforge.training.ema import Averaging
+
+Config = TypeVar("Config", bound=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for one parameter in one stage.
+
+    Attributes:
+        lr, muon_lr: peaks; the one that is the rule's ``lr_key`` counts.
+        weight_decay: if the parameter decays, see ``Optimizers``.
+        muon_lr, betas: 0 if the optimizer has no such key.
+        warmup_steps: None: the scheduler's.
+    """
+
+    lr: float
+    muon_lr: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.0, 0.0)
+    warmup_steps: int | None = None
+
+
+class UpdateRule(Generic[Config]):
+    """Makes the optimizer that ``optimizer.name`` selects. Subclasses register with ``@registry.register_optimizer("name")``.
+
+    Attributes:
+        lr_key: the key of the section with its peak learning rate.
+        state_copies: fp32 tensors of a parameter's size that it keeps besides weight and gradient.
+        rest: the rule for parameters that this one does not take.
+    """
+
+    lr_key: ClassVar[str] = "lr"
+    state_copies: ClassVar[int] = 2
+    rest: ClassVar[type[UpdateRule[Any]] | None] = None
+
+    def takes(self, model: nn.Module) -> frozenset[str]:
+        """Names of the parameters that it moves."""
+        return frozenset(name for name, _ in model.named_parameters())
+
+    def make(self, groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
+        """The optimizer of ``groups``, each with "params", "settings" (``Settings`` of each stage) and what ``values`` returns. A parameter
+        without a gradient must stay as it is, and all state must be tensors in ``optimizer.state``.
+        """
+        raise NotImplementedError
+
+    def values(self, cfg: Config, own: Settings) -> dict[str, Any]:
+        """What is written into a group before each step, besides "lr" and "weight_decay".
+
+        Args:
+            cfg: the section, as the stage has it.
+            own: what holds for the group's parameters.
+        """
+        return {}
+
+    def averaging(self, optimizer: torch.optim.Optimizer) -> Averaging | None:
+        """The weights that evaluation uses, if ``optimizer`` makes such (``keeps_average`` of the config)."""
+        return None
