@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.inspection.audit import audit, count, render_row
-from kempnerforge.inspection.audit_page import STYLE, describe, row_card, share_bar
+from kempnerforge.inspection.audit_page import describe, row_card
 from kempnerforge.inspection.audit_rows import Row, rows_of
 from kempnerforge.inspection.contact_sheet import contact_sheet
 from kempnerforge.inspection.data_remarks import glance
-from kempnerforge.report.html import text
-from kempnerforge.report.page import table, write_page
+from kempnerforge.report.page import write_page
 from kempnerforge.training.setup import Assembly, assemble
 
 MAX_BATCHES = 16
@@ -49,7 +49,7 @@ class Inspection:
     parts: list[Counter[str]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
-    cards: list[str] = field(default_factory=list)
+    cards: list[Markup] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     texts_left_out: int = 0
@@ -158,32 +158,26 @@ def _views(batch: Batch, row: Row) -> tuple[list[np.ndarray], list[str]]:
 def write_inspection(path: Path, title: str, stages: Sequence[Inspection]) -> Path:
     """Writes what was found of ``stages`` as a page."""
     wrong = sum(len(stage.findings) for stage in stages)
-    verdict = f'<b class="bad">{count(wrong, "finding")}</b>' if wrong else '<b class="good">nothing found wrong</b>'
-    head = (
-        f"<header><h1>{text(title)}: what is trained</h1>"
-        f'<p class="note">Real training batches, read from their labels: {verdict}. Green tokens are trained. Hover over a token for its'
-        " column and id.</p></header>"
+    sections = [_section(stage) for stage in stages]
+    return write_page(
+        path, "inspect.html", title=f"{title}: what is trained", wrong=count(wrong, "finding") if wrong else "", stages=sections
     )
-    style = f"{STYLE}.good{{color:var(--good)}}.bad{{color:var(--bad)}}.findings{{border-color:var(--bad)}}.card.pad{{padding:14px 16px}}"
-    return write_page(path, f"{title}: what is trained", "\n".join([head, *map(_section, stages)]), style)
 
 
-def _section(stage: Inspection) -> str:
-    body = [f"<section><h2>stage {text(stage.name)}</h2>", f'<p class="note">{stage.summary}.</p>']
-    body += [f'<p class="note">{text(note)}</p>' for note in stage.notes]
-    body.append(f'<div class="card pad">{share_bar(stage.shares)}</div>')
-    if stage.findings:
-        lines = "".join(f"<li>{text(finding)}</li>" for finding in stage.findings)
-        body.append(f'<h2 class="bad">Wrong</h2><div class="card pad findings"><ul>{lines}</ul></div>')
-    body.append("<h2>Sources</h2>" + table(("source", "samples", "texts", "positions", "image", "prompt", "trained"), _source_rows(stage)))
-    if stage.skipped or stage.texts_left_out:
-        left = f'<p class="note">{count(stage.texts_left_out, "text")} did not fit into their rows.</p>' if stage.texts_left_out else ""
-        replaced = table(("sample that was replaced", "reason"), stage.skipped, numbers=False) if stage.skipped else ""
-        body.append(f"<h2>Left out</h2>{left}{replaced}")
-    body.append(f"<h2>Rows</h2>{''.join(stage.cards)}</section>")
-    return "\n".join(body)
-
-
-def _source_rows(stage: Inspection) -> list[tuple[str, ...]]:
-    keys = ("samples", "texts", "positions", "image", "prompt", "trained")
-    return [(name, *(f"{part[key]:,}" for key in keys)) for name, part in zip(stage.sources, stage.parts, strict=True)]
+def _section(stage: Inspection) -> dict[str, Any]:
+    columns = ("samples", "texts", "positions", "image", "prompt", "trained")
+    total = max(stage.shares["positions"], 1)
+    return {
+        "name": stage.name,
+        "summary": stage.summary,
+        "notes": stage.notes,
+        "kinds": [
+            (kind, 100 * stage.shares[kind] / total, f"{stage.shares[kind]:,}") for kind in ("image", "prompt", "trained", "padding")
+        ],
+        "findings": stage.findings,
+        "head": ("source", *columns),
+        "rows": [(name, *(f"{part[key]:,}" for key in columns)) for name, part in zip(stage.sources, stage.parts, strict=True)],
+        "skipped": stage.skipped,
+        "left_out": count(stage.texts_left_out, "text") if stage.texts_left_out else "",
+        "cards": stage.cards,
+    }

@@ -7,6 +7,7 @@ import io
 from html import escape
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from kempnerforge.util.errors import visible
@@ -20,7 +21,7 @@ def text(value: object, keep: str = "") -> str:
     return escape(visible(str(value), keep + "\u00a0"), quote=True)
 
 
-def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> str:
+def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> Markup:
     """An ``img`` element with the pixels in it.
 
     Args:
@@ -36,4 +37,4 @@ def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> str:
     kind, options = ("png", {"optimize": True}) if small else ("jpeg", {"quality": 88})
     drawn.save(buffer, kind, **options)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img{" class=small" if small else ""} alt="{text(name)}" src="data:image/{kind};base64,{data}">'
+    return Markup(f'<img{" class=small" if small else ""} alt="{text(name)}" src="data:image/{kind};base64,{data}">')

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import html as HTML
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from kempnerforge.config.data import DataConfig
@@ -16,9 +18,10 @@ from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.pack import join
 from kempnerforge.inspection.audit import render_rows
-from kempnerforge.inspection.audit_page import describe, row_card, share_bar
+from kempnerforge.inspection.audit_page import describe, row_card
 from kempnerforge.inspection.audit_rows import rows_of
 from kempnerforge.report.html import picture, text
+from kempnerforge.report.page import TEMPLATES
 from tests.data.conftest import png
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e&amp;</div>'
@@ -154,8 +157,7 @@ def test_data_stays_text() -> None:
 
 
 def test_nothing_is_fetched_from_outside() -> None:
-    batch = batch_of(samples())
-    html = row_card(facts_of(batch), None, ["one"]) + share_bar(facts_of(batch)["shares"])
+    html = row_card(facts_of(batch_of(samples())), None, ["one"])
     assert not re.search(r"https?:|//|url\(|<link|<script|@import", html)
 
 
@@ -187,5 +189,10 @@ def test_pictures_are_exact_when_small_and_shrunk_when_large() -> None:
         assert Image.open(io.BytesIO(base64.b64decode(data[1]))).size == (shown, shown)
 
 
-def test_text_is_safe_in_attributes() -> None:
+def test_text_is_safe_in_charts_and_templates() -> None:
     assert text("a\"b'c<&\n\ud800") == "a&quot;b&#x27;c&lt;&amp;\\n\\ud800"
+    printed = TEMPLATES.from_string('<a title="{{ value }}">{{ value|lines }}{% macro m(x) %}{{ x }}{% endmacro %}{{ m(value) }}').render
+    seen = HTML.unescape(printed(value="a\"b'c<&\n\ud800"))
+    assert seen == """<a title="a"b'c<&\\n\\ud800">a"b'c<&\n\\ud800a"b'c<&\\n\\ud800"""
+    with pytest.raises(UndefinedError):
+        printed()
