@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import tomli
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
 from kempnerforge.config.checks import defaults, not_default
@@ -62,7 +63,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if b"\0" in raw:
         raise ConfigError([f"{path}: line {_line(raw, raw.index(0))}: contains a NUL byte; a config is UTF-8 text"])
     try:
-        table = tomllib.loads(raw.decode("utf-8"))
+        table = tomli.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise ConfigError([f"{path}: line {_line(raw, error.start)}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"]) from None
@@ -80,7 +81,7 @@ def _line(raw: bytes, position: int) -> int:
 
 
 def _syntax_error(message: str) -> str:
-    """tomllib's message with the line first, and in other words where a key or table is given twice."""
+    """tomli's message with the line first, and in other words where a key or table is given twice."""
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|(end of document))\)", message, re.DOTALL)
     text, where = (message, "") if found is None else (found[1], f"line {found[2]}, column {found[3]}: " if found[2] else "at the end: ")
     if text.startswith(("Cannot overwrite a value", "Cannot declare", "Duplicate", "Cannot mutate immutable namespace")):
@@ -220,7 +221,7 @@ def parse_overrides(arguments: Sequence[str], problems: Problems) -> list[tuple[
 
 def _dotted(name: str) -> Key | None:
     try:
-        table: Any = tomllib.loads(f"{name} = 0")
+        table: Any = tomli.loads(f"{name} = 0")
     except ValueError:
         return None
     key: list[str] = []
@@ -233,7 +234,7 @@ def _dotted(name: str) -> Key | None:
 def _toml_value(text: str) -> Any:
     """``text`` as a TOML value, or itself where it is none."""
     try:
-        table = tomllib.loads(f"value = [{text}]")
+        table = tomli.loads(f"value = [{text}]")
     except (ValueError, RecursionError):
         return text
     return table["value"][0] if list(table) == ["value"] and len(table["value"]) == 1 else text

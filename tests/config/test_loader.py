@@ -141,6 +141,7 @@ BAD = [
     ("[model", "at the end: not valid TOML"),
     ("a = \n", "line 1, column 5: not valid TOML"),
     ("[model]\ndim = 1\ndim = 2\n", "line 3, column 8: not valid TOML: a key or table is given twice"),
+    ('[vlm]\nfreeze = [{\n  module = "x"\n  frozen = true }]', "line 4, column 3: not valid TOML: Unclosed inline table"),
     ("[model]\n[model]", "line 2, column 7: not valid TOML: a key or table is given twice"),
     ("x = " + "[" * 50_000, "nested more than 32 levels"),
     (".".join(["a"] * 3000) + " = 1", "nested more than 32 levels"),
@@ -154,6 +155,13 @@ def test_bad_toml(tmp_path: Path, text: str, message: str) -> None:
     lines = problems(path)
     assert any(message in line for line in lines), lines
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines), lines
+
+
+def test_inline_tables_take_several_lines(tmp_path: Path) -> None:
+    """TOML 1.1."""
+    lines = 'freeze = [\n  {\n    module = "adapter",  # projects\n    frozen = false,\n  },\n]\n'
+    job = load_config(write(tmp_path / "job.toml", MINIMAL.replace("[train]", f"{lines}[train]")))
+    assert job.vlm.freeze == [FreezeSpec("adapter", False)]
 
 
 @pytest.mark.parametrize(
