@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{model.path} is at {server.url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     try:
-        server.serve_forever()
+        server.run()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-    finally:
-        server.server_close()
     return 0

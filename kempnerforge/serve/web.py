@@ -9,20 +9,21 @@ DNS, takes questions only from its own page or from programs, never from another
 
 from __future__ import annotations
 
-import io
+import asyncio
 import ipaddress
 import json
 import logging
-import select
 import socket
-import threading
-import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import TCPServer
-from typing import Any, cast
+from typing import Any
+
+import uvicorn
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kempnerforge.serve.desk import Busy, Desk, Event, Ticket
 from kempnerforge.serve.document import document
@@ -36,33 +37,88 @@ MAX_CONNECTIONS, MAX_OF_CLIENT = 64, 24
 REQUEST_S, SEND_S = 60.0, 30.0
 """That a request may take to come in, head and body together and however it is cut up, and that a client may take to read a piece."""
 POLL_S = 0.25
-"""How often it is looked whether a client that waits is still there."""
+"""How often a client is told that fewer questions are ahead of its own."""
 DRAINED = 2 * MAX_BODY
 """Bytes of a request that is too large that are read and thrown away, so that the client gets to read why."""
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
-class Server(ThreadingHTTPServer):
-    """The web server.
+class Connection(H11Protocol):
+    """A connection within the limits above, for which uvicorn has no settings."""
+
+    _incoming: asyncio.TimerHandle | None = None
+    _outgoing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        addresses = [other.client and other.client[0] for other in self.connections if isinstance(other, Connection)]
+        if len(addresses) > MAX_CONNECTIONS or addresses.count(self.client and self.client[0]) > MAX_OF_CLIENT:
+            transport.close()
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._stop_if_whole()
+
+    def on_response_complete(self) -> None:
+        self._expect()
+        super().on_response_complete()  # which may go on with a request that has come in already
+        self._stop_if_whole()
+
+    def _expect(self) -> None:
+        """From now on a request may come in."""
+        self._stop(self._incoming)
+        self._incoming = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+    def _stop_if_whole(self) -> None:
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self._stop(self._incoming)
+
+    def _stop(self, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._outgoing = self.loop.call_later(SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop(self._outgoing)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(self._incoming)
+        self._stop(self._outgoing)
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """The web server; ``run`` starts it.
 
     Args:
-        address: host and port to bind; port 0 takes a free one, see ``url``.
+        listening: a socket that listens.
+        host: that it was bound to.
         desk: answers.
         facts: of the model, shown on the page.
     """
 
-    daemon_threads = True
-    request_queue_size = 64
+    def __init__(self, listening: socket.socket, host: str, desk: Desk, facts: Mapping[str, object]) -> None:
+        self.desk, self.facts, self.host, self._listening = desk, facts, host, listening
+        self.server_port = listening.getsockname()[1]
+        config = uvicorn.Config(
+            self._answer, http=Connection, ws="none", loop="asyncio", lifespan="off", interface="asgi3", log_config=None, log_level="error",
+            access_log=False, proxy_headers=False, headers=[("Server", "kempnerforge")], timeout_keep_alive=int(REQUEST_S),
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        super().__init__(config)
 
-    def __init__(self, address: tuple[str, int], desk: Desk, facts: Mapping[str, object]) -> None:
-        self.desk, self.facts, self.host = desk, facts, address[0]
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        self._clients, self._change = Counter[str](), threading.Lock()
-        super().__init__(address, Handler)
-
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # that of HTTPServer looks its own name up, which may wait for a DNS server
-        self.server_name, self.server_port = self.host, self.server_address[1]
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets or [self._listening])
 
     @property
     def url(self) -> str:
@@ -84,28 +140,78 @@ class Server(ThreadingHTTPServer):
             return False
         return True
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._change:
-            room = self._clients.total() < MAX_CONNECTIONS and self._clients[client_address[0]] < MAX_OF_CLIENT
-            self._clients[client_address[0]] += room
-        if room:
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._change:
-                self._clients -= Counter({client_address[0]: 1})  # which drops those that are at 0
+            response = await self._respond(request)
+        except ClientDisconnect:
+            return
+        response.headers.update(HEADERS)
+        if request.method == "POST" or response.status_code == HTTPStatus.FORBIDDEN:
+            response.headers["Connection"] = "close"  # what was refused has not been read
+        await response(scope, receive, send)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("connection of %s broke off", client_address, exc_info=True)
+    async def _respond(self, request: Request) -> Response:
+        host, origin, path = request.headers.get("host", ""), request.headers.get("origin"), request.scope["path"]
+        if not self.knows(host):
+            return _refuse(HTTPStatus.FORBIDDEN, f"unknown host {host[:100]!r}: open {self.url}, or give that name as --host")
+        if request.method == "POST":
+            if origin not in (None, f"http://{host}"):  # browsers say which site's script asks; programs say nothing
+                return _refuse(HTTPStatus.FORBIDDEN, "asked by the page of another site")
+            if path == "/api/answers":
+                return await self._take(request)
+            return _refuse(HTTPStatus.NOT_FOUND, "questions go to /api/answers")
+        if request.method not in ("GET", "HEAD"):
+            return _refuse(HTTPStatus.NOT_IMPLEMENTED, f"there is no {request.method[:100]} here")
+        if path == "/":
+            page, policy = document()
+            return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        if path == "/api/model":
+            return _json(self.facts)
+        return _refuse(HTTPStatus.NOT_FOUND, f"there is nothing at {path[:100]}")
+
+    async def _take(self, request: Request) -> Response:
+        """Takes a question, and streams what happens to it."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return _refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a question is application/json")
+        length = request.headers.get("content-length")
+        if length is None or "transfer-encoding" in request.headers:
+            return _refuse(HTTPStatus.LENGTH_REQUIRED, "a question needs a Content-Length")
+        if int(length) > MAX_BODY:
+            drained = 0
+            async for piece in request.stream():
+                if (drained := drained + len(piece)) >= DRAINED:
+                    break
+            return _refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes: a question has at most {MAX_BODY}, images and all")
+        body = await request.body()
+        try:
+            ticket = self.desk.ask(await run_in_threadpool(read_question, body))
+        except InputError as error:
+            return _refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except Busy as error:
+            return _refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        return StreamingResponse(self._relay(ticket), media_type="application/x-ndjson", headers={"X-Accel-Buffering": "no"})
+
+    async def _relay(self, ticket: Ticket) -> AsyncIterator[bytes]:
+        """What happens to ``ticket`` as it happens; it is given up when the client goes, which ends the iteration."""
+        try:
+            told = self.desk.ahead(ticket)
+            yield _line({"waiting": told})
+            while True:
+                event = await run_in_threadpool(ticket.next, POLL_S)
+                if event is not None:
+                    yield _line(_message(event))
+                    if event.last:
+                        return
+                elif (ahead := self.desk.ahead(ticket)) < told:
+                    told = ahead
+                    yield _line({"waiting": told})
+        finally:
+            ticket.cancel()
 
 
 def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Server:
-    """A ``Server`` on ``host`` and ``port``; ``serve_forever`` starts it.
+    """A ``Server`` on ``host`` and ``port``; port 0 takes a free one, see ``Server.url``.
 
     Raises:
         ValueError: they cannot be had.
@@ -113,177 +219,23 @@ def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Serve
     if not host:  # to the system that means all addresses
         raise InputError("--host '': name an address; 0.0.0.0 is all of this machine's")
     try:
-        return Server((host, port), desk, facts)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return Server(socket.create_server((host, port), family=family, backlog=64), host, desk, facts)
     except (OSError, OverflowError, TypeError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535, a host a name or an address"
         raise InputError(f"--host {host} --port {port}: cannot listen there: {why}") from None
 
 
-class Reader(socket.SocketIO):
-    """What comes in on ``connection``, until ``until`` on the monotonic clock."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__(connection, "r")
-        self.connection, self.until = connection, 0.0
-
-    def readinto(self, b: Any) -> int | None:
-        """As of ``socket.SocketIO``; raises TimeoutError: it is over."""
-        self.connection.settimeout(max(self.until - time.monotonic(), 1e-3))
-        try:
-            return super().readinto(b)
-        finally:
-            self.connection.settimeout(SEND_S)
+def _line(message: dict[str, object]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(json.dumps(value).encode(), status, media_type="application/json")
 
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "kempnerforge", ""
-    timeout = SEND_S
 
-    def setup(self) -> None:
-        super().setup()
-        self._reader = Reader(self.connection)
-        self.rfile = io.BufferedReader(self._reader)
-
-    def handle_one_request(self) -> None:
-        self._reader.until = time.monotonic() + REQUEST_S
-        super().handle_one_request()
-
-    @property
-    def web(self) -> Server:
-        return cast(Server, self.server)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if not self._own_host():
-            return
-        if path == "/":
-            page, policy = document()
-            self._send(HTTPStatus.OK, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
-        elif path == "/api/model":
-            self._send(HTTPStatus.OK, json.dumps(self.web.facts).encode())
-        else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"there is nothing at {path[:100]}")
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self.close_connection = True  # the answer ends with the connection; and what was refused has not been read
-        if not self._own_host() or not self._own_page():
-            return
-        if self.path != "/api/answers":
-            self._refuse(HTTPStatus.NOT_FOUND, "questions go to /api/answers")
-            return
-        if self.headers.get_content_type() != "application/json":
-            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a question is application/json")
-            return
-        body = self._body()
-        if body is None:
-            return
-        try:
-            ticket = self.web.desk.ask(read_question(body))
-        except InputError as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except Busy as error:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-        else:
-            self._relay(ticket)
-
-    # ---- who may ask -----------------------------------------------------------------------------------------------
-
-    def _own_host(self) -> bool:
-        host = self.headers.get("Host", "")
-        if not self.web.knows(host):
-            self.close_connection = True
-            self._refuse(HTTPStatus.FORBIDDEN, f"unknown host {host[:100]!r}: open {self.web.url}, or give that name as --host")
-            return False
-        return True
-
-    def _own_page(self) -> bool:
-        """Browsers say which site's script asks; programs say nothing."""
-        origin = self.headers.get("Origin")
-        if origin is not None and origin != f"http://{self.headers.get('Host', '')}":
-            self._refuse(HTTPStatus.FORBIDDEN, "asked by the page of another site")
-            return False
-        return True
-
-    def _body(self) -> bytes | None:
-        """What was sent; None: it was refused."""
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            length = -1
-        if length < 0 or "Transfer-Encoding" in self.headers:
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "a question needs a Content-Length")
-            return None
-        if length > MAX_BODY:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes: a question has at most {MAX_BODY}, images and all")
-            self._drain(min(length, DRAINED))
-            return None
-        body = self.rfile.read(length)
-        return body if len(body) == length else None
-
-    def _drain(self, length: int) -> None:
-        while length > 0 and (piece := self.rfile.read(min(length, 2**16))):
-            length -= len(piece)
-
-    # ---- what is sent ----------------------------------------------------------------------------------------------
-
-    def _relay(self, ticket: Ticket) -> None:
-        """Sends what happens to ``ticket`` as it happens, and gives it up when the client goes."""
-        try:
-            self._head(HTTPStatus.OK, "application/x-ndjson", {"Connection": "close", "X-Accel-Buffering": "no"})
-            told = self.web.desk.ahead(ticket)
-            self._line({"waiting": told})
-            while True:
-                event = ticket.next(POLL_S)
-                if event is not None:
-                    self._line(_message(event))
-                    if event.last:
-                        return
-                elif self._gone():
-                    return
-                elif (ahead := self.web.desk.ahead(ticket)) < told:
-                    told = ahead
-                    self._line({"waiting": told})
-        except OSError:  # the client went away while it was written to
-            log.debug("a client went away")
-        finally:
-            ticket.cancel()
-
-    def _gone(self) -> bool:
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def _line(self, message: dict[str, object]) -> None:
-        self.wfile.write(json.dumps(message).encode() + b"\n")
-
-    def _head(self, status: HTTPStatus, content_type: str, more: Mapping[str, str]) -> None:
-        self.send_response(status)
-        fixed = {
-            "Content-Type": content_type,
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-        }
-        for name, value in (fixed | dict(more)).items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def _send(self, status: HTTPStatus, body: bytes, content_type: str = "application/json", more: Mapping[str, str] | None = None) -> None:
-        closing = {"Connection": "close"} if self.close_connection else {}
-        self._head(status, content_type, {"Content-Length": str(len(body)), **closing, **(more or {})})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self._send(status, json.dumps({"error": why}).encode())
+def _refuse(status: HTTPStatus, why: str) -> Response:
+    return _json({"error": why}, status)
 
 
 def _message(event: Event) -> dict[str, object]:

@@ -73,15 +73,14 @@ def serving(model: Any, facts: dict[str, Any] | None = None, host: str = "127.0.
     """A server on a free port, and its end."""
     desk = Desk(model)
     server = bind(host, 0, desk, facts or FACTS)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
-        desk.close()
+        server.should_exit = server.force_exit = True
         thread.join()
+        desk.close()
 
 
 def connection(server: Server) -> http.client.HTTPConnection:

@@ -32,15 +32,22 @@ def rule(prompt: str) -> Said:
     return Said([f"{word} " for word in prompt.split()])
 
 
-@pytest.fixture
-def model() -> Fake:
-    return Fake(rule)
-
-
-@pytest.fixture
-def server(model: Fake) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Server, Fake]]:
+    model = Fake(rule)
     with serving(model) as server:
-        yield server
+        yield server, model
+
+
+@pytest.fixture
+def server(served: tuple[Server, Fake]) -> Server:
+    return served[0]
+
+
+@pytest.fixture
+def model(served: tuple[Server, Fake]) -> Fake:
+    served[1].asked.clear()
+    return served[1]
 
 
 def wait_for(happens: Callable[[], object], seconds: float = 10) -> None:
@@ -267,15 +274,19 @@ HEAD = b"POST /api/answers HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicat
 
 
 @pytest.mark.parametrize(
-    "length", [b"", b"Content-Length: -1\r\n", b"Content-Length: x\r\n", b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n"]
-)
-def test_lengths_that_cannot_be(server: Server, length: bytes) -> None:
-    assert raw(server, HEAD + length + b"\r\n{}").startswith(b"HTTP/1.1 411 ")
+    ("length", "status"),
+    [
+        (b"", b"411"), (b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", b"411"),
+        (b"Content-Length: -1\r\n", b"400"), (b"Content-Length: x\r\n", b"400"),
+    ],
+)  # fmt: skip
+def test_lengths_that_cannot_be(server: Server, length: bytes, status: bytes) -> None:
+    assert raw(server, HEAD + length + b"\r\n{}").startswith(b"HTTP/1.1 " + status)
 
 
 def test_a_question_that_breaks_off(server: Server, model: Fake) -> None:
     assert raw(server, HEAD + b"Content-Length: 100\r\n\r\n{}") == b""
-    assert b"Bad request" in raw(server, b"\x16\x03\x01 not HTTP at all\r\n\r\n")
+    assert b"400 Bad Request" in raw(server, b"\x16\x03\x01 not HTTP at all\r\n\r\n")
     assert post(server, {"prompt": "a"})[0] == 200
 
 
@@ -300,6 +311,35 @@ def test_a_client_that_trickles_is_let_go(start: bytes, monkeypatch: pytest.Monk
     assert post(server, {"prompt": "a"})[0] == 200
 
 
+def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SEND_S", 0.2)
+    with serving(Fake(lambda prompt: Said(["x" * 2**20] * 1000, lambda k: time.sleep(0.001)))) as server:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as line:
+            line.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
+            wait_for(lambda: server.server_state.connections)
+            wait_for(lambda: not server.server_state.connections)
+        wait_for(lambda: not server.server_state.tasks)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.3], ids=["at once", "one after the other"])
+def test_requests_of_one_connection_are_answered_in_order(wait_s: float, server: Server) -> None:
+    asked = [b"GET /api/model HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"]
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as line:
+        for request in asked:
+            line.sendall(request)
+            time.sleep(wait_s)
+        found = b"".join(iter(lambda: line.recv(65536), b""))
+    assert found.count(b"HTTP/1.1 200") == 2 and b"<html" not in found
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS"])
+def test_methods_that_are_not_there(server: Server, method: str) -> None:
+    line = connection(server)
+    line.request(method, "/api/answers")
+    assert line.getresponse().status == 501
+    line.close()
+
+
 def test_the_next_request_of_a_connection_has_its_own_time(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setattr(web, "REQUEST_S", 0.6)
     line = connection(server)
@@ -318,7 +358,7 @@ def test_connections_of_one_client_are_bounded(monkeypatch: pytest.MonkeyPatch, 
     assert post(server, {"prompt": "a"})[0] == 200, "another client"
     for line in idle:
         line.close()
-    wait_for(lambda: not server._clients)
+    wait_for(lambda: not server.server_state.connections)
 
 
 def is_closed(line: socket.socket) -> bool:
