@@ -1,4 +1,8 @@
-"""GGUF files of the Llama architecture (llama.cpp's format): weights, whatever their quantisation, and tokenizer. Needs the package ``gguf``."""
+"""GGUF files of the Llama architecture (llama.cpp's format): weights, whatever their quantisation, and tokenizer.
+
+The package ``gguf`` parses the file, dequantises and names the tensors. Settings are read here: transformers' reader of GGUF passes over
+keys that it does not know (``llama.attention.clamp_kqv``, say) and would compute something else.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,10 @@ from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.huggingface import check_tensor
-from kempnerforge.interop.names import EMBEDDING, HEAD, NORM
 from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
-from kempnerforge.interop.write import Progress, nothing
+from kempnerforge.interop.write import Progress, nothing, text_names
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import regular
-
-TOP = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
-LAYER = {
-    "attention_norm": "attn_norm",
-    "attention.q_proj": "attn_q",
-    "attention.k_proj": "attn_k",
-    "attention.v_proj": "attn_v",
-    "attention.o_proj": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Parts of ``layers.{i}`` -> of ``blk.{i}``."""
 
 SETTINGS = {
     "dim": "embedding_length",
@@ -115,7 +104,7 @@ def open_gguf(path: Path) -> Foreign:
         rope_scaling=_rope_scaling(path, fields),
         rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        tie_embeddings=TOP[HEAD] not in names,
+        tie_embeddings="output.weight" not in names,
     )
     if fields.get("llama.rope.dimension_count", model.head_width) != model.head_width:
         raise InputError(f"{path}: llama.rope.dimension_count is not the width of a head, {model.head_width}")
@@ -124,7 +113,8 @@ def open_gguf(path: Path) -> Foreign:
         data=TextConfig(path="train.txt", prompt_template="{prompt}"),
         train=TrainConfig(max_steps=1000, seq_len=min(MAX_TEXT, model.max_seq_len)),
     )
-    places = {ours: Place(_name(ours.removeprefix("transformer."))) for ours in shapes(job)}
+    known = _package().get_tensor_name_map(_package().MODEL_ARCH.LLAMA, model.n_layers)
+    places = {ours: Place(known.get_name(theirs, [".weight"])) for ours, theirs in text_names(model, "llama").items()}
     files = dict.fromkeys(names, path)
     return GGUFModel(path, "LlamaForCausalLM", job, matched(path, places, files, lambda name: False), files)
 
@@ -153,13 +143,6 @@ def _rope_scaling(path: Path, fields: dict[str, Any]) -> RopeScaling | None:
     if factor < 1:
         raise InputError(f"{path}: {key} = {factor}: must be at least 1")
     return RopeScaling("linear", factor)
-
-
-def _name(ours: str) -> str:
-    if ours in TOP:
-        return TOP[ours]
-    _, index, rest = ours.split(".", 2)
-    return f"blk.{index}.{LAYER[rest.removesuffix('.weight')]}.weight"
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:
