@@ -19,6 +19,7 @@ from kempnerforge.config.training import (
     EvalConfig,
     MetricsConfig,
     RunConfig,
+    TrackerConfig,
     TrainConfig,
 )
 from kempnerforge.config.vision import VisionEncoderConfig
@@ -50,6 +51,7 @@ __all__ = [
     "SchedulerConfig",
     "Stage",
     "StageConfig",
+    "TrackerConfig",
     "TrainConfig",
     "VLMConfig",
     "VisionEncoderConfig",

@@ -18,6 +18,7 @@ from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
+from kempnerforge.config.training import TrackerConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, kind, place, show
@@ -29,11 +30,16 @@ INVALID: Any = type("Invalid", (), {"__repr__": lambda self: "INVALID"})()
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-    """A section whose class is selected by one of its own keys, the discriminator."""
+    """A section whose class is selected by one of its own keys, the discriminator.
+
+    Attributes:
+        by_name: the value of that key may be in place of a table.
+    """
 
     key: str
     class_for: Callable[[str], type]
     entries: registry.Registry
+    by_name: bool = False
 
 
 UNIONS: dict[type, Discriminator] = {
@@ -42,6 +48,7 @@ UNIONS: dict[type, Discriminator] = {
     AdapterConfig: Discriminator("type", registry.adapter_configs.get, registry.adapter_configs),
     OptimizerConfig: Discriminator("name", registry.optimizer_configs.get, registry.optimizer_configs),
     SchedulerConfig: Discriminator("name", registry.schedules.get, registry.schedules),
+    TrackerConfig: Discriminator("type", registry.tracker_configs.get, registry.tracker_configs, by_name=True),
     DataConfig: Discriminator("source", registry.data_configs.get, registry.data_configs),
 }
 
@@ -134,10 +141,12 @@ def build_record(cls: type, name: str, table: Any, origin: str) -> Any:
 
 def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:
     """An instance of ``cls`` (for a union: of the subclass that ``table`` selects) from ``table``, or ``INVALID``."""
+    union = UNIONS.get(cls)
+    if union is not None and union.by_name and isinstance(table, str):
+        table = {union.key: table}
     if not isinstance(table, dict):
         problems.add(key, f" = {show(table)}: must be a table, not {kind(table)}")
         return INVALID
-    union = UNIONS.get(cls)
     if union is None:
         return construct(cls, cls, convert_fields(cls, table, key, problems), table, key, problems)
     name = table.get(union.key, getattr(cls, union.key))

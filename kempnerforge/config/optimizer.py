@@ -87,9 +87,12 @@ class OptimizerConfig:
         return iter(())
 
 
+@registry.register_optimizer_config
 @dataclass
-class _AdamWKeys:
-    """NOTE: a base of its own, with ``name`` and ``lr`` again, so that these keys come before the others in a config.toml.
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter 2019).
+
+    The other optimizers of this package share its keys, so that ``name`` can change alone.
 
     Attributes:
         betas: of AdamW and Lion; for "schedule_free_adamw" the first one interpolates between the average and the newest weights.
@@ -99,22 +102,10 @@ class _AdamWKeys:
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-
-
-@registry.register_optimizer_config
-@dataclass
-class AdamWConfig(OptimizerConfig, _AdamWKeys):
-    """AdamW (Loshchilov and Hutter 2019).
-
-    The other optimizers of this package share its keys, so that ``name`` can change alone.
-    """
-
-    name: str = "adamw"
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
         super().__post_init__()

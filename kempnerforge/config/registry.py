@@ -129,6 +129,9 @@ tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks")
 schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedules")
 """Both at once: a schedule is a config that computes."""
 
+tracker_configs = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
+trackers = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
+
 ALL = tuple(each for each in list(globals().values()) if isinstance(each, Registry))
 
 
@@ -152,6 +155,8 @@ register_optimizer: Decorator = optimizers.register
 register_template: Decorator = templates.register
 register_task: Decorator = tasks.register
 register_schedule: Decorator = schedules.register
+register_tracker_config: Decorator = tracker_configs.register
+register_tracker: Decorator = trackers.register
 
 
 def list_vlm_configs() -> list[str]:

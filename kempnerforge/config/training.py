@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
@@ -119,19 +120,41 @@ class CheckpointConfig:
 
 
 @dataclass
-class MetricsConfig:
-    """What is written down of a run's progress.
+class TrackerConfig:
+    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name alone is a table with this ``type``.
+
+    Subclasses register with ``@registry.register_tracker_config``.
 
     Attributes:
-        interval: steps between lines of ``metrics.jsonl``.
+        type: "tensorboard", or that of a plugin.
+    """
+
+    type: str = ""
+
+
+@dataclass
+class MetricsConfig:
+    """The numbers of a run, in ``metrics.jsonl``.
+
+    Attributes:
+        interval: steps between lines.
         tensorboard: write the same numbers to ``events/``.
+        trackers: others that get the same numbers: names, or tables with a ``type`` and its keys.
     """
 
     interval: int = 10
     tensorboard: bool = True
+    trackers: list[TrackerConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "interval")
+        if not self.tensorboard and any(each.type == "tensorboard" for each in self.trackers):
+            raise InputError("trackers: 'tensorboard' is there, with tensorboard = false; leave one of them out")
+
+    def all_trackers(self) -> list[TrackerConfig]:
+        """``trackers``, and before them "tensorboard" unless it is among them or not wanted."""
+        own = self.tensorboard and all(each.type != "tensorboard" for each in self.trackers)
+        return [*([registry.tracker_configs.get("tensorboard")()] if own else []), *self.trackers]
 
 
 @dataclass

@@ -43,7 +43,7 @@ def example(kind: str, folder: Path) -> Path:
     return job
 
 
-@pytest.mark.parametrize("kind", ["schedule", "optimizer"])
+@pytest.mark.parametrize("kind", ["schedule", "optimizer", "tracker"])
 def test_the_example_trains_and_resumes(kind: str, tmp_path: Path) -> None:
     job = example(kind, tmp_path)
     whole = ("train", job, "--train.max_steps=4", "--eval.at_end=false")
@@ -97,3 +97,35 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
     plugin.write_text(plugin.read_text().replace('register_optimizer("sgd")', 'register_optimizer("another")'))
     ended = call("train", path)
     assert ended.code == 2 and "optimizer.name = 'sgd': Unknown optimizer.name; registered: adamw, another" in ended.err, ended
+
+
+def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:
+    path = example("tracker", tmp_path)
+    for steps in (2, 4):
+        assert call("train", path, f"--train.max_steps={steps}", "--scheduler.name=constant").code == 0
+    lines = [line.split(",") for line in (tmp_path / "run" / "numbers.csv").read_text().splitlines()]
+    rows = metrics(tmp_path / "run", timing=True)
+    expected = [(row["step"], key, value) for row in rows for key, value in row.items() if key != "step"]
+    assert [(int(step), key, float(value)) for step, key, value in lines if "unreadable" not in key] == [
+        each for each in expected if "unreadable" not in each[1]
+    ]
+    assert list((tmp_path / "run" / "events").iterdir()), "tensorboard, too"
+
+
+def test_trackers_by_name_and_by_table(tmp_path: Path) -> None:
+    path = example("tracker", tmp_path)
+    types = lambda *words: [each.type for each in load_config(path, words).metrics.all_trackers()]
+    assert types() == ["tensorboard", "csv"]
+    assert types("--metrics.trackers=['csv']") == ["tensorboard", "csv"]
+    assert types("--metrics.trackers=['csv']", "--metrics.tensorboard=false") == ["csv"]
+    assert types("--metrics.trackers=[]") == ["tensorboard"]
+    for wrong, message in (
+        ("--metrics.trackers=['cvs']", "type = 'cvs': Unknown metrics.trackers.type; registered: csv, tensorboard (did you mean 'csv'?)"),
+        ("--metrics.trackers=[{file='a'}]", "type = ''"),
+        ("--metrics.trackers=[{type='csv', fil='a'}]", "unknown key; did you mean 'file'?"),
+        ("--metrics.trackers=[3]", "must be a table"),
+        ("--metrics.tensorboard=false", "'tensorboard' is there, with tensorboard = false"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, [wrong])
+        assert message in str(caught.value)

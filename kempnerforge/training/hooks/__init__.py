@@ -11,7 +11,7 @@ from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.hooks.metrics import Metrics
 from kempnerforge.training.hooks.report import Report
 from kempnerforge.training.hooks.signals import Signals
-from kempnerforge.training.hooks.tensorboard import TensorBoard
+from kempnerforge.training.hooks.tracking import Tracking
 from kempnerforge.training.setup import Assembly
 from kempnerforge.training.trainer import Hook
 
@@ -22,7 +22,5 @@ def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> t
     """
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
-    hooks: list[Hook] = [Signals(run_dir, leaving), ConsoleProgress(), Metrics(job.metrics, run_dir), BadSamples(run_dir)]
-    if job.metrics.tensorboard:
-        hooks.append(TensorBoard(run_dir / "events"))
-    return [*hooks, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints
+    recording = [Metrics(job.metrics, run_dir), BadSamples(run_dir), Tracking(job.metrics, run_dir)]
+    return [Signals(run_dir, leaving), ConsoleProgress(), *recording, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints
