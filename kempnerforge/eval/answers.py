@@ -14,14 +14,11 @@ from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Block, Prompt
-from kempnerforge.eval.exam import Exam
+from kempnerforge.eval.exam import BLANK, Exam
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.eval.mode import mode
 from kempnerforge.eval.questions import Question, Truth, Truths, plain
 from kempnerforge.util.errors import InputError
-
-BLANK = 128
-"""The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
 
 
 @dataclass(frozen=True)

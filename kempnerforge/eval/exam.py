@@ -14,6 +14,9 @@ from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.plain_text import PlainText
 from kempnerforge.eval.questions import HeldOut, Question
 
+BLANK = 128
+"""The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
+
 
 class Ranks(Protocol):
     """The processes of an evaluation. ``sum`` is called for each token and each batch: what it raises, on all ranks, ends the evaluation."""

@@ -1,18 +1,20 @@
-"""Mean loss over samples, each read once by one of the ranks."""
+"""Losses of held-out samples: the mean, each sample read once by one of the ranks; and the likelihood of single answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoded, Encoder
-from kempnerforge.eval.exam import Exam
+from kempnerforge.eval.exam import BLANK, Exam
 from kempnerforge.eval.mode import mode
 from kempnerforge.util.errors import InputError
 
@@ -82,6 +84,24 @@ def held_out_loss(exam: Exam, source: Source, encoder: Encoder, rows: int) -> He
     if not samples:
         raise InputError(f"eval: none of {len(indices)} held-out samples can be read{f'; the first: {skipped[0][1]}' if skipped else ''}")
     return HeldOutLoss(loss / max(1.0, tokens), int(samples), skipped, int(left_out))
+
+
+@torch.no_grad()
+def log_likelihoods(exam: Exam, samples: Sequence[Encoded], *, blind: bool = False) -> list[float]:
+    """Of the trained tokens of each sample, summed, in nats. It is one call of the model, also without a sample, so that ranks stay in step.
+
+    Args:
+        blind: all images are the same grey.
+    """
+    assert exam.held_out is not None
+    rows = samples or [_any_sample(exam.held_out.source, exam.encoder)]
+    batch = collate(rows, exam.encoder.tokenizer.pad_id, None).to(exam.device)
+    if blind and batch.images is not None:
+        batch.images.fill_(BLANK)
+    labels = batch.labels.flatten()[batch.targets]  # (T,)
+    nats = cross_entropy(exam.model(batch).logits.float(), labels, reduction="none")  # (T,)
+    sums = nats.new_zeros(len(rows)).index_add(0, batch.targets // batch.labels.shape[1], -nats)
+    return sums[: len(samples)].tolist()
 
 
 def _any_sample(source: Source, encoder: Encoder) -> Encoded:

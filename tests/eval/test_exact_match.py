@@ -20,8 +20,8 @@ from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.answers import BLANK, Answer
-from kempnerforge.eval.exam import OneProcess
+from kempnerforge.eval.answers import Answer
+from kempnerforge.eval.exam import BLANK, OneProcess
 from kempnerforge.eval.questions import Question, Truth, examine, questions
 from kempnerforge.eval.tasks.exact_match import question_only_prior
 from tests.dist import run_ranks

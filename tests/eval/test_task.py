@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kempnerforge.config import EvalConfig, load_config, registry
+from kempnerforge.config.plugins import load_plugins
 from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.evaluate import evaluate
 from kempnerforge.eval.exam import Exam
@@ -17,6 +19,7 @@ from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.eval.questions import HeldOut, Question, Truth, examine
 from tests.eval.scripted import DEVICE, ENCODER, LEVELS, ListSource, Scripted, held_out
 from tests.training.tiny import call, make_job, metrics, rows_of, two_ranks, write_rows
+from tests.vlm.tiny import ONE, THREE, all_logits, tiny
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extend" / "task.md").read_text(encoding="utf-8")
 VQA = '''
@@ -45,6 +48,44 @@ class VQAAccuracy(QuestionTask):
     def further(self, score):
         return {"_perfect": sum(points == 1 for points in score.points) / score.total}
 '''
+CHOICE = """
+from dataclasses import dataclass, field, replace
+
+from kempnerforge.config import registry
+from kempnerforge.data.sample import Sample, SampleError
+from kempnerforge.eval.answers import answers_of, spread
+from kempnerforge.eval.loss import log_likelihoods
+from kempnerforge.eval.task import QuestionTask
+
+
+@registry.register_task("choice")
+@dataclass
+class Choice(QuestionTask):
+    \"\"\"The likeliest of some answers is the truth.\"\"\"
+
+    choices: list[str] = field(default_factory=lambda: ["a", "b"])
+
+    def points(self, answer):
+        return answer.text == answer.question.truth
+
+    def answers(self, exam, asked, blind):
+        write = lambda chunk, failed: self.likeliest(exam, chunk, failed, blind)
+        return answers_of(asked, spread(exam, asked, write, exam.cfg.max_new_tokens))
+
+    def likeliest(self, exam, chunk, failed, blind):
+        found = {key: [] for key, _ in chunk}
+        for choice in self.choices:
+            rows = {}
+            for key, question in chunk:
+                text = replace(question, truth=choice).answered
+                try:
+                    rows[key] = exam.encoder.encode(Sample(question.sample_id, tuple(question.images), (text,), question.part), seed=0)
+                except SampleError as error:
+                    failed[key] = str(error)
+            for key, nats in zip(rows, log_likelihoods(exam, list(rows.values()), blind=blind), strict=True):
+                found[key].append(nats)
+        return {key: self.choices[nats.index(max(nats))] for key, nats in found.items() if key not in failed}
+"""
 
 
 def block(kind: str) -> str:
@@ -112,9 +153,11 @@ def test_a_task_on_two_ranks_is_one_on_one(tmp_path: Path) -> None:
 # ---- answers are shared ----------------------------------------------------------------------------------------------
 
 
-def vqa_accuracy() -> None:
-    if "vqa_accuracy" not in registry.tasks:
-        exec(compile(VQA, "vqa.py", "exec"), {"__name__": "vqa"})
+@pytest.fixture(autouse=True)
+def plugins(tmp_path: Path) -> None:
+    for name, code in (("vqa.py", VQA), ("choice.py", CHOICE)):
+        (tmp_path / name).write_text(code)
+    load_plugins(["vqa.py", "choice.py"], tmp_path, "test")
 
 
 def exam_of(model: Scripted, **changed: Any) -> Exam:
@@ -123,7 +166,6 @@ def exam_of(model: Scripted, **changed: Any) -> Exam:
 
 
 def test_tasks_that_ask_the_same_share_the_answers(tmp_path: Path) -> None:
-    vqa_accuracy()
     model = Scripted(lambda prompt, level: "red" if level == 10 else "blue")
     found = evaluate(exam_of(model))
     assert len(model.asked) == 5 + 2, "each question once, and blind each prompt once"
@@ -138,10 +180,28 @@ def test_tasks_that_ask_the_same_share_the_answers(tmp_path: Path) -> None:
     assert [row.get("points") for row in rows] == [0, 0, None, 0, 0, None, 0, None] and rows[-1]["unreadable"] == "why"
 
 
+def test_multiple_choice_by_likelihood() -> None:
+    """By hand, from the logits of each question alone with each choice; one image cannot be read."""
+    it = tiny("joint_decoder", noise=0.3)
+    asked = [replace(sample, texts=sample.texts[:1]) for sample in (ONE, THREE)]
+    asked.append(replace(ONE, id="broken", images=(b"no image",), texts=(replace(ONE.texts[0], prompt="what?"),)))
+    choices = ["red", "blue square", "no"]
+    cfg = EvalConfig(exact_match=False, tasks=["choice"], options={"choice": {"choices": choices}})
+    exam = Exam(it.model, it.encoder, cfg, DEVICE, held_out=examine(ListSource(asked), it.encoder, cfg, pictures=0))
+    found = evaluate(exam).tasks["choice"].seeing
+    assert found is not None and len(found.answers) == 2 and len(found.unreadable) == 1
+    for answer, sample in zip(found.answers, asked, strict=False):
+        nats = []
+        for choice in choices:
+            batch = it.batch(replace(sample, texts=(replace(sample.texts[0], answer=choice),)))
+            kept = batch.labels >= 0
+            nats.append(float(all_logits(it.model, batch)[kept].log_softmax(-1).gather(-1, batch.labels[kept][:, None]).sum()))
+        assert answer.text == choices[nats.index(max(nats))]
+
+
 @pytest.mark.parametrize(("same", "want"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_accuracy_counts_annotators(same: int, want: float) -> None:
     """The closed form for ten annotators (the official code's): min(1, 0.3 n)."""
-    vqa_accuracy()
     given = ["Red!"] * same + ["blue"] * (10 - same)
     question = Question("s", (), "what?", given[0], references=tuple(given[1:]))
     answer = Answer(question, 0, "red", Truth("", 1, False), False)
@@ -165,7 +225,7 @@ def test_all_annotators_reach_a_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--eval.tasks=['anis']"], "[eval] tasks = 'anis': Unknown eval.tasks; registered: anls, exact_match, loss, text_perplexity"),
+        (["--eval.tasks=['anis']"], "[eval] tasks = 'anis': Unknown eval.tasks; registered: anls, "),
         (["--eval.tasks=['anls', 'anls']"], "'anls' is there already"),
         (["--eval.tasks=['loss']"], "'loss' is there already"),
         (["--eval.options.anls.treshold=1"], "options.anls.treshold = 1: unknown key; did you mean 'threshold'?"),
