@@ -1,4 +1,4 @@
-"""Answers of a model to held-out questions, with the images or without them ("blind"), generated once for all tasks that ask the same."""
+"""Answers of a model to held-out questions, with images or blind; tasks that ask the same share them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether it is the truth, or a further right answer, as the tokenizer writes them, white space normalised."""
+        """Whether it is a right answer, as the tokenizer writes them, white space normalised."""
         return plain(self.text) in (self.truth.text, *self.truth.others)
 
 
@@ -73,13 +73,13 @@ class Answers:
 
 
 def ask(exam: Exam, asked: Mapping[int, Question], *, blind: bool = False, max_new_tokens: int = 0) -> Answers:
-    """The model's answer to every question. What cannot be read is left out, with the reason. Questions that this exam has asked before, in
-    the same words, are not asked again.
+    """The model's answer to every question. What cannot be read is left out, with the reason. Questions that
+    this exam has asked before, in the same words, are not asked again.
 
     Args:
         asked: questions by their number among the held-out ones.
-        blind: all views are the same grey, so every distinct prompt is answered once for each number of images (and, where it depends on an
-            image's size how many views it has, for each of these).
+        blind: all views are the same grey, so every distinct prompt is answered once for each number of
+            images and of their views.
         max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.
 
     Raises:
@@ -118,9 +118,10 @@ def spread(
 
     Args:
         asked: questions by number.
-        write: gets at most ``eval.batch_size`` questions whose answers end in the same tokens, by key, and gives back their answers; it puts
-            into the second argument why a question cannot be asked. NOTE: it is called equally often on all ranks, with no question where a
-            rank has none left, and has to call the model as often for these as for others.
+        write: takes at most ``eval.batch_size`` (key, question) whose answers end in the same tokens, and
+            returns the answers by key; it puts into its second argument why a question cannot be asked. NOTE:
+            it is called equally often on all ranks, without a question where a rank has none left, and must
+            call the model then as well.
         max_new_tokens: a true answer with more tokens is too long.
         key: questions with the same key are asked once; None: each is asked.
 
@@ -169,8 +170,9 @@ def _key(question: Question, encoder: Encoder) -> Hashable:
 def _generate(
     exam: Exam, chunk: list[tuple[Hashable, Question]], blind: bool, most: int, failed: dict[Hashable, str]
 ) -> dict[Hashable, str]:  # fmt: skip
-    """By its key, what the model writes to each question of ``chunk`` that can be read; ``failed`` gets why the others cannot. Without any
-    it is asked nothing, about a blank image, as all ranks must call it equally often.
+    """By key, what the model writes to the questions of ``chunk`` that can be read; ``failed`` gets why the
+    others cannot. Without any the model reads an end token and a blank image, as all ranks must call it
+    equally often.
     """
     encoder, ranks = exam.encoder, exam.ranks
     size = encoder.layout.image_size

@@ -39,7 +39,7 @@ class Measured:
         return seeing.by_truth if seeing is not None and all(isinstance(points, bool) for points in seeing.points) else {}
 
     def remarks(self, lr: float) -> list[str]:
-        """A line where the model gives one answer to everything, with the images and without, and there is more than one to give.
+        """A line if the model gives one answer to all questions, with and without images, and truths differ.
 
         Args:
             lr: the learning rate of the training.

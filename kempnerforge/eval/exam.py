@@ -19,7 +19,9 @@ BLANK = 128
 
 
 class Ranks(Protocol):
-    """The processes of an evaluation. ``sum`` is called for each token and each batch: what it raises, on all ranks, ends the evaluation."""
+    """The processes of an evaluation. ``sum`` is called for each token and each batch; an exception that it
+    raises on all ranks ends the evaluation.
+    """
 
     @property
     def rank(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Losses of held-out samples: the mean, each sample read once by one of the ranks; and the likelihood of single answers."""
+"""Losses of held-out samples, each read once by one of the ranks; the likelihood of single answers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def held_out_loss(exam: Exam, source: Source, encoder: Encoder, rows: int) -> He
 
 @torch.no_grad()
 def log_likelihoods(exam: Exam, samples: Sequence[Encoded], *, blind: bool = False) -> list[float]:
-    """Of the trained tokens of each sample, summed, in nats. It is one call of the model, also without a sample, so that ranks stay in step.
+    """Log-likelihood of the trained tokens of each sample, summed, in nats. It calls the model once, without
+    samples as well, so that ranks stay in step.
 
     Args:
         blind: all images are the same grey.

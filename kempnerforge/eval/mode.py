@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All of ``model`` in one mode; afterwards each module has its own again (those of frozen parts differ from the others)."""
+    """All of ``model`` in one mode; afterwards each module is in its own again (frozen parts differ)."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -1,4 +1,4 @@
-"""Every question of an evaluation and what became of it, one JSON object a line: each number of the evaluation can be counted from them."""
+"""All questions and answers, one JSON object a line: every number can be counted again from them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, 
     """Writes the file, in one move. A line has
 
     * ``id``, ``prompt``, ``kind``, ``truth``: of the sample;
-    * ``compared``, ``truth_tokens``, ``too_long``: the truth as the tokenizer writes it, which decides and by which answers are grouped; the
-      tokens that it takes with the one that ends it; whether these are more than ``eval.max_new_tokens``; ``also_right``: further right
-      answers;
+    * ``compared``: the truth as the tokenizer writes it, which decides and by which answers are grouped;
+    * ``truth_tokens``, ``too_long``: its tokens, the end included; whether the model may not write as many;
+    * ``also_right``: further right answers;
     * ``answer``, ``right``: with the images; ``answer_blind``, ``right_blind``: without;
     * ``unreadable``: why it could not be asked, else null. All that is not known is null.
 
-    The questions of a task other than exact match follow in lines of their own, with ``task``, its name, and ``points`` and ``points_blind``,
-    what the answers are worth to it.
+    The questions of a task other than exact match follow in lines of their own, with its name as ``task``,
+    and the worth of the answers as ``points`` and ``points_blind``.
 
     Args:
         skipped: (sample id, reason) of what no question could be made of.

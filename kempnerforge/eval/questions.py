@@ -1,4 +1,4 @@
-"""Held-out data as questions, examined before one is asked: what cannot be read, and which true answers no model could write."""
+"""Held-out data as questions, examined before any is asked: unreadable samples, answers that are too long."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kempnerforge.data.text.template import render_answer
 from kempnerforge.util.errors import InputError
 
 PICTURES, DECODED = 2000, 200
-"""Samples of which the headers of the pictures are read before training, drawn at random; those of them of which the pixels are decoded, too."""
+"""Samples whose image headers are read before training, drawn at random; how many of them are decoded."""
 
 
 @dataclass(frozen=True)
 class Images(Sequence[ImageSource]):
-    """The first ``shown`` images of sample ``number``, read again when they are needed: those of a shard are bytes."""
+    """The first ``shown`` images of sample ``number``, read when needed: images of a shard are bytes."""
 
     source: Source = field(compare=False, repr=False)
     number: int
@@ -75,7 +75,7 @@ class Question:
 
     @property
     def unseen(self) -> tuple[str | Text, int, int]:
-        """What is left of the question without looking: the prompt and its templates, and how many images there are."""
+        """The question without its images: the prompt, its templates, and how many images there are."""
         return self.asked, self.part, len(self.images)
 
     @property
@@ -88,8 +88,8 @@ class Question:
 
 
 def questions(source: Source) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The answers of ``source``, those of a conversation turn by turn; and (sample id, reason) of what cannot be asked: samples that cannot
-    be read, and answers with images in them, which no model here writes.
+    """A question for each answer of ``source``, turn by turn; and (sample id, reason) of what cannot be
+    asked: samples that cannot be read, and answers with images in them, which no model here writes.
     """
     found: list[Question] = []
     skipped: list[tuple[str, str]] = []
@@ -128,12 +128,12 @@ def _up_to(text: Text, turn: int) -> Text | None:
     return replace(text, more=(*text.more[: turn - 1], (text.more[turn - 1][0], "")), kind="")
 
 
-# ---- true answers --------------------------------------------------------------------------------------------------------
+# ---- true answers ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A true answer as the tokenizer writes it, with what the template adds: what an answer of the model is compared with.
+    """A true answer in its template as the tokenizer writes it: an answer of the model is compared with it.
 
     Attributes:
         text: its white space normalised.
@@ -177,7 +177,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---- before anything is asked --------------------------------------------------------------------------------------------
+# ---- before anything is asked -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,12 @@ class HeldOut:
         samples: that were read.
         questions: all that can be asked.
         skipped: (sample id, reason) of what cannot.
-        bad, looked: how many samples cannot be used, of how many: of those whose pictures were looked at, or of all, whichever share is larger.
+        bad, looked: how many samples cannot be used, of how many: of those whose images were read, or of all,
+            whichever share is larger.
         first: what is wrong with the first bad one.
         longest: tokens of the longest true answer, its end included.
-        too_long: questions whose true answers take more than ``max_new_tokens``: no model can write them whole.
-        unknown, empty: questions with a true answer of which the tokenizer does not know some characters; of which it leaves nothing.
+        too_long: questions whose true answer takes more than ``max_new_tokens``: no model can write it whole.
+        unknown, empty: questions whose true answer has unknown characters; becomes nothing.
         merged: different true answers that the tokenizer writes alike, the first two in front.
     """
 
@@ -336,7 +337,7 @@ class _Found:
         return len(usable) == len(asked)
 
     def look(self, source: Source, index: int, decode: bool) -> bool:
-        """Whether the pictures of a sample can be opened, and decoded. Its questions stay: they are counted when they are asked."""
+        """Whether the images of a sample can be opened, and decoded. Its questions are asked nevertheless."""
         try:
             for image in source[index].images if self.encoder.layout.image_size else ():
                 with opened(image, whole=decode) as picture:

@@ -1,4 +1,4 @@
-"""What a task is: a metric with its questions and its part of the report. ``docs/extend/task.md`` has an example."""
+"""A task: a metric with its questions and its part of the report. ``docs/extend/task.md`` has an example."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Found:
     blind: Score | None = None
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# ---- the report -----------------------------------------------------------------------------------------
 
 
 class Results(Protocol):
@@ -119,7 +119,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.{2 if 0.98 <= share < 1 else 1}f}"
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
+# ---- tasks ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -154,11 +154,12 @@ class Task:
 
 @dataclass
 class QuestionTask(Task):
-    """A task that scores the model's answers to held-out questions. A subclass has to say what one answer is worth: ``points``.
+    """A task that scores answers to held-out questions. A subclass says what one answer is worth: ``points``.
 
-    It records ``eval/NAME``, the mean; ``eval/NAME_questions``, ``_unreadable`` and ``_too_long``, the questions asked, those that could not be,
-    and those whose true answer is longer than the model may write; ``eval/NAME/KIND`` by kind of question. With ``eval.blind`` the same questions
-    are asked with blank images: ``eval/NAME_blind``.
+    It records ``eval/NAME``, the mean; ``eval/NAME_questions``, ``_unreadable`` and ``_too_long``: the
+    questions asked, those that could not be, and those whose true answer is longer than the model may write;
+    ``eval/NAME/KIND`` by kind of question. With ``eval.blind`` the same questions are asked with blank
+    images: ``eval/NAME_blind``.
 
     Attributes:
         max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.

@@ -40,7 +40,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
         predictions: a file that gets every question and its answers, see ``write_predictions``.
 
     Raises:
-        ValueError: there is nothing held out, too much of it cannot be read, or there is no question to write down.
+        InputError: there is nothing held out, too much of it cannot be read, or no question is asked.
     """
     restored = restore(path, overrides)
     assembly, job, last = restored.assembly, restored.assembly.job, restored.assembly.stages[-1]

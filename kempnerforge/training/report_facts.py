@@ -1,4 +1,4 @@
-"""What the report says: the summary of a run and the last numbers of ``metrics.jsonl``, and what follows from them."""
+"""What the report says: the summary of a run, and the last numbers of ``metrics.jsonl`` where it has none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Facts:
         return None
 
     def result(self, key: str) -> float | None:
-        """A result on held-out data, or a count beside it: the summary's, else that of the last evaluation."""
+        """A result on held-out data, or a count beside it: from the summary or the last evaluation."""
         value = self.number(key)
         return value if value is not None else self._last.get(f"eval/{key}")
 
@@ -53,7 +53,7 @@ class Facts:
         return f"; {count:,.0f} {words}" if count is not None else ""
 
     def baseline(self) -> tuple[float, str] | None:
-        """What an answer without looking reaches: the given prior, or always saying the most frequent answer."""
+        """The score of answers without looking, and how: the prior, or always the most frequent answer."""
         prior = self.number("question_only_prior")
         if prior is not None:
             return prior, "from the question alone"

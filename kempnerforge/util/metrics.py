@@ -30,7 +30,7 @@ class Metrics:
         return [value for value in self.points(key)[1] if math.isfinite(value)]
 
     def last_evaluation(self, until: float = math.inf) -> dict[str, float]:
-        """The finite values of the last evaluation up to the step ``until``, by key; empty where there is none."""
+        """The finite values of the last evaluation up to the step ``until``, by key."""
         for step in reversed(self.rows):
             if step <= until and (found := {key: value for key, value in self.rows[step].items() if key.startswith("eval/")}):
                 return {key: value for key, value in found.items() if math.isfinite(value)}

@@ -21,7 +21,7 @@ from kempnerforge.util.numbers import format_percent, wilson_interval
 @registry.register_task("exact_match")
 @dataclass
 class ExactMatch(QuestionTask):
-    """The share of answers that are the truth, both as the tokenizer writes them, white space normalised. ``eval.exact_match`` asks for it."""
+    """The share of answers that are the truth, as the tokenizer writes them; see ``eval.exact_match``."""
 
     title: ClassVar[str] = "Exact match"
     counts: ClassVar[str | None] = ""
@@ -57,8 +57,8 @@ class ExactMatch(QuestionTask):
 
 
 def question_only_prior(train: Sequence[Question], asked: Sequence[Question], encoder: Encoder) -> float:
-    """Exact match of the best guess without an image: for each prompt (and number of images) its most frequent answer in training, else
-    the one of all prompts. Answers are told apart as the tokenizer writes them.
+    """Exact match of the best guess without an image: for each prompt (and number of images) its most
+    frequent answer in training, else the most frequent of all, as the tokenizer writes them.
     """
     truths, overall = Truths(encoder), Counter[str]()
     by_prompt: dict[tuple[str | Text, int, int], Counter[str]] = defaultdict(Counter)

@@ -14,7 +14,7 @@ from kempnerforge.util.numbers import format_number
 @registry.register_task("loss")
 @dataclass
 class Loss(Task):
-    """Mean cross-entropy of the held-out answers. ``eval.loss`` asks for it; it is measured as well where nothing else is."""
+    """Mean cross-entropy of the held-out answers, with ``eval.loss`` or if nothing else is measured."""
 
     def measure(self, exam: Exam) -> Found | None:
         if exam.held_out is None or not (exam.cfg.loss or not (exam.answered or exam.cfg.tasks)):

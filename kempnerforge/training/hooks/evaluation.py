@@ -15,7 +15,7 @@ from kempnerforge.training.trainer import Hook, StepResult, Trainer
 LOG = logging.getLogger("kempnerforge")
 
 PRIOR_SAMPLES = 50_000
-"""Training samples up to which the guess from the question alone is made of them: all have to be read for it."""
+"""With more training samples there is no guess from the question alone: all have to be read for it."""
 
 
 class BrokenOff(Exception):
@@ -43,8 +43,8 @@ class Evaluation(Hook):
 
     Attributes:
         final: what was measured in the end, once ``finish`` has run.
-        prior: exact match of guessing from the question alone, by what the last stage's training data answer most often; None if they are
-            more than ``PRIOR_SAMPLES``.
+        prior: exact match of the most frequent answers of the last stage's training data; None if it has more
+            than ``PRIOR_SAMPLES`` samples.
         remarks: what has to be known beside the scores.
     """
 

@@ -65,7 +65,9 @@ class Report(Hook):
 
 
 def examples(seeing: Score, blind: Score | None, image_size: int) -> list[Example]:
-    """``EXAMPLES`` answers, drawn from all, wrong ones for up to a third of them: a page of right answers teaches little."""
+    """``EXAMPLES`` answers, drawn from all; up to a third are wrong ones, as a page of right answers teaches
+    little.
+    """
     told = list(zip(seeing.answers, [points == 1 for points in seeing.points], strict=True))
     wrong = _some([one for one in told if not one[1]], EXAMPLES // 3)
     chosen = _some([one for one in told if one[1]], EXAMPLES - len(wrong)) + wrong
