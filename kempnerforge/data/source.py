@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from kempnerforge.config.data import DataConfig
@@ -106,6 +106,10 @@ class Source(ABC):
         count = len(self)
         looked_at = sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
         return digest(count, *(_described(self, index) for index in looked_at))
+
+    def shards(self) -> Sequence[str]:
+        """Its files, where ``fingerprint`` glances at some of several."""
+        return ()
 
     def corpus(self) -> Iterator[str]:
         """Training text for a tokenizer: prompts and answers after the templates, without placeholders."""

@@ -14,7 +14,7 @@ import torch
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.loader import build_loader
-from kempnerforge.data.fingerprint import pictures_fingerprint
+from kempnerforge.data.fingerprint import pictures_fingerprint, shards_fingerprint
 from kempnerforge.data.source import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.keys import refuse_unused
@@ -76,6 +76,7 @@ class Assembly:
         prints = {name: source.fingerprint() for name, source in found.items()}
         if self.plain_text is not None:  # under a name for each path: another path is a change of the config
             prints[f"eval.text_path = {self.job.eval.text_path!r}"] = self.plain_text.windows.fingerprint()
+        prints |= {f"shards of {name}": shards_fingerprint(source.shards()) for name, source in found.items() if source.shards()}
         if self.model.has_images:
             prints |= {f"images of {name}": pictures_fingerprint(source) for name, source in found.items()}
         return prints

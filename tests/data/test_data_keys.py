@@ -255,7 +255,7 @@ def test_several_candidates_are_named(row: dict[str, Any], tmp_path: Path) -> No
 
 def test_a_prompt_that_one_row_lacks(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", [{"image": None, "prompt": "q", "answer": "a"}, {"image": None, "answer": "a"}])
-    with pytest.raises(ValueError, match="1 of 2 rows have no column 'prompt'"):
+    with pytest.raises(ValueError, match="1 of 2 rows have no column 'prompt'; write \"\" for a row without a prompt"):
         built(JsonlConfig(path=str(tmp_path / "rows.jsonl")))
 
 

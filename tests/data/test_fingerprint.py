@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,49 @@ def test_of_many_images_a_few_are_read_the_same_each_time(tmp_path: Path, monkey
     chosen.remove("rows.jsonl") if "rows.jsonl" in chosen else None
     assert len(set(chosen)) == 4
     assert fingerprint_of("jsonl", tmp_path) == first and set(read) - {"rows.jsonl"} == set(chosen)
+
+
+def jsonl_shards(folder: Path, words: list[list[str]]) -> DataConfig:
+    for k, shard in enumerate(words):
+        (folder / f"{k}.jsonl").write_text("".join(json.dumps({"image": None, "answer": word}) + "\n" for word in shard), encoding="utf-8")
+    return config("hf_stream", path=str(folder), num_samples=12)
+
+
+def tar_shards(folder: Path, words: list[list[str]]) -> DataConfig:
+    for k, shard in enumerate(words):
+        with tarfile.open(folder / f"{k}.tar", "w") as tar:
+            for row, word in enumerate(shard):
+                for name, content in ((f"{k}-{row}.png", b"x" * 40_000), (f"{k}-{row}.txt", word.encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return config("webdataset", path=str(folder))
+
+
+def mixed_shards(folder: Path, words: list[list[str]]) -> DataConfig:
+    return config("mixture", parts=[tar_shards(folder, words)])
+
+
+@pytest.mark.parametrize("make", [jsonl_shards, tar_shards, mixed_shards])
+def test_a_word_in_the_middle_of_any_shard_counts(make: Callable[[Path, list[list[str]]], DataConfig], tmp_path: Path) -> None:
+    def found(words: list[list[str]]) -> str:
+        source = build_source(make(tmp_path, words), "train")
+        assert source is not None and len(source.shards()) == 3
+        return fingerprint.shards_fingerprint(source.shards())
+
+    words = [["red"] * 4 for _ in range(3)]
+    first = found(words)
+    assert found(words) == first
+    for shard in range(3):
+        assert found([[*row[:2], "tan" if k == shard else "red", "red"] for k, row in enumerate(words)]) != first
+
+
+def test_of_large_shards_blocks_are_read(tmp_path: Path) -> None:
+    paths = [tmp_path / str(k) for k in range(600)]
+    for path in paths:
+        path.write_bytes(b"x" * 3 * 2**17)
+    first = fingerprint.shards_fingerprint(paths)
+    with open(paths[-1], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"y")
+    assert fingerprint.shards_fingerprint(paths) != first

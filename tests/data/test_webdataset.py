@@ -386,6 +386,27 @@ def test_a_changed_shard_changes_the_fingerprint(foundry: Path, png: Png) -> Non
     assert built(foundry).fingerprint() != before
 
 
+@pytest.mark.parametrize(
+    ("names", "seen"),
+    [
+        (["0.png", "1.jpg"], ["0.png", "1.jpg"]),
+        (["png", "jpg"], ["jpg"]),  # the first of image_column counts
+        (["0.png", "0.jpg", "1.png"], ["0.jpg", "1.png"]),
+        (["png", "0.png", "1.png"], "has .png and .0.png: either one image or numbered ones"),
+        (["jpg", "0.png"], "has .jpg and .0.png"),
+    ],
+)
+def test_no_image_of_a_sample_is_passed_over(names: list[str], seen: list[str] | str, tmp_path: Path, png: Png) -> None:
+    pictures = {name: png((k, 0, 0)) for k, name in enumerate(names)}
+    write(tmp_path / "a.tar", {"0.txt": "red", **{f"0.{name}": content for name, content in pictures.items()}})
+    source = built(tmp_path / "a.tar")
+    if isinstance(seen, str):
+        with pytest.raises(SampleError, match=seen):
+            source[0]
+    else:
+        assert list(source[0].images) == [pictures[name] for name in seen]
+
+
 # ---- manifests ------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -322,6 +322,9 @@ class HFStream(TableSource):
     def fingerprint(self) -> str:
         return self._tables.fingerprint()
 
+    def shards(self) -> Sequence[str]:
+        return self._tables.files if isinstance(self._tables, Files) else ()
+
     def row_id(self, index: int) -> str:
         return f"{self.path}[{index}]"
 

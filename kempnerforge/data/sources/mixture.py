@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
@@ -202,6 +202,9 @@ class Mixture(Source):
 
     def fingerprint(self) -> str:
         return digest(*(part.source.fingerprint() for part in self._parts))
+
+    def shards(self) -> Sequence[str]:
+        return [file for part in self._parts for file in part.source.shards()]
 
     def ignoring(self) -> Iterator[Ignoring]:
         return chain.from_iterable(part.source.ignoring() for part in self._parts)

@@ -80,8 +80,8 @@ class Rows(ABC):
     def judge(self, source: Judge) -> None:
         """Raises ValueError if a key is wrong, as ``source`` knows it."""
 
-    def require(self, columns: Sequence[str]) -> None:
-        """Raises ValueError if more rows than may be bad have none of ``columns``, where rows can be without a column."""
+    def require(self, columns: Sequence[str], advice: str) -> None:
+        """Raises ValueError, with ``advice``, if more rows than may be bad have none of ``columns``, where rows can be without a column."""
         return
 
 
@@ -133,12 +133,12 @@ class IndexedRows(Rows):
     def judge(self, source: Judge) -> None:
         refuse(self.path, self._wrong)
 
-    def require(self, columns: Sequence[str]) -> None:
-        """Raises ValueError if more rows than may be bad have none of ``columns``."""
+    def require(self, columns: Sequence[str], advice: str) -> None:
+        """Raises ValueError, with ``advice``, if more rows than may be bad have none of ``columns``."""
         lacking = len(self) - sum(self.counts[column] for column in columns)
         if lacking > self._max_bad * len(self):
             names = " or ".join(repr(column) for column in columns if column in self.columns)
-            raise InputError(f"{self.path}: {lacking} of {len(self)} rows have no column {names}; write null for a row without images")
+            raise InputError(f"{self.path}: {lacking} of {len(self)} rows have no column {names}; {advice}")
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[Found]:

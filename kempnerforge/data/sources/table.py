@@ -36,6 +36,8 @@ from kempnerforge.util.reading import regular
 LOOKED_AT = 64
 """Rows whose keys are judged at the start, where not all of them are read there."""
 COLUMNS_SHOWN = 20
+ADVICE = {"image_column": "write null for a row without images", "prompt_column": 'write "" for a row without a prompt'}
+"""For rows that have no such column."""
 ENTRY: Keys = {**dict.fromkeys(PROMPTS, PART), **dict.fromkeys(ANSWERS, ANSWER)}
 """Of an entry of ``texts``."""
 
@@ -238,8 +240,9 @@ class TableSource(FileSource):
         self._prompted = bool(cfg.prompt_column) or any(name in there for name in self._prompts)
         wanted += [(self._prompts, "prompt_column")] if self._prompted and not set(self._texts) & set(there) else []
         if rows is not None:
-            for names in filter(None, (names for names, _ in wanted)):
-                rows.require(names)
+            for names, key in wanted:
+                if names:
+                    rows.require(names, ADVICE.get(key, "leave such rows out"))
             rows.judge(self)
 
     def texts_of(self, row: Mapping[str, Any]) -> tuple[Text, ...]:

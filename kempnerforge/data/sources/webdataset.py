@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -156,14 +156,16 @@ class WebDataset(TableSource):
         """Of the content of the first shard, and a glance at the others: their names, sizes, heads and tails."""
         return digest(file_fingerprint(self._shards[0].path), *((shard.samples, *_glance(shard.path)) for shard in self._shards))
 
+    def shards(self) -> Sequence[str]:
+        return [str(shard.path) for shard in self._shards]
+
     def _measure(self, index: int) -> tuple[int, int]:
         """Bytes of texts and number of images; nothing for an unusable sample."""
         try:
             row = self.row(index)
-            size = sum(row.member(column)[0].size for column in self.text_columns)
+            return sum(row.member(column)[0].size for column in self.text_columns), len(row.images())
         except SampleError:
             return 0, 0
-        return size, len(row.images())
 
     def _find(self, index: int) -> tuple[int, int]:
         """The number of the shard of sample ``index``, and the sample's in it."""
@@ -237,14 +239,15 @@ class Row(Mapping[str, Any]):
             return None
 
     def images(self) -> list[str]:
-        """The extensions of the images, in order."""
-        for wanted in image_extensions(self._image_column):
-            if wanted in self._members:
-                return [wanted]
-            numbered = [(int(match[1]), name) for name in self._members if (match := NUMBERED.fullmatch(name)) and match[2] == wanted]
-            if numbered:
-                return [name for _, name in sorted(numbered)]
-        return []
+        """The extensions of the images, in order. Raises SampleError: there are both numbered ones and one without a number."""
+        wanted = image_extensions(self._image_column)
+        whole = next((name for name in wanted if name in self._members), None)
+        matches = [(match, name) for name in self._members if (match := NUMBERED.fullmatch(name)) and match[2] in wanted]
+        matches.sort(key=lambda found: wanted.index(found[0][2]), reverse=True)
+        numbered = {int(match[1]): name for match, name in matches}  # of two with one number the first extension counts
+        if whole and numbered:
+            raise SampleError(f"has .{whole} and .{min(numbered.values())}: either one image or numbered ones")
+        return [whole] if whole else [name for _, name in sorted(numbered.items())]
 
     def member(self, column: str) -> tuple[Member, str, list[str]]:
         """The member of a text column, its extension, and the field in it. Raises SampleError: it is not there."""
