@@ -18,7 +18,7 @@ from kempnerforge.config.checks import defaults
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
-from kempnerforge.config.training import TrackerConfig
+from kempnerforge.config.training import HookConfig, TrackerConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, kind, place, show
@@ -49,6 +49,7 @@ UNIONS: dict[type, Discriminator] = {
     OptimizerConfig: Discriminator("name", registry.optimizer_configs.get, registry.optimizer_configs),
     SchedulerConfig: Discriminator("name", registry.schedules.get, registry.schedules),
     TrackerConfig: Discriminator("type", registry.tracker_configs.get, registry.tracker_configs, by_name=True),
+    HookConfig: Discriminator("type", registry.hook_configs.get, registry.hook_configs),
     DataConfig: Discriminator("source", registry.data_configs.get, registry.data_configs),
 }
 
@@ -103,7 +104,7 @@ def _of_another(cls: type, name: str, known: Collection[str]) -> str:
             siblings = [other for other in union.entries.names() if name in fields_of(union.class_for(other))]
             if siblings:
                 return f"a key of {union.key} = {', '.join(map(repr, siblings))}; here {union.key} = {getattr(cls, union.key)!r}"
-    sections = [f"[{section}] {name}" for section, known in SECTIONS.items() if known is not cls and name in _keys_of(known)]
+    sections = [f"[{section}] {name}" for section, known in SECTIONS.items() if known is not cls and name in keys_of(known)]
     return f"did you mean {' or '.join(sections)}?" if sections else ""
 
 
@@ -113,11 +114,11 @@ def known_key(key: str) -> bool:
     """
     section, *rest = re.split(r"[.\[]", key)
     if section not in SECTIONS:
-        return section in ("stages", "lora", "plugins")
-    return not rest or rest[0] in _keys_of(SECTIONS[section])
+        return section in ("stages", "lora", "hooks", "plugins")
+    return not rest or rest[0] in keys_of(SECTIONS[section])
 
 
-def _keys_of(section: Any) -> set[str]:
+def keys_of(section: Any) -> set[str]:
     """The keys of a section, of whichever class."""
     union = UNIONS.get(section)
     classes = [section] if union is None else [union.class_for(name) for name in union.entries.names()]

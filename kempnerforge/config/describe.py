@@ -15,9 +15,10 @@ import tomli_w
 from kempnerforge.config.build import SECTIONS, UNIONS, fields_of, type_name
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.stages import StageConfig
+from kempnerforge.config.training import HookConfig
 from kempnerforge.util.errors import InputError
 
-TABLES = {"[[stages]]": StageConfig, "[[lora]]": LoRAConfig}
+TABLES = {"[[stages]]": StageConfig, "[[lora]]": LoRAConfig, "[[hooks]]": HookConfig}
 
 
 def describe(section: str = "") -> str:
@@ -37,8 +38,10 @@ def _section(name: str, cls: type) -> Iterator[str]:
     union = UNIONS.get(cls)
     yield from (f"## `{name}`", "", *_about(cls), "", *_keys(cls), "")
     yield from _tables(name, cls)
-    known = (*fields_of(cls), union.key) if union is not None else ()
-    for value in union.entries.names() if union is not None else ():
+    if union is None:
+        return
+    known = (*fields_of(cls), union.key)
+    for value in union.entries.names():
         chosen = union.class_for(value)
         if not chosen.__module__.startswith("kempnerforge."):  # of a plugin that happens to be imported
             continue
@@ -53,7 +56,7 @@ def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
         inner = next((each for each in types if is_dataclass(each)), None)
         if key not in known and isinstance(inner, type) and inner not in UNIONS:
             own = f"{name.strip('[]')}.{key}"
-            title = f"[[{own}]]" if list in map(get_origin, types) else f"[{own}]"
+            title = f"[[{own}]]" if any(get_origin(each) is list for each in types) else f"[{own}]"
             yield from (f"### `{title}`", "", *_about(inner), "", *_keys(inner), "")
             yield from _tables(own, inner)
 

@@ -20,6 +20,7 @@ from kempnerforge.config.training import (
     CheckpointConfig,
     DistributedConfig,
     EvalConfig,
+    HookConfig,
     MetricsConfig,
     RunConfig,
     TrainConfig,
@@ -49,6 +50,7 @@ class JobConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     stages: list[StageConfig] = field(default_factory=list)
     lora: list[LoRAConfig] = field(default_factory=list)
+    hooks: list[HookConfig] = field(default_factory=list)
     plugins: list[PathText] = field(default_factory=list)
 
     def total_steps(self) -> int:
@@ -185,5 +187,6 @@ class JobConfig:
 
 
 SECTIONS.update(
-    {name: kind for name, kind in fields_of(JobConfig).items() if name not in ("vlm", "stages", "lora", "plugins")} | {"vlm": VLMConfig}
+    {name: kind for name, kind in fields_of(JobConfig).items() if name not in ("vlm", "stages", "lora", "hooks", "plugins")}
+    | {"vlm": VLMConfig}
 )

@@ -131,6 +131,8 @@ schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedu
 
 tracker_configs = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
 trackers = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
+hook_configs = Registry("hook", "hooks.type", "kempnerforge.training.hooks")
+hooks = Registry("hook", "hooks.type", "kempnerforge.training.hooks")
 
 ALL = tuple(each for each in list(globals().values()) if isinstance(each, Registry))
 
@@ -157,6 +159,8 @@ register_task: Decorator = tasks.register
 register_schedule: Decorator = schedules.register
 register_tracker_config: Decorator = tracker_configs.register
 register_tracker: Decorator = trackers.register
+register_hook_config: Decorator = hook_configs.register
+register_hook: Decorator = hooks.register
 
 
 def list_vlm_configs() -> list[str]:

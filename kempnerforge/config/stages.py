@@ -7,7 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kempnerforge.config.build import INVALID, UNIONS, Discriminator, class_named, construct, convert, convert_fields, fields_of
+from kempnerforge.config.build import (
+    INVALID,
+    SECTIONS,
+    UNIONS,
+    Discriminator,
+    class_named,
+    construct,
+    convert,
+    convert_fields,
+    fields_of,
+    keys_of,
+)
 from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
@@ -91,7 +102,9 @@ def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems
     for name, section in sections.items():
         table = getattr(stage, name)
         if name in broken:
-            # which source a broken [data] was meant to have is not known, so its keys are not either
+            # which class a broken section was meant to have is not known: keys that another class has may be right
+            others = keys_of(SECTIONS[name]) - fields_of(type(section)).keys()
+            table = {part: value for part, value in table.items() if part not in others}
             result = INVALID if name == "data" else _replace(section, table, (*key, name), problems, keys_only=True)
         else:
             result = _override_section(section, table, (*key, name), problems)

@@ -133,6 +133,19 @@ class TrackerConfig:
 
 
 @dataclass
+class HookConfig:
+    """One ``[[hooks]]`` table: what a plugin does before, after or between steps. They run in this order, after evaluation and before saving.
+
+    Subclasses register with ``@registry.register_hook_config``.
+
+    Attributes:
+        type: which hook, of a plugin.
+    """
+
+    type: str = ""
+
+
+@dataclass
 class MetricsConfig:
     """The numbers of a run, in ``metrics.jsonl``.
 

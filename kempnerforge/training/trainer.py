@@ -70,7 +70,10 @@ class Data(NamedTuple):
 
 
 class Hook:
-    """Something periodic. All ranks call all hooks in the same order."""
+    """Something periodic. All ranks call all hooks in the same order.
+
+    Those of plugins register with ``@registry.register_hook("type")`` and are made from their ``[[hooks]]`` table and the run directory.
+    """
 
     def start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""

@@ -155,5 +155,5 @@ def test_an_unknown_key_that_is_known_elsewhere(text: str, hint: str, tmp_path: 
 
 
 def test_hints_are_of_keys_that_are_there() -> None:
-    assert SECTIONS.keys() == {name for name in fields_of(JobConfig) if name not in ("stages", "lora", "plugins")}
+    assert SECTIONS.keys() == {name for name in fields_of(JobConfig) if name not in ("stages", "lora", "hooks", "plugins")}
     assert registry.list_vlm_configs() == UNIONS[SECTIONS["vlm"]].entries.names() and nearest("dimm", ["dim"]) == "did you mean 'dim'?"

@@ -43,7 +43,7 @@ def example(kind: str, folder: Path) -> Path:
     return job
 
 
-@pytest.mark.parametrize("kind", ["schedule", "optimizer", "tracker"])
+@pytest.mark.parametrize("kind", ["schedule", "optimizer", "tracker", "hook"])
 def test_the_example_trains_and_resumes(kind: str, tmp_path: Path) -> None:
     job = example(kind, tmp_path)
     whole = ("train", job, "--train.max_steps=4", "--eval.at_end=false")
@@ -87,6 +87,9 @@ def test_an_optimizer_of_a_plugin_has_its_keys_and_its_state(tmp_path: Path) -> 
         with pytest.raises(ConfigError) as caught:
             load_config(path, [wrong])
         assert message in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--optimizer.momentum=-1", "--stages=[{name='a', steps=2, optimizer={momentum=0.1, moment='reset'}}]"])
+    assert len(caught.value.problems) == 2, "a key of the plugin is no unknown key, also where its section is wrong"
     ended = call("check", path)
     assert ended.code == 0 and "0.2" in ended.out, ended
 
@@ -129,3 +132,34 @@ def test_trackers_by_name_and_by_table(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(path, [wrong])
         assert message in str(caught.value)
+
+
+def test_a_hook_of_a_plugin_gets_every_call(tmp_path: Path) -> None:
+    path = example("hook", tmp_path)
+    train = ("train", path, "--scheduler.name=constant", "--eval.at_end=false", "--train.max_steps=2")
+    assert call(*train).code == 0
+    norms = {row["step"]: row["weights/transformer"] for row in metrics(tmp_path / "run") if "weights/transformer" in row}
+    weights = [v for name, v in tensors(tmp_path / "run").items() if name.startswith("model.transformer.")]
+    assert sorted(norms) == [1, 2]
+    assert norms[2] == pytest.approx(sum(float(w.square().sum()) for w in weights) ** 0.5)
+    changed = (*train, "--train.max_steps=3", "--hooks.0.interval=3")
+    ended = call(*changed)
+    assert ended.code == 2 and "hooks[0].interval: 1 -> 3" in ended.err, ended
+    assert call(*changed, "--allow-change=hooks").code == 0
+    assert [row["step"] for row in metrics(tmp_path / "run") if "weights/transformer" in row] == [1, 2, 3]
+    wrong = call(*train, "--fresh", "--hooks.0.module=nothing")
+    assert wrong.code == 2 and "hooks.module = 'nothing': matches no parameter" in wrong.err, wrong
+
+
+def test_hooks_are_read_strictly(tmp_path: Path) -> None:
+    path = example("hook", tmp_path)
+    for wrong, message in (
+        ("--hooks.0.type=weight_nrom", "type = 'weight_nrom': Unknown hooks.type; registered: weight_norm (did you mean 'weight_norm'?)"),
+        ("--hooks=[{interval=1}]", "type = '': Unknown hooks.type"),
+        ("--hooks.0.interval=0", "interval = 0: must be >= 1"),
+        ("--hooks.0.intervall=1", "unknown key; did you mean 'interval'?"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, [wrong])
+        assert message in str(caught.value)
+    assert load_config(path).hooks == load_config(path, ["--hooks=[{type='weight_norm', module='transformer', interval=1}]"]).hooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kempnerforge.config import registry
 from kempnerforge.training.hooks.bad_samples import BadSamples
 from kempnerforge.training.hooks.checkpoints import Checkpoints
 from kempnerforge.training.hooks.console import ConsoleProgress
@@ -23,4 +24,13 @@ def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> t
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
     recording = [Metrics(job.metrics, run_dir), BadSamples(run_dir), Tracking(job.metrics, run_dir)]
-    return [Signals(run_dir, leaving), ConsoleProgress(), *recording, evaluation, checkpoints, Report(run_dir, evaluation)], checkpoints
+    own = [registry.hooks.get(each.type)(each, run_dir) for each in job.hooks]
+    return [
+        Signals(run_dir, leaving),
+        ConsoleProgress(),
+        *recording,
+        evaluation,
+        *own,
+        checkpoints,
+        Report(run_dir, evaluation),
+    ], checkpoints
