@@ -1,4 +1,4 @@
-"""Rows of a batch as HTML: the images as the model gets them, each token with what is known of it, and bars that show the row as a whole.
+"""Rows of a batch as HTML: the images as the model gets them, each token, and bars of the whole row.
 
 The HTML is a part of a page, without scripts and without references to anything outside. All text is escaped.
 """
@@ -21,8 +21,9 @@ def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]
     """What is known of a row, as plain values.
 
     Returns:
-        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``Row.shares``; ``images`` (``sample``, ``text``, ``start``,
-        ``positions``, ``picture``); ``segments`` (``sample``, ``text``, ``start``, ``end``, ``positions``: first and last, ``pieces``).
+        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``Row.shares``; ``images``
+        (``sample``, ``text``, ``start``, ``positions``, ``picture``); ``segments`` (``sample``, ``text``,
+        ``start``, ``end``, ``positions``: first and last, ``pieces``).
         ``start`` and ``end`` are columns of the row.
     """
     padded = [*row.samples, *[""] * (row.num_samples - len(row.samples))]
@@ -68,7 +69,7 @@ def row_card(facts: Mapping[str, Any], images: np.ndarray | None, sources: Seque
 
     Args:
         facts: as from ``describe``.
-        images: (N, 3, H, W) uint8, those of the batch; None where it has none.
+        images: (N, 3, H, W) uint8, of the batch; None: it has none.
         sources: names of the sections of a mixture, by part; one of them alone is not named.
     """
     shares = facts["shares"]

@@ -1,4 +1,4 @@
-"""What ``inspect`` shows: rows of the real training batches, their labels audited, as text, as plain values and as a page."""
+"""What ``inspect`` shows: rows of real training batches with audited labels, as text, values and a page."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Inspection:
     """What was seen of one stage.
 
     Attributes:
-        shares: positions of all rows read, by what stands there.
-        parts: of each section: samples and texts read, texts shown, and positions by what stands there.
+        shares: positions of all rows read, by what is there.
+        parts: of each section: samples and texts read, texts shown, and positions by what is there.
         facts: the same as plain values, see ``describe``.
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
@@ -78,8 +78,8 @@ class Inspection:
 
 
 def inspect_stages(job: JobConfig, samples: int, step: int, out: Path, *, color: bool) -> Iterator[Inspection]:
-    """Inspects each stage from its step ``step`` on: rows with the first ``samples`` samples of each of its sources. A row of several samples
-    is shown as a whole.
+    """Inspects each stage from its step ``step`` on: rows with the first ``samples`` samples of each of its
+    sources. A row of several samples is shown whole.
     """
     assembly = assemble(job, device="meta")
     for stage in assembly.stages:
@@ -152,7 +152,7 @@ def _views(batch: Batch, row: Row) -> tuple[list[np.ndarray], list[str]]:
     return views, [owners[picture] for picture in sorted(owners)]
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------
 
 
 def write_inspection(path: Path, title: str, stages: Sequence[Inspection]) -> Path:

@@ -1,7 +1,8 @@
-"""GGUF files of the Llama architecture (llama.cpp's format): weights, whatever their quantisation, and tokenizer.
+"""GGUF files of the Llama architecture (llama.cpp's format): weights of any quantisation, and the tokenizer.
 
-The package ``gguf`` parses the file, dequantises and names the tensors. Settings are read here: transformers' reader of GGUF passes over
-keys that it does not know (``llama.attention.clamp_kqv``, say) and would compute something else.
+The package ``gguf`` parses the file, dequantises and names the tensors. Settings are read here: transformers'
+reader of GGUF ignores keys that it does not know (such as ``llama.attention.clamp_kqv``), and the model would
+compute something else.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ SETTINGS = {
     "max_seq_len": "context_length",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""``[model]`` key -> key of the file, behind ``llama.``."""
+"""``[model]`` key -> key of the file, after ``llama.``."""
 
 INERT = {
     *("context_length", "vocab_size", "tensor_data_layout", "rope.freq_base", "rope.dimension_count", "rope.scaling.type"),
     *("rope.scaling.factor", "rope.scale_linear", "attention.key_length", "attention.value_length", "rope.scaling.finetuned"),
 }
-"""Further keys behind ``llama.`` that are read below, or that say how the file was made. Any other is refused unless its value is that of ``PLAIN``,
-or 0 or empty: the architecture of llama.cpp can do more than ours."""
+"""Further keys after ``llama.`` that are read below, or that say how the file was made. Any other is refused,
+unless its value is the one in ``PLAIN``, or 0 or empty: llama.cpp's architecture can do more than ours."""
 PLAIN: dict[str, Any] = {
     "attention.causal": True,
     "rope.scaling.attn_factor": 1.0,
@@ -80,7 +81,7 @@ class GGUFModel(Foreign):
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """(H * E, D): the file rotates neighbouring rows of a head against each other, we its first half against the second."""
+    """(H * E, D): the file rotates neighbouring rows of a head together, we its first half with the rest."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -88,7 +89,8 @@ def open_gguf(path: Path) -> Foreign:
     """Reads settings and names, not the weights.
 
     Raises:
-        ValueError: it cannot be read, lacks a setting, is not of the Llama architecture, or lacks tensors or has unknown ones.
+        InputError: it cannot be read, lacks a setting, is of another architecture, or lacks tensors or has
+            unknown ones.
     """
     fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
     if fields.get("general.architecture") != "llama":
@@ -179,7 +181,7 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
         bos=named["bos"],
         pad=named["padding"],
         chat_template=fields.get("tokenizer.chat_template"),
-        adds_bos=named["bos"] is not None and bool(fields.get("tokenizer.ggml.add_bos_token", False)),  # llama.cpp's default for a BPE
+        adds_bos=named["bos"] is not None and bool(fields.get("tokenizer.ggml.add_bos_token", False)),
         stops=stops,
     )
 
@@ -226,7 +228,7 @@ def _version(path: Path) -> Signature:
 
 @lru_cache(maxsize=1)
 def _read(path: Path, version: Signature) -> tuple[Any, _Fields]:
-    """The file, whose tensors stay on disk, and its fields: parsing a tokenizer of 50,000 tokens takes seconds."""
+    """The file, whose tensors stay on disk, and its fields. Kept: 50,000 tokens take seconds to read."""
     package = _package()
     try:
         opened = package.GGUFReader(path)

@@ -13,11 +13,11 @@ from PIL import Image
 from kempnerforge.util.errors import visible
 
 SMALL_SIDE, MAX_SIDE = 96, 512
-"""Pixels: up to the first an image is kept exactly and shown with sharp pixels, beyond the second it is shrunk so that the file stays small."""
+"""Pixels. Up to the first, an image is kept and shown with sharp pixels; over the second, it is shrunk."""
 
 
 def text(value: object, keep: str = "") -> str:
-    """Escaped for HTML and XML; controls (but those to ``keep``) and half surrogates become visible escapes."""
+    """Escaped for HTML and XML; controls (except ``keep``) and half surrogates become visible escapes."""
     return escape(visible(str(value), keep + "\u00a0"), quote=True)
 
 
@@ -26,8 +26,8 @@ def picture(image: np.ndarray, name: str, side: int = MAX_SIDE) -> Markup:
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        name: read aloud instead of it.
-        side: of a larger one, to which it is shrunk.
+        name: alternative text.
+        side: pixels of the longer side; a larger image is shrunk to it.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}: must be uint8 (H, W, 3)")

@@ -24,7 +24,9 @@ class Tile(NamedTuple):
 
 
 def _printed(value: Any) -> Any:
-    """What a template prints: HTML as it is; of any other value its text, with visible escapes for controls. Jinja then escapes it."""
+    """What a template prints: ``Markup`` as it is; any other value as text with visible escapes for control
+    characters, which Jinja then escapes for HTML.
+    """
     return value if isinstance(value, Markup) else visible(str(value), keep="\u00a0")
 
 
@@ -41,10 +43,10 @@ TEMPLATES.filters["lines"] = lambda value: Markup(text(value, keep="\n\t"))  # t
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The HTML of ``templates/TEMPLATE`` with ``values``: plain values, which are escaped, and ``Markup``, which is not."""
+    """The HTML of ``templates/TEMPLATE``. ``values`` are escaped, except for ``Markup``."""
     return Markup(TEMPLATES.get_template(template).render(values))
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Writes a page, see ``render``; an old one is replaced in one move. The directory of ``path`` is made."""
+    """Writes a page, see ``render``, and makes its directory; an old page is replaced in one move."""
     return write_text(path, render(template, **values))

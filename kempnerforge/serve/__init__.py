@@ -1,1 +1,1 @@
-"""A trained model behind a local web page: ``request`` reads what is asked, ``desk`` answers one at a time, ``web`` speaks HTTP."""
+"""A model on a local web page: ``request`` reads questions, ``desk`` answers them, ``web`` is HTTP."""

@@ -1,4 +1,4 @@
-"""One model, many who ask: questions wait in line, one is answered at a time, and nobody works for a client that has left."""
+"""One model for many clients: questions wait in a queue and are answered one at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Event:
     """What happened to a question.
 
     Attributes:
-        kind: "started", "text" (a new piece of the answer), "marks" (all marks so far), "done" or "error"; the last two end it.
+        kind: "started", "text" (a new piece of the answer), "marks" (all marks so far), "done" or "error";
+            the last two end it.
         text: the piece, the whole answer, or what went wrong.
         tokens: that were made for it.
         seconds: that it took.
@@ -100,8 +101,8 @@ class Ticket:
 
 
 class Desk:
-    """Answers questions in the order they came in, in one thread of its own: a thread pool of the math library belongs to the thread that
-    computes, and a new one for each question would cost more than a short answer.
+    """Answers questions in the order they came in, in one thread of its own: the math library starts a thread
+    pool for each thread that computes, and a new one for each question would cost more than a short answer.
     """
 
     def __init__(self, model: Model) -> None:

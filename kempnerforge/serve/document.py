@@ -12,8 +12,8 @@ PARTS = Path(__file__).parent / "page"
 
 @cache
 def document() -> tuple[bytes, str]:
-    """The page, and its Content-Security-Policy: this very script and style sheet run, no other; pictures come from the reader's own files;
-    nobody is spoken to but the server.
+    """The page and its Content-Security-Policy: only this script and this style sheet run, images come from
+    the reader's own files, and the page connects to this server alone.
     """
     style, script = (_part(name) for name in ("style.css", "script.js"))
     page = _part("index.html").replace("{{style}}", style).replace("{{script}}", script)

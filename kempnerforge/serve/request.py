@@ -23,7 +23,7 @@ class Question:
     """A prompt about images.
 
     Attributes:
-        images: encoded, as they were sent; nobody has decoded them yet.
+        images: encoded, as they were sent; not decoded yet.
         history: (prompt, answer) of the turns before.
         max_new_tokens: None: the model's default.
     """
@@ -36,10 +36,11 @@ class Question:
 
 
 def read_question(body: bytes) -> Question:
-    """The question in ``body``, a JSON object with ``KEYS``, each optional: ``images`` a list of base64, ``history`` of [prompt, answer].
+    """The question in ``body``, a JSON object with ``KEYS``, each optional: ``images`` is a list of base64,
+    ``history`` a list of [prompt, answer].
 
     Raises:
-        ValueError: it is none, and why.
+        InputError: it is not a question; the message says why.
     """
     given = parse_json(body, "the request")
     if not isinstance(given, dict):

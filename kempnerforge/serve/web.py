@@ -1,10 +1,12 @@
 """HTTP around a ``Desk``: the page, the facts of the model, and answers as they are written.
 
-``POST /api/answers`` takes a question (``request.py``) and gives one JSON object a line: ``{"waiting": n}``, ``{"started": true}``,
-``{"text": piece}``, ``{"marks": ...}``, and in the end ``{"done": ...}`` or ``{"error": why}``.
+``POST /api/answers`` takes a question (``request.py``) and gives one JSON object a line: ``{"waiting": n}``,
+``{"started": true}``, ``{"text": piece}``, ``{"marks": ...}``, and in the end ``{"done": ...}`` or
+``{"error": why}``.
 
-The server is meant for the machine it runs on. It answers only under an address or a name that cannot be rebound to it by a stranger's
-DNS, takes questions only from its own page or from programs, never from another site's, and opens no path that a client names.
+The server is meant for the machine it runs on. It answers only under an address, or under a name that no
+other DNS can point to it (DNS rebinding). It takes questions from its own page and from programs, never from
+pages of other sites, and opens no path that a client names.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ log = logging.getLogger("kempnerforge")
 MAX_CONNECTIONS, MAX_OF_CLIENT = 64, 24
 """At a time: in all, and of one address."""
 REQUEST_S, SEND_S = 60.0, 30.0
-"""That a request may take to come in, head and body together and however it is cut up, and that a client may take to read a piece."""
+"""Seconds for a request to come in, head and body, however it is cut; and for a client to read a piece."""
 POLL_S = 0.25
-"""How often a client is told that fewer questions are ahead of its own."""
+"""Seconds between two looks at the queue."""
 DRAINED = 2 * MAX_BODY
-"""Bytes of a request that is too large that are read and thrown away, so that the client gets to read why."""
+"""Bytes of a request over ``MAX_BODY`` that are read and dropped: clients read the refusal after that."""
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -71,7 +73,7 @@ class Connection(H11Protocol):
         self._stop_if_whole()
 
     def _expect(self) -> None:
-        """From now on a request may come in."""
+        """Starts the time of the next request."""
         self._stop(self._incoming)
         self._incoming = self.loop.call_later(REQUEST_S, self.transport.abort)
 
@@ -127,8 +129,8 @@ class Server(uvicorn.Server):
         return f"http://{host}:{self.server_port}/"
 
     def knows(self, host: str) -> bool:
-        """Whether ``host``, a Host header, is one that only somebody who means this machine sends: an address, "localhost", or the name that
-        the server was bound to. Another name could be a stranger's that was made to point here.
+        """Whether ``host``, a Host header, is an address, "localhost", or the name that the server was bound
+        to. Any other name could be made by a foreign DNS to point here.
         """
         name = host.strip().lower()
         name = name[1 : name.find("]")] if name.startswith("[") else name.rpartition(":")[0] or name
@@ -156,7 +158,7 @@ class Server(uvicorn.Server):
         if not self.knows(host):
             return _refuse(HTTPStatus.FORBIDDEN, f"unknown host {host[:100]!r}: open {self.url}, or give that name as --host")
         if request.method == "POST":
-            if origin not in (None, f"http://{host}"):  # browsers say which site's script asks; programs say nothing
+            if origin not in (None, f"http://{host}"):  # browsers send it, programs do not
                 return _refuse(HTTPStatus.FORBIDDEN, "asked by the page of another site")
             if path == "/api/answers":
                 return await self._take(request)
@@ -193,7 +195,7 @@ class Server(uvicorn.Server):
         return StreamingResponse(self._relay(ticket), media_type="application/x-ndjson", headers={"X-Accel-Buffering": "no"})
 
     async def _relay(self, ticket: Ticket) -> AsyncIterator[bytes]:
-        """What happens to ``ticket`` as it happens; it is given up when the client goes, which ends the iteration."""
+        """What happens to ``ticket``, as it happens; the end of the iteration (a client goes) cancels it."""
         try:
             told = self.desk.ahead(ticket)
             yield _line({"waiting": told})

@@ -1,4 +1,4 @@
-"""``report.html``: one file that shows what a run did. It needs no network and loads nothing: styles, charts and images lie in it."""
+"""``report.html``: one file that shows what a run did; styles and images are in it. It loads nothing."""
 
 from __future__ import annotations
 
@@ -51,17 +51,19 @@ def write_report(
     changed: Sequence[str] = (),
     tasks: Sequence[Task] | None = None,
 ) -> Path:
-    """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and what is given; an old report is replaced in one move.
+    """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and the arguments.
 
     Args:
         stages: (name, first step, last step).
         changed: what later steps were trained with that earlier ones were not, a line each.
         examples: held-out samples to show; none for a run without images.
-        summary: facts of the whole run, each optional. ``name``, ``arch``, ``device`` (text); ``parameters``, ``trainable_parameters``,
-            ``steps``, ``train_s``, ``questions`` (how many were asked at the end); ``exact_match``, ``exact_match_blind``,
-            ``question_only_prior`` (shares); ``loss`` (held out); ``tokens_per_s``, ``images_per_s``; ``by_answer``: answer -> (right, total). What is missing
-            comes from the metrics or is left out; other plain values appear in the header under their own name. ``unreadable`` and ``too_long``
-            (beside ``questions``), ``loss_samples`` and ``loss_unreadable`` are said beside their score.
+        summary: facts of the whole run, each optional. ``name``, ``arch``, ``device`` (text); ``parameters``,
+            ``trainable_parameters``, ``steps``, ``train_s``, ``questions`` (asked at the end);
+            ``exact_match``, ``exact_match_blind``, ``question_only_prior`` (shares); ``loss`` (held out);
+            ``tokens_per_s``, ``images_per_s``; ``by_answer``: answer -> (right, total). Missing facts come
+            from the metrics or are left out; other plain values appear in the header under their own name.
+            ``unreadable`` and ``too_long`` (beside ``questions``), ``loss_samples`` and ``loss_unreadable``
+            are shown beside their score.
         remarks: what has to be known beside the scores.
         tasks: their rows and curves are shown; None: those that every job has.
 

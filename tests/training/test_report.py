@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kempnerforge.report.page import TEMPLATES
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.util.metrics import read_metrics
 from kempnerforge.util.numbers import wilson_interval
+from tests.dist import ROOT
 
 VOID = {"meta", "link", "img", "br", "circle", "line", "rect", "path"}
 STAGES = [("captions", 0, 50), ("questions", 50, 100)]
@@ -200,3 +203,10 @@ def test_a_score_out_of_the_metrics_has_its_counts_beside_it(tmp_path: Path) -> 
 def test_remarks_stand_under_the_scores_as_text(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 1, "eval/exact_match": 0.5}])
     assert '<p class="note">1 of 2 &lt;b&gt;</p>' in report(tmp_path, summary={}, remarks=["1 of 2 <b>"])
+
+
+def test_templates_are_installed() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["kempnerforge.report"]
+    names = TEMPLATES.list_templates(filter_func=lambda name: name.endswith(".html"))
+    assert {"base.html", "report.html", "inspect.html", "data.html"} <= set(names)
+    assert all(any(Path("templates", name).match(pattern) for pattern in patterns) for name in names)
