@@ -93,11 +93,11 @@ def _lm_eval(args: argparse.Namespace) -> int:
     job = load_config(config, args.overrides)
     from kempnerforge.cli.progress import reporting
     from kempnerforge.eval.lm_eval_task import TASK, write_task
-    from kempnerforge.training.setup import assemble, evaluated, saved_tokenizer
+    from kempnerforge.training.setup import assemble, read_held_out, saved_tokenizer
 
     tokenizer = saved_tokenizer(args.config) if args.config.is_dir() else None
     assembly = assemble(job, tokenizer, device="meta", data=tokenizer is None)
-    source, _ = evaluated(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    source, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
     if source is None:
         raise InputError(f"data.eval_path = '': {config} names no held-out data")
     with reporting(sys.stderr) as progress:

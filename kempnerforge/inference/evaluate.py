@@ -10,7 +10,7 @@ from kempnerforge.eval.exam import OneProcess
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.eval.questions import HeldOut
 from kempnerforge.inference.restore import restore
-from kempnerforge.training.setup import evaluated
+from kempnerforge.training.setup import read_held_out
 from kempnerforge.util.errors import InputError
 
 
@@ -44,7 +44,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
     """
     restored = restore(path, overrides)
     assembly, job, last = restored.assembly, restored.assembly.job, restored.assembly.stages[-1]
-    assembly.held_out, assembly.plain_text = evaluated(job, last, assembly.tokenizer)
+    assembly.held_out, assembly.plain_text = read_held_out(job, last, assembly.tokenizer)
     if assembly.held_out is None and assembly.plain_text is None:
         raise InputError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
     if (held_out := assembly.examined) is not None:

@@ -9,6 +9,7 @@ from itertools import groupby
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.inspection.audit_rows import Decoder, Placed, Row, Segment, pieces_of, rows_of
 from kempnerforge.util.errors import visible
+from kempnerforge.util.numbers import counted
 
 TRAINED, TRAINED_SPECIAL, DIM, IMAGE, SPECIAL, RESET = "\x1b[30;42m", "\x1b[4;30;42m", "\x1b[2m", "\x1b[36m", "\x1b[35m", "\x1b[0m"
 
@@ -17,11 +18,6 @@ def row_name(row: Row, number: int) -> str:
     """How messages call a row."""
     named = f" ({visible(row.samples[0])}{f' and {len(row.samples) - 1} more' if len(row.samples) > 1 else ''})" if row.samples else ""
     return f"row {number}{named}"
-
-
-def count(number: int, noun: str) -> str:
-    """``number`` and ``noun``, in the plural where it has to be."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 # ---- as text ------------------------------------------------------------------------------------------------------------
@@ -50,9 +46,9 @@ def render_row(row: Row, number: int, tokenizer: Decoder, color: bool, names: Ma
     trained = sum(label != IGNORE for label in row.labels)
     useful = sum(kind != Kind.PAD for kind in row.kinds)
     several = row.num_samples > 1
-    counts = [count(useful, "useful token"), f"{trained:,} trained", count(len(row.images), "image"), count(row.num_texts, "text")]
+    counts = [counted(useful, "useful token"), f"{trained:,} trained", counted(len(row.images), "image"), counted(row.num_texts, "text")]
     if several:
-        counts.append(count(row.num_samples, "sample"))
+        counts.append(counted(row.num_samples, "sample"))
     lines = [f"{row_name(row, number)}: {', '.join(counts)}"]
     seen = -1
     for segment in row.segments:
@@ -125,7 +121,7 @@ def audit(
     findings = []
     labelled = [row * batch.labels.shape[1] + at for row, at in (batch.labels != IGNORE).nonzero().tolist()]
     if sorted(batch.targets.tolist()) != labelled:
-        findings.append(f"targets: {count(len(batch.targets), 'position')} listed, {len(labelled)} have a label, or not the same ones")
+        findings.append(f"targets: {counted(len(batch.targets), 'position')} listed, {len(labelled)} have a label, or not the same ones")
     rows = rows_of(batch, markers)
     if not batch.has_documents and any(row.num_samples > 1 or row.num_texts > 1 for row in rows):
         findings.append("has_documents is false, and a row holds several samples or texts: they would see each other")
@@ -139,14 +135,14 @@ def audit(
         found: dict[str, list[int]] = {}
         for what, position in (*_faults(row, allowed, every_turn), *_misplaced(row, max(lengths, default=0))):
             found.setdefault(what, []).append(position)
-        findings += [f"{name}: {what}: {count(len(at), 'position')}, the first is {at[0]}" for what, at in found.items()]
+        findings += [f"{name}: {what}: {counted(len(at), 'position')}, the first is {at[0]}" for what, at in found.items()]
     return findings
 
 
 def _images_left_over(batch: Batch) -> Iterator[str]:
     used = set(batch.image_index.tolist())
     if beyond := sorted(index for index in used if not 0 <= index < batch.num_images):
-        yield f"image_index: {beyond[0]} is none of the batch's {count(batch.num_images, 'image')}"
+        yield f"image_index: {beyond[0]} is none of the batch's {counted(batch.num_images, 'image')}"
     if idle := batch.num_images - len(used & set(range(batch.num_images))):
         yield f"images: {idle} of {batch.num_images} stand in no row"
 

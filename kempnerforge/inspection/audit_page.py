@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from kempnerforge.inspection.audit import count, image_length
+from kempnerforge.inspection.audit import image_length
 from kempnerforge.inspection.audit_rows import Decoder, Piece, Row, pieces_of
 from kempnerforge.report.html import picture
 from kempnerforge.report.page import render
+from kempnerforge.util.numbers import counted
 
 
 def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]) -> dict[str, Any]:
@@ -75,11 +76,11 @@ def row_card(facts: Mapping[str, Any], images: np.ndarray | None, sources: Seque
     shares = facts["shares"]
     texts = sum(segment["text"] > 0 and segment["sample"] >= 0 for segment in facts["segments"])
     counts = [
-        count(shares["positions"] - shares["padding"], "useful position"),
+        counted(shares["positions"] - shares["padding"], "useful position"),
         f"{shares['trained']:,} trained",
-        count(len(facts["images"]), "image"),
-        count(texts, "text"),
-        count(len(facts["samples"]), "sample"),
+        counted(len(facts["images"]), "image"),
+        counted(texts, "text"),
+        counted(len(facts["samples"]), "sample"),
         f"{shares['padding']:,} padding",
     ]
     known = dict(enumerate([] if images is None else images))

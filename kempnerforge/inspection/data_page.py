@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.data.traces import KINDS
-from kempnerforge.inspection.audit import count
 from kempnerforge.inspection.check_facts import COVERED, MULTIPLE, Batching, Limits, histogram
 from kempnerforge.inspection.data_check import HELD_OUT, Checked, Leak
 from kempnerforge.report.histogram import bar_chart
 from kempnerforge.report.page import Tile, write_page
-from kempnerforge.util.numbers import format_percent
+from kempnerforge.util.numbers import counted, format_percent
 
 BINS = 60
 SHOWN_BAD = 20
@@ -31,8 +30,8 @@ def write_data_page(path: Path, title: str, checked: Sequence[Checked], leaks: S
 def _leak(leak: Leak) -> dict[str, Any]:
     what = f"share {KINDS[leak.kind]} with the training data"
     if leak.kind == "image":
-        what = f"are also in the training data as {count(leak.count, 'image')}, byte by byte"
-    held_out = count(len(leak.pairs), "held-out sample")
+        what = f"are also in the training data as {counted(leak.count, 'image')}, byte by byte"
+    held_out = counted(len(leak.pairs), "held-out sample")
     return {"what": f"{held_out} {what}", "stages": leak.stages, "pairs": leak.pairs[:SHOWN_LEAKS]}
 
 

@@ -14,13 +14,14 @@ from markupsafe import Markup
 
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.inspection.audit import audit, count, render_row
+from kempnerforge.inspection.audit import audit, render_row
 from kempnerforge.inspection.audit_page import describe, row_card
 from kempnerforge.inspection.audit_rows import Row, rows_of
 from kempnerforge.inspection.contact_sheet import contact_sheet
 from kempnerforge.inspection.data_remarks import glance
 from kempnerforge.report.page import write_page
 from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.util.numbers import counted
 
 MAX_BATCHES = 16
 """Micro-batches that are read at most to see samples of each part of a mixture."""
@@ -160,7 +161,7 @@ def write_inspection(path: Path, title: str, stages: Sequence[Inspection]) -> Pa
     wrong = sum(len(stage.findings) for stage in stages)
     sections = [_section(stage) for stage in stages]
     return write_page(
-        path, "inspect.html", title=f"{title}: what is trained", wrong=count(wrong, "finding") if wrong else "", stages=sections
+        path, "inspect.html", title=f"{title}: what is trained", wrong=counted(wrong, "finding") if wrong else "", stages=sections
     )
 
 
@@ -178,6 +179,6 @@ def _section(stage: Inspection) -> dict[str, Any]:
         "head": ("source", *columns),
         "rows": [(name, *(f"{part[key]:,}" for key in columns)) for name, part in zip(stage.sources, stage.parts, strict=True)],
         "skipped": stage.skipped,
-        "left_out": count(stage.texts_left_out, "text") if stage.texts_left_out else "",
+        "left_out": counted(stage.texts_left_out, "text") if stage.texts_left_out else "",
         "cards": stage.cards,
     }

@@ -173,13 +173,13 @@ def assemble(
             section.images.check(model.image_size)
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
-    held_out, plain_text = evaluated(job, stages[-1], tokenizer) if data else (None, None)
+    held_out, plain_text = read_held_out(job, stages[-1], tokenizer) if data else (None, None)
     refuse_unused(chain.from_iterable(source.ignoring() for source in [*sources, held_out] if source is not None))
     layouts = [_layout(job, model, stage.train.seq_len) for stage in stages]
     return Assembly(job, stages, tokenizer, model, layouts, sources, held_out, plain_text)
 
 
-def evaluated(job: JobConfig, last: Stage, tokenizer: Tokenizer) -> tuple[Source | None, PlainText | None]:
+def read_held_out(job: JobConfig, last: Stage, tokenizer: Tokenizer) -> tuple[Source | None, PlainText | None]:
     """What there is to evaluate on: the held-out data of the ``last`` stage, and plain text."""
     plain_text = PlainText(job.eval.text_path, job.eval.text_window, tokenizer, job.train.seed) if job.eval.text_path else None
     return build_source(last.data, "test", tokenizer, last.train.seq_len), plain_text

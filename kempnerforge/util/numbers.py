@@ -44,6 +44,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def counted(number: int, noun: str) -> str:
+    """``"1 image"``, ``"1,234 images"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of a share (Wilson 1927): stays inside [0, 1], also near its ends."""
     assert total > 0
