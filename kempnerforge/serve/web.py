@@ -93,6 +93,10 @@ class Connection(H11Protocol):
         super().resume_writing()
         self._stop(self._outgoing)
 
+    def shutdown(self) -> None:
+        """At the end of the server; as for a client that went, which ends its answer."""
+        self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self._incoming)
         self._stop(self._outgoing)
@@ -221,8 +225,9 @@ def bind(host: str, port: int, desk: Desk, facts: Mapping[str, object]) -> Serve
     if not host:  # to the system that means all addresses
         raise InputError("--host '': name an address; 0.0.0.0 is all of this machine's")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return Server(socket.create_server((host, port), family=family, backlog=64), host, desk, facts)
+        family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in host else (socket.AF_INET, False)
+        listening = socket.create_server((host, port), family=family, backlog=64, dualstack_ipv6=both)
+        return Server(listening, host, desk, facts)
     except (OSError, OverflowError, TypeError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535, a host a name or an address"
         raise InputError(f"--host {host} --port {port}: cannot listen there: {why}") from None

@@ -155,6 +155,18 @@ def test_a_client_that_leaves_ends_its_answer() -> None:
         assert made < 5000 and len(model.asked) == 1, "the one that left while it waited was never asked"
 
 
+def test_the_end_of_the_server_ends_answers(caplog: pytest.LogCaptureFixture) -> None:
+    model = Fake(lambda prompt: Said(["x"] * 10_000, lambda k: time.sleep(0.002)))
+    with serving(model) as server:
+        line = connection(server)
+        line.request("POST", "/api/answers", "{}", {"Content-Type": "application/json"})
+        assert line.getresponse().readline()
+        server.should_exit = True
+        wait_for(lambda: not server.server_state.connections and not server.server_state.tasks)
+        line.close()
+    assert model.answers[0].num_tokens < 5000 and not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
 def test_a_full_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desks, "MAX_WAITING", 1)
     goes_on = threading.Event()
@@ -203,6 +215,12 @@ def test_other_hosts_are_refused(server: Server, host: str, model: Fake) -> None
 def test_a_name_that_was_bound_is_known() -> None:
     with serving(Fake(rule), host="localhost") as server:
         assert server.url == f"http://localhost:{server.server_port}/" and server.knows("localhost:1")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_all_addresses_are_those_of_both_families() -> None:
+    with serving(Fake(rule), host="::") as server:
+        assert server.url == f"http://[::]:{server.server_port}/" and get(server, "/api/model")[0] == 200
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1"])
