@@ -1,8 +1,8 @@
-"""Names in a TOML file -> the classes behind them. Everything that a plugin may add is registered here.
+"""Names in a TOML file -> classes. Everything that a plugin may add is registered here.
 
-There are two kinds of registry. A *config* registry maps the discriminator of a section (``[vlm].arch``, ``[vision_encoder].type``,
-``[adapter].type``, ``[data].source``) to the dataclass that holds the section. A *builder* registry maps the same name to the class that
-is built from it. They are apart because this layer imports no torch: a config can be read, checked and printed without the model code.
+There are two kinds of registry. A *config* registry maps the discriminator of a section (``[vlm].arch``, ``[optimizer].name``) to the
+dataclass of the section. A *builder* registry maps the same name to the class that is built from it. They are apart because this
+layer imports no torch: a config can be read, checked and printed without the model code. ``docs/extend/`` has examples.
 
 Registering is a decorator; the bare form takes the name from the discriminator's default::
 
@@ -14,8 +14,8 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     @registry.register_arch("my_arch")
     class MyArch(VLM): ...
 
-An arch of this repository is one file as well, ``kempnerforge/vlm/my_arch.py``: it is imported when ``my_arch`` is first asked for. (The
-configs of most archs are in ``config/vlm.py``.) So are a data source, ``kempnerforge/data/sources/my_source.py``, and a schedule.
+An entry of this repository is one file as well, such as ``kempnerforge/vlm/my_arch.py``: it is imported when a config first names
+``my_arch``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.inspection.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
-from kempnerforge.training.optimizer import rule_by_name, settings, state_copies
+from kempnerforge.training.optimizer import rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.parts import part_of
@@ -82,7 +82,7 @@ def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePl
     names = [name for name, _ in model.named_parameters()]
     trainable = trainable_names(names, job.freeze_at(stage.start), patterns)
     own = settings(names, stage.optimizer, patterns)
-    rules = rule_by_name(model, stage.optimizer)
+    rules = rules_of(model, stage.optimizer)
     batch = next(assembly.batches(stage, stage.start))
     counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
     by_part: dict[str, set[float]] = {}

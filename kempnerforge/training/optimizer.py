@@ -1,8 +1,8 @@
-"""Optimizers over *all* parameters, frozen ones too: what trains when is the schedule's business, not the optimizer's.
+"""Optimizers over *all* parameters, frozen ones too: stages and freeze specs decide what trains.
 
-A parameter that is frozen has no gradient and is skipped; its moments wait. Parameters fall into groups by what may differ between them:
-which optimizer takes them, whether they decay, and the settings of each stage. Hyper-parameters are written into the groups at every step
-as a function of that step, so nothing of them needs to be saved.
+A frozen parameter has no gradient and is skipped; its moments stay. Parameters are in one group if they have the same rule, decay or do
+not decay alike, and have the same settings in each stage. Hyper-parameters are a function of the step and are written into the
+groups at each step, so they are not saved.
 """
 
 from __future__ import annotations
@@ -26,35 +26,34 @@ from kempnerforge.training.optimizers.rule import Settings, UpdateRule
 from kempnerforge.util.errors import InputError
 
 
-def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[UpdateRule[Any], frozenset[str]]:
-    """The rule of ``cfg`` and those for what it does not take, each with the names of its parameters.
+def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
+    """Name -> the rule that moves the parameter: the one that ``cfg`` names, or one for what that does not take.
 
     Raises:
         ValueError: no rule takes a parameter.
     """
-    left, found = frozenset(name for name, _ in model.named_parameters()), dict[UpdateRule[Any], frozenset[str]]()
+    left, found = {name for name, _ in model.named_parameters()}, dict[str, UpdateRule[Any]]()
     cls: type[UpdateRule[Any]] | None = registry.optimizers.get(cfg.name)
     while cls is not None:
         rule = cls()
-        found[rule] = left & rule.takes(model)
-        left, cls = left - found[rule], rule.rest
+        found |= dict.fromkeys(left & rule.takes(model), rule)
+        left, cls = left - found.keys(), rule.rest
     if left:
-        raise InputError(f"optimizer.name = {cfg.name!r}: takes no parameter like {min(left)!r}; its rule needs a `rest`")
+        raise InputError(f"optimizer.name = {cfg.name!r}: does not take {min(left)!r}, and its rule has no `rest` that does")
     return found
 
 
-def rule_by_name(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
-    """Name -> the rule that moves the parameter."""
-    return {name: rule for rule, names in rules_of(model, cfg).items() for name in names}
-
-
 def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str, int]:
-    """Name -> fp32 tensors of its size that are kept besides weight and gradient once it trains."""
-    return {name: rule.state_copies + ema for name, rule in rule_by_name(model, cfg).items()}
+    """Name -> fp32 tensors of its size that are kept in addition to weight and gradient once it trains."""
+    return {name: rule.state_copies + ema for name, rule in rules_of(model, cfg).items()}
 
 
 def lr_scales(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Name -> factor on the learning rate. Of the patterns that match a name the last one counts. Raises ValueError: a pattern matches nothing."""
+    """Name -> factor on the learning rate. Of the patterns that match a name the last one counts.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
     scales = dict.fromkeys(names, 1.0)
     for module, scale in cfg.lr_scale.items():
         scales.update(dict.fromkeys(match_names(names, module, patterns, "optimizer.lr_scale"), scale))
@@ -95,34 +94,26 @@ class Optimizers:
         self.model, self.stages = model, list(stages)
         self.parameters = dict(model.named_parameters())
         found = [settings(list(self.parameters), stage.optimizer, patterns) for stage in stages]
-        rules = rules_of(model, cfg)
-        assert sum(map(len, rules.values())) == len(self.parameters), "rules must cover every parameter once"
         self.ema = Ema(ema_decay) if ema_decay else None
-        self._averaging: Averaging | None = self.ema
-        self._lr_keys = dict.fromkeys(["lr", *(rule.lr_key for rule in rules)])
-        self._rules: list[UpdateRule[Any]] = []
-        self.all: list[torch.optim.Optimizer] = []
         self._step = 0
-        for rule, names in rules.items():
-            members: dict[tuple[bool, tuple[Settings, ...]], list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in self.parameters.items():
-                if name in names:
-                    members[parameter.ndim > 1, tuple(s[name] for s in found)].append(parameter)
-            groups = [
-                {"params": params, "decays": decays, "settings": each, **rule.values(cfg, each[0])}
-                for (decays, each), params in members.items()
-            ]
-            if groups:
-                self._rules.append(rule)
-                self.all.append(optimizer := rule.make(groups, cfg))
-                self._averaging = rule.averaging(optimizer) or self._averaging
-        assert self.ema in (None, self._averaging), "train.ema_decay with an optimizer that averages is refused when a job is loaded"
+        rules = rules_of(model, cfg)
+        members: dict[tuple[UpdateRule[Any], bool, tuple[Settings, ...]], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.parameters.items():
+            members[rules[name], parameter.ndim > 1, tuple(s[name] for s in found)].append(parameter)
+        groups: dict[UpdateRule[Any], list[dict[str, Any]]] = defaultdict(list)
+        for (rule, decays, each), params in members.items():
+            groups[rule].append({"params": params, "decays": decays, "settings": each, **rule.values(cfg, each[0])})
+        self._by_rule = {rule: rule.make(rows, cfg) for rule, rows in groups.items()}
+        self.all = list(self._by_rule.values())
+        own = [average for rule, optimizer in self._by_rule.items() if (average := rule.averaging(optimizer)) is not None]
+        assert not (own and self.ema), "train.ema_decay with an optimizer that averages is refused when a job is loaded"
+        self._averaging: Averaging | None = own[0] if own else self.ema
 
     def set_step(self, stage: Stage, step: int) -> dict[str, float]:
         """Writes the hyper-parameters of ``step`` into all groups; returns the learning rates of the section by their keys."""
         cfg, self._step = stage.optimizer, step
         into = step - stage.start
-        for rule, optimizer in zip(self._rules, self.all, strict=True):
+        for rule, optimizer in self._by_rule.items():
             for group in optimizer.param_groups:
                 own: Settings = group["settings"][stage.index]
                 factor = stage.scheduler.factor(into, stage.planned_steps, own.warmup_steps)
@@ -130,7 +121,7 @@ class Optimizers:
                 group["weight_decay"] = own.weight_decay if group["decays"] else 0.0
                 group.update(rule.values(cfg, own))
         factor = stage.scheduler.factor(into, stage.planned_steps)
-        return {key: getattr(cfg, key) * factor for key in self._lr_keys}
+        return {key: getattr(cfg, key) * factor for key in ("lr", *(rule.lr_key for rule in self._by_rule))}
 
     def step(self) -> None:
         if self.ema is not None:
@@ -141,7 +132,7 @@ class Optimizers:
             self.ema.update(self._step)
 
     def reset(self) -> None:
-        """Forgets all moments and step counts, as if nothing had been trained yet. An optimizer that averages goes on from its average."""
+        """Forgets all moments and step counts. The weights stay; an optimizer that averages continues from its average."""
         if self._averaging is not self.ema:
             write(self.model, self._averages())
         for optimizer in self.all:
@@ -151,16 +142,16 @@ class Optimizers:
         return self._averaging.average() if self._averaging is not None else {}
 
     def averages(self) -> dict[str, Tensor]:
-        """Name -> the weight to use, sharded like the parameter, where it is another one than that which is trained. Only to be read."""
+        """Name -> the weight to use, sharded like the parameter, if it is not the trained one. Read only."""
         found = self._averages()
         return {name: found[p] for name, p in self.parameters.items() if p in found}
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model with the weights to use, for an evaluation between steps; training goes on as if it had not been. All ranks call it."""
+        """The model with the weights to use, for an evaluation between steps; afterwards it is as before. All ranks call it."""
         return swapped(self.model, self._averages())
 
     def load_averages(self, averages: Mapping[str, Tensor]) -> None:
-        """Goes on from the ``averages`` of a checkpoint. (An optimizer that averages makes them from its state.)"""
+        """Continues from the ``averages`` of a checkpoint. (An optimizer that averages makes them from its state.)"""
         if self.ema is not None:
             self.ema.load({self.parameters[name]: value for name, value in averages.items()})
 

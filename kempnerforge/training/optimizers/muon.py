@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers"): momentum, then the nearest semi-orthogonal matrix as the update.
 
-Unlike ``torch.optim.Muon`` on sharded parameters, every matrix is gathered whole and orthogonalised by local products, so that the update
-does not depend on how many ranks hold it (through DTensor, single entries of the first update differ by 40 % on two ranks), and matrices
-of one shape go through as one batch: a small model has dozens of them, and each product alone is too short for a CPU or a GPU.
+Unlike ``torch.optim.Muon`` on sharded parameters, every matrix is gathered whole and orthogonalised by local products. So the update
+does not depend on the number of ranks (through DTensor, single entries of the first update differ by 40 % on two ranks).
+Matrices of one shape are one batch: a small model has dozens of them, and one product alone is too short for a CPU or a GPU.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class UpdateRule(Generic[Config]):
 
     Attributes:
         lr_key: the key of the section with its peak learning rate.
-        state_copies: fp32 tensors of a parameter's size that it keeps besides weight and gradient.
+        state_copies: fp32 tensors of a parameter's size that it keeps in addition to weight and gradient.
         rest: the rule for parameters that this one does not take.
     """
 
@@ -56,7 +56,7 @@ class UpdateRule(Generic[Config]):
         raise NotImplementedError
 
     def values(self, cfg: Config, own: Settings) -> dict[str, Any]:
-        """What is written into a group before each step, besides "lr" and "weight_decay".
+        """What is written into a group before each step, in addition to "lr" and "weight_decay".
 
         Args:
             cfg: the section, as the stage has it.

@@ -1,7 +1,7 @@
 """Schedule-free AdamW (Defazio et al. 2024, "The road less scheduled", algorithm 1).
 
-There are three sequences: z takes AdamW's steps, x is the average of z and is what the method promises something of, and gradients are taken
-at y, which lies between them. The parameters of the model are y; x is made from y and z when it is asked for, so that no third copy is kept.
+There are three sequences: z takes AdamW's steps, x is the average of z and is the result, and gradients are taken at y,
+between the two. The parameters of the model are y; x is computed from y and z on demand, without a third copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kempnerforge.util.errors import InputError
 
 
 class ScheduleFreeAdamW(ForeachOptimizer):
-    """AdamW without momentum, and with an average in its place. The learning rate should be constant behind a warm-up.
+    """AdamW without momentum, and with an average in its place. The learning rate should be constant after a warm-up.
 
     Args:
         lr: often larger than AdamW's.
@@ -85,7 +85,7 @@ class ScheduleFreeAdamW(ForeachOptimizer):
 def _move(
     group: dict[str, Any], share: float, correction: float, y: list[Tensor], grad: list[Tensor], z: list[Tensor], second: list[Tensor]
 ) -> None:
-    """One step of parameters with one history; ``share`` is that of the new z, ``correction`` for the second moment's bias."""
+    """One step of parameters with one history; ``share`` is the weight of the new z in the average, ``correction`` undoes the second moment's bias."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     FOREACH["mul_"](second, beta2)
     FOREACH["addcmul_"](second, grad, grad, value=1 - beta2)
