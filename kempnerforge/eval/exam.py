@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from kempnerforge.config import EvalConfig
-from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.plain_text import PlainText
-from kempnerforge.eval.questions import HeldOut, Question
+from kempnerforge.eval.questions import HeldOut
 
 BLANK = 128
 """The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
 
 
-class Ranks(Protocol):
-    """The processes of an evaluation. ``sum`` is called for each token and each batch; an exception that it
+class Ranks:
+    """The processes of an evaluation: here one alone. ``sum`` is called for each token and each batch; what it
     raises on all ranks ends the evaluation.
     """
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def sum(self, values: Sequence[float]) -> list[float]: ...
-
-    def gather(self, value: Any) -> list[Any]: ...
-
-
-@dataclass(frozen=True)
-class OneProcess:
-    """The ranks of a process that is alone."""
-
-    rank: int = 0
-    size: int = 1
+    rank, size = 0, 1
 
     def sum(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks."""
         return list(values)
 
     def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on each."""
         return [value]
 
 
@@ -67,19 +52,9 @@ class Exam:
     encoder: Encoder
     cfg: EvalConfig
     device: torch.device
-    ranks: Ranks = field(default_factory=OneProcess)
+    ranks: Ranks = field(default_factory=Ranks)
     held_out: HeldOut | None = None
     plain_text: PlainText | None = None
     rows: int = 1
     limit: int = 0
     answered: dict[Hashable, Any] = field(default_factory=dict)
-
-    def draw(self, wording: Callable[[Question], Question | None]) -> dict[int, Question]:
-        """The held-out questions that are asked, by their number among all.
-
-        Args:
-            wording: a question as it is asked; None: it is not.
-        """
-        found = enumerate(self.held_out.questions if self.held_out is not None else ())
-        fitting = [(number, said) for number, question in found if (said := wording(question)) is not None]
-        return dict(fitting[at] for at in drawn(len(fitting), self.limit, self.encoder.seed))

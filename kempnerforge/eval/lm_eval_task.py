@@ -69,7 +69,7 @@ def write_task(
         ValueError: there is no question that can be asked.
     """
     held_out = examine(source, encoder, cfg, pictures=0)
-    asked, left_out = held_out.draw(limit, encoder.seed), list(held_out.skipped)
+    asked, left_out = list(held_out.draw(limit, encoder.seed).values()), list(held_out.skipped)
     out.mkdir(parents=True, exist_ok=True)
     lengths = _write_table(source, asked, Truths(encoder), out / TABLE, left_out, progress)
     if not lengths:

@@ -38,10 +38,6 @@ class HeldOutLoss:
     skipped: list[tuple[str, str]]
     left_out: int = 0
 
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.nats)
-
 
 def perplexity(nats: float) -> float:
     """Of a loss in nats per token; finite for any."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -212,9 +212,16 @@ class HeldOut:
     empty: int
     merged: list[str]
 
-    def draw(self, limit: int, seed: int) -> list[Question]:
-        """``limit`` questions at most, each once, drawn by ``seed``; 0: all."""
-        return [self.questions[at] for at in drawn(len(self.questions), limit, seed)]
+    def draw(
+        self, limit: int, seed: int, wording: Callable[[Question], Question | None] = lambda question: question
+    ) -> dict[int, Question]:
+        """``limit`` questions at most, drawn by ``seed``, by their number among all; 0: all.
+
+        Args:
+            wording: a question as it is asked; None: it is not.
+        """
+        fitting = [(number, said) for number, question in enumerate(self.questions) if (said := wording(question)) is not None]
+        return dict(fitting[at] for at in drawn(len(fitting), limit, seed))
 
     def require(self, max_bad_fraction: float) -> None:
         """Raises InputError if no sample can be used, or more than ``max_bad_fraction`` of them cannot."""

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.eval.answers import Answer, Answers, ask
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.questions import Question
+from kempnerforge.report.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,6 @@ class Found:
 
 
 # ---- the report -----------------------------------------------------------------------------------------
-
-
-class Results(Protocol):
-    """What a run has recorded last, by key without ``eval/``."""
-
-    def result(self, key: str) -> float | None:
-        """A value of the last evaluation, if there is one."""
-        ...
-
-    def beside(self, key: str, words: str) -> str:
-        """A count with ``words``, to go on after a semicolon; empty where there is none."""
-        ...
-
-    def baseline(self) -> tuple[float, str] | None:
-        """What answers without looking reach, and how."""
-        ...
 
 
 class ReportRow(NamedTuple):
@@ -143,7 +128,7 @@ class Task:
         """What is found, the same on all ranks; None: there is nothing to measure."""
         raise NotImplementedError
 
-    def rows(self, results: Results) -> list[ReportRow]:
+    def rows(self, facts: Facts) -> list[ReportRow]:
         """Its scores in the report."""
         return []
 
@@ -193,8 +178,7 @@ class QuestionTask(Task):
         return {f"/{kind}": points / total for kind, (points, total) in score.by_kind.items()}
 
     def measure(self, exam: Exam) -> Found | None:
-        asked = exam.draw(self.question)
-        if not asked or exam.held_out is None:
+        if exam.held_out is None or not (asked := exam.held_out.draw(exam.limit, exam.encoder.seed, self.question)):
             return None
         key, count = f"eval/{self.name}", f"eval/{self._counts}"
         seeing = self._score(exam, asked, blind=False)
@@ -213,24 +197,24 @@ class QuestionTask(Task):
         values |= {f"{key}_blind": blind.mean, **{f"{key}_blind{suffix}": value for suffix, value in self.further(blind).items()}}
         return Found(values, seeing, blind)
 
-    def rows(self, results: Results) -> list[ReportRow]:
-        seen, blind = results.result(self.name), results.result(f"{self.name}_blind")
+    def rows(self, facts: Facts) -> list[ReportRow]:
+        seen, blind = facts.result(self.name), facts.result(f"{self.name}_blind")
         if seen is None:
             return []
         shown = (lambda value: percent(value)) if self.share else (lambda value: f"{value:.4g}")
         unit, title = "%" if self.share else "", self.title or self.name
-        rows = [ReportRow(title, shown(seen), unit, self.beside(results).removeprefix("; "))]
+        rows = [ReportRow(title, shown(seen), unit, self.beside(facts).removeprefix("; "))]
         return rows if blind is None else [*rows, ReportRow(f"Blind {title}", shown(blind), unit, "image blanked: the same questions")]
 
     def curves(self) -> list[ReportCurve]:
         key, title = f"eval/{self.name}", self.title or self.name
         return [ReportCurve(title, "mean over questions", {key: title, f"{key}_blind": "image blanked"}, self.share)]
 
-    def beside(self, results: Results) -> str:
+    def beside(self, facts: Facts) -> str:
         """What has to be known of the questions, each part after a semicolon."""
-        asked = "" if self.counts == "" else results.beside(f"{self._counts}questions", "questions")
-        cut = results.beside(f"{self._counts}too_long", f"cannot be written in {'' if self.max_new_tokens else 'eval.'}max_new_tokens")
-        return asked + results.beside(f"{self._counts}unreadable", "could not be asked") + cut
+        asked = "" if self.counts == "" else facts.beside(f"{self._counts}questions", "questions")
+        cut = facts.beside(f"{self._counts}too_long", f"cannot be written in {'' if self.max_new_tokens else 'eval.'}max_new_tokens")
+        return asked + facts.beside(f"{self._counts}unreadable", "could not be asked") + cut
 
     @property
     def _counts(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.eval.exam import OneProcess
+from kempnerforge.eval.exam import Ranks
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.eval.questions import HeldOut
 from kempnerforge.inference.restore import restore
@@ -51,7 +51,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
         held_out.require(last.data.max_bad_fraction)
     if predictions is not None and not (held_out and held_out.questions and (job.eval.exact_match or job.eval.tasks)):
         raise InputError(f"--predictions {predictions}: no question is asked; eval.exact_match = {str(job.eval.exact_match).lower()}")
-    found = assembly.evaluate(OneProcess(), restored.device, rows=job.train.batch_size, limit=limit)
+    found = assembly.evaluate(Ranks(), restored.device, rows=job.train.batch_size, limit=limit)
     if predictions is not None and held_out is not None:
         write_predictions(predictions, found, held_out.skipped)
     values = {key.removeprefix("eval/"): value for key, value in found.values.items()}

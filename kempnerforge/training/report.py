@@ -13,8 +13,8 @@ from kempnerforge.config import EvalConfig
 from kempnerforge.eval.evaluate import tasks_of
 from kempnerforge.eval.task import Task
 from kempnerforge.report.charts import Band, Series, line_chart
+from kempnerforge.report.facts import Facts
 from kempnerforge.report.page import Tile, write_page
-from kempnerforge.training.report_facts import Facts
 from kempnerforge.util.metrics import Metrics, read_metrics
 from kempnerforge.util.numbers import format_duration, format_number, format_percent
 

@@ -22,7 +22,7 @@ from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop
-from kempnerforge.eval.exam import Exam, OneProcess, Ranks
+from kempnerforge.eval.exam import Exam, Ranks
 from kempnerforge.eval.loss import HeldOutLoss, held_out_loss
 from kempnerforge.eval.questions import Question, questions
 from kempnerforge.eval.task import Score
@@ -43,7 +43,7 @@ def evaluate(
     model: nn.Module, asked: Sequence[Question], encoder: Encoder, cfg: EvalConfig, ranks: Ranks | None = None, *, blind: bool = False
 ) -> Score:  # fmt: skip
     """Exact match of ``asked``."""
-    exam = Exam(model, encoder, cfg, DEVICE, ranks or OneProcess())
+    exam = Exam(model, encoder, cfg, DEVICE, ranks or Ranks())
     return ExactMatch()._score(exam, dict(enumerate(asked)), blind)
 
 

@@ -21,7 +21,7 @@ from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.answers import Answer
-from kempnerforge.eval.exam import BLANK, OneProcess
+from kempnerforge.eval.exam import BLANK, Ranks
 from kempnerforge.eval.questions import Question, Truth, examine, questions
 from kempnerforge.eval.tasks.exact_match import question_only_prior
 from tests.dist import run_ranks
@@ -188,9 +188,9 @@ def test_questions() -> None:
 def test_a_subset_asks_each_question_once_and_always_the_same(n: int, limit: int, seed: int) -> None:
     source = ListSource([Sample(str(k), (), (Text("p", "x"),)) for k in range(n)])
     found = examine(source, ENCODER, EvalConfig())
-    drawn, again = ([int(q.sample_id) for q in found.draw(limit, seed)] for _ in range(2))
+    drawn, again = ([int(q.sample_id) for q in found.draw(limit, seed).values()] for _ in range(2))
     assert drawn == again == sorted(set(drawn)) and len(drawn) == (min(n, limit) or n)
-    assert set(drawn) <= {int(q.sample_id) for q in found.draw(limit + 1 if limit else 0, seed)}
+    assert set(drawn) <= {int(q.sample_id) for q in found.draw(limit + 1 if limit else 0, seed).values()}
 
 
 @pytest.mark.parametrize("texts", [2, 3, 4, 8])
@@ -198,7 +198,8 @@ def test_a_subset_does_not_meet_the_same_text_of_each_picture(texts: int) -> Non
     """As many texts as the subset leaves out: every n-th question would be the first of its picture."""
     samples = [Sample(str(k), (), tuple(Text(str(number), "x") for number in range(texts))) for k in range(100)]
     counts = [
-        sum(int(q.prompt) == number for q in examine(ListSource(samples), ENCODER, EvalConfig()).draw(100, 0)) for number in range(texts)
+        sum(int(q.prompt) == number for q in examine(ListSource(samples), ENCODER, EvalConfig()).draw(100, 0).values())
+        for number in range(texts)
     ]
     assert sum(counts) == 100 and all(abs(count - 100 / texts) < 20 for count in counts), counts
 
@@ -299,7 +300,7 @@ def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
     one, two = written(tmp_path / "0.pt"), written(tmp_path / "1.pt")
     assert one[0] == two[0] == [4, 4]
-    alone = facts(*both(Scripted(shade, lambda labels: labels.double()), OneProcess()))
+    alone = facts(*both(Scripted(shade, lambda labels: labels.double()), Ranks()))
     assert alone["counts"] == [4, 5, 0] and alone["by_kind"] == {"odd": (0, 1)}
     assert alone["by_truth"] == {"blue": (2, 3), "red": (2, 2)} and [name for name, _ in alone["unreadable"]] == ["s2", "s5"]
     assert one[1] == two[1] == alone

@@ -128,7 +128,7 @@ def test_questions_are_those_of_evaluate_without_the_template(tmp_path: Path) ->
 def test_limit_spreads_as_it_does_in_evaluation(tmp_path: Path) -> None:
     source = ListSource([Sample(f"s{k}", (grey(k),), (Text("what?", "red"),)) for k in range(10)])
     assert write_task(source, ENCODER, tmp_path, CFG, limit=4).questions == 4
-    want = [question.sample_id for question in examine(source, ENCODER, CFG).draw(4, ENCODER.seed)]
+    want = [question.sample_id for question in examine(source, ENCODER, CFG).draw(4, ENCODER.seed).values()]
     assert [row["id"] for row in read(tmp_path)] == want
     with pytest.raises(ValueError, match="none of 1 held-out questions can be written; the first: image 8 bytes: not an image"):
         write_task(ListSource([Sample("s", (BROKEN,), (Text("what?", "red"),))]), ENCODER, tmp_path / "none", CFG)

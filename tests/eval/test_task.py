@@ -17,6 +17,7 @@ from kempnerforge.eval.evaluate import evaluate
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.eval.questions import HeldOut, Question, Truth, examine
+from kempnerforge.training.setup import assemble
 from tests.eval.scripted import DEVICE, ENCODER, LEVELS, ListSource, Scripted, held_out
 from tests.training.tiny import call, make_job, metrics, rows_of, two_ranks, write_rows
 from tests.vlm.tiny import ONE, THREE, all_logits, tiny
@@ -210,9 +211,8 @@ def test_vqa_accuracy_counts_annotators(same: int, want: float) -> None:
 
 def test_all_annotators_reach_a_task(tmp_path: Path) -> None:
     answers = ["red", "red", "dark red", "red", "dark red"]
-    (job := make_job(tmp_path)), write_rows(tmp_path / "test.jsonl", [rows_of(tmp_path)[0] | {"answer": answers}])
-    from kempnerforge.training.setup import assemble
-
+    job = make_job(tmp_path)
+    write_rows(tmp_path / "test.jsonl", [rows_of(tmp_path)[0] | {"answer": answers}])
     known: HeldOut | None = assemble(load_config(job)).examined
     assert known is not None
     (question,) = known.questions

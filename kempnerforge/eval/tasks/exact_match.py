@@ -14,7 +14,8 @@ from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.questions import Question, Truths
-from kempnerforge.eval.task import Found, QuestionTask, ReportCurve, ReportRow, Results, percent
+from kempnerforge.eval.task import Found, QuestionTask, ReportCurve, ReportRow, percent
+from kempnerforge.report.facts import Facts
 from kempnerforge.util.numbers import format_percent, wilson_interval
 
 
@@ -32,16 +33,16 @@ class ExactMatch(QuestionTask):
     def points(self, answer: Answer) -> bool:
         return answer.right
 
-    def rows(self, results: Results) -> list[ReportRow]:
-        seen, blind, base = results.result("exact_match"), results.result("exact_match_blind"), results.baseline()
-        total = int(results.result("questions") or 0)
+    def rows(self, facts: Facts) -> list[ReportRow]:
+        seen, blind, base = facts.result("exact_match"), facts.result("exact_match_blind"), facts.baseline()
+        total = int(facts.result("questions") or 0)
         rows = []
         if seen is not None:
             about = "generated answer equals the truth"
             if total:
                 low, high = wilson_interval(seen * total, total)
                 about = f"{round(seen * total):,} of {total:,} right; 95\u00a0% interval {100 * low:.1f} to {format_percent(high)}"
-                about += self.beside(results)
+                about += self.beside(facts)
             rows.append(ReportRow(self.title, percent(seen), "%", about, lead=True))
         if blind is not None:
             about = "image blanked" + (f"; {base[1]}: {format_percent(base[0])}" if base else ": the same questions")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from kempnerforge.config import registry
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.loss import held_out_loss, perplexity
-from kempnerforge.eval.task import Found, ReportRow, Results, Task
+from kempnerforge.eval.task import Found, ReportRow, Task
+from kempnerforge.report.facts import Facts
 from kempnerforge.util.numbers import format_number
 
 
@@ -23,10 +24,10 @@ class Loss(Task):
         values = {"eval/loss": loss.nats, "eval/loss_samples": loss.samples, "eval/loss_unreadable": len(loss.skipped)}
         return Found(values | ({"eval/loss_texts_left_out": loss.left_out} if loss.left_out else {}))
 
-    def rows(self, results: Results) -> list[ReportRow]:
-        loss = results.result("loss")
+    def rows(self, facts: Facts) -> list[ReportRow]:
+        loss = facts.result("loss")
         if loss is None:
             return []
-        counts = results.beside("loss_samples", "samples") + results.beside("loss_unreadable", "could not be read")
+        counts = facts.beside("loss_samples", "samples") + facts.beside("loss_unreadable", "could not be read")
         about = f"nats a token; perplexity {format_number(perplexity(loss))}{counts}"
         return [ReportRow("Held-out loss", f"{loss:.4g}", about=about, lead=True)]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.eval.exam import Exam
-from kempnerforge.eval.loss import held_out_loss
+from kempnerforge.eval.loss import held_out_loss, perplexity
 from kempnerforge.eval.task import Found, ReportCurve, Task
 
 
@@ -22,7 +22,7 @@ class TextPerplexity(Task):
         if (text := exam.plain_text) is None:
             return None
         loss = held_out_loss(exam, text.windows, text.encoder, text.rows)
-        return Found({"eval/text_perplexity": loss.perplexity, "eval/text_windows": loss.samples})
+        return Found({"eval/text_perplexity": perplexity(loss.nats), "eval/text_windows": loss.samples})
 
     def curves(self) -> list[ReportCurve]:
         return [ReportCurve("Plain text", "perplexity, without any image", {"eval/text_perplexity": "perplexity"})]

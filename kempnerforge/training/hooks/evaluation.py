@@ -8,6 +8,7 @@ from typing import Any
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.eval.evaluate import Measured
+from kempnerforge.eval.exam import Ranks
 from kempnerforge.eval.questions import questions
 from kempnerforge.eval.tasks.exact_match import question_only_prior
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
@@ -22,7 +23,7 @@ class BrokenOff(Exception):
     """A rank was asked to stop during an evaluation. It is raised on all of them at the same place."""
 
 
-class Voting:
+class Voting(Ranks):
     """The ranks of an evaluation that ends when one of them is asked to stop."""
 
     def __init__(self, trainer: Trainer) -> None:
