@@ -13,7 +13,7 @@ from kempnerforge.util.errors import InputError
 
 @dataclass
 class OptimizerGroup:
-    """One ``[[optimizer.groups]]`` table: what is different for some parameters. A key that is not given stays as it is for them.
+    """One ``[[optimizer.groups]]`` table: what is different for some parameters; other keys stay.
 
     Attributes:
         module: alias or fnmatch pattern of parameter names.
@@ -51,10 +51,11 @@ class OptimizerConfig:
         name: "adamw", "muon", "lion", "schedule_free_adamw", or that of a plugin.
         lr: peak learning rate, reached at the end of the warm-up.
         weight_decay: of matrices; vectors have none.
-        lr_scale: alias or fnmatch pattern of parameter names -> factor on the learning rate; the last match counts.
-        groups: what is different for some parameters; of those that give a key for a parameter the last one counts. ``lr_scale`` multiplies.
+        lr_scale: alias or fnmatch pattern -> factor on the learning rate; the last match counts.
+        groups: what is different for some parameters; of those that give a key for a parameter the last one
+            counts. ``lr_scale`` multiplies.
         moments: what a stage does at its start with the optimizer's state: "keep", or "reset" to none.
-        keeps_average: no key, but a fact about the class: evaluation uses its own average of the weights, so that there is no other one.
+        keeps_average: no key, a fact about the class: evaluation uses its own average of the weights.
     """
 
     keeps_average: ClassVar[bool] = False
@@ -95,7 +96,7 @@ class AdamWConfig(OptimizerConfig):
     The other optimizers of this package share its keys, so that ``name`` can change alone.
 
     Attributes:
-        betas: of AdamW and Lion; for "schedule_free_adamw" the first one interpolates between the average and the newest weights.
+        betas: of the moments; the first one of "schedule_free_adamw" is between newest weights and average.
         eps: of AdamW, with or without a schedule.
         muon_lr: peak learning rate of the matrices that "muon" takes; ``lr`` does not move them.
         muon_momentum: of the matrices that "muon" takes.
@@ -142,9 +143,7 @@ class LionConfig(AdamWConfig):
 @registry.register_optimizer_config
 @dataclass
 class ScheduleFreeAdamWConfig(AdamWConfig):
-    """Schedule-free AdamW (Defazio et al. 2024): wants a constant schedule after its warm-up. Evaluation and generation use its average of the
-    weights.
-    """
+    """Schedule-free AdamW (Defazio et al. 2024): wants a constant schedule. Evaluation uses its average."""
 
     keeps_average: ClassVar[bool] = True
 

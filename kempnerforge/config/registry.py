@@ -1,8 +1,9 @@
 """Names in a TOML file -> classes. Everything that a plugin may add is registered here.
 
-There are two kinds of registry. A *config* registry maps the discriminator of a section (``[vlm].arch``, ``[optimizer].name``) to the
-dataclass of the section. A *builder* registry maps the same name to the class that is built from it. They are apart because this
-layer imports no torch: a config can be read, checked and printed without the model code. ``docs/extend/`` has examples.
+There are two kinds of registry. A *config* registry maps the discriminator of a section (``[vlm].arch``,
+``[optimizer].name``) to the dataclass of the section. A *builder* registry maps the same name to the class
+that is built from it. They are apart because this layer imports no torch: a config can be read, checked and
+printed without the model code. ``docs/extend/`` has examples.
 
 Registering is a decorator; the bare form takes the name from the discriminator's default::
 
@@ -14,8 +15,8 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     @registry.register_arch("my_arch")
     class MyArch(VLM): ...
 
-An entry of this repository is one file as well, such as ``kempnerforge/vlm/my_arch.py``: it is imported when a config first names
-``my_arch``.
+An entry of this repository is one file as well, such as ``kempnerforge/vlm/my_arch.py``: it is imported when
+a config first names ``my_arch``.
 """
 
 from __future__ import annotations
@@ -169,4 +170,4 @@ def list_vlm_configs() -> list[str]:
 
 
 registry = sys.modules[__name__]
-"""This module: ``from kempnerforge.config.registry import registry`` and ``from kempnerforge.config import registry`` are the same."""
+"""This module, for ``from kempnerforge.config.registry import registry``."""

@@ -1,4 +1,4 @@
-"""``[scheduler]``: the learning rate as a pure function of the step. One file per schedule in ``training/schedules``."""
+"""``[scheduler]``: the learning rate as a function of the step. ``training/schedules`` has a file for each."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ class SchedulerConfig(ABC):
 
     Subclasses register with ``@registry.register_schedule``.
 
-    Step t (from 0) of T, with W steps of warm-up, or one if there are none, has the factor ``(t + 1) / W`` up to 1 at t = W - 1. The decay
-    begins at step B, which is W unless the schedule says otherwise, and ends at the last step, t = T - 1, at ``min_lr_ratio``::
+    Step t (from 0) of T, with W steps of warm-up, or one if there are none, has the factor ``(t + 1) / W`` up
+    to 1 at t = W - 1. The decay begins at step B, which is W unless the schedule says otherwise, and ends at
+    the last step, t = T - 1, at ``min_lr_ratio``::
 
         progress = (t + 1 - B) / (T - B)
         factor = min_lr_ratio + (1 - min_lr_ratio) * decay(progress)
 
-    These are transformers' closed forms at t + 1: there the first step has a rate of 0 and moves nothing, and the last one ends before
-    ``min_lr_ratio``.
+    These are transformers' closed forms at t + 1: there the first step has a rate of 0 and moves nothing, and
+    the last one ends before ``min_lr_ratio``.
 
     Attributes:
         name: "cosine", "linear", "wsd" (warm-up, stable, decay), "constant", or that of a plugin.
@@ -48,7 +49,7 @@ class SchedulerConfig(ABC):
         return warmup
 
     def factor(self, step: int, steps: int, warmup_steps: int | None = None) -> float:
-        """The factor at ``step`` (from 0) of a stage of ``steps``. Where the warm-up takes all of them there is no decay.
+        """The factor at ``step`` (from 0) of a stage of ``steps``. If all of them warm up, there is no decay.
 
         Args:
             warmup_steps: in place of the section's.

@@ -64,8 +64,8 @@ class Stage:
 
     Attributes:
         index: of the ``[[stages]]`` table.
-        planned_steps: what the learning rate is a function of: ``steps`` unless ``train.max_steps`` cuts the stage short. A run that is cut
-            short and then allowed to go on is the same as one that never was.
+        planned_steps: what the learning rate is a function of: ``steps`` unless ``train.max_steps`` cuts the
+            stage short. A run that is cut short and then allowed to go on is the same as one that never was.
         freeze: without ``[vlm].freeze_schedule``, see ``JobConfig.freeze_at``.
     """
 
@@ -93,7 +93,8 @@ def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems
         sections: those of ``STAGED`` that could be built, by name.
         key: where the stage stands.
         problems: collects what is wrong with the overrides.
-        broken: names of sections that could not be built and are there with defaults: only keys and types of their overrides are checked.
+        broken: names of sections that could not be built and are there with defaults: only keys and types of
+            their overrides are checked.
 
     Returns:
         The changed sections by name, without those that have a problem.
@@ -121,7 +122,7 @@ def _override_section(section: Any, table: dict[str, Any], key: Key, problems: P
 
 
 def _convert(cls: type, table: dict[str, Any], key: Key, problems: Problems) -> dict[str, Any]:
-    """The overrides in ``table`` as the types of ``cls``'s fields; ``INVALID`` where a stage may not change the key."""
+    """The overrides as the types of ``cls``'s fields; ``INVALID`` where a stage may not change the key."""
     section = str(key[-1])
     fixed = {part: INVALID for part in table if part in _FIXED.get(section, ())}
     for part in fixed:
@@ -138,7 +139,7 @@ def _replace(section: Any, table: dict[str, Any], key: Key, problems: Problems, 
 
 
 def _other_class(section: Any, union: Discriminator, table: dict[str, Any], key: Key, problems: Problems) -> Any:
-    """The section for the stage's own source or schedule; keys of the job's section that the new class knows, too, stay."""
+    """The section of the stage's own source or schedule; other keys stay if the new class has them."""
     name = convert(str, table[union.key], (*key, union.key), problems)
     chosen = None if name is INVALID else class_named(union, name, key, problems)
     if chosen is None:

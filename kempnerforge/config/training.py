@@ -121,7 +121,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackerConfig:
-    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name alone is a table with this ``type``.
+    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name is a table with that ``type``.
 
     Subclasses register with ``@registry.register_tracker_config``.
 
@@ -134,7 +134,7 @@ class TrackerConfig:
 
 @dataclass
 class HookConfig:
-    """One ``[[hooks]]`` table: what a plugin does before, after or between steps. They run in this order, after evaluation and before saving.
+    """One ``[[hooks]]`` table: a hook of a plugin. They run in this order, after evaluation.
 
     Subclasses register with ``@registry.register_hook_config``.
 

@@ -1,4 +1,4 @@
-"""Averages of the weights: an exponential moving one, and how any average takes the place of the weights for a while."""
+"""An exponential moving average of the weights, and how any average takes their place for a while."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Averaging(Protocol):
 
 
 class Ema:
-    """Exponential moving average of the weights (Polyak and Juditsky 1992 for the idea): ``a = d a + (1 - d) w`` after each step.
+    """Exponential moving average of the weights (Polyak and Juditsky 1992): ``a = d a + (1 - d) w`` each step.
 
-    A parameter gets an average when it trains for the first time; until then it equals it, and what never trains costs no memory.
+    A parameter gets an average when it trains for the first time; until then it equals it, and what never
+    trains costs no memory.
 
     Args:
         decay: ``d``, at most ``(1 + t) / (10 + t)`` in step t of the run.
@@ -36,7 +37,7 @@ class Ema:
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[Tensor]) -> None:
-        """Before a step: those of ``parameters`` that are about to move for the first time get their averages."""
+        """Before a step: ``parameters`` that train for the first time get their averages."""
         for p in parameters:
             if p.grad is not None and p not in self._averages:
                 self._averages[p] = p.detach().clone()
@@ -60,8 +61,8 @@ class Ema:
 def write(model: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
     """Copies ``values`` into the (sharded) parameters that they belong to.
 
-    NOTE: after a forward without backward some FSDP units still show gathered parameters, which the next forward would use again; resharded,
-    they are gathered anew.
+    NOTE: after a forward without backward some FSDP units still show gathered parameters, which the next
+    forward would use again; resharded, they are gathered anew.
     """
     for module in fsdp_modules(model):
         module.reshard()

@@ -1,8 +1,8 @@
 """Optimizers over *all* parameters, frozen ones too: stages and freeze specs decide what trains.
 
-A frozen parameter has no gradient and is skipped; its moments stay. Parameters are in one group if they have the same rule, decay or do
-not decay alike, and have the same settings in each stage. Hyper-parameters are a function of the step and are written into the
-groups at each step, so they are not saved.
+A frozen parameter has no gradient and is skipped; its moments stay. Parameters are in one group if they have
+the same rule, decay or do not decay alike, and have the same settings in each stage. Hyper-parameters are a
+function of the step and are written into the groups at each step, so they are not saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kempnerforge.util.errors import InputError
 
 
 def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
-    """Name -> the rule that moves the parameter: the one that ``cfg`` names, or one for what that does not take.
+    """Name -> the rule that moves the parameter: the one called ``cfg.name``, or its ``rest``.
 
     Raises:
         ValueError: no rule takes a parameter.
@@ -110,7 +110,7 @@ class Optimizers:
         self._averaging: Averaging | None = own[0] if own else self.ema
 
     def set_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rates of the section by their keys."""
+        """Writes the hyper-parameters of ``step`` into all groups; returns learning rates by key of the section."""
         cfg, self._step = stage.optimizer, step
         into = step - stage.start
         for rule, optimizer in self._by_rule.items():
@@ -132,7 +132,7 @@ class Optimizers:
             self.ema.update(self._step)
 
     def reset(self) -> None:
-        """Forgets all moments and step counts. The weights stay; an optimizer that averages continues from its average."""
+        """Forgets all moments and step counts. An optimizer that averages continues from its average."""
         if self._averaging is not self.ema:
             write(self.model, self._averages())
         for optimizer in self.all:
@@ -147,16 +147,18 @@ class Optimizers:
         return {name: found[p] for name, p in self.parameters.items() if p in found}
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model with the weights to use, for an evaluation between steps; afterwards it is as before. All ranks call it."""
+        """The model with the weights to use, for an evaluation; afterwards it is as before. All ranks call it."""
         return swapped(self.model, self._averages())
 
     def load_averages(self, averages: Mapping[str, Tensor]) -> None:
-        """Continues from the ``averages`` of a checkpoint. (An optimizer that averages makes them from its state.)"""
+        """Continues from the ``averages`` of a checkpoint; other averages are made from optimizer state."""
         if self.ema is not None:
             self.ema.load({self.parameters[name]: value for name, value in averages.items()})
 
     def zero_grad(self) -> None:
-        """Drops all gradients. NOTE: zeros instead of None would let AdamW move frozen parameters by old momentum and decay."""
+        """Drops all gradients. NOTE: zeros instead of None would let AdamW move frozen parameters by old
+        momentum and decay.
+        """
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
@@ -173,7 +175,7 @@ def squared_norm(grads: Sequence[torch.Tensor]) -> float:
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
-    """Scales ``grads`` in place so that the global norm ``norm`` becomes at most ``max_norm`` (Pascanu et al. 2013); 0 is off."""
+    """Scales ``grads`` in place to a global norm of at most ``max_norm`` (Pascanu et al. 2013); 0 is off."""
     if max_norm and norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)

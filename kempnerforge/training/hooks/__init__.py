@@ -18,8 +18,8 @@ from kempnerforge.training.trainer import Hook
 
 
 def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> tuple[list[Hook], Checkpoints]:
-    """The hooks of a run, and among them the one that restores it. A step is recorded, then evaluated, then saved: a checkpoint never
-    lies ahead of its metrics. ``leaving``: as in ``Signals``.
+    """The hooks of a run, and among them the one that restores it. A step is recorded, then evaluated, then
+    saved: a checkpoint never lies ahead of its metrics. ``leaving``: as in ``Signals``.
     """
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)

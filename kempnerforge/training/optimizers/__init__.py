@@ -1,1 +1,1 @@
-"""Optimizers that torch does not have. State is made at a parameter's first step; one without a gradient is left alone."""
+"""One file per optimizer. State is made at a parameter's first step; one without a gradient is skipped."""

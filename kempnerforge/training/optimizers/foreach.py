@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 NAMES = ("add_", "addcmul_", "copy_", "div", "div_", "lerp", "lerp_", "mul_", "sign_", "sqrt_")
 
 FOREACH: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in NAMES}
-"""One call for a list of tensors, which must not be empty: a model has hundreds, and each call costs more than a small one's arithmetic."""
+"""One call for a list of tensors, not empty: of hundreds, a call for each costs more than its arithmetic."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -21,10 +21,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class ForeachOptimizer(torch.optim.Optimizer):
-    """Elementwise updates, so that shards move as the whole would. A subclass says what the state is and how a list of parameters moves.
+    """Elementwise updates, so that shards move as the whole would. A subclass says what the state is and how
+    a list of parameters moves.
 
-    Unlike those of the libraries, groups without a gradient (a frozen module) are skipped, and all that changes over time is in the state
-    of the parameter, as tensors: parameters begin to train at different steps, and a checkpoint holds nothing else.
+    Unlike those of the libraries, groups without a gradient (a frozen module) are skipped, and all that
+    changes over time is in the state of the parameter, as tensors: parameters begin to train at different
+    steps, and a checkpoint holds nothing else.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Lion (Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2): the sign of an interpolated momentum."""
+"""Lion (Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers"): momentum, then the nearest semi-orthogonal matrix as the update.
+"""Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers"): momentum, then the nearest
+semi-orthogonal matrix as the update.
 
-Unlike ``torch.optim.Muon`` on sharded parameters, every matrix is gathered whole and orthogonalised by local products. So the update
-does not depend on the number of ranks (through DTensor, single entries of the first update differ by 40 % on two ranks).
-Matrices of one shape are one batch: a small model has dozens of them, and one product alone is too short for a CPU or a GPU.
+Unlike ``torch.optim.Muon`` on sharded parameters, every matrix is gathered whole and orthogonalised by local
+products. So the update does not depend on the number of ranks (through DTensor, single entries of the first
+update differ by 40 % on two ranks). Matrices of one shape are one batch: a small model has dozens of them,
+and one product alone is too short for a CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ EPS = 1e-7
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration towards ``U V^T`` of each matrix's singular value decomposition: (N, R, C) -> (N, R, C).
+    """Newton-Schulz iteration towards ``U V^T`` of each singular value decomposition: (N, R, C) -> (N, R, C).
 
-    In bf16 where the hardware multiplies it, otherwise in fp32, where emulated products took more than half of a step.
+    In bf16 where the hardware multiplies it, otherwise in fp32, where emulated products took more than half
+    of a step.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -90,8 +93,8 @@ class Muon(torch.optim.Optimizer):
 
 @registry.register_optimizer("muon")
 class MuonRule(UpdateRule[MuonConfig]):
-    """Takes the hidden matrices: weights of linear layers, without the output head, which like the embedding faces the vocabulary (Jordan et
-    al. 2024).
+    """Takes the hidden matrices: weights of linear layers, without the output head, which like the embedding
+    faces the vocabulary (Jordan et al. 2024).
     """
 
     lr_key = "muon_lr"

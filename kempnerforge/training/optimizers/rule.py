@@ -33,7 +33,8 @@ class Settings:
 
 
 class UpdateRule(Generic[Config]):
-    """Makes the optimizer that ``optimizer.name`` selects. Subclasses register with ``@registry.register_optimizer("name")``.
+    """Makes the optimizer that ``optimizer.name`` selects. Subclasses register with
+    ``@registry.register_optimizer("name")``.
 
     Attributes:
         lr_key: the key of the section with its peak learning rate.
@@ -50,8 +51,9 @@ class UpdateRule(Generic[Config]):
         return frozenset(name for name, _ in model.named_parameters())
 
     def make(self, groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
-        """The optimizer of ``groups``, each with "params", "settings" (``Settings`` of each stage) and what ``values`` returns. A parameter
-        without a gradient must stay as it is, and all state must be tensors in ``optimizer.state``.
+        """The optimizer of ``groups``, each with "params", "settings" (``Settings`` of each stage) and what
+        ``values`` returns. A parameter without a gradient must stay as it is, and all state must be tensors
+        in ``optimizer.state``.
         """
         raise NotImplementedError
 

@@ -1,7 +1,8 @@
 """Schedule-free AdamW (Defazio et al. 2024, "The road less scheduled", algorithm 1).
 
-There are three sequences: z takes AdamW's steps, x is the average of z and is the result, and gradients are taken at y,
-between the two. The parameters of the model are y; x is computed from y and z on demand, without a third copy.
+There are three sequences: z takes AdamW's steps, x is the average of z and is the result, and gradients are
+taken at y, between the two. The parameters of the model are y; x is computed from y and z on demand, without
+a third copy.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from kempnerforge.util.errors import InputError
 
 
 class ScheduleFreeAdamW(ForeachOptimizer):
-    """AdamW without momentum, and with an average in its place. The learning rate should be constant after a warm-up.
+    """AdamW without momentum, and with an average in its place. The learning rate should be constant after a
+    warm-up.
 
     Args:
         lr: often larger than AdamW's.
-        betas: y = (1 - beta1) z + beta1 x, so beta1 > 0, and it must not change while there is state; beta2 of the second moment.
+        betas: y = (1 - beta1) z + beta1 x, so beta1 > 0, and it must not change while there is state; beta2
+            of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, taken at y.
 
-    State: ``z`` and ``exp_avg_sq``, sharded like their parameter; ``step``; ``lr_max`` and ``weight_sum``: an iterate weighs the square of
-    the largest learning rate so far (as in the authors' code; with the current one in its place a later stage with a smaller learning rate
-    would hardly count).
+    State: ``z`` and ``exp_avg_sq``, sharded like their parameter; ``step``; ``lr_max`` and ``weight_sum``: an
+    iterate weighs the square of the largest learning rate so far (as in the authors' code; with the current
+    one in its place a later stage with a smaller learning rate would hardly count).
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class ScheduleFreeAdamW(ForeachOptimizer):
 def _move(
     group: dict[str, Any], share: float, correction: float, y: list[Tensor], grad: list[Tensor], z: list[Tensor], second: list[Tensor]
 ) -> None:
-    """One step of parameters with one history; ``share`` is the weight of the new z in the average, ``correction`` undoes the second moment's bias."""
+    """One step of parameters with one history; ``share`` is the weight of the new z in the average,
+    ``correction`` undoes the second moment's bias.
+    """
     (beta1, beta2), lr = group["betas"], group["lr"]
     FOREACH["mul_"](second, beta2)
     FOREACH["addcmul_"](second, grad, grad, value=1 - beta2)

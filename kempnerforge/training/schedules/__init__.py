@@ -1,1 +1,1 @@
-"""One file per schedule: imported when `scheduler.name` first asks for it. No torch here, configs are read without it."""
+"""One file per schedule. They import no torch: configs are read without it."""

@@ -10,7 +10,8 @@ from kempnerforge.config import JobConfig
 
 
 class Tracker:
-    """Sends the numbers of a run somewhere. Only rank 0 calls it. Subclasses register with ``@registry.register_tracker("name")``.
+    """Sends the numbers of a run somewhere. Only rank 0 calls it. Subclasses register with
+    ``@registry.register_tracker("name")``.
 
     Args:
         cfg: its table in ``metrics.trackers``.
@@ -23,7 +24,8 @@ class Tracker:
         """Before the first step of this process.
 
         Args:
-            step: steps that are done. A run that continues from a checkpoint may have logged later ones, which come again.
+            step: steps that are done. A run that continues from a checkpoint may have logged later ones,
+                which come again.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
