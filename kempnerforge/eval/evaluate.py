@@ -9,7 +9,9 @@ from functools import cached_property
 from kempnerforge.config import EvalConfig, registry
 from kempnerforge.config.build import build_record
 from kempnerforge.eval.exam import Exam
-from kempnerforge.eval.task import Found, Score, Task
+from kempnerforge.eval.questions import HeldOut
+from kempnerforge.eval.task import Found, QuestionTask, Score, Task
+from kempnerforge.util.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ def tasks_of(cfg: EvalConfig) -> list[Task]:
         build_record(registry.tasks.get(name), f"eval.options.{name}", cfg.options.get(name, {}), "")
         for name in (*cfg.BUILT_IN, *cfg.tasks)
     ]
+
+
+def require_tasks(cfg: EvalConfig, held_out: HeldOut | None) -> None:
+    """Raises InputError if a task of ``eval.tasks`` would have nothing to measure."""
+    for task in tasks_of(cfg)[len(cfg.BUILT_IN) :]:
+        if task.reads_held_out and held_out is None:
+            raise InputError(f"eval.tasks: {task.name!r} needs held-out data, and there are none")
+        if isinstance(task, QuestionTask) and held_out is not None and not held_out.draw(1, 0, task.question):
+            raise InputError(f"eval.tasks: {task.name!r} asks none of the {len(held_out.questions)} held-out questions")
 
 
 def evaluate(exam: Exam) -> Measured:

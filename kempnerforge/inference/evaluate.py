@@ -47,8 +47,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], limit: int, predic
     assembly.held_out, assembly.plain_text = read_held_out(job, last, assembly.tokenizer)
     if assembly.held_out is None and assembly.plain_text is None:
         raise InputError(f"data.eval_path = '': {path} has no held-out data, and eval.text_path = '' names no plain text")
-    if (held_out := assembly.examined) is not None:
-        held_out.require(last.data.max_bad_fraction)
+    assembly.require_held_out()
+    held_out = assembly.examined
     if predictions is not None and not (held_out and held_out.questions and (job.eval.exact_match or job.eval.tasks)):
         raise InputError(f"--predictions {predictions}: no question is asked; eval.exact_match = {str(job.eval.exact_match).lower()}")
     found = assembly.evaluate(Ranks(), restored.device, rows=job.train.batch_size, limit=limit)

@@ -21,7 +21,7 @@ from kempnerforge.data.sources.keys import refuse_unused
 from kempnerforge.data.text.asking import Asking, Seen, observe
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.evaluate import Measured, evaluate
+from kempnerforge.eval.evaluate import Measured, evaluate, require_tasks
 from kempnerforge.eval.exam import Exam, Ranks
 from kempnerforge.eval.plain_text import PlainText
 from kempnerforge.eval.questions import HeldOut, examine
@@ -92,9 +92,17 @@ class Assembly:
         return examine(self.held_out, self.encoder(self.stages[-1]), self.job.eval) if self.held_out is not None else None
 
     def check_held_out(self) -> None:
-        """Raises InputError if this job evaluates on held-out data of which more than ``data.max_bad_fraction`` cannot be read, or all."""
-        if (self.job.eval.interval or self.job.eval.at_end) and self.examined is not None:
+        """Raises InputError if this job evaluates and ``require_held_out`` raises it."""
+        if self.job.eval.interval or self.job.eval.at_end:
+            self.require_held_out()
+
+    def require_held_out(self) -> None:
+        """Raises InputError if more than ``data.max_bad_fraction`` of the held-out data, or all, cannot be read, or a task
+        of ``eval.tasks`` has nothing to measure.
+        """
+        if self.examined is not None:
             self.examined.require(self.stages[-1].data.max_bad_fraction)
+        require_tasks(self.job.eval, self.examined)
 
     def evaluate(self, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> Measured:
         """What ``[eval]`` asks for, of the model as it is.

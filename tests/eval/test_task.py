@@ -44,7 +44,7 @@ class VQAAccuracy(QuestionTask):
         return sum(others(text == plain(answer.text)) for text in given) / len(given)
 
     def question(self, question):
-        return question if question.kind != "left out" else None
+        return question if "left out" not in question.prompt else None
 
     def further(self, score):
         return {"_perfect": sum(points == 1 for points in score.points) / score.total}
@@ -217,6 +217,21 @@ def test_all_annotators_reach_a_task(tmp_path: Path) -> None:
     assert known is not None
     (question,) = known.questions
     assert [question.truth, *question.references] == answers and question.also_right == ["dark red"]
+
+
+def test_a_task_with_nothing_to_measure_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    job = anls_job(tmp_path, extra="[eval.options.vqa_accuracy]\n").read_text().replace('["anls"]', '["anls", "vqa_accuracy"]')
+    (tmp_path / "job.toml").write_text(job)
+    write_rows(tmp_path / "test.jsonl", [row | {"prompt": "left out"} for row in rows_of(tmp_path)])
+    for argv, says in (
+        ((), "eval.tasks: 'vqa_accuracy' asks none of the 16 held-out questions"),
+        (("--data.eval_path=",), "eval.tasks: 'anls' needs held-out data, and there are none"),
+    ):
+        for command in ("check", "train"):
+            ended = call(command, tmp_path / "job.toml", *argv)
+            assert ended.code == 2 and says in ended.err, ended
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert call("train", tmp_path / "job.toml", "--data.eval_path=", "--eval.at_end=false", "--train.max_steps=1").code == 0
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
