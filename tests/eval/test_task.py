@@ -141,14 +141,19 @@ def test_the_page_s_example_from_training_to_the_report(tmp_path: Path) -> None:
     assert "options.anls" in (run / "config.toml").read_text()
 
 
-def test_a_task_on_two_ranks_is_one_on_one(tmp_path: Path) -> None:
-    one, two = anls_job(tmp_path / "one"), anls_job(tmp_path / "two")
-    for job, train in ((one, call), (two, two_ranks)):
-        ended = train("train", job, "--optimizer.lr=0", "--train.max_steps=2", "--eval.interval=1")
+def test_tasks_on_two_ranks_are_those_on_one(tmp_path: Path) -> None:
+    """Generated and by likelihood; one rank has a question less than the other."""
+    plugin = tmp_path / "choice.py"
+    for name, train in (("one", call), ("two", two_ranks)):
+        job = anls_job(tmp_path / name, extra='[eval.options.choice]\nchoices = ["red", "blue", "a green one"]\n')
+        job.write_text(job.read_text().replace('["anls.py"]', f'["anls.py", "{plugin}"]').replace('["anls"]', '["anls", "choice"]'))
+        write_rows(tmp_path / name / "test.jsonl", rows_of(tmp_path / name)[:7])
+        ended = train("train", job, "--optimizer.lr=0", "--train.max_steps=2", "--eval.interval=1", "--eval.batch_size=1")
         assert ended.code == 0, ended
     rows = [metrics(tmp_path / name / "run")[-1] for name in ("one", "two")]
     keys = [key for key in rows[0] if key.startswith("eval/")]
-    assert "eval/anls" in keys and all(rows[0][key] == rows[1][key] for key in keys)
+    assert {"eval/anls", "eval/choice", "eval/choice_blind"} <= set(keys) and all(rows[0][key] == rows[1][key] for key in keys)
+    assert rows[0]["eval/choice_questions"] == 7
 
 
 # ---- answers are shared ----------------------------------------------------------------------------------------------
