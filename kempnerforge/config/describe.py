@@ -36,17 +36,17 @@ def describe(section: str = "") -> str:
 
 def _section(name: str, cls: type) -> Iterator[str]:
     union = UNIONS.get(cls)
-    yield from (f"## `{name}`", "", *_about(cls), "", *_keys(cls), "")
+    forms = {value: union.class_for(value) for value in union.entries.names()} if union is not None else {}
+    forms = {value: form for value, form in forms.items() if form.__module__.startswith("kempnerforge.")}  # not those of a plugin
+    lines = [_keys(form) for form in forms.values()]
+    shared = {key: line for key, line in (lines[0] if lines else {}).items() if all(each.get(key) == line for each in lines)}
+    known = {**_keys(cls), **shared}
+    yield from (f"## `{name}`", "", *_about(cls), "", *known.values(), "")
     yield from _tables(name, cls)
-    if union is None:
-        return
-    known = (*fields_of(cls), union.key)
-    for value in union.entries.names():
-        chosen = union.class_for(value)
-        if not chosen.__module__.startswith("kempnerforge."):  # of a plugin that happens to be imported
-            continue
-        yield from (f'### `{name}` with `{union.key} = "{value}"`', "", *_about(chosen), "", *_keys(chosen, known), "")
-        yield from _tables(name, chosen, known)
+    for value, form in forms.items():
+        own = [line for key, line in _keys(form).items() if key not in known]
+        yield from (f'### `{name}` with `{union.key if union else ""} = "{value}"`', "", *_about(form), "", *own, "")
+        yield from _tables(name, form, known)
 
 
 def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
         if key not in known and isinstance(inner, type) and inner not in UNIONS:
             own = f"{name.strip('[]')}.{key}"
             title = f"[[{own}]]" if any(get_origin(each) is list for each in types) else f"[{own}]"
-            yield from (f"### `{title}`", "", *_about(inner), "", *_keys(inner), "")
+            yield from (f"### `{title}`", "", *_about(inner), "", *_keys(inner).values(), "")
             yield from _tables(own, inner)
 
 
@@ -66,12 +66,11 @@ def _about(cls: type) -> list[str]:
     return [_plain(line) for line in inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].splitlines()]
 
 
-def _keys(cls: type, known: Collection[str] = ()) -> Iterator[str]:
-    """A line for each key of ``cls`` that is not ``known`` from its base class."""
-    meanings = meanings_of(cls)
-    for f in dataclasses.fields(cls):
-        if f.init and f.name not in known:
-            yield f"* `{f.name}`{_default(f)} ({type_name(fields_of(cls)[f.name])}): {_plain(meanings.get(f.name, ''))}"
+def _keys(cls: type) -> dict[str, str]:
+    """Key -> the line about it."""
+    meanings, types = meanings_of(cls), fields_of(cls)
+    known = (f for f in dataclasses.fields(cls) if f.init)
+    return {f.name: f"* `{f.name}`{_default(f)} ({type_name(types[f.name])}): {_plain(meanings.get(f.name, ''))}" for f in known}
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
