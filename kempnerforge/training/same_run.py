@@ -188,7 +188,7 @@ def _moved_plan(job: JobConfig, old: Mapping[str, Any], step: int) -> list[str]:
         return []
     warmups = {None, *(group.warmup_steps for group in job.optimizer.groups)}
     factor = job.scheduler.factor
-    if all(factor(step - 1, before, w) == factor(step - 1, after, w) for w in warmups):
+    if all(factor(t, before, w) == factor(t, after, w) for w in warmups for t in reversed(range(step))):
         return []
     line = f"train.max_steps: {before} -> {after}: the schedule {job.scheduler.name!r} was planned for {before} steps"
     told = _next_rate(job, old, step)

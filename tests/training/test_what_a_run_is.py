@@ -69,6 +69,14 @@ def test_another_length_is_refused_where_it_would_have_changed_what_was_done(
             assert not refused(replace(job, train=TrainConfig(max_steps=after)), job, step, key)
 
 
+def test_the_rates_of_all_steps_count() -> None:
+    """Of these two plans the rate of the last step that is done is the same, those before it are not."""
+    scheduler = scheduler_config("cosine", min_lr_ratio=0.9999999999999999)
+    job = JobConfig(train=TrainConfig(max_steps=4), scheduler=scheduler)
+    assert scheduler.factor(3, 4) == scheduler.factor(3, 5) and scheduler.factor(2, 4) != scheduler.factor(2, 5)
+    assert refused(replace(job, train=TrainConfig(max_steps=5)), job, 4)
+
+
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_a_run_that_has_passed_the_end_is_refused(end: int, step: int) -> None:
     job = JobConfig(train=TrainConfig(max_steps=end), scheduler=scheduler_config("constant"))
