@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kempnerforge.eval.predictions import require_replaceable
     from kempnerforge.inference.evaluate import evaluate_checkpoint
     from kempnerforge.util.files import why_not_writable
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--predictions {args.predictions}: is {kind}; name a file")
     if args.predictions is not None and (reason := why_not_writable(args.predictions.parent)):
         raise InputError(f"--predictions {args.predictions}: cannot be written: {reason}")
+    if args.predictions is not None:
+        require_replaceable(args.predictions)
     found = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit, args.predictions)
     for line in found.remarks:
         print(f"warning: {visible(line)}", file=sys.stderr)

@@ -102,6 +102,8 @@ def _run(argv: Sequence[str]) -> int:
         rest = [word for word in rest if word.startswith("-")]
     args.argv, args.overrides = list(argv), overrides + rest
     try:
+        if hasattr(args, "images") and any(word.startswith("--image") for word in rest):
+            raise InputError(f"--image: no such option; images are written without a name: kempnerforge {args.command} RUN a.png")
         _expand_paths(args)
         with trusting(TRUST in argv):
             return command(args.command).run(args)

@@ -11,11 +11,28 @@ from kempnerforge.eval.evaluate import Measured
 from kempnerforge.eval.task import Found
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import write_text
+from kempnerforge.util.reading import parse_json
 
+LINE = 2**20
+"""Characters that are read of a line at most."""
 KEYS = (
     *("id", "prompt", "kind", "truth", "compared", "truth_tokens", "too_long", "also_right"),
     *("answer", "right", "answer_blind", "right_blind", "unreadable"),
 )
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises InputError if something else than predictions is at ``path``: the data, say, that are asked about."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = file.readline(LINE)
+        fine = not first or set(KEYS) <= set(parse_json(first, ""))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError):
+        fine = False
+    if not fine:
+        raise InputError(f"--predictions {path}: holds something else, and would be lost; write to another file")
 
 
 def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, str]]) -> Path:

@@ -341,6 +341,13 @@ def test_images_may_stand_behind_options(trained: Trained):
     assert call("generate", trained.run, *words, "--tempreature", image).code == 2
 
 
+@pytest.mark.parametrize("words", [("--image", "0.png"), ("--image=0.png",)])
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_an_image_needs_no_option(name: str, words: tuple[str, ...], trained: Trained):
+    ended = call(name, trained.run, *words)
+    assert ended.code == 2 and f"images are written without a name: kempnerforge {name} RUN a.png" in ended.err
+
+
 def test_generate_draws_by_its_seed(trained: Trained):
     argv = ("generate", trained.run, trained.folder / "0.png", "--temperature=3", "--json")
     outs = [call(*argv, f"--seed={seed}").out for seed in (0, 0, 1)]

@@ -122,6 +122,8 @@ def test_predictions_that_cannot_be_written(tmp_path: Path) -> None:
     for argv, says in (
         (("--predictions", tmp_path), "is a directory"),
         (("--predictions", tmp_path / "0.png" / "said.jsonl"), "cannot be written"),
+        (("--predictions", tmp_path / "test.jsonl"), "holds something else, and would be lost"),
+        (("--predictions", tmp_path / "0.png"), "holds something else, and would be lost"),
         (("--predictions", tmp_path / "said.jsonl", "--eval.exact_match=false"), "no question is asked"),
         (("--limit", -1), "argument --limit: -1: must be at least 0"),
     ):
