@@ -12,7 +12,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import EvalConfig, TrainConfig
+from kempnerforge.config.training import EvalConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -24,7 +24,6 @@ class Job(JobSections, Protocol):
 
     vlm: VLMConfig | None
     data: DataConfig
-    train: TrainConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     eval: EvalConfig

@@ -7,7 +7,7 @@ from typing import Protocol
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.freeze import FreezeSpec
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.training import RunConfig
+from kempnerforge.config.training import RunConfig, TrainConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 
 
@@ -18,6 +18,7 @@ class JobSections(Protocol):
     model: ModelConfig
     vision_encoder: VisionEncoderConfig
     adapter: AdapterConfig
+    train: TrainConfig
 
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
         """The freeze specs in force at ``step``."""

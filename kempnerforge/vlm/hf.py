@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kempnerforge.config import JobConfig, ModelConfig, registry
+from kempnerforge.config import ModelConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.lora import LORA_PARAMETERS
+from kempnerforge.config.sections import JobSections
 from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batching.batch import Batch
@@ -84,7 +85,7 @@ class HFConfig(VLMConfig):
     path: PathText = field(default="", kw_only=True)
     pretrained: bool = field(default=True, kw_only=True)
 
-    def image_tokens(self, job: JobConfig) -> None:
+    def image_tokens(self, job: JobSections) -> None:
         """None: the built model knows."""
         return
 
@@ -96,7 +97,7 @@ class HFConfig(VLMConfig):
     def names_weights(self) -> bool:
         return self.pretrained
 
-    def check(self, job: JobConfig) -> None:
+    def check(self, job: JobSections) -> None:
         if not self.path:
             raise InputError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
         kept = {key: getattr(job.model, key) for key in KEPT_KEYS}
@@ -264,8 +265,8 @@ class HF(VLM):
             raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
         blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
+        what, given = f"{name} does not take square images as pixel_values alone", self.hf_model.config.to_dict()
         try:
-            what, given = f"{name} does not take square images as pixel_values alone", self.hf_model.config.to_dict()
             with class_call(where, what, given), torch.no_grad():
                 features = self._features(blank)
         except InputError as error:

@@ -50,7 +50,6 @@ class Slot(NamedTuple):
         return message.rstrip() if self.trims[1] else message
 
 
-@registry.register_template("chat")
 class ChatTemplate(Template):
     """The chat template of a tokenizer.
 
@@ -270,3 +269,6 @@ def _literals(source: str) -> list[str]:
     """The strings that a template knows, but for white space and names of roles."""
     found = {(one or other).replace("\\n", "\n").strip() for one, other in LITERAL.findall(source)}
     return sorted(word for word in found if len(word) > 2 and not word.isalnum())
+
+
+registry.register_template("chat")(ChatTemplate)  # not as a decorator: type checkers lose the class by it
