@@ -127,12 +127,12 @@ def load_plugins(names: Sequence[str], folder: Path, origin: str) -> list[str]:
         try:
             entry.load()
             _keep(f"entry point {entry.name}", sys.modules[entry.module])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problems.append(f"{origin}: entry point {entry.name!r} of {ENTRY_POINTS!r} ({entry.value}): {_describe(error)}")
     for name in names:
         try:
             resolved.append(_load(name, folder))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             missing = isinstance(error, FileNotFoundError) or (isinstance(error, ModuleNotFoundError) and error.name == name)
             hint = "; --plugins=FILE says where it is now, as load_pretrained(..., plugins=[FILE]) does" if missing else ""
             problems.append(f"{origin}: plugins: {name!r} cannot be imported: {_describe(error)}{hint}")

@@ -241,7 +241,7 @@ class Trainer:
 
         Raises:
             ValueError: no token of the step is trained, or too many samples are bad.
-            TrainingFault: too many steps in a row were not finite, or the weights are not.
+            TrainingFault: too many steps in a row were not finite, or the last two of the run, or the weights are not.
         """
         begin = time.perf_counter()
         data, self._ahead = self._ahead or self._counted(self.next_batches()), None
@@ -278,6 +278,11 @@ class Trainer:
             limit = f"for more than train.max_skipped_steps = {cfg.max_skipped_steps} steps in a row"
             policy = limit if cfg.on_nonfinite == "skip" else 'and train.on_nonfinite = "stop"'
             raise TrainingFault(f"step {self.step}: loss {total / targets} or gradient norm {norm} is not finite, {policy}")
+        if self.skipped_in_a_row > 1 and self.step + 1 == self.total_steps:
+            raise TrainingFault(
+                f"step {self.step}: loss or gradient is not finite, as in all of the last {self.skipped_in_a_row} steps of the run: an earlier"
+                " update was too large, or the data are at fault. Go on from the last checkpoint with a lower optimizer.lr"
+            )
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         counts = data.tokens, data.images, data.samples, data.texts_left_out

@@ -428,7 +428,7 @@ def test_plugin_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules.pop("my_lab_arch", None)
 
 
-@pytest.mark.parametrize("code", ["import no_such_thing", "1 / 0", "def (", "raise ValueError('two\\nlines')"])
+@pytest.mark.parametrize("code", ["import no_such_thing", "1 / 0", "def (", "raise SystemExit(7)", "raise ValueError('two\\nlines')"])
 def test_plugin_that_fails(tmp_path: Path, code: str) -> None:
     write(tmp_path / "broken.py", code)
     path = write(tmp_path / "a.toml", MINIMAL.replace("[vlm]", 'plugins = ["broken.py"]\n[vlm]'))

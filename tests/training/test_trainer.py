@@ -11,7 +11,7 @@ import torch
 from kempnerforge.config import JobConfig, load_config
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.training.trainer import Hook, StepResult, Trainer, TrainingFault
-from tests.training.tiny import Recorder, a_trainer, call, make_job, metrics, plain, rows_of, weights_of, write_rows
+from tests.training.tiny import Recorder, a_trainer, call, checkpoint_steps, make_job, metrics, plain, rows_of, weights_of, write_rows
 
 
 def job_of(folder: Path, *overrides: str, extra: str = "") -> JobConfig:
@@ -189,6 +189,22 @@ def test_a_fault_is_exit_code_3_and_keeps_the_last_checkpoint(tmp_path: Path, mo
     ended = call("train", tmp_path / "job.toml", "--train.max_skipped_steps=0")
     assert ended.code == 0, ended
     assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("bad", "code", "steps"), [({1}, 0, [4, 6]), ({5}, 0, [4, 6]), ({4, 5}, 3, [2, 4]), ({2, 3, 4, 5}, 3, [2])])
+def test_skipped_steps_are_not_saved_over_good_ones(
+    bad: set[int], code: int, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor is a run complete whose last steps moved nothing."""
+    monkeypatch.setattr("kempnerforge.training.hooks.BadSamples.start", lambda self, trainer: poison(trainer, bad, math.nan, "gradient"))
+    ended = call("train", make_job(tmp_path), "--eval.at_end=false")
+    assert ended.code == code and ("as in all of the last" in ended.err) == bool(code), ended
+    assert checkpoint_steps(tmp_path / "run") == steps
+
+
+def test_an_update_that_is_too_large_but_finite_is_no_result(tmp_path: Path):
+    ended = call("train", make_job(tmp_path), "--optimizer.lr=1e10", "--eval.at_end=false")
+    assert ended.code == 3 and "Go on from the last checkpoint with a lower optimizer.lr" in ended.err, ended
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

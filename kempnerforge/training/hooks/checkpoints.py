@@ -44,7 +44,7 @@ class Checkpoints(Hook):
         self._asked = trainer.assembly.seen.asking
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
-        due = self.cfg.interval and trainer.step % self.cfg.interval == 0
+        due = self.cfg.interval and trainer.step % self.cfg.interval == 0 and not result.skipped  # the weights may be at fault
         if due or trainer.done or trainer.stopping:
             self._save(trainer)
 
