@@ -47,6 +47,7 @@ class Text:
         kind: what is asked, for scores: evaluation reports each kind alone.
         references: further answers that are right, as often as they were given; they are not trained.
         listed: whether the answer was the first of a list.
+        unused: turns of the row that are in no pair of a question and its answer, so that they are left out.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Text:
     kind: str = ""
     references: tuple[str, ...] = field(default=(), repr=False, compare=False)
     listed: bool = field(default=False, repr=False, compare=False)
+    unused: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def asking(cls, prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Text:

@@ -27,6 +27,7 @@ class Remarks:
     Attributes:
         taken: by what a value was in its row, how many there are and the first one.
         listed: answers that were lists; the first one.
+        unused: turns of conversations that are left out; the first one.
         unasked: image -> the answer that it has to no prompt, of the first samples.
         ambiguous: images that have several, with the sample that shows it.
         prompts, answers: different ones of samples without images, up to two of each.
@@ -34,6 +35,7 @@ class Remarks:
 
     taken: dict[str, tuple[int, str]] = field(default_factory=dict)
     listed: tuple[int, str] = (0, "")
+    unused: tuple[int, str] = (0, "")
     unasked: dict[bytes, bytes] = field(default_factory=dict)
     ambiguous: dict[bytes, str] = field(default_factory=dict)
     prompts: set[str] = field(default_factory=set)
@@ -46,6 +48,8 @@ class Remarks:
                 for value in turn:
                     if isinstance(value, Taken):
                         self._count(value.was, 1, value)
+            if text.unused:
+                self.unused = self.unused[0] + len(text.unused), self.unused[1] or text.unused[0]
             if text.listed:
                 self.listed = self.listed[0] + 1, self.listed[1] or str(text.answer)
             if asks and len(text.turns) == 1:
@@ -76,6 +80,7 @@ class Remarks:
         for was, (number, example) in other.taken.items():
             self._count(was, number, example)
         self.listed = self.listed[0] + other.listed[0], self.listed[1] or other.listed[1]
+        self.unused = self.unused[0] + other.unused[0], self.unused[1] or other.unused[1]
         for image, answer in other.unasked.items():
             self._answered(image, answer, other.ambiguous.get(image, "one of them"))
         self.ambiguous = other.ambiguous | self.ambiguous
@@ -91,6 +96,11 @@ class Remarks:
         if self.listed[0]:
             found.append(
                 f"{self.listed[0]:,} answers are lists: the first entry is trained, as {show(self.listed[1])}, and in exact match any entry is right"
+            )
+        if self.unused[0]:
+            found.append(
+                f"{self.unused[0]:,} turns of conversations are left out, an answer before the first question or a question without an answer:"
+                f" the first is {show(self.unused[1])}"
             )
         if self.ambiguous:
             name = next(iter(self.ambiguous.values()))

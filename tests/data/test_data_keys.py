@@ -350,6 +350,18 @@ def test_numbers_are_taken_as_written_and_said(tmp_path: Path) -> None:
         source[6]
 
 
+def test_turns_without_a_partner_are_remarked(tmp_path: Path) -> None:
+    """LLaVA's files have answers before the first question and questions after the last answer; neither can be trained."""
+    turns = [("gpt", "hello"), ("human", "q?"), ("gpt", "a"), ("human", "and?")]
+    lines(tmp_path / "rows.jsonl", [{"conversations": [{"from": role, "value": value} for role, value in turns]}, TALKED])
+    source, remarks = built(LlavaConfig(path=str(tmp_path / "rows.jsonl"))), Remarks()
+    for k in range(2):
+        remarks.add(source[k], True)
+    assert source[0].texts[0].turns == (("q?", "a"),)
+    (said,) = [line for line in remarks.lines() if "turns" in line]
+    assert said.startswith("2 turns of conversations are left out") and said.endswith('the first is "hello"')
+
+
 def test_several_answers(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [{"image": None, "question": "q", "answers": ["four", 4, "four", "IV"]}])
     (text,) = built(JsonlConfig(path=str(tmp_path / "a.jsonl")))[0].texts

@@ -102,17 +102,16 @@ class Llava(RowSource):
             own += images
         system = "\n".join(value for role, value in said if role == "system")
         turns = [entry for entry in said if entry[0] != "system"]
-        if turns and turns[0][0] == "answer":
-            turns = turns[1:]
-        if len(turns) % 2:
-            turns = turns[:-1]
+        first = int(bool(turns) and turns[0][0] == "answer")
+        last = len(turns) - (len(turns) - first) % 2
+        unused, turns = (*turns[:first], *turns[last:]), turns[first:last]
         if [role for role, _ in turns] != ["prompt", "answer"] * (len(turns) // 2):
             raise SampleError("'conversations': questions and answers do not alternate")
         if not turns:
             raise SampleError("'conversations': no question with an answer")
         values = [value for _, value in turns]
         pairs = list(zip(values[0::2], values[1::2], strict=True))
-        return Text(*pairs[0], more=tuple(pairs[1:]), system=system), tuple(own)
+        return Text(*pairs[0], more=tuple(pairs[1:]), system=system, unused=tuple(value for _, value in unused)), tuple(own)
 
     def _with_system(self, text: Text, row: Mapping[str, Any]) -> Text:
         if not candidates(row, (SYSTEM,), self.ignored):
