@@ -29,7 +29,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SHAPES = [(32, 3, 64, 32), (16, 4, 136, 32), (16, 12, 196, 64), (4, 9, 512, 64), (2, 9, 1024, 64)]
 ROWS = [(48, 20, 16, 1), (48, 24, 16, 1), (24, 77, 16, 8), (16, 72, 64, 1), (8, 192, 128, 8), (8, 260, 196, 1)]
-"""B, S, image tokens, texts behind them; the first three are the quickstart's batches. Four heads of 32."""
+"""B, S, image tokens, texts after them; the first three are the quickstart's batches. Four heads of 32."""
 PACKED = [(16, 128, 16), (8, 256, 16), (4, 512, 16), (2, 2048, 0), (2, 2048, 16), (2, 2048, 64), (2, 2048, 196)]
 """B, S, image tokens of each sample of a row; with them texts of 13 tokens in the mean. Four heads of 32."""
 

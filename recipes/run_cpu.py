@@ -59,7 +59,7 @@ def rows(readme: Path) -> list[Path]:
 
 
 def in_order(configs: list[Path]) -> list[Path]:
-    """``configs`` and all that they start from, each once and behind what it starts from."""
+    """``configs`` and all that they start from, each once and after what it starts from."""
     makers = {load_config(path).run.dir: path.resolve() for path in sorted(HERE.glob("*/cpu-*.toml"))}
     order: list[Path] = []
 

@@ -40,10 +40,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def reason(error: BaseException) -> str:
+def fault_reason(error: BaseException) -> str:
     """One line that says why, also for DCP's exception, whose own text is a page of tracebacks."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {r}: {reason(e)}" if world_size() > 1 else reason(e) for r, (e, _) in sorted(error.failures.items()))
+        return "; ".join(
+            f"rank {r}: {fault_reason(e)}" if world_size() > 1 else fault_reason(e) for r, (e, _) in sorted(error.failures.items())
+        )
     if isinstance(error, CheckpointError):
         return str(error)
     text = " ".join(str(error).split())
@@ -61,7 +63,7 @@ def agreed(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as caught:
-        error = reason(caught)
+        error = fault_reason(caught)
     errors = [(r, e) for r, e in enumerate(gather(error)) if e is not None]
     if errors:
         first, text = errors[0]
@@ -80,7 +82,7 @@ def from_rank0(decide: Callable[[], T], what: str = "") -> T:
         try:
             box[0] = decide()
         except Exception as caught:
-            box[1] = f"{what}: {reason(caught)}" if what else reason(caught)
+            box[1] = f"{what}: {fault_reason(caught)}" if what else fault_reason(caught)
     if in_group():
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

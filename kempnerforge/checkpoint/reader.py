@@ -1,7 +1,7 @@
 """Reading tensors back without running any code that a checkpoint file may carry, and without silent conversions.
 
 PyTorch's reader unpickles ``.metadata`` freely, unpickles every entry that is not a tensor, casts to the dtype it finds in the model and
-ignores entries that nobody asked for. Here the first goes through an allow-list and the other three are refused.
+ignores entries that no one asked for. Here the first goes through an allow-list and the other three are refused.
 """
 
 from __future__ import annotations

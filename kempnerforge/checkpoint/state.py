@@ -114,7 +114,9 @@ def _averaged_names(parameters: Mapping[str, Tensor], info: dict[str, TensorInfo
     """
     names = [entry.removeprefix(AVERAGED) for entry in info if entry.startswith(AVERAGED)]
     if unknown := sorted(set(names) - parameters.keys()):
-        raise CheckpointError(f"the checkpoint has averages of {len(unknown)} parameters that the model has not, such as {unknown[0]!r}")
+        raise CheckpointError(
+            f"the checkpoint has averages of {len(unknown)} parameters that the model does not have, such as {unknown[0]!r}"
+        )
     return names
 
 

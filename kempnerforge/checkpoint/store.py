@@ -2,7 +2,7 @@
 
 ``root/step-%08d`` is written as ``.tmp-...`` beside it: tensors through ``torch.distributed.checkpoint`` (one file per rank), small extra
 files, then ``manifest.json`` with a checksum of each file. All is flushed to disk before the directory gets its name, so a process that is
-killed at any moment leaves either the whole step or a directory that nobody mistakes for one. ``latest`` names the newest step for people
+killed at any moment leaves either the whole step or a directory that no one mistakes for one. ``latest`` names the newest step for people
 and scripts; nothing here reads it.
 
 All functions but ``verify`` are collective: with a process group every rank calls them, rank 0 decides, and an error on one rank is raised on
@@ -218,7 +218,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory), newest first; one that was being replaced comes behind the one that replaces it."""
+    """(step, directory), newest first; one that was being replaced comes after the one that replaces it."""
     found = [(int(m[2]), m[1] is None, path) for path in root.iterdir() if (m := _STEP.fullmatch(path.name)) and path.is_dir()]
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = """Check whole data sources before training, fetch one, or write what is held out for lm-eval.
 
 "check" reads every sample of every stage, and what is held out: which cannot be used and why, how long texts and rows are, how much of the
-rows each batching mode would waste, which limits fit, and whether held-out images stand in the training data. "fetch" gets a source that is
+rows each batching mode would waste, which limits fit, and whether held-out images are in the training data. "fetch" gets a source that is
 not part of the package. "lm-eval" makes a task of the held-out questions. See "data check --help" and so on."""
 
 CHECK_HELP = """Read every sample of every stage of a config, and what is held out.
@@ -119,10 +119,10 @@ def _check(args: argparse.Namespace) -> int:
 
     from kempnerforge.inspection.data_check import check_data, write_bad_samples, write_leaks
     from kempnerforge.inspection.data_page import write_data_page
-    from kempnerforge.util.screen import Screen, Words, bars
+    from kempnerforge.util.screen import Screen, TaskText, bars
 
     out = args.out or Path(job.run.dir) / "data-check"
-    columns = Words("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TaskText("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with bars(Screen(sys.stderr), *columns, transient=True) as progress:
 
         def begin(name: str, samples: int) -> Callable[[int], object]:

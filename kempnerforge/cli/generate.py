@@ -15,7 +15,7 @@ from kempnerforge.util.process import answer_stream
 HELP = """Ask a trained model about images.
 
 Takes a checkpoint or run directory, images, and a prompt as in the training data (the template is added). Each image is asked about alone,
-unless the prompt says where images stand: with "<image>" in it k times, k images at a time are asked about together. Greedy unless
+unless the prompt says where images are: with "<image>" in it k times, k images at a time are asked about together. Greedy unless
 --temperature is given. Text-only models take no image. Boxes and points that an answer holds (PaliGemma's <loc> tokens, Molmo's <point> tags) are
 decoded: --json lists them as shares of width and height, --draw draws them, never on the files that are asked about."""
 

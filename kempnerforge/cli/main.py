@@ -64,7 +64,7 @@ def command(name: str) -> ModuleType:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``argv`` without overrides, and the overrides: words like ``--section.key``, with the word behind them unless they hold a "="."""
+    """``argv`` without overrides, and the overrides: words like ``--section.key``, with the word after them unless they hold a "="."""
     words, overrides = list(argv), []
     kept: list[str] = []
     while words:
@@ -134,7 +134,7 @@ def _nobody_reads() -> bool:
 
 
 def _expand_paths(args: argparse.Namespace) -> None:
-    """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and behind quotes."""
+    """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and after quotes."""
     for name, value in vars(args).items():
         paths = value if isinstance(value, list) else [value]
         if paths and all(isinstance(path, Path) for path in paths):

@@ -17,9 +17,9 @@ def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
     """A function that takes what is being done, how much of it is done, and how much there is. Only terminals see it."""
     from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    from kempnerforge.util.screen import Screen, Words, bars
+    from kempnerforge.util.screen import Screen, TaskText, bars
 
-    columns = Words("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = TaskText("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with bars(Screen(stream), *columns, transient=True, disable=not stream.isatty()) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -21,7 +21,7 @@ from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.training import HookConfig, TrackerConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, kind, place, show
+from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, key_path, kind, show
 from kempnerforge.util.paths import expand
 
 INVALID: Any = type("Invalid", (), {"__repr__": lambda self: "INVALID"})()
@@ -246,7 +246,7 @@ def convert(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
         value = value.resolve(wanted)
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if wanted is Any:
-        return plain(value)
+        return without_arguments(value)
     if origin in (typing.Union, types.UnionType):
         return _convert_union([a for a in args if a is not types.NoneType], value, key, problems)
     if origin is typing.Literal:
@@ -274,13 +274,13 @@ def _convert_path(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
         return INVALID
 
 
-def plain(value: Any) -> Any:
+def without_arguments(value: Any) -> Any:
     """``value`` without ``Argument`` inside, for tables that are read later."""
     if isinstance(value, Argument):
-        return plain(value.value)
+        return without_arguments(value.value)
     if isinstance(value, dict):
-        return {name: plain(v) for name, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list) else value
+        return {name: without_arguments(v) for name, v in value.items()}
+    return [without_arguments(v) for v in value] if isinstance(value, list) else value
 
 
 def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems) -> Any:
@@ -317,7 +317,7 @@ def _convert_table(wanted: Any, value: Any, key: Key, problems: Problems) -> Any
 
 def _convert_scalar(wanted: Any, value: Any, key: Key, problems: Problems) -> Any:
     if wanted not in _SCALARS:
-        raise TypeError(f"{place(key)}: a config field cannot have the type {wanted!r}")
+        raise TypeError(f"{key_path(key)}: a config field cannot have the type {wanted!r}")
     if wanted is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)
     why = _objection(wanted, value) or (_too_large(value, key) if key[:1] and known_key(str(key[0])) else "")

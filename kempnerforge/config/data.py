@@ -34,7 +34,7 @@ class DataConfig:
         source: which source.
         tokenizer: "train" makes a small byte-level BPE from the training text; otherwise a local directory or a hub id.
         tokenizer_vocab_size: size of the trained one at most.
-        template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by turn, EOS behind each answer.
+        template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by turn, EOS after each answer.
             "chat": by the tokenizer's own chat template. "plain": image, answer, line break; prompts are left out (LLaVA's first stage).
             "paligemma": BOS, prompt, line break, answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
         prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and "{answer}" stand for the
@@ -45,7 +45,7 @@ class DataConfig:
             answer, but never an image or the end token.
         image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text is the sample's image k. A
             sample whose texts have none has its images in front; else each of its texts needs as many as there are images. Images that
-            lead all texts stand in front, once. In a job without images placeholders are left out.
+            lead all texts are in front, once. In a job without images placeholders are left out.
         batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads to the full length; "pack"
             puts several samples into rows of ``train.seq_len`` positions, and ``train.batch_size`` counts rows then.
         group_by: of "group": "characters" estimates how long a row is from its texts, in steps of 16 positions, so that texts that are alike do
@@ -86,7 +86,7 @@ class DataConfig:
         return [self]
 
     def never_reached(self, steps: int) -> str:
-        """What of this section would come into force only behind ``steps`` optimizer steps, with key and value; nothing if all does."""
+        """What of this section would come into force only after ``steps`` optimizer steps, with key and value; nothing if all does."""
         return ""
 
     def __post_init__(self) -> None:

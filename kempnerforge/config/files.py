@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 MAX_DEPTH = 32
 OF_A_RUN = ("checkpoints", "manifest.json", "complete.json", "model.safetensors", "model.safetensors.index.json")
 """What is beside the config of a run, a checkpoint or an export."""
-RECORD = "# A resolved job: every key is here, also those that nobody has set.\n"
+RECORD = "# A resolved job: every key is here, also those that no one has set.\n"
 """The first line of what ``to_toml`` writes. A key in such a file is no choice: what is laid over it may leave it unread, and it goes back to
 its default then.
 """
@@ -118,7 +118,7 @@ def read_layers(path: Path) -> list[Layer]:
             raise ConfigError([f"{path}: extends = {show(parent)}: {error}"]) from None
 
 
-def merge(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -> tuple[dict[str, Any], dict[Key, str]]:
+def merge_layers(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -> tuple[dict[str, Any], dict[Key, str]]:
     """All layers as one table, and the file that each key comes from. Tables merge deeply, all else replaces.
 
     Args:
@@ -171,7 +171,7 @@ def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Co
 
 
 def as_toml(value: Any, complete: bool = True) -> Any:
-    """A section or a value of one as it stands in a file: tables, arrays and scalars. None has no TOML and is left out.
+    """A section or a value of one as it is in a file: tables, arrays and scalars. None has no TOML and is left out.
 
     Args:
         complete: False leaves out what is at the default of its class, too.

@@ -130,7 +130,7 @@ class ImagesConfig:
         return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
 
     def _cells(self) -> Iterator[tuple[int, int]]:
-        """Rows and columns at which a tile may stand."""
+        """Rows and columns at which a tile may be."""
         if self.tiling == "grid":
             most, there = self.marker_grid, lambda row, column: True
         elif self.tiling == "anyres":

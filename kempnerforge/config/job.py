@@ -99,7 +99,7 @@ class JobConfig:
         return tuple(self.vlm.freeze_at(step)) if self.vlm else ()
 
     def image_tokens(self) -> int | None:
-        """Tokens of one image behind the adapter: 0 without ``[vlm]``, None when only the built encoder knows.
+        """Tokens of one image after the adapter: 0 without ``[vlm]``, None when only the built encoder knows.
 
         Raises:
             ValueError: the adapter cannot take as many features as the encoder gives.
@@ -110,7 +110,7 @@ class JobConfig:
         """The stream of a sample, one image and a text of full length, fits into the model and into a row.
 
         Args:
-            num_image_tokens: of one image, behind the adapter; ``image_tokens()``, or what the built encoder says.
+            num_image_tokens: of one image, after the adapter; ``image_tokens()``, or what the built encoder says.
 
         Raises:
             ValueError: it does not fit; the message names every number.

@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.config.build import INVALID, SECTIONS, UNIONS, convert, convert_fields, plain
-from kempnerforge.config.files import COMMAND_LINE, Argument, Key, Layer, assign, merge, parse_overrides, read_layers, switch_recorded
+from kempnerforge.config.build import INVALID, SECTIONS, UNIONS, convert, convert_fields, without_arguments
+from kempnerforge.config.files import (
+    COMMAND_LINE,
+    Argument,
+    Key,
+    Layer,
+    assign,
+    merge_layers,
+    parse_overrides,
+    read_layers,
+    switch_recorded,
+)
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.plugins import check_trust, load_plugins
 from kempnerforge.config.stages import STAGED, StageConfig
@@ -37,7 +47,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
     arguments = Problems(COMMAND_LINE)
     given = parse_overrides(overrides, arguments)
     plugins = _load_plugins(layers, given)
-    table, origins = merge(layers, _UNION_SECTIONS)
+    table, origins = merge_layers(layers, _UNION_SECTIONS)
     arguments.origins, arguments.records = origins, {str(layer.path) for layer in layers if layer.record}
     for key, value in given:
         switch_recorded(table, key, value, _UNION_SECTIONS, arguments)
@@ -57,7 +67,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
 def _overrides_alone(stages: Any) -> list[StageConfig]:
     """Stages that could not be built, with nothing but their overrides, so that what is wrong with those is reported, too."""
     tables = [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []
-    staged = [{name: plain(table[name]) for name in STAGED if isinstance(table.get(name), dict)} for table in tables]
+    staged = [{name: without_arguments(table[name]) for name in STAGED if isinstance(table.get(name), dict)} for table in tables]
     return [StageConfig("unreadable", sys.maxsize, **overrides) for overrides in staged]
 
 

@@ -20,7 +20,7 @@ class LoRAConfig:
     """One ``[[lora]]`` table. Of several that match a layer the last one counts.
 
     The weight and the bias of a layer with an adapter are frozen from the start, unless a freeze spec thaws them. Everything else trains as
-    ``[vlm].freeze`` says: to train adapters alone, freeze the parts and thaw ``lora`` behind them.
+    ``[vlm].freeze`` says: to train adapters alone, freeze the parts and thaw ``lora`` after them.
 
     Attributes:
         module: which linear layers: an alias of ``module_patterns`` (all that lie in it), or a raw fnmatch pattern over their names, such as

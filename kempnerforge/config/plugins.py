@@ -146,7 +146,7 @@ def plugins_of(names: Sequence[str]) -> list[Plugin]:
     return [plugin for key, plugin in _plugins.items() if key in names or key.startswith("entry point ")]
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -29,7 +29,7 @@ class TurnsConfig:
         answer: what it writes, "{answer}" stands for the sample's.
         end: the token that ends an answer, by name; empty means EOS.
         separator: what follows an answer and is not trained.
-        bos: whether BOS stands in front, for tokenizers that have one.
+        bos: whether BOS is in front, for tokenizers that have one.
     """
 
     system: str = "{system}\n"
@@ -71,7 +71,7 @@ def check_template(section: Any) -> None:
 
 
 def fill(template: str, value: str) -> tuple[str, str, str]:
-    """``template`` with ``value`` for its only field: what stands before it, ``value``, what stands behind it."""
+    """``template`` with ``value`` for its only field: what is before it, ``value``, what is after it."""
     around, place = ["", ""], 0
     for literal, name, _, _ in Formatter().parse(template):
         around[place] += literal

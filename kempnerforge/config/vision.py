@@ -234,7 +234,7 @@ class Dinov2Config(HFTowerConfig):
 @dataclass
 class MllamaTowerConfig(HFTowerConfig):
     """The tower of Llama 3.2 Vision (Llama Team 2024, section 7): each patch has the last layer's features and, beside them, those of some
-    earlier ones. An image is one tile; the empty tiles behind it are encoded as well, as patches of the first see them.
+    earlier ones. An image is one tile; the empty tiles after it are encoded as well, as patches of the first see them.
 
     Attributes:
         intermediate_layers: those earlier layers, from 0. Read with ``settings``; at ``path`` they are in ``config.json``.

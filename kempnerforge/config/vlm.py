@@ -115,7 +115,7 @@ class VLMConfig:
         return num_tokens
 
     def image_tokens(self, job: JobSections) -> int | None:
-        """Tokens of one image behind the adapter; None when only the built encoder knows.
+        """Tokens of one image after the adapter; None when only the built encoder knows.
 
         Raises:
             ValueError: the adapter cannot take as many features as the encoder gives.
@@ -190,7 +190,7 @@ class CrossAttentionConfig(VLMConfig):
             own text and of what that shares, later ones too, and the feed-forward leaves it alone (Llama 3.2 Vision in transformers). Where
             there is no image at all the last two leave the text model as it is.
         cross_attention_seen_tokens: of the tokens of an image so many are seen, the first; words that see no image may read the others. 0:
-            all. (Behind the only tile of an image in Llama 3.2 Vision stand those of empty ones.)
+            all. (After the only tile of an image in Llama 3.2 Vision stand those of empty ones.)
         unwritten_tokens: so many tokens, the last of the vocabulary, are read and never written: the output head has no rows for them (the
             token of an image in Llama 3.2 Vision). Not with ``model.tie_embeddings`` or ``model.new_tokens``.
     """
@@ -282,7 +282,7 @@ class MoTConfig(VLMConfig):
         mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see ``resolved_image_heads``.
         mot_warm_start_from_text: copy the text tower into the other towers when a fresh run starts.
         mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging Face directory. By TOML and
-            ``for_arch`` it may be empty, as a job can have text weights from ``run.init_from``; a config that stands alone needs it.
+            ``for_arch`` it may be empty, as a job can have text weights from ``run.init_from``; a config that is alone needs it.
         untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a block). The rest is shared.
         norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on what they give).
     """

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.convert.card import model_card
 from kempnerforge.convert.processor import FILES, write_processor
-from kempnerforge.convert.verify import TOLERANCE, agreement, compare, load_class, make_probe, our_logits
+from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, load_class, make_probe, our_logits
 from kempnerforge.inference.processor import origin
 from kempnerforge.inference.restore import Restored, restore
 from kempnerforge.interop import mllama
@@ -23,7 +23,7 @@ from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
 from kempnerforge.interop.huggingface import CONFIG
 from kempnerforge.interop.settings import hf_config
-from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_parts
+from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_vlm_config
 from kempnerforge.interop.write import (
     DTYPES,
     Progress,
@@ -34,7 +34,7 @@ from kempnerforge.interop.write import (
     save_tensors,
     text_names,
     write_config,
-    write_text,
+    write_language_model,
 )
 from kempnerforge.model.hf_towers import HFTower
 from kempnerforge.model.mllama import MllamaTower
@@ -136,7 +136,7 @@ def _import_into(
     difference = None
     if verify and foreign.can_be_compared:
         progress(f"running {foreign.architecture}", 0, 1)
-        found = compare(assembly, foreign.image_id, load_class(source, foreign.architecture))
+        found = compare_models(assembly, foreign.image_id, load_class(source, foreign.architecture))
         lines.append(found.require(f"{foreign.architecture} and ours", tolerance))
         difference = found.difference
     elif not foreign.can_be_compared:
@@ -270,7 +270,7 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
         assert image_id is not None
         _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, how.progress)
     else:
-        write_text(out, cfg, tensors, ids, chosen, progress=how.progress)
+        write_language_model(out, cfg, tensors, ids, chosen, progress=how.progress)
     cast_files(out, how.dtype)
     (tokenizer if kind else tokenizer.starting()).save(out)
     _write_ends(out, assembly)
@@ -321,7 +321,7 @@ def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | 
     if not how.verify:
         return Converted(out, lines, None)
     how.progress(f"running {architecture}", 0, 1)
-    found = compare(assembly, image_id, load_class(out, architecture))
+    found = compare_models(assembly, image_id, load_class(out, architecture))
     return Converted(out, [*lines, found.require(f"ours and {architecture}", how.tolerance)], found.difference)
 
 
@@ -342,8 +342,8 @@ def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How)
 
 
 def _image_token(assembly: Assembly) -> tuple[int, int, str]:
-    """The token that stands at the positions of an image, how many rows the embedding needs besides, and a line that says so. A tokenizer
-    without one gets it, behind its vocabulary.
+    """The token that is at the positions of an image, how many rows the embedding needs besides, and a line that says so. A tokenizer
+    without one gets it, after its vocabulary.
     """
     tokenizer, name, rows = assembly.tokenizer, assembly.job.data.image_placeholder, assembly.job.model
     found = tokenizer.token_id(name)
@@ -361,7 +361,7 @@ def _write_vlm(
 ) -> None:  # fmt: skip
     """Config and weights."""
     if isinstance(encoder := assembly.model.vision_encoder, MllamaTower):
-        write_config(out, mllama.write_parts(assembly.job, encoder, image_id, ids))
+        write_config(out, mllama.write_mllama_config(assembly.job, encoder, image_id, ids))
         save_tensors(out, mllama.write_tensors(assembly.job, tensors), progress=progress)
         return
     job, wrapper = assembly.job, WRAPPERS[kind]
@@ -372,5 +372,5 @@ def _write_vlm(
     written = {names.get(ours) or layout.vision + ours.removeprefix("vision_encoder."): tensor for ours, tensor in tensors.items()}
     for name, fill in zip(NORM_OF_CLS, (torch.ones, torch.zeros), strict=True):
         written.setdefault(layout.vision + name, fill(tower.hidden_size))
-    write_config(out, write_parts(job, kind, tower, assembly.layout.image_tokens, image_id, ids))
+    write_config(out, write_vlm_config(job, kind, tower, assembly.layout.image_tokens, image_id, ids))
     save_tensors(out, written, progress=progress)

@@ -18,8 +18,8 @@ from kempnerforge.data.text import rendering
 from kempnerforge.data.text.rendering import TemplateError
 from kempnerforge.data.text.tokenizer import CHAT_TEMPLATE
 from kempnerforge.inference.processor import Processor
-from kempnerforge.interop.chat_template import chat_template, render
-from kempnerforge.interop.processors import candidates, followed
+from kempnerforge.interop.chat_template import chat_template, render_template
+from kempnerforge.interop.processors import followed_processor, processor_candidates
 from kempnerforge.interop.write import write_config
 from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, pil_processor
 from kempnerforge.model.quiet import quiet
@@ -91,7 +91,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
         template = chat_template(cfg, words, encoder.asking, processor=attempt.name, **adds)
         (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
         try:
-            fine = compare(out, assembly, cfg, bool(kind))
+            fine = compare_processors(out, assembly, cfg, bool(kind))
         except Different as error:
             reasons.append(f"{attempt.name or 'the tokenizer'} {error}")
             continue
@@ -117,9 +117,9 @@ def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool
         yield "", {}
         return
     if given:
-        yield followed(out, kind) or "a processor", {}
+        yield followed_processor(out, kind) or "a processor", {}
     norm = assembly.model.normalisation
-    yield from candidates(kind, layout.image_size, norm, cfg.images, layout.image_tokens, cfg.image_placeholder).items()
+    yield from processor_candidates(kind, layout.image_size, norm, cfg.images, layout.image_tokens, cfg.image_placeholder).items()
 
 
 def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
@@ -127,7 +127,7 @@ def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     template = chat_template(cfg, assembly.tokenizer, assembly.encoder(assembly.stages[-1]).asking)
     for count in (1, 0, 2) if assembly.model.has_images else (0,):
         try:
-            prompt = render(template, _messages([None] * count, "{prompt}"), assembly.tokenizer)
+            prompt = render_template(template, _messages([None] * count, "{prompt}"), assembly.tokenizer)
         except ValueError:
             continue
         images = f" with {count} image{'s' * (count > 1)}" if count else ""
@@ -135,7 +135,7 @@ def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     return f"an answer ends with `{end}`"
 
 
-def compare(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str:
+def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str:
     """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and through the chat template in ``out``.
 
     Returns:

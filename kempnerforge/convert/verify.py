@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 ANGLE = 2.0**-22
 """What is allowed besides, for each position: how exactly fp32 holds an angle of one radian per position, in two formulas."""
 WORDS, BEFORE, ANSWER = 11, 3, 4
-"""Of a short row: tokens, how many of them stand before its image, how many are the answer."""
+"""Of a short row: tokens, how many of them are before its image, how many are the answer."""
 LONG_WORDS = 48
 """Tokens of a long row at least, and of one whose positions are far apart."""
 TIMES = 4
@@ -82,7 +82,7 @@ class Form(NamedTuple):
 
     Attributes:
         words: tokens of a row.
-        image_at: how many of them stand before each image.
+        image_at: how many of them are before each image.
         rows: B.
         answer: how many words at the end are the answer.
         farthest: the last position, the others in equal steps to it; 0: one follows the other.
@@ -96,7 +96,7 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeBatch:
     """A batch for our model, and the same for transformers."""
 
     batch: Batch
@@ -109,11 +109,11 @@ def short_form(model: VLM) -> Form:
     return Form(WORDS, at, rows=2)
 
 
-def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: Form | None = None) -> Probe:
+def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: Form | None = None) -> ProbeBatch:
     """Random words and images.
 
     Args:
-        image_id: what stands at the positions of an image in transformers. Where images take no position it is a word of the stream.
+        image_id: what is at the positions of an image in transformers. Where images take no position it is a word of the stream.
         vocab_size: words are drawn from so many.
         form: None: a short one.
     """
@@ -139,7 +139,7 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     targets = (torch.arange(form.rows)[:, None] * length + scored).flatten()  # (B * K,)
     positions = torch.linspace(0, form.farthest, length).long().expand_as(kinds) if form.farthest else batch.positions
     batch = replace(batch, kinds=kinds, targets=targets, positions=positions)
-    return Probe(batch, _inputs(model, batch, image_id, scored, spread=form.farthest > 0))
+    return ProbeBatch(batch, _inputs(model, batch, image_id, scored, spread=form.farthest > 0))
 
 
 def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ def agreement(ours: Tensor, theirs: Tensor, farthest: int = 0) -> Agreement:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     """Positions at which a model begins to compute otherwise, by its own settings or those of the class.
 
     Attributes:
@@ -228,7 +228,7 @@ class Limits:
         return min(beyond, self.room)
 
 
-def limits(assembly: Assembly, theirs: Any) -> Limits:
+def limits(assembly: Assembly, theirs: Any) -> ModelLimits:
     """Those of both models: either can be wrong."""
     cfg, text = assembly.job.model, theirs.config.get_text_config()
     windows, rope = {getattr(text, "sliding_window", None), *cfg.windows}, set[int]()
@@ -238,7 +238,7 @@ def limits(assembly: Assembly, theirs: Any) -> Limits:
             rope.add(cfg.rope_scaling.original_max_seq_len)
     heads, parameters = getattr(text, "num_attention_heads", cfg.n_heads), sum(p.numel() for p in assembly.model.parameters())
     room = min(cfg.max_seq_len, int(COST / (2 * parameters)), math.isqrt(SCORES // heads))
-    return Limits(tuple(sorted(w for w in windows if w)), tuple(sorted(rope)), room)
+    return ModelLimits(tuple(sorted(w for w in windows if w)), tuple(sorted(rope)), room)
 
 
 def _original(rope: Mapping[str, Any]) -> Iterable[int]:
@@ -250,7 +250,7 @@ def _original(rope: Mapping[str, Any]) -> Iterable[int]:
             yield int(value)
 
 
-def forms(assembly: Assembly, limits: Limits) -> list[Form]:
+def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
     """Short rows; for a model with images one without; a long one, with two images where there is room; and, without windows, one whose
     positions are far apart, as distances are all that rotary positions are read by.
     """
@@ -271,14 +271,14 @@ def forms(assembly: Assembly, limits: Limits) -> list[Form]:
     return found
 
 
-def compare(assembly: Assembly, image_id: int | None, theirs: Any) -> Agreement:
+def compare_models(assembly: Assembly, image_id: int | None, theirs: Any) -> Agreement:
     """Both models on short and long rows, with and without images.
 
     Args:
         image_id: see ``make_probe``.
         theirs: as from ``load_class``.
     """
-    bounds, found, probes = limits(assembly, theirs), list[Agreement](), list[Probe]()
+    bounds, found, probes = limits(assembly, theirs), list[Agreement](), list[ProbeBatch]()
     for form in forms(assembly, bounds):
         probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size, form)
         ours, farthest = our_logits(assembly.model, probe.batch), int(probe.batch.positions.max())
@@ -288,7 +288,7 @@ def compare(assembly: Assembly, image_id: int | None, theirs: Any) -> Agreement:
     return replace(worst, covered=_covered(bounds, [probe.batch for probe in probes]))
 
 
-def _covered(bounds: Limits, batches: Sequence[Batch]) -> str:
+def _covered(bounds: ModelLimits, batches: Sequence[Batch]) -> str:
     rows, longest = sum(len(batch.input_ids) for batch in batches), max(batch.input_ids.shape[1] for batch in batches)
     farthest = max(int(batch.positions.max()) for batch in batches)
     said = f"{rows} rows, the longest of {longest:,} positions, up to position {farthest:,}"

@@ -42,7 +42,7 @@ class Text:
             to which no template, BOS or EOS is added.
         more: the turns that follow, (prompt, answer) each. All answers are trained.
         system: what the conversation begins with; empty takes ``data.system``.
-        leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images stand at the
+        leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images are at the
             head of the first prompt, and the name of the placeholder is text like any other.
         kind: what is asked, for scores: evaluation reports each kind alone.
         references: further answers that are right, as often as they were given; they are not trained.

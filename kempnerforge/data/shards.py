@@ -1,4 +1,4 @@
-"""Where the samples of a tar stand in it: an index made of its headers alone.
+"""Where the samples of a tar are in it: an index made of its headers alone.
 
 A member ``dir/0001.txt`` is extension "txt" of sample "dir/0001": the key reaches to the first dot of the file's name. Members of one key make
 one sample, wherever they stand. A name is never a path on disk here, whatever is in it, and links are not followed.
@@ -42,7 +42,7 @@ class Shard:
         keys, key_ends: the keys of all samples in a row (UTF-8, as in the tar), and where each ends.
         firsts: (S + 1,) number of each sample's first member.
         kinds: (M,) which extension.
-        offsets, sizes: (M,) where the contents stand.
+        offsets, sizes: (M,) where the contents are.
     """
 
     path: str

@@ -81,7 +81,7 @@ class Source(ABC):
         return not self.captions
 
     def peers(self, index: int) -> range:
-        """The samples, ``index`` among them, of which one may stand in for it when it cannot be used."""
+        """The samples, ``index`` among them, of which one may be in for it when it cannot be used."""
         return range(len(self))
 
     def part(self, index: int) -> int:

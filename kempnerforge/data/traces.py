@@ -16,19 +16,19 @@ KINDS = {"image": "images", "question": "questions about the same image, or none
 """What two samples may share, in words."""
 
 
-class Marks(NamedTuple):
+class SampleDigests(NamedTuple):
     """Digests of 16 bytes, and the samples that they are of: (m,) each."""
 
     digests: np.ndarray
     owners: np.ndarray
 
 
-NOTHING = Marks(np.array([], dtype="S16"), np.array([], dtype=np.int64))
+NOTHING = SampleDigests(np.array([], dtype="S16"), np.array([], dtype=np.int64))
 
 
-def joined(parts: Sequence[Marks]) -> Marks:
+def joined(parts: Sequence[SampleDigests]) -> SampleDigests:
     """All of ``parts``."""
-    return Marks(*(np.concatenate(columns) for columns in zip(NOTHING, *parts, strict=True)))
+    return SampleDigests(*(np.concatenate(columns) for columns in zip(NOTHING, *parts, strict=True)))
 
 
 class Traces:
@@ -51,20 +51,20 @@ class Traces:
         if sample.key and not (sample.key.isdecimal() and int(sample.key) <= self._size):
             self._found["id"].append((content_digest(sample.key), index))
 
-    def marks(self) -> dict[str, Marks]:
+    def marks(self) -> dict[str, SampleDigests]:
         """By kind."""
         return {
-            kind: Marks(np.array([mark for mark, _ in found], dtype="S16"), np.array([owner for _, owner in found], dtype=np.int64))
+            kind: SampleDigests(np.array([mark for mark, _ in found], dtype="S16"), np.array([owner for _, owner in found], dtype=np.int64))
             for kind, found in self._found.items()
         }
 
 
-def digest(image: ImageSource) -> bytes:
+def image_digest(image: ImageSource) -> bytes:
     """16 bytes that stand for the content of an encoded image; raises ImageError if its file cannot be read."""
     return hashlib.blake2b(image if isinstance(image, bytes) else contents(image), digest_size=16).digest()
 
 
-def shared(first: Marks, second: Marks) -> list[tuple[int, int]]:
+def shared(first: SampleDigests, second: SampleDigests) -> list[tuple[int, int]]:
     """(sample of ``first``, sample of ``second``) for each sample of ``second`` that has a mark of ``first``, with the first one that has it."""
     if not len(first.digests) or not len(second.digests):
         return []

@@ -30,7 +30,7 @@ def prepare(
     NOTE: a world of one shards the root alone and keeps it unsharded: each unit costs 1.5 ms a step there and brings nothing. Gradients are
     summed, not averaged: the loss is already divided by the count of targets over all ranks.
     """
-    if compile_units:  # a graph for each way in which parts are frozen; behind the limit a unit runs uncompiled without a word
+    if compile_units:  # a graph for each way in which parts are frozen; after the limit a unit runs uncompiled without a word
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         # without it a unit that notes its auxiliary loss would run uncompiled when it is recomputed
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

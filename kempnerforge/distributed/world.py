@@ -85,7 +85,7 @@ def start(cfg: DistributedConfig) -> World:
 
 
 def stop() -> None:
-    """Leaves the process group. In a ``finally`` behind a collective that timed out, all ranks first show where they are."""
+    """Leaves the process group. In a ``finally`` after a collective that timed out, all ranks first show where they are."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.close(sys.exception())

@@ -13,7 +13,7 @@ import torch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.encode import Encoder
-from kempnerforge.data.text.interleave import Block, Prompt
+from kempnerforge.data.text.interleave import ImageBlock, Prompt
 from kempnerforge.eval.exam import BLANK, Exam
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.eval.mode import mode
@@ -210,7 +210,7 @@ class _Pictures:
         self._places: dict[tuple[ImageSource, int] | None, list[int]] = {}
         self._pixels: list[np.ndarray] = []
 
-    def places(self, image: ImageSource | None, block: Block, part: int) -> list[int]:
+    def places(self, image: ImageSource | None, block: ImageBlock, part: int) -> list[int]:
         """Indices of an image's views in ``stack``; of the blank one for each view if there is no image."""
         if image is None:
             return [self.blank()] * len(block.starts)

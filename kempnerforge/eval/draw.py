@@ -40,10 +40,10 @@ class _Style:
         return cls(max(2, round(side / 200)), ImageFont.load_default(max(13, round(side / 32))))
 
 
-def draw(image: Image.Image, marks: Marks) -> Image.Image:
+def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
     """A copy of ``image`` with ``marks`` on it.
 
-    Every line has a dark edge and every label stands on its own ground; labels avoid each other where there is room and are always wholly
+    Every line has a dark edge and every label is on its own ground; labels avoid each other where there is room and are always wholly
     inside the picture.
 
     Args:
@@ -99,7 +99,7 @@ def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
     """
     check_place(path, [image])
     with opened(image) as picture:
-        drawn = draw(picture.pixels(picture.size), decode(answer))
+        drawn = draw_marks(picture.pixels(picture.size), decode(answer))
     try:
         drawn.save(encoded := io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
         path.write_bytes(encoded.getvalue())
@@ -145,7 +145,7 @@ def _draw_dot(pen: ImageDraw.ImageDraw, point: Point, colour: str, style: _Style
 def _draw_label(
     pen: ImageDraw.ImageDraw, rect: Rect, label: str, colour: str, style: _Style, size: tuple[int, int], taken: list[Rect]
 ) -> Rect:
-    """Writes ``label`` at ``rect``, where it covers no earlier one if there is such a place; returns the ground it stands on."""
+    """Writes ``label`` at ``rect``, where it covers no earlier one if there is such a place; returns the ground it is on."""
     pad = 2 * style.line
     text = _fitting(pen, label, style, size[0] - 2 * pad - 2)
     left, top, right, bottom = pen.textbbox((0, 0), text, font=style.font)

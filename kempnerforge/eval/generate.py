@@ -182,7 +182,7 @@ class TextStream:
 
     def _give(self, text: str) -> str:
         piece = text[len(self._before) :]
-        if not text.startswith(self._before):  # a decoder that changes what is out already: no word behind it may be lost
+        if not text.startswith(self._before):  # a decoder that changes what is out already: no word after it may be lost
             piece = self._decode(self.ids)[self._given :]
         if piece:
             self._begin, self._shown = self._shown, len(self.ids)

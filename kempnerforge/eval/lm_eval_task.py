@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTask:
     """What ``write_task`` has made.
 
     Attributes:
@@ -50,7 +50,7 @@ class Written:
 
 def write_task(
     source: Source, encoder: Encoder, out: Path, cfg: EvalConfig, limit: int = 0, progress: Progress | None = None
-) -> Written:  # fmt: skip
+) -> WrittenTask:  # fmt: skip
     """Writes the questions that ``evaluate`` asks, with their images, and the task that lm-eval runs on them.
 
     A question is the sample's prompt without a template: the chat template of a model writes the rest. An image is what its file holds, or a
@@ -84,7 +84,7 @@ def write_task(
     task = task.replace(version, version + "".join(f"  {key}: {count}\n" for key, count in facts.items()))
     (out / f"{TASK}.yaml").write_text(task, encoding="utf-8")
     shutil.copyfile(FILES / "vqa.py", out / "vqa.py")
-    return Written(out, len(lengths), left_out, too_long, held_out)
+    return WrittenTask(out, len(lengths), left_out, too_long, held_out)
 
 
 def _write_table(

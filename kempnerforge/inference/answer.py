@@ -102,7 +102,7 @@ class Answerer:
         sampling: Sampling | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> Answer:
-        """The model's answer to ``prompt`` about ``images``, which stand where its placeholders are, or in front.
+        """The model's answer to ``prompt`` about ``images``, which are where its placeholders are, or in front.
 
         Args:
             images: none, or one of ``groups``; files or encoded.

@@ -15,7 +15,7 @@ from kempnerforge.config import load_config
 from kempnerforge.config.build import build_record
 from kempnerforge.config.plugins import trusting
 from kempnerforge.convert.commands import ASKED_FILE, JOB_FILE, TOKENIZER
-from kempnerforge.convert.verify import compare, load_class
+from kempnerforge.convert.verify import compare_models, load_class
 from kempnerforge.data.text.asking import Asking
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.inference.processor import Inputs, Processor, origin, processing
@@ -86,7 +86,7 @@ def _foreign(path: Path, verify: bool) -> tuple[VLM, Processor]:
     assembly.model.load_state_dict(foreign.read(), strict=True, assign=True)
     assembly.model.eval()
     if verify and foreign.can_be_compared:
-        found = compare(assembly, foreign.image_id, load_class(path, foreign.architecture))
+        found = compare_models(assembly, foreign.image_id, load_class(path, foreign.architecture))
         log.info("%s: %s", path, found.require(f"{foreign.architecture} and ours"))
     else:
         why = "verify = False" if foreign.can_be_compared else "transformers does not load it"

@@ -24,7 +24,7 @@ from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.interop.places import Foreign
-from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed
+from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed_processor
 from kempnerforge.interop.vlms import WRAPPERS
 from kempnerforge.model.image_files import ImageFiles, read_image_files
 from kempnerforge.model.quiet import quiet
@@ -78,7 +78,7 @@ class Processor:
 
     A model that was trained here gets its texts as in training, by its template. One that comes from transformers gets the ids and the
     pixels that its processor there makes: PaliGemma's puts images, BOS and a line break around a prompt; LLaVA's takes the text as it is,
-    with "<image>" where an image stands; that of Idefics 3 puts tokens around each image besides; and a language model's tokenizer takes
+    with "<image>" where an image is; that of Idefics 3 puts tokens around each image besides; and a language model's tokenizer takes
     the text as it is, too. Of images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
 
     Images are upright and transparency is laid on white, as in training. Only where a processor of transformers is followed, an image that
@@ -91,7 +91,7 @@ class Processor:
         by_row: ``pixel_values`` have an axis for the images of a row.
 
     Raises:
-        ValueError: the tokenizer has not the tokens that such a processor writes.
+        ValueError: the tokenizer does not have the tokens that such a processor writes.
     """
 
     def __init__(self, assembly: Assembly, follows: str = "", image_id: int | None = None, *, by_row: bool = False) -> None:
@@ -162,8 +162,8 @@ class Processor:
         if self.follows == PALIGEMMA:
             if self.placeholder not in text:
                 text = self.placeholder * len(images) + text
-            behind = text.rfind(self.placeholder) + len(self.placeholder) if self.placeholder in text else 0
-            text = f"{text[:behind]}{self.tokenizer.bos}{text[behind:]}\n"
+            after = text.rfind(self.placeholder) + len(self.placeholder) if self.placeholder in text else 0
+            text = f"{text[:after]}{self.tokenizer.bos}{text[after:]}\n"
         elif self.follows in FRAMED:
             text = text.replace(self.placeholder, FRAME)
         literal = self.follows in (PALIGEMMA, AS_IT_IS)
@@ -246,7 +246,7 @@ def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
     if not assembly.model.has_images or not foreign.can_be_compared:
         return kept, ""
     files, side = read_image_files(foreign.path), assembly.layout.image_size
-    name, other = followed(foreign.path, _kind(foreign.architecture)), other_pixels(Processor(assembly), files)
+    name, other = followed_processor(foreign.path, _kind(foreign.architecture)), other_pixels(Processor(assembly), files)
     if other and files is not None:
         other += differing_settings(files, side)
     called = name or "image processor"

@@ -13,7 +13,7 @@ from kempnerforge.checkpoint import load_weights, reading
 from kempnerforge.config import load_config
 from kempnerforge.config.plugins import plugin_changes, plugins_of
 from kempnerforge.distributed.world import compute_dtype
-from kempnerforge.model.lora import merge
+from kempnerforge.model.lora import merge_adapters
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble, saved_tokenizer
 from kempnerforge.util.paths import place_of
@@ -61,7 +61,7 @@ def _restore(path: Path, overrides: Sequence[str]) -> Restored:
     for span in state.history[-1:]:
         for line in plugin_changes(span.plugins, plugins_of(job.plugins), path):
             LOG.warning("%s: this is not what it was trained with: %s", path, line)
-    merge(assembly.model)
+    merge_adapters(assembly.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(job.train.mixed_precision, device)
     assembly.model.to(device, dtype).eval()

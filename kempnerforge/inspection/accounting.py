@@ -76,7 +76,7 @@ class GenerationCost:
     """What an answer costs.
 
     Attributes:
-        prompt_length: positions of the prompt, images included where they stand in the stream.
+        prompt_length: positions of the prompt, images included where they are in the stream.
         prefill_flops: to read the prompt, images included.
         decode_flops: of the first token that is made from the cache.
     """
@@ -93,7 +93,7 @@ def _counter() -> FlopCounterMode:
 
 def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: object) -> int:
     """Gradients of the input and of the weights cost as much as the forward pass each."""
-    transposed, _, _, wanted = rest[-4:]  # behind bias, stride, padding, dilation; between them output padding and groups
+    transposed, _, _, wanted = rest[-4:]  # after bias, stride, padding, dilation; between them output padding and groups
     return conv_flop_count(list(x), list(weight), list(gradient), transposed) * sum(wanted[:2])
 
 
@@ -237,7 +237,7 @@ class _Metered(nn.Module):
 
 
 def generation_cost(model: VLM, prompt: Batch) -> GenerationCost:
-    """Counts reading ``prompt``, one row, and one token behind it, with a cache.
+    """Counts reading ``prompt``, one row, and one token after it, with a cache.
 
     Args:
         model: on the meta device.

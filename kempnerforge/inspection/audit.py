@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.inspection.audit_rows import Decoder, Placed, Row, Segment, pieces_of, rows_of
+from kempnerforge.inspection.audit_rows import AuditRow, Decoder, PlacedImage, Segment, pieces_of, rows_of
 from kempnerforge.util.errors import visible
 from kempnerforge.util.numbers import counted
 
 TRAINED, TRAINED_SPECIAL, DIM, IMAGE, SPECIAL, RESET = "\x1b[30;42m", "\x1b[4;30;42m", "\x1b[2m", "\x1b[36m", "\x1b[35m", "\x1b[0m"
 
 
-def row_name(row: Row, number: int) -> str:
+def row_name(row: AuditRow, number: int) -> str:
     """How messages call a row."""
     named = f" ({visible(row.samples[0])}{f' and {len(row.samples) - 1} more' if len(row.samples) > 1 else ''})" if row.samples else ""
     return f"row {number}{named}"
@@ -28,7 +28,7 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool, names: Mapping[in
 
     Args:
         color: mark trained tokens by a green background and print the rest dim; otherwise put trained tokens in [brackets], and write a
-            bracket or the name of a special token that the text itself holds behind a backslash.
+            bracket or the name of a special token that the text itself holds after a backslash.
         names: special tokens by id, which are spelled out; None knows BOS and EOS alone.
 
     Returns:
@@ -41,7 +41,7 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool, names: Mapping[in
     return [render_row(row, number, tokenizer, color, names) for number, row in enumerate(rows_of(batch))]
 
 
-def render_row(row: Row, number: int, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
+def render_row(row: AuditRow, number: int, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
     """As ``render_rows``, one of them."""
     trained = sum(label != IGNORE for label in row.labels)
     useful = sum(kind != Kind.PAD for kind in row.kinds)
@@ -64,7 +64,7 @@ def render_row(row: Row, number: int, tokenizer: Decoder, color: bool, names: Ma
     return "\n".join(lines)
 
 
-def _render_segment(row: Row, segment: Segment, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
+def _render_segment(row: AuditRow, segment: Segment, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
     parts: list[tuple[str, str]] = []  # (colour, text)
     for (what, trained), group in groupby(pieces_of(row, segment, tokenizer, names), key=lambda piece: (piece.what, piece.trained)):
         run = list(group)
@@ -105,8 +105,8 @@ def audit(
 
     Found are: rows, samples and texts without a trained token; trained positions of images, padding or prompts; answers with untrained
     tokens; labels that are not the next token, or that reach out of their text; answers whose last trained token is neither EOS nor the end
-    of a turn; images that do not stand where the positions of images are, or in another sample or text than those; positions that do not
-    begin anew for each sample and text; samples that stand in pieces; texts that would see each other; ``targets`` that are not the
+    of a turn; images that do not are where the positions of images are, or in another sample or text than those; positions that do not
+    begin anew for each sample and text; samples that are in pieces; texts that would see each other; ``targets`` that are not the
     positions with a label. Windows of plain text, where each position is trained, need no EOS and end on a token beyond the row.
 
     Args:
@@ -147,7 +147,7 @@ def _images_left_over(batch: Batch) -> Iterator[str]:
         yield f"images: {idle} of {batch.num_images} stand in no row"
 
 
-def image_length(row: Row, number: int) -> int:
+def image_length(row: AuditRow, number: int) -> int:
     """Positions of the row's image ``number``: to where the next one begins, or something else."""
     start = row.images[number].start
     others = {image.start for image in row.images} - {start}
@@ -157,7 +157,7 @@ def image_length(row: Row, number: int) -> int:
     return end - start
 
 
-def _misplaced(row: Row, image_positions: int) -> Iterator[tuple[str, int]]:
+def _misplaced(row: AuditRow, image_positions: int) -> Iterator[tuple[str, int]]:
     """(what is wrong, position): images, ids and positions that contradict each other over one row."""
     starts = {image.start for image in row.images}
     if row.images_take_positions:
@@ -179,7 +179,7 @@ def _misplaced(row: Row, image_positions: int) -> Iterator[tuple[str, int]]:
         if sample < 0:
             continue
         if (sample, text) in known or (sample, text) < before:
-            yield "sample or text that stands in pieces, or not in order", start
+            yield "sample or text that is in pieces, or not in order", start
         known.add((sample, text))
         before = sample, text
         first = front.get(sample, 0)
@@ -189,14 +189,14 @@ def _misplaced(row: Row, image_positions: int) -> Iterator[tuple[str, int]]:
             yield f"positions of a text do not count up from {'what its sample shares' if first else '0'}", start
 
 
-def _leads(row: Row, image: Placed) -> bool:
-    """Whether an image without positions of its own stands right before the texts that share it."""
+def _leads(row: AuditRow, image: PlacedImage) -> bool:
+    """Whether an image without positions of its own is right before the texts that share it."""
     before = row.owners[image.start - 1] if image.start else (-1, 0)
     of_sample = image.start < len(row.owners) and row.owners[image.start][0] == image.sample
     return not row.images_take_positions and not image.text and of_sample and (before[0] != image.sample or before[1] == 0)
 
 
-def _faults(row: Row, ends: frozenset[int] | None, every_turn: bool) -> Iterator[tuple[str, int]]:
+def _faults(row: AuditRow, ends: frozenset[int] | None, every_turn: bool) -> Iterator[tuple[str, int]]:
     """(what is wrong, position): labels of one row. A position is that of the trained token, where there is one."""
     length = len(row.ids)
     for segment in row.segments:
@@ -228,13 +228,13 @@ def _faults(row: Row, ends: frozenset[int] | None, every_turn: bool) -> Iterator
                 yield "trained prompt token", at + 1
 
 
-def _learns(row: Row, start: int, end: int) -> bool:
+def _learns(row: AuditRow, start: int, end: int) -> bool:
     """Whether any token of a segment is trained. The first may be: by the last position of what its sample shares."""
     before = start > 0 and row.labels[start - 1] != IGNORE and row.trained(start)
     return before or any(label != IGNORE for label in row.labels[start : end - 1]) or end in row.windows
 
 
-def _goes_on(row: Row, at: int, end: int) -> bool:
+def _goes_on(row: AuditRow, at: int, end: int) -> bool:
     """Whether another trained token follows the one that ``at`` predicts, with at most images between them."""
     before = at + 1
     while before + 1 < end and row.is_image(before + 1):

@@ -12,17 +12,17 @@ import numpy as np
 from markupsafe import Markup
 
 from kempnerforge.inspection.audit import image_length
-from kempnerforge.inspection.audit_rows import Decoder, Piece, Row, pieces_of
+from kempnerforge.inspection.audit_rows import AuditRow, Decoder, ShownPiece, pieces_of
 from kempnerforge.report.html import picture
 from kempnerforge.report.page import render
 from kempnerforge.util.numbers import counted
 
 
-def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]) -> dict[str, Any]:
+def row_facts(row: AuditRow, number: int, tokenizer: Decoder, names: Mapping[int, str]) -> dict[str, Any]:
     """What is known of a row, as plain values.
 
     Returns:
-        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``Row.shares``; ``images``
+        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``AuditRow.shares``; ``images``
         (``sample``, ``text``, ``start``, ``positions``, ``picture``); ``segments`` (``sample``, ``text``,
         ``start``, ``end``, ``positions``: first and last, ``pieces``).
         ``start`` and ``end`` are columns of the row.
@@ -53,12 +53,12 @@ def describe(row: Row, number: int, tokenizer: Decoder, names: Mapping[int, str]
     }
 
 
-def _begins(row: Row, start: int) -> bool:
+def _begins(row: AuditRow, start: int) -> bool:
     """Whether a sample begins at ``start``."""
     return start == 0 or row.owners[start - 1][0] != row.owners[start][0]
 
 
-def _piece(piece: Piece) -> dict[str, Any]:
+def _piece(piece: ShownPiece) -> dict[str, Any]:
     found: dict[str, Any] = {"what": piece.what, "start": piece.start, "end": piece.end, "trained": piece.trained}
     if piece.what == "image":
         return found | {"image": piece.slot}
@@ -69,7 +69,7 @@ def row_card(facts: Mapping[str, Any], images: np.ndarray | None, sources: Seque
     """A row as a card.
 
     Args:
-        facts: as from ``describe``.
+        facts: as from ``row_facts``.
         images: (N, 3, H, W) uint8, of the batch; None: it has none.
         sources: names of the sections of a mixture, by part; one of them alone is not named.
     """

@@ -38,8 +38,8 @@ class Segment(NamedTuple):
     end: int
 
 
-class Placed(NamedTuple):
-    """An image in a row: its first position, the sample and text that it stands in, its number in ``Batch.images``."""
+class PlacedImage(NamedTuple):
+    """An image in a row: its first position, the sample and text that it is in, its number in ``Batch.images``."""
 
     start: int
     sample: int
@@ -48,7 +48,7 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """One row.
 
     Attributes:
@@ -65,7 +65,7 @@ class Row:
     kinds: list[int]
     positions: list[int]
     owners: list[tuple[int, int]]
-    images: list[Placed]
+    images: list[PlacedImage]
     samples: list[str] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     markers: frozenset[int] = frozenset()
@@ -111,16 +111,16 @@ class Row:
         stands_for_one = any(image.start == position and image.text > 0 for image in self.images)
         return not self.images_take_positions and stands_for_one and self.kinds[position] == Kind.PROMPT
 
-    def floating(self, sample: int) -> list[Piece]:
+    def floating(self, sample: int) -> list[ShownPiece]:
         """Images of ``sample`` that all its texts share and that take no position."""
         return [
-            Piece("image", image.start, image.start, False, picture=image.picture, slot=slot)
+            ShownPiece("image", image.start, image.start, False, picture=image.picture, slot=slot)
             for slot, image in enumerate(self.images)
             if (image.sample, image.text) == (sample, 0) and (sample, 0) not in self.owners[image.start : image.start + 1]
         ]
 
     def shares(self, sample: int | None = None) -> dict[str, int]:
-        """Positions of the row, or of one of its samples, by what stands there; ``trained`` are labels."""
+        """Positions of the row, or of one of its samples, by what is there; ``trained`` are labels."""
         own = [at for at, (owner, _) in enumerate(self.owners) if sample is None or owner == sample]
         counts = {
             "positions": len(own),
@@ -131,12 +131,12 @@ class Row:
         return counts | {"prompt": counts["positions"] - counts["padding"] - counts["image"] - counts["trained"]}
 
 
-def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[Row]:
+def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[AuditRow]:
     """The rows of ``batch``."""
-    images: list[list[Placed]] = [[] for _ in batch.input_ids]
+    images: list[list[PlacedImage]] = [[] for _ in batch.input_ids]
     placements = (batch.image_rows, batch.image_starts, batch.image_sample_ids, batch.image_text_ids, batch.image_index)
     for row, *placed in zip(*(column.tolist() for column in placements), strict=True):
-        images[row].append(Placed(*placed))
+        images[row].append(PlacedImage(*placed))
     columns = (batch.input_ids, batch.labels, batch.kinds, batch.positions, batch.sample_ids, batch.text_ids)
     rows = []
     known = dict(zip(_named_samples(batch), zip(batch.sample_names, _parts(batch), strict=True), strict=False))
@@ -144,7 +144,7 @@ def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[Row]:
         own = [known[number, sample] for sample in range(max([*samples, -1]) + 1) if (number, sample) in known]
         owners = list(zip(samples, texts, strict=True))
         names, parts = [name for name, _ in own], [part for _, part in own]
-        rows.append(Row(ids, labels, kinds, positions, owners, images[number], names, parts, frozenset(markers)))
+        rows.append(AuditRow(ids, labels, kinds, positions, owners, images[number], names, parts, frozenset(markers)))
     return rows
 
 
@@ -159,7 +159,7 @@ def _parts(batch: Batch) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShownPiece:
     """What is shown as one thing.
 
     Attributes:
@@ -180,7 +180,7 @@ class Piece:
     slot: int = -1
 
 
-def pieces_of(row: Row, segment: Segment, tokenizer: Decoder, names: Mapping[int, str]) -> Iterator[Piece]:
+def pieces_of(row: AuditRow, segment: Segment, tokenizer: Decoder, names: Mapping[int, str]) -> Iterator[ShownPiece]:
     """``segment`` in pieces, in order."""
     items = list(_items(row, segment, names))
     for (what, trained, _), group in groupby(items, key=lambda item: (item.what, item.trained, item.slot)):
@@ -188,46 +188,46 @@ def pieces_of(row: Row, segment: Segment, tokenizer: Decoder, names: Mapping[int
         if what == "image":
             first = run[0]
             positions = 0 if first.start == first.end else len(run)
-            yield Piece("image", first.start, first.start + positions, trained, picture=first.picture, slot=first.slot)
+            yield ShownPiece("image", first.start, first.start + positions, trained, picture=first.picture, slot=first.slot)
         elif what == "padding":
-            yield Piece("padding", run[0].start, run[-1].end, trained)
+            yield ShownPiece("padding", run[0].start, run[-1].end, trained)
         elif what == "special":
             yield from run
         else:
             yield from _texts(run, tokenizer.decode)
 
 
-def _items(row: Row, segment: Segment, names: Mapping[int, str]) -> Iterator[Piece]:
+def _items(row: AuditRow, segment: Segment, names: Mapping[int, str]) -> Iterator[ShownPiece]:
     """One piece for each position; texts are not decoded yet."""
     inside = [(slot, image) for slot, image in enumerate(row.images) if segment.start <= image.start < segment.end]
     begins = {image.start: (slot, image) for slot, image in inside}
-    current: tuple[int, Placed] | None = None
+    current: tuple[int, PlacedImage] | None = None
     for at in range(segment.start, segment.end):
         trained, kind = row.trained(at), row.kinds[at]
         if not row.images_take_positions:
             standing = [(slot, image) for slot, image in inside if image.start == at and (image.sample, image.text) == row.owners[at]]
             for slot, image in standing:
-                yield Piece("image", at, at, False, picture=image.picture, slot=slot)
+                yield ShownPiece("image", at, at, False, picture=image.picture, slot=slot)
         if kind == Kind.IMAGE:
             current = begins.get(at, current)
             slot, picture = (current[0], current[1].picture) if current else (-1, -1)
-            yield Piece("image", at, at + 1, trained, picture=picture, slot=slot)
+            yield ShownPiece("image", at, at + 1, trained, picture=picture, slot=slot)
         elif kind == Kind.PAD:
-            yield Piece("padding", at, at + 1, trained)
+            yield ShownPiece("padding", at, at + 1, trained)
         else:
             yield _token(row.ids[at], at, trained, names)
     if segment.end in row.windows:
         yield _token(row.labels[segment.end - 1], segment.end, True, names)
 
 
-def _token(id_: int, at: int, trained: bool, names: Mapping[int, str]) -> Piece:
+def _token(id_: int, at: int, trained: bool, names: Mapping[int, str]) -> ShownPiece:
     name = names.get(id_)
-    return Piece("text" if name is None else "special", at, at + 1, trained, name or "", (id_,))
+    return ShownPiece("text" if name is None else "special", at, at + 1, trained, name or "", (id_,))
 
 
-def _texts(run: Sequence[Piece], decode: Callable[[Sequence[int]], str]) -> Iterator[Piece]:
+def _texts(run: Sequence[ShownPiece], decode: Callable[[Sequence[int]], str]) -> Iterator[ShownPiece]:
     """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once. A token may depend on the one before, and
-    a character may take several: each is decoded behind the last one that was shown, and those that say nothing by themselves wait.
+    a character may take several: each is decoded after the last one that was shown, and those that say nothing by themselves wait.
     """
     ids = [id_ for piece in run for id_ in piece.ids]
     context, begin = 0, 0  # tokens that are decoded along, tokens that are shown
@@ -235,5 +235,5 @@ def _texts(run: Sequence[Piece], decode: Callable[[Sequence[int]], str]) -> Iter
         before, text = decode(ids[context:begin]), decode(ids[context:end])
         if end < len(ids) and (text.endswith(UNFINISHED) or len(text) <= len(before)):
             continue
-        yield Piece("text", run[begin].start, run[end - 1].end, run[begin].trained, text[len(before) :], tuple(ids[begin:end]))
+        yield ShownPiece("text", run[begin].start, run[end - 1].end, run[begin].trained, text[len(before) :], tuple(ids[begin:end]))
         context, begin = begin, end

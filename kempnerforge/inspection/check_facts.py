@@ -45,7 +45,7 @@ def histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RowLimits:
     """Limits of a row, and what they would do to the samples that were read.
 
     Attributes:
@@ -59,24 +59,24 @@ class Limits:
     shortened: int
 
 
-def limits(found: Found, max_text_len: int, seq_len: int) -> Limits:
+def row_limits(found: Found, max_text_len: int, seq_len: int) -> RowLimits:
     """What these limits would do."""
     sized = found.has_size
     too_long = sized & ((found.column("longest") > max_text_len) | (found.column("needed") > seq_len))
     whole = (found.column("text_tokens") <= max_text_len) & (found.column("positions") <= seq_len)
-    return Limits(max_text_len, seq_len, int(too_long.sum()), int((sized & ~too_long & ~whole).sum()))
+    return RowLimits(max_text_len, seq_len, int(too_long.sum()), int((sized & ~too_long & ~whole).sum()))
 
 
-def recommended(found: Found, layout: Layout) -> Limits:
+def recommended(found: Found, layout: Layout) -> RowLimits:
     """The smallest limits, as multiples of ``MULTIPLE``, that leave ``COVERED`` percent of the samples whole; a row also has room for one
     image and a text of full length, which a job must have.
     """
     sized = found.sizes[found.has_size]
     if not len(sized):
-        return limits(found, layout.max_text_len, layout.seq_len)
+        return row_limits(found, layout.max_text_len, layout.seq_len)
     texts, positions = (np.percentile(found.column(name)[found.has_size], COVERED) for name in ("text_tokens", "positions"))
     text = _round_up(texts)
-    return limits(found, text, max(_round_up(positions), _round_up(layout.image_tokens + text)))
+    return row_limits(found, text, max(_round_up(positions), _round_up(layout.image_tokens + text)))
 
 
 def _round_up(value: float) -> int:
@@ -107,7 +107,7 @@ class Batching:
         return f"{self.mode}, train.seq_len = {self.seq_len}" if self.seq_len else self.mode
 
 
-class Sizes:
+class ReadSizes:
     """Sizes of samples from what was read. Those that were refused count as the median of the others, as they are replaced.
 
     Args:
@@ -142,7 +142,7 @@ def batching_modes(found: Found, source: Source, layout: Layout, train_cfg: Trai
         found: what was read. If that is not all, the modes are laid out over what was, in any order.
         max_images: views of a packed row at most; 0 is no limit.
     """
-    sizes = Sizes(found, len(source), max_images)
+    sizes = ReadSizes(found, len(source), max_images)
     if not sizes.usable:
         return []
     order = source.order(train_cfg.seed) if len(found.indices) == len(source) else _Chosen(found.indices, train_cfg.seed)
@@ -188,7 +188,7 @@ class _Chosen(Order):
 class _Tally:
     """Adds up rows."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: ReadSizes) -> None:
         self._sizes = sizes
         self._rows = self._samples = self._positions = self._useful = self._trained = 0
 

@@ -16,8 +16,8 @@ from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.traces import KINDS, shared
 from kempnerforge.eval.questions import HeldOut, examine
-from kempnerforge.inspection.check_facts import Batching, Limits, batching_modes, distribution, limits, recommended
-from kempnerforge.inspection.read_all import Found, Reader, is_stream, read_all, spread
+from kempnerforge.inspection.check_facts import Batching, RowLimits, batching_modes, distribution, recommended, row_limits
+from kempnerforge.inspection.read_all import Found, SampleReader, is_stream, read_all, spread
 from kempnerforge.inspection.rows_page import source_names
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.files import write_text
@@ -27,7 +27,7 @@ SIZES = ("texts", "images", "views", "text_tokens", "trained", "positions")
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckedPart:
     """One source of a mixture, or all there is.
 
     Attributes:
@@ -56,9 +56,9 @@ class Checked:
     split: str
     total: int
     found: Found
-    parts: list[Part]
-    now: Limits
-    advice: Limits
+    parts: list[CheckedPart]
+    now: RowLimits
+    advice: RowLimits
     modes: list[Batching]
     batching: str
     max_bad_fraction: float
@@ -185,14 +185,14 @@ def _check(
 ) -> Checked:
     encoder, layout, job = assembly.encoder(stage), assembly.layouts[stage.index], assembly.job
     indices = spread(source, limit, job.train.seed)
-    found = read_all(Reader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
+    found = read_all(SampleReader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
     return Checked(
         name=name,
         split=source.split,
         total=len(source),
         found=found,
         parts=_parts(source, stage.data, found),
-        now=limits(found, layout.max_text_len, layout.seq_len),
+        now=row_limits(found, layout.max_text_len, layout.seq_len),
         advice=recommended(found, layout),
         modes=batching_modes(found, source, layout, stage.train, stage.data.max_images_per_row) if source.split == "train" else [],
         batching=stage.data.batching,
@@ -208,7 +208,7 @@ def _examined(source: Source, encoder: Encoder, job: JobConfig, found: Found) ->
     return examine(source, encoder, job.eval, chosen=chosen, pictures=0)
 
 
-def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:
+def _parts(source: Source, cfg: DataConfig, found: Found) -> list[CheckedPart]:
     part_of = np.array([source.part(index) for index in found.indices.tolist()], dtype=np.int64)
     bad = {bad.index for bad in found.bad}
     is_bad = np.array([index in bad for index in found.indices.tolist()], dtype=bool)
@@ -216,7 +216,7 @@ def _parts(source: Source, cfg: DataConfig, found: Found) -> list[Part]:
     for number, name in enumerate(source_names(cfg)):
         own = part_of == number
         totals = {column: int(found.column(column)[own].sum()) for column in SIZES}
-        parts.append(Part(name, int(own.sum()), int((is_bad & own).sum()), totals))
+        parts.append(CheckedPart(name, int(own.sum()), int((is_bad & own).sum()), totals))
     return parts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.data.traces import KINDS
-from kempnerforge.inspection.check_facts import COVERED, MULTIPLE, Batching, Limits, histogram
+from kempnerforge.inspection.check_facts import COVERED, MULTIPLE, Batching, RowLimits, histogram
 from kempnerforge.inspection.data_check import HELD_OUT, Checked, Leak
 from kempnerforge.report.histogram import bar_chart
 from kempnerforge.report.page import Tile, write_page
@@ -84,7 +84,7 @@ def _charts(one: Checked) -> list[str]:
     return charts
 
 
-def _limits(name: str, limits: Limits) -> tuple[str, ...]:
+def _limits(name: str, limits: RowLimits) -> tuple[str, ...]:
     return name, f"{limits.max_text_len:,}", f"{limits.seq_len:,}", f"{limits.too_long:,}", f"{limits.shortened:,}"
 
 

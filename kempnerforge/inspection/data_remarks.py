@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kempnerforge.config import Stage
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.source import Source
-from kempnerforge.data.traces import KINDS, Marks, Traces, digest, shared
+from kempnerforge.data.traces import KINDS, SampleDigests, Traces, image_digest, shared
 from kempnerforge.inspection.read_all import is_stream, spread
 from kempnerforge.inspection.remarks import Remarks
 from kempnerforge.training.setup import Assembly
@@ -25,19 +25,19 @@ class Glance:
     """
 
     remarks: Remarks
-    marks: dict[str, Marks]
+    marks: dict[str, SampleDigests]
     looked_at: int
     total: int
 
 
 def glance(source: Source, seed: int) -> Glance:
-    """Looks at samples of ``source`` as they stand in its files; images are hashed and not decoded."""
+    """Looks at samples of ``source`` as they are in its files; images are hashed and not decoded."""
     indices = spread(source, OF_STREAMS if is_stream(source) else SAMPLES, seed)
     remarks, traces = Remarks(), Traces(len(source))
     for index in indices:
         try:
             sample = source[index]
-            traces.add(index, sample, [digest(image) for image in sample.images])
+            traces.add(index, sample, [image_digest(image) for image in sample.images])
         except (SampleError, OSError):
             continue
         remarks.add(sample, source.asks(index))

@@ -19,7 +19,7 @@ from kempnerforge.data.sample import Sample, SampleError
 from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import LABELS
-from kempnerforge.data.traces import KINDS, Marks, Traces, digest, joined
+from kempnerforge.data.traces import KINDS, SampleDigests, Traces, image_digest, joined
 from kempnerforge.inspection.remarks import Remarks, merged
 from kempnerforge.util.errors import InputError
 
@@ -62,7 +62,7 @@ class Found:
     indices: np.ndarray
     sizes: np.ndarray
     bad: list[Bad]
-    marks: dict[str, Marks]
+    marks: dict[str, SampleDigests]
     remarks: Remarks
 
     def column(self, name: str) -> np.ndarray:
@@ -80,7 +80,7 @@ class Found:
         return len(np.unique(self.marks["image"].digests))
 
 
-class Reader:
+class SampleReader:
     """Reads samples of one source.
 
     Args:
@@ -94,7 +94,7 @@ class Reader:
         self.roomy = Encoder(encoder.tokenizer, encoder.cfg, layout, encoder.seed)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # without what its caches hold
-        return Reader, (self.source, self.encoder, self.images)
+        return SampleReader, (self.source, self.encoder, self.images)
 
     def read(self, indices: Sequence[int]) -> Found:
         """Reads the samples ``indices``."""
@@ -112,7 +112,7 @@ class Reader:
                 if self.images:
                     kind = "image"
                     self.roomy.views(sample)
-                traces.add(index, sample, [digest(image) for image in sample.images] if self.images else [])
+                traces.add(index, sample, [image_digest(image) for image in sample.images] if self.images else [])
                 remarks.add(sample, self.source.asks(index))
             except SampleError as error:
                 of_image = isinstance(error, ImageError) or isinstance(error.__context__, ImageError)
@@ -166,7 +166,9 @@ class Reader:
         return f"the longest text has {longest} tokens, vlm.max_text_len = {layout.max_text_len}"
 
 
-def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callable[[int], object] = int, alone_s: float = ALONE_S) -> Found:
+def read_all(
+    reader: SampleReader, indices: Sequence[int], workers: int, done: Callable[[int], object] = int, alone_s: float = ALONE_S
+) -> Found:
     """Reads ``indices``, in ``workers`` processes when it takes long.
 
     Args:
@@ -198,10 +200,10 @@ def read_all(reader: Reader, indices: Sequence[int], workers: int, done: Callabl
     )
 
 
-_reader: Reader | None = None  # of a worker process
+_reader: SampleReader | None = None  # of a worker process
 
 
-def _start_worker(reader: Reader) -> None:
+def _start_worker(reader: SampleReader) -> None:
     global _reader
     _reader = reader
 
@@ -211,7 +213,7 @@ def _read_in_worker(indices: Sequence[int]) -> Found:
     return _reader.read(indices)
 
 
-def _in_pool(reader: Reader, chunks: Sequence[Sequence[int]], workers: int) -> Iterator[Found]:
+def _in_pool(reader: SampleReader, chunks: Sequence[Sequence[int]], workers: int) -> Iterator[Found]:
     """The chunks in order. Workers start afresh: a copy of this process would share its open files and locks."""
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one thread for each process

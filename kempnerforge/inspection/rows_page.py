@@ -15,8 +15,8 @@ from markupsafe import Markup
 from kempnerforge.config import DataConfig, JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.inspection.audit import audit, render_row
-from kempnerforge.inspection.audit_page import describe, row_card
-from kempnerforge.inspection.audit_rows import Row, rows_of
+from kempnerforge.inspection.audit_page import row_card, row_facts
+from kempnerforge.inspection.audit_rows import AuditRow, rows_of
 from kempnerforge.inspection.contact_sheet import contact_sheet
 from kempnerforge.inspection.data_remarks import glance
 from kempnerforge.report.page import write_page
@@ -26,7 +26,7 @@ from kempnerforge.util.numbers import counted
 MAX_BATCHES = 16
 """Micro-batches that are read at most to see samples of each part of a mixture."""
 MAX_NUMBERED = 64
-"""Images of a sample whose number may stand before them."""
+"""Images of a sample whose number may be before them."""
 SHARES = ("positions", "padding", "image", "prompt", "trained")
 
 
@@ -37,7 +37,7 @@ class Inspection:
     Attributes:
         shares: positions of all rows read, by what is there.
         parts: of each section: samples and texts read, texts shown, and positions by what is there.
-        facts: the same as plain values, see ``describe``.
+        facts: the same as plain values, see ``row_facts``.
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
         sheet: the contact sheet, where there are images.
@@ -115,7 +115,7 @@ def _inspect(assembly: Assembly, stage: Stage, samples: int, step: int, out: Pat
             if not shown:
                 continue
             found.rows.append(render_row(row, number, tokenizer, color, tokenizer.special_names))
-            facts = describe(row, number, tokenizer, tokenizer.special_names)
+            facts = row_facts(row, number, tokenizer, tokenizer.special_names)
             found.facts.append(facts)
             found.cards.append(row_card(facts, None if batch.images is None else batch.images.numpy(), sources))
             views, texts = _views(batch, row)
@@ -137,7 +137,7 @@ def _some(batches: Iterator[Batch], parts: Sequence[Counter[str]], samples: int)
             return
 
 
-def _count(found: Inspection, row: Row, shown: bool) -> None:
+def _count(found: Inspection, row: AuditRow, shown: bool) -> None:
     found.shares.update(row.shares())
     for sample, part in enumerate(row.parts):
         own = {segment.text for segment in row.segments if segment.sample == sample and segment.text}
@@ -145,7 +145,7 @@ def _count(found: Inspection, row: Row, shown: bool) -> None:
         found.parts[part].update(samples=1, texts=len(own), shown=int(shown))
 
 
-def _views(batch: Batch, row: Row) -> tuple[list[np.ndarray], list[str]]:
+def _views(batch: Batch, row: AuditRow) -> tuple[list[np.ndarray], list[str]]:
     """The images of a row, each once, and the samples that they are of."""
     assert batch.images is not None or not row.images
     owners = {image.picture: row.samples[image.sample] for image in reversed(row.images)}

@@ -1,7 +1,7 @@
 """``data.template`` as a chat template of transformers (Jinja): conversations are written as a model was trained to read them.
 
 A message is a string or a list of parts, ``{type: text, text: ...}`` and ``{type: image, ...}``. Where images go follows ``data.encode``: those
-that come before everything that is said stand in front of the row, before BOS, unless the source or the template puts them elsewhere.
+that come before everything that is said are before the row, before BOS, unless the source or the template puts them elsewhere.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def chat_template(
 
     Args:
         asking: how the texts of the training placed their images; None: as is usual with the source.
-        processor: the class that takes the text, if it adds to it: PaliGemma's puts BOS behind the last image and a line break at the end,
+        processor: the class that takes the text, if it adds to it: PaliGemma's puts BOS after the last image and a line break at the end,
             that of Idefics 3 tokens around images.
         adds_bos: the tokenizer puts BOS in front of all that it is given. (A chat template of the tokenizer's own stays as it is.)
-        space: between BOS and the rest, for tokenizers that begin a text with one, but not behind a special token.
+        space: between BOS and the rest, for tokenizers that begin a text with one, but not after a special token.
 
     Raises:
         ValueError: ``cfg`` does not fit the tokenizer.
@@ -188,7 +188,7 @@ def _constants(values: dict[str, Any]) -> str:
     return "".join(f"{{%- set {name} = {literal(value)} -%}}" for name, value in values.items())
 
 
-def render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
+def render_template(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     """``messages`` up to the answer that is asked for.
 
     Raises:

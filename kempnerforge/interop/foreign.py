@@ -24,7 +24,7 @@ from kempnerforge.interop.huggingface import CONFIG, read_config, tensor_files
 from kempnerforge.interop.names import EMBEDDING, FAMILIES, HF_EMBEDDING, HF_HEAD
 from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
 from kempnerforge.interop.settings import complete, model_config
-from kempnerforge.interop.vlms import WRAPPERS, Layout, Wrapper, read_parts
+from kempnerforge.interop.vlms import WRAPPERS, FileLayout, Wrapper, read_vlm_config
 from kempnerforge.interop.write import text_names
 from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.their_config import within_memory
@@ -32,7 +32,7 @@ from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.util.errors import InputError, cut, show
 
 UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
-"""Tensors of a tower that may have no place in ours, besides layers behind the one that is read: a norm that no patch passes, pooling."""
+"""Tensors of a tower that may have no place in ours, besides layers after the one that is read: a norm that no patch passes, pooling."""
 
 
 def open_foreign(path: Path | str) -> Foreign:
@@ -90,7 +90,7 @@ def _tied(places: dict[str, Place], files: dict[str, Path], head: str) -> tuple[
 def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     norm, fit = _image_processor(path)
     rows = [name for name in files if name.endswith(HF_EMBEDDING)]
-    parts = read_parts(config, _rows(files, rows[0]) if rows else 1, norm)
+    parts = read_vlm_config(config, _rows(files, rows[0]) if rows else 1, norm)
     wrapper, text = WRAPPERS[config["model_type"]], complete(config)["text_config"]
     job = _vlm_job(JobConfig(**vars(parts)), wrapper.data, ImagesConfig(fit=fit))
     choices = [_names(job, wrapper, text["model_type"], layout) for layout in wrapper.layouts]
@@ -104,7 +104,7 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> For
     return Foreign(path, wrapper.architecture, job, places, files, image_id, _tied(places, files, layout.head))
 
 
-def _unread(name: str, layout: Layout, names: dict[str, Place]) -> bool:
+def _unread(name: str, layout: FileLayout, names: dict[str, Place]) -> bool:
     """Whether a tensor is one of the tower that ours does without."""
     part = name.removeprefix(layout.vision)
     if part == name:
@@ -114,7 +114,7 @@ def _unread(name: str, layout: Layout, names: dict[str, Place]) -> bool:
     return UNREAD.match(part) is not None
 
 
-def _names(job: JobConfig, wrapper: Wrapper, family: str, layout: Layout) -> dict[str, Place]:
+def _names(job: JobConfig, wrapper: Wrapper, family: str, layout: FileLayout) -> dict[str, Place]:
     """Our parameter -> its place, in files of this layout."""
     text = text_names(job.model, family, layout.text, layout.head)
     adapter = {f"adapter.{ours}": layout.projector + theirs for ours, theirs in wrapper.adapter_names.items()}
@@ -128,11 +128,11 @@ def _names(job: JobConfig, wrapper: Wrapper, family: str, layout: Layout) -> dic
 def _open_mllama(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     norm, fit = _image_processor(path)
     rows = [name for name in files if name.endswith(HF_EMBEDDING)]
-    parts = mllama.read_parts(config, _rows(files, rows[0]) if rows else 0, norm)
+    parts = mllama.read_mllama_config(config, _rows(files, rows[0]) if rows else 0, norm)
     job = _vlm_job(JobConfig(**vars(parts)), mllama.DATA, ImagesConfig(fit=fit))
     every = vars(job.vlm)["cross_attention_every_n_layers"]
     ours = shapes(job)
-    choices = [{name: Place(mllama.name_of(name, every, layout)) for name in ours} for layout in mllama.LAYOUTS]
+    choices = [{name: Place(mllama.tensor_name(name, every, layout)) for name in ours} for layout in mllama.LAYOUTS]
     names = max(choices, key=lambda found: sum(place.name in files for place in found.values()))
     places = matched(path, names, files, lambda name: False)
     return Foreign(path, mllama.ARCHITECTURE, job, places, files, complete(config)["image_token_index"], image_is_word=True)
@@ -141,7 +141,7 @@ def _open_mllama(path: Path, config: dict[str, Any], files: dict[str, Path]) -> 
 def _open_nanovlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Foreign:
     texts = nanovlm.texts_of(config)
     job = _vlm_job(nanovlm.job_of(config), texts.data, ImagesConfig(), texts.views)
-    places = {ours: Place(*nanovlm.place(ours)) for ours in shapes(job)}
+    places = {ours: Place(*nanovlm.tensor_place(ours)) for ours in shapes(job)}
     for kept, other in nanovlm.SHARED.items():
         if other not in files and kept in files:
             places = {ours: Place(kept) if place.name == other else place for ours, place in places.items()}

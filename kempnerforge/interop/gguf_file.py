@@ -57,7 +57,7 @@ PLAIN: dict[str, Any] = {
 """Keys whose values change nothing only if they are these; None: any value."""
 
 DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False}
-"""``tokenizer.ggml.pre`` -> whether digits stand alone, for byte-level BPE with GPT-2's rule for words."""
+"""``tokenizer.ggml.pre`` -> whether digits are alone, for byte-level BPE with GPT-2's rule for words."""
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens."""
 

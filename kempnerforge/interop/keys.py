@@ -50,7 +50,7 @@ _READS = r"\bconfig\.{0}\b|[\"']{0}[\"']"
 """How a class's files name a key that they read."""
 
 
-def followed(family: str) -> frozenset[str]:
+def followed_keys(family: str) -> frozenset[str]:
     """Keys that ``[model]`` follows."""
     entry = FAMILIES[family]
     windows = ("sliding_window",) if entry.window_pattern else ()
@@ -67,22 +67,22 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
     Raises:
         InputError: naming a key, its value and what is allowed.
     """
-    only, known = allowed(family), followed(family) | BOOKKEEPING | UNREAD.get(family, frozenset())
+    only, known = allowed(family), followed_keys(family) | BOOKKEEPING | UNREAD.get(family, frozenset())
     for key, value in config.items():
         if key in only and value not in only[key]:
             what = " or ".join("null" if kept is None else str(kept).lower() for kept in only[key])
             raise InputError(f"{key} = {show(value)}: of a {family} only {what} can be read")
         if key in only or key in known or value is None:
             continue
-        named = key in defaults(family) or re.search(_READS.format(re.escape(key)), _source(family))
-        if named and value != defaults(family).get(key):
+        named = key in class_defaults(family) or re.search(_READS.format(re.escape(key)), _source(family))
+        if named and value != class_defaults(family).get(key):
             raise InputError(
                 f"{key} = {show(value)}: the class of a {family} reads it, and it has no place here; leave it out if it is off"
             )
 
 
 @lru_cache
-def defaults(family: str) -> dict[str, Any]:
+def class_defaults(family: str) -> dict[str, Any]:
     """All that the class writes of a model with default settings."""
     from transformers import CONFIG_MAPPING
 

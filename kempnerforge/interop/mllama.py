@@ -1,6 +1,6 @@
 """Llama 3.2 Vision (``MllamaForConditionalGeneration``; Llama Team 2024, section 7) in both directions: a Llama with gated cross-attention.
 
-In transformers a block of cross-attention is a layer among the others. Ours stands in front of every n-th layer, as a part of it, so the two
+In transformers a block of cross-attention is a layer among the others. Ours is before every n-th layer, as a part of it, so the two
 count differently: with n = 4 their layers 0 1 2 *3* 4 5 6 7 *8* 9 are our layers 0 1 2, 3 with a block, 4 5 6, 7 with a block.
 
 An image is one tile. What several tiles of one image are to each other has no place in ours, and neither have their aspect ratios.
@@ -23,17 +23,17 @@ from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.names import EMBEDDING, HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
-from kempnerforge.interop.vlms import BOOKKEEPING, Layout, Parts, scalars
+from kempnerforge.interop.vlms import BOOKKEEPING, FileLayout, VLMSections, scalars
 from kempnerforge.model.mllama import MllamaTower, grids
 from kempnerforge.util.errors import InputError
 
 KIND, ARCHITECTURE, FAMILY = "mllama", "MllamaForConditionalGeneration", "llama"
 SPARE = 8
-"""Rows that its embedding has behind those of its head. The first is that of the image token."""
+"""Rows that its embedding has after those of its head. The first is that of the image token."""
 
 LAYOUTS = (
-    Layout("vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"),
-    Layout("model.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight"),
+    FileLayout("vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"),
+    FileLayout("model.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight"),
 )
 """The forms that its files have had; the first is written."""
 
@@ -80,7 +80,7 @@ def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
     }
 
 
-def read_parts(config: dict[str, Any], rows: int, norm: tuple[list[float], list[float]] | None) -> Parts:
+def read_mllama_config(config: dict[str, Any], rows: int, norm: tuple[list[float], list[float]] | None) -> VLMSections:
     """The sections of a model.
 
     Args:
@@ -108,15 +108,15 @@ def read_parts(config: dict[str, Any], rows: int, norm: tuple[list[float], list[
     )
     tile_tokens = (int(tower.settings["image_size"]) // int(tower.settings["patch_size"])) ** 2 + 1
     how = {"cross_attention_every_n_layers": every, "unwritten_tokens": SPARE} | options(model, tile_tokens)
-    return Parts(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
+    return VLMSections(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
 
 
 def _interval(blocks: list[int], layers: int) -> int:
-    """n, if their ``layers`` have ``blocks`` of cross-attention where ours would stand."""
+    """n, if their ``layers`` have ``blocks`` of cross-attention where ours would be."""
     every = blocks[0] + 1 if blocks else 0
     if every and blocks == block_layers(every, layers - len(blocks)):
         return every
-    raise InputError(f"text_config.cross_attention_layers = {blocks} of {layers}: ours stand in front of every n-th of the other layers")
+    raise InputError(f"text_config.cross_attention_layers = {blocks} of {layers}: ours are before every n-th of the other layers")
 
 
 def block_layers(every: int, layers: int) -> list[int]:
@@ -160,7 +160,7 @@ def added_shapes(job: JobConfig) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def name_of(ours: str, every: int, layout: Layout) -> str:
+def tensor_name(ours: str, every: int, layout: FileLayout) -> str:
     """Our parameter name -> the one in files of this layout.
 
     Args:
@@ -176,7 +176,7 @@ def name_of(ours: str, every: int, layout: Layout) -> str:
     if not rest.startswith("layers."):
         return layout.text + hf_name(rest, FAMILY)
     _, index, inner = rest.split(".", 2)
-    number = int(index) + (int(index) + 1) // every  # behind the blocks so far, that in front of it among them
+    number = int(index) + (int(index) + 1) // every  # after the blocks so far, that in front of it among them
     if (parameter := inner.removeprefix("cross_attention.")) != inner:
         return f"{layout.text}layers.{number - 1}.{BLOCK[parameter]}"
     return layout.text + hf_name(f"layers.{number}.{inner}", FAMILY)
@@ -218,7 +218,7 @@ def check_tiles(job: JobConfig, encoder: MllamaTower) -> None:
         raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: a tile has {encoder.tile_tokens}")
 
 
-def write_parts(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+def write_mllama_config(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``config.json`` of ``job``'s model.
 
     Args:
@@ -259,7 +259,7 @@ def write_tensors(job: JobConfig, tensors: Mapping[str, Tensor]) -> dict[str, Te
     how, embedding = vars(job.vlm), tensors[f"transformer.{EMBEDDING}"]
     spare = embedding.mean(0, keepdim=True).expand(SPARE - how["unwritten_tokens"], -1)
     whole = {f"transformer.{HEAD}": embedding, **tensors, f"transformer.{EMBEDDING}": torch.cat([embedding, spare])}  # (V + 8, D)
-    return {name_of(ours, how["cross_attention_every_n_layers"], LAYOUTS[0]): tensor for ours, tensor in whole.items()}
+    return {tensor_name(ours, how["cross_attention_every_n_layers"], LAYOUTS[0]): tensor for ours, tensor in whole.items()}
 
 
 # ---- both on one batch ----------------------------------------------------------------------------------------------

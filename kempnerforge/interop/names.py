@@ -28,7 +28,7 @@ FOUR_NORMS = LAYER | {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp.post_norm": "post_feedforward_layernorm",
 }
-"""``LAYER`` where a layer has a norm behind each half, too. Of two names that fit the longer one counts."""
+"""``LAYER`` where a layer has a norm after each half, too. Of two names that fit the longer one counts."""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def texts_of(config: dict[str, Any]) -> Texts:
     if tokens and tokens[0] != IMAGE_TOKEN:
         raise InputError(f"vlm_extra_tokens: begins with {tokens[0]!r}, not {IMAGE_TOKEN!r}")
     data: dict[str, Any] = {"template": "turns", "turns": _TURNS}
-    notes, views = ["the line break behind <|im_end|> is not trained; it is there"], 1
+    notes, views = ["the line break after <|im_end|> is not trained; it is there"], 1
     if len(tokens) > 1:
         side, longest = config["vit_img_size"], config.get("max_img_size", 2048)
         if longest % side or not 1 <= longest // side <= GRID:
@@ -177,7 +177,7 @@ def texts_of(config: dict[str, Any]) -> Texts:
     return Texts(data, tokens, tuple(notes), views)
 
 
-def place(ours: str) -> tuple[str, int, int]:
+def tensor_place(ours: str) -> tuple[str, int, int]:
     """The tensor that holds our parameter, the part of its rows, and how many parts it has."""
     for start, theirs in NAMES.items():
         if ours.startswith(start):

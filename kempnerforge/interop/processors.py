@@ -49,7 +49,7 @@ KNOWN = {
 # ---- ours to theirs -------------------------------------------------------------------------------------------------
 
 
-def candidates(
+def processor_candidates(
     kind: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig, image_tokens: int, placeholder: str
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """Processors that may do what our data code does, the likeliest first: class -> its files by name, without those of the tokenizer.
@@ -110,7 +110,7 @@ def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict
 # ---- theirs ---------------------------------------------------------------------------------------------------------
 
 
-def followed(path: Path, kind: str) -> str | None:
+def followed_processor(path: Path, kind: str) -> str | None:
     """The class of a directory's processor; None: of a kind that we do not follow.
 
     Args:

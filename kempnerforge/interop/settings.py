@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from kempnerforge.config.model import ModelConfig, RopeScaling
-from kempnerforge.interop.keys import check_keys, followed
+from kempnerforge.interop.keys import check_keys, followed_keys
 from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 from kempnerforge.model.their_config import class_call
 from kempnerforge.util.errors import InputError, cut, show
@@ -72,7 +72,7 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES[name]
     check_keys(name, config)
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
-        if key in followed(name) and (value := config.get(key)) is not None and value <= 0:
+        if key in followed_keys(name) and (value := config.get(key)) is not None and value <= 0:
             raise InputError(f"{key} = {value}: must be more than 0, or null")
     found: dict[str, Any] = {ours: config[theirs] for ours, theirs in SETTINGS.items() if config.get(theirs) is not None}
     if "head_dim" not in found and {"dim", "n_heads"} <= found.keys():

@@ -26,7 +26,7 @@ NORM_OF_CLS = ("post_layernorm.weight", "post_layernorm.bias")
 """In CLIP it is for the CLS token alone: our tower has none, and the class wants them all the same."""
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """Where the parts of a model are in its files: prefixes, and the full name of the output head."""
 
     vision: str
@@ -35,10 +35,10 @@ class Layout(NamedTuple):
     head: str
 
 
-HUB = Layout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight")
+HUB = FileLayout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight")
 SAVED = HUB._replace(vision="vision_tower.")  # what save_pretrained of transformers 5 writes
-MEMORY = Layout("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight")
-CONNECTOR = Layout("model.vision_model.", "model.connector.", "model.text_model.", "lm_head.weight")
+MEMORY = FileLayout("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight")
+CONNECTOR = FileLayout("model.vision_model.", "model.connector.", "model.text_model.", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Wrapper:
     families: tuple[str, ...]
     tower: type[HFTowerConfig]
     tower_type: str
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FileLayout, ...]
     adapter: Callable[[dict[str, Any]], AdapterConfig]
     adapter_config: Callable[[AdapterConfig], dict[str, Any]]
     adapter_names: Mapping[str, str]
@@ -136,7 +136,7 @@ WRAPPERS: dict[str, Wrapper] = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class VLMSections:
     """The sections that a ``config.json`` amounts to."""
 
     model: ModelConfig
@@ -145,7 +145,7 @@ class Parts:
     vlm: VLMConfig
 
 
-def read_parts(config: dict[str, Any], vocab_size: int, norm: tuple[list[float], list[float]] | None) -> Parts:
+def read_vlm_config(config: dict[str, Any], vocab_size: int, norm: tuple[list[float], list[float]] | None) -> VLMSections:
     """The sections of a model.
 
     Args:
@@ -174,7 +174,7 @@ def read_parts(config: dict[str, Any], vocab_size: int, norm: tuple[list[float],
     mean, std = norm or ([], [])
     tower = wrapper.tower(feature_layer=layer, settings=tower_settings(vision, wrapper.tower), mean=mean, std=std)
     model = model_config(text, vocab_size)
-    return Parts(model, tower, wrapper.adapter(full), VLMConfig(attention_mask=wrapper.mask))
+    return VLMSections(model, tower, wrapper.adapter(full), VLMConfig(attention_mask=wrapper.mask))
 
 
 def tower_settings(config: dict[str, Any], tower: type[HFTowerConfig]) -> dict[str, bool | int | float | str]:
@@ -248,7 +248,9 @@ def text_family(job: JobConfig, kind: str) -> str:
     raise InputError(problems[0])
 
 
-def write_parts(job: JobConfig, kind: str, tower: Any, image_tokens: int, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+def write_vlm_config(
+    job: JobConfig, kind: str, tower: Any, image_tokens: int, image_id: int, ids: Mapping[str, int | None]
+) -> dict[str, Any]:
     """The ``config.json`` of ``job``'s model as a ``kind``.
 
     Args:

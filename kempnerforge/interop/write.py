@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def nothing(what: str, done: int, total: int) -> None:
-    """A ``Progress`` that tells nobody."""
+    """A ``Progress`` that reports nothing."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def text_names(cfg: ModelConfig, family: str, prefix: str = "model.", head: str 
     return {f"transformer.{name}": head if name == HEAD else prefix + hf_name(name, family) for name in ours}
 
 
-def write_text(
+def write_language_model(
     path: Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None], family: str | None = None,
     shard_bytes: int = SHARD_BYTES, progress: Progress = nothing,
 ) -> dict[str, Any]:  # fmt: skip

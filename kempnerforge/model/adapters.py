@@ -16,7 +16,7 @@ from kempnerforge.model.attention import attend
 from kempnerforge.util.errors import InputError, NotBuiltError
 
 
-class MLP(nn.Module):
+class TwoLayerMLP(nn.Module):
     """Linear, GELU, linear."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> None:
@@ -31,8 +31,8 @@ class MLP(nn.Module):
 
 
 def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Module:
-    """One linear layer when ``hidden_dim`` is 0, otherwise an ``MLP`` of that hidden width."""
-    return MLP(in_dim, hidden_dim, out_dim, bias) if hidden_dim else nn.Linear(in_dim, out_dim, bias=bias)
+    """One linear layer when ``hidden_dim`` is 0, otherwise an ``TwoLayerMLP`` of that hidden width."""
+    return TwoLayerMLP(in_dim, hidden_dim, out_dim, bias) if hidden_dim else nn.Linear(in_dim, out_dim, bias=bias)
 
 
 class Adapter(nn.Module):
@@ -144,7 +144,7 @@ class PerceiverLayer(nn.Module):
         self.k_proj = nn.Linear(dim, inner, bias=False)
         self.v_proj = nn.Linear(dim, inner, bias=False)
         self.o_proj = nn.Linear(inner, dim, bias=False)
-        self.mlp = MLP(dim, cfg.ff_mult * dim, dim, bias=False)
+        self.mlp = TwoLayerMLP(dim, cfg.ff_mult * dim, dim, bias=False)
 
     def heads(self, x: Tensor) -> Tensor:
         """(N, L, H * E) -> (N, H, L, E)."""

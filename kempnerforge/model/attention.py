@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from kempnerforge.model.documents import Documents, RowDocuments, take_apart
 
 FLEX_FROM = 1024
-"""Keys from which FlexAttention is taken on CUDA: it skips the blocks that nobody sees and needs no (Q, K) mask in memory."""
+"""Keys from which FlexAttention is taken on CUDA: it skips the blocks that no one sees and needs no (Q, K) mask in memory."""
 PREFIX_FROM = 64
 """Length from which a ``Prefix`` is taken on CUDA, where a kernel without a mask is the fast one.
 
@@ -38,7 +38,7 @@ class Prefix:
 
     Attributes:
         length: how many, the same in every row.
-        rest: (B, 1, S - length, K) additive, what the positions behind them see; None is plain causal.
+        rest: (B, 1, S - length, K) additive, what the positions after them see; None is plain causal.
     """
 
     length: int
@@ -74,11 +74,11 @@ class Segments:
         sample_ids: (B, K) int64; -1 is padding.
         text_ids: (B, K) int64; 0 is the shared part of a sample.
         groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None: there are no such groups.
-        order: (B, K) int64, where each key stands in the stream. None: as it is stored.
+        order: (B, K) int64, where each key is in the stream. None: as it is stored.
         has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
-        documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded behind them.
+        documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded after them.
             None: not known, or nowhere several in a row.
-        positions: (B, K) int64, where each key stands in its text, as RoPE has it. None: no layer has a window.
+        positions: (B, K) int64, where each key is in its text, as RoPE has it. None: no layer has a window.
         windows: those of the kinds of layers that there are; 0 is none.
     """
 
@@ -99,7 +99,7 @@ class Segments:
         """The structure of the stream stored in another order.
 
         Args:
-            index: (B, S') int64, the position that comes to stand at each place; -1 makes the place padding. With ``documents`` all positions
+            index: (B, S') int64, the position that comes to be at each place; -1 makes the place padding. With ``documents`` all positions
                 of samples find one.
         """
         padding, place = index < 0, index.clamp(min=0)
@@ -114,7 +114,7 @@ class Segments:
         return Segments(*ids, groups, order, documents=self.documents, positions=positions, windows=self.windows)
 
     def extend(self, later: Segments) -> Segments:
-        """These keys followed by ``later`` ones, which come behind all of these in the stream."""
+        """These keys followed by ``later`` ones, which come after all of these in the stream."""
         groups = order = positions = None
         if self.groups is not None or later.groups is not None:
             groups = torch.cat([s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)], dim=1)
@@ -202,7 +202,7 @@ class Segments:
         """All positions against all, one sample at a time."""
         batch, keys = self.sample_ids.shape
         stored = torch.arange(batch * keys, device=self.sample_ids.device).view(batch, keys)
-        if self.order is not None:  # the places by where they stand in the stream; padding goes behind its end
+        if self.order is not None:  # the places by where they are in the stream; padding goes after its end
             end = max(sum(length for length, _ in row) for row in rows)
             place = torch.where(self.sample_ids < 0, end, self.order)
             stored = stored.new_zeros(batch, end + 1).scatter(1, place, stored)

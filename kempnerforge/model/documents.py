@@ -27,7 +27,7 @@ class Bucket:
     """Samples that are attended together.
 
     Attributes:
-        places: (n, L) int64, where the positions of each sample are stored, ``b * S + s``; behind its last one that is repeated.
+        places: (n, L) int64, where the positions of each sample are stored, ``b * S + s``; after its last one that is repeated.
         mask: (n, 1, L, L) additive; None is plain causal, which keeps the repeated ones out of sight.
     """
 
@@ -37,11 +37,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Documents:
-    """A mask: samples see nothing of each other. What padding reads is left open; nobody looks at it.
+    """A mask: samples see nothing of each other. What padding reads is left open; no one looks at it.
 
     Attributes:
         buckets: they hold every sample once.
-        back: (B * S,) int64, where in the buckets, one behind the other, each position is; any place for padding.
+        back: (B * S,) int64, where in the buckets, one after the other, each position is; any place for padding.
     """
 
     buckets: tuple[Bucket, ...]

@@ -31,7 +31,7 @@ CLASSIFIER = ("_fc.weight", "_fc.bias")
 
 class Conv(nn.Conv2d):
     """A convolution with bias whose output has ``ceil(size / stride)`` cells a side: TensorFlow's "same" padding, one more at the end when
-    it is odd. What batch normalisation did behind it in training is part of its weights.
+    it is odd. What batch normalisation did after it in training is part of its weights.
     """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, *, depthwise: bool = False) -> None:
@@ -96,7 +96,7 @@ class EfficientNetLite0(VisionEncoder):
 
 
 def published_names() -> dict[str, tuple[str, str]]:
-    """Each of our convolutions -> the published network's, and the batch normalisation behind it."""
+    """Each of our convolutions -> the published network's, and the batch normalisation after it."""
     names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
     for index in range(sum(stage[0] for stage in STAGES)):

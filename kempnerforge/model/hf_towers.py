@@ -28,8 +28,8 @@ from kempnerforge.util.reading import check_files, read_object
 class HFTower(VisionEncoder):
     """A vision tower of transformers, cut down to what its features need. Patches only: CLS and register tokens are dropped.
 
-    ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (behind the final norm of SigLIP and
-    DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k + 1. Layers behind it, norms that the patches do not
+    ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (after the final norm of SigLIP and
+    DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k + 1. Layers after it, norms that the patches do not
     pass, pooling heads and mask tokens are left out, so every parameter gets a gradient. Parameter names are those in transformers.
 
     The weights are fp32, whatever the file holds; on the meta device they are not read. Code beside a checkpoint is never run.
@@ -41,7 +41,7 @@ class HFTower(VisionEncoder):
     models: ClassVar[dict[str, str]]
     """``model_type`` in ``config.json`` -> class in transformers."""
     final_norm: ClassVar[str]
-    """Name of the norm behind the last layer."""
+    """Name of the norm after the last layer."""
     patches_pass_norm: ClassVar[bool] = True
     normalisation: ClassVar[Normalisation]
     """For a checkpoint without an image processor's config."""
@@ -75,7 +75,7 @@ class HFTower(VisionEncoder):
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
         import transformers
 
-        kind = (cfg.settings or read_config(cfg.path)).get("model_type")
+        kind = (cfg.settings or read_tower_config(cfg.path)).get("model_type")
         if not isinstance(kind, str) or kind not in self.models:
             raise InputError(
                 f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
@@ -92,7 +92,7 @@ class HFTower(VisionEncoder):
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
             with class_call(where(cfg), what, given):
                 return model_class(config)
-        return load_weights(model_class, config, cfg.path)
+        return load_tower_weights(model_class, config, cfg.path)
 
     def grid(self, config: Any) -> int:
         """Patches along one side of an image."""
@@ -106,7 +106,7 @@ class HFTower(VisionEncoder):
         """(N, 3, H, H) uint8 -> (N, F, D)."""
         # transformers cannot run on nothing; one image, thrown away, gives every parameter a gradient of zero
         features = self.features(self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:])))
-        first = features.shape[1] - self.num_tokens  # behind CLS and registers
+        first = features.shape[1] - self.num_tokens  # after CLS and registers
         return features[: len(images), first:].clone()  # (N, F, D); FSDP's hooks do not want a view
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
         with class_call(where(cfg), f"{config_class.__name__} does not take them", given):
             config = config_class(**given, **more)
     else:
-        with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_config(cfg.path)):
+        with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_tower_config(cfg.path)):
             config = config_class.from_pretrained(cfg.path)
     if config.num_channels != 3:
         raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
@@ -216,7 +216,7 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
     return config
 
 
-def read_config(path: str) -> dict[str, Any]:
+def read_tower_config(path: str) -> dict[str, Any]:
     """``config.json`` of a directory or of a model on the hub."""
     from transformers import PretrainedConfig
 
@@ -235,10 +235,10 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def load_weights(model_class: Any, config: Any, path: str) -> Any:
+def load_tower_weights(model_class: Any, config: Any, path: str) -> Any:
     """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
     return load_whole(model_class, path, f"path = {path!r}", "its weights cannot be loaded", more=True, config=config)
 
 
-# NOTE: its tower is a subclass of the one here, so it can only be imported behind it.
+# NOTE: its tower is a subclass of the one here, so it can only be imported after it.
 importlib.import_module("kempnerforge.model.mllama")

@@ -140,7 +140,7 @@ def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
             layer.fit_magnitude()
 
 
-def merge(model: nn.Module) -> None:
+def merge_adapters(model: nn.Module) -> None:
     """Folds all adapters of ``model``, which is not sharded, into the weights. Layers and names are then those of a model without any."""
     for layer in adapted_layers(model):
         layer.merge()

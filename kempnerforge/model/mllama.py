@@ -1,6 +1,6 @@
 """The vision tower of Llama 3.2 Vision, as transformers has it. The library is imported when a tower is built, not before.
 
-Shapes: N images, H x H pixels, T tiles, P tokens of one tile (its patches behind a CLS token), D width of the features.
+Shapes: N images, H x H pixels, T tiles, P tokens of one tile (its patches after a CLS token), D width of the features.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.vision import MllamaTowerConfig
-from kempnerforge.model.hf_towers import Clip, chosen_normalisation, load_weights, read_config, tower_config, where, with_settings
+from kempnerforge.model.hf_towers import (
+    Clip,
+    chosen_normalisation,
+    load_tower_weights,
+    read_tower_config,
+    tower_config,
+    where,
+    with_settings,
+)
 from kempnerforge.model.their_config import check_room, class_call
 from kempnerforge.model.vision import VisionEncoder
 from kempnerforge.util.errors import InputError, cut
@@ -82,7 +90,7 @@ class MllamaTower(VisionEncoder):
     def _load(self, cfg: MllamaTowerConfig) -> Any:
         from transformers import MllamaVisionModel
 
-        kind = (cfg.settings or read_config(cfg.path)).get("model_type")
+        kind = (cfg.settings or read_tower_config(cfg.path)).get("model_type")
         if kind not in self.models:
             raise InputError(
                 f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
@@ -93,7 +101,7 @@ class MllamaTower(VisionEncoder):
         if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
             with class_call(where(cfg), what, given):
                 return MllamaVisionModel(config)
-        return load_weights(MllamaVisionModel, config, cfg.path)
+        return load_tower_weights(MllamaVisionModel, config, cfg.path)
 
     @staticmethod
     def _config(cfg: MllamaTowerConfig) -> Any:
@@ -103,11 +111,11 @@ class MllamaTower(VisionEncoder):
         tiles = int(cfg.settings.get("max_num_tiles", 4))
         lists = {"supported_aspect_ratios": grids(tiles), "intermediate_layers_indices": list(cfg.intermediate_layers)}
         config = tower_config(MllamaVisionConfig, cfg, **lists)
-        check_config(where(cfg), config)
+        check_mllama_config(where(cfg), config)
         return config
 
 
-def check_config(name: str, config: Any) -> None:
+def check_mllama_config(name: str, config: Any) -> None:
     """Refuses a ``MllamaVisionConfig`` with grids or layers that ours does not have.
 
     Args:

@@ -63,7 +63,7 @@ def aside(name: str = "") -> Iterator[None]:
     """Random draws in here leave the stream of draws alone: what an arch adds to a layer does not change the text weights behind it.
 
     Args:
-        name: the seed depends on it and on where the stream stands; two asides between the same two draws need two names.
+        name: the seed depends on it and on where the stream is; two asides between the same two draws need two names.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + zlib.crc32(name.encode()))
@@ -196,7 +196,7 @@ class Block(nn.Module):
 
 
 class NewTokens(nn.Module):
-    """Embeddings of tokens behind the base vocabulary, apart from it: they can train while the rest of the embedding is frozen (Flamingo,
+    """Embeddings of tokens after the base vocabulary, apart from it: they can train while the rest of the embedding is frozen (Flamingo,
     Alayrac et al. 2022, trains those of its special tokens alone).
 
     Args:

@@ -90,6 +90,6 @@ def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:
     return encoder
 
 
-# NOTE: importing these registers the encoders of this package. It stands last because they import VisionEncoder from here.
+# NOTE: importing these registers the encoders of this package. It is last because they import VisionEncoder from here.
 for _name in ("vit", "hf_towers", "efficientnet"):
     importlib.import_module(f"kempnerforge.model.{_name}")

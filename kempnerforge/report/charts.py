@@ -108,7 +108,7 @@ def moving_average(points: Sequence[Point], edges: Iterable[float] = ()) -> list
 
     Args:
         points: (x, y), y possibly not finite; such points carry no weight and stay as gaps.
-        edges: x values behind which the average forgets what was before.
+        edges: x values after which the average forgets what was before.
     """
     decay = 1 - 2 / (max(3.0, len(points) / 25) + 1)
     starts = sorted(edges)

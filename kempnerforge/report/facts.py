@@ -48,7 +48,7 @@ class Facts:
         return value if value is not None else median(seen) if seen else None
 
     def beside(self, key: str, words: str) -> str:
-        """A count as it stands beside a score; empty where there is none."""
+        """A count as it is beside a score; empty where there is none."""
         count = self.result(key)
         return f"; {count:,.0f} {words}" if count is not None else ""
 

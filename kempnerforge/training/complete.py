@@ -60,7 +60,7 @@ def is_complete(run_dir: Path, manifest: Manifest, config: Mapping[str, Any]) ->
     return evaluated and (record.step, record.checkpoint, record.files) == (manifest.step, manifest.crc32, there)
 
 
-def forget(run_dir: Path) -> None:
+def remove_results(run_dir: Path) -> None:
     """Takes the results away before the run goes on: those of fewer steps, or of another evaluation, are not its own."""
     for name in (NAME, SUMMARY, REPORT):  # in this order: a kill in between leaves no record
         if (path := run_dir / name).is_dir():

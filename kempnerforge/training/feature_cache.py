@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.data.batching.seen import Seen
+from kempnerforge.data.batching.seen import KnownFeatures
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.distributed.world import World
 from kempnerforge.training.optimizers.foreach import local
@@ -30,7 +30,7 @@ WHERE = "train.feature_cache"
 class FeatureCache:
     """What ``model.vision_encoder`` gives, by its weights and the pixels it is given.
 
-    A feature that is there is used, also where its image stands in a batch that has to be encoded because of others: the value never depends
+    A feature that is there is used, also where its image is in a batch that has to be encoded because of others: the value never depends
     on which images were met together later. A micro-batch of which all ranks have everything is not encoded at all.
 
     Args:
@@ -46,7 +46,7 @@ class FeatureCache:
 
     def __init__(self, directory: Path, model: VLM, world: World, dtype: torch.dtype) -> None:
         self.directory, self.model, self.world, self.dtype = directory, model, world, dtype
-        self._weights = dict(model.vision_encoder.named_parameters())  # the sharded ones, whatever stands in the modules at the moment
+        self._weights = dict(model.vision_encoder.named_parameters())  # the sharded ones, whatever is in the modules at the moment
         self._versions: list[int] | None = None
         self._entries: Entries | None = None
         Entries(directory, WHERE).check()
@@ -83,7 +83,7 @@ class FeatureCache:
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
         found = [self._read(key) for key in keys]
         missing = sum(features is None for features in found)
-        return replace(batch, seen=Seen(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
+        return replace(batch, seen=KnownFeatures(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
 
     def keep(self, batch: Batch) -> None:
         """Stores what the model has found out about the images of a batch with ``attach``, once it has been through."""

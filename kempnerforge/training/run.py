@@ -22,7 +22,7 @@ from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
 from kempnerforge.training.complete import NAME as COMPLETE
-from kempnerforge.training.complete import REPORT, forget, is_complete
+from kempnerforge.training.complete import REPORT, is_complete, remove_results
 from kempnerforge.training.history import continued, otherwise, span
 from kempnerforge.training.hooks import default_hooks
 from kempnerforge.training.run_state import RunState
@@ -169,7 +169,7 @@ def _write(job: JobConfig, trainer: Trainer, run_dir: Path, found: tuple[Path, M
     if trainer.world.is_main:
         for line in trainer.assembly.warnings():
             LOG.warning("%s", line)
-        forget(run_dir)
+        remove_results(run_dir)
         _write_tokenizer(trainer.assembly.tokenizer, run_dir, found[0] / TOKENIZER if found is not None else None)
         _write_config(job, run_dir / "config.toml")
     trainer.world.barrier()

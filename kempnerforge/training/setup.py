@@ -18,7 +18,7 @@ from kempnerforge.data.fingerprint import pictures_fingerprint, shards_fingerpri
 from kempnerforge.data.source import Source
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.keys import refuse_unused
-from kempnerforge.data.text.asking import Asking, Seen, observe
+from kempnerforge.data.text.asking import Asking, ObservedLayouts, observe
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.evaluate import Measured, evaluate, require_tasks
@@ -118,7 +118,7 @@ class Assembly:
         return evaluate(Exam(self.model, encoder, self.job.eval, device, ranks, self.examined, self.plain_text, rows, limit))
 
     @cached_property
-    def seen(self) -> Seen:
+    def seen(self) -> ObservedLayouts:
         """How the texts of the last stage place their images."""
         stage = self.stages[-1]
         return observe(self.sources[stage.index], stage.data.sections()[0])
@@ -128,7 +128,7 @@ class Assembly:
         texts = self.encoder(stage).texts
         split = (
             "the chat template writes earlier answers otherwise than the last one: each turn of a conversation is trained in a text of its own,"
-            " behind what it is asked with"
+            " after what it is asked with"
         )
         asked = self.seen.line(texts[0].cfg.image_placeholder) if stage is self.stages[-1] and self.model.has_images else ""
         return [*([split] if any(each.template.by_turn for each in texts) else []), *([asked] if asked else [])]

@@ -105,14 +105,14 @@ class Problems:
 
     def add(self, key: Key, text: str) -> None:
         """One more problem, with the value at ``key``; ``text`` goes on after the key: " = 3: must be even"."""
-        self._add(self.origin_of(key), place(key) + text)
+        self._add(self.origin_of(key), key_path(key) + text)
 
     def add_message(self, table: Key, message: str) -> None:
         """One more problem, with the table at ``table``; ``message`` may start with a key of it: "n_heads = 3: ..."."""
         found = re.match(r"(\w+)( =|:)", message)
         key = (*table, found[1]) if found else table
         glue = "" if not table else " " if len(table) <= (2 if is_stage(table) else 1) else "." if found else ": "
-        self._add(self.origin_of(key), place(table) + glue + message)
+        self._add(self.origin_of(key), key_path(table) + glue + message)
 
     def _add(self, origin: str, text: str) -> None:
         line = f"{origin}: {text}" if origin else text
@@ -137,7 +137,7 @@ def is_stage(key: Key) -> bool:
     return len(key) > 1 and key[0] == "stages" and isinstance(key[1], int)
 
 
-def place(key: Key) -> str:
+def key_path(key: Key) -> str:
     """``key`` as people read it: ``[model] dim``, ``[vlm] freeze[0].module``, ``[[stages]] #1 optimizer.lr``."""
     if not key:
         return ""

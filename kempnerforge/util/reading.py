@@ -156,7 +156,7 @@ def deeper_than(value: Any, levels: int) -> bool:
 
 
 def entries(table: dict[str, Any], at: str = "") -> Iterator[tuple[str, str, Any]]:
-    """The keys of nested tables: where each stands ("text_config.hidden_size"), its last part, its value."""
+    """The keys of nested tables: where each is ("text_config.hidden_size"), its last part, its value."""
     for key, value in table.items():
         yield f"{at}{key}", str(key), value
         if isinstance(value, dict):

@@ -25,7 +25,7 @@ class Screen(Console):
         raise BrokenPipeError  # as from ``print``, where rich would end the process with 1
 
 
-class Words(ProgressColumn):
+class TaskText(ProgressColumn):
     """Text of a task, such as "{task.description}"."""
 
     def __init__(self, form: str, style: str = "") -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.data.batching.seen import Seen
+from kempnerforge.data.batching.seen import KnownFeatures
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
@@ -101,7 +101,7 @@ class VLM(ExactBuffers):
 
         Args:
             words: (B, S, D) embedded ``batch.input_ids``.
-            features: (N, F, D) adapted images; one that stands nowhere if the batch has none; None if this pass has none to encode.
+            features: (N, F, D) adapted images; one that is nowhere if the batch has none; None if this pass has none to encode.
 
         Returns:
             The stream, (B, S, D), and what blocks may read besides it.
@@ -206,7 +206,7 @@ class VLM(ExactBuffers):
         """The modules that may have a loss of their own."""
         return with_aux_loss(self)
 
-    def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode(self, images: Tensor, seen: KnownFeatures | None = None) -> Tensor:
         """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass.
 
         Args:
@@ -223,7 +223,7 @@ class VLM(ExactBuffers):
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
 
-        NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which stands nowhere: every rank must call the
+        NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which is nowhere: every rank must call the
         same modules, forward and backward, or sharded ones wait for each other forever.
         """
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
@@ -283,7 +283,7 @@ def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor |
 
 
 def _after_an_answer(batch: Batch) -> Tensor:
-    """(B, S) bool: positions behind a word of an answer of the same text. An image there knows what the prompt must not."""
+    """(B, S) bool: positions after a word of an answer of the same text. An image there knows what the prompt must not."""
     answers = (batch.kinds == Kind.ANSWER).long()
     before = answers.cumsum(1) - answers  # (B, S): words of answers in the row so far
     begins = torch.ones_like(before, dtype=torch.bool)

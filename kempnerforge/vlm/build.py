@@ -38,7 +38,7 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
         device: where; "meta" builds shapes without memory.
 
     Raises:
-        InputError: this machine has not the memory for it.
+        InputError: this machine does not have the memory for it.
     """
     cls = arch_class(job)
     sizes = {name: asdict(part) for name in SIZED if (part := getattr(job, name)) is not None}

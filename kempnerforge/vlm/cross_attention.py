@@ -160,7 +160,7 @@ class CrossAttention(VLM):
         ctx = self.context(batch, cache, words.dtype)
         if cache is not None and "sight" in cache.kept:  # words made after the prompt: no new media
             return words, MediaContext(ctx.rope, ctx.mask, cache, sight=cache.kept["sight"])
-        media = lay_out(features, words, batch)  # (B, K, F, D)
+        media = gather_images(features, words, batch)  # (B, K, F, D)
         here = self.sight(batch, media.shape[2], words.dtype)
         if cache is not None:
             cache.kept["sight"] = self.sight(following(batch), media.shape[2], words.dtype, last=1)
@@ -169,7 +169,9 @@ class CrossAttention(VLM):
     def sight(self, batch: Batch, tokens: int, dtype: torch.dtype, last: int = 0) -> Sight:
         """What the last so many words of ``batch`` see (0: all words), with images of ``tokens`` tokens each."""
         cfg = self.config
-        seen = visible(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")[:, -last:]  # (B, S, K)
+        seen = visible_images(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")[
+            :, -last:
+        ]  # (B, S, K)
         if cfg.cross_attention_blind == "feed_forward":
             return sight(seen, tokens, dtype, first=cfg.cross_attention_seen_tokens)
         acting = seen.any(-1, keepdim=True)  # (B, S, 1)
@@ -177,7 +179,7 @@ class CrossAttention(VLM):
         return sight(seen, tokens, dtype, blind, cfg.cross_attention_seen_tokens)._replace(acting=acting.to(dtype))
 
 
-def lay_out(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
+def gather_images(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
     """The images of each row in the order of its stream.
 
     Args:
@@ -208,8 +210,8 @@ def own(batch: Batch) -> Tensor:
     return same_sample & ((texts == 0) | (texts == batch.text_ids[..., None]))
 
 
-def visible(batch: Batch, latest: bool, group: bool = False) -> Tensor:
-    """Which images each position sees: its ``own`` ones, as far as they stand before it.
+def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
+    """Which images each position sees: its ``own`` ones, as far as they are before it.
 
     Args:
         latest: only the last of them (Flamingo, Alayrac et al. 2022, section 2.3), instead of all.

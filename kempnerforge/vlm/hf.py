@@ -1,8 +1,8 @@
 """A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square images as ``pixel_values`` alone.
 
-Its own ``forward`` runs, behind its own embedding, from a stream that is laid out as ours are: words, image features in their places, a
+Its own ``forward`` runs, after its own embedding, from a stream that is laid out as ours are: words, image features in their places, a
 position and a row of the mask for each. So a mask is never left to the class (without ``token_type_ids`` PaliGemma's hides nothing of an
-answer in some versions), images may stand anywhere, one image in several rows, and several texts and samples in a row are exact.
+answer in some versions), images may be anywhere, one image in several rows, and several texts and samples in a row are exact.
 
 Shapes: B rows, S positions, K keys, D width, N images, F tokens of one image, T trained positions, V vocabulary.
 """
@@ -24,11 +24,11 @@ from kempnerforge.config.sections import JobSections
 from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.data.batching.seen import Seen
+from kempnerforge.data.batching.seen import KnownFeatures
 from kempnerforge.interop import mllama
 from kempnerforge.interop.names import FAMILIES
 from kempnerforge.model.attention import Segments, additive
-from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_config
+from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_tower_config
 from kempnerforge.model.image_files import read_image_files
 from kempnerforge.model.their_config import check_room, class_call, load_whole
 from kempnerforge.model.transformer import Cache
@@ -161,7 +161,7 @@ class HF(VLM):
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def encode(self, images: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode(self, images: Tensor, seen: KnownFeatures | None = None) -> Tensor:
         assert seen is None, "the config refuses a feature cache"
         return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
@@ -309,7 +309,7 @@ def _build(path: str) -> Any:
     """The class that ``path`` names, with random weights in fp32."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-    read, where = read_config(path), f"path = {path!r}"
+    read, where = read_tower_config(path), f"path = {path!r}"
     kind = cut(repr(read.get("model_type")))
     if "auto_map" in read and read.get("model_type") not in CONFIG_MAPPING:
         raise InputError(f"{where}: model_type {kind} is code of its own (auto_map in its config.json), which is not run")

@@ -28,7 +28,7 @@ class Tokens:
     """The tokens of one modality. Sizes are plain numbers, known without looking at the device.
 
     Attributes:
-        here: (B, S) bool, where they stand.
+        here: (B, S) bool, where they are.
         most: how many the row has that has most.
         capacity: (B, 1, 1) fp64, how many of its row each expert takes.
         most_taken: the same for the row that has most.
@@ -188,7 +188,7 @@ class MoMa(VLM):
         return self.insert(words, features, batch), MoMaContext(context.rope, context.mask, context.cache, tokens=tokens)
 
     def count(self, modality: str, here: Tensor, most: int) -> Tokens:
-        """How many of the tokens at ``here`` (B, S) an expert takes; ``most`` of them stand in the row that has most."""
+        """How many of the tokens at ``here`` (B, S) an expert takes; ``most`` of them are in the row that has most."""
         factor, experts = self.config.capacity_factor, self.config.experts()[modality]
         in_row = here.sum(1, dtype=torch.float64)[:, None, None]  # (B, 1, 1); fp64 rounds as Python does
         capacity = (factor * in_row / experts).ceil().minimum(in_row)

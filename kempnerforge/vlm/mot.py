@@ -1,7 +1,7 @@
 """Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights for each modality, one attention over all of them.
 
 The stream is stored sorted by modality, text last: every block cuts it at the same places, so each modality is one matrix product and
-nothing is gathered on the way. Where a token stands in the stream is known from its position (RoPE) and from the mask, which compares the
+nothing is gathered on the way. Where a token is in the stream is known from its position (RoPE) and from the mask, which compares the
 original order; attention does not care how keys are stored.
 
 Shapes: B rows, S positions of the batch, K of the sorted stream, D ``model.dim``, H query heads, G key/value heads, E head width, T trained
@@ -48,7 +48,7 @@ class SortedContext(Context):
     columns: Tensor | None = None
 
 
-class Parts(NamedTuple):
+class TowerParts(NamedTuple):
     """What a tower computes with."""
 
     attention_norm: RMSNorm
@@ -100,11 +100,11 @@ class MoTBlock(Block):
         # NOTE: a tuple hides the modules from registration: shared parts stay the block's, once.
         self.towers = tuple(self._parts(name) for name in self.modalities)
 
-    def _parts(self, modality: str) -> Parts:
+    def _parts(self, modality: str) -> TowerParts:
         """The parts of ``modality``: the block's, where it has none for itself."""
         own = {} if modality == TEXT else dict(self.get_submodule(modality).named_children())
         shared = dict(self.named_children())
-        return Parts._make(own.get(name, shared[name]) for name in Parts._fields)
+        return TowerParts._make(own.get(name, shared[name]) for name in TowerParts._fields)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, K, D) -> (B, K, D), sections as ``ctx.sizes`` has them."""
@@ -116,10 +116,10 @@ class MoTBlock(Block):
         o = self.attend(q, k, v, ctx).split(ctx.sizes, dim=1)  # (B, K of the modality, H * E) each
         return torch.cat([self._mix(tower, part, out) for tower, part, out in zip(self.towers, sections, o, strict=True)], dim=1)
 
-    def _qkv(self, tower: Parts, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, tower: TowerParts, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return tower.attention.qkv(tower.attention_norm(x) if self.pre_norm else x, rope)
 
-    def _mix(self, tower: Parts, x: Tensor, o: Tensor) -> Tensor:
+    def _mix(self, tower: TowerParts, x: Tensor, o: Tensor) -> Tensor:
         """Output projection and feed-forward of one tower: (B, k, D), (B, k, H * E) -> (B, k, D)."""
         if self.pre_norm:
             x = x + tower.attention.out(o)
@@ -130,7 +130,7 @@ class MoTBlock(Block):
 
 @registry.register_arch("mot")
 class MoT(VLM):
-    """Image tokens stand in one stream with the words, and every token is computed with the weights of its modality.
+    """Image tokens are in one stream with the words, and every token is computed with the weights of its modality.
 
     A subclass with further modalities in the stream overrides ``modality_ids`` and ``section_sizes``. A modality without positions runs
     its tower on nothing, so its parameters have gradients of zero.
@@ -151,7 +151,7 @@ class MoT(VLM):
     # ---- the sorted stream -----------------------------------------------------------------------------------------
 
     def modality_ids(self, batch: Batch) -> Tensor:
-        """(B, S) int64: the place in ``modalities`` of what stands at each position; -1 is padding."""
+        """(B, S) int64: the place in ``modalities`` of what is at each position; -1 is padding."""
         ids = torch.full_like(batch.input_ids, len(self.modalities) - 1)
         ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.modalities.index("image"))
         return ids.masked_fill(batch.kinds == Kind.PAD, -1)
@@ -180,7 +180,7 @@ class MoT(VLM):
         return x, SortedContext(rope_tables(batch.positions.gather(1, place), self.job.model), mask, cache, sizes, index, columns)
 
     def _sort(self, batch: Batch, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is padded behind it."""
+        """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is padded after it."""
         ids, total = self.modality_ids(batch), sum(sizes)
         columns = torch.full_like(batch.input_ids, total)  # (B, S)
         for number, start in enumerate(accumulate(sizes[:-1], initial=0)):

@@ -1,6 +1,6 @@
 """Early fusion without a vision encoder (Fuyu: Bavishi et al. 2023), as a plugin: nothing in the package knows this file.
 
-Patches of pixels go through one linear layer and stand in the stream like words; the transformer itself learns to see.
+Patches of pixels go through one linear layer and are in the stream like words; the transformer itself learns to see.
 
 Shapes: N images, H x H pixels, p ``patch_size``, F patches of one image, D ``model.dim``.
 """

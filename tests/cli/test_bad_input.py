@@ -24,7 +24,7 @@ class Bad:
         name: of the kind.
         says: what the error line must contain, each of them.
         edit: pairs of text that is replaced in the config.
-        extra: text behind the config.
+        extra: text after the config.
         argv: further arguments.
         prepare: changes the dataset in its folder.
         command: that reads the config.
@@ -272,13 +272,13 @@ def test_a_single_bad_sample_is_skipped_and_counted(tmp_path: Path):
     ended = call("train", tmp_path / "job.toml", "--data.max_bad_fraction=0.1", "--train.max_steps=4", "--eval.at_end=false")
     assert ended.code == 0 and "Traceback" not in ended.err, ended
     last = metrics(tmp_path / "run")[-1]
-    assert last["data/bad_samples"] == 1 and last["data/samples"] == 16  # another sample stands in
+    assert last["data/bad_samples"] == 1 and last["data/samples"] == 16  # another sample is in
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == ["jsonl/train[5]"] and "cannot be decoded" in listed[0]["reason"], listed
 
 
 def test_bad_samples_of_every_kind_are_skipped(tmp_path: Path):
-    """Each is met once at least; another one stands in for it."""
+    """Each is met once at least; another one is in for it."""
     make_job(tmp_path)
     rows = rows_of(tmp_path)
     bad = [rows[5] | change(tmp_path) for _, change, _ in SKIPPED]

@@ -22,10 +22,10 @@ from kempnerforge import load_pretrained
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.vision import EfficientNetLite0Config
 from kempnerforge.data.collections.stamps import Stamps, StampsConfig
-from kempnerforge.data.sources.text import PlainText
-from kempnerforge.data.traces import digest
-from kempnerforge.interop.processors import followed
-from kempnerforge.model.hf_towers import read_config
+from kempnerforge.data.sources.text import TextSource
+from kempnerforge.data.traces import image_digest
+from kempnerforge.interop.processors import followed_processor
+from kempnerforge.model.hf_towers import read_tower_config
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import check_files
@@ -88,8 +88,8 @@ JSON: dict[str, Read] = {
     "hf/tokenizer.json": IMPORT,
     "hf/tokenizer_config.json": IMPORT,
     "hf/model.safetensors.index.json": IMPORT,
-    "hf/config.json of a tower": lambda here: read_config(str(here / "hf")),
-    "hf/processor_config.json and its class": lambda here: followed(here / "hf", "llava"),
+    "hf/config.json of a tower": lambda here: read_tower_config(str(here / "hf")),
+    "hf/processor_config.json and its class": lambda here: followed_processor(here / "hf", "llava"),
     "export/asked.json": lambda here: load_pretrained(here / "export"),
     "run/checkpoints/{step}/manifest.json": GENERATE,
     "run/checkpoints/{step}/config.toml": GENERATE,
@@ -209,12 +209,12 @@ OPENED: dict[str, Read] = {
     "a.tar": (*DATA, "--data.source=webdataset", "--data.path={here}/a.tar"),
     "tars/b.tar": (*DATA, "--data.source=webdataset", "--data.path={here}/tars"),
     "tars.jsonl": (*DATA, "--data.source=webdataset", "--data.path={here}/tars.jsonl"),
-    "plain.txt": lambda here: PlainText(TextConfig(path=str(here / "plain.txt")), "train"),
+    "plain.txt": lambda here: TextSource(TextConfig(path=str(here / "plain.txt")), "train"),
     "perplexity.txt": ("eval", "{here}/run", "--eval.text_path={here}/perplexity.txt", "--eval.text_window=32"),
     "stamps/a/x.txt": lambda here: Stamps(StampsConfig(path=str(here / "stamps")), "train"),
     "0.png": ("generate", "{here}/run", "{here}/0.png"),
     "2.png": ("chat", "{here}/run", "{here}/2.png"),
-    "1.png": lambda here: digest(here / "1.png"),
+    "1.png": lambda here: image_digest(here / "1.png"),
     # models
     "hf/config.json": IMPORT,
     "hf/generation_config.json": IMPORT,
@@ -225,7 +225,7 @@ OPENED: dict[str, Read] = {
     "hf/model.safetensors": IMPORT,
     "hf/model.safetensors.index.json": IMPORT,
     "hf/chat_template.jinja of a tokenizer": (*CHECK, "--data.tokenizer={here}/hf"),
-    "hf/model.safetensors of a tower": lambda here: read_config(str(here / "hf")),
+    "hf/model.safetensors of a tower": lambda here: read_tower_config(str(here / "hf")),
     "hf/model.safetensors for use": lambda here: load_pretrained(here / "hf"),
     "model.gguf": ("import", "{here}/model.gguf", "{here}/out"),
     "lite0.safetensors": lambda here: build_vision_encoder(EfficientNetLite0Config(path=str(here / "lite0.safetensors"))),

@@ -64,7 +64,7 @@ def test_every_path_is_expanded(cls: type, name: str, form: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("~nobody-of-this-name/a", "no user 'nobody-of-this-name'"), ("$NOWHERE/a", "$NOWHERE is not set")]
+    ("text", "words"), [("~no one-of-this-name/a", "no user 'no one-of-this-name'"), ("$NOWHERE/a", "$NOWHERE is not set")]
 )
 def test_what_cannot_be_expanded(text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -123,7 +123,7 @@ class Family:
 
     Attributes:
         end: what ends an answer; empty: the template has nothing.
-        before: what the model writes before an answer; (of an answer that is not the last) ``behind`` it, before the end.
+        before: what the model writes before an answer; (of an answer that is not the last) ``after`` it, before the end.
         system: whether the template takes a system prompt.
         listed: messages are lists of parts.
     """

@@ -36,7 +36,7 @@ class Letters:
 
 
 def make_batch(rows: list[list[tuple[str, str]]], image_tokens: int = 3, pad: int = 2) -> Batch:
-    """Rows of (prompt, answer) texts behind one image each, labels worked out token by token."""
+    """Rows of (prompt, answer) texts after one image each, labels worked out token by token."""
     columns: dict[str, list[list[int]]] = {name: [] for name in ("ids", "labels", "samples", "texts", "kinds", "positions")}
     width = image_tokens + pad + max(sum(len(p) + len(a) + 2 for p, a in row) for row in rows)
     for row in rows:
@@ -208,7 +208,7 @@ def test_images_that_stand_elsewhere_are_found(tokenizer: Tokenizer) -> None:
 
 
 def answer_shifted(batch: Batch) -> None:
-    batch.labels = batch.labels.roll(1, dims=1)  # labels that stand on their own token
+    batch.labels = batch.labels.roll(1, dims=1)  # labels that are on their own token
 
 
 def untrained(batch: Batch) -> None:
@@ -395,7 +395,7 @@ PACK_FAULTS: list[tuple[Callable[[Batch], None], str]] = [
     (image_of_another_text, "image of another sample or text than the position"),
     (image_cut_short, "image of fewer than 2 positions"),
     (no_such_image, "image_index: 99 is none of the batch's 4 images"),
-    (unused_image, "images: 1 of 4 stand in no row"),
+    (unused_image, "images: 1 of 4 are in no row"),
     (text_untrained, "text without a trained token"),
     (into_the_next_sample, "label reaches beyond its text"),
     (end_of_inner_sample_lost, "last trained token of an answer is not EOS"),
@@ -486,7 +486,7 @@ def test_an_answer_goes_on_behind_its_tiles() -> None:
         batch = collate([encoder.encode(Sample("s", (RED,), texts), 0)], tokenizer.pad_id, None)
         assert audit(batch, tokenizer.eos_id, markers=encoder.marker_ids) == []
         unknown = [line for line in audit(batch, tokenizer.eos_id) if "not EOS" in line]
-        assert len(unknown) == (image_tokens > 0)  # nobody says that markers belong to the image
+        assert len(unknown) == (image_tokens > 0)  # no one says that markers belong to the image
         row = render_rows(batch, tokenizer, False, tokenizer.special_names)[0]
         assert row.count("<|global_image|>") == 2 and row.count("<row_2_col_2>") == 2
 

@@ -18,7 +18,7 @@ from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.pack import join
 from kempnerforge.inspection.audit import render_rows
-from kempnerforge.inspection.audit_page import describe, row_card
+from kempnerforge.inspection.audit_page import row_card, row_facts
 from kempnerforge.inspection.audit_rows import rows_of
 from kempnerforge.report.html import picture, text
 from kempnerforge.report.page import TEMPLATES
@@ -36,7 +36,7 @@ def batch_of(samples: list[Sample], image_tokens: int = 2, pad: int = 2) -> Batc
 
 def facts_of(batch: Batch) -> dict[str, Any]:
     (row,) = rows_of(batch)
-    return describe(row, 0, TOKENIZER, TOKENIZER.special_names)
+    return row_facts(row, 0, TOKENIZER, TOKENIZER.special_names)
 
 
 class Page(HTMLParser):

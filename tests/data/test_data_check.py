@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kempnerforge.config import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Source, Text, build_loader
 from kempnerforge.data.traces import shared
-from kempnerforge.inspection.check_facts import batching_modes, distribution, histogram, limits, recommended
-from kempnerforge.inspection.read_all import Found, Reader, read_all, spread
+from kempnerforge.inspection.check_facts import batching_modes, distribution, histogram, recommended, row_limits
+from kempnerforge.inspection.read_all import Found, SampleReader, read_all, spread
 from tests.data.conftest import ListSource, png
 
 RED = png((200, 0, 0))
@@ -38,7 +38,7 @@ def mixed() -> list[Sample | None]:
 
 
 def read(source: Source, encoder: Encoder, images: bool = True) -> Found:
-    return read_all(Reader(source, encoder, images), range(len(source)), workers=1)
+    return read_all(SampleReader(source, encoder, images), range(len(source)), workers=1)
 
 
 def test_every_sample_gets_its_size_or_its_reason(mixed: list[Sample | None], make_encoder: Callable[..., Encoder]) -> None:
@@ -84,7 +84,7 @@ def test_a_pool_finds_the_same(pictures: list[Sample], mixed: list[Sample | None
     source = ListSource([*pictures, *mixed] * 10)
     encoder = make_encoder()
     told: list[int] = []
-    reader = Reader(source, encoder, True)
+    reader = SampleReader(source, encoder, True)
     alone, pooled = read_all(reader, range(len(source)), 1), read_all(reader, range(len(source)), 2, told.append, alone_s=0)
     assert (alone.sizes == pooled.sizes).all() and (alone.indices == pooled.indices).all() and alone.bad == pooled.bad
     assert all((a == b).all() for a, b in zip(alone.marks["image"], pooled.marks["image"], strict=True))
@@ -103,7 +103,7 @@ class Deadly(ListSource):
 def test_a_worker_that_dies_is_reported(make_encoder: Callable[..., Encoder]) -> None:
     source = Deadly([Sample("a", (), (Text("", "yes"),))] * 32)
     with pytest.raises(ValueError, match=r"died while it read samples 0 to 31.*--workers 1"):
-        read_all(Reader(source, make_encoder(), True), range(32), 2, alone_s=0)
+        read_all(SampleReader(source, make_encoder(), True), range(32), 2, alone_s=0)
 
 
 def test_more_images_than_a_row_may_have(mixed: list[Sample | None], make_encoder: Callable[..., Encoder]) -> None:
@@ -160,11 +160,11 @@ def test_limits_and_what_is_recommended(make_encoder: Callable[..., Encoder]) ->
     tokens = found.column("text_tokens")
     wrap = int(tokens[0]) - 1
     assert tokens.tolist() == [k + wrap for k in range(1, 401)]
-    now = limits(found, 8, 24)
+    now = row_limits(found, 8, 24)
     assert now.too_long == 400 - (8 - wrap) == len(found.bad) and now.shortened == 0
     advice = recommended(found, encoder.layout)
     assert advice.max_text_len == 448 and advice.seq_len == 512  # 398 + wrap, and 16 positions of the image more, up to the next 64
-    assert advice.too_long == 0 and limits(found, 384, 512).too_long == 400 - (384 - wrap)
+    assert advice.too_long == 0 and row_limits(found, 384, 512).too_long == 400 - (384 - wrap)
     assert distribution(tokens)["max"] == 400 + wrap and distribution(tokens)["p50"] == pytest.approx(200.5 + wrap)
 
 
@@ -211,7 +211,7 @@ def test_longer_packs_are_tried_until_they_are_full(make_encoder: Callable[..., 
 
 def test_a_part_of_a_source_stands_for_it(make_encoder: Callable[..., Encoder], pictures: list[Sample]) -> None:
     source, encoder = ListSource(pictures * 3), make_encoder(max_text_len=90, seq_len=96)
-    found = read_all(Reader(source, encoder, False), spread(source, 20, 0), 1)
+    found = read_all(SampleReader(source, encoder, False), spread(source, 20, 0), 1)
     assert len(found.indices) == 20
     modes = batching_modes(found, source, encoder.layout, TrainConfig(batch_size=4, seq_len=96), 0)
     assert all(0 < mode.useful <= 1 for mode in modes)

@@ -165,9 +165,9 @@ def test_a_pattern_that_no_key_has(command: str, tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
     write_rows(tmp_path / "train.jsonl", [row | {"note": 1, "made_score": 2} for row in rows])
     write_rows(tmp_path / "test.jsonl", [row | {"only_here": 1} for row in rows])
-    ended = call(command, job, '--data.ignore_columns=["note", "*_score", "only_here", "nobody", "x*"]')
+    ended = call(command, job, '--data.ignore_columns=["note", "*_score", "only_here", "no one", "x*"]')
     assert ended.code == 2 and not (tmp_path / "run").exists()
-    assert 'data.ignore_columns: no key of the data is called "nobody", "x*"; take it out, or mend it' in ended.err
+    assert 'data.ignore_columns: no key of the data is called "no one", "x*"; take it out, or mend it' in ended.err
     ended = call("check", job, '--data.ignore_columns=["note", "*_score", "only_here"]')
     assert ended.code == 0, ended.err
 

@@ -66,7 +66,7 @@ def test_llava_rows(root: Path) -> None:
         {"id": 7, "conversations": said("a?", "b")},
         {"messages": said("a?", "b", roles=("user", "assistant"), keys=("role", "content"))},
         {"conversations": said("left out", "a?", "b", "c?", roles=("gpt", "human"))},
-        {"image": None, "conversations": said("a?", "b", "nobody answers")},
+        {"image": None, "conversations": said("a?", "b", "no one answers")},
     ]
     for name in ("rows.json", "rows.jsonl"):
         source = built(LlavaConfig(path=dump(root / name, rows)))

@@ -31,7 +31,7 @@ SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PICTURES = {f"{k}.png": png((60 * k, 0, 0)) for k in range(4)}
 CONVERSATIONS: list[tuple[int, list[tuple[str, str]]]] = [
     (1, [("what is this?", "a cat")]),
-    (1, [("what is\nit?", "a dog."), ("and\n\nits colour?", "brown, mostly"), ("why?", "nobody knows: it\nis")]),
+    (1, [("what is\nit?", "a dog."), ("and\n\nits colour?", "brown, mostly"), ("why?", "no one knows: it\nis")]),
     (3, [("which is red?", "the second one"), ("sure?", "yes")]),
     (0, [("2 + 2?", "4")]),
     (0, [("hi", "hello"), ("hi again", "<|im_end|></s> is no end")]),

@@ -109,7 +109,7 @@ REFUSED = {
     "png 9000x9000": (png_bomb(9000, 9000), "9000x9000 exceeds 64000000 pixels"),
     "text bomb": (with_chunk(b"zTXt", b"k\0\0" + ZEROS), "not an image"),
     "international text bomb": (with_chunk(b"iTXt", b"k\0\1\0\0\0" + ZEROS), "not an image"),
-    "text bomb behind the pixels": (with_chunk(b"zTXt", b"k\0\0" + ZEROS, b"IEND"), "cannot be decoded"),
+    "text bomb after the pixels": (with_chunk(b"zTXt", b"k\0\0" + ZEROS, b"IEND"), "cannot be decoded"),
     "colour profile bomb": (with_chunk(b"iCCP", b"k\0\0" + ZEROS), "not an image"),
     "zip": (zipped(), "not an image"),
     "gif of a huge screen": (gif_of_large_screen(), "exceeds 64000000 pixels"),
@@ -135,7 +135,7 @@ ACCEPTED = {
     "exif orientation": encoded(NOISE, "JPEG", exif=TURNED),
     "damaged exif": encoded(NOISE, "JPEG", exif=b"Exif\0\0" + RNG.bytes(40)),
     "several pictures in a jpeg": encoded(NOISE, "MPO", save_all=True, append_images=[NOISE]),
-    "more bytes behind the end": encoded(NOISE, "JPEG") + RNG.bytes(500),
+    "more bytes after the end": encoded(NOISE, "JPEG") + RNG.bytes(500),
     "animated png": encoded(NOISE, "PNG", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
     "animated webp": encoded(NOISE, "WEBP", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
     "animated gif": encoded(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90)], duration=50),
@@ -261,7 +261,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_header_alone_says_the_upright_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     upright = {name: data for name, data in ACCEPTED.items() if name not in ("jpeg with a flipped bit", "1x1")}
     sizes = {name: load_through(data) for name, data in upright.items()}
-    late = with_chunk(b"eXIf", TURNED.removeprefix(b"Exif\0\0"), b"IEND")  # behind the pixels
+    late = with_chunk(b"eXIf", TURNED.removeprefix(b"Exif\0\0"), b"IEND")  # after the pixels
     assert image_size(late) == load_through(late) == (48, 64)
 
     def decode(self: Image.Image) -> None:

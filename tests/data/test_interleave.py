@@ -201,7 +201,7 @@ def test_prompts_that_cannot_be_asked(make_encoder: MakeEncoder) -> None:
             encoder.encode_prompt("<image>a<image>b", 1)
         with pytest.raises(ValueError, match="1 of '<image>' in the prompt and 0 images"):
             encoder.encode_prompt("a<image>b", 0)
-        with pytest.raises(ValueError, match="'<image>' behind text cannot be generated"):
+        with pytest.raises(ValueError, match="'<image>' after text cannot be generated"):
             make_encoder(image_tokens=image_tokens, answer_template="see <image>{answer}").encode_prompt("a", 1)
     with pytest.raises(ValueError, match="add '<image>' to model.new_tokens"):
         make_encoder(image_tokens=0, **BARE).encode_prompt("a<image>", 1)

@@ -159,7 +159,7 @@ def test_phases_change_the_shares_at_their_step(parts: list[DataConfig], tokeniz
 
 
 def test_with_packs_a_phase_begins_with_a_window(parts: list[DataConfig], tokenizer: Tokenizer) -> None:
-    """Not before its step, soon behind it, and at once for good."""
+    """Not before its step, soon after it, and at once for good."""
     cfg = MixtureConfig(parts=parts[:2], weights=[1, 0], phases=[PhaseConfig(5, [0, 1])], batching="pack")
     seen = drawn(cfg, tokenizer, 60, size=2)
     first = next(step for step, parts in enumerate(seen) if 1 in parts)

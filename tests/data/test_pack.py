@@ -23,7 +23,7 @@ from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
 from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.order import Mixed, Order, Shuffled
-from kempnerforge.data.batching.pack import Pack, PackSampler, Row, Sizes, join, knapsack
+from kempnerforge.data.batching.pack import Pack, PackedRow, PackSampler, Sizes, join, knapsack
 from kempnerforge.data.batching.rows import DataError, EncodedSamples
 from tests.data.conftest import ListSource
 
@@ -152,7 +152,7 @@ def test_random_access_pickles_and_measures_what_it_needs() -> None:
 
 
 def test_a_phase_begins_with_a_window() -> None:
-    """From the first window that begins at or behind its step, samples come from the other part alone."""
+    """From the first window that begins at or after its step, samples come from the other part alone."""
     order = Mixed([Shuffled(150, 0), Shuffled(150, 1)], [0, 150], [(0, (1.0, 0.0)), (20, (0.0, 1.0))])
     it = sampler(order=order)
     parts = [{index >= 150 for row in it.global_rows(step) for index in row} for step in range(60)]
@@ -259,7 +259,7 @@ def packed(source: Any, encoder: Encoder) -> EncodedSamples:
 
 def test_a_pack_holds_its_samples(mixed: list[Sample], make_encoder: MakeEncoder, list_source: Any) -> None:
     row = packed(list_source(mixed), make_encoder(batching="pack"))[((3, 7), (0, 7))]
-    assert isinstance(row, Row) and row.names == ["late", "front"] and row.skipped == []
+    assert isinstance(row, PackedRow) and row.names == ["late", "front"] and row.skipped == []
 
 
 def test_what_fits_comes_in_place_of_the_unusable(pictures: list[Sample], make_encoder: MakeEncoder, list_source: Any) -> None:
@@ -271,11 +271,11 @@ def test_what_fits_comes_in_place_of_the_unusable(pictures: list[Sample], make_e
     rows = [items[((0, step), (5, step), (1, step))] for step in range(6)]
     names = set()
     for step, row in enumerate(rows):
-        assert isinstance(row, Row) and row.table.shape[1] <= encoder.layout.seq_len and "s3" in row.names
+        assert isinstance(row, PackedRow) and row.table.shape[1] <= encoder.layout.seq_len and "s3" in row.names
         names |= set(row.names)
         assert {name for name, _ in row.skipped} == {"list/train[0]", "list/train[1]"}
         again = packed(list_source(samples), encoder)[((0, step), (5, step), (1, step))]
-        assert isinstance(again, Row) and again.names == row.names and np.array_equal(again.table, row.table)
+        assert isinstance(again, PackedRow) and again.names == row.names and np.array_equal(again.table, row.table)
     assert len(names) > 4
 
 
@@ -284,7 +284,11 @@ def test_without_room_its_place_stays_free(pictures: list[Sample], make_encoder:
     encoder = make_encoder(batching="pack", seq_len=max(sizes), max_text_len=150)
     longest = int(np.argmax(sizes))
     row = packed(list_source([*pictures, None]), encoder)[((len(pictures), 2), (longest, 2))]
-    assert isinstance(row, Row) and row.names == [f"s{longest}"] and [name for name, _ in row.skipped] == [f"list/train[{len(pictures)}]"]
+    assert (
+        isinstance(row, PackedRow)
+        and row.names == [f"s{longest}"]
+        and [name for name, _ in row.skipped] == [f"list/train[{len(pictures)}]"]
+    )
 
 
 def test_room_for_images(png: Callable[..., bytes], make_encoder: MakeEncoder, list_source: Any) -> None:
@@ -294,7 +298,7 @@ def test_room_for_images(png: Callable[..., bytes], make_encoder: MakeEncoder, l
     source = list_source([many, one, one, one])
     assert Sizes(source, encoder)(np.arange(2)).tolist() == [[0, 0], [encoder.measure(one)[0], 1]]
     row = packed(source, encoder)[((0, 0), (1, 0))]
-    assert isinstance(row, Row) and row.names == ["one", "one"]
+    assert isinstance(row, PackedRow) and row.names == ["one", "one"]
     assert row.skipped == [("list/train[0]", "sample many: 4 images, room in its row for 3 (data.max_images_per_row)")]
 
 

@@ -221,7 +221,7 @@ def test_rows_are_made_of_them(make_encoder: Callable[..., Encoder]) -> None:
         assert [text.removesuffix(EOS) for text in said] == [text.answer for text in source.texts(index)]
     batch = collate(encoded, 0, None)
     assert audit(batch, encoder.tokenizer.eos_id) == []
-    assert batch.image_text_ids.eq(0).all()  # all pictures stand in front, shared by the questions
+    assert batch.image_text_ids.eq(0).all()  # all pictures are in front, shared by the questions
 
 
 KNOBS = [

@@ -1,4 +1,4 @@
-"""Where rows stand in a file, and whether an edited file is noticed."""
+"""Where rows are in a file, and whether an edited file is noticed."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_rows_of_a_json_list(tmp_path: Path, rows: list[dict[str, Any]], indent:
         ('[5, {"a": 1}]', "entry 1 is not an object"),
         ('["a", {"a": 1}]', "entry 1 is not an object"),
         ('[{"a": 1}, nonsense {"a": 1}]', "entry 2 is not an object"),
-        ('[{"a": 1}, {"a": ', "it is broken off behind entry 1"),
-        ('[{"a": 1}', "it is broken off behind entry 1"),
-        ('[{"a": 1}] {}', "it goes on behind entry 1"),
-        ("[", "it is broken off behind entry 0"),
+        ('[{"a": 1}, {"a": ', "it is broken off after entry 1"),
+        ('[{"a": 1}', "it is broken off after entry 1"),
+        ('[{"a": 1}] {}', "it goes on after entry 1"),
+        ("[", "it is broken off after entry 0"),
         ("[]", "no rows"),
         ('[[1], {"a": 1}]', "1 bad entries: entry 1: a JSON object is needed, not list"),
         ('[{"a": nan}, {"a": 1}]', "1 bad entries: entry 1: not JSON"),

@@ -128,7 +128,7 @@ def test_a_phase_begins_exactly_with_its_step(start: int, size: int, asked: int)
 @given(batches=st.integers(1, 40), window=st.integers(1, 60), size=st.integers(1, 20), world=st.sampled_from([1, 2]))
 @settings(max_examples=40, deadline=None)
 def test_a_stream_is_not_read_far_ahead(batches: int, window: int, size: int, world: int) -> None:
-    """Within an epoch no sample is further behind the furthest one read than a window of the order, and of the sampler where it sorts."""
+    """Within an epoch no sample is further after the furthest one read than a window of the order, and of the sampler where it sorts."""
     n = batches * size * world
     order = Windowed(n, 1, window)
     for batching in ("pad", "group"):

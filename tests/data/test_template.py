@@ -188,7 +188,7 @@ def test_a_conversation_becomes_a_text_for_each_turn_where_it_must() -> None:
     row = encoder.encode(sample, 0)
     assert row.num_texts == len(TALK.turns) + 1 and len(row.images) == 1
     assert encoder.measure(sample) == (row.table.shape[1], 1)
-    with pytest.raises(SampleError, match="an image behind the first answer of a conversation"):
+    with pytest.raises(SampleError, match="an image after the first answer of a conversation"):
         encoder.encode(Sample("s", (png((200, 0, 0)), png((0, 0, 200))), (Text("<image>a", "b", (("<image>c", "d"),)),)), 0)
     longest = words(tokenizer, template="chat").encode(TALK).length
     short = TextEncoder(tokenizer, DataConfig(template="chat", truncate=True), Layout(2, 8, longest - 1, 10_000, 0))
@@ -408,7 +408,7 @@ def test_leading_images_and_names_that_are_text(make_encoder: Callable[..., Enco
     encoder = make_encoder(tokenizer=tokenizer, template="chat", image_tokens=3, max_text_len=200, seq_len=200)
     batch = collate([encoder.encode(sample, 0)], 0, None)
     first = encoder.texts[0].encode(sample.texts[0])
-    assert first.image_at[0] == first.image_at[1] > 0, "behind the header of the first question"
+    assert first.image_at[0] == first.image_at[1] > 0, "after the header of the first question"
     ids, labels = batch.input_ids[0], batch.labels[0]
     start = int(batch.image_starts[0])
     assert tokenizer.decode(ids[:start].tolist()).endswith("user\n") and batch.image_starts.tolist() == [start, start + 3]

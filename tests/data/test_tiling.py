@@ -21,10 +21,10 @@ from kempnerforge.data.images.tiling import (
     cropped,
     frames_of,
     grid_of,
+    grid_tiles,
     letterboxed,
     overlap_grid,
     stretched_grid,
-    tiles,
 )
 from kempnerforge.data.images.views import Views
 
@@ -186,7 +186,7 @@ def test_the_pinpoint_keeps_most_and_wastes_least(width: int, height: int) -> No
 def test_overlapping_tiles_by_hand(size: tuple[int, int], grid: tuple[int, int], canvas: tuple[int, int]) -> None:
     cfg = ImagesConfig(fit="tiles", tiling="overlap")
     assert overlap_grid(size, 336, cfg.overlap, cfg.max_tiles) == grid
-    frame = tiles(cfg, 336, size, grid)
+    frame = grid_tiles(cfg, 336, size, grid)
     assert frame.canvas == canvas
     assert frame.corners == tuple((224 * column, 224 * row) for row in range(grid[0]) for column in range(grid[1]))
     overview = frames_of(cfg, 336, size)[0]

@@ -170,7 +170,7 @@ def test_new_tokens_outlive_saving_and_pickling(tmp_path: Path) -> None:
     made.save(tmp_path)
     loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.fingerprint == made.fingerprint and loaded.encode("<image>") == made.encode("<image>")
-    assert (loaded.new_tokens, loaded.base_vocab_size) == ((), made.vocab_size), "nobody has asked for them yet"
+    assert (loaded.new_tokens, loaded.base_vocab_size) == ((), made.vocab_size), "no one has asked for them yet"
     for _ in range(2):
         loaded.add_tokens(NEW)
         assert (loaded.new_token_ids, loaded.fingerprint) == (made.new_token_ids, made.fingerprint)

@@ -32,7 +32,7 @@ from kempnerforge.data import (
     collate,
     prompt_batch,
 )
-from kempnerforge.data.images.augment import Change, draw
+from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.text.interleave import KINDS
 from kempnerforge.inspection.audit import audit
 from tests.data.conftest import ListSource
@@ -99,7 +99,7 @@ def test_tiles_among_the_words_of_two_texts() -> None:
     assert columns(batch)["labels"][25:28] == [b, 2, NO], "the last position of an image predicts what follows"
     starts = [(0, 1, 0), (1, 4, 0), (2, 7, 0), *((3 + k, 12 + 3 * k, 1) for k in range(5)), *((3 + k, 29 + 3 * k, 2) for k in range(5))]
     assert [(image, start, text) for image, _, start, text, _ in placements(batch)] == starts
-    assert batch.images is not None and len(batch.images) == 8, "an image that stands in two texts is encoded once"
+    assert batch.images is not None and len(batch.images) == 8, "an image that is in two texts is encoded once"
 
 
 def test_tiles_inside_an_answer_are_not_trained() -> None:
@@ -260,7 +260,7 @@ EVERYTHING = AugmentConfig(flip=0.5, crop_scale=0.5, brightness=0.3, contrast=0.
 
 
 def test_a_change_is_what_was_drawn() -> None:
-    drawn = [draw(EVERYTHING, np.random.default_rng(k)) for k in range(200)]
+    drawn = [draw_changes(EVERYTHING, np.random.default_rng(k)) for k in range(200)]
     shares = [(c.box[2] - c.box[0]) * (c.box[3] - c.box[1]) for c in drawn]
     assert all(0 <= c.box[0] < c.box[2] <= 1 + 1e-9 and 0 <= c.box[1] < c.box[3] <= 1 + 1e-9 for c in drawn)
     assert min(shares) >= 0.4 and max(shares) > 0.9 and min(shares) < 0.6
@@ -268,8 +268,8 @@ def test_a_change_is_what_was_drawn() -> None:
     for name in ("brightness", "contrast", "saturation"):
         values = [getattr(c, name) for c in drawn]
         assert 0.7 <= min(values) < 0.75 and 1.25 < max(values) <= 1.3
-    assert draw(AugmentConfig(), np.random.default_rng(0)) == Change()
-    flips = [draw(AugmentConfig(flip=0.5), np.random.default_rng(k)).flip for k in range(200)]
+    assert draw_changes(AugmentConfig(), np.random.default_rng(0)) == Change()
+    flips = [draw_changes(AugmentConfig(flip=0.5), np.random.default_rng(k)).flip for k in range(200)]
     assert flips == [c.flip for c in drawn], "one kind can be switched without changing the others"
 
 

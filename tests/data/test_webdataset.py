@@ -21,7 +21,7 @@ from kempnerforge.data import Encoder, Sample, SampleError, Source, Text, build_
 from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.shards import Shard, ShardError, index_tar
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.webdataset import WebDatasetConfig, expand, list_shards
+from kempnerforge.data.sources.webdataset import WebDatasetConfig, expand_braces, list_shards
 from kempnerforge.data.text.interleave import LABELS
 
 Png = Callable[..., bytes]
@@ -98,9 +98,9 @@ def test_shards_without_a_manifest(foundry: Path, path: str) -> None:
 
 
 def test_ranges() -> None:
-    assert list(expand("a{08..11}b")) == ["a08b", "a09b", "a10b", "a11b"]
-    assert list(expand("{0..1}/{2..3}")) == ["0/2", "0/3", "1/2", "1/3"]
-    assert list(expand("plain.tar")) == ["plain.tar"]
+    assert list(expand_braces("a{08..11}b")) == ["a08b", "a09b", "a10b", "a11b"]
+    assert list(expand_braces("{0..1}/{2..3}")) == ["0/2", "0/3", "1/2", "1/3"]
+    assert list(expand_braces("plain.tar")) == ["plain.tar"]
 
 
 def test_texts_are_read_without_images(foundry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,4 +481,4 @@ def test_a_size_below_zero_is_refused(tmp_path: Path, size: int) -> None:
 
 def test_a_range_that_counts_down_is_refused() -> None:
     with pytest.raises(ValueError, match="counts down"):
-        list(expand("x/{127..000}.tar"))
+        list(expand_braces("x/{127..000}.tar"))

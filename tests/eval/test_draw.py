@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kempnerforge.eval.codecs import Box, Marks, Point
-from kempnerforge.eval.draw import COLOURS, MAX_SIDE, MIN_SIDE, SUFFIXES, draw, save_drawn
+from kempnerforge.eval.draw import COLOURS, MAX_SIDE, MIN_SIDE, SUFFIXES, draw_marks, save_drawn
 
 SIDE = 500
 
@@ -20,7 +20,7 @@ SIDE = 500
 def changed(marks: Marks, ground: tuple[int, int, int] = (128, 128, 128), size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
     """(H, W) bool, the pixels that ``marks`` change."""
     image = Image.new("RGB", size, ground)
-    drawn = draw(image, marks)
+    drawn = draw_marks(image, marks)
     assert drawn.size == size and drawn.mode == "RGB"
     assert set(np.asarray(image).reshape(-1, 3).max(0)) == set(ground), "the given image is left alone"
     return (np.asarray(drawn) != np.asarray(image)).any(-1)
@@ -46,7 +46,7 @@ def test_a_point_is_in_the_middle_of_its_dot() -> None:
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), *(tuple(int(c[k : k + 2], 16) for k in (1, 3, 5)) for c in COLOURS)])
 def test_seen_on_any_ground(mark: Box | Point, colour: tuple[int, int, int]) -> None:
     marks = Marks((mark,)) if isinstance(mark, Box) else Marks((), (mark,))
-    drawn = np.asarray(draw(Image.new("RGB", (SIDE, SIDE), colour), marks)).reshape(-1, 3).astype(int)
+    drawn = np.asarray(draw_marks(Image.new("RGB", (SIDE, SIDE), colour), marks)).reshape(-1, 3).astype(int)
     weights = np.array([0.299, 0.587, 0.114])
     light = drawn @ weights
     assert (abs(light - weights @ np.array(colour)) > 60).sum() > 50, "an edge of another brightness"
@@ -60,7 +60,7 @@ def test_labels_are_inside(x: float, y: float, label: str) -> None:
     named = changed(Marks((Box(x, y, x + 0.03, y + 0.03, label),)))
     more = named & ~plain
     assert more.sum() > 100
-    drawn = np.asarray(draw(Image.new("RGB", (SIDE, SIDE), (128, 128, 128)), Marks((Box(x, y, x + 0.03, y + 0.03, label),))))
+    drawn = np.asarray(draw_marks(Image.new("RGB", (SIDE, SIDE), (128, 128, 128)), Marks((Box(x, y, x + 0.03, y + 0.03, label),))))
     fill = (drawn == np.array([int(COLOURS[0][k : k + 2], 16) for k in (1, 3, 5)])).all(-1)
     rows, columns = np.flatnonzero((fill & more).any(1)), np.flatnonzero((fill & more).any(0))
     frame = [drawn[rows[0] - 1, columns[0] : columns[-1]], drawn[rows[-1] + 1, columns[0] : columns[-1]]]
@@ -71,13 +71,13 @@ def test_labels_are_inside(x: float, y: float, label: str) -> None:
 def test_labels_keep_apart() -> None:
     one = changed(Marks((Box(0.2, 0.5, 0.8, 0.9, "first"),)))
     both = changed(Marks((Box(0.2, 0.5, 0.8, 0.9, "first"), Box(0.2, 0.5, 0.8, 0.9, "other"))))
-    assert (both & ~one).sum() > 400, "the second stands beside the first"
+    assert (both & ~one).sum() > 400, "the second is beside the first"
 
 
 def test_a_label_has_one_colour_and_points_of_one_name_are_named_once() -> None:
     image = Image.new("RGB", (SIDE, SIDE), (10, 10, 10))
     two = Marks((), (Point(0.2, 0.2, "mug"), Point(0.8, 0.8, "mug")))
-    drawn = np.asarray(draw(image, two))
+    drawn = np.asarray(draw_marks(image, two))
     colours = {tuple(drawn[100, 100].tolist()), tuple(drawn[399, 399].tolist())}
     assert len(colours) == 1
     far = changed(two)[300:, 300:]
@@ -85,9 +85,9 @@ def test_a_label_has_one_colour_and_points_of_one_name_are_named_once() -> None:
 
 
 def test_small_images_are_enlarged() -> None:
-    drawn = draw(Image.new("L", (64, 16), 200), Marks((Box(0, 0, 1, 1, "a"),)))
+    drawn = draw_marks(Image.new("L", (64, 16), 200), Marks((Box(0, 0, 1, 1, "a"),)))
     assert drawn.size == (64 * 28, 16 * 28) and min(drawn.size) >= MIN_SIDE
-    assert max(draw(Image.new("RGB", (2000, 10)), Marks()).size) <= MAX_SIDE
+    assert max(draw_marks(Image.new("RGB", (2000, 10)), Marks()).size) <= MAX_SIDE
 
 
 SHARE = st.floats(0, 1)
@@ -102,7 +102,7 @@ SHARE = st.floats(0, 1)
 )
 def test_nothing_raises(boxes: list[tuple[float, float, float, float, str]], points: list[Point], size: tuple[int, int], mode: str) -> None:
     marks = Marks(tuple(Box(min(a, c), min(b, d), max(a, c), max(b, d), label) for a, b, c, d, label in boxes), tuple(points))
-    draw(Image.new(mode, size), marks)
+    draw_marks(Image.new(mode, size), marks)
 
 
 @pytest.mark.parametrize("name", ["out", "out.xyz", "out.psd", "no/such/folder/out.png"])

@@ -307,7 +307,7 @@ def test_two_ranks_share_the_questions(tmp_path: Path) -> None:
 
 
 def test_a_turn_is_asked_with_the_images_it_has_seen() -> None:
-    """Images stand where the conversation has them: none before the turn that brings the first."""
+    """Images are where the conversation has them: none before the turn that brings the first."""
     text = Text("hello", "hi", more=(("see <image> what?", "red"), ("and <image>?", "blue")))
     pictures = (block(8, 8, 10), block(8, 8, 200))
     found, skipped = questions(ListSource([Sample("s", pictures, (text,))]))

@@ -131,7 +131,7 @@ def test_every_row_ends_at_its_own_eos() -> None:
 def test_max_new_tokens() -> None:
     made, streamed, model = three_rows(2)
     assert made[2] == TOKENIZER.encode(ANSWERS["c"])[:2] and len(streamed) == 2
-    assert model.position == 2, "the token behind the last one is not computed"
+    assert model.position == 2, "the token after the last one is not computed"
 
 
 def test_other_ranks_may_need_more_steps() -> None:
@@ -195,7 +195,7 @@ def test_a_stream_works_only_when_asked_and_leaves_gradients_on() -> None:
     first = next(stream)
     assert model.position == 1 and torch.is_grad_enabled() and not first.requires_grad
     del stream
-    assert model.position == 1, "nobody asked for more"
+    assert model.position == 1, "no one asked for more"
 
 
 def streamed_text(ids: Sequence[int], decode: Any = TOKENIZER.decode) -> list[str]:
@@ -248,7 +248,7 @@ def test_what_stands_behind_a_stray_byte_is_streamed() -> None:
     ids = [FALLBACK.token_id(name) or 0 for name in names]
     assert len(FALLBACK.byte_ids) == 256 and not TOKENIZER.byte_ids
     assert [*Answer(ids, (), FALLBACK.decode, FALLBACK.byte_ids)] == ["", "", "\ufffd\ufffd the", " cat", ""]
-    assert "".join(streamed_text(ids, FALLBACK.decode)).endswith(" the cat")  # nor where nobody says which tokens are bytes
+    assert "".join(streamed_text(ids, FALLBACK.decode)).endswith(" the cat")  # nor where no one says which tokens are bytes
 
 
 def test_decoders_that_trim_the_first_token() -> None:

@@ -254,18 +254,18 @@ def no_space(step: int, where: str) -> None:
 
 @fault
 def kill_in_save(step: int, where: str) -> None:
-    """kill -9 at a point of the save of ``step``: before and behind the tensors, before the manifest, before and behind the rename, behind
+    """kill -9 at a point of the save of ``step``: before and after the tensors, before the manifest, before and after the rename, after
     ``latest``, and while an old step is removed.
     """
     now = {"step": False}
     before(store, "_write", lambda tmp, *rest: now.update(step=_step_of(tmp) == step))
     owner, name = {
         "before the tensors": (store._Writer, "write_data"),
-        "behind the tensors": (store, "checksum"),
+        "after the tensors": (store, "checksum"),
         "before the manifest": (store, "_finish"),
         "before the rename": (store, "_sync_directory"),
-        "behind the rename": (store, "_tidy"),
-        "behind latest": (store, "_candidates"),
+        "after the rename": (store, "_tidy"),
+        "after latest": (store, "_candidates"),
         "while pruning": (shutil, "rmtree"),
     }[where]
 
@@ -287,7 +287,7 @@ def die_behind_the_metrics(step: int) -> None:
 
 @fault
 def die_behind_the_checkpoint(step: int) -> None:
-    """Behind the checkpoint of ``step``, before anything else."""
+    """After the checkpoint of ``step``, before anything else."""
     before(Trainer, "train_step", lambda trainer: kill_self() if trainer.step == step else None)
 
 

@@ -25,13 +25,13 @@ KILLED, FAULT = -signal.SIGKILL, 3
 IN_A_SAVE: list[tuple[tuple[int, ...], str, bool]] = [
     ((0,), "before the tensors", False),
     ((1,), "before the tensors", False),
-    ((0,), "behind the tensors", False),
-    ((1,), "behind the tensors", False),
-    ((0, 1), "behind the tensors", False),
+    ((0,), "after the tensors", False),
+    ((1,), "after the tensors", False),
+    ((0, 1), "after the tensors", False),
     ((0,), "before the manifest", False),
     ((0,), "before the rename", False),
-    ((0,), "behind the rename", True),
-    ((0,), "behind latest", True),
+    ((0,), "after the rename", True),
+    ((0,), "after latest", True),
     ((0,), "while pruning", True),
 ]
 """Which ranks die, where, and whether the step is saved by then."""
@@ -73,7 +73,7 @@ def test_in_a_step_and_around_the_line_of_metrics(job: Job, tmp_path: Path, obse
     assert newest(run) == 20
     exact = job.finish(run, "--checkpoint.keep_last_n=3")
     observe("kill -9 in a step: rank 0, rank 1, both", "continues at the newest checkpoint; the other rank ends with 3", exact)
-    observe("killed between a line of metrics.jsonl and its checkpoint, and behind the checkpoint", "no line twice, none missing", exact)
+    observe("killed between a line of metrics.jsonl and its checkpoint, and after the checkpoint", "no line twice, none missing", exact)
 
 
 def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: str, fresh: float = 0.0) -> list[str]:

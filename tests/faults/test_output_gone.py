@@ -24,7 +24,7 @@ def begin(folder: Path, name: str, **streams: int) -> subprocess.Popen[bytes]:
 
 
 def test_nothing_reads_it(tmp_path: Path) -> None:
-    """A full disk; a pipe without a reader, as behind ``| head``; streams that are closed; a terminal that is gone, with a progress bar on it."""
+    """A full disk; a pipe without a reader, as after ``| head``; streams that are closed; a terminal that is gone, with a progress bar on it."""
     make_job(tmp_path)
     full = os.open("/dev/full", os.O_WRONLY)
     read, pipe = os.pipe()

@@ -32,7 +32,7 @@ TEXTS = ["what is 2024 and 17?", "the cat sat on the mat, the Cat", "naÃ¯ve cafÃ
 
 
 def words() -> tokenizers.Tokenizer:
-    """Byte-level BPE in which digits stand alone."""
+    """Byte-level BPE in which digits are alone."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

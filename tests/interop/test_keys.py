@@ -15,7 +15,7 @@ import transformers as hf
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from kempnerforge.interop.keys import BOOKKEEPING, _source, allowed, defaults, followed
+from kempnerforge.interop.keys import BOOKKEEPING, _source, allowed, class_defaults, followed_keys
 from kempnerforge.interop.names import FAMILIES
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.write import text_names
@@ -71,7 +71,7 @@ def keys(family: str) -> list[str]:
     """All that any class reads or writes, and what its own files read without a declaration."""
     read = set(re.findall(r"(?:self\.)?config\.([a-z]\w+)|getattr\((?:self\.)?config, \"(\w+)\"", _source(family)))
     named = {name for pair in read for name in pair if name}
-    every = {*defaults(family), *named, *VALUES, "is_causal", "mlp_bias", "attention_multiplier"} - OWN_TERMS
+    every = {*class_defaults(family), *named, *VALUES, "is_causal", "mlp_bias", "attention_multiplier"} - OWN_TERMS
     return sorted(every if family == "llama" else every - hf.PretrainedConfig().to_dict().keys())
 
 
@@ -131,7 +131,7 @@ def test_every_key_is_followed_or_inert_or_refused(family: str) -> None:
     assert apart(ours(family, base, plain(family)[0], made), plain(family)[1]) < 1e-4
     moved, wrong = set(), []
     for key in keys(family):
-        for value in VALUES.get(key) or changed(defaults(family).get(key)):
+        for value in VALUES.get(key) or changed(class_defaults(family).get(key)):
             config = base | {key: value}
             try:
                 model, want = theirs(family, config)
@@ -140,7 +140,7 @@ def test_every_key_is_followed_or_inert_or_refused(family: str) -> None:
             difference = apart(want, plain(family)[1]) if want.shape == plain(family)[1].shape else 1.0
             if difference > 1e-4:
                 moved.add(key)
-                if key not in followed(family) | allowed(family).keys():
+                if key not in followed_keys(family) | allowed(family).keys():
                     wrong.append(f"{key} = {value}: is not in the table, and logits move by {difference:.2g}")
             try:
                 found = ours(family, config, model, made)
@@ -173,9 +173,9 @@ def _item(head: str, keys: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -
 def _lists() -> str:
     """What is made of the keys of each family's class, in Markdown."""
     families = list(FAMILIES)
-    keys = {family: {*defaults(family), *BOOKKEEPING} for family in families}
-    kept = {family: keys[family] & followed(family) for family in families}
-    rest = {family: frozenset(keys[family] - followed(family) - allowed(family).keys()) for family in families}
+    keys = {family: {*class_defaults(family), *BOOKKEEPING} for family in families}
+    kept = {family: keys[family] & followed_keys(family) for family in families}
+    rest = {family: frozenset(keys[family] - followed_keys(family) - allowed(family).keys()) for family in families}
     assert len(set(rest.values())) == 1, "what no class reads is one list"
     both = set.intersection(*kept.values())
     only = {key: values for key, values in allowed(families[0]).items() if all(key in allowed(family) for family in families)}

@@ -197,7 +197,7 @@ def test_gradients_are_equal(ours: Assembly, theirs: Any) -> None:
     want = dict(theirs.named_parameters())
     assert len(want) == sum(1 for _ in ours.model.parameters())
     for name, p in ours.model.named_parameters():
-        grad = want[mllama.name_of(name, every, mllama.LAYOUTS[1])].grad
+        grad = want[mllama.tensor_name(name, every, mllama.LAYOUTS[1])].grad
         assert p.grad is not None and grad is not None and p.grad.isfinite().all(), name
         assert (p.grad - grad).abs().max() <= 1e-5 * max(1.0, grad.abs().max().item()), name
     gates = [p.grad for name, p in ours.model.named_parameters() if name.endswith(("attention_gate", "mlp_gate"))]
@@ -233,7 +233,7 @@ def test_a_renamed_key_is_named(key: str, saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("text_config", {"cross_attention_layers": [1, 3]}, r"cross_attention_layers = \[1, 3\] of 7: ours stand in front of every n-th"),
+        ("text_config", {"cross_attention_layers": [1, 3]}, r"cross_attention_layers = \[1, 3\] of 7: ours are before every n-th"),
         ("text_config", {"cross_attention_layers": [1]}, "cross_attention_layers"),
         ("text_config", {"cross_attention_layers": []}, "cross_attention_layers"),
         ("text_config", {"vocab_size": 200}, "vocab_size = 200: the embedding has .* not 8 more"),
@@ -264,7 +264,7 @@ def test_blocks_of_the_models_on_the_hub(layers: int, blocks: list[int]) -> None
     """11B and 90B: in front of every fourth of 32 and of 80 layers."""
     assert mllama.block_layers(4, layers - len(blocks)) == blocks
     names = [
-        mllama.name_of(f"transformer.layers.{i}.{part}", 4, mllama.LAYOUTS[0])
+        mllama.tensor_name(f"transformer.layers.{i}.{part}", 4, mllama.LAYOUTS[0])
         for i, part in ((3, "cross_attention.mlp_gate"), (3, "mlp_norm.weight"))
     ]
     assert [name.split(".")[3] for name in names] == ["3", "4"]
@@ -274,7 +274,7 @@ def test_blocks_of_the_models_on_the_hub(layers: int, blocks: list[int]) -> None
 
 
 def test_the_stream_is_that_of_the_instruct_models(saved: Path, tmp_path: Path) -> None:
-    """The token of the image stands in it, once, and is the first to see the image; asked directly and from a run."""
+    """The token of the image is in it, once, and is the first to see the image; asked directly and from a run."""
     import_model(saved, tmp_path / "run")
     text = (
         "<bos><|start_header_id|>user<|end_header_id|>\n\n<|image|>what is it?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -334,7 +334,7 @@ def test_what_is_no_mllama_says_why() -> None:
 @pytest.mark.parametrize("unwritten", [0, 3])
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_that_it_has_besides(unwritten: int, tied: bool) -> None:
-    """A model of ours with other rows behind its head's gets as many as the class has."""
+    """A model of ours with other rows after its head's gets as many as the class has."""
     if tied and unwritten:
         return
     job = replace(ready(unwritten_tokens=unwritten), model=replace(ready().model, tie_embeddings=tied))

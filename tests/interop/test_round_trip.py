@@ -17,7 +17,7 @@ from kempnerforge.interop import read_text_weights
 from kempnerforge.interop.names import FAMILIES as TABLE
 from kempnerforge.interop.names import hf_name
 from kempnerforge.interop.settings import complete, facts, hf_config, hf_facts, model_config
-from kempnerforge.interop.write import plain_embedding, save_tensors, write_text
+from kempnerforge.interop.write import plain_embedding, save_tensors, write_language_model
 from kempnerforge.model.transformer import Cache, Transformer
 from tests.interop.families import FAMILIES, VOCAB, config_of, logits, save
 
@@ -48,7 +48,7 @@ def pair(family: str, tmp_path: Path) -> Pair:
     weights = read_text_weights(tmp_path / "theirs", cfg)
     ours = backbone(weights, cfg)
     state = {f"transformer.{name}": value for name, value in ours.state_dict().items()}
-    write_text(tmp_path / "back", cfg, state, IDS)
+    write_language_model(tmp_path / "back", cfg, state, IDS)
     back, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True, dtype=torch.float32)
     left_over = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     return Pair(theirs, ours, cfg, back.eval(), left_over, tmp_path / "theirs")
@@ -185,7 +185,7 @@ def test_new_tokens_become_rows(tied: bool, tmp_path: Path) -> None:
     ours = Transformer(cfg).eval()
     state = {f"transformer.{name}": value for name, value in ours.state_dict().items()}
     plain, tensors = plain_embedding(cfg, state, rows=1)
-    write_text(tmp_path, plain, tensors, IDS)
+    write_language_model(tmp_path, plain, tensors, IDS)
     back = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = prompt()
     ids[:, 5:7] = torch.tensor([VOCAB, VOCAB + 1])
@@ -201,7 +201,7 @@ def test_shards_have_an_index(pairs: dict[str, Pair], tmp_path: Path) -> None:
     state = {f"transformer.{name}": value for name, value in p.ours.state_dict().items()}
     save_tensors(tmp_path, {"stale": torch.zeros(1)})
     seen: list[int] = []
-    write_text(tmp_path, p.cfg, state, IDS, shard_bytes=40_000, progress=lambda what, done, total: seen.append(total - done))
+    write_language_model(tmp_path, p.cfg, state, IDS, shard_bytes=40_000, progress=lambda what, done, total: seen.append(total - done))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) == len(seen) > 3
     assert seen == sorted(seen, reverse=True) and seen[-1] == 0
     assert not (tmp_path / "model.safetensors").exists()

@@ -211,7 +211,7 @@ def test_never_another_sample_never_another_text(row: list[tuple[int, int, int]]
 
 
 def test_taking_another_order_permutes_the_mask() -> None:
-    """Image tokens first, words behind them: everybody sees whom they saw before."""
+    """Image tokens first, words after them: everybody sees whom they saw before."""
     index = torch.tensor([[5, 2, 0, 7, 1, 6, 4, 3]])
     for groups in (None, GROUPS):
         whole = segments(SAMPLE, TEXT, groups)
@@ -259,7 +259,7 @@ def test_order_of_storage_does_not_matter(row: list[tuple[int, int, int]], group
 
 
 def prefixed(length: int, prefix: int, texts: int = 1, batch: int = 2) -> Segments:
-    """Rows of ``prefix`` image tokens and ``texts`` texts behind them."""
+    """Rows of ``prefix`` image tokens and ``texts`` texts after them."""
     sample = torch.zeros(batch, length, dtype=torch.int64)
     text = sample.clone()
     text[:, prefix:] = 1 + torch.arange(length - prefix) * texts // (length - prefix)

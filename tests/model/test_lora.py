@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.lora import LoRAConfig, is_adapter, lora_frozen
 from kempnerforge.distributed.world import World
-from kempnerforge.model.lora import LoRALinear, adapt, adapted_layers, fitting_magnitudes, merge
+from kempnerforge.model.lora import LoRALinear, adapt, adapted_layers, fitting_magnitudes, merge_adapters
 from kempnerforge.training.freeze import match_names
 from kempnerforge.training.optimizers.muon import MuonRule
 from tests.vlm.tiny import INTERLEAVED, ONE, THREE, Tiny, all_logits, gradients, install, tiny
@@ -99,7 +99,7 @@ def test_dropout_is_on_the_update_alone_and_in_training_alone() -> None:
 def test_merged_is_a_plain_layer_that_computes_the_same(dora: bool, bias: bool) -> None:
     layer, x = adapted(dora, bias=bias, dropout=0.5).eval(), inputs()
     before, weight = layer(x), layer.weight
-    merge(layer)
+    merge_adapters(layer)
     assert type(layer) is nn.Linear and layer.weight is weight and repr(layer) == repr(linear(bias))
     assert dict(layer.named_parameters()).keys() == dict(linear(bias).named_parameters()).keys()
     assert vars(layer).keys() == vars(linear(bias)).keys()
@@ -114,7 +114,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
     y = layer(inputs())
     y.sum().backward()
     assert torch.isfinite(y).all() and all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
-    merge(layer)
+    merge_adapters(layer)
     assert torch.isfinite(layer.weight).all()
 
 
@@ -182,7 +182,7 @@ def test_an_alias_or_a_pattern_chooses_layers(module: str, found: list[str]) -> 
     assert {name for name in after if is_adapter(name)} == set(after) - set(before)
     assert dict(model.state_dict()).keys() == after.keys()
     assert isinstance(model.hidden[0], LoRALinear) == ("head" in found)
-    merge(model)
+    merge_adapters(model)
     assert [name for name, _ in model.named_parameters()] == list(before) and not adapters(model)
 
 
@@ -281,7 +281,7 @@ def test_every_arch_starts_as_it_was_and_merges(arch: str | None, dora: bool) ->
         assert torch.equal(all_logits(fresh.model, batch), before)
     logits = all_logits(trained.model, batch)
     assert not torch.allclose(logits, before, atol=0.01)
-    merge(trained.model)
+    merge_adapters(trained.model)
     assert float((all_logits(trained.model, batch) - logits).norm() / logits.norm()) < 1e-5
     assert [name for name, _ in trained.model.named_parameters()] == [name for name, _ in base.model.named_parameters()]
     assert list(trained.model.state_dict()) == list(base.model.state_dict())

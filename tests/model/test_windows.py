@@ -24,7 +24,7 @@ from tests.model.test_attention import SAMPLE, TEXT, by_hand, drawn, ids, qkv, s
 from tests.model.test_documents import ROWS, inputs, read, structure
 
 POSITIONS = [0, 1, 2, 3, 4, 2, 3, 0]
-"""Of ``SAMPLE``: an image of two tokens, a text of three, a text of two which begins behind the image again, padding."""
+"""Of ``SAMPLE``: an image of two tokens, a text of three, a text of two which begins after the image again, padding."""
 
 
 def cut(length: int, window: int, all_slide: bool = False) -> Segments:

@@ -1,4 +1,4 @@
-"""Questions over HTTP: streamed, one at a time, from nobody who should not ask."""
+"""Questions over HTTP: streamed, one at a time, from no one who should not ask."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, rows_of, tensors, write_config, write_rows
 
 STORIES = [
-    "a red house", "two blue birds on a wire", "rain", "the green train is late", "a yellow cup of tea", "nobody", "snow on the hill",
+    "a red house", "two blue birds on a wire", "rain", "the green train is late", "a yellow cup of tea", "no one", "snow on the hill",
     "three small boats",
 ]  # fmt: skip
 TOLD = "tell me what you see."

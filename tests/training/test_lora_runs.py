@@ -128,7 +128,7 @@ optimizer.lr_scale = { lora = 2.0 }
 
 @pytest.mark.parametrize(("optimizer", "cuts"), [("adamw", (2, 3, 5)), ("muon", (4,))])
 def test_stages_and_resume(optimizer: str, cuts: tuple[int, ...], tmp_path: Path) -> None:
-    """Cut at, before and behind the change of stage."""
+    """Cut at, before and after the change of stage."""
     argv = ("train", make_job(tmp_path, extra=LORA + STAGES), f"--optimizer.name={optimizer}", "--checkpoint.interval=3")
     assert call(*argv, "--train.max_steps=0").code == 0
     before, whole = fresh(tmp_path / "job.toml"), tensors(tmp_path / "run")

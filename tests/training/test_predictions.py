@@ -143,7 +143,7 @@ def test_predictions_that_cannot_be_written(tmp_path: Path) -> None:
         (2, ("--data.max_bad_fraction=0.3",), 0),
         (8, ("--data.max_bad_fraction=1",), 2),
         (8, ("--data.max_bad_fraction=1", "--eval.exact_match=false"), 2),
-        (8, ("--eval.at_end=false",), 0),  # nobody asks
+        (8, ("--eval.at_end=false",), 0),  # no one asks
     ],
 )
 def test_held_out_data_that_cannot_be_read_end_a_job_before_its_first_step(

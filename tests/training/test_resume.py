@@ -84,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cut", [cut if cut in (3, 4, 5) else pytest.param(cut, marks=pytest.mark.slow) for cut in range(1, 8)])
 def test_cut_short_and_continued_equals_never_cut(cut: int, whole: Path):
-    """Before, at and behind the change of stage; at a step with a checkpoint and between."""
+    """Before, at and after the change of stage; at a step with a checkpoint and between."""
     argv = ("train", whole / "job.toml", "--optimizer.name=muon", "--eval.interval=3", f"--run.dir={whole}/cut{cut}")
     assert call(*argv, f"--train.max_steps={cut}", "--eval.at_end=false").code == 0
     assert checkpoint_steps(whole / f"cut{cut}")[-1] == cut
@@ -170,7 +170,7 @@ def test_a_kill_after_the_last_step_repeats_the_evaluation_alone(tmp_path: Path)
     assert call("train", job).code == 0
     run = tmp_path / "run"
     before, weights = metrics(run), tensors(run)
-    for lines in (len(before), len(before) - 1):  # behind the evaluation's line, and before it
+    for lines in (len(before), len(before) - 1):  # after the evaluation's line, and before it
         (run / "report.html").unlink()
         (run / "summary.json").unlink()
         whole = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -308,7 +308,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path: Path):
     finally:
         process.kill()
         process.communicate()
-    assert call(*argv, "--train.max_steps=1").code in (0, 2)  # nobody holds it any more
+    assert call(*argv, "--train.max_steps=1").code in (0, 2)  # no one holds it any more
 
 
 def test_fresh_moves_the_old_run_aside(tmp_path: Path):

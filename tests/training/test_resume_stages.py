@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cut", range(1, STEPS))
 def test_cut_at_every_step(cut: int, whole: Path) -> None:
-    """Weights, optimizer state and logged numbers are those of the run that was not cut, at the end and at every step behind the cut."""
+    """Weights, optimizer state and logged numbers are those of the run that was not cut, at the end and at every step after the cut."""
     run = whole / f"cut-{cut}"
     argv = ("train", whole / "job.toml", *DROPOUT, f"--checkpoint.interval={cut + 1}", "--checkpoint.keep_last_n=20", f"--run.dir={run}")
     assert call(*argv, f"--train.max_steps={cut}", "--eval.at_end=false").code == 0

@@ -90,7 +90,7 @@ def test_without_warmup_the_first_step_has_the_peak():
         }
         assert [cfg.factor(step, 4) for step in range(4)] == pytest.approx(expected[name]), name
         assert cfg.factor(0, 1) == 1.0, "a stage of one step"
-        assert cfg.factor(99, 4) == pytest.approx(expected[name][-1]), "behind the end it stays at the foot"
+        assert cfg.factor(99, 4) == pytest.approx(expected[name][-1]), "after the end it stays at the foot"
 
 
 @pytest.mark.parametrize(

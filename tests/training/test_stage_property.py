@@ -161,7 +161,7 @@ def run(it: Schedule, world: World, accumulation: int = 0) -> tuple[dict[str, Te
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """AdamW without its fused kernel, which computes the entries behind the last whole vector of a tensor by other code: now and then their last
+    """AdamW without its fused kernel, which computes the entries after the last whole vector of a tensor by other code: now and then their last
     bit depends on where a tensor is cut into shards.
     """
     plain_adamw = lambda rule, groups, cfg: torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=False)

@@ -17,7 +17,7 @@ import kempnerforge
 from kempnerforge.config import RopeScaling
 from kempnerforge.convert import verify
 from kempnerforge.convert.commands import import_model
-from kempnerforge.convert.verify import Limits, agreement, compare, forms, load_class, make_probe, our_logits, their_logits
+from kempnerforge.convert.verify import ModelLimits, agreement, compare_models, forms, load_class, make_probe, our_logits, their_logits
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.interop.foreign import open_foreign
 from kempnerforge.interop.foreign_tokenizer import tokenizer_of
@@ -77,19 +77,19 @@ def test_a_wrong_window_is_found(family: str, wrong: dict[str, Any], text: Any) 
     models = built(text(family, sliding_window=WINDOW), **wrong)
     assert short_rows_agree(*models)
     with pytest.raises(ValueError, match="two different models"):
-        compare(models[0], models[1], models[2]).require("both")
+        compare_models(models[0], models[1], models[2]).require("both")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "smollm3 with windows"])
 def test_windows_in_other_layers_are_found(family: str, text: Any) -> None:
     path = text(family, sliding_window=WINDOW)
     right = built(path)
-    said = compare(*right).require("both")
+    said = compare_models(*right).require("both")
     assert f"the longest of {4 * WINDOW} positions" in said and "NOT" not in said
     models = built(path, window_pattern="FS" if family == "gemma2" else "SF")
     assert short_rows_agree(*models)
     with pytest.raises(ValueError, match="two different models"):
-        compare(*models).require("both")
+        compare_models(*models).require("both")
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ def test_windows_in_other_layers_are_found(family: str, text: Any) -> None:
 def test_a_rope_scaling_that_acts_far_away_is_found(wrong: RopeScaling | None, text: Any) -> None:
     """Positions up to 4 x 8,192 in a row of 48."""
     path = text("llama", **LONG)
-    said = compare(*built(path)).require("both")
+    said = compare_models(*built(path)).require("both")
     assert "up to position 32,767" in said and "the longest of 48 positions" in said
     models = built(path, rope_scaling=wrong)
     assert short_rows_agree(*models)
     with pytest.raises(ValueError, match="two different models"):
-        compare(*models).require("both")
+        compare_models(*models).require("both")
 
 
 def test_a_wrong_second_image_is_found(llava: Path) -> None:
     models = built(llava)
-    assert "0 to 2 images in a row" in compare(*models).require("both")
+    assert "0 to 2 images in a row" in compare_models(*models).require("both")
     model = models[0].model
     insert = model.insert
 
@@ -119,22 +119,22 @@ def test_a_wrong_second_image_is_found(llava: Path) -> None:
     model.insert = first_again
     assert short_rows_agree(*models)
     with pytest.raises(ValueError, match="two different models"):
-        compare(*models).require("both")
+        compare_models(*models).require("both")
 
 
 def test_what_cannot_be_reached_is_said(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = text("mistral", sliding_window=WINDOW)
     monkeypatch.setattr(verify, "COST", 2.0 * WINDOW * sum(p.numel() for p in built(path)[0].model.parameters()))
-    assert f"NOT compared: what lies beyond a window of {WINDOW}" in compare(*built(path)).require("both")
+    assert f"NOT compared: what lies beyond a window of {WINDOW}" in compare_models(*built(path)).require("both")
     monkeypatch.undo()
     path = text("mistral", sliding_window=64)
-    assert "NOT compared: what lies beyond a window of 64" in compare(*built(path)).require("both"), "as the model has 64 positions"
+    assert "NOT compared: what lies beyond a window of 64" in compare_models(*built(path)).require("both"), "as the model has 64 positions"
 
 
 @pytest.mark.parametrize(("room", "images"), [(160, 2), (45, 2), (44, 1), (30, 1), (27, 0)])
 def test_there_are_as_many_images_as_there_is_room_for(room: int, images: int, llava: Path) -> None:
     """An image takes 16 positions."""
-    longest = forms(built(llava)[0], Limits((), (), room))[2:]
+    longest = forms(built(llava)[0], ModelLimits((), (), room))[2:]
     assert [len(form.image_at) for form in longest] == [images] * bool(images)
     assert all(form.words + 16 * images <= room for form in longest)
 

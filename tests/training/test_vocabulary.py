@@ -63,7 +63,7 @@ def by_id(assembly, tensors, head: bool):
 @pytest.mark.parametrize("before", [(), ("<p>",)])
 @pytest.mark.parametrize("after", [("<p>",), ("<p>", "<q>")])
 def test_rows_of_tokens_that_are_there_stay(tied: bool, padding: int, before: tuple[str, ...], after: tuple[str, ...]) -> None:
-    """Padding, tokens of an earlier run among the new ones, and tokens behind them: nothing that was learnt is lost."""
+    """Padding, tokens of an earlier run among the new ones, and tokens after them: nothing that was learnt is lost."""
     size = Tokenizer.train(CORPUS, 300).vocab_size
     old, new = made(0 if before else size + padding, [*before], tied, 0), made(size + padding, [*after], tied, 1, before)
     weights = {name: p.detach() for name, p in old.model.named_parameters()}

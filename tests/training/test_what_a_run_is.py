@@ -117,7 +117,7 @@ def test_stages_keep_their_plan_and_are_held_to_it() -> None:
         return JobConfig(train=TrainConfig(max_steps=cap), stages=[StageConfig("a", steps), StageConfig("b", 9)])
 
     assert not refused(job(10, 0), job(10, 7), 7), "cut short, then allowed to go on"
-    for reached in (7, 12):  # in the stage, and behind it
+    for reached in (7, 12):  # in the stage, and after it
         assert "stages[0].steps: 10 -> 12" in refused(job(12, 0), job(10, 0), reached)
         assert not refused(job(12, 0), job(10, 0), reached, "stages")
 

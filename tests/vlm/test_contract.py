@@ -294,7 +294,7 @@ def same_as_one_process(case: str, found: list[dict[str, Tensor]]) -> None:
 
 @each_arch
 def test_a_loss_of_a_part_is_declared_and_taken_once(arch: str | None) -> None:
-    """Who sets ``aux_loss`` in a forward pass has it from the start, or it would not be found; behind the pass nothing is left for the next."""
+    """Who sets ``aux_loss`` in a forward pass has it from the start, or it would not be found; after the pass nothing is left for the next."""
     model = tiny(arch).model.train()
     declared = {id(module) for module in model.modules() if hasattr(module, "aux_loss")}
     model(tiny(arch).batch(*SAMPLES))
@@ -452,7 +452,7 @@ def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
 @with_images
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.images], ids=lambda s: s.id)
 def test_no_image_leaks(arch: str, sample: Sample) -> None:
-    """Changing an image changes all words behind its places that may know of it, and no others."""
+    """Changing an image changes all words after its places that may know of it, and no others."""
     for mask in accepted_masks(arch):
         it = watched(arch, mask)
         batch = it.batch(sample)
@@ -464,7 +464,7 @@ def test_no_image_leaks(arch: str, sample: Sample) -> None:
             images[image] = 255 - images[image]
             moved = changes(all_logits(it.model, replace(batch, images=images)), want)[0] > 1e-5
             allowed = torch.zeros_like(moved)
-            prompt = may_see(batch, mask)  # under "prefix" whatever sees a word of the prompt behind the image may know of the image
+            prompt = may_see(batch, mask)  # under "prefix" whatever sees a word of the prompt after the image may know of the image
             for m in (batch.image_index == image).nonzero().flatten().tolist():
                 start, text = int(batch.image_starts[m]), int(batch.image_text_ids[m])
                 behind = (torch.arange(len(moved)) >= start) & ((texts == text) | (text == 0))

@@ -22,7 +22,7 @@ from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import Optimizers
-from kempnerforge.vlm.cross_attention import NOTHING, CrossAttentionBlock, GatedCrossAttention, Sight, lay_out, sight, visible
+from kempnerforge.vlm.cross_attention import NOTHING, CrossAttentionBlock, GatedCrossAttention, Sight, gather_images, sight, visible_images
 from tests.vlm.tiny import (
     ANSWERED,
     INTERLEAVED,
@@ -113,7 +113,7 @@ def by_hand(*texts: str) -> Batch:
 
 def matrix(text: str, latest: bool) -> list[str]:
     """For each image of the row: an x for each position that sees it."""
-    seen = visible(by_hand(text), latest)[0]  # (S, K)
+    seen = visible_images(by_hand(text), latest)[0]  # (S, K)
     return ["".join("x" if see else "." for see in column) for column in seen.T.tolist()]
 
 
@@ -128,7 +128,7 @@ def test_an_image_some_words_an_image_some_words() -> None:
     [
         ("aai", [".."], [".."]),  # nothing behind it
         ("aaia_", ["..x."], ["..x."]),
-        ("iiaa", ["xx", "xx"], ["..", "xx"]),  # nobody ever sees the first
+        ("iiaa", ["xx", "xx"], ["..", "xx"]),  # no one ever sees the first
         ("iaabb", ["xxxx"], ["xxxx"]),  # two texts share it
         ("iaiabbib_", ["xxxxx.", ".x....", "....x."], ["x.xx..", ".x....", "....x."]),  # each has one of its own
         ("ia|ia|b", ["x..", ".x."], ["x..", ".x."]),  # samples are apart
@@ -149,7 +149,7 @@ def test_who_sees_what(text: str, every: list[str], latest: list[str]) -> None:
     ],
 )
 def test_neighbours_are_seen_together(text: str, together: list[str]) -> None:
-    seen = visible(by_hand(text), latest=True, group=True)[0].T.tolist()
+    seen = visible_images(by_hand(text), latest=True, group=True)[0].T.tolist()
     assert ["".join("x" if see else "." for see in column) for column in seen] == together
 
 
@@ -174,7 +174,7 @@ def naive(batch: Batch, latest: bool) -> Tensor:
 @given(st.lists(st.text("aabbi|", max_size=12), min_size=1, max_size=3), st.booleans())
 def test_the_mask_is_the_loop(texts: list[str], latest: bool) -> None:
     batch = by_hand(*texts, "_")
-    got = visible(batch, latest)
+    got = visible_images(batch, latest)
     assert got.shape[-1] == max(1, batch.row_images)
     assert torch.equal(got[..., : batch.row_images], naive(batch, latest))
     assert not got[..., batch.row_images :].any()
@@ -185,11 +185,11 @@ def test_media_are_laid_out_by_row() -> None:
     batch = by_hand("iaiai", "", "aia")
     batch = replace(batch, image_index=torch.tensor([2, 0, 2, 1]))  # one image stands twice
     features, words = torch.randn(3, 4, 8), torch.randn(*batch.input_ids.shape, 8)
-    media = lay_out(features, words, batch)  # (B, K, F, D)
+    media = gather_images(features, words, batch)  # (B, K, F, D)
     nothing = torch.zeros(4, 8)
     want = [[features[2], features[0], features[2]], [nothing] * 3, [features[1], nothing, nothing]]
     assert torch.equal(media, torch.stack([torch.stack(row) for row in want]))
-    assert (lay_out(None, words, by_hand("aa", "aa")) == 0).all()
+    assert (gather_images(None, words, by_hand("aa", "aa")) == 0).all()
     assert NOTHING < -1, "padding must not match an empty slot"
 
 
@@ -212,8 +212,8 @@ def test_the_block_is_attention_over_what_each_word_sees(heads: tuple[int, int],
     block = open_block(cfg, heads)
     batch = by_hand("iaiaib", "aabab", "iabiab", "_i|iaaa")
     x, features = torch.randn(4, batch.input_ids.shape[1], 32), torch.randn(len(batch.image_rows), 3, 32)
-    seen = visible(batch, media == "latest")
-    laid_out = lay_out(features, x, batch)
+    seen = visible_images(batch, media == "latest")
+    laid_out = gather_images(features, x, batch)
     got = block(x, *block.keys_values(laid_out.flatten(1, 2)), sight(seen, 3, x.dtype))
     for row in range(4):
         for q in range(x.shape[1]):
@@ -235,8 +235,8 @@ def test_who_sees_nothing_reads_exactly_nothing(media: str) -> None:
     batch = by_hand("aiaiab", "aaabb", "iabib", "")
     x = torch.randn(*batch.input_ids.shape, 32, requires_grad=True)
     features = torch.randn(len(batch.image_rows), 3, 32, requires_grad=True)
-    seen = visible(batch, media == "latest")
-    media_tokens = lay_out(features, x, batch).flatten(1, 2)
+    seen = visible_images(batch, media == "latest")
+    media_tokens = gather_images(features, x, batch).flatten(1, 2)
     out = block(x, *block.keys_values(media_tokens), sight(seen, 3, x.dtype))
     blind = ~seen.any(-1)
     assert 0 < int(blind.sum()) < blind.numel()
@@ -253,7 +253,7 @@ def test_who_sees_nothing_reads_exactly_nothing(media: str) -> None:
 
 def test_one_image_a_row_needs_no_mask() -> None:
     batch = by_hand("aiaab", "iab__", "aab_")
-    seen = visible(batch, latest=False)
+    seen = visible_images(batch, latest=False)
     cheap = sight(seen, 3, torch.float32)
     assert cheap.mask is None
     block, x = open_block(MODEL, (2, 2)), torch.randn(*batch.input_ids.shape, 32)

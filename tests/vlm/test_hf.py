@@ -174,7 +174,7 @@ def test_nothing_of_an_answer_is_seen_before_it(name: str, mask: str, saved: dic
 
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
 def test_rows_without_an_image_run_the_tower_all_the_same(name: str, saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one that is all 0 behind normalisation as well, which Idefics 3 by itself drops."""
+    """On one that is all 0 after normalisation as well, which Idefics 3 by itself drops."""
     assembly = built(saved[name])
     model, batch = assembly.model, batch_of(assembly, BLIND)
     monkeypatch.setattr(HF, "normalisation", ((0.0,) * 3, (1.0,) * 3))
@@ -393,6 +393,9 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
     shutil.copyfile(llava / "preprocessor_config.json", qwen / "preprocessor_config.json")
     unknown = edited(saved["idefics3"], tmp_path / "unknown")
     (unknown / "preprocessor_config.json").unlink()
+    own = edited(llava, tmp_path / "own", model_type="mine")
+    written = json.loads((own / "config.json").read_text()) | {"auto_map": {"AutoConfig": "mine.Config"}}
+    (own / "config.json").write_text(json.dumps(written))
     cases = {
         tmp_path / "none": "no such directory",
         text: "model_type 'llama' is no model of transformers that reads images and words .*`kempnerforge import`",
@@ -403,7 +406,7 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
         edited(
             saved["paligemma2"], tmp_path / "chunks", text_config={"layer_types": ["chunked_attention", "full_attention"]}
         ): "has layers with chunked_attention, for which there is no mask here",
-        edited(llava, tmp_path / "own", model_type="mine", auto_map={"AutoConfig": "mine.Config"}): "model_type 'mine' is code of its own",
+        own: "model_type 'mine' is code of its own",
         edited(llava, tmp_path / "few", text_config={"vocab_size": 120}): "its embedding has 120 rows, and the tokenizer 173 tokens",
     }
     for path, words in cases.items():

@@ -1,4 +1,4 @@
-"""Layers that differ from one another (without positions, with other positions, with a window) and norms behind both halves, in every arch."""
+"""Layers that differ from one another (without positions, with other positions, with a window) and norms after both halves, in every arch."""
 
 from __future__ import annotations
 

@@ -343,7 +343,7 @@ def test_a_name_that_a_module_has_already_is_refused() -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_cached_generation_of_interleaved_prompts(mask: str) -> None:
-    """None, one and three images, in front, between and behind the words."""
+    """None, one and three images, in front, between and after the words."""
     it = mot(mask, noise=0.3)
     images = [picture(k) for k in range(3)]
     rows = [

@@ -247,7 +247,7 @@ def may_see(batch: Batch, mask: str) -> Tensor:
 
 
 def with_answer(prompts: Batch, ids: Tensor) -> Batch:
-    """``prompts`` followed by ``ids`` (B, n), asking for the logits behind the last token of each row."""
+    """``prompts`` followed by ``ids`` (B, n), asking for the logits after the last token of each row."""
     new = ids.shape[1]
     longer = {
         "input_ids": ids,

@@ -125,7 +125,7 @@ def with_loss(kind: type) -> type:
 
 
 def freeze_some(it: Tiny) -> None:
-    """One whole unit of the text, and of the next one the layer that has a loss; what is behind them trains."""
+    """One whole unit of the text, and of the next one the layer that has a loss; what is after them trains."""
     names = {id(p): name for name, p in it.model.named_parameters()}
     whole, part = islice(list(it.model.shard_units())[-3:], 2)
     frozen = {names[id(p)] for p in (*whole.parameters(), *first_linear(part).parameters())}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.data.batching.pack import SAMPLE_IDS, SAMPLES, Row, join
+from kempnerforge.data.batching.pack import SAMPLE_IDS, SAMPLES, PackedRow, join
 from kempnerforge.data.text.encode import Encoded
 from kempnerforge.data.text.interleave import (
     IMAGES,
@@ -25,12 +25,12 @@ from kempnerforge.data.text.interleave import (
     TEXTS,
     Layout,
     Prompt,
-    Words,
+    TextTokens,
     lay_out,
 )
 
 
-def collate(encoded: Sequence[Encoded | Row], pad_id: int, pad_to: int | None) -> Batch:
+def collate(encoded: Sequence[Encoded | PackedRow], pad_id: int, pad_to: int | None) -> Batch:
     """Rows to a batch, padded on the right.
 
     Args:
@@ -82,7 +82,7 @@ def prompt_batch(
         views = sum(len(block.starts) for block in blocks)
         assert len(numbers) == views and len(blocks) == len(prompt.image_at), f"{views} views in the prompt, {len(numbers)} given"
         lead = sum(at == 0 for at in prompt.image_at)
-        words = Words.of(prompt.ids, np.zeros(len(prompt.ids), dtype=bool), prompt.image_at, lead)
+        words = TextTokens.of(prompt.ids, np.zeros(len(prompt.ids), dtype=bool), prompt.image_at, lead)
         table, placements = lay_out([words], lead, blocks)
         row = join([Encoded("", table, [], placements, 0)])
         rows.append((row.table, row.placements))
@@ -96,7 +96,7 @@ def prompt_batch(
 def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
 ) -> Batch:
-    """``rows`` (table and placements of each, as in ``Row``) from the columns ``begins`` on; ``indices``: which image of the batch stands at
+    """``rows`` (table and placements of each, as in ``PackedRow``) from the columns ``begins`` on; ``indices``: which image of the batch is at
     each placement, row by row.
     """
     table = np.zeros((6, len(rows), length), dtype=np.int64)  # (6, B, S)

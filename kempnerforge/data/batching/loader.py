@@ -102,7 +102,7 @@ class Loader:
 
 
 class RowClasses:
-    """Roughly how long the rows of single samples are, in steps of ``CLASS_POSITIONS``: rows of one class may stand in one batch. Each is found
+    """Roughly how long the rows of single samples are, in steps of ``CLASS_POSITIONS``: rows of one class may be in one batch. Each is found
     when it is first asked for: nothing is read ahead of training.
 
     NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill whole batches, and a model that

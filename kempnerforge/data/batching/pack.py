@@ -37,12 +37,12 @@ Pack = tuple[tuple[int, int], ...]
 """The (index, step) of the samples of one row."""
 
 
-# behind the rows of ``Encoded.table`` and ``Encoded.placements``
+# after the rows of ``Encoded.table`` and ``Encoded.placements``
 SAMPLE_IDS, SAMPLES = 5, 3
 
 
 @dataclass
-class Row:
+class PackedRow:
     """One or several samples in one row.
 
     Attributes:
@@ -67,8 +67,8 @@ class Row:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def join(encoded: Sequence[Encoded]) -> Row:
-    """One row of samples, one behind the other. Each keeps the positions and the numbers of texts that it has alone."""
+def join(encoded: Sequence[Encoded]) -> PackedRow:
+    """One row of samples, one after the other. Each keeps the positions and the numbers of texts that it has alone."""
     lengths, views = [e.table.shape[1] for e in encoded], [len(e.images) for e in encoded]
     placements = []
     for number, (e, start, image) in enumerate(zip(encoded, _before(lengths), _before(views), strict=True)):
@@ -80,7 +80,7 @@ def join(encoded: Sequence[Encoded]) -> Row:
     table = np.empty((6, sum(lengths)), dtype=np.int64)
     np.concatenate([e.table for e in encoded], axis=1, out=table[:SAMPLE_IDS])
     table[SAMPLE_IDS] = np.repeat(np.arange(len(encoded)), lengths)
-    return Row(
+    return PackedRow(
         table,
         [image for e in encoded for image in e.images],
         np.concatenate(placements, axis=1),
@@ -186,7 +186,7 @@ class Window:
 class PackSampler(RankSampler[Pack]):
     """Yields micro-batches of packed rows for one rank, without end: a pure function of (seed, step), as ``StepSampler`` is.
 
-    A row is a tuple of ``(index, step)``. A phase of the order begins with the first window that begins at or behind the step of the phase.
+    A row is a tuple of ``(index, step)``. A phase of the order begins with the first window that begins at or after the step of the phase.
 
     NOTE: which window a step is in is known from the number of rows in all windows before it. So a run that is resumed late measures the
     samples of all steps before once more, each of them once in all epochs, and packs them: 10 to 60 us and 6 us a sample on one core, half
@@ -243,7 +243,7 @@ class PackSampler(RankSampler[Pack]):
         return max(1, size)
 
     def _extend(self) -> None:
-        """Packs the last window; the next one begins behind it."""
+        """Packs the last window; the next one begins after it."""
         last = self._windows[-1]
         first_row, begin = last.first_row + len(self._packed(len(self._windows) - 1)), last.begin + self.window_size
         self._windows.append(Window(first_row, begin, last.order.at(first_row // self.size, begin)))
@@ -254,7 +254,7 @@ class PackSampler(RankSampler[Pack]):
         indices = window.order.indices(window.begin, window.begin + self.window_size)
         sizes = self.sizes(indices)
         usable = sizes[:, 0] > 0
-        # what stands in for a sample that cannot be used finds room for one of usual size
+        # what is in for a sample that cannot be used finds room for one of usual size
         sizes[~usable] = sizes[usable].mean(axis=0) if usable.any() else (self.seq_len, 0)
         rows = knapsack(sizes, self.seq_len, self.max_images)
         shuffled = np.random.default_rng((self.seed, 2, number)).permutation(len(rows))

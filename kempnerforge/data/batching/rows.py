@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import collate
-from kempnerforge.data.batching.pack import Pack, Row, Sizes, join
+from kempnerforge.data.batching.pack import Pack, PackedRow, Sizes, join
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoded, Encoder
@@ -24,7 +24,7 @@ class DataError(InputError):
     """The data cannot be used at all."""
 
 
-class EncodedSamples(Dataset["Encoded | Row | DataError"]):
+class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
     """Encoded samples by ``(index, step)``, and rows of several by a tuple of those. An unusable sample is replaced by another one, the same
     one on every run.
 
@@ -42,7 +42,7 @@ class EncodedSamples(Dataset["Encoded | Row | DataError"]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int] | Pack) -> Encoded | Row | DataError:
+    def __getitem__(self, key: tuple[int, int] | Pack) -> Encoded | PackedRow | DataError:
         """The row for ``key``, or what is wrong when ``MAX_TRIES`` candidates in place of a sample were unusable, too. The error is returned:
         raised in a worker, it would reach the user inside a traceback.
         """
@@ -63,7 +63,7 @@ class EncodedSamples(Dataset["Encoded | Row | DataError"]):
                 return _unusable(skipped)
             candidate = candidates[len(skipped) - 1]
 
-    def _row(self, key: Pack) -> Row | DataError:
+    def _row(self, key: Pack) -> PackedRow | DataError:
         """The samples of ``key`` in one row. In place of one that cannot be used comes one that fits into what is free, or nothing."""
         skipped: list[tuple[str, str]] = []
         room = _Room(self.encoder.layout.seq_len, self.encoder.cfg.max_images_per_row or sys.maxsize)
@@ -136,7 +136,7 @@ def _unusable(skipped: list[tuple[str, str]]) -> DataError:
     return DataError(f"data: {len(skipped)} samples in a row cannot be used, the last because: {reasons}")
 
 
-def collate_rows(rows: list[Encoded | Row | DataError], pad_id: int, pad_to: int | None) -> Batch | DataError:
+def collate_rows(rows: list[Encoded | PackedRow | DataError], pad_id: int, pad_to: int | None) -> Batch | DataError:
     """A batch of ``rows``, or the first error among them."""
     error = next((row for row in rows if isinstance(row, DataError)), None)
     return error or collate([row for row in rows if not isinstance(row, DataError)], pad_id, pad_to)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Seen:
+class KnownFeatures:
     """Features that an earlier pass of the (frozen) encoder has given.
 
     Attributes:

@@ -41,7 +41,7 @@ class Change(NamedTuple):
         return image
 
 
-def draw(cfg: AugmentConfig, rng: np.random.Generator) -> Change:
+def draw_changes(cfg: AugmentConfig, rng: np.random.Generator) -> Change:
     """A change as ``cfg`` allows. Every kind has its own number among those drawn, so that one can be switched without changing the others."""
     area, aspect, left, upper, flip, *colours = rng.random(8)
     share = cfg.crop_scale + (1 - cfg.crop_scale) * area

@@ -76,7 +76,7 @@ class ImageCache:
         return views
 
     def put(self, key: str, transform: str, views: list[np.ndarray]) -> None:
-        """Keeps ``views``, which nobody may write to any more."""
+        """Keeps ``views``, which no one may write to any more."""
         self._kept[key, transform] = views
         self.free -= sum(view.nbytes for view in views)
         while self.free < 0:

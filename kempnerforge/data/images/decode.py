@@ -1,4 +1,4 @@
-"""Images from files that nobody has checked: refused by name, or decoded to upright RGB."""
+"""Images from files that no one has checked: refused by name, or decoded to upright RGB."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_BYTES = 256 * 2**20
 TURNED = (5, 6, 7, 8)
 """EXIF orientations in which width and height are exchanged."""
 ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
-"""One of these is in the bytes of a PNG that says how it is to be turned; it may say so behind the pixels."""
+"""One of these is in the bytes of a PNG that says how it is to be turned; it may say so after the pixels."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
@@ -128,7 +128,7 @@ def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True
             warnings.simplefilter("ignore")
             yield Picture(file)
     except ImageError as error:
-        raise ImageError(f"image {name_of(source)}: {error}") from None
+        raise ImageError(f"image {image_name(source)}: {error}") from None
 
 
 def contents(path: Path) -> bytes:
@@ -141,10 +141,10 @@ def contents(path: Path) -> bytes:
         with _file(path, whole=True) as file:
             return file.read()
     except ImageError as error:
-        raise ImageError(f"image {name_of(path)}: {error}") from None
+        raise ImageError(f"image {image_name(path)}: {error}") from None
 
 
-def name_of(source: ImageSource) -> str:
+def image_name(source: ImageSource) -> str:
     """What messages call an image."""
     return visible(cut(str(source), 300)) if isinstance(source, Path) else f"{len(source)} bytes"
 
@@ -209,7 +209,7 @@ def _is_bomb(kind: bytes, body: bytes) -> bool:
 
 
 def _orientation(image: Image.Image, data: BinaryIO) -> int:
-    """The EXIF orientation. Only a PNG that may give it behind its pixels is decoded for that."""
+    """The EXIF orientation. Only a PNG that may give it after its pixels is decoded for that."""
     if image.format == "PNG" and not any(key in image.info for key in ("exif", *ORIENTATION_MARKS)):
         here = data.tell()
         data.seek(0)

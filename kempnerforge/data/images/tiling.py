@@ -51,10 +51,10 @@ def frames_of(cfg: ImagesConfig, side: int, size: Size) -> list[Frame]:
     overview = letterboxed(size, (side, side)) if cfg.tiling == "overlap" else Frame((side, side), (side, side))
     if cfg.global_view and grid == (1, 1):
         return [overview]
-    return [*([overview] if cfg.global_view else []), tiles(cfg, side, size, grid)]
+    return [*([overview] if cfg.global_view else []), grid_tiles(cfg, side, size, grid)]
 
 
-def tiles(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> Frame:
+def grid_tiles(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> Frame:
     """The tiles of ``grid``: over the stretched image, or over the one that is fitted into them."""
     step = side if cfg.tiling != "overlap" else window(side, cfg.overlap)
     corners = tuple((column * step, row * step) for row in range(grid[0]) for column in range(grid[1]))

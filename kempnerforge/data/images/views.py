@@ -14,12 +14,12 @@ import PIL
 from PIL import Image
 
 from kempnerforge.config.images import GLOBAL_MARKER, ImagesConfig, tile_marker
-from kempnerforge.data.images.augment import Change, draw
+from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
-from kempnerforge.data.images.decode import ImageError, image_size, name_of, opened
+from kempnerforge.data.images.decode import ImageError, image_name, image_size, opened
 from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of
 from kempnerforge.data.sample import ImageSource
-from kempnerforge.data.text.interleave import Block, Layout
+from kempnerforge.data.text.interleave import ImageBlock, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.errors import InputError
 
@@ -40,7 +40,7 @@ class Views:
 
     def __init__(self, cfg: ImagesConfig, layout: Layout, tokenizer: Tokenizer, cache: ImageCache) -> None:
         self.cfg, self.layout, self.tokenizer, self.cache = cfg, layout, tokenizer, cache
-        self._blocks: dict[tuple[Grid, int | None], Block] = {}
+        self._blocks: dict[tuple[Grid, int | None], ImageBlock] = {}
         self._markers: dict[str, int] = {}
         self._disk: DiskCache | None = None
         if not layout.image_size:
@@ -59,37 +59,37 @@ class Views:
 
     @property
     def marker_ids(self) -> frozenset[int]:
-        """Tokens that stand before views."""
+        """Tokens that are before views."""
         return frozenset(self._markers.values())
 
     # ---- positions ---------------------------------------------------------------------------------------------------------
 
-    def blocks(self, images: Sequence[ImageSource]) -> list[Block]:
+    def blocks(self, images: Sequence[ImageSource]) -> list[ImageBlock]:
         """What the images of a sample are in its row. Their pixels are not decoded, and if views do not depend on their size nothing is read.
 
         Raises:
             ImageError: an image cannot be used, as far as its header shows.
         """
         if not self.layout.image_size:
-            return [Block.of([()], 0)] * len(images)
+            return [ImageBlock.of([()], 0)] * len(images)
         numbered = self.cfg.number_images and len(images) > 1
         return [self._block(self._grid(image), k if numbered else None) for k, image in enumerate(images)]
 
     def _grid(self, image: ImageSource) -> Grid:
         return grid_of(self.cfg, self.layout.image_size, image_size(image)) if self.cfg.tiled else (1, 1)
 
-    def _block(self, grid: Grid, number: int | None) -> Block:
+    def _block(self, grid: Grid, number: int | None) -> ImageBlock:
         """The block of an image with this grid, and with ``number`` in front."""
         block = self._blocks.get((grid, number))
         if block is None:
             markers = self._before_views(grid)
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            block = self._blocks[grid, number] = Block.of(markers, self.layout.image_tokens)
+            block = self._blocks[grid, number] = ImageBlock.of(markers, self.layout.image_tokens)
         return block
 
     def _before_views(self, grid: Grid) -> list[tuple[int, ...]]:
-        """For each view the tokens that stand before it."""
+        """For each view the tokens that are before it."""
         if not self.cfg.tiled:
             return [()]
         names = [GLOBAL_MARKER] if self.cfg.global_view else []
@@ -109,9 +109,9 @@ class Views:
         Raises:
             ImageError: the image cannot be used, or has changed since its block was made.
         """
-        views = self._made(image, draw(self.cfg.augment, rng)) if rng is not None else self._kept(image)
+        views = self._made(image, draw_changes(self.cfg.augment, rng)) if rng is not None else self._kept(image)
         if expected is not None and len(views) != expected:
-            raise ImageError(f"image {name_of(image)}: has changed while it was read")
+            raise ImageError(f"image {image_name(image)}: has changed while it was read")
         return views
 
     def _kept(self, image: ImageSource) -> list[np.ndarray]:
@@ -146,13 +146,13 @@ class Views:
             frames = frames_of(self.cfg, side, picture.size)
             least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
             pixels = picture.pixels(least)
-        views = [view for frame in frames for view in cut(pixels, frame, side, change, self._fill)]
+        views = [view for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]
         for view in views:
             view.setflags(write=False)
         return views
 
 
-def cut(image: Image.Image, frame: Frame, side: int, change: Change, fill: tuple[int, ...]) -> list[np.ndarray]:
+def cut_views(image: Image.Image, frame: Frame, side: int, change: Change, fill: tuple[int, ...]) -> list[np.ndarray]:
     """The views of one frame.
 
     Args:

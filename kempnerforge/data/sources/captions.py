@@ -11,7 +11,7 @@ from kempnerforge.config.checks import only_if
 from kempnerforge.config.data import RowsConfig, is_csv
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, candidates, unread
+from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, filled_keys, unread
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.said import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
@@ -77,12 +77,12 @@ class Captions(RowSource):
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield from unread(row, self.known, self.ignored)
-        captions = candidates(row, (*self.cfg.caption_columns, *self._usual) if self._usual else (), self.ignored)
+        captions = filled_keys(row, (*self.cfg.caption_columns, *self._usual) if self._usual else (), self.ignored)
         if len(captions) > 1:
             yield f"{' and '.join(map(repr, captions))} could each be the caption; name one or all in data.caption_columns"
 
     def _columns(self, row: Mapping[str, Any]) -> list[str]:
-        return candidates(row, self._usual, self.ignored) or self.cfg.caption_columns
+        return filled_keys(row, self._usual, self.ignored) or self.cfg.caption_columns
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         images = sum(count_images(row.get(column)) for column in self._images)

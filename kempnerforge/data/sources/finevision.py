@@ -27,7 +27,7 @@ class FineVisionConfig(Splits):
     Attributes:
         relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating, formatting_min_rating: turns rated below are left
             out; turns without a rating stay.
-        images_in_prompt: images stand at the head of the first question, inside the template (nanoVLM), and not in front of everything.
+        images_in_prompt: images are at the head of the first question, inside the template (nanoVLM), and not in front of everything.
     """
 
     source: str = "finevision"

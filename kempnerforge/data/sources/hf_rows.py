@@ -42,7 +42,7 @@ class HFRows(Rows):
         self, source: FileSource, measure: Measure, texts: Sequence[str], images: Sequence[str], others: Sequence[str] = ()
     ) -> None:
         self.path, self.split, self._measure = source.path, source.split_name, measure
-        table = load(self.path, self.split)
+        table = load_rows(self.path, self.split)
         self.columns = set(table.column_names)
         self._schema = table.data.schema
         self._texts = [column for column in texts if column in self.columns]
@@ -118,7 +118,7 @@ def is_dataset(path: str) -> bool:
     return not os.path.isfile(path) or path.lower().endswith(".parquet")
 
 
-def load(path: str, split: str) -> Any:
+def load_rows(path: str, split: str) -> Any:
     """The rows of a split; raises ValueError if it cannot be read, or is not there."""
     import datasets
 

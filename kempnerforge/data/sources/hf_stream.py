@@ -95,7 +95,7 @@ class Tables(ABC):
 
 
 class Files(Tables):
-    """Local files, one behind the other."""
+    """Local files, one after the other."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self.files = files

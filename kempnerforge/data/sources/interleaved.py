@@ -1,4 +1,4 @@
-"""Documents in which images stand among the text, all of it trained."""
+"""Documents in which images are among the text, all of it trained."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Part = str | tuple[ImageSource, ...]
 @dataclass
 class InterleavedConfig(RowsConfig):
     """JSON lines or a JSON list, Parquet, or a directory of ``save_to_disk``. A document is written without a template, BOS in front and EOS
-    behind it.
+    after it.
 
     Attributes:
         form: "text": ``text`` with ``image_token`` at the places of ``images``. "lists": ``texts`` and ``images``, lists of the same length,
             of which at each place one is null (OBELICS, Laurençon et al. 2023). "mmc4": sentences in ``text_list``, and ``image_info`` with
-            ``image_name``, ``matched_text_index`` and ``matched_sim`` (Zhu et al. 2023); an image stands before the sentence it matches.
+            ``image_name``, ``matched_text_index`` and ``matched_sim`` (Zhu et al. 2023); an image is before the sentence it matches.
         image_token: of form "text".
         joiner: between the texts of "lists" and the sentences of "mmc4" that no image parts.
         before_image: written in front of every image but the first, such as "<|endofchunk|>" (OpenFlamingo).

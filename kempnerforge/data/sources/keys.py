@@ -112,7 +112,7 @@ def _hint(key: str, known: Collection[str]) -> str:
     )
 
 
-def candidates(row: Mapping[str, Any], names: Sequence[str], ignored: Ignoring, above: str = "") -> list[str]:
+def filled_keys(row: Mapping[str, Any], names: Sequence[str], ignored: Ignoring, above: str = "") -> list[str]:
     """Those of ``names`` that ``row`` has a value for."""
     return [name for name in names if row.get(name) is not None and not ignored.takes_out(f"{above}{name}")]
 

@@ -10,7 +10,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.data import RowsConfig, is_file_of_rows
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import HFRows, is_dataset
-from kempnerforge.data.sources.keys import ID, IMAGES, NULL, PART, Keys, candidates, unread
+from kempnerforge.data.sources.keys import ID, IMAGES, NULL, PART, Keys, filled_keys, unread
 from kempnerforge.data.sources.pictures import count_images
 from kempnerforge.data.sources.rows import json_rows
 from kempnerforge.data.sources.said import as_text, is_content, nested_size, shown
@@ -36,12 +36,12 @@ class LlavaConfig(RowsConfig):
     """A JSON list, one object a line, or a dataset (Parquet, a directory of ``save_to_disk``, a hub id): ``image`` or ``images`` (a path or base64,
     a list of these, null, or missing) and ``conversations``, a list of ``{from: human|gpt, value}``; ``messages`` with
     ``{role: user|assistant, content}`` is the same. What is said may be a content list, ``[{type: text, text}, {type: image_url, image_url},
-    ...]``; an image in it stands at its place, and ``{type: image, index}`` is the image of that number among ``images``. A row's ``system``
+    ...]``; an image in it is at its place, and ``{type: image, index}`` is the image of that number among ``images``. A row's ``system``
     is the system prompt, in front of those among the turns.
 
     Attributes:
         image_token: what marks the place of an image in the file; it becomes ``data.image_placeholder``.
-        image_first: as LLaVA does it: images of the first question move to its head, each text behind them on a new line.
+        image_first: as LLaVA does it: images of the first question move to its head, each text after them on a new line.
     """
 
     source: str = "llava"
@@ -57,7 +57,7 @@ class LlavaConfig(RowsConfig):
 @registry.register_source("llava")
 class Llava(RowSource):
     """One sample per conversation, all of it one text. An answer in front of the first question is left out, as LLaVA does it, and so is a
-    question at the end that nobody answers.
+    question at the end that no one answers.
     """
 
     cfg: LlavaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -83,7 +83,7 @@ class Llava(RowSource):
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield from unread(row, self.known, self.ignored)
         for names in (IMAGES, ("conversations", "messages")):
-            both = candidates(row, names, self.ignored)
+            both = filled_keys(row, names, self.ignored)
             if len(both) > 1:
                 yield f"{' and '.join(map(repr, both))} are both there; one of them must be null, or in data.ignore_columns"
 
@@ -114,13 +114,13 @@ class Llava(RowSource):
         return Text(*pairs[0], more=tuple(pairs[1:]), system=system, unused=tuple(value for _, value in unused)), tuple(own)
 
     def _with_system(self, text: Text, row: Mapping[str, Any]) -> Text:
-        if not candidates(row, (SYSTEM,), self.ignored):
+        if not filled_keys(row, (SYSTEM,), self.ignored):
             return text
         return replace(text, system="\n".join(filter(None, (as_text(row[SYSTEM], f"{SYSTEM!r}"), text.system))))
 
     def _said(self, entry: dict[str, Any]) -> tuple[str, str, tuple[ImageSource | int, ...]]:
         """Role, text and images of an entry."""
-        found = {names: candidates(entry, names, self.ignored) for names in (("from", "role"), ("value", "content"))}
+        found = {names: filled_keys(entry, names, self.ignored) for names in (("from", "role"), ("value", "content"))}
         if twice := next((names for names in found.values() if len(names) > 1), None):
             raise SampleError(f"'conversations': {' and '.join(map(repr, twice))} are both there")
         role, value = (entry[names[0]] if names else None for names in found.values())

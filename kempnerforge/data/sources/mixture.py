@@ -33,7 +33,7 @@ class PhaseConfig:
 
     Attributes:
         start_step: optimizer step of the stage from which the weights hold. With ``batching = "pack"``, where a step takes as many samples as
-            fit, they hold from the first window of packs that begins at that step or behind it.
+            fit, they hold from the first window of packs that begins at that step or after it.
         weights: of the parts, in their order.
     """
 
@@ -50,7 +50,7 @@ class MixtureConfig(DataConfig):
 
     Attributes:
         parts: ``[[data.parts]]``, each a section as ``[data]`` of its own source would be, without the keys that hold for the whole job:
-            these stand in ``[data]``, templates and all else in the parts.
+            these are in ``[data]``, templates and all else in the parts.
         weights: of the parts; 0 leaves one out. Empty: by size.
         temperature: of weights by size, size ** (1 / temperature): 1 keeps the sizes, large values make all alike (Raffel et al. 2020, "T5",
             section 3.5.2; Xue et al. 2021, "mT5", whose exponent alpha this is the inverse of).
@@ -113,7 +113,7 @@ class MixtureConfig(DataConfig):
             raise InputError(f"{key} = {weights}: none may be below 0, and not all 0")
 
 
-class Part(NamedTuple):
+class MixturePart(NamedTuple):
     """Samples of a mixture.
 
     Attributes:
@@ -135,9 +135,9 @@ class Mixture(Source):
     def __init__(self, cfg: MixtureConfig, split: str) -> None:
         super().__init__(cfg, split)
         parts = [replace(part, max_bad_fraction=cfg.max_bad_fraction) for part in cfg.parts]
-        self._set([Part(number, source) for number, part in enumerate(parts) if (source := _build(number, part, split)) is not None])
+        self._set([MixturePart(number, source) for number, part in enumerate(parts) if (source := _build(number, part, split)) is not None])
 
-    def _set(self, parts: list[Part]) -> None:
+    def _set(self, parts: list[MixturePart]) -> None:
         self._parts = parts
         self.from_files = any(part.source.from_files for part in parts)
         self._offsets = [0, *accumulate(len(part.source) for part in parts)]
@@ -150,7 +150,7 @@ class Mixture(Source):
         parts = []
         for part in self._parts:
             source = part.source.tokenised(tokenizer, seq_len)
-            parts.append(part if source is part.source else Part(part.number, source, CHARACTERS_PER_TOKEN))
+            parts.append(part if source is part.source else MixturePart(part.number, source, CHARACTERS_PER_TOKEN))
         mixture = copy.copy(self)
         mixture._set(parts)
         return mixture
@@ -212,7 +212,7 @@ class Mixture(Source):
     def corpus(self) -> Iterator[str]:
         return chain.from_iterable(part.source.corpus() for part in self._parts)
 
-    def _find(self, index: int) -> tuple[Part, int, int]:
+    def _find(self, index: int) -> tuple[MixturePart, int, int]:
         """The part of a sample, its number there, and the part's first number here."""
         position = bisect_right(self._offsets, range(len(self))[index]) - 1
         offset = self._offsets[position]

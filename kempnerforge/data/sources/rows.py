@@ -86,7 +86,7 @@ class Rows(ABC):
 
 
 class IndexedRows(Rows):
-    """Rows of a file that is read once and judged; afterwards rows are read where they stand.
+    """Rows of a file that is read once and judged; afterwards rows are read where they are.
 
     Args:
         key: the config key that names it, for messages.
@@ -210,7 +210,7 @@ class JsonList(IndexedRows):
                 if depth <= 0:
                     break
             if depth or content[behind:].strip():
-                raise InputError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} behind entry {number}")
+                raise InputError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} after entry {number}")
 
 
 class CsvRows(IndexedRows):
@@ -281,7 +281,7 @@ class CsvRows(IndexedRows):
 def parse_line(line: bytes) -> dict[str, Any]:
     """The object in ``line``; raises ValueError if that is not UTF-8, not JSON, not an object."""
     try:
-        row = parse_json(line.removeprefix(BOM).decode("utf-8"))
+        row = parse_row(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}") from None
     if type(row) is not dict:
@@ -289,21 +289,23 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return row
 
 
-class Written(float):
+class WrittenNumber(float):
     """A number of a JSON file that knows how it is written there."""
 
     written: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Written:
+    def parse(cls, text: str) -> WrittenNumber:
         number = cls(text)
         number.written = text
         return number
 
 
-def parse_json(text: str) -> Any:
+def parse_row(text: str) -> Any:
     """The value in ``text``, whose numbers know how they are written. Raises ValueError: not JSON, or an object has a key twice."""
-    return reading.parse_json(text, "", parse_float=Written.parse, parse_constant=Written.parse, object_pairs_hook=_no_key_twice)
+    return reading.parse_json(
+        text, "", parse_float=WrittenNumber.parse, parse_constant=WrittenNumber.parse, object_pairs_hook=_no_key_twice
+    )
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kempnerforge.data.sample import ImageSource, SampleError, Taken, Text
 from kempnerforge.data.sources.keys import PART, Ignoring, unread
-from kempnerforge.data.sources.rows import Written
+from kempnerforge.data.sources.rows import WrittenNumber
 from kempnerforge.util.errors import show
 
 Open = Callable[[Any], tuple[ImageSource, ...]]
@@ -30,7 +30,7 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, int):
         return Taken(str(value), "a number")
     if isinstance(value, float) and math.isfinite(value):
-        return Taken(value.written if isinstance(value, Written) else repr(value), "a number")
+        return Taken(value.written if isinstance(value, WrittenNumber) else repr(value), "a number")
     what = "NaN or infinity" if isinstance(value, float) else type(value).__name__
     raise SampleError(f"{where}: must be a string, not {what}")
 
@@ -67,7 +67,7 @@ def is_content(value: Any) -> bool:
 
 
 def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[Any, tuple[ImageSource | int, ...]]:
-    """What stands in a place of text, as one text with a placeholder for each image, and the images that it brings itself, or their numbers
+    """What is in a place of text, as one text with a placeholder for each image, and the images that it brings itself, or their numbers
     (see ``shown``). Anything but a content list is handed back as it is.
 
     Raises:
@@ -100,7 +100,7 @@ def shown(beside: tuple[ImageSource, ...], own: Sequence[ImageSource | int], col
 
     Args:
         beside: those in its ``columns``.
-        own: those that its texts bring, or the numbers of those ``beside`` that stand in them.
+        own: those that its texts bring, or the numbers of those ``beside`` that are in them.
 
     Raises:
         SampleError: both are there, or a number is of no image, or an image has no number.

@@ -23,7 +23,7 @@ from kempnerforge.data.sources.keys import (
     TEXTS,
     Ignoring,
     Keys,
-    candidates,
+    filled_keys,
     refuse,
     unread,
 )
@@ -139,7 +139,7 @@ class FileSource(Source):
 
     def images_in(self, row: Mapping[str, Any], names: Sequence[str] = IMAGES) -> tuple[ImageSource, ...]:
         """The images of the one of the columns ``names`` that has any; raises SampleError: two have."""
-        filled = candidates(row, names, self.ignored)
+        filled = filled_keys(row, names, self.ignored)
         if len(filled) > 1:
             raise SampleError(f"{' and '.join(map(repr, filled))} are both there; one of them must be null, or in data.ignore_columns")
         return self.images_of(row[filled[0]], filled[0]) if filled else ()
@@ -215,8 +215,8 @@ class TableSource(FileSource):
         return chain(unread(row, self.known, self.ignored), self._conflicts(row))
 
     def _conflicts(self, row: Mapping[str, Any]) -> Iterator[str]:
-        texts = candidates(row, self._texts, self.ignored)
-        flat = candidates(row, [*self._prompts, *self._answers], self.ignored)
+        texts = filled_keys(row, self._texts, self.ignored)
+        flat = filled_keys(row, [*self._prompts, *self._answers], self.ignored)
         if texts and flat:
             yield f"{texts[0]!r} and {', '.join(map(repr, flat))} are both there; name what is read, by data.texts_column or data.answer_column"
         yield from conflicts(row, self._prompts, self._answers, self.ignored)
@@ -251,7 +251,7 @@ class TableSource(FileSource):
 
     def _texts_of(self, row: Mapping[str, Any]) -> tuple[tuple[Text, ...], tuple[ImageSource | int, ...]]:
         """The texts of a row, and the images that they bring themselves."""
-        column = self.cfg.texts_column or next(iter(candidates(row, self._texts, self.ignored)), "")
+        column = self.cfg.texts_column or next(iter(filled_keys(row, self._texts, self.ignored)), "")
         if not column:
             text, images = self._text(row, self._prompts, self._answers, "", self._prompted)
             return (text,), images
@@ -269,7 +269,7 @@ class TableSource(FileSource):
     ) -> tuple[Text, tuple[ImageSource | int, ...]]:
         """The text of a row, or of an entry of ``texts``, and its images. ``prompted``: it must have a prompt."""
         asked, images = self._prompt(row, prompts, above, prompted)
-        answer = next(iter(candidates(row, answers, self.ignored, above)), None)
+        answer = next(iter(filled_keys(row, answers, self.ignored, above)), None)
         if answer is None:
             raise SampleError(_lacking(row, answers, above))
         value, pictures = self.said(row[answer], f"column {above + answer!r}")
@@ -279,7 +279,7 @@ class TableSource(FileSource):
         return text, (*images, *pictures)
 
     def _prompt(self, row: Mapping[str, Any], names: Sequence[str], above: str, needed: bool) -> tuple[str, tuple[ImageSource | int, ...]]:
-        found = candidates(row, names, self.ignored, above)
+        found = filled_keys(row, names, self.ignored, above)
         if not found and needed:
             raise SampleError(_lacking(row, names, above))
         if not found:
@@ -293,7 +293,7 @@ class TableSource(FileSource):
 def conflicts(row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[str], ignored: Ignoring, above: str = "") -> Iterator[str]:
     """Says which keys of ``row`` could all be its prompt, or its answer."""
     for names, what in ((prompts, "prompt"), (answers, "answer")):
-        found = candidates(row, names, ignored, above)
+        found = filled_keys(row, names, ignored, above)
         if len(found) > 1 and found != ["instruction", "input"]:
             shown = " and ".join(repr(above + name) for name in found)
             yield f"{shown} could each be the {what}; name one in data.{what}_column, or list the others in data.ignore_columns"

@@ -23,8 +23,8 @@ BLOCK_CHARACTERS = 2**16
 
 
 @registry.register_source("text")
-class PlainText(Source):
-    """A UTF-8 file. EOS stands behind its last token; window k holds tokens ``k * seq_len .. (k + 1) * seq_len`` inclusive, so that each
+class TextSource(Source):
+    """A UTF-8 file. EOS is after its last token; window k holds tokens ``k * seq_len .. (k + 1) * seq_len`` inclusive, so that each
     token but the first is predicted once. The last window may be shorter.
 
     Before ``tokenised`` it serves as a corpus for a tokenizer, with its blocks as samples.
@@ -72,9 +72,9 @@ class PlainText(Source):
 
 
 class Windows(Source):
-    """Windows of ``seq_len`` tokens and the one behind them."""
+    """Windows of ``seq_len`` tokens and the one after them."""
 
-    def __init__(self, text: PlainText, ids: np.ndarray, seq_len: int) -> None:
+    def __init__(self, text: TextSource, ids: np.ndarray, seq_len: int) -> None:
         super().__init__(text.cfg, text.split)
         assert seq_len > 0
         self._text, self._ids, self.seq_len = text, ids, seq_len

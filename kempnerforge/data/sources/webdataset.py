@@ -23,7 +23,7 @@ from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
 from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unread
-from kempnerforge.data.sources.rows import parse_json
+from kempnerforge.data.sources.rows import parse_row
 from kempnerforge.data.sources.table import ENTRY, TableSource
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError, show
@@ -107,10 +107,10 @@ class WebDataset(TableSource):
         except ShardError:
             return f"{name}[{offset}]"
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TarRow:
         number, offset = self._find(index)
         shard = self._shard(number)
-        return Row(shard, shard.members(offset), self.cfg.image_column)
+        return TarRow(shard, shard.members(offset), self.cfg.image_column)
 
     def texts(self, index: int) -> tuple[Text, ...]:
         try:
@@ -138,7 +138,7 @@ class WebDataset(TableSource):
         return known
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
-        assert isinstance(row, Row)
+        assert isinstance(row, TarRow)
         images = image_extensions(self.cfg.image_column)
         read = {name for name in row.names() if name in self.text_columns or NUMBERED.sub(r"\2", name) in images}
         yield from unread(dict.fromkeys(row.names() - read - {"json"}), dict.fromkeys(sorted(read)), self.ignored)
@@ -194,7 +194,7 @@ class WebDataset(TableSource):
         self.require_columns(shard.path, there)
 
 
-class Row(Mapping[str, Any]):
+class TarRow(Mapping[str, Any]):
     """The columns of one sample; each is read when it is asked for.
 
     Args:
@@ -234,7 +234,7 @@ class Row(Mapping[str, Any]):
     def fields(self) -> Any:
         """What the JSON member holds; nothing if it is not JSON."""
         try:
-            return parse_json(self._read("json", MAX_TEXT).decode("utf-8-sig"))
+            return parse_row(self._read("json", MAX_TEXT).decode("utf-8-sig"))
         except ValueError:
             return None
 
@@ -282,11 +282,11 @@ def list_shards(path: str, key: str) -> Iterator[Listed]:
         elif os.path.isdir(part):
             yield from _globbed(os.path.join(glob.escape(part), "*.tar"), key, part)
         else:
-            for pattern in expand(part):
+            for pattern in expand_braces(part):
                 yield from _globbed(pattern, key, pattern) if glob.has_magic(pattern) else [_there(Listed(pattern, None), key)]
 
 
-def expand(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """``a{08..10}`` is a08, a09, a10."""
     match = RANGE.search(pattern)
     if match is None:
@@ -296,7 +296,7 @@ def expand(pattern: str) -> Iterator[str]:
     if int(last) < int(first):
         raise InputError(f"{pattern!r}: {match[0]} counts down; write the smaller number first")
     for number in range(int(first), int(last) + 1):
-        yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+        yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
 def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
@@ -325,7 +325,7 @@ def _manifest(path: str, key: str) -> Iterator[Listed]:
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
-            entry = parse_json(line)
+            entry = parse_row(line)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
         name, samples = (entry.get("shard"), entry.get("num_sequences")) if type(entry) is dict else (None, None)
@@ -355,7 +355,7 @@ def _glance(path: str) -> tuple[str, int, int]:
 
 def _field(text: str, name: str, fields: list[str]) -> Any:
     try:
-        value = parse_json(text)
+        value = parse_row(text)
     except ValueError as error:
         raise SampleError(f".{name}: {error}") from None
     for depth, field in enumerate(fields):

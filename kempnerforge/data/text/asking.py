@@ -28,7 +28,7 @@ class Asking:
 
     Attributes:
         place: in "front" of the row, or at the "head" or the "tail" of the first prompt.
-        between, gap: what stands between two of them, and between them and the words of the prompt.
+        between, gap: what is between two of them, and between them and the words of the prompt.
         system: what the conversations of the data begin with; empty: ``data.system``.
         together: images of every question, if all have as many; 0: each image is asked about alone.
     """
@@ -73,7 +73,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedLayouts:
     """What was found in the data.
 
     Attributes:
@@ -90,11 +90,11 @@ class Seen:
         if len(self.forms) < 2 and place == "front":
             return ""
         listed = ", ".join(f"{form} ({count} texts)" for form, count in self.forms.most_common(4))
-        several = f"images stand in different places: {listed}; " if len(self.forms) > 1 else ""
+        several = f"images are in different places: {listed}; " if len(self.forms) > 1 else ""
         return f"{several}a question without {placeholder} is asked with {_in_words((place, between, gap))}"
 
 
-def observe(source: Source, cfg: DataConfig) -> Seen:
+def observe(source: Source, cfg: DataConfig) -> ObservedLayouts:
     """Looks at texts of ``source``: those of its first section, by whose template questions are asked.
 
     Args:
@@ -110,7 +110,7 @@ def observe(source: Source, cfg: DataConfig) -> Seen:
     system = systems.most_common(1)[0][0] if systems else ""
     counts = {count for _, count in with_images}
     together = counts.pop() if len(counts) == 1 else 0
-    return Seen(Asking(place, between or "", gap, system, together if together > 1 else 0), forms)
+    return ObservedLayouts(Asking(place, between or "", gap, system, together if together > 1 else 0), forms)
 
 
 def form_of(text: Text, images: int, placeholder: str) -> Form | None:
@@ -149,7 +149,7 @@ def _in_words(form: Form) -> str:
     if place == "front":
         return "images in front of everything"
     joined = f", {between!r} between them" if between else ""
-    return f"images at the {place} of the prompt, {gap!r} {'behind' if place == 'head' else 'before'} them{joined}"
+    return f"images at the {place} of the prompt, {gap!r} {'after' if place == 'head' else 'before'} them{joined}"
 
 
 def _some(source: Source) -> Iterator[Sample]:

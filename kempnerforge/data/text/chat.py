@@ -37,7 +37,7 @@ class Slot(NamedTuple):
 
     Attributes:
         field: "system", "prompt" or "answer".
-        trims: whether the template removes white space in front, behind.
+        trims: whether the template removes white space in front, after.
     """
 
     field: str
@@ -54,8 +54,8 @@ class ChatTemplate(Template):
     """The chat template of a tokenizer.
 
     What is trained: each answer, what the template writes in front of it beyond its own generation prompt if that is white space alone, and
-    the end of turn behind it: the special token that follows the last answer, with nothing but white space between. A template that writes
-    none is given EOS, behind the last answer.
+    the end of turn after it: the special token that follows the last answer, with nothing but white space between. A template that writes
+    none is given EOS, after the last answer.
 
     Args:
         cfg: what the template thinks of its system prompt is known at once.

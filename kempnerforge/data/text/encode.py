@@ -8,7 +8,7 @@ One sample is one row: the images that its texts share, then the texts, which do
     position     0..P-1    P  P+1 ...                       P ...
     label          -       -   -     -    -  red EOS  -     - ...
 
-Images stand in front, unless the texts say where. Prompt "is <image> like <image> ?", answer "no <image> yes", P = 2::
+Images are in front, unless the texts say where. Prompt "is <image> like <image> ?", answer "no <image> yes", P = 2::
 
     token      BOS is <image>*2 like <image>*2  ? \\n no <image>*2 yes EOS
     text_id     1   1   1  1     1     1  1     1  1  1   1   1    1   1
@@ -19,14 +19,14 @@ The rules of the placeholder (``data.image_placeholder``; "<image>" here):
 
 * A rendered prompt and a rendered answer, templates and all, are split at it, and the pieces are tokenised each alone. The k-th of a text is
   image k of its sample.
-* If any text of a sample has one, each must have as many as there are images. If none has, all images stand in front.
+* If any text of a sample has one, each must have as many as there are images. If none has, all images are in front.
 * Images that lead every text of a sample, before any of its tokens, stand in front once, shared by the texts, and BOS follows them. The
-  others stand inside each text. An image that stands in several texts is encoded once.
-* A position's label is the token right behind it, if that is trained; so the last position of an image may have one, and none predicts an
+  others are inside each text. An image that is in several texts is encoded once.
+* A position's label is the token right after it, if that is trained; so the last position of an image may have one, and none predicts an
   image.
-* Where an image takes no position (cross-attention), nothing stands in its place and the next token is the first to see it. It may therefore
-  not stand right before a trained token, which an earlier position predicts. With the placeholder among ``model.new_tokens`` it may: that
-  token stands at each written placeholder then, leading ones as well, untrained.
+* Where an image takes no position (cross-attention), nothing is in its place and the next token is the first to see it. It may therefore
+  not are right before a trained token, which an earlier position predicts. With the placeholder among ``model.new_tokens`` it may: that
+  token is at each written placeholder then, leading ones as well, untrained.
 * In a job without images the placeholders vanish with them.
 
 An image may be several views (``data.images.fit = "tiles"``), each of P positions, with tokens that say which follows. They come in the place
@@ -50,7 +50,7 @@ from kempnerforge.data.images.cache import ImageCache
 from kempnerforge.data.images.views import Views
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.text.asking import Asking
-from kempnerforge.data.text.interleave import TEXT_IDS, VIEW, Block, Layout, Prompt, Words, lay_out
+from kempnerforge.data.text.interleave import TEXT_IDS, VIEW, ImageBlock, Layout, Prompt, TextTokens, lay_out
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.data.text.words import TextEncoder
 from kempnerforge.util.errors import InputError
@@ -66,7 +66,7 @@ class Encoded:
         placements: (3, M) int64: number of the view, first position, text; in the order of the row.
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
-        skipped: (sample id, reason) of those that this one stands in for.
+        skipped: (sample id, reason) of those that this one is in for.
     """
 
     id: str
@@ -104,7 +104,7 @@ class Encoder:
 
     @property
     def marker_ids(self) -> frozenset[int]:
-        """Tokens that stand before views."""
+        """Tokens that are before views."""
         return frozenset().union(*(views.marker_ids for views in self.images))
 
     def encode(self, sample: Sample, seed: int, *, training: bool = False) -> Encoded:
@@ -116,7 +116,7 @@ class Encoder:
 
         Raises:
             SampleError: no texts, an empty answer, a text that can never fit, text that is not Unicode, an unusable image, placeholders that
-                do not match the images, an image that the token behind it cannot see.
+                do not match the images, an image that the token after it cannot see.
         """
         views = self.images[sample.part]
         images = self._images_of(sample)
@@ -213,16 +213,16 @@ class Encoder:
     def _images_of(self, sample: Sample) -> tuple[ImageSource, ...]:
         return sample.images if self.layout.image_size else ()
 
-    def _plan(self, sample: Sample, images: Sequence[ImageSource]) -> tuple[list[Words], int, list[Block]]:
-        """All texts; how many of the images stand in front, once; what each image is in the row."""
+    def _plan(self, sample: Sample, images: Sequence[ImageSource]) -> tuple[list[TextTokens], int, list[ImageBlock]]:
+        """All texts; how many of the images are in front, once; what each image is in the row."""
         if not sample.texts:
             raise SampleError("has no texts")
         words = [self.texts[sample.part].encode(text) for text in sample.texts]
         shared = self._shared(words, len(images), sample.part)
         return words, shared, self.images[sample.part].blocks(images)
 
-    def _shared(self, words: list[Words], images: int, part: int) -> int:
-        """How many of the sample's images stand in front, once."""
+    def _shared(self, words: list[TextTokens], images: int, part: int) -> int:
+        """How many of the sample's images are in front, once."""
         if not any(text.image_at for text in words):
             return images
         wrong = next((len(text.image_at) for text in words if len(text.image_at) != images), None)
@@ -231,7 +231,9 @@ class Encoder:
             raise SampleError(f"{wrong} of {name!r} in a text and {images} images: must be as many in each text")
         return min(text.lead for text in words)
 
-    def _fit(self, words: list[Words], texts: Sequence[Text], shared: int, blocks: list[Block], seed: int) -> tuple[list[Words], int]:
+    def _fit(
+        self, words: list[TextTokens], texts: Sequence[Text], shared: int, blocks: list[ImageBlock], seed: int
+    ) -> tuple[list[TextTokens], int]:
         """All texts if they fit, else a random subset that does, in order; and how many are left out."""
         max_len, seq_len = self.layout.max_text_len, self.layout.seq_len
         lengths = [text.length for text in words]
@@ -252,11 +254,11 @@ class Encoder:
         return [words[k] for k in sorted(taken)], len(words) - len(taken)
 
 
-def _positions(blocks: Sequence[Block]) -> int:
+def _positions(blocks: Sequence[ImageBlock]) -> int:
     return sum(len(block.ids) for block in blocks)
 
 
-def _counted(blocks: Sequence[Block]) -> str:
+def _counted(blocks: Sequence[ImageBlock]) -> str:
     """What images take of a row, in words."""
     image = sum(block.ids.count(VIEW) for block in blocks)
     views, others = sum(len(block.starts) for block in blocks), _positions(blocks) - image

@@ -1,6 +1,6 @@
-"""Where the images of a text stand among its tokens, and the columns of a row that follow from it.
+"""Where the images of a text are among its tokens, and the columns of a row that follow from it.
 
-An image stands in a row as a block: its views, and tokens that say which view follows. Most images are one view and no such token.
+An image is in a row as a block: its views, and tokens that say which view follows. Most images are one view and no such token.
 
 A, text tokens of one text; P, positions of one view; L, of one block; S, of a row; M, placements of a view in it.
 """
@@ -46,24 +46,24 @@ class Layout:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
-class Block(NamedTuple):
+class ImageBlock(NamedTuple):
     """What one image is in a row.
 
     Attributes:
         ids: L of them: tokens of the vocabulary, and ``VIEW`` at the positions of views.
         starts: for each view its first position in the block. Where views take no position: that of the token before it if there is one in
-            the block, which is the first to see it; else 0, that of the token behind the block.
+            the block, which is the first to see it; else 0, that of the token after the block.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...] = (0,)
 
     @classmethod
-    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int) -> Block:
+    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int) -> ImageBlock:
         """Views one after the other.
 
         Args:
-            markers: for each view the tokens that stand before it.
+            markers: for each view the tokens that are before it.
             image_tokens: P.
         """
         ids: list[int] = []
@@ -76,7 +76,7 @@ class Block(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What stands before an answer.
+    """What is before an answer.
 
     Attributes:
         image_at: for each image the offset in ``ids`` before which it stands; 0 is in front of everything.
@@ -85,11 +85,11 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     image_at: tuple[int, ...] = ()
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[ImageBlock, ...] = ()
 
-    def blocks_of(self, image_tokens: int) -> Sequence[Block]:
+    def blocks_of(self, image_tokens: int) -> Sequence[ImageBlock]:
         """``blocks``, those that are left out as well."""
-        return self.blocks or [Block.of([()], image_tokens)] * len(self.image_at)
+        return self.blocks or [ImageBlock.of([()], image_tokens)] * len(self.image_at)
 
     def length(self, image_tokens: int) -> int:
         """Positions that the prompt takes in a row."""
@@ -97,7 +97,7 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Words:
+class TextTokens:
     """One text without its images, and where they belong.
 
     Attributes:
@@ -116,7 +116,7 @@ class Words:
         return self.table.shape[1]
 
     @classmethod
-    def of(cls, ids: Sequence[int], trained: np.ndarray, image_at: tuple[int, ...] = (), lead: int = 0) -> Words:
+    def of(cls, ids: Sequence[int], trained: np.ndarray, image_at: tuple[int, ...] = (), lead: int = 0) -> TextTokens:
         """
         Args:
             ids: A tokens.
@@ -130,7 +130,7 @@ class Words:
         table[KINDS] = np.where(trained, Kind.ANSWER, Kind.PROMPT)
         return cls(table, image_at, lead)
 
-    def spread(self, skip: int, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+    def spread(self, skip: int, blocks: Sequence[ImageBlock]) -> tuple[np.ndarray, np.ndarray]:
         """The text with its images in it, but for the first ``skip``.
 
         Returns:
@@ -143,7 +143,7 @@ class Words:
         if not room[-1]:
             return self.table, at
         length = self.table.shape[1]
-        columns = np.arange(length) + room[np.searchsorted(at, np.arange(length), side="right")]  # behind the blocks before each token
+        columns = np.arange(length) + room[np.searchsorted(at, np.arange(length), side="right")]  # after the blocks before each token
         begins = at + room[:-1]
         table = np.empty((5, length + room[-1]), dtype=np.int64)
         for block, begin in zip(blocks[skip:], begins, strict=True):
@@ -155,7 +155,7 @@ class Words:
         return table, begins
 
 
-def _fill(table: np.ndarray, block: Block) -> None:
+def _fill(table: np.ndarray, block: ImageBlock) -> None:
     """Ids and kinds of ``block``: (5, L)."""
     if max(block.ids, default=VIEW) == VIEW:  # nothing but views
         table[INPUT_IDS], table[KINDS] = 0, Kind.IMAGE
@@ -172,7 +172,7 @@ def _labels(ids: np.ndarray, trained: np.ndarray, columns: np.ndarray, length: i
     return labels
 
 
-def lay_out(texts: Sequence[Words], shared: int, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+def lay_out(texts: Sequence[TextTokens], shared: int, blocks: Sequence[ImageBlock]) -> tuple[np.ndarray, np.ndarray]:
     """One row: the images that all texts share, then the texts.
 
     Args:
@@ -201,7 +201,7 @@ def lay_out(texts: Sequence[Words], shared: int, blocks: Sequence[Block]) -> tup
     return columns, np.asarray(placements, dtype=np.int64).reshape(-1, 3).T  # (3, M)
 
 
-def _place(text: int, begins: Sequence[int], blocks: Sequence[Block], firsts: Sequence[int]) -> list[tuple[int, int, int]]:
+def _place(text: int, begins: Sequence[int], blocks: Sequence[ImageBlock], firsts: Sequence[int]) -> list[tuple[int, int, int]]:
     """(number of the view, first position, text) of all views of the images that begin at ``begins``."""
     return [
         (first + view, begin + start, text)

@@ -46,7 +46,7 @@ class Template(ABC):
         tokenizer: None: of no use yet; only what is written is asked for.
 
     Attributes:
-        bos: whether BOS stands in front of the pieces, with a tokenizer that puts it there.
+        bos: whether BOS is before the pieces, with a tokenizer that puts it there.
         own_bos: it does with any tokenizer that has one.
         specials: whether names of special tokens in the template's own writing are these tokens.
         end: name of the token that ends an answer; empty means EOS.
@@ -89,7 +89,7 @@ class Template(ABC):
 
 @registry.register_template("prompt")
 class PromptTemplate(Template):
-    """``data.prompt_template`` and ``data.answer_template`` in turn, EOS behind each answer."""
+    """``data.prompt_template`` and ``data.answer_template`` in turn, EOS after each answer."""
 
     @classmethod
     def answer_template(cls, cfg: DataConfig) -> str:
@@ -132,7 +132,7 @@ class PaliGemmaTemplate(Template):
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
         super().__init__(cfg, tokenizer)
         if tokenizer is not None and tokenizer.bos_id is None:
-            raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which stands between images and prompt")
+            raise InputError("data.template = 'paligemma': the tokenizer has no BOS, which is between images and prompt")
 
     def pieces(self, text: Text, system: str) -> list[Piece]:
         _no_system(system, "paligemma")

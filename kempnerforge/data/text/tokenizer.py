@@ -37,13 +37,13 @@ class Tokenizer:
         bos: the token that is called so, if there is one.
         adds_bos: whether a text starts with it; None: as the backend's post-processor has it.
         pad: the token on padding; None takes ``eos``.
-        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put behind the others; it may be asked for them again.
+        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put after the others; it may be asked for them again.
         chat_template: how conversations are written, in Jinja, if the tokenizer says.
         stops: ids of further tokens that end an answer.
 
     Attributes:
         vocab_size: one more than the largest id.
-        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they stand in a text.
+        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they are in a text.
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
         unknown_id: of the token that stands for what the tokenizer does not know, if there is one.
@@ -106,7 +106,7 @@ class Tokenizer:
 
     @property
     def appended(self) -> tuple[str, ...]:
-        """Names that ``add_tokens`` has put behind the vocabulary, here or before the tokenizer was saved."""
+        """Names that ``add_tokens`` has put after the vocabulary, here or before the tokenizer was saved."""
         return self._appended
 
     @property
@@ -127,7 +127,7 @@ class Tokenizer:
         return self.backend.token_to_id(name)
 
     def add_tokens(self, names: Sequence[str]) -> None:
-        """Puts tokens behind the vocabulary. Those that it was given before, here or before it was saved, may be named again.
+        """Puts tokens after the vocabulary. Those that it was given before, here or before it was saved, may be named again.
 
         Args:
             names: all new tokens, in the order of their ids; the ones that are there already first.
@@ -206,7 +206,7 @@ class Tokenizer:
         """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
 
         Args:
-            behind: what ``text`` stands behind: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
+            after: what ``text`` stands after: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
                 front of a text put none where a whole of several pieces would not get one.
 
         Raises:
@@ -342,7 +342,7 @@ def _default_template(found: Any) -> str | None:
 
 def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.Tokenizer:
     """``backend`` for a piece of a longer text. Some tokenizers put a space in front of the whole text only (Metaspace "first"), some also
-    behind each special token; none does inside.
+    after each special token; none does inside.
     """
 
     def changed(node: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.sample import SampleError, Text, text_size
-from kempnerforge.data.text.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS, Layout, Prompt, Words
+from kempnerforge.data.text.interleave import INPUT_IDS, KINDS, LABELS, POSITIONS, TEXT_IDS, Layout, Prompt, TextTokens
 from kempnerforge.data.text.template import Piece, build_template
 from kempnerforge.data.text.tokenizer import CACHED_CHARACTERS, Tokenizer
 from kempnerforge.util.errors import InputError
@@ -30,7 +30,7 @@ class _Line:
     Attributes:
         ids: A tokens.
         trained: which of them are.
-        at: for each image how many tokens stand before it.
+        at: for each image how many tokens are before it.
         front: tokens before the first answer.
     """
 
@@ -69,15 +69,15 @@ class TextEncoder:
         self.ends: frozenset[int] = frozenset({self.end_id, tokenizer.eos_id})
         self.stops: frozenset[int] = frozenset({self.end_id, *tokenizer.stop_ids})
         self._added = list(tokenizer.backend.get_added_tokens_decoder().values())
-        self._eats = {token.content: (token.lstrip, token.rstrip) for token in self._added}  # white space in front of it, behind it
+        self._eats = {token.content: (token.lstrip, token.rstrip) for token in self._added}  # white space in front of it, after it
         self._finders = {(own, literal): self._finder(own, literal) for own in (True, False) for literal in (True, False)}
-        self._cache: dict[Text, Words] = {}
+        self._cache: dict[Text, TextTokens] = {}
 
-    def encode(self, text: Text) -> Words:
+    def encode(self, text: Text) -> TextTokens:
         """One text of a sample.
 
         Raises:
-            SampleError: an empty answer, a text that is not Unicode or that the template cannot write, an image that the token behind it
+            SampleError: an empty answer, a text that is not Unicode or that the template cannot write, an image that the token after it
                 cannot see.
         """
         if isinstance(text.answer, tuple):
@@ -105,7 +105,7 @@ class TextEncoder:
         name = self.cfg.image_placeholder
         if text.leading is None and any(name in str(part) for turn in (("", text.answer), *text.more) for part in turn):
             raise SampleError(
-                "an image behind the first answer of a conversation, and the chat template writes earlier answers otherwise than the last one"
+                "an image after the first answer of a conversation, and the chat template writes earlier answers otherwise than the last one"
             )
         fitting = self._turns_that_fit(text)
         if fitting < len(text.more) and not self.cfg.truncate:
@@ -119,17 +119,17 @@ class TextEncoder:
         return turns if not too_long(turns) else max(0, bisect_left(range(turns), True, key=too_long) - 1)
 
     def encode_prompt(self, prompt: str | Text, num_images: int) -> Prompt:
-        """What stands before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
+        """What is before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
         before it, too.
 
         Args:
-            prompt: with a placeholder for each image, or with none: the images stand in front then. A conversation: its last answer is asked
+            prompt: with a placeholder for each image, or with none: the images are in front then. A conversation: its last answer is asked
                 for, whatever it says.
             num_images: how many the question has.
 
         Raises:
             ValueError: ``prompt`` is not Unicode text, its placeholders are not as many as the images, or an image ends it where the model
-                needs a token behind it.
+                needs a token after it.
         """
         name = self.cfg.image_placeholder
         line = self._open(prompt, check=bool(self.layout.image_size))
@@ -138,11 +138,11 @@ class TextEncoder:
         if line.at and len(line.at) != num_images:
             raise InputError(f"{len(line.at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
         if self._needs_behind and len(line.ids) in line.at:
-            raise InputError(f"an image ends the prompt, and no token behind it could see it: {self._remedy}")
+            raise InputError(f"an image ends the prompt, and no token after it could see it: {self._remedy}")
         return Prompt(line.ids, tuple(line.at) or (0,) * num_images)
 
     def answer_ids(self, text: Text) -> list[int]:
-        """The last answer of ``text`` as it is trained: what has to be generated behind its prompt, without the token that ends it.
+        """The last answer of ``text`` as it is trained: what has to be generated after its prompt, without the token that ends it.
 
         Raises:
             SampleError: as ``encode``.
@@ -157,21 +157,21 @@ class TextEncoder:
         return self.template.turns
 
     def count_placeholders(self, prompt: str | Text) -> int:
-        """Images that stand where ``prompt`` (and the template) says; 0: they stand in front, or the job has none."""
+        """Images that are where ``prompt`` (and the template) says; 0: they are in front, or the job has none."""
         return len(self._open(prompt, check=False).at) if self.layout.image_size else 0
 
     # ---- pieces -> tokens ------------------------------------------------------------------------------------------------
 
     @property
     def _mark(self) -> int | None:
-        """The token that stands at a placeholder where images take no position, if the tokenizer has one for it."""
+        """The token that is at a placeholder where images take no position, if the tokenizer has one for it."""
         if self.layout.image_tokens or not self.layout.image_size or self.cfg.image_placeholder not in self.tokenizer.appended:
             return None
         return self.tokenizer.token_id(self.cfg.image_placeholder)
 
     @property
     def _needs_behind(self) -> bool:
-        """Whether the token behind an image is the first to see it: it takes no position, and no tokens of tiles stand around it."""
+        """Whether the token after an image is the first to see it: it takes no position, and no tokens of tiles stand around it."""
         return not self.layout.image_tokens and not self.cfg.images.has_markers
 
     @property
@@ -297,7 +297,7 @@ class TextEncoder:
             key, template = (
                 ("answer_template", self.cfg.answer_template) if self.cfg.template == "prompt" else ("turns", self.cfg.turns.answer)
             )
-            raise InputError(f"data.{key} = {template!r}: {name!r} behind text cannot be generated")
+            raise InputError(f"data.{key} = {template!r}: {name!r} after text cannot be generated")
         return self._begin(self._tokenise([*pieces[:start], Piece(name * count, True)], text.leading is not None))
 
     def _line(self, text: Text) -> _Line:
@@ -334,20 +334,18 @@ class TextEncoder:
                 line = whole
         return line, self._lead(line)
 
-    def _words(self, line: _Line, lead: int) -> Words:
+    def _words(self, line: _Line, lead: int) -> TextTokens:
         trained = np.array(line.trained)
         seen_late = [k for k in line.at if k < len(line.ids)]
         if self._needs_behind and trained[seen_late].any():
-            raise SampleError(
-                f"an image stands right before a trained token, and no position could see it and predict that: {self._remedy}"
-            )
-        return Words.of(line.ids, trained, tuple(line.at), lead)
+            raise SampleError(f"an image is right before a trained token, and no position could see it and predict that: {self._remedy}")
+        return TextTokens.of(line.ids, trained, tuple(line.at), lead)
 
-    def _window(self, ids: tuple[int, ...]) -> Words:
+    def _window(self, ids: tuple[int, ...]) -> TextTokens:
         if len(ids) < 2:
             raise SampleError(f"a window of {len(ids)} tokens: nothing to predict")
         table = np.empty((5, len(ids) - 1), dtype=np.int64)
         table[INPUT_IDS], table[LABELS] = ids[:-1], ids[1:]
         table[POSITIONS] = np.arange(len(ids) - 1)
         table[TEXT_IDS], table[KINDS] = 1, Kind.ANSWER
-        return Words(table)
+        return TextTokens(table)

@@ -9,7 +9,7 @@ import time
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
-from kempnerforge.util.screen import Screen, Words, bars
+from kempnerforge.util.screen import Screen, TaskText, bars
 
 PLAIN_LINE_S = 10.0
 """Seconds between plain lines."""
@@ -29,8 +29,8 @@ class ConsoleProgress(Hook):
         if not trainer.world.is_main:
             self.console.quiet = True
         elif self.console.is_terminal:
-            done, said = Words("{task.completed}/{task.total}"), Words("{task.fields[text]}")
-            stage = Words("{task.fields[stage]}", "bold")
+            done, said = TaskText("{task.completed}/{task.total}"), TaskText("{task.fields[text]}")
+            stage = TaskText("{task.fields[stage]}", "bold")
             self._progress = bars(self.console, stage, BarColumn(), done, said, TimeRemainingColumn())
             self._task = self._progress.add_task(
                 "train", total=trainer.total_steps, completed=trainer.step, stage=trainer.stage.name, text=""

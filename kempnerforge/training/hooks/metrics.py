@@ -65,7 +65,7 @@ class Metrics(Hook):
 
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
-    """Drops what is about to be written again: the steps behind a checkpoint, a line that a kill cut short, and, when the run is about to
+    """Drops what is about to be written again: the steps after a checkpoint, a line that a kill cut short, and, when the run is about to
     repeat an evaluation, what that one found at ``step``. Damaged lines are named.
     """
 

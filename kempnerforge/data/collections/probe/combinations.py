@@ -53,7 +53,7 @@ class Combinations:
         return (sum(indices) + self.seed) % self.every == 0
 
     def held_out_string(self, written: str, kind: str) -> bool:
-        """Whether a piece of writing is: words as they stand in the list, other strings by the sum of their characters."""
+        """Whether a piece of writing is: words as they are in the list, other strings by the sum of their characters."""
         if kind == "words":
             return self.held_out(WORDS.index(written))
         return self.held_out(*map((DIGITS if kind == "digits" else LETTERS).index, written))

@@ -25,7 +25,7 @@ class ProbeConfig(DataConfig):
 
     Attributes:
         skills: which, of "counting", "relation", "binding", "reading", "comparison", "pointing" (the default, all six) and "description", a
-            caption to learn from, which is not held out unless it stands alone. One that is named twice is asked twice as often.
+            caption to learn from, which is not held out unless it is alone. One that is named twice is asked twice as often.
         samples, eval_samples: of training, and held out.
         seed: of the pictures, and of which combinations are held out; ``train.seed`` decides their order alone.
         eval_on: "same", new pictures of what training is about; or "heldout", combinations that training never asks about.
@@ -39,7 +39,7 @@ class ProbeConfig(DataConfig):
         reading: "digits", "letters" or "words" are written.
         reading_length: characters of written digits or letters.
         compared_images: pictures of a comparison, 2 or 3.
-        grid: what is pointed to stands in the middle of one of grid x grid cells.
+        grid: what is pointed to is in the middle of one of grid x grid cells.
         points: "point", coordinates as Molmo writes them; or "cell", column and row.
         background: "white", or "varied": pale colours.
         noise: standard deviation of Gaussian noise on the pixels; 1 is from black to white.

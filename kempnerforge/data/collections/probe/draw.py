@@ -37,7 +37,7 @@ POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
 """Corners, for a box from -1 to 1. A circle has none."""
 
 
-def draw(placed: Sequence[Placed], side: int, rng: Random, background: str = "white", noise: float = 0.0) -> bytes:
+def draw_scene(placed: Sequence[Placed], side: int, rng: Random, background: str = "white", noise: float = 0.0) -> bytes:
     """The picture as a PNG.
 
     Args:

@@ -1,4 +1,4 @@
-"""Things on a picture and where they stand. Lengths are shares of the picture's side, from its upper left corner."""
+"""Things on a picture and where they are. Lengths are shares of the picture's side, from its upper left corner."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def reading(s: Setting) -> Draft:
 
 
 def comparison(s: Setting) -> Draft:
-    """The pictures stand in front of the question, in their order."""
+    """The pictures are before the question, in their order."""
     pictures = s.cfg.image_placeholder * s.cfg.compared_images
     return _same(s, pictures) if s.rng.random() < 0.5 else _more(s, pictures)
 
@@ -157,7 +157,7 @@ def point(s: Setting, column: int, row: int, label: str) -> str:
 
 
 def pointing(s: Setting) -> Draft:
-    """What is pointed to stands in the middle of a cell, anywhere on the grid where it is seen whole. Some others have its shape or its
+    """What is pointed to is in the middle of a cell, anywhere on the grid where it is seen whole. Some others have its shape or its
     colour.
     """
     middle = [(k + 0.5) / s.cfg.grid for k in range(s.cfg.grid)]

@@ -12,7 +12,7 @@ from random import Random
 from kempnerforge.config import registry
 from kempnerforge.data.collections.probe.combinations import Combinations
 from kempnerforge.data.collections.probe.config import QUESTIONS, ProbeConfig
-from kempnerforge.data.collections.probe.draw import draw
+from kempnerforge.data.collections.probe.draw import draw_scene
 from kempnerforge.data.collections.probe.scene import place
 from kempnerforge.data.collections.probe.setting import Draft, Setting
 from kempnerforge.data.collections.probe.skills import SKILLS
@@ -58,5 +58,5 @@ class Probe(Source):
     def __getitem__(self, index: int) -> Sample:
         cfg, (made, rng) = self.cfg, self.draft(index)
         placed = [place(scene, rng, cfg.min_size, cfg.max_size) for scene in made.scenes]
-        images = tuple(draw(things, cfg.picture_size, rng, cfg.background, cfg.noise) for things in placed)
+        images = tuple(draw_scene(things, cfg.picture_size, rng, cfg.background, cfg.noise) for things in placed)
         return Sample(f"probe/{self.skill(index)}/{self.split}/{index}", images, made.texts)
