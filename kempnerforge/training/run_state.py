@@ -23,6 +23,7 @@ class RunState:
         samples_of: how many came from each part of a mixture.
         frozen: names of the parameters that did not train in the last step.
         unevaluated: the evaluation of this step was broken off.
+        metrics: digest of ``metrics.jsonl`` so far; empty where an older version saved.
         data: fingerprints of what it was begun with, by what the data are for.
         asked: how its data place their images; None in what was imported.
         history: what each span of steps was trained with.
@@ -36,6 +37,7 @@ class RunState:
     samples_of: dict[str, int] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     unevaluated: bool = False
+    metrics: str = ""
     data: dict[str, str] = field(default_factory=dict)
     asked: Asking | None = None
     history: list[Span] = field(default_factory=list)

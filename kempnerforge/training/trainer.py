@@ -99,6 +99,7 @@ class Trainer:
         stop_requested: a signal has asked this process to stop.
         stopping: and all ranks know of one that was asked.
         unevaluated: the evaluation of ``step`` was broken off; it is made on resume.
+        recorded: digest of the metrics that the restored checkpoint was saved with.
 
     Args:
         assembly: the job put together; its model is sharded in place.
@@ -131,6 +132,7 @@ class Trainer:
         self.samples_of: Counter[str] = Counter()
         self.skipped_in_a_row = 0
         self.stop_requested = self.stopping = self.unevaluated = False
+        self.recorded = ""
         self.bad_samples: list[tuple[str, str]] = []
         self._batches: Iterator[Batch] | None = None
         self._ahead: Data | None = None

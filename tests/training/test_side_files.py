@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def test_damaged_lines_are_named_and_left_out(cut: Path, tmp_path: Path, caplog:
 def test_each_kind_of_damage(kind: str, tmp_path: Path) -> None:
     (path := tmp_path / "rows.jsonl").write_bytes(b'{"step": 1}\n' + DAMAGE[kind] + b'\n{"step": 2, "id": "x"}\n{"step": 3, "i')
     assert read_objects(path, "step", int) == ([{"step": 1}, {"step": 2, "id": "x"}], [2])
+
+
+def test_edited_metrics_are_noticed(cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lines that could be this run's, but are not."""
+    for edit in ("changed", "left out", "as it was"):
+        shutil.copytree(cut / "cut", run := tmp_path / edit)
+        first, *rest = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        changed = json.dumps(json.loads(first) | {"train/loss": 0.5}) + "\n"
+        lines = {"changed": [changed, *rest], "left out": rest, "as it was": [first, *rest]}[edit]
+        (run / "metrics.jsonl").write_text("".join(lines))
+        caplog.clear()
+        said = f"{run}/metrics.jsonl: is not what this run had written by step 2; the report shows it as it is"
+        assert (said in goes_on(cut, run, caplog)) == (edit != "as it was")
 
 
 def test_a_line_that_a_kill_cut_off_is_none(cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from kempnerforge.checkpoint import Manifest
 from kempnerforge.checkpoint.state import load_training, save_training
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.config.plugins import plugin_files, plugins_of
+from kempnerforge.training.hooks.metrics import metrics_digest
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
@@ -33,7 +34,7 @@ class Checkpoints(Hook):
         trainer.seconds = state.seconds
         trainer.samples_seen, trainer.samples_bad = state.samples_seen, state.samples_bad
         trainer.samples_of.update(state.samples_of)
-        trainer.unevaluated = state.unevaluated
+        trainer.unevaluated, trainer.recorded = state.unevaluated, state.metrics
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
@@ -59,6 +60,7 @@ class Checkpoints(Hook):
             samples_of=dict(trainer.samples_of),
             frozen=trainer.frozen,
             unevaluated=trainer.unevaluated,
+            metrics=metrics_digest(self.run_dir) if trainer.world.is_main else "",
             data=self._data,
             asked=self._asked,
             history=trainer.history,

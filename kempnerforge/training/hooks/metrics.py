@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import IO, Any
 
 from kempnerforge.config import MetricsConfig
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.digest import content_digest
 from kempnerforge.util.files import mend_objects
+
+LOG = logging.getLogger("kempnerforge")
+NAME = "metrics.jsonl"
 
 
 class Metrics(Hook):
@@ -19,13 +24,16 @@ class Metrics(Hook):
     """
 
     def __init__(self, cfg: MetricsConfig, run_dir: Path) -> None:
-        self.cfg, self.path = cfg, run_dir / "metrics.jsonl"
+        self.cfg, self.path = cfg, run_dir / NAME
         self._file: IO[str] | None = None
         self._window: list[StepResult] = []
 
     def start(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
-            keep_until(self.path, trainer.step, evaluates_again=trainer.unevaluated or (trainer.done and trainer.job.eval.at_end))
+            again = trainer.unevaluated or (trainer.done and trainer.job.eval.at_end)
+            keep_until(self.path, trainer.step, evaluates_again=again)
+            if trainer.recorded and not again and metrics_digest(self.path.parent) != trainer.recorded:
+                LOG.warning("%s: is not what this run had written by step %d; the report shows it as it is", self.path, trainer.step)
             self._file = self.path.open("a", encoding="utf-8")
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
@@ -62,6 +70,12 @@ class Metrics(Hook):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def metrics_digest(run_dir: Path) -> str:
+    """Of all lines that a run has written so far."""
+    path = run_dir / NAME
+    return content_digest(path.read_bytes()).hex() if path.is_file() else ""
 
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
