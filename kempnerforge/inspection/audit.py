@@ -144,7 +144,7 @@ def _images_left_over(batch: Batch) -> Iterator[str]:
     if beyond := sorted(index for index in used if not 0 <= index < batch.num_images):
         yield f"image_index: {beyond[0]} is none of the batch's {counted(batch.num_images, 'image')}"
     if idle := batch.num_images - len(used & set(range(batch.num_images))):
-        yield f"images: {idle} of {batch.num_images} stand in no row"
+        yield f"images: {idle} of {batch.num_images} are in no row"
 
 
 def image_length(row: AuditRow, number: int) -> int:

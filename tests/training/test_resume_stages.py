@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def pass_on(config: Path, run: Path, out: Path, world: World) -> None:
         trainer.apply_freeze()
         saver = Checkpoints(CheckpointConfig(interval=1, keep_last_n=99), out)
         saver.start(trainer)
-        saver.step(trainer, None)
+        saver.step(trainer, SimpleNamespace(skipped=False))
         world.barrier()
 
 

@@ -20,7 +20,7 @@ class Checkpoints(Hook):
 
     def __init__(self, cfg: CheckpointConfig, run_dir: Path) -> None:
         self.cfg, self.run_dir = cfg, run_dir
-        self._saved_step = -1
+        self._saved_step, self._due = -1, False
         self._files: dict[str, bytes] = {}
         self._data: dict[str, str] = {}
 
@@ -45,9 +45,11 @@ class Checkpoints(Hook):
         self._asked = trainer.assembly.seen.asking
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
-        due = self.cfg.interval and trainer.step % self.cfg.interval == 0 and not result.skipped  # the weights may be at fault
-        if due or trainer.done or trainer.stopping:
+        """After a skipped step the weights may be at fault: what is due then is saved at the next step that counts."""
+        self._due |= self.cfg.interval > 0 and trainer.step % self.cfg.interval == 0
+        if (self._due and not result.skipped) or trainer.done or trainer.stopping:
             self._save(trainer)
+            self._due = False
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.step == self._saved_step:
