@@ -48,7 +48,7 @@ class OptimizerConfig:
     Subclasses register with ``@registry.register_optimizer_config``.
 
     Attributes:
-        name: "adamw", "muon", "lion", "schedule_free_adamw", or that of a plugin.
+        name: "adamw", "muon", "lion", "schedule_free_adamw", or a plugin's name.
         lr: peak learning rate, reached at the end of the warm-up.
         weight_decay: of matrices; vectors have none.
         lr_scale: alias or fnmatch pattern -> factor on the learning rate; the last match counts.

@@ -25,7 +25,7 @@ class SchedulerConfig(ABC):
     the last one ends before ``min_lr_ratio``.
 
     Attributes:
-        name: "cosine", "linear", "wsd" (warm-up, stable, decay), "constant", or that of a plugin.
+        name: "cosine", "linear", "wsd" (warm-up, stable, decay), "constant", or a plugin's name.
         warmup_steps: of the linear warm-up; the last of them has the peak.
         min_lr_ratio: the factor at the last step of the stage.
         decay_fraction: share of the stage that "wsd" decays in, at its end.

@@ -126,7 +126,7 @@ class TrackerConfig:
     Subclasses register with ``@registry.register_tracker_config``.
 
     Attributes:
-        type: "tensorboard", or that of a plugin.
+        type: "tensorboard", or a plugin's name.
     """
 
     type: str = ""

@@ -60,7 +60,7 @@ class Traces:
 
 
 def image_digest(image: ImageSource) -> bytes:
-    """16 bytes that stand for the content of an encoded image; raises ImageError if its file cannot be read."""
+    """A digest of 16 bytes of an encoded image; raises ImageError if its file cannot be read."""
     return hashlib.blake2b(image if isinstance(image, bytes) else contents(image), digest_size=16).digest()
 
 

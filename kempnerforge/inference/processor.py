@@ -78,7 +78,7 @@ class Processor:
 
     A model that was trained here gets its texts as in training, by its template. One that comes from transformers gets the ids and the
     pixels that its processor there makes: PaliGemma's puts images, BOS and a line break around a prompt; LLaVA's takes the text as it is,
-    with "<image>" where an image is; that of Idefics 3 puts tokens around each image besides; and a language model's tokenizer takes
+    with "<image>" where an image is; Idefics 3's also puts tokens around each image; and a language model's tokenizer takes
     the text as it is, too. Of images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
 
     Images are upright and transparency is laid on white, as in training. Only where a processor of transformers is followed, an image that

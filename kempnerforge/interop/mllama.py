@@ -29,7 +29,7 @@ from kempnerforge.util.errors import InputError
 
 KIND, ARCHITECTURE, FAMILY = "mllama", "MllamaForConditionalGeneration", "llama"
 SPARE = 8
-"""Rows that its embedding has after those of its head. The first is that of the image token."""
+"""Its embedding has so many rows more than its head; the first of them is the image token's."""
 
 LAYOUTS = (
     FileLayout("vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"),

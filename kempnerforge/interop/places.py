@@ -46,7 +46,7 @@ class Foreign:
         job: with the sections that make the model, and data and training sections to begin with.
         places: our parameter name -> where it is.
         files: tensor name -> file.
-        image_id: the token that stands for a position of an image; None: the words know of no images.
+        image_id: the token at the positions of an image; None: the text has no token for images.
         image_is_word: images take no position, and that token is in the stream as a word, the first one that sees its image.
         added_tokens: that the code behind these files puts behind the tokenizer's vocabulary, in the order of their ids.
         notes: what is otherwise here than there.

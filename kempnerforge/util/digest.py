@@ -11,5 +11,5 @@ def digest(*parts: object) -> str:
 
 
 def content_digest(*parts: object) -> bytes:
-    """16 bytes that stand for ``parts``."""
+    """A digest of 16 bytes of ``parts``."""
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()

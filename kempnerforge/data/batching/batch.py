@@ -42,7 +42,7 @@ class Batch:
         images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.
         image_index: (M,) int64, which image is at each placement. One image may be at several.
         image_rows: (M,) int64, its row.
-        image_starts: (M,) int64, its first position in that row. Where images take no position: that of the token after it, or the length
+        image_starts: (M,) int64, its first position in that row. Where images take no position: the token after it, or the length
             of the row if there is none; either way an image comes before the token at q if its start is at most q.
         image_text_ids: (M,) int64, the text that it is in; 0 is the shared part.
         image_sample_ids: (M,) int64, its sample.

@@ -51,8 +51,8 @@ class ImageBlock(NamedTuple):
 
     Attributes:
         ids: L of them: tokens of the vocabulary, and ``VIEW`` at the positions of views.
-        starts: for each view its first position in the block. Where views take no position: that of the token before it if there is one in
-            the block, which is the first to see it; else 0, that of the token after the block.
+        starts: for each view its first position in the block. Where views take no position: the position of the token
+            before it in the block, which is the first to see it; without one 0, the position of the token after the block.
     """
 
     ids: tuple[int, ...]

@@ -69,7 +69,7 @@ class Template(ABC):
 
     @classmethod
     def answer_template(cls, cfg: DataConfig) -> str:
-        """What is written of an answer, "{answer}" stands for it."""
+        """How an answer is written; "{answer}" is replaced by it."""
         return "{answer}"
 
     @classmethod

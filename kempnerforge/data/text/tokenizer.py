@@ -206,7 +206,7 @@ class Tokenizer:
         """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
 
         Args:
-            after: what ``text`` stands after: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
+            after: what comes before ``text``: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
                 front of a text put none where a whole of several pieces would not get one.
 
         Raises:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kempnerforge.config import registry
-from kempnerforge.config.schedule import SchedulerConfig
+from kempnerforge.training.schedules.linear import Linear
 
 
 @registry.register_schedule
 @dataclass
-class WarmupStableDecay(SchedulerConfig):
+class WarmupStableDecay(Linear):
     """Warm-up, stable, decay (Hu et al. 2024, "MiniCPM"): a straight line over the last steps of the stage."""
 
     name: str = "wsd"
-
-    def decay(self, progress: float) -> float:
-        return 1 - progress
 
     def decay_start(self, steps: int, warmup: int) -> int:
         """One or more steps decay if any do, and never the first, which has the peak."""
