@@ -1,7 +1,8 @@
 """Line charts as inline SVG: no script, no font and no file besides the text itself, readable on light and dark pages.
 
-Each chart brings its own style sheet, so that the same string works in a page and as an ``.svg`` file. Lengths are in units of the
-view box; a page scales it as a whole, and type grows on narrow screens so that it stays readable there.
+Pages have these and not the figures of matplotlib (``figures.py``): CSS variables follow the reader's light or dark setting, type grows on
+narrow screens, a point says its value under the mouse, and a report needs no further package. Each chart brings its own style sheet, so
+that the same string works in a page and as an ``.svg`` file. Lengths are in units of the view box; a page scales it as a whole.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Series:
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise ValueError(f"series {self.name!r}: {len(self.x)} x values, {len(self.y)} y values: must be as many")
+
+    def points(self, log: bool = False) -> list[Point]:
+        """The values as numbers; y is NaN at a gap. With ``log``, values that are not positive are gaps too."""
+        pairs = zip(self.x, self.y, strict=True)
+        return [(float(x), number_on_axis(y, log)) for x, y in pairs if math.isfinite(number_on_axis(x, False))]
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,9 @@ def line_chart(
         rules: (y, name) horizontal reference lines.
     """
     assert len(series) <= 4, "a chart has four colours"
-    lines = [[(float(x), _finite(y, log)) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(_finite(x, False))] for one in series]
+    lines = [one.points(log) for one in series]
     seen = [(x, y) for line in lines for x, y in line if math.isfinite(y)]
-    rules = [(value, name) for value, name in rules if math.isfinite(_finite(value, log))]
+    rules = [(value, name) for value, name in rules if math.isfinite(number_on_axis(value, log))]
     values = [y for _, y in seen] + [value for value, _ in rules]
     x_axis, x_ticks = _x_axis([x for x, _ in seen])
     y_axis, y_ticks = _y_axis(values, y_range, log)
@@ -191,7 +197,7 @@ def head(title: str, y_label: str, x_label: str, about: str) -> str:
     )
 
 
-def _finite(value: float | None, log: bool) -> float:
+def number_on_axis(value: float | None, log: bool) -> float:
     """``value``, or NaN where it is missing, does not exist on the axis, or is too far out for arithmetic on it."""
     if value is None or not abs(value) < 1e100 or (log and value < 1e-100):
         return math.nan
