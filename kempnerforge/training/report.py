@@ -11,7 +11,7 @@ import numpy as np
 
 from kempnerforge.config import EvalConfig
 from kempnerforge.eval.evaluate import tasks_of
-from kempnerforge.eval.task import Task
+from kempnerforge.eval.task import ReportCurve, Task
 from kempnerforge.report.charts import Band, Series, line_chart
 from kempnerforge.report.facts import Facts
 from kempnerforge.report.page import Tile, write_page
@@ -123,35 +123,47 @@ def _scores(facts: Facts, tasks: Sequence[Task]) -> list[Tile]:
     return cards
 
 
-def _wide(values: Sequence[float]) -> bool:
-    """Whether values span so much that only a logarithmic axis shows them."""
-    return bool(values) and min(values) > 0 and max(values) > 25 * min(values)
-
-
 def _curves(metrics: Metrics, facts: Facts, stages: Sequence[tuple[str, int, int]], tasks: Sequence[Task]) -> list[str]:
     bands: list[Band] = [(first, last, name) for name, first, last in stages] if len(stages) > 1 else []
     base = facts.baseline()
     rules = [(base[0], f"{base[1]}:")] if base else []
-    charts: list[str] = []
-    series = lambda key, name, smooth=False: Series(name, *metrics.points(key), smooth)
-
-    def add(title: str, label: str, *lines: Series, log: bool = False, **options: Any) -> None:
-        if present := [line for line in lines if line.x]:
-            charts.append(line_chart(present, title, label, bands=bands, log=log, **options))
-
-    losses = [series("train/loss", "training", smooth=True), series("eval/loss", "held out")]
-    add("Loss", "nats per trained token", *losses, log=_wide(metrics.values("train/loss")))
-    for curve in (curve for task in tasks for curve in task.curves()):
-        options: dict[str, Any] = {"y_range": (0.0, 1.0), "y_format": format_percent} if curve.share else {}
-        options |= {"rules": rules} if curve.baseline else {}
-        add(curve.title, curve.label, *(series(key, name) for key, name in curve.lines.items()), **options)
-    add("Throughput", "useful tokens per second", series("train/tokens_per_s", "tokens/s", smooth=True))
-    if any(metrics.values("train/images_per_s")):
-        add("Images", "images per second", series("train/images_per_s", "images/s", smooth=True))
-    add("Learning rate", "of the step", series("train/lr", "rate"))
-    norms = series("train/grad_norm", "norm", smooth=True)
-    add("Gradient norm", "before clipping", norms, log=_wide(metrics.values("train/grad_norm")))
+    charts = []
+    for curve in (*score_curves(tasks), *SPEED, *([IMAGES] if any(metrics.values("train/images_per_s")) else []), *STEPS):
+        if lines := [line for key, name in curve.lines.items() if (line := series_of(metrics, key, name)).x]:
+            options = axis_of(curve, metrics) | {"rules": rules if curve.baseline else []}
+            charts.append(line_chart(lines, curve.title, curve.label, bands=bands, **options))
     return charts
+
+
+LOSS = ReportCurve("Loss", "nats per trained token", {"train/loss": "training", "eval/loss": "held out"})
+SPEED = [ReportCurve("Throughput", "useful tokens per second", {"train/tokens_per_s": "tokens/s"})]
+IMAGES = ReportCurve("Images", "images per second", {"train/images_per_s": "images/s"})
+STEPS = [
+    ReportCurve("Learning rate", "of the step", {"train/lr": "rate"}),
+    ReportCurve("Gradient norm", "before clipping", {"train/grad_norm": "norm"}),
+]
+SMOOTH = ("train/loss", "train/tokens_per_s", "train/images_per_s", "train/grad_norm")
+"""Values that are shown with their moving average."""
+WIDE = ("train/loss", "train/grad_norm")
+"""Values that get a logarithmic axis when they span much."""
+
+
+def score_curves(tasks: Sequence[Task]) -> list[ReportCurve]:
+    """The curves that say how well a model learns: loss, and what each task shows."""
+    return [LOSS, *(curve for task in tasks for curve in task.curves())]
+
+
+def series_of(metrics: Metrics, key: str, name: str, over: str = "") -> Series:
+    """The values of ``key``, for a chart or figure; see ``Metrics.points``."""
+    return Series(name, *metrics.points(key, over), smooth=key in SMOOTH)
+
+
+def axis_of(curve: ReportCurve, *runs: Metrics) -> dict[str, Any]:
+    """Options of the y axis of ``line_chart`` and ``figures.curves``: percent for shares, logarithmic if the values of ``runs`` span much."""
+    if curve.share:
+        return {"y_range": (0.0, 1.0), "y_format": format_percent}
+    values = [value for metrics in runs for key in curve.lines if key in WIDE for value in metrics.values(key)]
+    return {"log": bool(values) and min(values) > 0 and max(values) > 25 * min(values)}
 
 
 def _answers(groups: Mapping[str, tuple[int, int]]) -> list[tuple[str, str, str, str]]:

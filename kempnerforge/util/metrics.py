@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kempnerforge.util.files import read_objects
+
+
+class Points(NamedTuple):
+    """Values over another: equally many of both."""
+
+    x: list[float]
+    y: list[float]
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,14 @@ class Metrics:
     rows: dict[int, dict[str, float]]
     unreadable: int
 
-    def points(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps that have ``key``, and its values there."""
-        found = [(step, row[key]) for step, row in self.rows.items() if key in row]
-        return [step for step, _ in found], [value for _, value in found]
+    def points(self, key: str, over: str = "") -> Points:
+        """The values of ``key``, and the steps that have one; with ``over``, the values of this key there instead of the steps."""
+        found = [(row[over] if over else step, row[key]) for step, row in self.rows.items() if key in row and (not over or over in row)]
+        return Points([x for x, _ in found], [y for _, y in found])
 
     def values(self, key: str) -> list[float]:
         """The finite values of ``key``."""
-        return [value for value in self.points(key)[1] if math.isfinite(value)]
+        return [value for value in self.points(key).y if math.isfinite(value)]
 
     def last_evaluation(self, until: float = math.inf) -> dict[str, float]:
         """The finite values of the last evaluation up to the step ``until``, by key."""

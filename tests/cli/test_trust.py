@@ -35,6 +35,7 @@ def theirs(trained: Trained, tmp_path: Path) -> Path:
 COMMANDS = {
     "generate": ("generate", "{run}", "{image}", "--prompt=what?"),
     "eval": ("eval", "{run}"),
+    "report": ("report", "{run}", "--pdf={folder}/out"),
     "export": ("export", "{run}", "{folder}/out"),
     "chat": ("chat", "{run}", "{image}"),
     "serve": ("serve", "{run}"),
