@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,10 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from kempnerforge.distributed.world import World
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: threads of parallel tests would spin against each other
+os.environ["OMP_NUM_THREADS"] = "1"
+"""Read when torch is imported. Threads of parallel tests would spin against each other, and the last bit of long sums depends on their number."""
+if "torch" in sys.modules:  # imported by a plugin that was given with -p
+    sys.modules["torch"].set_num_threads(1)
 
 # tests that are started in the background, or by nohup, inherit that these are ignored, and so would all processes that they start
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

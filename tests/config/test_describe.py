@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from kempnerforge.config.build import SECTIONS, UNIONS
 from kempnerforge.config.describe import TABLES, describe, meanings_of
 from kempnerforge.util.errors import InputError
+from tests.dist import ROOT
 from tests.training.tiny import call
 
-PAGE = Path(__file__).parents[2] / "docs/config.md"
+PAGE = ROOT / "docs/config.md"
 MARK = "<!-- from here on: the output of `kempnerforge config` -->\n"
 
 

@@ -30,6 +30,7 @@ from kempnerforge.config.build import SECTIONS, UNIONS, fields_of
 from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError
+from tests.dist import ROOT
 
 MINIMAL = '[vlm]\narch = "joint_decoder"\n[train]\nmax_steps = 10\n'
 
@@ -457,7 +458,7 @@ def test_sources_and_their_keys(tmp_path: Path) -> None:
 
 def test_config_imports_no_torch() -> None:
     code = "import kempnerforge.config, sys; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'transformers')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kempnerforge.config import load_config
+from tests.dist import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("configs/**/*.toml"), *ROOT.glob("recipes/**/*.toml")])
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer
+from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer
+from tests.data.samples import ListSource, png
 
 
 @pytest.fixture(scope="session")
@@ -18,32 +17,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["what is the colour?\n", "red", "blue", "is it a circle?\n", "yes", "no"] * 4, 400)
 
 
-def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(name="png")
 def png_fixture() -> Callable[..., bytes]:
     return png
-
-
-class ListSource(Source):
-    """Samples of a list; None stands for one that cannot be used."""
-
-    def __init__(self, samples: Sequence[Sample | None]) -> None:
-        super().__init__(DataConfig(source="list"), "train")
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        if sample is None:
-            raise SampleError(f"row {index} is broken")
-        return sample
 
 
 @pytest.fixture

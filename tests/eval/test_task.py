@@ -18,11 +18,12 @@ from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.eval.questions import HeldOut, Question, Truth, examine
 from kempnerforge.training.setup import assemble
+from tests.dist import ROOT
 from tests.eval.scripted import DEVICE, ENCODER, LEVELS, ListSource, Scripted, held_out
 from tests.training.tiny import call, make_job, metrics, rows_of, two_ranks, write_rows
 from tests.vlm.tiny import ONE, THREE, all_logits, tiny
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extend" / "task.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "extend" / "task.md").read_text(encoding="utf-8")
 VQA = '''
 import re
 from dataclasses import dataclass

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.faults.ranks import STEPS, Ranks, codes, newest, staged_job
 from tests.training.test_resume import assert_same_run
@@ -119,11 +118,3 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         ended = ranks.wait()
     assert codes(ended) == [0, 0], ranks.err()
     return made
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -27,7 +27,7 @@ import tomli_w
 from kempnerforge.checkpoint import resolve
 from kempnerforge.checkpoint.manifest import CheckpointError, verify
 from tests.checkpoint.helpers import reseal
-from tests.data.chat_templates import FAMILIES
+from tests.data.text.chat_templates import FAMILIES
 from tests.faults.conftest import Observe
 from tests.interop.tiny_vlms import SPECIAL, save, write_tokenizer
 from tests.training.tiny import CONFIG, Ended, assert_same_tensors, call, make_job, rows_of, tensors

@@ -132,3 +132,9 @@ def save(family: str, path: Path, shard_size: str = "1GB", dtype: torch.dtype = 
         nn.init.normal_(p, mean=float("norm" in key and "Gemma" not in name), std=0.1, generator=draws)
     model.save_pretrained(path, max_shard_size=shard_size)
     return model
+
+
+def backbone(weights: dict[str, Tensor], cfg: ModelConfig) -> Transformer:
+    model = Transformer(cfg)
+    model.load_state_dict({name.removeprefix("transformer."): value for name, value in weights.items()})
+    return model.eval()

@@ -14,19 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kempnerforge.config import ModelConfig
 from kempnerforge.interop import read_text_weights
 from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.model.transformer import Transformer
-from tests.interop.families import FAMILIES, VOCAB, config_of, logits, save
+from tests.interop.families import FAMILIES, VOCAB, backbone, config_of, logits, save
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def backbone(weights: dict[str, Tensor], cfg: ModelConfig) -> Transformer:
-    model = Transformer(cfg)
-    model.load_state_dict({name.removeprefix("transformer."): value for name, value in weights.items()})
-    return model.eval()
 
 
 def edit_config(path: Path, **values: Any) -> None:

@@ -6,7 +6,6 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.interop.write import text_names
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.util.errors import InputError
+from tests.dist import ROOT
 from tests.interop.families import THEIRS, logits
 
 LAYERS = 3
@@ -187,5 +187,5 @@ def _lists() -> str:
 
 
 def test_the_page_has_the_lists() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
     assert _lists() in page, f"docs/weights.md: put these lists in the place of those that are there:\n{_lists()}"

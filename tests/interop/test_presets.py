@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as hf
 
 from kempnerforge.config import load_config
 from kempnerforge.vlm.build import build_model
+from tests.dist import ROOT
 
-PRESETS = Path(__file__).parents[2] / "configs" / "models"
+PRESETS = ROOT / "configs" / "models"
 COUNTS = {
     "nanovlm-460m": 460_113_984,
     "nanovlm-222m": 222_082_176,

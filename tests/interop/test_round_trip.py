@@ -19,7 +19,7 @@ from kempnerforge.interop.names import hf_name
 from kempnerforge.interop.settings import complete, facts, hf_config, hf_facts, model_config
 from kempnerforge.interop.write import plain_embedding, save_tensors, write_language_model
 from kempnerforge.model.transformer import Cache, Transformer
-from tests.interop.families import FAMILIES, VOCAB, config_of, logits, save
+from tests.interop.families import FAMILIES, VOCAB, backbone, config_of, logits, save
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -34,12 +34,6 @@ class Pair(NamedTuple):
     back: Any
     left_over: dict[str, list[str]]
     path: Path
-
-
-def backbone(weights: dict[str, Tensor], cfg: ModelConfig) -> Transformer:
-    model = Transformer(cfg)
-    model.load_state_dict({name.removeprefix("transformer."): value for name, value in weights.items()})
-    return model.eval()
 
 
 def pair(family: str, tmp_path: Path) -> Pair:

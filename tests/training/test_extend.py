@@ -12,9 +12,10 @@ import tomli_w
 
 from kempnerforge.config import ConfigError, load_config, registry
 from kempnerforge.config.files import read_toml
+from tests.dist import ROOT
 from tests.training.tiny import assert_same_tensors, call, make_job, metrics, tensors
 
-PAGES = Path(__file__).resolve().parents[2] / "docs" / "extend"
+PAGES = ROOT / "docs" / "extend"
 
 
 @pytest.fixture(autouse=True)

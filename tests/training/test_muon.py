@@ -14,23 +14,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kempnerforge.training.optimizers import muon
 from kempnerforge.training.optimizers.muon import Muon, orthogonalise
 from tests.dist import run_ranks
+from tests.training.tiny import random_tensors
 
 SHAPES = [(8, 24), (24, 8), (8, 24), (16, 16), (5, 3), (1, 7), (7, 1)]
 """Two of one shape go through as one batch; tall ones are transposed; on two ranks 5, 7 and 1 rows do not split evenly."""
 
 
-def make(seed: int) -> list[torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=rng) for shape in SHAPES]
+def made(seed: int) -> list[torch.Tensor]:
+    return random_tensors(SHAPES, seed)
 
 
 def parameters() -> list[nn.Parameter]:
-    return [nn.Parameter(value) for value in make(0)]
+    return [nn.Parameter(value) for value in made(0)]
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int = 5) -> None:
     for step in range(steps):
-        for p, grad in zip(params, make(100 + step), strict=True):
+        for p, grad in zip(params, made(100 + step), strict=True):
             p.grad = grad
         optimizer.step()
 
@@ -47,7 +47,7 @@ def test_equals_torch_bitwise(decay: float, momentum: float, dtype: torch.dtype,
         mine = Muon(ours, lr=0.02, momentum=momentum, weight_decay=decay)
         oracle = torch.optim.Muon(theirs, lr=0.02, momentum=momentum, weight_decay=decay, adjust_lr_fn="original")
         for step in range(5):
-            ours[0].grad = theirs[0].grad = make(100 + step)[index]
+            ours[0].grad = theirs[0].grad = made(100 + step)[index]
             mine.step()
             oracle.step()
         tolerance = 0.0 if dtype == torch.bfloat16 else 5e-3
@@ -60,7 +60,7 @@ def test_batches_of_one_shape_change_nothing_but_rounding():
     run(Muon(together, lr=0.02), together)
     run_alone = [Muon([p], lr=0.02) for p in alone]
     for step in range(5):
-        for p, grad, optimizer in zip(alone, make(100 + step), run_alone, strict=True):
+        for p, grad, optimizer in zip(alone, made(100 + step), run_alone, strict=True):
             p.grad = grad
             optimizer.step()
     for a, b in zip(together, alone, strict=True):
@@ -89,7 +89,7 @@ def test_without_gradient_nothing_moves_and_nothing_is_kept():
     params = parameters()
     before = [p.detach().clone() for p in params]
     optimizer = Muon(params, lr=0.1, weight_decay=0.5)
-    params[0].grad = make(1)[0]
+    params[0].grad = made(1)[0]
     optimizer.step()
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
     assert moved == [True] + [False] * 6 and list(optimizer.state) == [params[0]]
@@ -99,7 +99,7 @@ def test_hyper_parameters_of_each_group():
     a, b = parameters()[:2]
     start = [a.detach().clone(), b.detach().clone()]
     optimizer = Muon([{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}])
-    a.grad, b.grad = make(1)[:2]
+    a.grad, b.grad = made(1)[:2]
     optimizer.step()
     assert torch.equal(a, start[0]) and not torch.equal(b, start[1])
 
@@ -119,7 +119,7 @@ def sharded(out: str) -> None:
     params = list(model.matrices)
     optimizer = Muon(params, lr=0.02, weight_decay=0.1)
     for step in range(5):
-        for p, grad in zip(params, make(100 + step), strict=True):
+        for p, grad in zip(params, made(100 + step), strict=True):
             assert isinstance(p, DTensor)
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
         optimizer.step()

@@ -12,7 +12,7 @@ from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, l
 from kempnerforge.training.optimizers.muon import Muon, MuonRule
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
-from tests.training.tiny import make_job, optimizer_config
+from tests.training.tiny import make_job, optimizer_config, optimizers_of
 
 STAGES = """
 [[stages]]
@@ -31,11 +31,6 @@ def job_and_model(folder: Path, *overrides: str, extra: str = STAGES) -> tuple[J
     job = load_config(make_job(folder, extra=extra), ["--optimizer.lr=0.01", "--train.max_steps=0", *overrides])
     job = replace(job, model=replace(job.model, vocab_size=100))
     return job, build_model(job)
-
-
-def optimizers_of(job: JobConfig, model: VLM) -> Optimizers:
-    assert job.vlm is not None
-    return Optimizers(model, job.resolved_stages(), job.vlm.module_patterns)
 
 
 def by_name(model: VLM, optimizers: Optimizers) -> dict[str, tuple[torch.optim.Optimizer, dict]]:

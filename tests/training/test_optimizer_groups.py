@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kempnerforge.config import ConfigError, JobConfig, load_config, to_toml
 from kempnerforge.config.optimizer import OptimizerGroup
-from kempnerforge.training.optimizer import Optimizers, Settings, settings, state_copies
+from kempnerforge.training.optimizer import Settings, settings, state_copies
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
-from tests.training.tiny import make_job, optimizer_config
+from tests.training.tiny import make_job, optimizer_config, optimizers_of
 
 NAMES = ["adapter.proj.weight", "adapter.proj.bias", "transformer.norm.weight", "vision_encoder.norm.weight"]
 ALIASES = {"adapter": ["adapter.*"], "vision_encoder": ["vision_encoder.*"]}
@@ -52,11 +52,6 @@ def job_and_model(folder: Path, *overrides: str) -> tuple[JobConfig, VLM]:
     job = load_config(config, ["--optimizer.lr=0.01", "--train.max_steps=0", *overrides])
     job = replace(job, model=replace(job.model, vocab_size=100))
     return job, build_model(job)
-
-
-def optimizers_of(job: JobConfig, model: VLM) -> Optimizers:
-    assert job.vlm is not None
-    return Optimizers(model, job.resolved_stages(), job.vlm.module_patterns)
 
 
 def test_later_groups_win_key_by_key_and_the_scale_multiplies():

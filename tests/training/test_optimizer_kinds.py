@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.optimizers.lion import Lion
 from kempnerforge.training.optimizers.schedule_free_adamw import ScheduleFreeAdamW
-from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, tensors, two_ranks, weights_of
+from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, random_tensors, tensors, two_ranks, weights_of
 
 SHAPES = [(8, 24), (5, 3), (7,), (1, 1)]
 LRS = [0.002, 0.004, 0.01, 0.01, 0.003, 0.01, 0.0, 0.02]
@@ -21,8 +21,7 @@ DECAY, EPS = 0.1, 1e-8
 
 
 def tensors_of(seed: int) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=rng) for shape in SHAPES]
+    return random_tensors(SHAPES, seed)
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], lrs: list[float] = LRS) -> None:

@@ -21,8 +21,10 @@ from kempnerforge.checkpoint import load, model_tensors, resolve, tensor_info
 from kempnerforge.cli.main import run
 from kempnerforge.config import JobConfig, OptimizerConfig, SchedulerConfig, registry
 from kempnerforge.distributed import world as worlds
+from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.vlm.base import VLM
 from tests.dist import ROOT, run_ranks
 from tests.processes import Forked, run_module
 
@@ -260,3 +262,13 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor; in a world of one that is all of it."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def optimizers_of(job: JobConfig, model: VLM) -> Optimizers:
+    assert job.vlm is not None
+    return Optimizers(model, job.resolved_stages(), job.vlm.module_patterns)
+
+
+def random_tensors(shapes: Iterable[tuple[int, ...]], seed: int) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=rng) for shape in shapes]

@@ -23,6 +23,7 @@ from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.vlm.cross_attention import NOTHING, CrossAttentionBlock, GatedCrossAttention, Sight, gather_images, sight, visible_images
+from tests.dist import ROOT
 from tests.vlm.tiny import (
     ANSWERED,
     INTERLEAVED,
@@ -45,7 +46,6 @@ from tests.vlm.tiny import (
     with_answer,
 )
 
-ROOT = Path(__file__).parents[2]
 both = pytest.mark.parametrize("media", ["all", "latest"])
 
 

@@ -30,6 +30,7 @@ from kempnerforge.training.freeze import apply_freeze, match_names, trainable_na
 from kempnerforge.training.optimizers.muon import MuonRule
 from kempnerforge.training.setup import Assembly, assemble, initialise
 from kempnerforge.vlm.hf import HF, OWN_MASKS
+from tests.dist import ROOT
 from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
 from tests.vlm.tiny import all_logits, copies, differing, picture
@@ -432,6 +433,6 @@ def test_wrong_weights_are_named(saved: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_the_example_loads() -> None:
-    job = load_config(Path(__file__).parents[2] / "configs" / "models" / "hf-paligemma.toml")
+    job = load_config(ROOT / "configs" / "models" / "hf-paligemma.toml")
     assert job.vlm is not None and job.vlm.arch == "hf" and job.vlm.files == "models/paligemma-3b-pt-224"
     assert VLMConfig.class_for("hf").masks == ("model", *MASKS)

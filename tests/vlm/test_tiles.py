@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kempnerforge.config import TrainConfig
 from kempnerforge.config.data import JsonlConfig
@@ -21,17 +19,12 @@ from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.setup import assemble
+from tests.data.samples import noise
 from tests.vlm.tiny import Tiny, accepted_masks, all_logits, gradients, shake, tiny_job, with_answer
 
 TILES = ImagesConfig(fit="tiles", max_side=32, marker_grid=2)
 CASES = [(arch, mask) for arch in ("joint_decoder", "cross_attention", "mot", "moma") for mask in accepted_masks(arch)]
 each_arch = pytest.mark.parametrize(("arch", "mask"), CASES)
-
-
-def noise(width: int, height: int, seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 WIDE, SQUARE, SMALL = noise(40, 15, 0), noise(30, 30, 1), noise(16, 16, 2)  # 3, 5 and 5 views

@@ -17,7 +17,7 @@ from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.pack import join
 from kempnerforge.inspection.audit import audit, render_rows
 from kempnerforge.inspection.contact_sheet import contact_sheet
-from tests.data.conftest import png
+from tests.data.samples import png
 
 PAD, BOS, EOS = 0, 1, 2
 

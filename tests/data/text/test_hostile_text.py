@@ -19,7 +19,7 @@ from kempnerforge.data.batching.loader import build_loader
 from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
-from tests.data.conftest import png
+from tests.data.samples import png
 
 GOOD = 40
 MEGABYTE = "many words " * 100_000

@@ -23,9 +23,14 @@ from kempnerforge.data.shards import Shard, ShardError, index_tar
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.sources.webdataset import WebDatasetConfig, expand_braces, list_shards
 from kempnerforge.data.text.interleave import LABELS
+from tests.data import samples
 
 Png = Callable[..., bytes]
 Content = bytes | str | dict[str, Any] | list[Any]
+
+
+def built(path: Path | str, split: str = "train", **cfg: Any) -> Source:
+    return samples.built(WebDatasetConfig(path=str(path), **cfg), split)
 
 
 def write(path: Path, members: dict[str, Content] | list[tuple[str, Content]], layout: int = tarfile.GNU_FORMAT) -> Path:
@@ -37,12 +42,6 @@ def write(path: Path, members: dict[str, Content] | list[tuple[str, Content]], l
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def built(path: Path | str, split: str = "train", **cfg: Any) -> Source:
-    source = build_source(WebDatasetConfig(path=str(path), **cfg), split)
-    assert source is not None
-    return source
 
 
 def shard(first: int, number: int, image: bytes) -> dict[str, Content]:

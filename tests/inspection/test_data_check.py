@@ -17,7 +17,7 @@ from kempnerforge.data import Batch, Encoder, Sample, Source, Text, build_loader
 from kempnerforge.data.traces import shared
 from kempnerforge.inspection.check_facts import batching_modes, distribution, histogram, recommended, row_limits
 from kempnerforge.inspection.read_all import Found, SampleReader, read_all, spread
-from tests.data.conftest import ListSource, png
+from tests.data.samples import ListSource, png
 
 RED = png((200, 0, 0))
 

@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, Sample, Text, build_loader
 from kempnerforge.data.batching.loader import Loader, lost_worker
 from kempnerforge.data.batching.pack import Sizes
+from tests.data.samples import assert_same_batch
 from tests.training.tiny import make_job
 
 MakeEncoder = Callable[..., Encoder]
@@ -28,12 +27,6 @@ MakeEncoder = Callable[..., Encoder]
 def loader(source: Any, encoder: Encoder, *, batch_size: int = 8, accum: int = 1, **kwargs: Any) -> Iterable[Batch]:
     train_cfg = TrainConfig(batch_size=batch_size, grad_accum_steps=accum, seed=3)
     return build_loader(source, encoder, cfg=encoder.cfg, layout=encoder.layout, train_cfg=train_cfg, **kwargs)
-
-
-def assert_equal(a: Batch, b: Batch) -> None:
-    for f in fields(Batch):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, f.name
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ def test_workers_and_resume_give_the_same_stream(
         resumed = list(islice(loader(source, encoder, accum=2, start_step=start), 20 - 2 * start))
         assert len(resumed) == 20 - 2 * start
         for expected, batch in zip(reference[2 * start :], resumed, strict=True):
-            assert_equal(expected, batch)
+            assert_same_batch(expected, batch)
 
 
 @pytest.mark.parametrize(("world", "accum"), [(2, 1), (2, 2), (4, 1), (1, 4)])

@@ -38,9 +38,9 @@ from kempnerforge.serve.desk import Desk
 from kempnerforge.serve.request import Question
 from kempnerforge.training.run_state import RunState
 from kempnerforge.training.setup import Assembly, assemble
-from tests.data.chat_templates import FAMILIES, LATER, Family
-from tests.data.conftest import png
-from tests.data.test_template import bytes_level
+from tests.data.samples import png
+from tests.data.text.chat_templates import FAMILIES, LATER, Family
+from tests.data.text.test_template import bytes_level
 from tests.training.tiny import call, make_job, write_rows
 from tests.vlm.tiny import FOREIGN, a_folder, paligemma
 

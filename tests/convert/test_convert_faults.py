@@ -25,7 +25,7 @@ from kempnerforge.convert.commands import export_model, import_model
 from kempnerforge.inference import restore as restoring
 from kempnerforge.interop import write
 from kempnerforge.interop.write import fresh
-from tests.cli.test_convert import llava_like, ours
+from tests.convert.test_convert import llava_like, ours
 from tests.interop.tiny_vlms import TOWER, save
 from tests.training.tiny import call, make_job
 

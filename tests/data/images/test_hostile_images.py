@@ -18,8 +18,8 @@ from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, build_loader, load_image
 from kempnerforge.data.batching.rows import EncodedSamples
 from kempnerforge.data.text.encode import Encoded
-from tests.data.conftest import ListSource, png
-from tests.data.test_images import ACCEPTED, REFUSED
+from tests.data.images.test_images import ACCEPTED, REFUSED
+from tests.data.samples import ListSource, png
 
 TOKENIZER = Tokenizer.train(["."], 300)
 TOKENIZER.add_tokens(ImagesConfig(fit="tiles").new_tokens())

@@ -15,9 +15,14 @@ from PIL import Image, ImageFont
 from kempnerforge.data import Source, Text
 from kempnerforge.data.collections.openmoji import FONT, OpenMojiConfig, emoji_names
 from kempnerforge.data.sources import build_source
+from tests.data import samples
 
 CODES = ("0041", "0042", "2603", "1F600", "1F1E6", "1F3FB", "E001", "1F468-200D-1F3ED", "not-a-code", "0043.svg")
 NAMES = {0x41: "latin capital letter a", 0x42: "latin capital letter b", 0x2603: "snowman", 0x1F600: "grinning face"}
+
+
+def built(folder: Path, split: str = "train", **cfg: Any) -> Source:
+    return samples.built(OpenMojiConfig(path=str(folder), **cfg), split)
 
 
 @pytest.fixture
@@ -31,12 +36,6 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / "svg" / f"{code}.svg").touch()
     (tmp_path / "svg" / "0044.svg.gz").touch()
     return tmp_path
-
-
-def built(folder: Path, split: str = "train", **cfg: Any) -> Source:
-    source = build_source(OpenMojiConfig(path=str(folder), **cfg), split)
-    assert source is not None
-    return source
 
 
 def pixels(source: Source, index: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data import IGNORE, Batch, Encoder, Kind, Prompt, Sample, SampleError, Text, Tokenizer, collate, prompt_batch
-from tests.data.conftest import png
+from tests.data.samples import png
 
 MakeEncoder = Callable[..., Encoder]
 IMAGE, PROMPT, ANSWER = int(Kind.IMAGE), int(Kind.PROMPT), int(Kind.ANSWER)

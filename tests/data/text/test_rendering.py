@@ -18,8 +18,8 @@ from kempnerforge.data.text import rendering
 from kempnerforge.data.text.chat import DATE, ChatTemplate
 from kempnerforge.data.text.rendering import LONGEST, TemplateError, TemplateLimitError, render
 from kempnerforge.util.errors import InputError
-from tests.data.chat_templates import FAMILIES, LATER
-from tests.data.test_template import bytes_level
+from tests.data.text.chat_templates import FAMILIES, LATER
+from tests.data.text.test_template import bytes_level
 from tests.interop.tiny_vlms import write_tokenizer
 from tests.training.tiny import CONFIG, call, make_job
 

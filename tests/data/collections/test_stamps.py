@@ -10,9 +10,13 @@ import pytest
 
 from kempnerforge.data import SampleError, Source, Text
 from kempnerforge.data.collections.stamps import StampsConfig, find_stamps, read_captions
-from kempnerforge.data.sources import build_source
+from tests.data import samples
 
 CAPTIONS = "A {0}.\nde.utf8=Ein {0}.\npt_BR.utf8=Um {0}. = bom\nxx.utf8=\nnot a line\nsr@latin.utf8=Jedan {0}.\n"
+
+
+def built(folder: Path, split: str = "train", **cfg: Any) -> Source:
+    return samples.built(StampsConfig(path=str(folder), **cfg), split)
 
 
 @pytest.fixture
@@ -29,12 +33,6 @@ def folder(tmp_path: Path, png: Callable[..., bytes]) -> Path:
     (root / "food" / "silent.png").write_bytes(png((1, 1, 1)))
     (root / "food" / "silent.txt").write_text("\nfi.utf8=Hiljaa.\n")
     return root
-
-
-def built(folder: Path, split: str = "train", **cfg: Any) -> Source:
-    source = build_source(StampsConfig(path=str(folder), **cfg), split)
-    assert source is not None
-    return source
 
 
 def names(source: Source) -> list[str]:

@@ -14,14 +14,9 @@ from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text
 from kempnerforge.data.batching.loader import RowClasses
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.inspection.audit import audit
+from tests.data.samples import built
 
 Png = Callable[..., bytes]
-
-
-def built(cfg: DataConfig, split: str = "train", **kwargs: Any) -> Source:
-    source = build_source(cfg, split, **kwargs)
-    assert source is not None
-    return source
 
 
 def samples_of(source: Source) -> list[Sample]:
@@ -269,14 +264,6 @@ def test_jsonl_that_changes_is_a_skipped_sample(tmp_path: Path) -> None:
 
 
 # ---- Hugging Face datasets -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    return datasets
 
 
 def test_hf_dataset_on_disk(hf: Any, tmp_path: Path, png: Png) -> None:

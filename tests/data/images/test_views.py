@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
@@ -35,8 +33,8 @@ from kempnerforge.data import (
 from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.text.interleave import KINDS
 from kempnerforge.inspection.audit import audit
-from tests.data.conftest import ListSource
-from tests.data.test_interleave import columns, placements
+from tests.data.samples import ListSource, noise
+from tests.data.text.test_interleave import columns, placements
 
 NO, IMAGE, PROMPT, ANSWER = IGNORE, int(Kind.IMAGE), int(Kind.PROMPT), int(Kind.ANSWER)
 SIDE = 8
@@ -44,12 +42,6 @@ GRID = ImagesConfig(fit="tiles", max_side=16, marker_grid=2)
 TOKENIZER = Tokenizer.train(["."], 300)
 TOKENIZER.add_tokens(["<image>", *GRID.new_tokens()])
 IMAGE_ID, GLOBAL, R1C1, R1C2, R2C1, R2C2 = TOKENIZER.new_token_ids
-
-
-def noise(width: int, height: int, seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 WIDE, SQUARE, FLAT = noise(20, 9), noise(16, 16), noise(30, 6)  # 1 x 2 tiles (stretched), 2 x 2, 1 x 2

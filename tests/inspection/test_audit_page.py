@@ -22,7 +22,7 @@ from kempnerforge.inspection.audit_page import row_card, row_facts
 from kempnerforge.inspection.audit_rows import rows_of
 from kempnerforge.report.html import picture, text
 from kempnerforge.report.page import TEMPLATES
-from tests.data.conftest import png
+from tests.data.samples import png
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e&amp;</div>'
 TOKENIZER = Tokenizer.train(["is it so? yes no maybe été 日本"] * 4, 320)

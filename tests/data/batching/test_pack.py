@@ -25,7 +25,7 @@ from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.order import Mixed, Order, Shuffled
 from kempnerforge.data.batching.pack import Pack, PackedRow, PackSampler, Sizes, join, knapsack
 from kempnerforge.data.batching.rows import DataError, EncodedSamples
-from tests.data.conftest import ListSource
+from tests.data.samples import ListSource
 
 MakeEncoder = Callable[..., Encoder]
 

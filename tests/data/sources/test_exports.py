@@ -16,9 +16,8 @@ from kempnerforge.data import SampleError
 from kempnerforge.data.sources.llava import SPARE, LlavaConfig
 from kempnerforge.data.sources.mixture import MixtureConfig
 from kempnerforge.util.errors import InputError
-from tests.data.conftest import png
-from tests.data.test_data_keys import ROWS, WRITERS, lines, parquet
-from tests.data.test_file_sources import built
+from tests.data.samples import built, png
+from tests.data.sources.test_data_keys import ROWS, WRITERS, lines, parquet
 from tests.training.tiny import call, make_job, rows_of, write_rows
 
 pa = pytest.importorskip("pyarrow")

@@ -23,8 +23,8 @@ from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
 from kempnerforge.data.text.template import build_template
 from kempnerforge.data.text.words import TextEncoder
 from kempnerforge.inspection.audit import audit
-from tests.data.chat_templates import FAMILIES, LATER, VICUNA, VICUNA_SYSTEM, Family
-from tests.data.conftest import png
+from tests.data.samples import png
+from tests.data.text.chat_templates import FAMILIES, LATER, VICUNA, VICUNA_SYSTEM, Family
 
 CORPUS = ["Hello there, what is in the picture? Hi! A cat. And now? Two dogs. Be brief. user assistant system model INST", *"abc[]/<>|"] * 4
 TALK = Text("Hello there", "Hi!", (("what is in  the picture?", "A cat.\nTwo dogs."), ("And\n\nnow?", "Hi there")))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from kempnerforge.config import ConfigError, load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.data import Batch, Encoder, Layout, SampleError, Source, Tokenizer, build_loader, build_source, text_corpus
+from kempnerforge.data import Batch, Encoder, Layout, SampleError, Tokenizer, build_loader, build_source, text_corpus
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.sources.mixture import MixtureConfig, PhaseConfig
+from tests.data.samples import assert_same_batch, built
+from tests.dist import ROOT
 
 SIZES = (40, 25, 12)
 SHARES = (0.5, 0.3, 0.2)
@@ -43,12 +43,6 @@ def parts(tmp_path: Path, png: Callable[..., bytes]) -> list[DataConfig]:
         JsonlConfig(path=write_rows(tmp_path / "notes.jsonl", SIZES[1]), eval_path=held_out, answer_template="{answer}!"),
         TextConfig(path=str(tmp_path / "words.txt")),
     ]
-
-
-def built(cfg: DataConfig, split: str = "train", tokenizer: Tokenizer | None = None, seq_len: int = 24) -> Source:
-    source = build_source(cfg, split, tokenizer, seq_len)
-    assert source is not None
-    return source
 
 
 def encoder_for(cfg: DataConfig, tokenizer: Tokenizer) -> Encoder:
@@ -178,12 +172,6 @@ def test_bad_samples_change_no_shares(parts: list[DataConfig], tokenizer: Tokeni
 # ---- resume -------------------------------------------------------------------------------------------------------------
 
 
-def assert_equal(a: Batch, b: Batch) -> None:
-    for f in fields(Batch):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, f.name
-
-
 @pytest.mark.parametrize("batching", ["pad", "group", "pack"])
 def test_resume_anywhere_with_workers_and_other_ranks(parts: list[DataConfig], tokenizer: Tokenizer, tmp_path: Path, batching: str) -> None:
     """One rank, then two with workers, then one: rows, labels and augmented pixels are those of a run that never stopped. The parts are in
@@ -204,7 +192,7 @@ def test_resume_anywhere_with_workers_and_other_ranks(parts: list[DataConfig], t
 
     whole = taken(0, 11)
     for (expected,), (batch,) in zip(whole[7:], taken(7, 11), strict=True):
-        assert_equal(expected, batch)
+        assert_same_batch(expected, batch)
     for (expected,), shared in zip(whole[3:7], taken(3, 7, workers=2, world=2), strict=True):
         assert expected.sample_names == [name for batch in shared for name in batch.sample_names]
         assert expected.parts == [part for batch in shared for part in batch.parts]
@@ -288,7 +276,7 @@ def test_no_parts_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["mixture", "hf_stream"])
 def test_the_example_loads(name: str) -> None:
-    assert load_config(Path(__file__).parents[2] / "configs" / "data" / f"{name}.toml").data.source == name
+    assert load_config(ROOT / "configs" / "data" / f"{name}.toml").data.source == name
 
 
 def test_how_much_may_be_bad_holds_for_the_parts(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from kempnerforge.data.sources.finevision import FineVisionConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.inspection.audit import audit
-from tests.data.chat_templates import FAMILIES, VICUNA_SYSTEM
-from tests.data.conftest import png
-from tests.data.test_template import CHATML_TURNS, VICUNA_TURNS
+from tests.data.samples import png
+from tests.data.text.chat_templates import FAMILIES, VICUNA_SYSTEM
+from tests.data.text.test_template import CHATML_TURNS, VICUNA_TURNS
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PICTURES = {f"{k}.png": png((60 * k, 0, 0)) for k in range(4)}

@@ -13,7 +13,7 @@ import pytest
 from kempnerforge.config import load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate
+from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, collate
 from kempnerforge.data.collections.openmoji import OpenMojiConfig
 from kempnerforge.data.collections.probe import ProbeConfig
 from kempnerforge.data.sources.captions import CaptionsConfig
@@ -22,9 +22,10 @@ from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.inspection.audit import audit
-from tests.data.conftest import png
+from tests.data.samples import built, png
+from tests.dist import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
+CONFIGS = ROOT / "configs" / "data"
 
 
 @pytest.fixture
@@ -32,12 +33,6 @@ def root(tmp_path: Path) -> Path:
     for k in range(4):
         (tmp_path / f"{k}.png").write_bytes(png((50 * k, 0, 0)))
     return tmp_path
-
-
-def built(cfg: DataConfig, split: str = "train") -> Source:
-    source = build_source(cfg, split)
-    assert source is not None
-    return source
 
 
 def dump(path: Path, rows: list[Any]) -> str:
@@ -115,14 +110,6 @@ def test_llava_files_that_are_refused(root: Path) -> None:
 
 
 # ---- FineVision ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    return datasets
 
 
 def test_finevision_turns_by_their_ratings(hf: Any, tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ from kempnerforge.data.sources.mixture import MixtureConfig
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.data.sources.webdataset import WebDatasetConfig
 from kempnerforge.inspection.remarks import Remarks
-from tests.data.conftest import png
-from tests.data.test_file_sources import built
+from tests.data.samples import built, png
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -17,15 +17,10 @@ from kempnerforge.data import ImageError, Layout, Tokenizer
 from kempnerforge.data.fingerprint import Signature
 from kempnerforge.data.images.cache import DiskCache, ImageCache, KnownFiles, content_key
 from kempnerforge.data.images.views import Views
+from tests.data.samples import noise
 
 LAYOUT = Layout(image_tokens=2, image_size=32, max_text_len=8, seq_len=64, pad_to=32)
 TOKENIZER = Tokenizer.train(["."], 300)
-
-
-def noise(seed: int, width: int = 90, height: int = 60) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def views_of(folder: Path, mib: int = 0, **cfg: object) -> Views:
@@ -51,7 +46,7 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def test_memory_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = count_decodes(monkeypatch)
-    sources = [noise(k) for k in range(3)]
+    sources = [noise(90, 60, k) for k in range(3)]
     (tmp_path / "a.png").write_bytes(sources[0])
     views = Views(ImagesConfig(), Layout(2, 512, 8, 64, 32), TOKENIZER, ImageCache(2))  # 768 kB an image
     for source in (sources[0], tmp_path / "a.png", sources[0], tmp_path / "a.png"):
@@ -72,7 +67,7 @@ def test_memory_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_memory_for_sections_that_make_different_views() -> None:
-    cache, image = ImageCache(8), noise(0)
+    cache, image = ImageCache(8), noise(90, 60, 0)
     by_fit = {fit: Views(ImagesConfig(fit=fit), LAYOUT, TOKENIZER, cache) for fit in ("squash", "crop", "letterbox")}
     first = {fit: views.load(image)[0] for fit, views in by_fit.items()}
     assert all(views.load(image)[0] is first[fit] for fit, views in by_fit.items())
@@ -81,9 +76,9 @@ def test_one_memory_for_sections_that_make_different_views() -> None:
 
 def test_disk_gives_bitwise_the_same_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = count_decodes(monkeypatch)
-    (tmp_path / "a.png").write_bytes(noise(1))
+    (tmp_path / "a.png").write_bytes(noise(90, 60, 1))
     plain = views_of(tmp_path / "unused", cache_dir="")
-    for source in (noise(0), tmp_path / "a.png"):  # of other content
+    for source in (noise(90, 60, 0), tmp_path / "a.png"):  # of other content
         want = plain.load(source)
         assert len(want) == 5  # 2 x 2 tiles
         first, again = views_of(tmp_path / "cache").load(source), views_of(tmp_path / "cache").load(source)
@@ -97,18 +92,18 @@ def test_disk_gives_bitwise_the_same_without_decoding(tmp_path: Path, monkeypatc
 def test_what_decides_the_views_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = count_decodes(monkeypatch)
     image = tmp_path / "a.png"
-    image.write_bytes(noise(1))
+    image.write_bytes(noise(90, 60, 1))
     variants: list[dict[str, object]] = [{}, {"max_side": 96}, {"global_view": False}, {"resize_to_max_side": False}]
     for variant in variants:
         views_of(tmp_path / "cache", **variant).load(image)
     assert len(decoded) == len(variants)
     views_of(tmp_path / "cache", number_images=True).load(image)  # tokens are no part of it
     assert len(decoded) == len(variants)
-    image.write_bytes(noise(2))
+    image.write_bytes(noise(90, 60, 2))
     os.utime(image, ns=(1, 1))
     changed = views_of(tmp_path / "cache").load(image)
     assert len(decoded) == len(variants) + 1
-    assert np.array_equal(changed[0], views_of(tmp_path, cache_dir="").load(noise(2))[0])
+    assert np.array_equal(changed[0], views_of(tmp_path, cache_dir="").load(noise(90, 60, 2))[0])
 
 
 @pytest.mark.parametrize(("mib", "on_disk"), [(8, False), (0, True), (8, True), (0, False)])
@@ -152,10 +147,10 @@ def test_what_is_known_of_files_has_a_limit(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("kempnerforge.data.images.cache.REMEMBERED", 2)
     known, paths = KnownFiles(), [tmp_path / f"{k}.png" for k in range(3)]
     for k, path in enumerate(paths):
-        path.write_bytes(noise(k))
+        path.write_bytes(noise(90, 60, k))
         time.sleep(0.01)
-        assert known.read(path) == (noise(k), content_key(noise(k)))
-    assert [known.key(path) for path in paths] == [None, content_key(noise(1)), content_key(noise(2))]
+        assert known.read(path) == (noise(90, 60, k), content_key(noise(90, 60, k)))
+    assert [known.key(path) for path in paths] == [None, content_key(noise(90, 60, 1)), content_key(noise(90, 60, 2))]
     paths[1].unlink()
     assert known.key(paths[1]) is None
 
@@ -167,20 +162,20 @@ def bmp(colour: str) -> bytes:
 
 def test_damaged_entries_are_made_anew(tmp_path: Path) -> None:
     """What is wrong with an entry as such is in ``test_entries``."""
-    want = views_of(tmp_path).load(noise(0))
+    want = views_of(tmp_path).load(noise(90, 60, 0))
     (entry,) = files(tmp_path)
     good = entry.read_bytes()
     for damaged in (b"", good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
         entry.write_bytes(damaged)
-        assert all(np.array_equal(a, b) for a, b in zip(views_of(tmp_path).load(noise(0)), want, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(views_of(tmp_path).load(noise(90, 60, 0)), want, strict=True))
         assert entry.read_bytes() == good
 
 
 def test_changed_images_and_unusable_ones_are_not_kept(tmp_path: Path) -> None:
     views = views_of(tmp_path, mib=8, augment=AugmentConfig(flip=1.0))
-    flipped = views.load(noise(0), rng=np.random.default_rng(0))
+    flipped = views.load(noise(90, 60, 0), rng=np.random.default_rng(0))
     assert files(tmp_path) == []
-    assert np.array_equal(flipped[0][:, ::-1], views.load(noise(0))[0])
+    assert np.array_equal(flipped[0][:, ::-1], views.load(noise(90, 60, 0))[0])
     with pytest.raises(ImageError):
         views.load(b"no image")
     with pytest.raises(ImageError, match="no such file"):
@@ -192,7 +187,7 @@ def _fill(folder: str, results: multiprocessing.Queue[bytes]) -> None:
     views = views_of(Path(folder))
     for _ in range(3):
         for k in range(12):
-            results.put(b"".join(view.tobytes() for view in views.load(noise(k))))
+            results.put(b"".join(view.tobytes() for view in views.load(noise(90, 60, k))))
 
 
 def test_two_processes_share_a_directory(tmp_path: Path) -> None:
@@ -206,7 +201,7 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
         worker.join(60)
         assert worker.exitcode == 0
     plain = views_of(tmp_path, cache_dir="")
-    assert found[0] == found[1] == [b"".join(view.tobytes() for view in plain.load(noise(k))) for k in range(12)] * 3
+    assert found[0] == found[1] == [b"".join(view.tobytes() for view in plain.load(noise(90, 60, k))) for k in range(12)] * 3
     assert len(files(tmp_path)) == 12 and not list(tmp_path.rglob(".*.part"))
 
 
@@ -218,8 +213,8 @@ def test_a_disk_that_takes_no_more_is_no_reason_to_stop(
 
     monkeypatch.setattr(Path, "replace", full)
     views = views_of(tmp_path)
-    first = views.load(noise(0))
-    assert np.array_equal(first[0], views.load(noise(0))[0])
+    first = views.load(noise(90, 60, 0))
+    assert np.array_equal(first[0], views.load(noise(90, 60, 0))[0])
     assert [record.getMessage() for record in caplog.records] == [
         f"data.images.cache_dir = {str(tmp_path)!r}: No space left on device; nothing more is kept"
     ]
@@ -236,5 +231,5 @@ def test_a_directory_is_made_with_its_first_file(tmp_path: Path) -> None:
     """So that a command that is refused leaves none."""
     views = views_of(tmp_path / "deep" / "cache")
     assert not (tmp_path / "deep").exists()
-    views.load(noise(0))
+    views.load(noise(90, 60, 0))
     assert len(files(tmp_path / "deep" / "cache")) == 1

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kempnerforge.config.data import DataConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.data import Batch, Encoder, SampleError, Source, build_loader, build_source
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.stream import BLOCK, RowStream
+from tests.data.samples import built
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -44,12 +44,6 @@ def write_parquet(folder: Path, sizes: list[int], image: bytes, row_group: int =
 
 def streamed(**keys: Any) -> HFStreamConfig:
     return HFStreamConfig(**{"ignore_columns": ["unread"]} | keys)
-
-
-def built(cfg: DataConfig, split: str = "train") -> Source:
-    source = build_source(cfg, split)
-    assert source is not None
-    return source
 
 
 def answer(source: Source, index: int) -> Any:

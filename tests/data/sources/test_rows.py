@@ -21,18 +21,10 @@ from kempnerforge.data.sources.captions import CaptionsConfig
 from kempnerforge.data.sources.interleaved import InterleavedConfig
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.sources.rows import CsvRows, JsonLines, JsonList, json_rows
-from tests.data.conftest import ListSource
-from tests.data.test_file_sources import built, said
+from tests.data.samples import ListSource, built
+from tests.data.sources.test_file_sources import said
 
 NOTHING = lambda row: (0, 0)
-
-
-@pytest.fixture
-def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    return datasets
 
 
 # ---- where rows stand ------------------------------------------------------------------------------------------------------
