@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-if TYPE_CHECKING:
-    from kempnerforge.distributed.world import World
+from kempnerforge.contract.fixtures import ranks, world
+
+__all__ = ["ranks", "world"]
+pytest.register_assert_rewrite("kempnerforge.contract.model_checks", "kempnerforge.contract.training_checks")
 
 os.environ["OMP_NUM_THREADS"] = "1"
 """Read when torch is imported. Threads of parallel tests would spin against each other, and the last bit of long sums depends on their number."""
@@ -26,13 +26,3 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 settings.register_profile("shared cores", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared cores")
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """The process group of this process alone."""
-    from kempnerforge.config import DistributedConfig
-    from kempnerforge.distributed.world import start, stop
-
-    yield start(DistributedConfig())
-    stop()

@@ -25,7 +25,7 @@ LAYERS = [
     {"eval", "interop"},
     {"vlm"},
     {"training"},
-    {"inference", "convert", "inspection"},
+    {"inference", "convert", "inspection", "contract"},
     {"serve", "study"},
     {"cli"},
 ]

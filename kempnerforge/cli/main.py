@@ -22,7 +22,7 @@ from kempnerforge.util.paths import place_of
 from kempnerforge.util.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
 
 TRUST = "--trust-plugins"
-COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "report", "import", "export", "config")
+COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "report", "import", "export", "contract", "config")
 
 EPILOG = """\
 Any key of the config can be given on the command line, as --section.key=value or --section.key value. The record of a run, a checkpoint

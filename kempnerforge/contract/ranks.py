@@ -1,11 +1,10 @@
-"""What the ranks of the contract suite run."""
+"""The contract suite on two processes: what each of them runs, and the auxiliary losses that it adds."""
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-import traceback
+import time
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
+from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, PLUGINS, THREE, Plugin, Tiny, full, install, load, tiny
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
-from tests.vlm.tiny import LATE, NO_IMAGE, ONE, THREE, Tiny, full, install, tiny
 
 AUX, FROZEN, RECOMPUTED, COMPILED, TRACED = "aux", "frozen", "recomputed", "compiled", "traced"
 """``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code is made of them, which takes minutes."""
@@ -26,26 +27,37 @@ SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 
 
-def two_ranks(folder: str, modules: str, *cases: str) -> None:
-    """Two optimizer steps of every case "arch:mask:how+how"; rank 0 writes loss and whole gradients of each.
-
-    Args:
-        modules: joined by commas, what has to be imported for the archs to be known.
-    """
-    code = 0
+def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
+    """Runs ``cases`` on two new processes; see ``_rank``. What stopped them early; empty if nothing did."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of the system's choice that is ours from now on
+    ranks = start_processes(_rank, (store.port, str(folder), PLUGINS, list(cases)), nprocs=2, join=False, start_method="forkserver")
+    assert ranks is not None
+    deadline = time.monotonic() + timeout_s
     try:
-        for name in filter(None, modules.split(",")):
-            importlib.import_module(name)
-        waits_for_compiler = any(COMPILED in case or TRACED in case for case in cases)  # of the other rank
-        world = start(DistributedConfig(timeout_s=900 if waits_for_compiler else 60))
-        for case in cases:
-            two_steps(case, world, Path(folder) / case)
-        stop()
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)
+        while not ranks.join(timeout=1):
+            if time.monotonic() > deadline:
+                return f"two processes took more than {timeout_s:g} s"
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        return str(error)
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    return ""
+
+
+def _rank(rank: int, port: int, folder: str, plugins: Sequence[Plugin], cases: Sequence[str]) -> None:
+    """Two optimizer steps of every case "arch:mask:how+how"; rank 0 writes loss and whole gradients of each."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    for plugin in plugins:
+        load(plugin)
+    waits_for_compiler = any(COMPILED in case or TRACED in case for case in cases)  # of the other rank
+    world = start(DistributedConfig(timeout_s=900 if waits_for_compiler else 60))
+    for case in cases:
+        two_steps(case, world, Path(folder) / case)
+    stop()
+    os._exit(0)  # gloo may abort while the interpreter shuts down
 
 
 def two_steps(case: str, world: World, out: Path) -> None:
