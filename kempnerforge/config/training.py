@@ -172,7 +172,7 @@ class MetricsConfig:
 
 @dataclass
 class EvalConfig:
-    """Exact match of generated answers on the held-out split.
+    """Metrics on the held-out split.
 
     Attributes:
         interval: steps between evaluations during training; 0 means none.
@@ -182,12 +182,13 @@ class EvalConfig:
         max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside the score: no model can write
             them whole.
         blind: repeat each evaluation with blank images.
+        shuffled: repeat each evaluation with the images of other questions.
         exact_match: generate an answer to each held-out question and compare it with the truth.
         loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no questions it is always measured.
         text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the perplexity: what is left of the
             language model, or has become of it.
         text_window: tokens of it that are read together, each after those before it.
-        tasks: further metrics by name, from ``kempnerforge/eval/tasks/`` or plugins.
+        tasks: further metrics by name: docs/tasks.md, or of plugins.
         options: of a task in ``tasks``, by its name: ``[eval.options.NAME]``.
     """
 
@@ -199,6 +200,7 @@ class EvalConfig:
     batch_size: int = 512
     max_new_tokens: int = 16
     blind: bool = True
+    shuffled: bool = False
     exact_match: bool = True
     loss: bool = False
     text_path: PathText = ""

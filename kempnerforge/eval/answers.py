@@ -21,12 +21,17 @@ from kempnerforge.eval.questions import Question, Truth, Truths, plain
 from kempnerforge.util.errors import InputError
 
 
+class Cut(str):
+    """An answer that ended at the limit of its length, not with an end token."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """A question and what the model wrote.
 
     Attributes:
         number: of the question among the held-out ones.
+        text: a ``Cut`` if the model did not end it.
         truth: what is right, as the tokenizer writes it.
         too_long: that takes more tokens than an answer may have.
     """
@@ -65,6 +70,11 @@ class Answers:
     def too_long(self) -> int:
         """Questions among ``total`` whose true answer cannot be written whole."""
         return sum(answer.too_long for answer in self.answers)
+
+    @property
+    def cut(self) -> int:
+        """Answers among ``total`` that the model did not end within the limit of their length."""
+        return sum(isinstance(answer.text, Cut) for answer in self.answers)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -199,7 +209,8 @@ def _generate(
         sampling=Sampling(),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
-    return {key: encoder.tokenizer.decode(ids) for key, ids in zip(keys, made, strict=bool(keys))}
+    said = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}
+    return {key: Cut(text) if tokens == most else text for key, (tokens, text) in said.items()}
 
 
 class _Pictures:

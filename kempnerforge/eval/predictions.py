@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kempnerforge.eval.answers import Cut
 from kempnerforge.eval.evaluate import Measured
 from kempnerforge.eval.task import Found
 from kempnerforge.util.errors import InputError
@@ -42,11 +43,12 @@ def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, 
     * ``compared``: the truth as the tokenizer writes it, which decides and by which answers are grouped;
     * ``truth_tokens``, ``too_long``: its tokens, the end included; whether the model may not write as many;
     * ``also_right``: further right answers;
-    * ``answer``, ``right``: with the images; ``answer_blind``, ``right_blind``: without;
+    * ``answer``, ``right``, ``cut``: with the images, and whether the model did not end it;
+    * ``answer_blind``, ``right_blind``: with blank images; with ``eval.shuffled`` the same of images of other questions;
     * ``unreadable``: why it could not be asked, else null. All that is not known is null.
 
     The questions of a task other than exact match follow in lines of their own, with its name as ``task``,
-    and the worth of the answers as ``points`` and ``points_blind``.
+    and the worth of the answers as ``points``, ``points_blind`` and ``points_shuffled``.
 
     Args:
         skipped: (sample id, reason) of what no question could be made of.
@@ -65,7 +67,8 @@ def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, 
 def _rows(task: str, found: Found) -> Iterator[dict[str, Any]]:
     if (seeing := found.seeing) is None:
         return
-    told = [(score, suffix) for score, suffix in ((seeing, ""), (found.blind, "_blind")) if score is not None]
+    scores = ((seeing, ""), (found.blind, "_blind"), (found.shuffled, "_shuffled"))
+    told = [(score, suffix) for score, suffix in scores if score is not None]
     said = {
         (answer.number, suffix): (answer, points)
         for score, suffix in told
@@ -73,12 +76,14 @@ def _rows(task: str, found: Found) -> Iterator[dict[str, Any]]:
     }
     for number, question in seeing.asked.items():
         row = dict.fromkeys(KEYS) | {"id": question.sample_id, "prompt": question.prompt, "kind": question.kind, "truth": question.truth}
+        row |= {"cut": None} | ({"answer_shuffled": None, "right_shuffled": None} if found.shuffled is not None else {})
         if task:
             row |= {"task": task, "points": None, "points_blind": None}
-        for suffix in ("", "_blind"):
+        for _, suffix in told:
             if (number, suffix) in said:
                 answer, points = said[number, suffix]
                 row |= {"compared": answer.truth.text, "truth_tokens": answer.truth.tokens, "too_long": answer.too_long}
                 row |= {"also_right": list(answer.truth.others), f"answer{suffix}": answer.text, f"right{suffix}": answer.right}
                 row |= {f"points{suffix}": float(points)} if task else {}
+                row |= {} if suffix else {"cut": isinstance(answer.text, Cut)}
         yield row | {"unreadable": seeing.unreadable.get(number)}

@@ -64,6 +64,11 @@ class Question:
     references: tuple[str, ...] = ()
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """All answers that were given: ``truth``, then ``references``."""
+        return self.truth, *self.references
+
+    @property
     def also_right(self) -> list[str]:
         """The different ``references`` that are not ``truth``."""
         return [text for text in dict.fromkeys(self.references) if text != self.truth]

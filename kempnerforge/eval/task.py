@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from kempnerforge.config import registry
+from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.answers import Answer, Answers, ask
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.questions import Question
@@ -37,18 +38,20 @@ class Score(Answers):
     @cached_property
     def by_truth(self) -> dict[str, tuple[float, int]]:
         """(points, total) of the questions with this answer, as the tokenizer writes it."""
-        return self._by(lambda answer: answer.truth.text)
-
-    @cached_property
-    def by_kind(self) -> dict[str, tuple[float, int]]:
-        """(points, total) of the questions of this kind, where they have one."""
-        return {kind: counts for kind, counts in self._by(lambda answer: answer.question.kind).items() if kind}
-
-    def _by(self, key: Callable[[Answer], str]) -> dict[str, tuple[float, int]]:
         groups: dict[str, list[float]] = defaultdict(list)
         for answer, points in zip(self.answers, self.points, strict=True):
-            groups[key(answer)].append(points)
+            groups[answer.truth.text].append(points)
         return {name: (sum(points), len(points)) for name, points in sorted(groups.items())}
+
+    def kinds(self) -> dict[str, Score]:
+        """The part of each kind of question, where they have one."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for at, answer in enumerate(self.answers):
+            groups[answer.question.kind].append(at)
+        return {kind: self._part(groups[kind]) for kind in sorted(groups) if kind}
+
+    def _part(self, places: Sequence[int]) -> Score:
+        return replace(self, answers=[self.answers[at] for at in places], points=[self.points[at] for at in places])
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class Found:
 
     Attributes:
         values: numbers by the key under which they are recorded.
-        seeing, blind: the answers with the images and without; None where no question was asked.
+        seeing, blind: the answers with the images and with blank ones; None where no question was asked.
+        shuffled: with the images of other questions.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     seeing: Score | None = None
     blind: Score | None = None
+    shuffled: Score | None = None
 
 
 # ---- the report -----------------------------------------------------------------------------------------
@@ -141,14 +146,14 @@ class Task:
 class QuestionTask(Task):
     """A task that scores answers to held-out questions. A subclass says what one answer is worth: ``points``.
 
-    It records ``eval/NAME``, the mean; ``eval/NAME_questions``, ``_unreadable`` and ``_too_long``: the
-    questions asked, those that could not be, and those whose true answer is longer than the model may write;
-    ``eval/NAME/KIND`` by kind of question. With ``eval.blind`` the same questions are asked with blank
-    images: ``eval/NAME_blind``.
+    It records ``eval/NAME``, the mean of the points; ``eval/NAME_questions``, ``_unreadable``, ``_too_long`` and ``_cut``: the
+    questions asked, those that could not be asked, those whose true answer is longer than the model may write, and the answers that
+    the model did not end; ``eval/NAME/KIND`` by kind of question. With ``eval.blind`` the same questions are asked with blank images:
+    ``eval/NAME_blind``; with ``eval.shuffled`` with the images of other questions: ``eval/NAME_shuffled``.
 
     Attributes:
         max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.
-        share: the mean is a share, shown as percent.
+        share: the score is a share, shown as percent.
         counts: what the keys of the counts begin with; None: NAME and "_".
     """
 
@@ -165,6 +170,10 @@ class QuestionTask(Task):
         """What each of all answers is worth, for metrics that compare them with each other."""
         return [self.points(answer) for answer in answers]
 
+    def value(self, score: Score) -> float:
+        """The score of some answers. By default the mean of their points."""
+        return score.mean
+
     def question(self, question: Question) -> Question | None:
         """A held-out question as this task asks it; None: it does not."""
         return question
@@ -174,52 +183,86 @@ class QuestionTask(Task):
         return ask(exam, asked, blind=blind, max_new_tokens=self.max_new_tokens)
 
     def further(self, score: Score) -> dict[str, float]:
-        """Values besides the mean, by what follows NAME in their keys: by kind of question."""
-        return {f"/{kind}": points / total for kind, (points, total) in score.by_kind.items()}
+        """Values besides the score, by what follows NAME in their keys: by default the score of each kind of question."""
+        return {f"/{kind}": self.value(part) for kind, part in score.kinds().items()}
 
     def measure(self, exam: Exam) -> Found | None:
         if exam.held_out is None or not (asked := exam.held_out.draw(exam.limit, exam.encoder.seed, self.question)):
             return None
-        key, count = f"eval/{self.name}", f"eval/{self._counts}"
+        count = f"eval/{self._counts}"
         seeing = self._score(exam, asked, blind=False)
-        unreadable = len(exam.held_out.skipped) + len(seeing.unreadable)
-        values = {
-            key: seeing.mean,
-            f"{count}questions": seeing.total,
-            f"{count}unreadable": unreadable,
-            f"{count}too_long": seeing.too_long,
-        }
-        values |= {key + suffix: value for suffix, value in self.further(seeing).items()}
-        if not (exam.cfg.blind and exam.encoder.layout.image_size):
-            return Found(values, seeing)
-        same = {answer.number: answer.question for answer in seeing.answers}  # so that the two can be compared
-        blind = self._score(exam, same, blind=True)
-        values |= {f"{key}_blind": blind.mean, **{f"{key}_blind{suffix}": value for suffix, value in self.further(blind).items()}}
-        return Found(values, seeing, blind)
+        found = Found(
+            {
+                **self._values(seeing, ""),
+                f"{count}questions": seeing.total,
+                f"{count}unreadable": len(exam.held_out.skipped) + len(seeing.unreadable),
+                f"{count}too_long": seeing.too_long,
+                f"{count}cut": seeing.cut,
+            },
+            seeing,
+        )
+        if not exam.encoder.layout.image_size:
+            return found
+        same = {answer.number: answer.question for answer in seeing.answers}  # so that the scores can be compared
+        if exam.cfg.blind:
+            blind = self._score(exam, same, blind=True)
+            found = replace(found, values={**found.values, **self._values(blind, "_blind")}, blind=blind)
+        if exam.cfg.shuffled and (others := with_other_images(same)):
+            shuffled = self._score(exam, others, blind=False)
+            found = replace(found, values={**found.values, **self._values(shuffled, "_shuffled")}, shuffled=shuffled)
+        return found
 
     def rows(self, facts: Facts) -> list[ReportRow]:
-        seen, blind = facts.result(self.name), facts.result(f"{self.name}_blind")
-        if seen is None:
+        if (seen := facts.result(self.name)) is None:
             return []
         shown = (lambda value: percent(value)) if self.share else (lambda value: f"{value:.4g}")
         unit, title = "%" if self.share else "", self.title or self.name
         rows = [ReportRow(title, shown(seen), unit, self.beside(facts).removeprefix("; "))]
-        return rows if blind is None else [*rows, ReportRow(f"Blind {title}", shown(blind), unit, "image blanked: the same questions")]
+        for name, about in (("Blind", "image blanked: the same questions"), ("Shuffled", "images of other questions: the same questions")):
+            if (value := facts.result(f"{self.name}_{name.lower()}")) is not None:
+                rows.append(ReportRow(f"{name} {title}", shown(value), unit, about))
+        return rows
 
     def curves(self) -> list[ReportCurve]:
         key, title = f"eval/{self.name}", self.title or self.name
-        return [ReportCurve(title, "mean over questions", {key: title, f"{key}_blind": "image blanked"}, self.share)]
+        lines = {key: title, f"{key}_blind": "image blanked", f"{key}_shuffled": "images of other questions"}
+        return [ReportCurve(title, "over questions", lines, self.share)]
 
     def beside(self, facts: Facts) -> str:
         """What has to be known of the questions, each part after a semicolon."""
         asked = "" if self.counts == "" else facts.beside(f"{self._counts}questions", "questions")
-        cut = facts.beside(f"{self._counts}too_long", f"cannot be written in {'' if self.max_new_tokens else 'eval.'}max_new_tokens")
+        limit = f"{'' if self.max_new_tokens else 'eval.'}max_new_tokens"
+        cut = facts.beside(f"{self._counts}too_long", f"cannot be written in {limit}")
+        if facts.result(f"{self._counts}cut"):
+            cut += facts.beside(f"{self._counts}cut", "answers were cut there")
         return asked + facts.beside(f"{self._counts}unreadable", "could not be asked") + cut
 
     @property
     def _counts(self) -> str:
         return f"{self.name}_" if self.counts is None else self.counts
 
+    def _values(self, score: Score, suffix: str) -> dict[str, float]:
+        key = f"eval/{self.name}{suffix}"
+        return {key: self.value(score), **{key + more: value for more, value in self.further(score).items()}}
+
     def _score(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Score:
         said = self.answers(exam, asked, blind)
         return Score(said.asked, said.answers, said.unreadable, self.all_points(said.answers))
+
+
+def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:
+    """Each question with the images of another one that has as many: a score that does not fall says that images are not used.
+
+    The other one is half of the list away, as questions about one picture are often neighbours. Questions whose images are the only
+    ones of their number are left out.
+    """
+    by_count: dict[int, dict[Sequence[ImageSource], list[int]]] = defaultdict(dict)
+    for number, question in asked.items():
+        by_count[len(question.images)].setdefault(question.images, []).append(number)
+    found = dict[int, Question]()
+    for groups in by_count.values():
+        images, half = list(groups), len(groups) // 2
+        for own, other in zip(images, images[half:] + images[:half], strict=True):
+            if own != other and len(own):
+                found |= {number: replace(asked[number], images=other) for number in groups[own]}
+    return dict(sorted(found.items()))

@@ -14,13 +14,13 @@ class Facts:
 
     HEADER = ("name", "arch", "parameters", "trainable_parameters", "steps", "train_s", "device")
     TILES = (
-        "questions", "unreadable", "too_long", "exact_match", "exact_match_blind", "question_only_prior", "loss", "loss_samples",
+        "questions", "unreadable", "too_long", "cut", "exact_match", "exact_match_blind", "exact_match_shuffled", "question_only_prior", "loss", "loss_samples",
         "loss_unreadable", "tokens_per_s", "images_per_s", "by_answer",
     )  # fmt: skip
 
     def __init__(self, summary: Mapping[str, object], metrics: Metrics, tasks: Sequence[str] = ()) -> None:
         self.summary, self.metrics = summary, metrics
-        groups, ends = summary.get("by_answer"), ("", "_blind", "_questions", "_unreadable", "_too_long")
+        groups, ends = summary.get("by_answer"), ("", "_blind", "_shuffled", "_questions", "_unreadable", "_too_long", "_cut")
         self._shown = {*self.HEADER, *self.TILES, *(name + end for name in tasks for end in ends)}
         self._last = metrics.last_evaluation()
         self.by_answer: dict[str, tuple[int, int]] = {}

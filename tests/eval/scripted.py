@@ -162,7 +162,7 @@ def facts(score: Score, loss: HeldOutLoss) -> dict[str, Any]:
     return {
         "counts": [score.right, score.total, score.too_long],
         "by_truth": score.by_truth,
-        "by_kind": score.by_kind,
+        "by_kind": {kind: (part.right, part.total) for kind, part in score.kinds().items()},
         "answers": [(a.number, a.question.sample_id, a.text, a.right) for a in score.answers],
         "unreadable": score.skipped,
         "loss": [loss.nats, loss.samples],

@@ -285,7 +285,10 @@ def test_an_answer_ends_where_its_template_says() -> None:
 def test_each_kind_is_counted_alone() -> None:
     samples = [Sample(str(k), (), (Text("what colour?", truth, kind=kind),)) for k, (truth, kind) in enumerate(KINDS)]
     score = evaluate(Scripted(lambda prompt, level: "red"), asked_of(samples), TEXT_ENCODER, CFG)
-    assert score.by_kind == {"counting": (1, 2), "reading": (1, 1)} and (score.right, score.total) == (2, 4)
+    assert {kind: (part.right, part.total) for kind, part in score.kinds().items()} == {"counting": (1, 2), "reading": (1, 1)} and (
+        score.right,
+        score.total,
+    ) == (2, 4)
 
 
 KINDS = [("red", "reading"), ("blue", "counting"), ("red", "counting"), ("blue", "")]

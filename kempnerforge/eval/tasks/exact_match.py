@@ -47,6 +47,8 @@ class ExactMatch(QuestionTask):
         if blind is not None:
             about = "image blanked" + (f"; {base[1]}: {format_percent(base[0])}" if base else ": the same questions")
             rows.append(ReportRow("Blind exact match", percent(blind), "%", about))
+        if (other := facts.result("exact_match_shuffled")) is not None:
+            rows.append(ReportRow("Shuffled exact match", percent(other), "%", "images of other questions"))
         if seen is not None and blind is not None:
             points = f"{100 * (seen - blind):+.1f}".replace("-", "−")
             rows.append(ReportRow("What the image adds", points, "points", "difference of the two"))
@@ -54,6 +56,7 @@ class ExactMatch(QuestionTask):
 
     def curves(self) -> list[ReportCurve]:
         lines = {"eval/exact_match": "exact match", "eval/exact_match_blind": "image blanked"}
+        lines |= {"eval/exact_match_shuffled": "images of other questions"}
         return [ReportCurve("Accuracy", "share of answers that match", lines, share=True, baseline=True)]
 
 
