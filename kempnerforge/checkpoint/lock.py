@@ -27,6 +27,21 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
+def holder(run_dir: Path) -> str:
+    """The pid of the process that holds the lock of ``run_dir``; empty: none does."""
+    try:
+        descriptor = os.open(Path(run_dir) / ".lock", os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+    finally:
+        os.close(descriptor)
+    return ""
+
+
 class RunLock:
     """Holds ``run_dir/.lock`` from construction until ``release``, the end of a ``with`` block, or the end of the process, however it ends.
     Released, the file is gone: a job that only looked leaves nothing behind.

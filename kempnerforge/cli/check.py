@@ -72,7 +72,7 @@ def _export(assembly: Assembly) -> dict[str, str | None]:
 
 
 def _as_json(plan: StagePlan) -> dict[str, Any]:
-    from kempnerforge.inspection.accounting import GenerationCost
+    from kempnerforge.training.accounting import GenerationCost
 
     modules = {
         m.name: {

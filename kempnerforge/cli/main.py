@@ -22,7 +22,10 @@ from kempnerforge.util.paths import place_of
 from kempnerforge.util.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
 
 TRUST = "--trust-plugins"
-COMMANDS = ("train", "check", "inspect", "data", "generate", "chat", "serve", "eval", "report", "import", "export", "contract", "config")
+COMMANDS = (
+    *("train", "study", "check", "inspect", "data", "generate", "chat", "serve"),
+    *("eval", "report", "import", "export", "contract", "config"),
+)
 
 EPILOG = """\
 Any key of the config can be given on the command line, as --section.key=value or --section.key value. The record of a run, a checkpoint
@@ -152,7 +155,7 @@ def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, CheckpointError):
-        return 3 if name == "train" else 2
+        return 3 if name in ("train", "study") else 2
     lost_peer = any(word in str(error) for word in ("Connection reset", "Connection closed", "Timed out", "gloo"))
     return 3 if isinstance(error, (TrainingFault, DistError)) or (lost_peer and _caller(error) in (PACKAGE, "torch")) else None
 

@@ -22,6 +22,7 @@ JOB_KEYS = (
     "num_workers",
     "max_bad_fraction",
     "image_cache_mib",
+    "validation",
 )
 """Keys that hold for a whole job and not for one part of a mixture."""
 
@@ -55,6 +56,8 @@ class DataConfig:
         max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run, and of those held
             out it keeps the run from starting.
         image_cache_mib: decoded images kept in memory, per process.
+        validation: share of the training samples that is held out in place of the held-out split, which is not read then: for choosing a
+            learning rate, say. 0: none.
         images: what an image becomes: one square or several, and how it is changed in training.
         needs_images: no key, but a fact about the class: its samples make no sense to a job without ``[vlm]``.
         unread: no key either: the keys above that samples of this class have no use for.
@@ -79,6 +82,7 @@ class DataConfig:
     num_workers: int = 0
     max_bad_fraction: float = 0.01
     image_cache_mib: int = 256
+    validation: float = 0.0
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
     def sections(self) -> list[DataConfig]:
@@ -98,7 +102,7 @@ class DataConfig:
         at_least(self, 300, "tokenizer_vocab_size")
         at_most(self, 1 << 22, "tokenizer_vocab_size")
         at_most(self, 1024, "num_workers")
-        fraction(self, "max_bad_fraction")
+        fraction(self, "max_bad_fraction", "validation")
         if not self.image_placeholder.strip() or set(self.image_placeholder) & set("{}"):
             raise InputError(f"image_placeholder = {self.image_placeholder!r}: must not be blank or hold a brace")
         only_if(self, False, "a source of prompts, answers and images", *self.unread)

@@ -211,7 +211,7 @@ def parse_overrides(arguments: Sequence[str], problems: Problems) -> list[tuple[
                 problems.add((), f"--{name}: needs a value, as in --{name}=...")
                 continue
             text = rest.pop(0)
-        key = _dotted(name)
+        key = dotted(name)
         if key is None:
             problems.add((), f"--{name}: must look like --section.key=value")
             continue
@@ -219,7 +219,8 @@ def parse_overrides(arguments: Sequence[str], problems: Problems) -> list[tuple[
     return found
 
 
-def _dotted(name: str) -> Key | None:
+def dotted(name: str) -> Key | None:
+    """The parts of a dotted TOML key; None: it is none."""
     try:
         table: Any = tomli.loads(f"{name} = 0")
     except ValueError:

@@ -43,7 +43,16 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
         ConfigError: with one line for each thing that is wrong.
     """
     origin = COMMAND_LINE if path is None else str(path)
-    layers = [] if path is None else read_layers(place_of(path))
+    return load_layers([] if path is None else read_layers(place_of(path)), origin, overrides)
+
+
+def load_layers(layers: Sequence[Layer], origin: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """As ``load_config``, of tables that have been read already.
+
+    Args:
+        layers: the most basic one first.
+        origin: the file, for messages about what is in none of them.
+    """
     arguments = Problems(COMMAND_LINE)
     given = parse_overrides(overrides, arguments)
     plugins = _load_plugins(layers, given)

@@ -27,7 +27,7 @@ from kempnerforge.config.training import TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
 from kempnerforge.util.errors import InputError, Key, Problems
 
-_FIXED = {"data": ("tokenizer", "tokenizer_vocab_size"), "optimizer": ("name",), "scheduler": ()}
+_FIXED = {"data": ("tokenizer", "tokenizer_vocab_size", "validation"), "optimizer": ("name",), "scheduler": ()}
 """Keys that hold for the whole run."""
 _TRAIN_KEYS = ("batch_size", "grad_accum_steps", "seq_len")
 STAGED = ("data", "train", "optimizer", "scheduler")

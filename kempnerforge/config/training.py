@@ -134,12 +134,12 @@ class TrackerConfig:
 
 @dataclass
 class HookConfig:
-    """One ``[[hooks]]`` table: a hook of a plugin. They run in this order, after evaluation.
+    """One ``[[hooks]]`` table. They run in this order, after evaluation.
 
     Subclasses register with ``@registry.register_hook_config``.
 
     Attributes:
-        type: which hook, of a plugin.
+        type: which hook: "study", or one of a plugin.
     """
 
     type: str = ""

@@ -12,7 +12,7 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
-from kempnerforge.inspection.accounting import Cost, GenerationCost, cost, generation_cost
+from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
 from kempnerforge.training.optimizer import rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
@@ -56,14 +56,14 @@ def plan(job: JobConfig) -> Plan:
     """
     assembly = assemble(job, device="meta")
     assembly.check_held_out()
-    _check_patterns(assembly)
+    check_patterns(assembly)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
 
 
-def _check_patterns(assembly: Assembly) -> None:
-    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. Which weights a
-    run begins with that reads some, or goes on, is known when it reads them.
+def check_patterns(assembly: Assembly) -> None:
+    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. With which
+    weights a run begins that reads some, or goes on, is known when it reads them.
     """
     job = assembly.job
     patterns = job.module_patterns()
@@ -135,7 +135,7 @@ def dry_run(job: JobConfig) -> list[str]:
     for section in (section for stage in assembly.stages for section in stage.data.sections()):
         section.images.cache_dir = ""  # nor into a cache
     assembly.check_held_out()
-    _check_patterns(assembly)
+    check_patterns(assembly)
     lines = [f"warning: {line}" for line in assembly.warnings()]
     for stage in assembly.stages:
         batch = next(assembly.batches(stage, stage.start))

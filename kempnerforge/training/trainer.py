@@ -99,6 +99,7 @@ class Trainer:
         stop_requested: a signal has asked this process to stop.
         stopping: and all ranks know of one that was asked.
         unevaluated: the evaluation of ``step`` was broken off; it is made on resume.
+        data: what the last step was trained with.
         recorded: digest of the metrics that the restored checkpoint was saved with.
 
     Args:
@@ -136,6 +137,7 @@ class Trainer:
         self.bad_samples: list[tuple[str, str]] = []
         self._batches: Iterator[Batch] | None = None
         self._ahead: Data | None = None
+        self.data: Data | None = None
         self._stage: Stage | None = None
 
     @property
@@ -247,7 +249,7 @@ class Trainer:
         """
         begin = time.perf_counter()
         data, self._ahead = self._ahead or self._counted(self.next_batches()), None
-        batches, targets = data.batches, data.targets
+        self.data, batches, targets = data, data.batches, data.targets
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         rates = self.optimizers.set_step(self.stage, self.step)
         loss, aux_loss = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)

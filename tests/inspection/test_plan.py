@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.config import load_config, registry
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.eval.generate import generate
-from kempnerforge.inspection.accounting import Cost, GenerationCost, _counter, cost, generation_cost
 from kempnerforge.inspection.plan import dry_run, plan
 from kempnerforge.inspection.rows_page import inspect_stages
 from kempnerforge.model.transformer import Cache
+from kempnerforge.training.accounting import Cost, GenerationCost, _counter, cost, generation_cost
 from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import Output
 from kempnerforge.vlm.joint_decoder import JointDecoder

@@ -8,6 +8,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.source import Source
 from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.data.validation import Cut
 from kempnerforge.util.errors import InputError
 
 
@@ -21,9 +22,9 @@ def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None
         ValueError: unknown source; data that are missing or not what ``cfg`` says.
     """
     kind: type[Source] = registry.sources.get(cfg.source)
-    if not kind.has(cfg, split):
+    if not kind.has(cfg, "train" if cfg.validation else split):
         return None
-    source = kind(cfg, split)
+    source = Cut(kind(cfg, "train"), split) if cfg.validation else kind(cfg, split)
     if len(source) < 1:
         raise InputError(f"data.source = {cfg.source!r}: no samples in split {split!r}")
     return source if tokenizer is None else source.tokenised(tokenizer, seq_len)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from kempnerforge.config import JobConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.eval.generate import generate
 from kempnerforge.eval.mode import mode
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import VLM, Output
+from kempnerforge.vlm.build import build_model
 from kempnerforge.vlm.parts import part_of, parts
 
 REST = ""
@@ -220,6 +222,43 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
         modules.append(ModuleCost(shown, sum(sizes), sum(train), forward.get(part, 0) / rows, backward.get(part, 0) / rows))
     state = sum(p.numel() * (4 + compute_bytes % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items())
     return Cost(modules, state, sum(kept.values()))
+
+
+class TrainingFlops:
+    """FLOPs of training on a micro-batch, forward and backward, the vision tower included. A batch whose shapes were met before is not counted
+    again: of batches that differ in the number of their targets alone, the head's FLOPs are the only difference, and they are linear in it.
+
+    NOTE: features that ``train.feature_cache`` has are counted as if they were computed.
+
+    Args:
+        job: ``model.vocab_size`` is set.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        self.model = build_model(job, "meta")
+        self._slopes: dict[frozenset[str], int] = {}
+        self._known: dict[tuple[object, ...], tuple[int, int]] = {}  # shapes -> (targets, FLOPs)
+
+    def count(self, batch: Batch, trainable: frozenset[str]) -> int:
+        """FLOPs of ``batch`` where the parameters named ``trainable`` train."""
+        images = None if batch.images is None else batch.images.shape
+        layout = (batch.row_images, batch.row_words, batch.leading_images, batch.has_documents, batch.documents)
+        shapes = (trainable, batch.input_ids.shape, images, batch.image_index.shape, *layout)
+        if shapes not in self._known:
+            self._known[shapes] = batch.num_targets, self._run(batch, trainable)
+        targets, flops = self._known[shapes]
+        if trainable not in self._slopes:
+            more = replace(batch, targets=torch.cat([batch.targets, batch.targets[:1]]))
+            self._slopes[trainable] = self._run(more, trainable) - self._run(batch, trainable)
+        return flops + self._slopes[trainable] * (batch.num_targets - targets)
+
+    def _run(self, batch: Batch, trainable: frozenset[str]) -> int:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        with torch.random.fork_rng(devices=[]), mode(self.model, training=True), _counter() as counter:
+            self.model(batch.to("meta")).total.backward()
+        self.model.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
 
 
 class _Metered(nn.Module):

@@ -1,0 +1,70 @@
+"""``kempnerforge study``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kempnerforge.cli.numbers import whole
+from kempnerforge.util.errors import visible
+
+if TYPE_CHECKING:
+    from kempnerforge.study.config import Study
+
+HELP = """Compare many runs: rows (architectures, say) times seeds, with one budget for all.
+
+STUDY.toml is a config with a [study] table; docs/studies.md describes it. "plan" shows what would be run and what it costs. "run" tunes and trains
+one cell after another, and goes on where it was stopped or killed. "status" says where it is.
+Exit code 3 of "run": a cell has failed; the others are done, and the same command tries it again."""
+ACTIONS = ("plan", "run", "status")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("study", type=Path, metavar="STUDY.toml")
+    parser.add_argument("--jobs", type=whole(1), metavar="N", help="of run: cells at the same time (default: study.jobs)")
+    parser.add_argument("--json", action="store_true", help="of plan and status: one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    from kempnerforge.study.config import load_study
+
+    study = load_study(args.study, args.overrides)
+    return {"plan": _plan, "run": _run, "status": _status}[args.action](study, args)
+
+
+def _plan(study: Study, args: argparse.Namespace) -> int:
+    from kempnerforge.study.show import plan_lines, plan_table
+
+    table = plan_table(study)
+    print(json.dumps(table) if args.json else "\n".join(plan_lines(study, table)))
+    return 0
+
+
+def _status(study: Study, args: argparse.Namespace) -> int:
+    from kempnerforge.study.show import status_lines, status_table
+
+    table = status_table(study)
+    print(json.dumps(table) if args.json else visible("\n".join(status_lines(table)), keep="\n"))
+    return 0
+
+
+def _run(study: Study, args: argparse.Namespace) -> int:
+    import signal
+
+    from kempnerforge.study.progress import run_study
+    from kempnerforge.study.run import Stopped
+    from kempnerforge.util.process import INTERRUPTED
+
+    try:
+        done = run_study(study, args.jobs or study.cfg.jobs)
+    except Stopped as stopped:
+        said = "stopped: the cells are saved; the same command goes on"
+        if stopped.number == signal.SIGINT:
+            raise KeyboardInterrupt(said) from None
+        print(said, file=sys.stderr)
+        return INTERRUPTED
+    return 0 if done else 3

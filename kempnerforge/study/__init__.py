@@ -1,0 +1,1 @@
+"""Many runs as one comparison: plan, run, tune, statistics, report."""

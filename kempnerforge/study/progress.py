@@ -1,0 +1,83 @@
+"""A study as it is: the budget of each row, the trials and cells that are known, and where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.study.budget import Planned, plan_row, plan_rows
+from kempnerforge.study.cells import Cell, cell_of, rows_of
+from kempnerforge.study.config import Study
+from kempnerforge.study.run import execute, is_finished
+from kempnerforge.study.tune import Tuned, trials_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a study now.
+
+    Attributes:
+        planned: every row with its budget, and what was chosen for it if it is tuned.
+        tuned: the trials of each row; empty where nothing is tuned.
+        cells: seed by seed, of the rows whose trials are over.
+    """
+
+    planned: list[Planned]
+    tuned: list[Tuned]
+    cells: list[Cell]
+
+    @property
+    def trials(self) -> list[Cell]:
+        return [trial.cell for tuned in self.tuned for trial in tuned.trials]
+
+
+def look(study: Study) -> Progress:
+    """What the directory of ``study`` says.
+
+    Raises:
+        InputError: a row is wrong, or cannot get the budget.
+    """
+    planned = plan_rows(study, rows_of(study))
+    if study.cfg.tune is None:
+        return Progress(planned, [], _cells(study, planned))
+    tuned = [trials_of(study, one.row, one.asked) for one in planned]
+    chosen = [plan_row(study, one.row, one.asked, found.overrides) for one, found in zip(planned, tuned, strict=True)]
+    known = [one for one, found in zip(chosen, tuned, strict=True) if found.best is not None]
+    return Progress(chosen, tuned, _cells(study, known))
+
+
+def _cells(study: Study, planned: list[Planned]) -> list[Cell]:
+    folder = study.dir / "cells"
+    return [
+        cell_of(study, one.row, one.job, seed, folder / one.row.name / f"seed-{seed}", f"{one.row.name}/seed-{seed}")
+        for seed in study.cfg.seeds
+        for one in planned
+    ]
+
+
+def run_study(study: Study, jobs: int) -> bool:
+    """Runs what is not finished yet: trials, then cells.
+
+    Args:
+        jobs: at the same time.
+
+    Returns:
+        Whether every cell is finished.
+
+    Raises:
+        InputError: the study is wrong, or its directory holds another one.
+        CheckpointError: another process runs it.
+        Stopped: a signal asked for it.
+    """
+    with RunLock(study.dir):
+        tried: set[str] = set()
+        while True:
+            progress = look(study)
+            due = [t.cell for tuned in progress.tuned for t in tuned.trials if not t.is_over and t.cell.name not in tried]
+            if not due:
+                break
+            tried |= {cell.name for cell in due}
+            execute(due, study.cfg, jobs)
+        execute(progress.cells, study.cfg, jobs)
+        wanted = len(progress.planned) * len(study.cfg.seeds)
+        return len(progress.cells) == wanted and all(map(is_finished, progress.cells))

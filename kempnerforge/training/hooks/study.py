@@ -1,0 +1,91 @@
+"""What a study reads of a run besides its scores: what each step cost, which samples it saw, the weights it began with, each answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kempnerforge.checkpoint import model_tensors
+from kempnerforge.config import HookConfig, registry
+from kempnerforge.eval.predictions import write_predictions
+from kempnerforge.training.accounting import TrainingFlops
+from kempnerforge.training.freeze import trainable_names
+from kempnerforge.training.hooks.evaluation import Evaluation
+from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.files import write_text
+
+INITIAL, PREDICTIONS = "initial.json", "predictions.jsonl"
+
+
+@registry.register_hook_config
+@dataclass
+class StudyHookConfig(HookConfig):
+    """Records what a comparison of runs needs. ``kempnerforge study`` puts it into the config of each cell.
+
+    In each step's line of ``metrics.jsonl``: ``study/samples``, ``study/trained_tokens``, ``study/flops`` (forward and backward, counted by
+    torch on the meta device, vision tower included) and ``study/sample_ids`` (the sum of 32-bit hashes of the ids of the step's samples).
+    In the last one ``study/peak_memory_gib``. Beside it ``initial.json``: a digest of each parameter before the first step; and
+    ``predictions.jsonl``, as ``kempnerforge eval --predictions`` writes it, of the evaluation at the end.
+    """
+
+    type: str = "study"
+
+
+@registry.register_hook("study")
+class StudyHook(Hook):
+    def __init__(self, cfg: StudyHookConfig, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._flops: TrainingFlops | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        self._flops = TrainingFlops(trainer.assembly.job)
+        if trainer.step == 0:
+            found = {name: _digest(tensor) for name, tensor in model_tensors(trainer.model).items()}
+            if trainer.world.is_main:
+                write_text(self.run_dir / INITIAL, json.dumps(found, indent=0) + "\n")
+
+    def step(self, trainer: Trainer, result: StepResult) -> None:
+        data, flops = trainer.data, self._flops
+        assert data is not None and flops is not None
+        trainable = trainable_names(trainer.names, trainer.job.freeze_at(trainer.step - 1), trainer.patterns)
+        own = float(sum(flops.count(batch, trainable) for batch in data.batches))
+        ids = float(sum(hash_of(name) for batch in data.batches for name in batch.sample_names))
+        total, seen = trainer.sum([own, ids])
+        trainer.record(
+            {
+                "study/samples": float(data.samples),
+                "study/trained_tokens": float(data.targets),
+                "study/flops": total,
+                "study/sample_ids": seen,
+            }
+        )
+
+    def finish(self, trainer: Trainer) -> None:
+        trainer.record({"study/peak_memory_gib": max(trainer.world.gather(_peak_memory(trainer.world.device)))})
+        final, held_out = next(hook for hook in trainer.hooks if isinstance(hook, Evaluation)).final, trainer.assembly.examined
+        if trainer.world.is_main and final.tasks and held_out is not None:
+            write_predictions(self.run_dir / PREDICTIONS, final, held_out.skipped)
+
+
+def hash_of(sample: str) -> int:
+    """32 bits of a sample's id: sums over a step of at most 2^20 samples are exact in float64."""
+    return int.from_bytes(hashlib.blake2b(sample.encode("utf-8", "surrogatepass"), digest_size=4).digest())
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportCallIssue]
+    values = whole.detach().cpu().contiguous()
+    content = hashlib.blake2b(values.view(torch.uint8).numpy() if values.dim() else values[None].view(torch.uint8).numpy(), digest_size=8)
+    return f"{tuple(values.shape)} {content.hexdigest()}"
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
