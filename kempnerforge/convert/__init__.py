@@ -1,1 +1,1 @@
-"""Models between their files and ours, compared on the spot."""
+"""Import and export of models; both compare logits."""

@@ -1,4 +1,4 @@
-"""``kempnerforge import`` and ``export``: models between their files and ours, compared on the spot."""
+"""``kempnerforge import`` and ``export``: models from other projects and to transformers, with a comparison of logits."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.convert.card import model_card
 from kempnerforge.convert.processor import FILES, write_processor
-from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, load_class, make_probe, our_logits
+from kempnerforge.convert.verify import TOLERANCE, Agreement, agreement, compare_models, load_class, make_probe, our_logits
 from kempnerforge.inference.processor import origin
 from kempnerforge.inference.restore import Restored, restore
-from kempnerforge.interop import mllama
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import tokenizer_of
-from kempnerforge.interop.huggingface import CONFIG
+from kempnerforge.interop.external import ExternalModel
+from kempnerforge.interop.external_tokenizer import tokenizer_of
+from kempnerforge.interop.open_external import open_external
 from kempnerforge.interop.settings import hf_config
-from kempnerforge.interop.vlms import NORM_OF_CLS, WRAPPERS, fitting, text_family, write_vlm_config
+from kempnerforge.interop.vlms import VLM_FAMILIES, fitting
 from kempnerforge.interop.write import (
     DTYPES,
     Progress,
@@ -32,12 +30,10 @@ from kempnerforge.interop.write import (
     nothing,
     plain_embedding,
     save_tensors,
-    text_names,
     write_config,
     write_language_model,
 )
-from kempnerforge.model.hf_towers import HFTower
-from kempnerforge.model.mllama import MllamaTower
+from kempnerforge.model.hf_files import CONFIG, GENERATION
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.run_state import RunState
@@ -48,17 +44,16 @@ from kempnerforge.util.reading import read_object
 
 JOB_FILE, TOKENIZER, ASKED_FILE = "config.toml", "tokenizer", "asked.json"
 FORMATS = ("hf", "kempnerforge")
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of a model.
+    """The outcome of an import or export.
 
     Attributes:
         path: the directory.
-        lines: what a person should know of it.
-        difference: the largest one of two logits, theirs and ours; None: there was nothing to compare with.
+        lines: facts about it, for people.
+        difference: the largest difference of two logits, of the class in transformers and of our model; None: nothing was compared.
     """
 
     path: Path
@@ -66,18 +61,18 @@ class Converted:
     difference: float | None
 
 
-class TheirClass(NamedTuple):
+class HFClass(NamedTuple):
     """A class of transformers that a model of ours is written as.
 
     Attributes:
-        name: what transformers calls it.
+        name: its name in transformers.
         kind: ``model_type`` of the whole model; empty: a language model.
-        family: ``model_type`` of its text model; empty: the model is one of transformers as it stands.
+        text_family: ``model_type`` of its text model; empty: the model is an unchanged one of transformers.
     """
 
     name: str
     kind: str
-    family: str
+    text_family: str
 
 
 class How(NamedTuple):
@@ -90,7 +85,7 @@ class How(NamedTuple):
     progress: Progress
 
 
-# ---- theirs to ours -------------------------------------------------------------------------------------------------
+# ---- import ---------------------------------------------------------------------------------------------------------
 
 
 def import_model(
@@ -105,47 +100,61 @@ def import_model(
         tolerance: see ``Agreement.require``.
 
     Raises:
-        ValueError: it cannot be read, or is not the same model afterwards; nothing is left behind then.
+        InputError: it cannot be read, or is not the same model afterwards; then no directory is left.
     """
     source, out, tokenizer = place_of(source), place_of(out), None if tokenizer is None else place_of(tokenizer)
     with fresh(out) as part:
-        lines, difference = _import_into(part, source, tokenizer, out, verify, tolerance, progress)
-    lines.append(f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)")
-    return Converted(out, lines, difference)
+        found = load_external(source, tokenizer, verify=verify, tolerance=tolerance, progress=progress)
+        _write_run(part, out, found.assembly, found.origin)
+    external, agreed = found.external, found.agreement
+    lines = [_described(found.assembly, external.architecture or source.name)]
+    if external.image_id is not None:
+        placeholder = external.job.data.image_placeholder
+        lines.append(f"image token: id {external.image_id}, from {source / CONFIG}; texts mark the place of an image by {placeholder!r}")
+    lines += [found.compared] if agreed or not external.can_be_compared else []
+    lines += [*found.remarks, f"train on: kempnerforge train {out / JOB_FILE} (with data.path and data.root set to your data)"]
+    return Converted(out, lines, agreed.difference if agreed else None)
 
 
-def _import_into(
-    part: Path, source: Path, tokenizer: Path | None, out: Path, verify: bool, tolerance: float, progress: Progress
-) -> tuple[list[str], float | None]:
-    """What a person should know of it, and the difference of its logits.
+@dataclass(frozen=True)
+class LoadedExternal:
+    """A model from elsewhere, ready to run here.
 
-    Args:
-        part: what will be ``out``.
+    Attributes:
+        external: its files.
+        assembly: the model with its weights, and its tokenizer.
+        agreement: with its class in transformers; None: not compared.
+        compared: what was compared, or why nothing was, for people.
+        origin: the source, as a run that is made of it keeps it.
+        remarks: differences in the processing of images and texts, for people.
     """
-    foreign = open_foreign(source)
-    words = tokenizer_of(foreign, tokenizer)
-    assembly = assemble(foreign.job, words, data=False)
-    weights = foreign.read(progress)
-    assembly.model.load_state_dict(weights, strict=True, assign=True)
+
+    external: ExternalModel
+    assembly: Assembly
+    agreement: Agreement | None
+    compared: str
+    origin: dict[str, Any]
+    remarks: list[str]
+
+
+def load_external(
+    source: Path, tokenizer: Path | None = None, *, verify: bool = True, tolerance: float = TOLERANCE, progress: Progress = nothing
+) -> LoadedExternal:
+    """Reads a model as ``import_model`` and ``load_pretrained`` do. Arguments and errors: see ``import_model``."""
+    external = open_external(source)
+    assembly = assemble(external.job, tokenizer_of(external, tokenizer), data=False)
+    assembly.model.load_state_dict(external.read(progress), strict=True, assign=True)
     assembly.model.eval()
-    lines = [_described(assembly, foreign.architecture or source.name)]
-    if foreign.image_id is not None:
-        lines.append(
-            f"image token: id {foreign.image_id}, from {source / CONFIG}; texts mark the place of an image by {assembly.job.data.image_placeholder!r}"
-        )
-    difference = None
-    if verify and foreign.can_be_compared:
-        progress(f"running {foreign.architecture}", 0, 1)
-        found = compare_models(assembly, foreign.image_id, load_class(source, foreign.architecture))
-        lines.append(found.require(f"{foreign.architecture} and ours", tolerance))
-        difference = found.difference
-    elif not foreign.can_be_compared:
-        lines.append("transformers does not load it: nothing to compare with")
-    kept, line = origin(assembly, foreign)
-    lines += [line] if line else []
-    lines += [f"otherwise than there: {note}" for note in foreign.notes]
-    _write_run(part, out, assembly, kept)
-    return lines, difference
+    agreed, compared = None, "verify = False"
+    if not external.can_be_compared:
+        compared = "transformers does not load it: nothing to compare with"
+    elif verify:
+        progress(f"running {external.architecture}", 0, 1)
+        agreed = compare_models(assembly, external.image_id, load_class(source, external.architecture))
+        compared = agreed.require(f"{external.architecture} and ours", tolerance)
+    kept, line = origin(assembly, external)
+    remarks = [*([line] if line else []), *(f"otherwise than there: {note}" for note in external.notes)]
+    return LoadedExternal(external, assembly, agreed, compared, kept, remarks)
 
 
 def _described(assembly: Assembly, name: str) -> str:
@@ -155,7 +164,7 @@ def _described(assembly: Assembly, name: str) -> str:
 
 
 def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
-    """NOTE: ``run.dir`` is another directory than ``out``, which is a run already, and the place to begin from."""
+    """NOTE: ``run.dir`` is another directory than ``out``, which is already a run; training begins from ``out``."""
     assembly.tokenizer.save(part / TOKENIZER)
     home = out.resolve()
     job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{home.name}-trained", init_from=str(home)))
@@ -165,7 +174,7 @@ def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, An
     save_training(part / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
 
 
-# ---- ours to theirs -------------------------------------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------------------------------------------
 
 
 def export_model(
@@ -179,13 +188,13 @@ def export_model(
         form: "hf": what a class of transformers loads; "kempnerforge": safetensors and our config, which ``load_pretrained`` reads.
         family: of a language model in transformers; None takes the first that can be it.
         dtype: of the weights: "fp32", "bf16" or "fp16".
-        verify: load what was written and compare its logits with ours, both of the rounded weights, computed in fp32; and say what the
-            rounding does to ours.
+        verify: load the files that were written and compare logits, both of the rounded weights, computed in fp32; and say how far the
+            rounding moves them.
         moved: "--plugins=FILE", where a plugin is no longer where the run says.
 
     Raises:
-        ValueError: no class of transformers is this model, what it loads is another model, or a weight does not fit ``dtype``; nothing is
-            left behind then.
+        InputError: no class of transformers is this model, the class loads another model, or a weight does not fit ``dtype``; then no
+            directory is left.
     """
     if form not in FORMATS:
         raise InputError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
@@ -264,11 +273,12 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
         image_id, rows, line = _image_token(assembly)
         lines.append(line)
     cfg, tensors = plain_embedding(job.model, dict(assembly.model.named_parameters()), rows)
-    plain = replace(job, model=cfg)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if kind:
         assert image_id is not None
-        _write_vlm(out, replace(assembly, job=plain), kind, chosen, tensors, image_id, ids, how.progress)
+        vlm, encoder, plain = VLM_FAMILIES[kind], assembly.model.vision_encoder, replace(job, model=cfg)
+        write_config(out, vlm.config(plain, encoder, assembly.layout.image_tokens, image_id, ids))
+        save_tensors(out, vlm.tensors(plain, encoder, tensors), progress=how.progress)
     else:
         write_language_model(out, cfg, tensors, ids, chosen, progress=how.progress)
     cast_files(out, how.dtype)
@@ -279,41 +289,34 @@ def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
 
 
 def _write_ends(out: Path, assembly: Assembly) -> None:
-    """What the class pads with, and the tokens that it stops at: the one that ends an answer here, and those of the tokenizer."""
+    """Writes the class's padding token and the tokens that it stops at: the one that ends an answer here, and the tokenizer's."""
     tokenizer, encoder = assembly.tokenizer, assembly.encoder(assembly.stages[-1])
     end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
-    there = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
+    written = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
     stop = [*dict.fromkeys((end, tokenizer.eos_id, *others))]
     stop = stop if len(stop) > 1 else end
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}
-    write_config(out, there | ids, GENERATION)
+    write_config(out, written | ids, GENERATION)
 
 
-def class_of(assembly: Assembly, family: str | None = None) -> TheirClass:
-    """What ``export_model`` writes the model as. Nothing but shapes is read: it may be on the meta device.
+def class_of(assembly: Assembly, text_family: str | None = None) -> HFClass:
+    """The class that ``export_model`` writes the model as. Only shapes are read: it may be on the meta device.
 
     Args:
-        family: of a language model; None takes the first that can be it.
+        text_family: of a language model; None takes the first that can be it.
 
     Raises:
         InputError: no class of transformers is this model.
     """
     job, model = assembly.job, assembly.model
     if model.hf_model is not None:
-        return TheirClass(type(model.hf_model).__name__, model.hf_model.config.model_type, "")
+        return HFClass(type(model.hf_model).__name__, model.hf_model.config.model_type, "")
     if job.vlm is None:
-        config = hf_config(job.model, family)
-        return TheirClass(config["architectures"][0], "", config["model_type"])
-    if job.vlm.stands_for != mllama.KIND:
-        kind = fitting(job)
-        return TheirClass(WRAPPERS[kind].architecture, kind, text_family(job, kind))
-    mllama.check(job)
-    encoder = model.vision_encoder
-    assert isinstance(encoder, MllamaTower), "the config of its tower has been checked"
-    mllama.check_tiles(job, encoder)
-    if (name := job.data.image_placeholder) not in assembly.tokenizer.appended:
-        raise InputError(f"data.image_placeholder = {name!r}: in a {mllama.KIND} this is a token of the stream, and here it is not")
-    return TheirClass(mllama.ARCHITECTURE, mllama.KIND, mllama.FAMILY)
+        config = hf_config(job.model, text_family)
+        return HFClass(config["architectures"][0], "", config["model_type"])
+    family, text_family = fitting(job)
+    family.check_built(job, model.vision_encoder, assembly.tokenizer)
+    return HFClass(family.architecture, family.kind, text_family)
 
 
 def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], how: How) -> Converted:
@@ -341,10 +344,16 @@ def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How)
     return _verified(assembly, out, architecture, model.config.image_token_id, lines, how)
 
 
-def _image_token(assembly: Assembly) -> tuple[int, int, str]:
-    """The token that is at the positions of an image, how many rows the embedding needs besides, and a line that says so. A tokenizer
-    without one gets it, after its vocabulary.
-    """
+class ImageToken(NamedTuple):
+    """The token at the positions of an image, the rows that the embedding lacks for it, and a line that says so."""
+
+    id: int
+    missing_rows: int
+    line: str
+
+
+def _image_token(assembly: Assembly) -> ImageToken:
+    """A tokenizer without such a token gets it, after its vocabulary."""
     tokenizer, name, rows = assembly.tokenizer, assembly.job.data.image_placeholder, assembly.job.model
     found = tokenizer.token_id(name)
     origin = "the tokenizer"
@@ -353,24 +362,5 @@ def _image_token(assembly: Assembly) -> tuple[int, int, str]:
         found = tokenizer.token_id(name)
         origin = "added to the tokenizer, its embedding the mean of all"
     assert found is not None
-    return found, max(0, found + 1 - rows.vocab_size - len(rows.new_tokens)), f"image token: `{name}`, id {found} ({origin})"
-
-
-def _write_vlm(
-    out: Path, assembly: Assembly, kind: str, family: str, tensors: dict[str, Tensor], image_id: int, ids: dict[str, Any], progress: Progress
-) -> None:  # fmt: skip
-    """Config and weights."""
-    if isinstance(encoder := assembly.model.vision_encoder, MllamaTower):
-        write_config(out, mllama.write_mllama_config(assembly.job, encoder, image_id, ids))
-        save_tensors(out, mllama.write_tensors(assembly.job, tensors), progress=progress)
-        return
-    job, wrapper = assembly.job, WRAPPERS[kind]
-    assert isinstance(encoder, HFTower), "the class has a vision tower of transformers"
-    tower, layout = encoder.tower.config, wrapper.layouts[0]
-    names = text_names(job.model, family, layout.text, layout.head)
-    names |= {f"adapter.{ours}": layout.projector + theirs for ours, theirs in wrapper.adapter_names.items()}
-    written = {names.get(ours) or layout.vision + ours.removeprefix("vision_encoder."): tensor for ours, tensor in tensors.items()}
-    for name, fill in zip(NORM_OF_CLS, (torch.ones, torch.zeros), strict=True):
-        written.setdefault(layout.vision + name, fill(tower.hidden_size))
-    write_config(out, write_vlm_config(job, kind, tower, assembly.layout.image_tokens, image_id, ids))
-    save_tensors(out, written, progress=progress)
+    missing = max(0, found + 1 - rows.vocab_size - len(rows.new_tokens))
+    return ImageToken(found, missing, f"image token: `{name}`, id {found} ({origin})")

@@ -21,7 +21,7 @@ from kempnerforge.inference.processor import Processor
 from kempnerforge.interop.chat_template import chat_template, render_template
 from kempnerforge.interop.processors import followed_processor, processor_candidates
 from kempnerforge.interop.write import write_config
-from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, pil_processor
+from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, pil_processor
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import reason
@@ -34,12 +34,12 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to have it.
+    """One processor to try.
 
     Attributes:
         name: the processor's class; empty: the tokenizer alone.
-        files: of the processor, by name; empty: those that are there already, or none.
-        keeps: the tokenizer keeps what it puts around all that it is given.
+        files: of the processor, by name; empty: files that exist already, or none.
+        keeps: the tokenizer keeps the tokens that it puts around every text.
         space: see ``chat_template``.
     """
 
@@ -49,7 +49,7 @@ class Attempt:
     space: str
 
     def write(self, out: Path, tokenizer: bytes) -> None:
-        """Its files, and ``tokenizer`` as it has it."""
+        """Writes its files and its ``tokenizer``."""
         for name, content in self.files.items():
             write_config(out, content, name)
         if not self.keeps:
@@ -58,11 +58,11 @@ class Attempt:
 
 
 _ENDS = {True: ((True, ""), (False, ""), (False, " ")), False: ((True, ""), (True, " "))}
-"""Whether the tokenizer adds BOS -> what is tried: ``keeps`` and ``space``."""
+"""Whether the tokenizer adds BOS -> pairs of ``keeps`` and ``space`` to try."""
 
 
 class Different(Exception):
-    """Where ids or pixels are not ours."""
+    """Ids or pixels are not those of training."""
 
 
 def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = False) -> list[str]:
@@ -146,11 +146,11 @@ def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: b
     """
     from transformers import AutoTokenizer
 
-    ours = Processor(assembly)
+    training = Processor(assembly)
     equal, refused = set[int](), dict[int, str]()
     try:
         with quiet():
-            theirs: Any = (
+            processor: Any = (
                 pil_processor(out) if images else AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
             )
     except Exception as error:  # its class may fail in any way
@@ -158,13 +158,13 @@ def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: b
     for count, question in ((count, question) for count in range(3 if images else 1) for question in QUESTIONS):
         pictures = _pictures(count)
         try:
-            want = ours(images=[pictures], text=[question])
+            want = training(images=[pictures], text=[question])
         except ValueError:
             continue  # training has no such prompt either
-        bounded(theirs, count, question)
+        bounded(processor, count, question)
         try:
             with quiet():
-                found = [*_found(theirs, pictures, question, images)]
+                found = [*_found(processor, pictures, question, images)]
         except Exception as error:  # a refusal is not another answer; it is told
             refused[count] = reason(error)
             continue
@@ -182,26 +182,26 @@ def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: b
     return f"{what} of {len(QUESTIONS)} questions{counts} are those of training{rest}"
 
 
-def bounded(theirs: Any, count: int, question: str) -> None:
+def bounded(processor: Any, count: int, question: str) -> None:
     """Raises InputError if the chat template of a tokenizer or processor takes more than it may, before the class renders it itself."""
-    tokens = {name: getattr(theirs, name, None) for name in ("bos_token", "eos_token", "pad_token")}
+    tokens = {name: getattr(processor, name, None) for name in ("bos_token", "eos_token", "pad_token")}
     messages = _messages([None] * count, question)
-    if isinstance(theirs.chat_template, str):
+    if isinstance(processor.chat_template, str):
         with suppress(TemplateError):
-            rendering.render(theirs.chat_template, messages, True, **{k: v for k, v in tokens.items() if v is not None})
+            rendering.render(processor.chat_template, messages, True, **{k: v for k, v in tokens.items() if v is not None})
 
 
-def _found(theirs: Any, pictures: list[Image.Image], question: str, images: bool) -> Iterator[tuple[list[int], Tensor | None]]:
+def _found(processor: Any, pictures: list[Image.Image], question: str, images: bool) -> Iterator[tuple[list[int], Tensor | None]]:
     """Ids and pixels as people get them: of the chat template at once, and of the text that it renders."""
     messages = _messages(pictures, question)
     if not images:
-        yield theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), None
+        yield processor.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), None
         return
     how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     for made in (
-        theirs.apply_chat_template(messages, tokenize=True, **how),
-        theirs(images=[pictures] if pictures else None, text=[text], return_tensors="pt"),
+        processor.apply_chat_template(messages, tokenize=True, **how),
+        processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt"),
     ):
         yield made["input_ids"][0].tolist(), made.get("pixel_values")
 
@@ -211,9 +211,9 @@ def _messages(pictures: Sequence[Image.Image | None], question: str) -> list[dic
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def _same(theirs: Tensor, ours: Tensor | None) -> bool:
-    flat = theirs.reshape(-1, *theirs.shape[-3:])  # (N, 3, H, W)
-    return ours is not None and flat.shape == ours.shape and bool((flat - ours).abs().max() <= TOLERANCE)
+def _same(pixels: Tensor, wanted: Tensor | None) -> bool:
+    flat = pixels.reshape(-1, *pixels.shape[-3:])  # (N, 3, H, W)
+    return wanted is not None and flat.shape == wanted.shape and bool((flat - wanted).abs().max() <= TOLERANCE)
 
 
 def _pictures(count: int) -> list[Image.Image]:

@@ -18,10 +18,9 @@ from torch import Tensor
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
-from kempnerforge.interop import mllama
-from kempnerforge.interop.huggingface import read_config
-from kempnerforge.interop.vlms import WRAPPERS
-from kempnerforge.model.their_config import check_room, class_call, load_whole, names_keys
+from kempnerforge.interop.vlms import VLM_FAMILIES
+from kempnerforge.model.hf_checks import check_room, class_call, names_keys
+from kempnerforge.model.hf_files import load_whole, read_config
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError, library_call
 from kempnerforge.vlm.base import VLM
@@ -45,13 +44,13 @@ them), and attention scores of a layer."""
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models are apart.
+    """The difference of two models.
 
     Attributes:
-        difference: the largest one of two logits.
+        difference: the largest difference of two logits.
         scale: the largest logit.
         farthest: the largest position.
-        covered: what was compared, for people.
+        covered: the rows that were compared, for people.
     """
 
     difference: float
@@ -61,15 +60,15 @@ class Agreement:
 
     @property
     def excess(self) -> float:
-        """How much of ``scale`` they are apart, beyond what angles of such positions give; infinite for NaN."""
+        """``difference / scale``, less what angles of such positions account for; infinite for NaN."""
         apart = self.difference / self.scale - ANGLE * self.farthest if self.scale else self.difference
         return apart if math.isfinite(apart) else math.inf
 
     def require(self, what: str, tolerance: float = TOLERANCE) -> str:
-        """A line that says so.
+        """A line with the figures.
 
         Raises:
-            ValueError: they are further apart than ``tolerance`` times ``scale``.
+            InputError: the difference is more than ``tolerance`` times ``scale``.
         """
         line = f"logits of {what}: max|difference| {self.difference:.2g}, max|logit| {self.scale:.3g}; compared: {self.covered}"
         if not self.excess <= tolerance:
@@ -78,14 +77,14 @@ class Agreement:
 
 
 class Form(NamedTuple):
-    """What the rows of a probe are like.
+    """The form of a probe's rows.
 
     Attributes:
         words: tokens of a row.
-        image_at: how many of them are before each image.
+        image_at: tokens before each image.
         rows: B.
-        answer: how many words at the end are the answer.
-        farthest: the last position, the others in equal steps to it; 0: one follows the other.
+        answer: words of the answer, at the end.
+        farthest: the last position, with the others in equal steps before it; 0: positions 0, 1, 2, ...
     """
 
     words: int
@@ -113,8 +112,8 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     """Random words and images.
 
     Args:
-        image_id: what is at the positions of an image in transformers. Where images take no position it is a word of the stream.
-        vocab_size: words are drawn from so many.
+        image_id: the token at the positions of an image in transformers. Where images take no position it is a word of the stream.
+        vocab_size: words are drawn from so many token ids.
         form: None: a short one.
     """
     model, layout = assembly.model, assembly.layout
@@ -143,14 +142,14 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
 
 
 def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
-    """Of their class; ``scored`` columns (K,) have logits."""
+    """Arguments of the class in transformers; ``scored`` columns (K,) have logits."""
     ids, kinds = batch.input_ids, batch.kinds
     inputs = {"attention_mask": torch.ones_like(ids)}
     if batch.images is not None and image_id is not None:
         ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
         if len(batch.images):
             inputs["pixel_values"] = model.normalise(batch.images)
-        if model.attention_mask != "causal":  # what their classes go by
+        if model.attention_mask != "causal":  # the classes make their masks of it
             inputs["token_type_ids"] = (kinds == (Kind.ANSWER if model.attention_mask == "prefix" else Kind.IMAGE)).long()
     if len(scored) < ids.shape[1]:
         inputs["logits_to_keep"] = scored
@@ -160,7 +159,7 @@ def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spre
 
 
 def load_class(path: Path, architecture: str) -> Any:
-    """A model of transformers in fp32, every one of whose parameters has been read.
+    """A model of transformers in fp32, with every parameter read from the files.
 
     Raises:
         ValueError: it cannot be loaded, or keys are missing, left over or of another shape.
@@ -168,28 +167,25 @@ def load_class(path: Path, architecture: str) -> Any:
     import transformers
 
     what = f"{architecture} of transformers does not load it"
-    cls, said = getattr(transformers, architecture), read_config(path)
-    with class_call(str(path), what, said):
+    cls, given = getattr(transformers, architecture), read_config(path)
+    with class_call(str(path), what, given):
         config = cls.config_class.from_pretrained(path, local_files_only=True)
-    check_room(lambda: cls(config), str(path), what, said)
-    with names_keys(said):
+    check_room(lambda: cls(config), str(path), what, given)
+    with names_keys(given):
         return load_whole(cls, path, str(path), what, local_files_only=True).eval()
 
 
 @torch.no_grad()
 def our_logits(model: VLM, batch: Batch) -> Tensor:
-    """(B, K, V) of a model on the CPU in fp32."""
+    """(B, K, V) logits of our model, on the CPU in fp32."""
     return model(batch).logits.unflatten(0, (len(batch.input_ids), -1))
 
 
 @torch.no_grad()
-def their_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, K, V)."""
-    inputs, wrapper = dict(inputs), WRAPPERS.get(model.config.model_type)
-    if model.config.model_type == mllama.KIND:
-        inputs = mllama.class_inputs(inputs, model.config)
-    if wrapper is not None and wrapper.images_by_row and "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(inputs["input_ids"]), -1))  # (B, images of a row, 3, H, W)
+def class_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, K, V) logits of a class of transformers."""
+    family = VLM_FAMILIES.get(model.config.model_type)
+    inputs = dict(inputs) if family is None else family.class_inputs(inputs, model.config)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     scored = None if keeps else inputs.pop("logits_to_keep", None)
     with library_call(model.config.model_type, f"{type(model).__name__} of transformers cannot run what it has loaded"):
@@ -197,11 +193,11 @@ def their_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return (logits if scored is None else logits[:, scored]).float()
 
 
-def agreement(ours: Tensor, theirs: Tensor, farthest: int = 0) -> Agreement:
+def agreement(logits: Tensor, others: Tensor, farthest: int = 0) -> Agreement:
     """Of (B, K, V) logits; rows of the vocabulary that only one of them has are left out."""
-    size = min(ours.shape[-1], theirs.shape[-1])
-    difference = (ours[..., :size] - theirs[..., :size]).abs().max()
-    return Agreement(difference.item(), ours[..., :size].abs().max().item(), farthest)
+    size = min(logits.shape[-1], others.shape[-1])
+    difference = (logits[..., :size] - others[..., :size]).abs().max()
+    return Agreement(difference.item(), logits[..., :size].abs().max().item(), farthest)
 
 
 # ---- how far --------------------------------------------------------------------------------------------------------
@@ -209,12 +205,12 @@ def agreement(ours: Tensor, theirs: Tensor, farthest: int = 0) -> Agreement:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Positions at which a model begins to compute otherwise, by its own settings or those of the class.
+    """Positions from which a model computes something else, by its own settings or those of the class.
 
     Attributes:
-        windows: of attention, unequal ones.
+        windows: sizes of attention windows, each once.
         rope: the original lengths of scaled rotary positions.
-        room: positions of a row at most: as many as the model has, or as can be computed in reasonable time.
+        room: positions of a row at most: those of the model, or as many as can be computed in reasonable time.
     """
 
     windows: tuple[int, ...]
@@ -223,14 +219,14 @@ class ModelLimits:
 
     @property
     def length(self) -> int:
-        """Of a row beyond all of them, as far as there is room; 0: nothing asks for a long one."""
+        """Positions of a row beyond all windows, as far as there is room; 0: no long row is needed."""
         beyond = TIMES * max(self.windows + self.rope, default=0) if self.windows else 0
         return min(beyond, self.room)
 
 
-def limits(assembly: Assembly, theirs: Any) -> ModelLimits:
-    """Those of both models: either can be wrong."""
-    cfg, text = assembly.job.model, theirs.config.get_text_config()
+def limits(assembly: Assembly, hf_model: Any) -> ModelLimits:
+    """The limits of both models: either can be wrong."""
+    cfg, text = assembly.job.model, hf_model.config.get_text_config()
     windows, rope = {getattr(text, "sliding_window", None), *cfg.windows}, set[int]()
     if assembly.model.hf_model is None:
         rope = {*_original(getattr(text, "rope_parameters", None) or {})}
@@ -242,7 +238,7 @@ def limits(assembly: Assembly, theirs: Any) -> ModelLimits:
 
 
 def _original(rope: Mapping[str, Any]) -> Iterable[int]:
-    """``original_max_position_embeddings`` of ``rope_parameters``, which some classes have by kind of layer."""
+    """``original_max_position_embeddings`` of ``rope_parameters``, which some classes nest by kind of layer."""
     for key, value in rope.items():
         if isinstance(value, Mapping):
             yield from _original(value)
@@ -271,18 +267,18 @@ def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
     return found
 
 
-def compare_models(assembly: Assembly, image_id: int | None, theirs: Any) -> Agreement:
+def compare_models(assembly: Assembly, image_id: int | None, hf_model: Any) -> Agreement:
     """Both models on short and long rows, with and without images.
 
     Args:
         image_id: see ``make_probe``.
-        theirs: as from ``load_class``.
+        hf_model: as from ``load_class``.
     """
-    bounds, found, probes = limits(assembly, theirs), list[Agreement](), list[ProbeBatch]()
+    bounds, found, probes = limits(assembly, hf_model), list[Agreement](), list[ProbeBatch]()
     for form in forms(assembly, bounds):
         probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size, form)
-        ours, farthest = our_logits(assembly.model, probe.batch), int(probe.batch.positions.max())
-        found.append(agreement(ours, their_logits(theirs, probe.inputs), farthest))
+        logits, farthest = our_logits(assembly.model, probe.batch), int(probe.batch.positions.max())
+        found.append(agreement(logits, class_logits(hf_model, probe.inputs), farthest))
         probes.append(probe)
     worst = max(found, key=lambda one: one.excess)
     return replace(worst, covered=_covered(bounds, [probe.batch for probe in probes]))

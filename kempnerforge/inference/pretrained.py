@@ -8,21 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from kempnerforge.checkpoint import CheckpointError
 from kempnerforge.config import load_config
 from kempnerforge.config.build import build_record
 from kempnerforge.config.plugins import trusting
-from kempnerforge.convert.commands import ASKED_FILE, JOB_FILE, TOKENIZER
-from kempnerforge.convert.verify import compare_models, load_class
+from kempnerforge.convert.commands import ASKED_FILE, JOB_FILE, TOKENIZER, load_external
 from kempnerforge.data.text.asking import Asking
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.inference.processor import Inputs, Processor, origin, processing
+from kempnerforge.inference.processor import Inputs, Processor, processing
 from kempnerforge.inference.restore import restore
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import tokenizer_of
-from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS, tensor_files
+from kempnerforge.model.hf_files import CONFIG, INDEX, WEIGHTS, read_tensors, tensor_files
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import place_of
@@ -70,7 +66,7 @@ def load_pretrained(
 def _load(path: Path, given: Sequence[str], verify: bool) -> tuple[VLM, Processor]:
     check_files(path)
     if (path / CONFIG).is_file():
-        return _foreign(path, verify)
+        return _external(path, verify)
     if (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         return _exported(path, given)
     try:
@@ -80,28 +76,21 @@ def _load(path: Path, given: Sequence[str], verify: bool) -> tuple[VLM, Processo
     return restored.assembly.model, Processor(restored.assembly, **processing(restored.state.imported))
 
 
-def _foreign(path: Path, verify: bool) -> tuple[VLM, Processor]:
-    foreign = open_foreign(path)
-    assembly = assemble(foreign.job, tokenizer_of(foreign), data=False)
-    assembly.model.load_state_dict(foreign.read(), strict=True, assign=True)
-    assembly.model.eval()
-    if verify and foreign.can_be_compared:
-        found = compare_models(assembly, foreign.image_id, load_class(path, foreign.architecture))
-        log.info("%s: %s", path, found.require(f"{foreign.architecture} and ours"))
+def _external(path: Path, verify: bool) -> tuple[VLM, Processor]:
+    found = load_external(path, verify=verify)
+    if found.agreement is not None:
+        log.info("%s: %s", path, found.compared)
     else:
-        why = "verify = False" if foreign.can_be_compared else "transformers does not load it"
-        log.warning("%s: the model here was not compared with the one there: %s", path, why)
-    kept, line = origin(assembly, foreign)
-    for said in (*([line] if line else []), *foreign.notes):
-        log.warning("%s: %s", path, said)
-    return assembly.model, Processor(assembly, **processing(kept))
+        log.warning("%s: the model here was not compared with the one there: %s", path, found.compared)
+    for remark in found.remarks:
+        log.warning("%s: %s", path, remark)
+    return found.assembly.model, Processor(found.assembly, **processing(found.origin))
 
 
 def _exported(path: Path, overrides: Sequence[str]) -> tuple[VLM, Processor]:
     assembly = assemble(load_config(path / JOB_FILE, overrides), Tokenizer.from_pretrained((path / TOKENIZER).resolve()), data=False)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(tensor_files(path).values())):
-        tensors |= load_file(file)
+    files = tensor_files(path)
+    tensors = dict(read_tensors(files, files))
     own = dict(assembly.model.named_parameters())
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())

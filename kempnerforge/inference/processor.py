@@ -23,10 +23,11 @@ from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import Prompt
-from kempnerforge.interop.places import Foreign
-from kempnerforge.interop.processors import FAKE, FRAME, FRAMED, KNOWN, LLAVA, PALIGEMMA, differing_settings, followed_processor
-from kempnerforge.interop.vlms import WRAPPERS
-from kempnerforge.model.image_files import ImageFiles, read_image_files
+from kempnerforge.interop.external import ExternalModel
+from kempnerforge.interop.processors import differing_settings, followed_processor
+from kempnerforge.interop.vlm_family import FAKE, FRAME, FRAMED, LLAVA, PALIGEMMA, VLMFamily
+from kempnerforge.interop.vlms import VLM_FAMILIES
+from kempnerforge.model.image_processor import ImageSettings, read_image_settings
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError, reason
@@ -240,13 +241,13 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
 # ---- models of transformers -----------------------------------------------------------------------------------------
 
 
-def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
+def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any], str]:
     """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of its processor, or nothing."""
-    kept: dict[str, Any] = {"source": str(foreign.path), "architecture": foreign.architecture, "image_id": foreign.image_id}
-    if not assembly.model.has_images or not foreign.can_be_compared:
+    kept: dict[str, Any] = {"source": str(external.path), "architecture": external.architecture, "image_id": external.image_id}
+    if not assembly.model.has_images or not external.can_be_compared:
         return kept, ""
-    files, side = read_image_files(foreign.path), assembly.layout.image_size
-    name, other = followed_processor(foreign.path, _kind(foreign.architecture)), other_pixels(Processor(assembly), files)
+    files, side, family = read_image_settings(external.path), assembly.layout.image_size, _family(external.architecture)
+    name, other = followed_processor(external.path, family.kind if family else ""), other_pixels(Processor(assembly), files)
     if other and files is not None:
         other += differing_settings(files, side)
     called = name or "image processor"
@@ -260,7 +261,7 @@ def origin(assembly: Assembly, foreign: Foreign) -> tuple[dict[str, Any], str]:
     return kept | ({"processor": name} if name else {}), line if other else ""
 
 
-def other_pixels(ours: Processor, files: ImageFiles | None) -> list[str]:
+def other_pixels(ours: Processor, files: ImageSettings | None) -> list[str]:
     """What the source's own image processor makes of images that ours does not; empty: the same pixels."""
     if files is None:
         return ["it has no files of an image processor; mean and std are those of its family"]
@@ -286,15 +287,12 @@ def other_pixels(ours: Processor, files: ImageFiles | None) -> list[str]:
 def processing(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``Processor`` for a model with this ``origin``; of one that was trained here it is empty."""
     architecture = kept.get("architecture", "")
-    kind = _kind(architecture)
-    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", _OWN.get(kind, ""))
-    return {"follows": follows, "image_id": kept.get("image_id"), "by_row": bool(kind and follows and WRAPPERS[kind].images_by_row)}
+    family = _family(architecture)
+    own = family.processors[0] if family and family.processors and family.processors[0] not in FRAMED else ""
+    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", own)
+    return {"follows": follows, "image_id": kept.get("image_id"), "by_row": bool(family and follows and family.images_by_row)}
 
 
-_OWN = {kind: known.processors[0] for kind, known in KNOWN.items() if known.processors[0] not in FRAMED}
-"""Followed where a run does not say more."""
-
-
-def _kind(architecture: str) -> str:
-    """The ``model_type`` of a vision-language class."""
-    return next((kind for kind, wrapper in WRAPPERS.items() if wrapper.architecture == architecture), "")
+def _family(architecture: str) -> VLMFamily | None:
+    """The vision-language family with a class of this name."""
+    return next((family for family in VLM_FAMILIES.values() if family.architecture == architecture), None)

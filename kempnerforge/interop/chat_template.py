@@ -17,7 +17,7 @@ from kempnerforge.data.text.asking import Asking
 from kempnerforge.data.text.chat import DATE, ChatTemplate
 from kempnerforge.data.text.template import Piece, build_template
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.interop.processors import FRAME, FRAMED, PALIGEMMA
+from kempnerforge.interop.vlm_family import FRAME, FRAMED, PALIGEMMA
 
 PROMPT, ANSWER, SYSTEM = "\ue000prompt\ue001", "\ue000answer\ue001", "\ue000system\ue001"
 

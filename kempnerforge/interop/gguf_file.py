@@ -1,8 +1,12 @@
 """GGUF files of the Llama architecture (llama.cpp's format): weights of any quantisation, and the tokenizer.
 
-The package ``gguf`` parses the file, dequantises and names the tensors. Settings are read here: transformers'
-reader of GGUF ignores keys that it does not know (such as ``llama.attention.clamp_kqv``), and the model would
-compute something else.
+Of the package ``gguf`` are used: ``GGUFReader`` (parses the file), ``quants.dequantize``, and ``get_tensor_name_map`` with ``MODEL_ARCH``
+(names of tensors). Ours are:
+
+* the settings: transformers' reader of GGUF ignores keys that it does not know (such as ``llama.attention.clamp_kqv``), and the model
+  would compute something else;
+* the order of rows in queries and keys: ``gguf`` does not undo the permutation that llama.cpp's converter makes;
+* the tokenizer: ``gguf`` has none, and transformers' converter does not know the rule ``smollm``, which splits numbers into digits.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import importlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,15 +23,12 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from kempnerforge.config.data import TextConfig
-from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig, RopeScaling
-from kempnerforge.config.training import TrainConfig
 from kempnerforge.data.fingerprint import Signature, signature
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.interop.huggingface import check_tensor
-from kempnerforge.interop.places import MAX_TEXT, Foreign, Place, matched, shapes
-from kempnerforge.interop.write import Progress, nothing, text_names
+from kempnerforge.interop.external import ExternalModel, FileTensor, backbone_parameters, check_tensor, match_tensors, text_job
+from kempnerforge.interop.families import text_names
+from kempnerforge.interop.write import Progress, nothing
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import regular
 
@@ -63,42 +64,42 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 @dataclass(frozen=True)
-class GGUFModel(Foreign):
+class GGUFModel(ExternalModel):
     """A file; ``path`` is the file itself."""
 
     def read(self, progress: Progress = nothing) -> dict[str, Tensor]:
-        quants, opened = _package().quants, {tensor.name: tensor for tensor in _open(self.path).tensors}
+        quants, opened = _package().quants, _open(self.path).tensors
         cfg, tensors = self.job.model, {}
-        for ours, wanted in shapes(self.job).items():
-            source = opened[self.places[ours].name]
+        for name, wanted in self.parameters.items():
+            source = opened[self.file_tensors[name].name]
             value = torch.from_numpy(np.array(quants.dequantize(source.data, source.tensor_type), dtype=np.float32))
-            if ".q_proj." in ours or ".k_proj." in ours:
-                value = _halves(value, cfg.n_heads if ".q_proj." in ours else cfg.kv_heads)
-            check_tensor(self.path, f"{source.name} ({ours})", value, wanted)
-            tensors[ours] = value
-            progress(f"reading {self.path.name}", len(tensors), len(self.places))
+            if ".q_proj." in name or ".k_proj." in name:
+                value = _halves(value, cfg.n_heads if ".q_proj." in name else cfg.kv_heads)
+            check_tensor(self.path, f"{source.name} ({name})", value, wanted)
+            tensors[name] = value
+            progress(f"reading {self.path.name}", len(tensors), len(self.parameters))
         return tensors
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """(H * E, D): the file rotates neighbouring rows of a head together, we its first half with the rest."""
+    """(H * E, D): the file rotates neighbouring rows of a head together, our attention its first half with its second."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def open_gguf(path: Path) -> Foreign:
+def open_gguf(path: Path) -> ExternalModel:
     """Reads settings and names, not the weights.
 
     Raises:
         InputError: it cannot be read, lacks a setting, is of another architecture, or lacks tensors or has
             unknown ones.
     """
-    fields, names = _fields(path), [tensor.name for tensor in _open(path).tensors]
+    names, fields = _open(path)
     if fields.get("general.architecture") != "llama":
         raise InputError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: only 'llama' is read")
     if "rope_freqs.weight" in names:
         raise InputError(f"{path}: its rotary positions are scaled (rope_freqs.weight), which is not read from GGUF; take the safetensors")
     _check_keys(path, fields)
-    settings = {ours: fields[f"llama.{theirs}"] for ours, theirs in SETTINGS.items()}
+    settings = {key: fields[f"llama.{gguf_key}"] for key, gguf_key in SETTINGS.items()}
     width = fields.get("llama.attention.key_length", settings["dim"] // settings["n_heads"])
     model = ModelConfig(
         **settings,
@@ -110,15 +111,11 @@ def open_gguf(path: Path) -> Foreign:
     )
     if fields.get("llama.rope.dimension_count", model.head_width) != model.head_width:
         raise InputError(f"{path}: llama.rope.dimension_count is not the width of a head, {model.head_width}")
-    job = JobConfig(
-        model=model,
-        data=TextConfig(path="train.txt", prompt_template="{prompt}"),
-        train=TrainConfig(max_steps=1000, seq_len=min(MAX_TEXT, model.max_seq_len)),
-    )
     known = _package().get_tensor_name_map(_package().MODEL_ARCH.LLAMA, model.n_layers)
-    places = {ours: Place(known.get_name(theirs, [".weight"])) for ours, theirs in text_names(model, "llama").items()}
-    files = dict.fromkeys(names, path)
-    return GGUFModel(path, "LlamaForCausalLM", job, matched(path, places, files, lambda name: False), files)
+    parameters, files = backbone_parameters(model), dict.fromkeys(names, path)
+    tensors = {name: FileTensor(known.get_name(hf_name, [".weight"])) for name, hf_name in text_names(parameters, "llama").items()}
+    tensors = match_tensors(path, tensors, files, lambda name: False)
+    return GGUFModel(path, "LlamaForCausalLM", text_job(model), parameters, tensors, files)
 
 
 def _check_keys(path: Path, fields: dict[str, Any]) -> None:
@@ -153,7 +150,7 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ValueError: it is not one that is known.
     """
-    fields = _fields(path)
+    fields = _open(path).fields
     kind, rule = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or rule not in DIGITS:
         raise InputError(
@@ -201,7 +198,7 @@ def _package() -> Any:
 
 
 class _Fields(dict[str, Any]):
-    """What a file says of its model, by name."""
+    """Settings of a file, by name."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
         super().__init__(fields)
@@ -211,27 +208,26 @@ class _Fields(dict[str, Any]):
         raise InputError(f"{self._path}: does not say {name}")
 
 
-def _open(path: Path) -> Any:
-    return _read(path, _version(path))[0]
+class _GGUFFile(NamedTuple):
+    """Tensors by name, which stay on disk until they are read, and settings."""
+
+    tensors: dict[str, Any]
+    fields: _Fields
 
 
-def _fields(path: Path) -> _Fields:
-    return _read(path, _version(path))[1]
-
-
-def _version(path: Path) -> Signature:
-    found = signature(regular(path))
-    if found is None:
+def _open(path: Path) -> _GGUFFile:
+    if (version := signature(regular(path))) is None:
         raise InputError(f"{path}: no such file")
-    return found
+    return _read(path, version)
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path, version: Signature) -> tuple[Any, _Fields]:
-    """The file, whose tensors stay on disk, and its fields. Kept: 50,000 tokens take seconds to read."""
+def _read(path: Path, version: Signature) -> _GGUFFile:
+    """Kept for the next call: 50,000 tokens take seconds to read."""
     package = _package()
     try:
         opened = package.GGUFReader(path)
-        return opened, _Fields(path, {name: field.contents() for name, field in opened.fields.items()})
+        fields = _Fields(path, {name: field.contents() for name, field in opened.fields.items()})
+        return _GGUFFile({tensor.name: tensor for tensor in opened.tensors}, fields)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as GGUF; {error}") from None

@@ -1,7 +1,7 @@
-"""What is made of each key of a language model's ``config.json``: it is followed, its class does not read it, or one value of it can be read.
+"""The keys of a language model's ``config.json``: each is followed, or its class does not read it, or one value of it can be read.
 
 Keys that are not listed here pass only where they cannot matter: they have the class's default, or do not occur in the class's own files.
-``tests/interop/test_keys.py`` changes every key of every family and compares with what transformers makes of it.
+``tests/interop/test_keys.py`` changes every key of every family and compares logits with those of transformers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.interop.names import FAMILIES, SETTINGS
+from kempnerforge.interop.families import FAMILIES, SETTINGS
 from kempnerforge.util.errors import InputError, show
 
 FOLLOWED = frozenset({"max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"})
-"""By every family, besides ``SETTINGS`` and what its entry in ``FAMILIES`` names."""
+"""By every family, besides ``SETTINGS`` and the keys that its entry in ``FAMILIES`` names."""
 
 BOOKKEEPING = frozenset({
     *("architectures", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label"),
@@ -24,7 +24,7 @@ BOOKKEEPING = frozenset({
     *("pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
     *("_attn_implementation", "_name_or_path", "attention_dropout", "unk_token_id"),
 })  # fmt: skip
-"""Of a model, of its training or of what it came with; none changes a logit. (``attention_dropout`` acts in training: ``model.dropout`` here.)"""
+"""Facts about a model, its training or its files; none changes a logit. (``attention_dropout`` acts in training: ``model.dropout`` here.)"""
 
 _OFF = (None, False)
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -33,18 +33,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "transformers_weights": (None,),
     "use_bidirectional_attention": _OFF,
 }
-"""Keys that every class, or what it is built of, reads -> the values that can be read here."""
-
-OFF: dict[str, tuple[str, ...]] = {
-    "attention_bias": ("llama", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
-    "mlp_bias": ("llama", "smollm3"),
-    "attn_logit_softcapping": ("gemma3_text",),  # its class takes it and does not apply it
-}
-"""Further keys that must be off -> in which families."""
-
-UNREAD: dict[str, frozenset[str]] = {"mistral": frozenset({"layer_types"})}
-"""Keys that a class's files name and that change nothing: here a warning about them."""
-
+"""Keys that every class, or its parts, reads -> the values that can be read here."""
 
 _READS = r"\bconfig\.{0}\b|[\"']{0}[\"']"
 """How a class's files name a key that they read."""
@@ -59,7 +48,7 @@ def followed_keys(family: str) -> frozenset[str]:
 
 def allowed(family: str) -> dict[str, tuple[Any, ...]]:
     """Key -> the values that can be read."""
-    return ONLY | {key: _OFF for key, families in OFF.items() if family in families}
+    return ONLY | dict.fromkeys(FAMILIES[family].off, _OFF)
 
 
 def check_keys(family: str, config: dict[str, Any]) -> None:
@@ -67,7 +56,7 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
     Raises:
         InputError: naming a key, its value and what is allowed.
     """
-    only, known = allowed(family), followed_keys(family) | BOOKKEEPING | UNREAD.get(family, frozenset())
+    only, known = allowed(family), followed_keys(family) | BOOKKEEPING | {*FAMILIES[family].unread}
     for key, value in config.items():
         if key in only and value not in only[key]:
             what = " or ".join("null" if kept is None else str(kept).lower() for kept in only[key])
@@ -83,7 +72,7 @@ def check_keys(family: str, config: dict[str, Any]) -> None:
 
 @lru_cache
 def class_defaults(family: str) -> dict[str, Any]:
-    """All that the class writes of a model with default settings."""
+    """The config that the class writes of a model with default settings."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[family]().to_dict()

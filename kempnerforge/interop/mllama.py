@@ -1,14 +1,15 @@
 """Llama 3.2 Vision (``MllamaForConditionalGeneration``; Llama Team 2024, section 7) in both directions: a Llama with gated cross-attention.
 
-In transformers a block of cross-attention is a layer among the others. Ours is before every n-th layer, as a part of it, so the two
-count differently: with n = 4 their layers 0 1 2 *3* 4 5 6 7 *8* 9 are our layers 0 1 2, 3 with a block, 4 5 6, 7 with a block.
+In transformers a block of cross-attention is a layer among the others. Ours is before every n-th layer, as a part of it, so the numbers of
+layers differ: with n = 4 layers 0 1 2 *3* 4 5 6 7 *8* 9 of the class are our layers 0 1 2, 3 with a block, 4 5 6, 7 with a block.
 
-An image is one tile. What several tiles of one image are to each other has no place in ours, and neither have their aspect ratios.
+An image is one tile. Several tiles of one image, and their aspect ratios, are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,21 +22,17 @@ from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.interop.names import EMBEDDING, HEAD, hf_name
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.interop.families import EMBEDDING, HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
-from kempnerforge.interop.vlms import BOOKKEEPING, FileLayout, VLMSections, scalars
+from kempnerforge.interop.vlm_family import FileLayout, Ids, Normalisation, VLMFamily, VLMSections, tower_settings
 from kempnerforge.model.mllama import MllamaTower, grids
 from kempnerforge.util.errors import InputError
 
-KIND, ARCHITECTURE, FAMILY = "mllama", "MllamaForConditionalGeneration", "llama"
+KIND, FAMILY = "mllama", "llama"
+"""``model_type`` of the whole and of its text model."""
 SPARE = 8
-"""Its embedding has so many rows more than its head; the first of them is the image token's."""
-
-LAYOUTS = (
-    FileLayout("vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"),
-    FileLayout("model.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight"),
-)
-"""The forms that its files have had; the first is written."""
+"""Rows of the embedding that the head does not have; the first of them is for the image token."""
 
 BLOCK = {
     "norm.weight": "input_layernorm.weight",
@@ -45,10 +42,10 @@ BLOCK = {
     **{f"{part}.weight": f"cross_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
     **{name: name for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")},
 }
-"""Parameters of a block of cross-attention: ours -> theirs."""
+"""Parameters of a block of cross-attention: our name -> the one in files."""
 
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-DATA: Mapping[str, Any] = {
+_DATA: Mapping[str, Any] = {
     "template": "turns",
     "image_placeholder": "<|image|>",
     "turns": TurnsConfig(
@@ -67,7 +64,7 @@ def arch() -> str:
 
 
 def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
-    """Keys of ``[vlm]`` that make our blocks theirs, but for the number of blocks and of rows."""
+    """Keys of ``[vlm]`` with which our blocks compute what those of the class do, but for the number of blocks and of rows."""
     return {
         "attention_mask": "causal",
         "cross_attention_n_heads": model.n_heads,
@@ -80,39 +77,8 @@ def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
     }
 
 
-def read_mllama_config(config: dict[str, Any], rows: int, norm: tuple[list[float], list[float]] | None) -> VLMSections:
-    """The sections of a model.
-
-    Args:
-        config: ``config.json`` as it is.
-        rows: of the embedding in the files; 0: there is none.
-        norm: mean and std of the pixels, where the image processor beside it says.
-
-    Raises:
-        ValueError: a kind of it that ours cannot be.
-    """
-    full = complete(config)
-    text, vision = full["text_config"], full["vision_config"]
-    if rows not in (0, text["vocab_size"] + SPARE):
-        raise InputError(f"text_config.vocab_size = {text['vocab_size']}: the embedding has {rows} rows, not {SPARE} more")
-    every = _interval(text["cross_attention_layers"], text["num_hidden_layers"])
-    layers = text["num_hidden_layers"] - len(text["cross_attention_layers"])
-    model = model_config(
-        text | {"model_type": FAMILY, "num_hidden_layers": layers, "tie_word_embeddings": False}, text["vocab_size"] + SPARE
-    )
-    if vision["supported_aspect_ratios"] != (ratios := grids(vision["max_num_tiles"])):
-        raise InputError(f"vision_config.supported_aspect_ratios = {vision['supported_aspect_ratios']}: must be {ratios}")
-    mean, std = norm or ([], [])
-    tower = MllamaTowerConfig(
-        settings=_tower_settings(vision), intermediate_layers=vision["intermediate_layers_indices"], mean=mean, std=std
-    )
-    tile_tokens = (int(tower.settings["image_size"]) // int(tower.settings["patch_size"])) ** 2 + 1
-    how = {"cross_attention_every_n_layers": every, "unwritten_tokens": SPARE} | options(model, tile_tokens)
-    return VLMSections(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
-
-
 def _interval(blocks: list[int], layers: int) -> int:
-    """n, if their ``layers`` have ``blocks`` of cross-attention where ours would be."""
+    """n, if the class with ``layers`` and ``blocks`` of cross-attention among them is ours."""
     every = blocks[0] + 1 if blocks else 0
     if every and blocks == block_layers(every, layers - len(blocks)):
         return every
@@ -120,24 +86,12 @@ def _interval(blocks: list[int], layers: int) -> int:
 
 
 def block_layers(every: int, layers: int) -> list[int]:
-    """Where the blocks in front of every n-th of our ``layers`` are among theirs."""
+    """Numbers that the blocks before every n-th of our ``layers`` have in the class."""
     return [(number + 1) * every - 1 + number for number in range(layers // every)]
 
 
-def _tower_settings(vision: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    from transformers import PretrainedConfig
-    from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
-
-    known = MllamaVisionConfig()
-    kept = known.to_dict().keys() - PretrainedConfig().to_dict().keys() - BOOKKEEPING
-    return {"model_type": known.model_type} | scalars(vision, kept)
-
-
-# ---- names and shapes -----------------------------------------------------------------------------------------------
-
-
-def added_shapes(job: JobConfig) -> dict[str, Tensor]:
-    """What ``job``'s model has besides text backbone, tower and adapter, and the head, which is narrower; on the meta device."""
+def added_parameters(job: JobConfig) -> dict[str, Tensor]:
+    """The parameters besides those of text backbone, tower and adapter, and the head, which is narrower; on the meta device."""
     cfg, how = job.model, vars(job.vlm)
     dim, width, hidden, every = cfg.dim, cfg.head_width, cfg.ffn_width, how["cross_attention_every_n_layers"]
     q, kv = cfg.n_heads * width, cfg.kv_heads * width
@@ -160,13 +114,13 @@ def added_shapes(job: JobConfig) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def tensor_name(ours: str, every: int, layout: FileLayout) -> str:
+def tensor_name(name: str, every: int, layout: FileLayout) -> str:
     """Our parameter name -> the one in files of this layout.
 
     Args:
         every: n.
     """
-    part, _, rest = ours.partition(".")
+    part, _, rest = name.partition(".")
     if part == "vision_encoder":
         return layout.vision + rest.removeprefix("tower.")
     if part == "adapter":
@@ -176,114 +130,139 @@ def tensor_name(ours: str, every: int, layout: FileLayout) -> str:
     if not rest.startswith("layers."):
         return layout.text + hf_name(rest, FAMILY)
     _, index, inner = rest.split(".", 2)
-    number = int(index) + (int(index) + 1) // every  # after the blocks so far, that in front of it among them
+    number = int(index) + (int(index) + 1) // every  # after the blocks so far, the one before it included
     if (parameter := inner.removeprefix("cross_attention.")) != inner:
         return f"{layout.text}layers.{number - 1}.{BLOCK[parameter]}"
     return layout.text + hf_name(f"layers.{number}.{inner}", FAMILY)
 
 
-# ---- ours to theirs -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Mllama(VLMFamily):
+    """The class. Parameters have the same names, but for the numbers of layers."""
 
-
-def check(job: JobConfig) -> None:
-    """Refuses what the class cannot be.
-
-    Raises:
-        ValueError: naming each key that is in the way.
-    """
-    cfg, tower = job.model, job.vision_encoder
-    if not isinstance(tower, MllamaTowerConfig):
-        raise InputError(
-            f"no class of transformers is this model ({KIND}: vision_encoder.type = {tower.type!r}, not {MllamaTowerConfig.type!r})"
+    def sections(self, config: dict[str, Any], rows: int, normalisation: Normalisation) -> VLMSections:
+        full = complete(config)
+        text, vision = full["text_config"], full["vision_config"]
+        if rows not in (0, text["vocab_size"] + SPARE):
+            raise InputError(f"text_config.vocab_size = {text['vocab_size']}: the embedding has {rows} rows, not {SPARE} more")
+        blocks = text["cross_attention_layers"]
+        every, layers = _interval(blocks, text["num_hidden_layers"]), text["num_hidden_layers"] - len(blocks)
+        model = model_config(
+            text | {"model_type": FAMILY, "num_hidden_layers": layers, "tie_word_embeddings": False}, text["vocab_size"] + SPARE
         )
-    how = dict(vars(job.vlm))
-    how["cross_attention_n_heads"] = how["cross_attention_n_heads"] or cfg.n_heads
-    how["cross_attention_n_kv_heads"] = how["cross_attention_n_kv_heads"] or how["cross_attention_n_heads"]
-    wanted = options(cfg, how["cross_attention_seen_tokens"])  # how many those are is known of the tower
-    wrong = [f"vlm.{key} = {how[key]!r}, not {value!r}" for key, value in wanted.items() if how[key] != value]
-    if how["unwritten_tokens"] > SPARE:
-        wrong.append(f"vlm.unwritten_tokens = {how['unwritten_tokens']}, not {SPARE} or less")
-    if not isinstance(job.adapter, LinearAdapterConfig) or not job.adapter.bias:
-        wrong.append(f"[adapter] is {job.adapter}, not {LinearAdapterConfig()}")
-    if cfg.head_width * cfg.n_heads != cfg.dim:
-        wrong.append(f"model.head_dim = {cfg.head_width}, not model.dim / model.n_heads")
-    if wrong:
-        raise InputError(f"no class of transformers is this model ({KIND}: {'; '.join(wrong)})")
-    hf_config(cfg, FAMILY)
+        if vision["supported_aspect_ratios"] != (ratios := grids(vision["max_num_tiles"])):
+            raise InputError(f"vision_config.supported_aspect_ratios = {vision['supported_aspect_ratios']}: must be {ratios}")
+        tower = MllamaTowerConfig(
+            settings=tower_settings(vision, _vision_config()),
+            intermediate_layers=vision["intermediate_layers_indices"],
+            mean=normalisation.mean,
+            std=normalisation.std,
+        )
+        tile_tokens = (int(tower.settings["image_size"]) // int(tower.settings["patch_size"])) ** 2 + 1
+        how = {"cross_attention_every_n_layers": every, "unwritten_tokens": SPARE} | options(model, tile_tokens)
+        return VLMSections(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
+
+    def image_id(self, config: Mapping[str, Any]) -> int:
+        return super().image_id(complete(dict(config)))
+
+    def parameters(self, job: JobConfig) -> dict[str, Tensor]:
+        return super().parameters(job) | added_parameters(job)
+
+    def tensor_name(self, name: str, job: JobConfig, text_family: str, layout: FileLayout) -> str:
+        return tensor_name(name, vars(job.vlm)["cross_attention_every_n_layers"], layout)
+
+    def check(self, job: JobConfig) -> str:
+        cfg, tower = job.model, job.vision_encoder
+        if not isinstance(tower, MllamaTowerConfig):
+            raise InputError(f"vision_encoder.type = {tower.type!r}, not {MllamaTowerConfig.type!r}")
+        how = dict(vars(job.vlm))
+        how["cross_attention_n_heads"] = how["cross_attention_n_heads"] or cfg.n_heads
+        how["cross_attention_n_kv_heads"] = how["cross_attention_n_kv_heads"] or how["cross_attention_n_heads"]
+        wanted = options(cfg, how["cross_attention_seen_tokens"])  # the tower knows how many: see ``check_built``
+        wrong = [f"vlm.{key} = {how[key]!r}, not {value!r}" for key, value in wanted.items() if how[key] != value]
+        if how["unwritten_tokens"] > SPARE:
+            wrong.append(f"vlm.unwritten_tokens = {how['unwritten_tokens']}, not {SPARE} or less")
+        if not isinstance(job.adapter, LinearAdapterConfig) or not job.adapter.bias:
+            wrong.append(f"[adapter] is {job.adapter}, not {LinearAdapterConfig()}")
+        if cfg.head_width * cfg.n_heads != cfg.dim:
+            wrong.append(f"model.head_dim = {cfg.head_width}, not model.dim / model.n_heads")
+        if wrong:
+            raise InputError("; ".join(wrong))
+        hf_config(cfg, FAMILY)
+        return FAMILY
+
+    def check_built(self, job: JobConfig, encoder: Any, tokenizer: Tokenizer) -> None:
+        assert isinstance(encoder, MllamaTower), "the config of its tower has been checked"
+        if (seen := vars(job.vlm)["cross_attention_seen_tokens"]) != encoder.tile_tokens:
+            raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: a tile has {encoder.tile_tokens}")
+        if (name := job.data.image_placeholder) not in tokenizer.appended:
+            raise InputError(f"data.image_placeholder = {name!r}: in a {KIND} this is a token of the stream, and here it is not")
+
+    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int, ids: Ids) -> dict[str, Any]:
+        how, cfg, tower = vars(job.vlm), job.model, encoder.tower.config
+        every = how["cross_attention_every_n_layers"]
+        text = hf_config(cfg, FAMILY) | dict(ids)
+        for key in ("architectures", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"):
+            del text[key]
+        text |= {
+            "model_type": "mllama_text_model",
+            "num_hidden_layers": cfg.n_layers + cfg.n_layers // every,
+            "cross_attention_layers": block_layers(every, cfg.n_layers),
+            "vocab_size": cfg.vocab_size - how["unwritten_tokens"],
+            "tie_word_embeddings": False,
+        }
+        lists = {key: getattr(tower, key) for key in ("supported_aspect_ratios", "intermediate_layers_indices")}
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.kind,
+            self.image_key: image_id,
+            "tie_word_embeddings": False,
+            "text_config": text,
+            "vision_config": tower_settings(tower.to_dict(), _vision_config()) | lists | {"vision_output_dim": encoder.dim},
+        }
+
+    def tensors(self, job: JobConfig, encoder: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of the embedding that only the class has are the mean of the others."""
+        how, embedding = vars(job.vlm), parameters[f"transformer.{EMBEDDING}"]
+        spare = embedding.mean(0, keepdim=True).expand(SPARE - how["unwritten_tokens"], -1)
+        whole = {f"transformer.{HEAD}": embedding, **parameters, f"transformer.{EMBEDDING}": torch.cat([embedding, spare])}  # (V + 8, D)
+        return {tensor_name(name, how["cross_attention_every_n_layers"], self.layouts[0]): tensor for name, tensor in whole.items()}
+
+    def class_inputs(self, inputs: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """As the processor of the class makes them of images of one tile."""
+        if "pixel_values" not in inputs:
+            return dict(inputs)
+        from transformers.models.mllama.processing_mllama import (
+            convert_sparse_cross_attention_mask_to_dense,
+            get_cross_attention_token_mask,
+        )
+
+        ids, pixels, tiles = inputs["input_ids"], inputs["pixel_values"], config.vision_config.max_num_tiles
+        images = len(pixels) // len(ids)
+        views = pixels.new_zeros(len(ids), images, tiles, *pixels.shape[1:])  # (B, images, T, 3, H, H)
+        views[:, :, 0] = pixels.unflatten(0, (len(ids), images))
+        is_tile = torch.zeros(len(ids), images, tiles, dtype=torch.long)
+        is_tile[:, :, 0] = 1
+        spans = [get_cross_attention_token_mask(row, config.image_token_index) for row in ids.tolist()]
+        seen = convert_sparse_cross_attention_mask_to_dense(spans, [[1] * images] * len(ids), tiles, ids.shape[1])
+        masks = {"aspect_ratio_ids": is_tile[:, :, 0], "aspect_ratio_mask": is_tile, "cross_attention_mask": torch.from_numpy(seen)}
+        return {**inputs, "pixel_values": views, **masks}
 
 
-def check_tiles(job: JobConfig, encoder: MllamaTower) -> None:
-    """Refuses blocks that see another number of tokens of an image than ``encoder`` makes of a tile."""
-    if (seen := vars(job.vlm)["cross_attention_seen_tokens"]) != encoder.tile_tokens:
-        raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: a tile has {encoder.tile_tokens}")
+def _vision_config() -> Any:
+    from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
+
+    return MllamaVisionConfig()
 
 
-def write_mllama_config(job: JobConfig, encoder: MllamaTower, image_id: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The ``config.json`` of ``job``'s model.
-
-    Args:
-        image_id: the token of an image.
-        ids: "bos_token_id", "eos_token_id" and "pad_token_id".
-
-    Raises:
-        ValueError: it cannot be one.
-    """
-    check(job)
-    check_tiles(job, encoder)
-    how, cfg = vars(job.vlm), job.model
-    every = how["cross_attention_every_n_layers"]
-    text = hf_config(cfg, FAMILY) | dict(ids)
-    for key in ("architectures", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"):
-        del text[key]
-    text |= {
-        "model_type": "mllama_text_model",
-        "num_hidden_layers": cfg.n_layers + cfg.n_layers // every,
-        "cross_attention_layers": block_layers(every, cfg.n_layers),
-        "vocab_size": cfg.vocab_size - how["unwritten_tokens"],
-        "tie_word_embeddings": False,
-    }
-    tower = encoder.tower.config
-    lists = {"supported_aspect_ratios": tower.supported_aspect_ratios, "intermediate_layers_indices": tower.intermediate_layers_indices}
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": KIND,
-        "image_token_index": image_id,
-        "tie_word_embeddings": False,
-        "text_config": text,
-        "vision_config": _tower_settings(tower.to_dict()) | lists | {"vision_output_dim": encoder.dim},
-    }
-
-
-def write_tensors(job: JobConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under their names. Rows of the embedding that only theirs has are the mean of the others."""
-    how, embedding = vars(job.vlm), tensors[f"transformer.{EMBEDDING}"]
-    spare = embedding.mean(0, keepdim=True).expand(SPARE - how["unwritten_tokens"], -1)
-    whole = {f"transformer.{HEAD}": embedding, **tensors, f"transformer.{EMBEDDING}": torch.cat([embedding, spare])}  # (V + 8, D)
-    return {tensor_name(ours, how["cross_attention_every_n_layers"], LAYOUTS[0]): tensor for ours, tensor in whole.items()}
-
-
-# ---- both on one batch ----------------------------------------------------------------------------------------------
-
-
-def class_inputs(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """What the class takes, as its own processor makes it of images of one tile; each row has as many.
-
-    Args:
-        inputs: "input_ids" with the token of each image, "attention_mask", and "pixel_values" (N, 3, H, H), row after row; without these
-            nothing is added.
-        config: of the class.
-    """
-    if "pixel_values" not in inputs:
-        return dict(inputs)
-    from transformers.models.mllama import processing_mllama as theirs
-
-    ids, pixels, tiles = inputs["input_ids"], inputs["pixel_values"], config.vision_config.max_num_tiles
-    images = len(pixels) // len(ids)
-    views = pixels.new_zeros(len(ids), images, tiles, *pixels.shape[1:])  # (B, images, T, 3, H, H)
-    views[:, :, 0] = pixels.unflatten(0, (len(ids), images))
-    there = torch.zeros(len(ids), images, tiles, dtype=torch.long)
-    there[:, :, 0] = 1
-    spans = [theirs.get_cross_attention_token_mask(row, config.image_token_index) for row in ids.tolist()]
-    seen = theirs.convert_sparse_cross_attention_mask_to_dense(spans, [[1] * images] * len(ids), tiles, ids.shape[1])
-    facts = {"aspect_ratio_ids": there[:, :, 0], "aspect_ratio_mask": there, "cross_attention_mask": torch.from_numpy(seen)}
-    return {**inputs, "pixel_values": views, **facts}
+MLLAMA = Mllama(
+    kind=KIND,
+    architecture="MllamaForConditionalGeneration",
+    layouts=(
+        FileLayout("vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"),
+        FileLayout("model.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight"),
+    ),
+    data=_DATA,
+    image_key="image_token_index",
+    image_is_word=True,
+)

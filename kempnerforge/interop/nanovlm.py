@@ -1,8 +1,9 @@
-"""nanoVLM's checkpoints (``config.json`` of its ``VLMConfig``, one safetensors file) as data: names and settings."""
+"""nanoVLM's checkpoints (``config.json`` of its ``VLMConfig``, one safetensors file): names, settings and checks."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kempnerforge.config.adapter import PixelShuffleConfig
@@ -12,6 +13,14 @@ from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.interop.external import (
+    ExternalModel,
+    FileTensor,
+    image_job,
+    match_tensors,
+    model_parameters,
+    tied_head,
+)
 from kempnerforge.util.errors import InputError, show
 
 CHATML = (
@@ -40,11 +49,11 @@ NAMES = {
     "vision_encoder.norm.": "vision_encoder.layer_norm.",
     "adapter.proj.": "MP.proj.",
 }
-"""Beginnings of names outside the layers, ours -> theirs."""
+"""Beginnings of names outside the layers, ours -> those in the files."""
 
 TEXT_LAYER = {"attention_norm": "norm1", "mlp_norm": "norm2", "attention.o_proj": "attn.out_proj", "attention": "attn", "mlp": "mlp"}
 VISION_LAYER = {"norm1": "ln1", "norm2": "ln2", "attention.out_proj": "attn.out_proj", "mlp": "mlp"}
-"""Parts of a layer, ours -> theirs. Of two that fit the first counts."""
+"""Parts of a layer, ours -> those in the files. Of two that fit the first counts."""
 
 QKV = {"attention.q_proj": 0, "attention.k_proj": 1, "attention.v_proj": 2}
 """Third of the rows of the vision layers' ``attn.qkv_proj``."""
@@ -63,13 +72,31 @@ SHARED = {HEAD: "decoder.token_embedding.weight"}
 SPARE = re.compile(r"decoder\.(head\.weight|rotary_embd\.(inv_freq|cos_cached|sin_cached))$")
 
 
+def open_nanovlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> ExternalModel:
+    """A directory of nanoVLM. Reads names, not the weights.
+
+    Raises:
+        InputError: ours cannot be this model, or tensors are missing or unknown.
+    """
+    texts = texts_of(config)
+    job = image_job(job_of(config), texts.data, views=texts.views)
+    parameters = model_parameters(job)
+    tensors = {name: file_tensor(name) for name in parameters}
+    for kept, other in SHARED.items():
+        if other not in files and kept in files:
+            tensors = {name: FileTensor(kept) if source.name == other else source for name, source in tensors.items()}
+    tensors = match_tensors(path, tensors, files, is_spare)
+    tied = tied_head(tensors, files, HEAD)
+    return ExternalModel(path, "", job, parameters, tensors, files, tied=tied, added_tokens=texts.tokens, notes=texts.notes)
+
+
 def is_one(config: dict[str, Any]) -> bool:
     """Whether this ``config.json`` is nanoVLM's."""
     return all(key in config for key in KEYS)
 
 
 def is_spare(name: str) -> bool:
-    """Whether a tensor says nothing that others do not: the tied head, tables of angles."""
+    """Whether a tensor follows from others: the tied head, tables of angles."""
     return bool(SPARE.search(name))
 
 
@@ -77,7 +104,7 @@ def job_of(config: dict[str, Any]) -> JobConfig:
     """The sections that make the model. Its images have RGB in [0, 1], without further normalisation.
 
     Raises:
-        ValueError: a setting that we have not.
+        InputError: a setting that our model does not have.
     """
     for key in (*SIZES, *MAY_LACK, *NUMBERS):
         value = config.get(key, None if key in SIZES else 1)
@@ -118,18 +145,18 @@ def job_of(config: dict[str, Any]) -> JobConfig:
 
 
 def _attention_scale(config: dict[str, Any]) -> float:
-    """Its factor is on the rotary tables, so it is on queries and on keys; 0 is the usual scale."""
+    """The factor multiplies the rotary tables, so queries and keys both have it; 0 is the usual scale."""
     factor = config.get("lm_attn_scaling", 1.0)
     return 0.0 if factor == 1 else factor**2 * (config["lm_hidden_dim"] // config["lm_n_heads"]) ** -0.5
 
 
 class Texts(NamedTuple):
-    """How its data were laid out.
+    """The layout of its training data.
 
     Attributes:
         data: keys of ``[data]``.
-        tokens: that its code adds to the tokenizer, in the order of their ids.
-        notes: what is otherwise here.
+        tokens: added to the tokenizer by its code, in the order of their ids.
+        notes: differences between its code and ours, for people.
         views: of an image, at most.
     """
 
@@ -143,7 +170,7 @@ def texts_of(config: dict[str, Any]) -> Texts:
     """The generation of nanoVLM that a ``config.json`` is of.
 
     Raises:
-        ValueError: it is unknown.
+        InputError: it is unknown.
     """
     added, template = config.get("vlm_extra_tokens") or {}, config.get("lm_chat_template")
     if not isinstance(added, dict) or not all(isinstance(name, str) for name in added.values()):
@@ -177,18 +204,18 @@ def texts_of(config: dict[str, Any]) -> Texts:
     return Texts(data, tokens, tuple(notes), views)
 
 
-def tensor_place(ours: str) -> tuple[str, int, int]:
-    """The tensor that holds our parameter, the part of its rows, and how many parts it has."""
-    for start, theirs in NAMES.items():
-        if ours.startswith(start):
-            return theirs + ours.removeprefix(start), 0, 1
-    found = re.fullmatch(r"(transformer|vision_encoder)\.layers\.(\d+)\.(.*)", ours)
-    assert found is not None, ours
+def file_tensor(name: str) -> FileTensor:
+    """The tensor in the files that is our parameter, or whose rows it is a third of."""
+    for start, file_start in NAMES.items():
+        if name.startswith(start):
+            return FileTensor(file_start + name.removeprefix(start))
+    found = re.fullmatch(r"(transformer|vision_encoder)\.layers\.(\d+)\.(.*)", name)
+    assert found is not None, name
     text = found[1] == "transformer"
     layer, rest = f"{'decoder' if text else found[1]}.blocks.{found[2]}", found[3]
     for part, number in QKV.items():
         if not text and rest.startswith(part):
-            return f"{layer}.attn.qkv_proj{rest.removeprefix(part)}", number, 3
+            return FileTensor(f"{layer}.attn.qkv_proj{rest.removeprefix(part)}", number, 3)
     parts = TEXT_LAYER if text else VISION_LAYER
     part = next(part for part in parts if rest.startswith(part + "."))
-    return f"{layer}.{parts[part]}{rest.removeprefix(part)}", 0, 1
+    return FileTensor(f"{layer}.{parts[part]}{rest.removeprefix(part)}")

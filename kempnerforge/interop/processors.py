@@ -1,4 +1,4 @@
-"""Processors of transformers as data: the files that make one do what our data code does, and what a directory's own does otherwise."""
+"""Files of a processor of transformers that prepares images as our data code does, and where the processor of a directory differs from it."""
 
 from __future__ import annotations
 
@@ -7,52 +7,24 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, ImageFiles
-from kempnerforge.util.reading import read_object
+from kempnerforge.interop.vlm_family import FRAMED, LLAVA
+from kempnerforge.interop.vlms import VLM_FAMILIES
+from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, ImageSettings, processor_classes
 
-LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
-FRAMED = ("Idefics3Processor", "SmolVLMProcessor")
-"""These write ``FRAME`` in the place of "<image>"."""
-FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
-FRAME = f"{FAKE}{GLOBAL}<image>{FAKE}"
 BICUBIC = 3
-
-
-class Known(NamedTuple):
-    """What the processors of one ``model_type`` are.
-
-    Attributes:
-        processors: classes that can serve; its own is the first. LLaVA's is the one that writes nothing but the images' tokens into a text.
-        images: the class of its image processor.
-    """
-
-    processors: tuple[str, ...]
-    images: str
 
 
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-KNOWN = {
-    "paligemma": Known((PALIGEMMA, LLAVA), "SiglipImageProcessor"),
-    "llava": Known((LLAVA,), "CLIPImageProcessor"),
-    "idefics3": Known(("Idefics3Processor", LLAVA), "Idefics3ImageProcessor"),
-    "smolvlm": Known(("SmolVLMProcessor", LLAVA), "SmolVLMImageProcessor"),
-}
-"""``model_type`` -> its processors. One that is not here has none that makes single views."""
-
-
-# ---- ours to theirs -------------------------------------------------------------------------------------------------
-
-
 def processor_candidates(
     kind: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig, image_tokens: int, placeholder: str
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """Processors that may do what our data code does, the likeliest first: class -> its files by name, without those of the tokenizer.
+    """Processors that may do what our data code does, the most likely first: class -> its files by name, without the tokenizer's.
 
     Args:
         size: pixels of a view's side.
@@ -61,13 +33,15 @@ def processor_candidates(
         image_tokens: of one image.
         placeholder: ``data.image_placeholder``.
     """
-    known = KNOWN.get(kind)
-    framed = known is not None and known.processors[0] in FRAMED
-    if known is None or images.fit not in (("squash",) if framed else ("squash", "crop")):
+    family = VLM_FAMILIES.get(kind)
+    if family is None or not family.processors:
+        return {}
+    framed = family.processors[0] in FRAMED
+    if images.fit not in (("squash",) if framed else ("squash", "crop")):
         return {}
     (mean, std), square = normalisation, _square(size)
     pixels: dict[str, Any] = {
-        "image_processor_type": known.images if images.fit == "squash" else KNOWN["llava"].images,
+        "image_processor_type": family.image_processor if images.fit == "squash" else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size} if images.fit == "crop" else square,
@@ -84,7 +58,7 @@ def processor_candidates(
     else:
         pixels |= {"do_center_crop": images.fit == "crop", "crop_size": square}
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in known.processors:
+    for name in family.processors:
         settings = _settings(name, size, image_tokens, placeholder)
         if settings is not None:
             found[name] = {PREPROCESSOR: {"processor_class": name, **pixels}, PROCESSOR: {"processor_class": name, **settings}}
@@ -92,7 +66,7 @@ def processor_candidates(
 
 
 def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict[str, Any] | None:
-    """Of a processor's own; None: it cannot serve."""
+    """Settings of the processor itself; None: it cannot serve."""
     if name != LLAVA:
         return ({"image_seq_len": image_tokens} if name in FRAMED else {}) if placeholder == "<image>" else None
     side = math.isqrt(image_tokens)
@@ -107,25 +81,19 @@ def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict
     }
 
 
-# ---- theirs ---------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def followed_processor(path: Path, kind: str) -> str | None:
-    """The class of a directory's processor; None: of a kind that we do not follow.
-
-    Args:
-        path: the directory.
-        kind: its ``model_type``.
-    """
-    known = KNOWN.get(kind)
-    if known is None:
+    """The class of a directory's processor, among those that we follow for its ``model_type``; None: there is none."""
+    family = VLM_FAMILIES.get(kind)
+    if family is None or not family.processors:
         return None
-    files = [read_object(path / name) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
-    return next((name for file in files if (name := file.get("processor_class")) in known.processors), known.processors[0])
+    return next((name for name in processor_classes(path) if name in family.processors), family.processors[0])
 
 
-def differing_settings(files: ImageFiles, side: int) -> list[str]:
-    """Settings of an image processor that make anything but one square of ``side`` pixels, bicubic: reasons for other pixels."""
+def differing_settings(files: ImageSettings, side: int) -> list[str]:
+    """Settings of an image processor that do not give one square of ``side`` pixels, bicubic: reasons for other pixels."""
     wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "do_image_splitting": False, "do_pad": False}
     if "max_image_size" in files.settings:
         wanted |= {"max_image_size": {"longest_edge": side}}

@@ -1,4 +1,4 @@
-"""``[model]`` and the ``config.json`` that means the same: shapes do not show a wrong ``rope_theta`` or norm."""
+"""``[model]`` from a ``config.json``, and the reverse: shapes do not show a wrong ``rope_theta`` or norm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from kempnerforge.config.model import ModelConfig, RopeScaling
+from kempnerforge.interop.families import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
 from kempnerforge.interop.keys import check_keys, followed_keys
-from kempnerforge.interop.names import ACTIVATIONS, FAMILIES, SETTINGS, SWITCHES, Family
-from kempnerforge.model.their_config import class_call
+from kempnerforge.model.hf_checks import class_call
 from kempnerforge.util.errors import InputError, cut, show
 
 PLAIN = (
@@ -17,7 +17,7 @@ PLAIN = (
 )
 
 ABSENT = {"rope_local_theta": 0.0, "rope_global_interval": 0, "nope_interval": 0, "attention_softcap": 0.0, "logit_softcap": 0.0}
-"""What a family without a setting has, by key of ``[model]``."""
+"""``[model]`` key -> its value in families without such a setting."""
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -35,16 +35,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         return AutoConfig.for_model(**given).to_dict()
 
 
-def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model in a ``config.json``, which may be all of it. PaliGemma says there that its prefix sees both ways: a mask, here."""
-    text = config.get("text_config", config)
-    if config.get("model_type") == "paligemma" and isinstance(text, dict):
-        return {key: value for key, value in text.items() if key != "use_bidirectional_attention"}
-    return text
-
-
 def facts(cfg: ModelConfig) -> dict[str, Any]:
-    """What decides how the backbone computes, by key of ``[model]``, with zeros resolved. Vocabulary and head are left to the tensors."""
+    """The settings that decide what the backbone computes, by key of ``[model]``, with zeros resolved. The tensors decide vocabulary and head."""
     resolved: dict[str, Any] = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "ffn_dim": cfg.ffn_width}
     resolved["attention_scale"] = cfg.attention_scale or cfg.head_width**-0.5
     resolved["rope_global_interval"] = cfg.rope_global_interval if cfg.rope_local_theta else 0
@@ -53,7 +45,7 @@ def facts(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _windows(size: int, layers: str) -> dict[str, Any]:
-    """What is said of windows, with ``layers`` as the shortest pattern that gives them."""
+    """``sliding_window``, and the shortest ``window_pattern`` that gives ``layers``."""
     if not size or "S" not in layers:
         return {"sliding_window": 0, "window_pattern": ""}
     patterns = (layers[:length] for length in range(1, len(layers) + 1))
@@ -61,7 +53,7 @@ def _windows(size: int, layers: str) -> dict[str, Any]:
 
 
 def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """The same of a ``config.json`` (the text part of it), as far as it says so.
+    """``facts`` of a ``config.json`` (of its text part), as far as it states them.
 
     Raises:
         ValueError: a model, activation, position scaling or other setting that the backbone does not have.
@@ -74,22 +66,22 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         if key in followed_keys(name) and (value := config.get(key)) is not None and value <= 0:
             raise InputError(f"{key} = {value}: must be more than 0, or null")
-    found: dict[str, Any] = {ours: config[theirs] for ours, theirs in SETTINGS.items() if config.get(theirs) is not None}
+    found: dict[str, Any] = {key: config[hf_key] for key, hf_key in SETTINGS.items() if config.get(hf_key) is not None}
     if "head_dim" not in found and {"dim", "n_heads"} <= found.keys():
         found["head_dim"] = found["dim"] // found["n_heads"]
-    found |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(family.on, True)
-    found |= ABSENT | {ours: config.get(theirs) or ABSENT.get(ours, 0) for ours, theirs in family.settings.items()}
+    found |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(family.switches, True)
+    found |= ABSENT | {key: config.get(hf_key) or ABSENT.get(key, 0) for key, hf_key in family.settings.items()}
     if "attention_scale" in family.settings:
-        found["attention_scale"] = (found["attention_scale"] or 256) ** -0.5  # what the classes have by default
+        found["attention_scale"] = (found["attention_scale"] or 256) ** -0.5  # the default of the classes
     elif "head_dim" in found:
         found["attention_scale"] = found["head_dim"] ** -0.5
-    if (activation := _activation(name, config)) is not None:
+    if (activation := _activation(family, config)) is not None:
         found["activation"] = activation
-    return found | _rope_facts(name, config) | _window_facts(family, config)
+    return found | _rope_facts(family, config) | _window_facts(family, config)
 
 
 def _window_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """Mistral's class slides in all layers, whatever ``layer_types`` says; those of Llama and Gemma have no windows."""
+    """``sliding_window`` and the shortest ``window_pattern``, by the class's own rule where ``layer_types`` is not followed."""
     if not family.window_pattern:
         return _windows(0, "")
     kinds = config.get("layer_types") if "layer_types" in family.also else None
@@ -102,24 +94,24 @@ def _window_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     return _windows(size, layers)
 
 
-def _activation(name: str, config: dict[str, Any]) -> str | None:
-    """Gemma's tanh GELU is called "gelu" in older files."""
-    key = FAMILIES[name].activation_key
+def _activation(family: Family, config: dict[str, Any]) -> str | None:
+    """Files of the first Gemma name its tanh GELU "gelu"."""
+    key, default = family.activation_key, family.default_activation
     value = config.get(key)
-    if value is None or (name == "gemma" and value == "gelu"):
-        return "geglu" if name.startswith("gemma") else None
+    if value is None or (default and key == "hidden_act" and value == "gelu"):
+        return default or None
     if value not in ACTIVATIONS:
         raise InputError(f"{key} = {value!r}: the backbone has {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[value]
 
 
-def _rope_facts(family: str, config: dict[str, Any]) -> dict[str, Any]:
+def _rope_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     found: dict[str, Any] = {}
-    if "rope_local_theta" in FAMILIES[family].settings:
+    if "rope_local_theta" in family.settings:
         found |= _layers_apart(config)
         rope = rope.get("full_attention", rope)
-    elif family == "smollm3":
+    elif "nope_interval" in family.settings:
         found["nope_interval"] = _without_rope(config)
     if (theta := rope.get("rope_theta", config.get("rope_theta"))) is not None:
         found["rope_theta"] = _number({"rope_theta": theta}, "rope_theta")
@@ -127,7 +119,7 @@ def _rope_facts(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers_apart(config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3: which layers are global, and the base of the others."""
+    """Which layers are global (every n-th one), and the base of the rotary positions in the others."""
     kinds = config.get("layer_types")
     interval = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     if kinds:
@@ -141,7 +133,7 @@ def _layers_apart(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_rope(config: dict[str, Any]) -> int:
-    """SmolLM3: every n-th layer has no rotary positions."""
+    """n, if every n-th layer has no rotary positions; 0: all have them."""
     layers, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval") or 4
     if layers:
         interval = layers.index(0) + 1 if 0 in layers else 0
@@ -179,7 +171,7 @@ def _number(table: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-# ---- from one to the other ------------------------------------------------------------------------------------------
+# ---- both directions ------------------------------------------------------------------------------------------------
 
 
 def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
@@ -227,13 +219,13 @@ def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
 
 
 def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
-    family, ours = FAMILIES[name], facts(cfg)
+    family, known = FAMILIES[name], facts(cfg)
     if cfg.activation not in family.activations:
         raise InputError(f"model.activation = {cfg.activation!r}: it has {', '.join(family.activations)}")
-    config: dict[str, Any] = {theirs: ours[key] for key, theirs in SETTINGS.items()}
-    config |= {theirs: ours[key] or None for key, theirs in family.settings.items()}
+    config: dict[str, Any] = {hf_key: known[key] for key, hf_key in SETTINGS.items()}
+    config |= {hf_key: known[key] or None for key, hf_key in family.settings.items()}
     if "attention_scale" in family.settings:
-        config["query_pre_attn_scalar"] = _whole(ours["attention_scale"] ** -2)
+        config["query_pre_attn_scalar"] = _whole(known["attention_scale"] ** -2)
     if "nope_interval" in family.settings:
         every = cfg.nope_interval
         config["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(cfg.n_layers)]
@@ -260,15 +252,15 @@ def _written(cfg: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def _written_windows(cfg: ModelConfig, family: Family) -> dict[str, Any]:
-    """Only a window that a row can be longer than is said: with it the family has to be one that has windows, in the same layers."""
-    ours = facts(cfg)
-    if family.window_pattern and _bites(ours, cfg):
+    """A window is written only if a row can be longer: then the family needs windows, in the same layers."""
+    known = facts(cfg)
+    if family.window_pattern and _bites(known, cfg):
         kinds = ["sliding_attention" if cfg.window(layer) else "full_attention" for layer in range(cfg.n_layers)]
         chosen = {} if family.window_pattern == "S" else {"layer_types": kinds}
         switch = {"use_sliding_window": True} if "use_sliding_window" in family.constants else {}
-        return {"sliding_window": ours["sliding_window"]} | chosen | switch
-    if "S" in family.window_pattern and "sliding_window" not in family.constants:  # this class has one always
-        return {"sliding_window": max(cfg.max_seq_len, ours["sliding_window"])}
+        return {"sliding_window": known["sliding_window"]} | chosen | switch
+    if "S" in family.window_pattern and "sliding_window" not in family.constants:  # this class always has one
+        return {"sliding_window": max(cfg.max_seq_len, known["sliding_window"])}
     return {}
 
 
@@ -282,22 +274,22 @@ def _whole(value: float) -> float | int:
     return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
 
 
-def check_facts(cfg: ModelConfig, theirs: dict[str, Any], names: dict[str, str]) -> None:
-    """Compares ``[model]`` with what another model's config says. Windows that no row is longer than are all the same.
+def check_facts(cfg: ModelConfig, other: dict[str, Any], names: dict[str, str]) -> None:
+    """Compares ``[model]`` with ``facts`` of another model. Windows that no row is longer than are equal.
 
     Args:
-        names: our key -> what that config calls it.
+        names: key of ``[model]`` -> its name in the config of that model.
 
     Raises:
         ValueError: naming every key that differs, with both values.
     """
-    ours = facts(cfg)
-    if not _bites(ours, cfg) and not _bites(theirs, cfg):
-        ours = {key: value for key, value in ours.items() if key not in ("sliding_window", "window_pattern")}
+    known = facts(cfg)
+    if not _bites(known, cfg) and not _bites(other, cfg):
+        known = {key: value for key, value in known.items() if key not in ("sliding_window", "window_pattern")}
     lines = [
-        f"{names.get(key, key)} = {value!r} there, model.{key} = {ours[key]!r} here"
-        for key, value in theirs.items()
-        if key in ours and not _same(ours[key], value)
+        f"{names.get(key, key)} = {value!r} there, model.{key} = {known[key]!r} here"
+        for key, value in other.items()
+        if key in known and not _same(known[key], value)
     ]
     if lines:
         raise InputError("another model than [model] describes: " + "; ".join(lines))

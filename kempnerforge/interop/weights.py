@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from kempnerforge.checkpoint import CheckpointError, load, reading, tensor_info
 from kempnerforge.checkpoint.state import AVERAGED, MODEL
 from kempnerforge.config.files import read_toml
 from kempnerforge.config.model import ModelConfig, RopeScaling
-from kempnerforge.interop.huggingface import CONFIG, read_text_weights
-from kempnerforge.interop.names import EMBEDDING, HEAD
-from kempnerforge.interop.settings import check_facts, facts
-from kempnerforge.util.errors import InputError
+from kempnerforge.interop.external import (
+    FileTensor,
+    TiedHead,
+    backbone_parameters,
+    check_tensor,
+    check_tied,
+    match_tensors,
+    text_prefix,
+)
+from kempnerforge.interop.families import EMBEDDING, HEAD, HF_HEAD, OTHER_PARTS, SETTINGS, text_names
+from kempnerforge.interop.settings import check_facts, complete, facts, hf_facts
+from kempnerforge.interop.vlms import text_part
+from kempnerforge.model.hf_checks import names_keys
+from kempnerforge.model.hf_files import CONFIG, read_config, read_tensors, tensor_files
+from kempnerforge.util.errors import InputError, show
 
 log = logging.getLogger("kempnerforge")
 
@@ -26,10 +38,10 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
 
     Args:
         path: a checkpoint, a folder of them (the newest is taken), a run directory, or a Hugging Face directory (see ``read_text_weights``).
-        cfg: ``[model]``: what the weights are for.
+        cfg: ``[model]`` of the model that takes the weights.
 
     Raises:
-        ValueError: nothing usable is there, or its text backbone computes otherwise than ``cfg`` says.
+        InputError: nothing usable is there, or its text backbone computes something else than ``cfg`` says.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
@@ -38,6 +50,56 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
         return reading(path, lambda checkpoint: _of_checkpoint(checkpoint, cfg))
     except CheckpointError as error:
         raise InputError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
+
+
+# ---- Hugging Face directories -----------------------------------------------------------------------------------------
+
+
+def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
+    """The text model in the directory ``path``, of one of the ``FAMILIES``. Every tensor of the files is one of the text model's, or of a known
+    other kind, which is logged; every tensor of the text model is there, in the shape that ``[model]`` asks for.
+
+    Args:
+        path: a directory with ``config.json`` and safetensors, sharded or not. Of a vision-language model, the text part is read.
+        cfg: ``[model]``, with ``vocab_size`` set.
+
+    Returns:
+        ``transformer.*`` -> tensor on the CPU, in the dtype of the file, without new tokens. An embedding that is the head as well is there
+        twice when ``cfg`` does not tie them.
+
+    Raises:
+        InputError: the directory cannot be read, holds another model than ``cfg`` describes, lacks tensors or has unknown ones.
+    """
+    path = Path(path)
+    config = read_config(path)
+    text = text_part(config)
+    with names_keys(config, f"{path / CONFIG}: "):
+        if not isinstance(text, dict):
+            raise InputError(f"text_config = {show(text)}: does not say which language model it is")
+        if not config.get("model_type"):
+            raise InputError(f"model_type = {show(config.get('model_type'))}: does not say which model it is")
+        text = complete(text)
+        check_facts(cfg, hf_facts(text), SETTINGS)
+    files, wanted = tensor_files(path), backbone_parameters(replace(cfg, new_tokens=[]))
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
+    head = next((name for name in files if name == HF_HEAD or name.endswith("." + HF_HEAD)), None)
+    names = text_names(wanted, text["model_type"], text_prefix(path, files), head or HF_HEAD)
+    embedding = names[f"transformer.{EMBEDDING}"]
+    if tied and head is None and not cfg.tie_embeddings:
+        names[f"transformer.{HEAD}"] = embedding
+    used = {name: FileTensor(source) for name, source in names.items()}
+    match_tensors(path, used, files, lambda name: name == head or OTHER_PARTS.match(name) is not None)
+    tensors = dict(read_tensors(files, names.values()))
+    if head is not None and tied and not cfg.tie_embeddings:
+        check_tied(path, files, TiedHead(head, embedding))
+    if head is not None and cfg.tie_embeddings and not torch.equal(dict(read_tensors(files, [head]))[head], tensors[embedding]):
+        raise InputError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
+    for name, source in names.items():
+        check_tensor(path, f"{source} ({name})", tensors[source], wanted[name])
+    return {name: tensors[source] for name, source in names.items()}
+
+
+# ---- our checkpoints --------------------------------------------------------------------------------------------------
 
 
 def _of_checkpoint(checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -55,7 +117,7 @@ def _of_checkpoint(checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
-    """A head for a model that wants one of its own; where it wants none, the head must be the embedding."""
+    """``tensors`` with a head if ``cfg`` has an untied one; if it has none, a head there must be the embedding."""
     embedding, head = (tensors.get(f"transformer.{name}") for name in (EMBEDDING, HEAD))
     if not cfg.tie_embeddings and head is None and embedding is not None:
         return tensors | {f"transformer.{HEAD}": embedding}
@@ -65,7 +127,7 @@ def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -
 
 
 def _check_config(checkpoint: Path, cfg: ModelConfig) -> None:
-    """Compares ``[model]`` with the one that the checkpoint was trained with, when that is there."""
+    """Compares ``[model]`` with the config of the checkpoint, if it has one."""
     file = checkpoint / "config.toml"
     if not file.is_file():
         return
@@ -73,11 +135,11 @@ def _check_config(checkpoint: Path, cfg: ModelConfig) -> None:
     try:
         if scaling := table.get("rope_scaling"):
             table["rope_scaling"] = RopeScaling(**scaling)
-        theirs = facts(ModelConfig(**table))
+        trained = facts(ModelConfig(**table))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: cannot be read; {error}") from None
     try:
-        check_facts(cfg, theirs, {})
+        check_facts(cfg, trained, {})
     except ValueError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -88,7 +150,7 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | st
 
     Args:
         model: not sharded.
-        weights: from ``read_weights(source)``; those that the model has no place for are counted in the log.
+        weights: from ``read_weights(source)``; tensors that are no parameters of the model are counted in the log.
         optional: prefixes of names that are passed over where the shape is another.
 
     Returns:

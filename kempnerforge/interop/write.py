@@ -1,4 +1,4 @@
-"""Directories that transformers loads: ``config.json`` and safetensors, under the names that files on the hub have."""
+"""Writes directories that transformers loads: ``config.json`` and safetensors, with the names of files on the hub."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.interop.huggingface import CONFIG, INDEX, WEIGHTS
-from kempnerforge.interop.names import EMBEDDING, HEAD, HF_HEAD, hf_name
+from kempnerforge.interop.families import EMBEDDING, HEAD, text_names
 from kempnerforge.interop.settings import hf_config
+from kempnerforge.model.hf_files import CONFIG, INDEX, WEIGHTS
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import scratch, sync_files
 from kempnerforge.util.reading import read_object
@@ -28,7 +28,7 @@ NEW_EMBEDDING, NEW_HEAD = "new_tokens.embedding.weight", "new_tokens.output_head
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with the name of the work, how much of it is done, and how much there is."""
 
 
 def nothing(what: str, done: int, total: int) -> None:
@@ -72,21 +72,6 @@ def plain_embedding(cfg: ModelConfig, tensors: Mapping[str, Tensor], rows: int =
     return replace(cfg, vocab_size=cfg.vocab_size + len(cfg.new_tokens) + rows, new_tokens=[]), tensors
 
 
-def text_names(cfg: ModelConfig, family: str, prefix: str = "model.", head: str = HF_HEAD) -> dict[str, str]:
-    """Our parameter name -> the one in the files, of a backbone without new tokens.
-
-    Args:
-        prefix: of the text model in the files.
-        head: the full name of the output head there.
-    """
-    from kempnerforge.model.transformer import Transformer
-
-    assert not cfg.new_tokens
-    with torch.device("meta"):
-        ours = [name for name, _ in Transformer(cfg).named_parameters()]
-    return {f"transformer.{name}": head if name == HEAD else prefix + hf_name(name, family) for name in ours}
-
-
 def write_language_model(
     path: Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None], family: str | None = None,
     shard_bytes: int = SHARD_BYTES, progress: Progress = nothing,
@@ -105,15 +90,12 @@ def write_language_model(
     Raises:
         ValueError: no family of transformers can be this model.
     """
-    config: dict[str, Any] = hf_config(cfg, family) | dict(ids) | {"torch_dtype": _dtype(tensors)}
-    names = text_names(cfg, config["model_type"])
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config: dict[str, Any] = hf_config(cfg, family) | dict(ids) | {"torch_dtype": dtype}
     write_config(path, config)
-    save_tensors(path, {theirs: tensors[ours] for ours, theirs in names.items()}, shard_bytes, progress)
+    names = text_names(tensors, config["model_type"])
+    save_tensors(path, {name: tensors[key] for key, name in names.items()}, shard_bytes, progress)
     return config
-
-
-def _dtype(tensors: Mapping[str, Tensor]) -> str:
-    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
 
 def write_config(path: Path, config: Mapping[str, Any], name: str = CONFIG) -> None:
@@ -126,7 +108,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
     """``model.safetensors``, or as many shards as are needed, with their index. Older weights there are replaced.
 
     Args:
-        shard_bytes: of a file at most; a tensor that is larger has a file of its own.
+        shard_bytes: the size of a file at most; a larger tensor gets a file of its own.
     """
     path.mkdir(parents=True, exist_ok=True)
     for old in [path / INDEX, *path.glob("model*.safetensors")]:
@@ -140,20 +122,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
         shards[-1].append(name)
         filled += tensor.nbytes
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # NOTE: safetensors stores no two names for the same memory
         save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in names}, path / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
         done += sum(tensors[name].nbytes for name in names)
         progress(f"writing {file}", done, total)
     if len(shards) > 1:
-        write_config(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}, INDEX)
+        write_config(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, INDEX)
 
 
 def cast_files(path: Path, dtype: torch.dtype) -> None:
-    """The weights at ``path`` and its ``config.json``, if there is one, in ``dtype``. Tensors of whole numbers stay what they are."""
+    """Casts the weights at ``path`` to ``dtype``, and says so in its ``config.json``, if there is one. Tensors of integers are not cast."""
     if (path / CONFIG).is_file():
         config = read_object(path / CONFIG)
         for section in (config, *(part for part in config.values() if isinstance(part, dict))):

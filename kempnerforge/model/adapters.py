@@ -36,7 +36,7 @@ def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Mod
 
 
 class Adapter(nn.Module):
-    """What every adapter is: it says how many tokens leave, and projects.
+    """The contract of adapters: ``num_tokens`` for each image, and a ``forward``. By default that is ``prepare``, then ``proj``.
 
     Subclasses register with ``@registry.register_adapter(type)``.
 
@@ -54,9 +54,15 @@ class Adapter(nn.Module):
         super().__init__()
         self.num_tokens = cfg.num_tokens(num_features)
 
+    proj: nn.Module
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, T, the width that ``proj`` takes)."""
+        return features
+
     def forward(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, T, Do)."""
-        raise NotImplementedError
+        return self.proj(self.prepare(features))
 
 
 @registry.register_adapter("linear")
@@ -67,9 +73,6 @@ class LinearAdapter(Adapter):
         super().__init__(cfg, in_dim, out_dim, num_features)
         self.proj = projection(in_dim, 0, out_dim, cfg.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(features)
-
 
 @registry.register_adapter("mlp_2layer")
 class MLPAdapter(Adapter):
@@ -78,9 +81,6 @@ class MLPAdapter(Adapter):
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
         self.proj = projection(in_dim, cfg.hidden_dim or out_dim, out_dim, cfg.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(features)
 
 
 class GridAdapter(Adapter):
@@ -107,13 +107,10 @@ class PixelShuffleAdapter(GridAdapter):
         super().__init__(cfg, in_dim, out_dim, num_features)
         self.proj = projection(in_dim * cfg.factor**2, cfg.hidden_dim, out_dim, cfg.bias)
 
-    def shuffle(self, features: Tensor) -> Tensor:
+    def prepare(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, F / s^2, s^2 * Di)."""
         x = self.windows(features).transpose(2, 3)  # (N, rows, columns, s, s, Di)
         return x.reshape(len(x), self.num_tokens, self.factor**2 * features.shape[-1])
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(self.shuffle(features))
 
 
 @registry.register_adapter("avg_pool")
@@ -124,12 +121,9 @@ class AvgPoolAdapter(GridAdapter):
         super().__init__(cfg, in_dim, out_dim, num_features)
         self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias)
 
-    def pool(self, features: Tensor) -> Tensor:
+    def prepare(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, F / s^2, Di)."""
         return self.windows(features).mean(dim=(2, 4)).flatten(1, 2)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(self.pool(features))
 
 
 class PerceiverLayer(nn.Module):
@@ -173,11 +167,11 @@ class PerceiverAdapter(Adapter):
         self.norm = nn.LayerNorm(in_dim)
         self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def prepare(self, features: Tensor) -> Tensor:
         x = self.latents.expand(len(features), -1, -1)  # (N, T, Di)
         for layer in self.layers:
             x = layer(x, features)
-        return self.proj(self.norm(x))
+        return self.norm(x)
 
 
 def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:

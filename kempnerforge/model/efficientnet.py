@@ -96,13 +96,13 @@ class EfficientNetLite0(VisionEncoder):
 
 
 def published_names() -> dict[str, tuple[str, str]]:
-    """Each of our convolutions -> the published network's, and the batch normalisation after it."""
+    """Each of our convolutions -> the convolution of the published network, and the batch normalisation after it."""
     names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
     for index in range(sum(stage[0] for stage in STAGES)):
-        there = f"_blocks.{index}."
+        block = f"_blocks.{index}."
         names |= {
-            f"blocks.{index}.{part}": (there + conv, there + norm) for part, (conv, norm) in parts.items() if index or part != "expand"
+            f"blocks.{index}.{part}": (block + conv, block + norm) for part, (conv, norm) in parts.items() if index or part != "expand"
         }
     return names
 
@@ -112,21 +112,21 @@ def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     (Jacob et al. 2018, section 3.2, eq. 14).
     """
     try:
-        there = load_file(regular(path, "path"))
+        published = load_file(regular(path, "path"))
     except (OSError, SafetensorError) as error:
         raise InputError(f"path = {str(path)!r}: cannot be read; {error}; kempnerforge data fetch efficientnet-lite0 makes it") from None
     names = published_names()
     expected = {f"{conv}.weight" for conv, _ in names.values()}
     expected |= {f"{norm}.{part}" for _, norm in names.values() for part in ("weight", "bias", "running_mean", "running_var")}
-    found = {name for name in there if not name.endswith("num_batches_tracked") and name not in CLASSIFIER}
+    found = {name for name in published if not name.endswith("num_batches_tracked") and name not in CLASSIFIER}
     if different := sorted(found ^ expected):
         raise InputError(f"path = {str(path)!r}: is no EfficientNet-Lite0; {', '.join(different[:4])} missing or unknown")
     tensors = {}
-    for ours, (conv, norm) in names.items():
-        scale = there[f"{norm}.weight"] * (there[f"{norm}.running_var"] + BATCH_NORM_EPS).rsqrt()  # (C,)
-        weight = there[f"{conv}.weight"]
-        if weight.shape != wanted[f"{ours}.weight"].shape:
-            raise InputError(f"path = {str(path)!r}: {conv}.weight is {tuple(weight.shape)}, not {tuple(wanted[f'{ours}.weight'].shape)}")
-        tensors[f"{ours}.weight"] = weight * scale[:, None, None, None]
-        tensors[f"{ours}.bias"] = there[f"{norm}.bias"] - there[f"{norm}.running_mean"] * scale
+    for name, (conv, norm) in names.items():
+        scale = published[f"{norm}.weight"] * (published[f"{norm}.running_var"] + BATCH_NORM_EPS).rsqrt()  # (C,)
+        weight = published[f"{conv}.weight"]
+        if weight.shape != wanted[f"{name}.weight"].shape:
+            raise InputError(f"path = {str(path)!r}: {conv}.weight is {tuple(weight.shape)}, not {tuple(wanted[f'{name}.weight'].shape)}")
+        tensors[f"{name}.weight"] = weight * scale[:, None, None, None]
+        tensors[f"{name}.bias"] = published[f"{norm}.bias"] - published[f"{norm}.running_mean"] * scale
     return tensors

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.vision import HFTowerConfig, square_side
-from kempnerforge.model.image_files import Normalisation, read_image_files
-from kempnerforge.model.their_config import check_config, check_room, class_call, load_whole
+from kempnerforge.model.hf_checks import check_config, check_room, class_call
+from kempnerforge.model.hf_files import load_whole, read_named_config
+from kempnerforge.model.image_processor import Normalisation, read_image_settings
 from kempnerforge.model.vision import VisionEncoder
-from kempnerforge.util.errors import InputError, cut, library_call
-from kempnerforge.util.paths import start_of
-from kempnerforge.util.reading import check_files, read_object
+from kempnerforge.util.errors import InputError, cut
 
 
 class HFTower(VisionEncoder):
@@ -75,24 +73,14 @@ class HFTower(VisionEncoder):
         """The model of transformers with the layers up to the feature layer, without a pooling head."""
         import transformers
 
-        kind = (cfg.settings or read_tower_config(cfg.path)).get("model_type")
-        if not isinstance(kind, str) or kind not in self.models:
-            raise InputError(
-                f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
-            )
-        model_class = getattr(transformers, self.models[kind])
+        model_class = getattr(transformers, self.models[tower_kind(cfg, self.models)])
         config = tower_config(model_class.config_class, cfg)
         layers = config.num_hidden_layers
         if -cfg.feature_layer > layers:
             raise InputError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers + 1 + cfg.feature_layer
         config.vision_use_head = False
-        what, given = f"{self.models[kind]} cannot be built", config.to_dict()
-        check_room(lambda: model_class(config), where(cfg), what, given)
-        if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            with class_call(where(cfg), what, given):
-                return model_class(config)
-        return load_tower_weights(model_class, config, cfg.path)
+        return build_tower(model_class, config, cfg)
 
     def grid(self, config: Any) -> int:
         """Patches along one side of an image."""
@@ -120,7 +108,7 @@ class Siglip(HFTower):
 
     models: ClassVar = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
     final_norm = "post_layernorm"
-    normalisation = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    normalisation = Normalisation([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 
 
 @registry.register_vision_encoder("siglip2")
@@ -150,7 +138,7 @@ class Clip(HFTower):
     models: ClassVar = {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"}
     final_norm = "post_layernorm"
     patches_pass_norm = False
-    normalisation = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    normalisation = Normalisation([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
 
 @registry.register_vision_encoder("dinov2")
@@ -159,7 +147,7 @@ class Dinov2(HFTower):
 
     models: ClassVar = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
     final_norm = "layernorm"
-    normalisation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    normalisation = Normalisation([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
     def _load(self, cfg: HFTowerConfig) -> Any:
         tower = super()._load(cfg)
@@ -172,21 +160,56 @@ def where(cfg: HFTowerConfig) -> str:
     return f"path = {cfg.path!r}" if cfg.path else "settings"
 
 
+def tower_kind(cfg: HFTowerConfig, kinds: Collection[str]) -> str:
+    """``model_type`` of the tower, if it is among ``kinds``.
+
+    Raises:
+        InputError: it is not.
+    """
+    kind = (cfg.settings or read_named_config(cfg.path)).get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(kinds)}")
+    return kind
+
+
+def build_tower(model_class: Any, config: Any, cfg: HFTowerConfig) -> Any:
+    """A tower of transformers, with all of its weights from ``cfg.path`` where ``cfg`` asks for them, and not on the meta device. Other weights
+    at that path (text tower, pooling head, later layers) are passed over.
+    """
+    what, given = f"{model_class.__name__} cannot be built", config.to_dict()
+    check_room(lambda: model_class(config), where(cfg), what, given)
+    if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
+        with class_call(where(cfg), what, given):
+            return model_class(config)
+    return load_whole(model_class, cfg.path, where(cfg), "its weights cannot be loaded", more=True, config=config)
+
+
 def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisation:
     """Mean and std that the config names, else those of the image processor at ``path``, else the family's."""
     if cfg.mean:
-        return cfg.mean, cfg.std
-    files = read_image_files(cfg.path) if cfg.path else None
+        return Normalisation(cfg.mean, cfg.std)
+    files = read_image_settings(cfg.path) if cfg.path else None
     return files.normalisation if files and files.normalisation else family
+
+
+def plain_settings(known: Any, config: Mapping[str, Any], unread: Collection[str] = ()) -> dict[str, bool | int | float | str]:
+    """``vision_encoder.settings``, without ``model_type``: the keys that a tower has besides those of any config, if they are plain values.
+
+    Args:
+        known: a config of the tower's class.
+        config: the values.
+        unread: keys that are left out.
+    """
+    from transformers import PretrainedConfig
+
+    kept = known.to_dict().keys() - PretrainedConfig().to_dict().keys() - {*unread}
+    return {key: config[key] for key in sorted(kept) if isinstance(config.get(key), bool | int | float | str)}
 
 
 def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Sequence[float]], **more: Any) -> Any:
     """``cfg`` with the settings of a tower's ``config`` in place of its files, and ``more``."""
-    from transformers import PretrainedConfig
-
     given = config.to_dict()
-    kept = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
-    settings = {key: given[key] for key in sorted(kept) if isinstance(given[key], bool | int | float | str)}
+    settings = plain_settings(type(config)(), given)
     settings |= {"model_type": config.model_type, "num_hidden_layers": given["num_hidden_layers"] - 1 - cfg.feature_layer}
     mean, std = normalisation
     return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std), **more)
@@ -203,7 +226,7 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
         with class_call(where(cfg), f"{config_class.__name__} does not take them", given):
             config = config_class(**given, **more)
     else:
-        with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_tower_config(cfg.path)):
+        with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_named_config(cfg.path)):
             config = config_class.from_pretrained(cfg.path)
     if config.num_channels != 3:
         raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
@@ -214,30 +237,6 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
         if hasattr(config, key):
             setattr(config, key, square_side(f"{where(cfg)}: {key}", getattr(config, key)))
     return config
-
-
-def read_tower_config(path: str) -> dict[str, Any]:
-    """``config.json`` of a directory or of a model on the hub."""
-    from transformers import PretrainedConfig
-
-    looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise InputError(f"path = {path!r}: no such directory{start_of(path)}")
-    if Path(path).is_dir():
-        if not (file := Path(path) / "config.json").is_file():
-            raise InputError(f"path = {path!r}: this directory has no config.json")
-        check_files(path)
-        config = read_object(file)
-    else:
-        with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
-            config = PretrainedConfig.get_config_dict(path)[0]
-    check_config(f"path = {path!r}: config.json", config)
-    return config
-
-
-def load_tower_weights(model_class: Any, config: Any, path: str) -> Any:
-    """The tower with all of its weights from ``path``; other weights there (text tower, pooling head, later layers) are passed over."""
-    return load_whole(model_class, path, f"path = {path!r}", "its weights cannot be loaded", more=True, config=config)
 
 
 # NOTE: its tower is a subclass of the one here, so it can only be imported after it.

@@ -12,18 +12,9 @@ from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.vision import MllamaTowerConfig
-from kempnerforge.model.hf_towers import (
-    Clip,
-    chosen_normalisation,
-    load_tower_weights,
-    read_tower_config,
-    tower_config,
-    where,
-    with_settings,
-)
-from kempnerforge.model.their_config import check_room, class_call
+from kempnerforge.model.hf_towers import Clip, build_tower, chosen_normalisation, tower_config, tower_kind, where, with_settings
 from kempnerforge.model.vision import VisionEncoder
-from kempnerforge.util.errors import InputError, cut
+from kempnerforge.util.errors import InputError
 
 MOST_TILES = 64
 
@@ -90,18 +81,8 @@ class MllamaTower(VisionEncoder):
     def _load(self, cfg: MllamaTowerConfig) -> Any:
         from transformers import MllamaVisionModel
 
-        kind = (cfg.settings or read_tower_config(cfg.path)).get("model_type")
-        if kind not in self.models:
-            raise InputError(
-                f"{where(cfg)}: model_type {cut(repr(kind))} is not of type {cfg.type!r}, which takes {', '.join(self.models)}"
-            )
-        config = self._config(cfg)
-        what, given = "MllamaVisionModel cannot be built", config.to_dict()
-        check_room(lambda: MllamaVisionModel(config), where(cfg), what, given)
-        if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
-            with class_call(where(cfg), what, given):
-                return MllamaVisionModel(config)
-        return load_tower_weights(MllamaVisionModel, config, cfg.path)
+        tower_kind(cfg, self.models)
+        return build_tower(MllamaVisionModel, self._config(cfg), cfg)
 
     @staticmethod
     def _config(cfg: MllamaTowerConfig) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.interop.names import EMBEDDING, HEAD
+from kempnerforge.interop.families import EMBEDDING, HEAD
 from kempnerforge.interop.write import NEW_EMBEDDING, NEW_HEAD
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM

@@ -8,7 +8,7 @@ import torch
 
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.model.lora import adapt
-from kempnerforge.model.their_config import memory_bytes, within_memory
+from kempnerforge.model.memory import memory_bytes, within_memory
 from kempnerforge.util.errors import NotBuiltError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly

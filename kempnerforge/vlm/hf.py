@@ -25,12 +25,13 @@ from kempnerforge.config.vision import ViTConfig, square_side
 from kempnerforge.config.vlm import MASKS, VLMConfig, named
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.seen import KnownFeatures
-from kempnerforge.interop import mllama
-from kempnerforge.interop.names import FAMILIES
+from kempnerforge.interop.families import FAMILIES
+from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.attention import Segments, additive
-from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2, read_tower_config
-from kempnerforge.model.image_files import read_image_files
-from kempnerforge.model.their_config import check_room, class_call, load_whole
+from kempnerforge.model.hf_checks import check_room, class_call
+from kempnerforge.model.hf_files import load_whole, read_named_config
+from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2
+from kempnerforge.model.image_processor import read_image_settings
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.util.paths import PathText
@@ -309,7 +310,7 @@ def _build(path: str) -> Any:
     """The class that ``path`` names, with random weights in fp32."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-    read, where = read_tower_config(path), f"path = {path!r}"
+    read, where = read_named_config(path), f"path = {path!r}"
     kind = cut(repr(read.get("model_type")))
     if "auto_map" in read and read.get("model_type") not in CONFIG_MAPPING:
         raise InputError(f"{where}: model_type {kind} is code of its own (auto_map in its config.json), which is not run")
@@ -320,7 +321,7 @@ def _build(path: str) -> Any:
         raise InputError(f"{where}: model_type {kind} is no model of transformers that reads images and words and writes words{instead}")
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     if not hasattr(model_class, "get_image_features"):
-        instead = "; `kempnerforge import` reads it" if config.model_type == mllama.KIND else ""
+        instead = "; `kempnerforge import` reads it" if config.model_type in VLM_FAMILIES else ""
         raise InputError(
             f"{where}: {model_class.__name__} reads images, but not as features among the words (it has no get_image_features), "
             f"which arch = 'hf' needs{instead}"
@@ -340,7 +341,7 @@ def _image_geometry(path: str, model: Any) -> tuple[int, tuple[tuple[float, ...]
     size = getattr(vision, "image_size", None)
     if vision is None or size is None:
         raise InputError(f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size)")
-    files = read_image_files(path)
+    files = read_image_settings(path)
     found = files.normalisation if files and files.normalisation else NORMALISATIONS.get(vision.model_type)
     if found is None:
         raise InputError(

@@ -25,7 +25,7 @@ from kempnerforge.data.collections.stamps import Stamps, StampsConfig
 from kempnerforge.data.sources.text import TextSource
 from kempnerforge.data.traces import image_digest
 from kempnerforge.interop.processors import followed_processor
-from kempnerforge.model.hf_towers import read_tower_config
+from kempnerforge.model.hf_files import read_named_config
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import check_files
@@ -88,7 +88,7 @@ JSON: dict[str, Read] = {
     "hf/tokenizer.json": IMPORT,
     "hf/tokenizer_config.json": IMPORT,
     "hf/model.safetensors.index.json": IMPORT,
-    "hf/config.json of a tower": lambda here: read_tower_config(str(here / "hf")),
+    "hf/config.json of a tower": lambda here: read_named_config(str(here / "hf")),
     "hf/processor_config.json and its class": lambda here: followed_processor(here / "hf", "llava"),
     "export/asked.json": lambda here: load_pretrained(here / "export"),
     "run/checkpoints/{step}/manifest.json": GENERATE,
@@ -225,7 +225,7 @@ OPENED: dict[str, Read] = {
     "hf/model.safetensors": IMPORT,
     "hf/model.safetensors.index.json": IMPORT,
     "hf/chat_template.jinja of a tokenizer": (*CHECK, "--data.tokenizer={here}/hf"),
-    "hf/model.safetensors of a tower": lambda here: read_tower_config(str(here / "hf")),
+    "hf/model.safetensors of a tower": lambda here: read_named_config(str(here / "hf")),
     "hf/model.safetensors for use": lambda here: load_pretrained(here / "hf"),
     "model.gguf": ("import", "{here}/model.gguf", "{here}/out"),
     "lite0.safetensors": lambda here: build_vision_encoder(EfficientNetLite0Config(path=str(here / "lite0.safetensors"))),

@@ -27,7 +27,7 @@ from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.convert.commands import class_of, export_model, import_model
 from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.model.image_files import pil_processor
+from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from tests.interop.tiny_vlms import TEXT, TOWER, rename, save, write_tokenizer

@@ -76,7 +76,7 @@ def test_an_import_that_is_interrupted_can_be_done_again(llava: Path, tmp_path: 
 def test_where_nothing_can_be_written_is_found_first(
     command: str, llava: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convert, "open_foreign", lambda path: pytest.fail("read all the same"))
+    monkeypatch.setattr(convert, "open_external", lambda path: pytest.fail("read all the same"))
     monkeypatch.setattr(convert, "restore", lambda *args, **more: pytest.fail("read all the same"))
     assert run([command, str(llava if command == "import" else run_dir), "/proc/nothing/out"]) == 2
     assert "/proc/nothing" in capsys.readouterr().err

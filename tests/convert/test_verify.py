@@ -17,10 +17,10 @@ import kempnerforge
 from kempnerforge.config import RopeScaling
 from kempnerforge.convert import verify
 from kempnerforge.convert.commands import import_model
-from kempnerforge.convert.verify import ModelLimits, agreement, compare_models, forms, load_class, make_probe, our_logits, their_logits
+from kempnerforge.convert.verify import ModelLimits, agreement, class_logits, compare_models, forms, load_class, make_probe, our_logits
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import tokenizer_of
+from kempnerforge.interop.external_tokenizer import tokenizer_of
+from kempnerforge.interop.open_external import open_external
 from kempnerforge.training.setup import Assembly, assemble
 from tests.interop import families, tiny_vlms
 
@@ -59,16 +59,16 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(path: Path, **model: Any) -> tuple[Assembly, int | None, Any]:
     """Ours with other settings than the files have, the token of an image, and the class."""
-    foreign = open_foreign(path)
-    assembly = assemble(replace(foreign.job, model=replace(foreign.job.model, **model)), tokenizer_of(foreign), data=False)
-    assembly.model.load_state_dict(foreign.read(), strict=True)
+    external = open_external(path)
+    assembly = assemble(replace(external.job, model=replace(external.job.model, **model)), tokenizer_of(external), data=False)
+    assembly.model.load_state_dict(external.read(), strict=True)
     assembly.model.eval()
-    return assembly, foreign.image_id, load_class(path, foreign.architecture)
+    return assembly, external.image_id, load_class(path, external.architecture)
 
 
 def short_rows_agree(assembly: Assembly, image_id: int | None, theirs: Any) -> bool:
     probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size)
-    return agreement(our_logits(assembly.model, probe.batch), their_logits(theirs, probe.inputs)).excess <= verify.TOLERANCE
+    return agreement(our_logits(assembly.model, probe.batch), class_logits(theirs, probe.inputs)).excess <= verify.TOLERANCE
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -150,7 +150,7 @@ def test_load_pretrained_compares_too(text: Any, monkeypatch: pytest.MonkeyPatch
         kempnerforge.load_pretrained(path)
     assert "logits of MistralForCausalLM and ours: max|difference|" in caplog.text
     caplog.clear()
-    monkeypatch.setattr("kempnerforge.interop.foreign.model_config", _with_window(WINDOW + 4))
+    monkeypatch.setattr("kempnerforge.interop.open_external.model_config", _with_window(WINDOW + 4))
     for load in (kempnerforge.load_pretrained, lambda source: import_model(source, path.parent / "out")):
         with pytest.raises(ValueError, match="two different models"):
             load(path)

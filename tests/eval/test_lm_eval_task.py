@@ -25,7 +25,7 @@ from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, examine, questions
 from kempnerforge.inference.restore import restore
-from kempnerforge.model.image_files import pil_processor
+from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import read_held_out
 from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, ListSource, evaluate, grey
 from tests.eval.test_questions import lower_case

@@ -81,7 +81,7 @@ def assembled(template: str, arch: str = "joint_decoder") -> Assembly:
     family, keys = TEMPLATES[template]
     family = replace(family, specials=(*dict.fromkeys((*family.specials, IMAGE)),))
     tokenizer = bytes_level(family)
-    own = {"cross_attention_every_n_layers": 1} if arch == "cross_attention" else foreign() if arch in FOREIGN else {}
+    own = {"cross_attention_every_n_layers": 1} if arch == "cross_attention" else external() if arch in FOREIGN else {}
     sizes = {} if arch in FOREIGN else {"dim": 16, "n_layers": 1, "n_heads": 2}
     vision = ViTConfig() if arch in FOREIGN else ViTConfig(image_size=16, patch_size=8, dim=16, n_layers=1, n_heads=2)
     job = JobConfig(
@@ -103,7 +103,7 @@ def samples_of(layout: str, system: str = "") -> list[Sample]:
 
 
 @cache
-def foreign() -> dict[str, Any]:
+def external() -> dict[str, Any]:
     """Keys of ``[vlm]`` for a PaliGemma with room for the tokenizers here."""
     config = json.loads((Path(paligemma()["path"]) / "config.json").read_text())
     path = Path(a_folder().name, "roomy")

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kempnerforge import load_pretrained
 from kempnerforge.convert.commands import import_model
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import read_tokenizer
+from kempnerforge.interop.external_tokenizer import read_tokenizer
+from kempnerforge.interop.open_external import open_external
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Context, Transformer
 from tests.interop.families import THEIRS
@@ -112,9 +112,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    foreign = open_foreign(path)
-    ours = Transformer(foreign.job.model).eval()
-    ours.load_state_dict({name.removeprefix("transformer."): value for name, value in foreign.read().items()})
+    external = open_external(path)
+    ours = Transformer(external.job.model).eval()
+    ours.load_state_dict({name.removeprefix("transformer."): value for name, value in external.read().items()})
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         return ours.unembed(ours.run(ours.embed(ids), Context(rope_tables(positions, ours.cfg))))
@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str, m
         import_model(tmp_path / "m.gguf", tmp_path / "out")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match=r"broken.gguf: "):
-        open_foreign(tmp_path / "broken.gguf")
+        open_external(tmp_path / "broken.gguf")
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_positions_are_scaled_as_llama_cpp_scales_them(more: dict[str, Any], fac
 def test_a_key_that_is_not_read_is_refused_by_name(key: str, value: Any, model: Any, tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", model, words(), more={key: value})
     with pytest.raises(ValueError, match=key.replace(".", r"\.") + " = "):
-        open_foreign(tmp_path / "m.gguf")
+        open_external(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(("adds", "starts"), [(None, False), (False, False), (True, True)])

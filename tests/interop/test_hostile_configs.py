@@ -24,9 +24,10 @@ from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.vision import HFTowerConfig, MllamaTowerConfig
 from kempnerforge.convert.commands import import_model
 from kempnerforge.interop import read_weights
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.model import their_config
-from kempnerforge.model.their_config import check_config, class_call, within_memory
+from kempnerforge.interop.open_external import open_external
+from kempnerforge.model import memory
+from kempnerforge.model.hf_checks import check_config, class_call
+from kempnerforge.model.memory import within_memory
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.training.setup import assemble, initialise
 from kempnerforge.util.errors import InputError
@@ -111,9 +112,9 @@ def opener(door: str, name: str, path: Path, whole: bool) -> Open:
         whole: with the weights, in memory; else as ``check`` does it.
     """
     if door == "import":
-        return (lambda p: import_model(p, fresh(p.with_name("out")))) if whole else open_foreign
+        return (lambda p: import_model(p, fresh(p.with_name("out")))) if whole else open_external
     if door == "init":
-        model = open_foreign(path).job.model
+        model = open_external(path).job.model
         return lambda p: read_weights(p, model)
     if door == "hf":
         return lambda p: _start(p, whole)
@@ -252,7 +253,7 @@ def test_a_number_in_a_path_is_no_hint() -> None:
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_made(
     door: str, key: str, value: int, saved: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(their_config, "memory_bytes", lambda: 2**24)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 2**24)
     path = saved("hf", "llava")
     work = tmp_path / "work"
     shutil.copytree(path, work)
@@ -272,9 +273,9 @@ def test_what_fits_is_built(saved: Callable[[str, str], Path], monkeypatch: pyte
     path = saved("hf", "llava")
     model = hf.LlavaForConditionalGeneration(hf.AutoConfig.from_pretrained(path))
     sizes = sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(their_config, "memory_bytes", lambda: sizes)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: sizes)
     _start(path, whole=True)
-    monkeypatch.setattr(their_config, "memory_bytes", lambda: sizes - 1)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: sizes - 1)
     with pytest.raises(InputError, match="GiB of parameters"):
         _start(path, whole=True)
 

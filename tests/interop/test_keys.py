@@ -14,10 +14,10 @@ import transformers as hf
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from kempnerforge.interop.external import backbone_parameters
+from kempnerforge.interop.families import FAMILIES, text_names
 from kempnerforge.interop.keys import BOOKKEEPING, _source, allowed, class_defaults, followed_keys
-from kempnerforge.interop.names import FAMILIES
 from kempnerforge.interop.settings import complete, model_config
-from kempnerforge.interop.write import text_names
 from kempnerforge.model.transformer import Transformer
 from kempnerforge.util.errors import InputError
 from tests.dist import ROOT
@@ -109,7 +109,7 @@ def ours(family: str, config: dict[str, Any], source: Any, made: dict[str, Tenso
     cfg = model_config(complete(config | {"model_type": family}), THEIRS["vocab_size"])
     if (key := repr(cfg)) not in made:
         model, state = Transformer(cfg).eval(), source.state_dict()
-        names = text_names(cfg, family)
+        names = text_names(backbone_parameters(cfg), family)
         model.load_state_dict({name.removeprefix("transformer."): state[there] for name, there in names.items()})
         made[key] = logits(model, ids())
     return made[key]

@@ -21,14 +21,15 @@ from kempnerforge.config import CrossAttentionConfig, JobConfig, ModelConfig
 from kempnerforge.config.vision import MllamaTowerConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.convert.commands import export_model, import_model
-from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.convert.verify import agreement, class_logits, load_class, make_probe, our_logits
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.data.text.tokenizer import put_in_front
 from kempnerforge.interop import mllama
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import tokenizer_of
+from kempnerforge.interop.external_tokenizer import tokenizer_of
+from kempnerforge.interop.open_external import open_external
+from kempnerforge.interop.vlms import fitting
 from kempnerforge.model.mllama import MllamaTower
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.vlm.build import build_model
@@ -106,14 +107,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(saved: Path) -> Any:
-    return load_class(saved, mllama.ARCHITECTURE)
+    return load_class(saved, mllama.MLLAMA.architecture)
 
 
 @pytest.fixture(scope="module")
 def ours(saved: Path) -> Assembly:
-    foreign = open_foreign(saved)
-    assembly = assemble(foreign.job, tokenizer_of(foreign), data=False)
-    assembly.model.load_state_dict(foreign.read(), strict=True)
+    external = open_external(saved)
+    assembly = assemble(external.job, tokenizer_of(external), data=False)
+    assembly.model.load_state_dict(external.read(), strict=True)
     assembly.model.eval()
     return assembly
 
@@ -145,7 +146,7 @@ def test_logits_are_those_of_transformers(ours: Assembly, theirs: Any) -> None:
     """Words in front of the image among them, which read it in that class, empty tiles and all."""
     image_id = ours.tokenizer.token_id("<|image|>")
     probe = make_probe(ours, image_id, ours.tokenizer.base_vocab_size)
-    want, got = their_logits(theirs, probe.inputs), our_logits(ours.model, probe.batch)
+    want, got = class_logits(theirs, probe.inputs), our_logits(ours.model, probe.batch)
     assert (probe.inputs["input_ids"] == image_id).nonzero()[:, 1].tolist() == [3, 3] and want.std() > 0.1
     assert got.shape == want.shape and agreement(got, want).difference <= 1e-5
     assert probe.batch.images is not None
@@ -156,7 +157,7 @@ def test_logits_are_those_of_transformers(ours: Assembly, theirs: Any) -> None:
 @pytest.mark.parametrize("blind", ["feed_forward", "nothing"])
 def test_blind_words_as_they_usually_are_is_another_model(blind: str, ours: Assembly, theirs: Any) -> None:
     batch, inputs = batch_of(ours, "wwwiww", "iwwwww")
-    want, vlm = their_logits(theirs, inputs), ours.job.vlm
+    want, vlm = class_logits(theirs, inputs), ours.job.vlm
     assert isinstance(vlm, CrossAttentionConfig) and vlm.cross_attention_blind == "attention"
     vlm.cross_attention_blind = blind
     got = our_logits(ours.model, batch)
@@ -175,14 +176,14 @@ def test_several_images_and_none(ours: Assembly, theirs: Any) -> None:
         alone = {"input_ids": words[None], "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
         if count := row.count("i"):
             alone["pixel_values"] = inputs["pixel_values"][images : images + count]
-        want = their_logits(theirs, alone)
+        want = class_logits(theirs, alone)
         assert (together[number, -len(row) :] - want[0]).abs().max() <= 1e-5, row
 
 
 def test_greedy_tokens_are_equal(ours: Assembly, theirs: Any) -> None:
     batch, inputs = batch_of(ours, "wwiwww", "wiwwwwwww")
     extra = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    made = theirs.generate(**mllama.class_inputs(inputs, theirs.config), **extra)[:, batch.input_ids.shape[1] :]
+    made = theirs.generate(**mllama.MLLAMA.class_inputs(inputs, theirs.config), **extra)[:, batch.input_ids.shape[1] :]
     asked = type("Prompts", (), {"batch": batch, "end_id": -1})()
     assert ours.model.generate(asked, max_new_tokens=10) == made.tolist()
 
@@ -191,13 +192,13 @@ def test_gradients_are_equal(ours: Assembly, theirs: Any) -> None:
     batch, inputs = batch_of(ours, "wwwiwwww", "iwwwwwww")
     labels = batch.input_ids.flatten() // 2
     every = 2
-    nn.functional.cross_entropy(theirs(**mllama.class_inputs(inputs, theirs.config)).logits.flatten(0, 1), labels).backward()
+    nn.functional.cross_entropy(theirs(**mllama.MLLAMA.class_inputs(inputs, theirs.config)).logits.flatten(0, 1), labels).backward()
     ours.model.zero_grad()
     nn.functional.cross_entropy(ours.model(batch).logits, labels).backward()
     want = dict(theirs.named_parameters())
     assert len(want) == sum(1 for _ in ours.model.parameters())
     for name, p in ours.model.named_parameters():
-        grad = want[mllama.tensor_name(name, every, mllama.LAYOUTS[1])].grad
+        grad = want[mllama.tensor_name(name, every, mllama.MLLAMA.layouts[1])].grad
         assert p.grad is not None and grad is not None and p.grad.isfinite().all(), name
         assert (p.grad - grad).abs().max() <= 1e-5 * max(1.0, grad.abs().max().item()), name
     gates = [p.grad for name, p in ours.model.named_parameters() if name.endswith(("attention_gate", "mlp_gate"))]
@@ -208,7 +209,7 @@ def test_all_layouts_are_one_model(saved: Path, tmp_path: Path) -> None:
     prefixes = {"vision_model.": "model.vision_model.", "multi_modal_projector.": "model.multi_modal_projector."}
     text = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
     rename(saved, tmp_path, prefixes | text)
-    got, want = open_foreign(tmp_path).read(), open_foreign(saved).read()
+    got, want = open_external(tmp_path).read(), open_external(saved).read()
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
 
 
@@ -227,7 +228,7 @@ def test_all_layouts_are_one_model(saved: Path, tmp_path: Path) -> None:
 def test_a_renamed_key_is_named(key: str, saved: Path, tmp_path: Path) -> None:
     rename(saved, tmp_path, {key: key + "_"})
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_what_cannot_be_read_is_refused(section: str, values: dict[str, Any], me
     config[section] |= values
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 def test_the_token_of_an_image_is_the_tokenizers(saved: Path, tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_the_token_of_an_image_is_the_tokenizers(saved: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "config.json").read_text()) | {"image_token_index": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"the token of an image is 7, and the tokenizer's '<\|image\|>' is 1\d\d"):
-        tokenizer_of(open_foreign(tmp_path))
+        tokenizer_of(open_external(tmp_path))
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [(40, [3, 8, 13, 18, 23, 28, 33, 38]), (100, list(range(3, 100, 5)))])
@@ -264,7 +265,7 @@ def test_blocks_of_the_models_on_the_hub(layers: int, blocks: list[int]) -> None
     """11B and 90B: in front of every fourth of 32 and of 80 layers."""
     assert mllama.block_layers(4, layers - len(blocks)) == blocks
     names = [
-        mllama.tensor_name(f"transformer.layers.{i}.{part}", 4, mllama.LAYOUTS[0])
+        mllama.tensor_name(f"transformer.layers.{i}.{part}", 4, mllama.MLLAMA.layouts[0])
         for i, part in ((3, "cross_attention.mlp_gate"), (3, "mlp_norm.weight"))
     ]
     assert [name.split(".")[3] for name in names] == ["3", "4"]
@@ -320,15 +321,15 @@ def ready(**how: Any) -> JobConfig:
 
 
 def test_what_is_no_mllama_says_why() -> None:
-    mllama.check(ready())
+    fitting(ready())
     with pytest.raises(ValueError, match="no class of transformers .*vlm.cross_attention_blind = 'nothing', not 'attention'"):
-        mllama.check(ready(cross_attention_blind="nothing"))
+        fitting(ready(cross_attention_blind="nothing"))
     with pytest.raises(ValueError, match="vision_encoder.type = 'vit', not 'mllama'"):
-        mllama.check(JobConfig(vlm=CrossAttentionConfig()))
+        fitting(JobConfig(vlm=CrossAttentionConfig()))
     with pytest.raises(ValueError, match="qk_norm = True"):
-        mllama.check(replace(ready(), model=replace(ready().model, qk_norm=True)))
+        fitting(replace(ready(), model=replace(ready().model, qk_norm=True)))
     with pytest.raises(ValueError, match="model.head_dim = 16"):
-        mllama.check(replace(ready(), model=replace(ready().model, head_dim=16)))
+        fitting(replace(ready(), model=replace(ready().model, head_dim=16)))
 
 
 @pytest.mark.parametrize("unwritten", [0, 3])
@@ -340,7 +341,7 @@ def test_rows_that_it_has_besides(unwritten: int, tied: bool) -> None:
     job = replace(ready(unwritten_tokens=unwritten), model=replace(ready().model, tie_embeddings=tied))
     embedding = torch.randn(40, 32)
     head = {} if tied else {"transformer.output_head.weight": torch.randn(40 - unwritten, 32)}
-    found = mllama.write_tensors(job, {"transformer.token_embedding.weight": embedding, **head})
+    found = mllama.MLLAMA.tensors(job, None, {"transformer.token_embedding.weight": embedding, **head})
     rows, written = found["language_model.model.embed_tokens.weight"], found["language_model.lm_head.weight"]
     assert len(rows) == len(written) + 8 and torch.equal(rows[:40], embedding)
     assert torch.equal(written, embedding if tied else head["transformer.output_head.weight"])

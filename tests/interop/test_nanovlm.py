@@ -19,8 +19,8 @@ from kempnerforge.convert.commands import import_model
 from kempnerforge.convert.verify import make_probe, our_logits
 from kempnerforge.data.batching.batch import Kind
 from kempnerforge.interop import nanovlm
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import read_tokenizer
+from kempnerforge.interop.external_tokenizer import read_tokenizer
+from kempnerforge.interop.open_external import open_external
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from tests.interop.tiny_vlms import write_tokenizer
@@ -119,9 +119,9 @@ def decode(w: dict[str, Tensor], x: Tensor) -> Tensor:
 def test_logits(tmp_path: Path) -> None:
     w = tensors()
     save(tmp_path, w)
-    foreign = open_foreign(tmp_path)
-    assembly = assemble(foreign.job, read_tokenizer(tmp_path, None), data=False)
-    assembly.model.load_state_dict(foreign.read(), strict=True)
+    external = open_external(tmp_path)
+    assembly = assemble(external.job, read_tokenizer(tmp_path, None), data=False)
+    assembly.model.load_state_dict(external.read(), strict=True)
     probe = make_probe(replace(assembly, model=assembly.model.eval()), None, VOCAB)
     batch = probe.batch
     assert batch.images is not None
@@ -138,13 +138,13 @@ def test_a_renamed_key_is_named(name: str, tmp_path: Path) -> None:
     found[name + "_"] = found.pop(name)
     save(tmp_path, found)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 def test_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
     save(tmp_path, tensors() | {"decoder.head.weight": torch.zeros(VOCAB, TEXT)})
     with pytest.raises(ValueError, match=r"decoder.head.weight is not decoder.token_embedding.weight"):
-        open_foreign(tmp_path).read()
+        open_external(tmp_path).read()
 
 
 @pytest.mark.parametrize(("key", "value"), [("vit_cls_flag", True), ("lm_tie_weights", False)])
@@ -152,7 +152,7 @@ def test_settings_that_we_have_not_are_refused(key: str, value: bool, tmp_path: 
     save(tmp_path, load_file(tmp_path / "model.safetensors") if (tmp_path / "model.safetensors").exists() else tensors())
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {key: value}))
     with pytest.raises(ValueError, match=key):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 # ---- files that it writes itself --------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def saved_by_it(path: Path, **keys: Any) -> Path:
 
 def test_one_name_of_the_tied_pair_is_enough(tmp_path: Path) -> None:
     source = saved_by_it(tmp_path / "own")
-    weights = open_foreign(source).read()
+    weights = open_external(source).read()
     assert torch.equal(weights["transformer.token_embedding.weight"], load_file(source / "model.safetensors")["decoder.head.weight"])
 
 
@@ -226,7 +226,7 @@ def test_each_generation_is_asked_as_it_was_trained(keys: dict[str, Any], asked:
 
 def test_a_factor_of_the_attention_is_followed(tmp_path: Path) -> None:
     """Cosines and sines are multiplied by it there, so a product of query and key is by its square."""
-    job = open_foreign(saved_by_it(tmp_path / "own", lm_attn_scaling=1.5)).job
+    job = open_external(saved_by_it(tmp_path / "own", lm_attn_scaling=1.5)).job
     assert job.model.attention_scale == pytest.approx(1.5**2 * (TEXT // HEADS) ** -0.5)
 
 

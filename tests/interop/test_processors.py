@@ -32,7 +32,7 @@ from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.interop.processors import FRAME
 from kempnerforge.interop.settings import complete, model_config
-from kempnerforge.model.image_files import pil_processor
+from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import FRAMES, TEXT, TOWER, VOCAB, save, write_tokenizer
 

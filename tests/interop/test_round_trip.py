@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kempnerforge.config import ModelConfig, RopeScaling
 from kempnerforge.interop import read_text_weights
-from kempnerforge.interop.names import FAMILIES as TABLE
-from kempnerforge.interop.names import hf_name
+from kempnerforge.interop.families import FAMILIES as TABLE
+from kempnerforge.interop.families import hf_name
 from kempnerforge.interop.settings import complete, facts, hf_config, hf_facts, model_config
 from kempnerforge.interop.write import plain_embedding, save_tensors, write_language_model
 from kempnerforge.model.transformer import Cache, Transformer

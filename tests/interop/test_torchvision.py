@@ -16,7 +16,7 @@ CASES = {
     "tests/interop/test_processors.py": "(answers_in_transformers and (turns or crop or idefics)) or same_processor",
     "tests/convert/test_convert.py": "import_and_export_give_the_same_model",
     "tests/eval/test_lm_eval_task.py": "transformers_gives_the_model and inside",
-    "tests/model/test_image_files.py": "",
+    "tests/model/test_image_processor.py": "",
 }
 """Tests that compare with transformers' own processors: a file, and which of it."""
 TAKEN = """

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kempnerforge.config import JobConfig
-from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
-from kempnerforge.interop.foreign import open_foreign
-from kempnerforge.interop.foreign_tokenizer import read_tokenizer
-from kempnerforge.interop.places import Foreign
+from kempnerforge.convert.verify import agreement, class_logits, load_class, make_probe, our_logits
+from kempnerforge.interop.external import ExternalModel
+from kempnerforge.interop.external_tokenizer import read_tokenizer
+from kempnerforge.interop.open_external import open_external
 from kempnerforge.interop.vlms import fitting
 from kempnerforge.training.setup import Assembly, assemble
 from tests.interop.tiny_vlms import IMAGE, MODELS, VOCAB, rename, save
@@ -37,21 +37,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def built(foreign: Foreign) -> Assembly:
-    assembly = assemble(foreign.job, read_tokenizer(foreign.path, None), data=False)
-    assembly.model.load_state_dict(foreign.read(), strict=True)
+def built(external: ExternalModel) -> Assembly:
+    assembly = assemble(external.job, read_tokenizer(external.path, None), data=False)
+    assembly.model.load_state_dict(external.read(), strict=True)
     assembly.model.eval()
     return assembly
 
 
 @by_model
 def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
-    foreign = open_foreign(saved[name])
-    assembly = built(foreign)
-    probe = make_probe(assembly, foreign.image_id, VOCAB)
-    want = their_logits(load_class(saved[name], foreign.architecture), probe.inputs)
+    external = open_external(saved[name])
+    assembly = built(external)
+    probe = make_probe(assembly, external.image_id, VOCAB)
+    want = class_logits(load_class(saved[name], external.architecture), probe.inputs)
     got = our_logits(assembly.model, probe.batch)
-    assert foreign.image_id == IMAGE and want.std() > 0.1
+    assert external.image_id == IMAGE and want.std() > 0.1
     assert agreement(got, want).difference <= 1e-5
     images = probe.batch.images
     assert images is not None
@@ -63,7 +63,7 @@ def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> 
 @pytest.mark.parametrize("names", [HUB, MEMORY], ids=["hub", "memory"])
 def test_all_layouts_are_one_model(name: str, names: dict[str, str], saved: dict[str, Path], tmp_path: Path) -> None:
     rename(saved[name], tmp_path, names)
-    got, want = open_foreign(tmp_path).read(), open_foreign(saved[name]).read()
+    got, want = open_external(tmp_path).read(), open_external(saved[name]).read()
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
 
@@ -82,7 +82,7 @@ def test_a_renamed_key_is_named(name: str, part: str, saved: dict[str, Path], tm
     old = next(key for key in keys if any(mark in key for mark in marks))
     rename(saved[name], tmp_path, {old: old + "_"})
     with pytest.raises(ValueError, match=old.replace(".", r"\.")):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 def test_an_unknown_tensor_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_unknown_tensor_is_named(saved: dict[str, Path], tmp_path: Path) -> N
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"vision_tower.encoder.layers.0.extra.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"no place for 1: vision_tower.encoder.layers.0.extra.weight"):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 def test_a_head_that_should_be_tied_is_compared(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_a_head_that_should_be_tied_is_compared(saved: dict[str, Path], tmp_path
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = tensors["language_model.model.embed_tokens.weight"]
     save_file(tensors | {"language_model.lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
-    open_foreign(tmp_path).read()
+    open_external(tmp_path).read()
     save_file(tensors | {"language_model.lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.weight"):
-        open_foreign(tmp_path).read()
+        open_external(tmp_path).read()
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_what_cannot_be_read_is_refused(name: str, values: dict[str, Any], messa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | values))
     with pytest.raises(ValueError, match=message):
-        open_foreign(tmp_path)
+        open_external(tmp_path)
 
 
 @by_model
 def test_the_job_is_written_as_the_same_class(name: str, saved: dict[str, Path]) -> None:
-    kind = fitting(open_foreign(saved[name]).job)
+    kind = fitting(open_external(saved[name]).job).family.kind
     assert kind == {"paligemma2": "paligemma", "smolvlm": "idefics3"}.get(name, name)
 
 

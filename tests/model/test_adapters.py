@@ -54,15 +54,15 @@ def test_grids_equal_the_loop(n: int, windows: int, factor: int, dim: int) -> No
     x = torch.randn(n, features, dim)
     shuffle = PixelShuffleAdapter(PixelShuffleConfig(factor=factor), dim, 5, features)
     pool = AvgPoolAdapter(AvgPoolConfig(factor=factor), dim, 5, features)
-    assert torch.equal(shuffle.shuffle(x), shuffled(x, factor))
-    assert torch.allclose(pool.pool(x), pooled(x, factor), atol=1e-6)
+    assert torch.equal(shuffle.prepare(x), shuffled(x, factor))
+    assert torch.allclose(pool.prepare(x), pooled(x, factor), atol=1e-6)
     assert shuffle(x).shape == pool(x).shape == (n, windows**2, 5)
 
 
 def test_order_by_hand() -> None:
     x = torch.arange(16.0).view(1, 16, 1)
     adapter = PixelShuffleAdapter(PixelShuffleConfig(factor=2), 1, 1, 16)
-    assert adapter.shuffle(x)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert adapter.prepare(x)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 @pytest.mark.parametrize(("features", "factor", "tokens"), [(256, 1, 256), (1024, 2, 256), (1024, 4, 64)])

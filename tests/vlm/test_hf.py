@@ -21,7 +21,7 @@ from kempnerforge.config import ConfigError, FreezeSpec, JobConfig, LoRAConfig, 
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
-from kempnerforge.convert.verify import agreement, load_class, make_probe, our_logits, their_logits
+from kempnerforge.convert.verify import agreement, class_logits, load_class, make_probe, our_logits
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
@@ -103,7 +103,7 @@ def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> 
     model = assembly.model.eval()
     theirs = load_class(saved[name], type(model.hf_model).__name__)
     probe = make_probe(assembly, IMAGE, VOCAB)
-    want = their_logits(theirs, probe.inputs)
+    want = class_logits(theirs, probe.inputs)
     assert want.std() > 0.1
     assert agreement(our_logits(model, probe.batch), want).difference <= 1e-6
     assert model.num_image_tokens == IMAGE_TOKENS[name]

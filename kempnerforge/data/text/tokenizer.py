@@ -13,7 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from kempnerforge.model.their_config import check_config, class_call
+from kempnerforge.model.hf_checks import check_config, class_call
+from kempnerforge.model.hf_files import CONFIG, stop_ids
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import expand, start_of
 from kempnerforge.util.reading import check_files, read_object, read_text
@@ -276,9 +277,9 @@ class Tokenizer:
             raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
-        config, where = Path(path_or_id) / "config.json", f"data.tokenizer = {str(path_or_id)!r}"
+        config, where = Path(path_or_id) / CONFIG, f"data.tokenizer = {str(path_or_id)!r}"
         said = read_object(config) if config.is_file() else {}
-        check_config(f"{where}: config.json", said)
+        check_config(f"{where}: {CONFIG}", said)
         with class_call(where, "cannot be loaded", said):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
             backend = getattr(loaded, "backend_tokenizer", None)
@@ -306,29 +307,6 @@ def _rebuild(serialised: str, named: dict[str, Any], new: tuple[str, ...]) -> To
 def put_in_front(name: str, id_: int) -> Any:
     """A post-processor that puts one token in front of a text."""
     return processors.TemplateProcessing(single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, id_)])
-
-
-def stop_ids(path: Path) -> tuple[int, ...]:
-    """The tokens at which the model in ``path`` stops, as transformers finds them; none if there is no model.
-
-    Raises:
-        ValueError: a file cannot be read, or names something that is no id.
-    """
-    for file in (path / "generation_config.json", path / "config.json"):
-        if not file.is_file():
-            continue
-        content = read_object(file)
-        text = content.get("text_config")
-        said = next(
-            (part["eos_token_id"] for part in (content, text) if isinstance(part, dict) and part.get("eos_token_id") is not None), None
-        )
-        if said is None:
-            continue
-        found = said if isinstance(said, list) else [said]
-        if wrong := [id_ for id_ in found if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0]:
-            raise InputError(f"{file}: eos_token_id has {wrong[0]!r}, which is no id of a token")
-        return tuple(found)
-    return ()
 
 
 def _default_template(found: Any) -> str | None:

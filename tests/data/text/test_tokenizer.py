@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from kempnerforge.data import Tokenizer
-from kempnerforge.data.text.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front, stop_ids
+from kempnerforge.data.text.tokenizer import BOS, EOS, LONGEST_WORD, PAD, put_in_front
+from kempnerforge.model.hf_files import stop_ids
 from kempnerforge.util.errors import InputError
 from tests.interop.tiny_vlms import write_tokenizer
 

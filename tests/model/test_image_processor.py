@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from kempnerforge.config.vision import square_side
-from kempnerforge.model.image_files import PREPROCESSOR, PROCESSOR, read_image_files
+from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, read_image_settings
 from kempnerforge.util.errors import InputError, library_call
 
 CLASSES = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "ViTImageProcessor")
@@ -40,7 +40,7 @@ def test_mean_and_std_give_the_pixels_of_the_class(name: str, keys: str, tmp_pat
     write(tmp_path, PREPROCESSOR, {"image_processor_type": name, **size, **KEYS[keys]})
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
     theirs = getattr(transformers, f"{name}Pil")(**size, **KEYS[keys])(images=picture, return_tensors="pt")["pixel_values"][0]
-    files = read_image_files(tmp_path)
+    files = read_image_settings(tmp_path)
     assert files is not None and files.normalisation is not None
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in files.normalisation)
     ours = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
@@ -53,13 +53,13 @@ def test_nested_settings_come_first(tmp_path: Path) -> None:
     write(tmp_path, PREPROCESSOR, kind | {"image_mean": [0.1] * 3, "image_std": [0.1] * 3})
     write(tmp_path, PROCESSOR, {"processor_class": "LlavaProcessor"})
     write(tmp_path, "video_preprocessor_config.json", {"image_mean": [0.9] * 3})
-    assert (files := read_image_files(tmp_path)) and files.normalisation == ([0.1] * 3, [0.1] * 3)
+    assert (files := read_image_settings(tmp_path)) and files.normalisation == ([0.1] * 3, [0.1] * 3)
     write(tmp_path, PROCESSOR, {"image_processor": kind | {"image_mean": [0.2] * 3, "image_std": [0.3] * 3}})
-    assert (files := read_image_files(tmp_path)) and files.normalisation == ([0.2] * 3, [0.3] * 3)
+    assert (files := read_image_settings(tmp_path)) and files.normalisation == ([0.2] * 3, [0.3] * 3)
 
 
 def test_nothing_there_is_nothing_said(tmp_path: Path) -> None:
-    assert read_image_files(tmp_path) is None
+    assert read_image_settings(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_nothing_there_is_nothing_said(tmp_path: Path) -> None:
 def test_what_cannot_be_followed_is_named(content: Any, message: str, tmp_path: Path) -> None:
     write(tmp_path, PREPROCESSOR, content)
     with pytest.raises(InputError, match=message):
-        read_image_files(tmp_path)
+        read_image_settings(tmp_path)
 
 
 # ---- sizes, and what libraries say ------------------------------------------------------------------------------------

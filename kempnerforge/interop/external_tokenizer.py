@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to somebody's model."""
+"""The tokenizer of a model from elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from kempnerforge.data.text.tokenizer import Tokenizer, stop_ids
+from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.interop.external import ExternalModel
 from kempnerforge.interop.gguf_file import read_gguf_tokenizer
-from kempnerforge.interop.huggingface import CONFIG
-from kempnerforge.interop.places import Foreign
+from kempnerforge.model.hf_files import CONFIG, stop_ids
 from kempnerforge.util.errors import InputError
 
 
@@ -27,34 +27,34 @@ def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
     return Tokenizer.from_pretrained(path if path.is_absolute() else Path.cwd() / path)
 
 
-def tokenizer_of(foreign: Foreign, given: Path | None = None) -> Tokenizer:
+def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenizer:
     """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that is at every placeholder.
 
     Raises:
         ValueError: there is no tokenizer, or that token is another one.
     """
-    words = read_tokenizer(foreign.path, given)
-    if given is not None and foreign.path.is_dir():
-        words = words.changed(stops={*words.stop_ids, *stop_ids(foreign.path)})
-    if foreign.added_tokens:
-        words = _with_tokens(words, foreign)
-    if not foreign.image_is_word:
+    words = read_tokenizer(external.path, given)
+    if given is not None and external.path.is_dir():
+        words = words.changed(stops={*words.stop_ids, *stop_ids(external.path)})
+    if external.added_tokens:
+        words = _with_tokens(words, external)
+    if not external.image_is_word:
         return words
-    name = foreign.job.data.image_placeholder
-    if words.token_id(name) != foreign.image_id:
+    name = external.job.data.image_placeholder
+    if words.token_id(name) != external.image_id:
         raise InputError(
-            f"{foreign.path / CONFIG}: the token of an image is {foreign.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
+            f"{external.path / CONFIG}: the token of an image is {external.image_id}, and the tokenizer's {name!r} is {words.token_id(name)}"
         )
     marks = dict.fromkeys([*words.appended, name])
     return words.changed(appended=[*marks])
 
 
-def _with_tokens(words: Tokenizer, foreign: Foreign) -> Tokenizer:
+def _with_tokens(words: Tokenizer, external: ExternalModel) -> Tokenizer:
     """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its embedding."""
-    names, rows = foreign.added_tokens, foreign.job.model.vocab_size
+    names, rows = external.added_tokens, external.job.model.vocab_size
     words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])
     if beyond := [name for name in names if not 0 <= (words.backend.token_to_id(name) or 0) < rows]:
         raise InputError(
-            f"{foreign.path / CONFIG}: lm_vocab_size = {rows}: the tokenizer with vlm_extra_tokens has more, {beyond[0]!r} among them"
+            f"{external.path / CONFIG}: lm_vocab_size = {rows}: the tokenizer with vlm_extra_tokens has more, {beyond[0]!r} among them"
         )
     return words.changed()

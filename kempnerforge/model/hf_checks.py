@@ -1,26 +1,22 @@
-"""Somebody's ``config.json``: what is no size of a model is refused by name before a class of transformers, or ours, computes with it."""
+"""Checks of a ``config.json`` from elsewhere: a value that no model can have is refused by name, before a class computes with it."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kempnerforge.config.model import MAX_LAYERS
-from kempnerforge.model.quiet import quiet
+from kempnerforge.model.memory import HINT, TooLargeError, within_memory
 from kempnerforge.util.errors import InputError, library_call, show
 from kempnerforge.util.reading import entries
 
 LARGEST, LONGEST = 2**31 - 1, 1 << 16
-"""Of an integer and of a text."""
-MOST_TENSORS, HINT = 100_000, "; look at "
+"""The largest integer, and the most characters of a text."""
 BOOKKEEPING = ("dtype", "model_type", "transformers_version", "_name_or_path")
 POSITIVE = re.compile(
     r"hidden_size|intermediate_size|vocab_size|image_size|patch_size|head_dim|max_position_embeddings|num_channels|scale_factor"
@@ -29,8 +25,7 @@ POSITIVE = re.compile(
 SIZE = re.compile(r"(num|n|max_num)_\w+|\w+_(size|dim|heads|length|embeddings|channels|ratio|width|prob|rate|eps)|depth")
 ROPE = re.compile(r"(low_freq_|high_freq_)?factor|rope_theta|original_max_position_embeddings")
 DEEP = re.compile(r"(\w+_)?(n_|num_)?(layers|blocks|depth|tiles)")
-"""Names of keys, also of those that only some class has: sizes that are at least 1, that may be 0, numbers of rotary positions,
-and numbers of layers."""
+"""Names of keys, whichever class has them: sizes of at least 1, sizes that may be 0, numbers of rotary positions, numbers of layers."""
 
 
 def check_config(where: str, config: Mapping[str, Any]) -> None:
@@ -85,7 +80,7 @@ def _wrong_of_rope(key: str, value: Any) -> str:
 
 @contextmanager
 def class_call(where: str, what: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """As ``library_call``, of a class that is given ``config``: where its error names no key, those keys that it is about are added."""
+    """As ``library_call``, for a class that is given ``config``: to an error that names no key it adds the keys that the error is about."""
     try:
         with names_keys(config), library_call(where, what):
             yield
@@ -105,7 +100,7 @@ def names_keys(config: Mapping[str, Any], start: str = "") -> Iterator[None]:
 
 
 def _about(config: Mapping[str, Any], said: str) -> str:
-    """The keys whose value an error quotes, or that can be meant by it; nothing if it names a key itself."""
+    """The keys whose value an error quotes, or that it can be about; empty if it names a key itself."""
     said = re.sub(r"\S*/\S*", " ", said)  # a path may hold the name of a key, or a number
     found = [
         entry
@@ -135,98 +130,3 @@ def check_room(make: Callable[[], object], where: str, what: str, config: Mappin
     """
     with class_call(where, what, config), torch.device("meta"), within_memory(config, meta=True):
         make()
-
-
-def load_whole(model_class: Any, path: Path | str, where: str, what: str, *, more: bool = False, **named: Any) -> Any:
-    """A model of transformers in fp32, each of whose parameters is in the files.
-
-    Args:
-        where, what: for messages, as of ``library_call``.
-        more: the files may have further weights.
-        named: of its ``from_pretrained``.
-
-    Raises:
-        InputError: it cannot be loaded, or weights are missing, of another shape or left over.
-    """
-    with library_call(where, what), quiet():
-        model, info = model_class.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **named
-        )
-    kinds = {
-        "missing": info["missing_keys"],
-        "of another shape": info["mismatched_keys"],
-        "left over": () if more else info["unexpected_keys"],
-    }
-    if wrong := [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]:
-        raise InputError(f"{where}: of the weights of {model_class.__name__} are {'; '.join(wrong)}")
-    return model.float()
-
-
-def _listed(keys: Iterable[Any]) -> str:
-    """Names, or (name, shape in the file, shape here)."""
-    said = sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, not {tuple(key[2])}" for key in keys)
-    return ", ".join(said[:3])
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-def memory_bytes() -> int:
-    """Of this machine, or of the control group that this process is in."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # "max", or none
-        return whole
-
-
-class TooLargeError(InputError):
-    """A model that this machine cannot hold."""
-
-    def largest_of(self, config: Mapping[str, Any]) -> str:
-        """What it says, and the largest sizes in ``config``, if none are named so far."""
-        sizes = [(value, name) for name, key, value in entries(dict(config)) if type(value) is int and not key.endswith(("_id", "_index"))]
-        named = [f"{name} = {value}" for value, name in sorted(sizes, reverse=True)[:4]]
-        return f"{self}{HINT}{', '.join(named)}" if named and HINT not in str(self) else str(self)
-
-
-@contextmanager
-def within_memory(sizes: Mapping[str, Any], meta: bool = False, most: int | None = None) -> Iterator[None]:
-    """For building a model: one that does not fit into memory is refused at its first parameter that is too many, before that is filled.
-
-    Args:
-        sizes: the keys that decide how large it is, for the message.
-        meta: count the parameters on the meta device, not those of memory.
-        most: bytes of all parameters; None: the memory of this machine.
-
-    Raises:
-        InputError: the model is larger, or has more tensors than any.
-    """
-    most = memory_bytes() if most is None else most
-    seen: dict[int, nn.Parameter] = {}
-    total = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal total
-        if parameter is None or parameter.is_meta != meta or id(parameter) in seen:
-            return
-        seen[id(parameter)] = parameter
-        total += parameter.nbytes
-        if total > most or len(seen) > MOST_TENSORS:
-            raise TooLargeError(
-                f"the model has more than {total / 2**30:,.1f} GiB of parameters in {len(seen):,} tensors, and this machine has "
-                f"{most / 2**30:,.1f} GiB of memory; {name} of a {type(module).__name__} has shape {tuple(parameter.shape)}"
-            )
-
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        yield
-    except TooLargeError as error:
-        raise TooLargeError(error.largest_of(sizes)) from error
-    except (RuntimeError, TypeError) as error:
-        if not re.search("overflow|not enough memory|allocate memory", str(error)):
-            raise
-        found = TooLargeError(f"the model is too large; {' '.join(str(error).split())[:200]}")
-        raise TooLargeError(found.largest_of(sizes)) from error
-    finally:
-        handle.remove()

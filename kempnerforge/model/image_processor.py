@@ -1,31 +1,37 @@
-"""The image processor's files beside a model of transformers: read in its order, with the defaults of the class that they name.
+"""The reader of ``preprocessor_config.json`` and ``processor_config.json``: an image processor of transformers as image settings of ours.
 
-That class does it itself, on its PIL backend, so that nothing depends on what else is installed.
+The class that the files name fills in its defaults, on its PIL backend, so that nothing depends on what else is installed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kempnerforge.model.quiet import quiet
 from kempnerforge.util.errors import InputError, reason
 from kempnerforge.util.reading import check_files, read_object
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-Normalisation = tuple[list[float], list[float]]
-"""Mean and std of RGB values in [0, 1]."""
+
+
+class Normalisation(NamedTuple):
+    """Mean and std of RGB values in [0, 1]; empty: not said."""
+
+    mean: list[float]
+    std: list[float]
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """What the files say.
+class ImageSettings:
+    """The settings of an image processor.
 
     Attributes:
-        settings: every one, defaults included as far as the class is known.
-        normalisation: that makes ours their pixels, rescaling folded in; None: nothing is said of it, and no class is named.
-        processor: their class with these settings; None: it cannot be built, because of ``problem``.
+        settings: all keys, with the defaults of the class if it is known.
+        normalisation: mean and std with which our pixels are equal to those of the processor, its rescaling folded in; None: the files do
+            not say.
+        processor: the class of transformers with these settings; None: it cannot be built, because of ``problem``.
     """
 
     settings: dict[str, Any]
@@ -41,46 +47,52 @@ class ImageFiles:
         return "crop" if self.settings.get("do_center_crop") and by_short_side else "squash"
 
 
-def read_image_files(path: Path | str) -> ImageFiles | None:
-    """The image processor's files of a directory, or of a model on the hub; None: there are none.
+def read_image_settings(path: Path | str) -> ImageSettings | None:
+    """The image processor of a directory, or of a model on the hub; None: there is none.
 
     Raises:
         ValueError: they cannot be read, or normalise in a way that is none.
     """
-    said = _said(Path(path))
-    if said is None:
+    written = _written(Path(path))
+    if written is None:
         return None
     from transformers import AutoImageProcessor
 
-    processor, problem, settings = None, "", said
+    processor, problem, settings = None, "", written
     try:
         with quiet():
             processor = AutoImageProcessor.from_pretrained(str(path), backend="pil", trust_remote_code=False)
-            settings = said | processor.to_dict()
-    except Exception as error:  # a class of somebody's own, or values that theirs does not take
+            settings = written | processor.to_dict()
+    except Exception as error:  # a class that is not in transformers, or values that it does not take
         problem = reason(error)
-    named = said.get("image_processor_type", said.get("feature_extractor_type"))
-    if processor is None and named and (said.get("image_mean") is None or said.get("image_std") is None):
+    named = written.get("image_processor_type", written.get("feature_extractor_type"))
+    if processor is None and named and (written.get("image_mean") is None or written.get("image_std") is None):
         raise InputError(f"{path}: its image processor {named!r} cannot be built, and its file leaves mean and std to it; {problem}")
-    return ImageFiles(settings, _normalisation(path, settings), processor, problem)
+    return ImageSettings(settings, _normalisation(path, settings), processor, problem)
+
+
+def processor_classes(path: Path) -> list[str]:
+    """The classes of processors that the files in a directory name, the one that transformers takes first."""
+    files = [read_object(path / name) for name in (PROCESSOR, PREPROCESSOR) if (path / name).is_file()]
+    return [file["processor_class"] for file in files if isinstance(file.get("processor_class"), str)]
 
 
 def pil_processor(path: Path | str) -> Any:
-    """The whole processor of a directory, as transformers makes it, with its images on the PIL backend. Where torchvision is installed, transformers
-    itself takes classes that use it, which resize a little otherwise than training does.
+    """The whole processor of a directory, as transformers makes it, with its images on the PIL backend. Where torchvision is installed,
+    transformers takes classes that use it, which resize slightly differently from training.
     """
     from transformers import AutoProcessor
 
     processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    if (files := read_image_files(path)) and files.processor is not None:
+    if (files := read_image_settings(path)) and files.processor is not None:
         processor.image_processor = files.processor
     return processor
 
 
-def _said(path: Path) -> dict[str, Any] | None:
-    """The settings as they are written: nested ones come first, as in transformers. Files of video processors are others."""
+def _written(path: Path) -> dict[str, Any] | None:
+    """The settings as they are written, nested ones first, as in transformers. Files of video processors are not read."""
     if not path.is_dir():
-        return _said_on_the_hub(str(path))
+        return _written_on_the_hub(str(path))
     check_files(path)
     for name, nested in ((PROCESSOR, True), (PREPROCESSOR, False)):
         if not (path / name).is_file():
@@ -94,7 +106,7 @@ def _said(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _said_on_the_hub(name: str) -> dict[str, Any] | None:
+def _written_on_the_hub(name: str) -> dict[str, Any] | None:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -104,7 +116,7 @@ def _said_on_the_hub(name: str) -> dict[str, Any] | None:
 
 
 def _normalisation(path: Path | str, settings: dict[str, Any]) -> Normalisation | None:
-    """Theirs is (x * factor - mean) / std of x from 0 to 255; ours (x / 255 - mean) / std."""
+    """The processor computes (x * factor - mean) / std of x from 0 to 255; our encoders compute (x / 255 - mean) / std."""
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if settings.get("do_normalize") is False:
         mean, std = [0.0] * 3, [1.0] * 3
@@ -120,4 +132,4 @@ def _normalisation(path: Path | str, settings: dict[str, Any]) -> Normalisation 
     scale = factor * 255
     if abs(scale - 1) > 1e-6:
         values = [[x / scale for x in v] for v in values]
-    return [float(x) for x in values[0]], [float(x) for x in values[1]]
+    return Normalisation(*([float(x) for x in v] for v in values))

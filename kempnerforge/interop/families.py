@@ -1,9 +1,9 @@
-"""Names and settings of the language models of transformers that the text backbone can be, as data. Nothing here reads a file."""
+"""The families of language models of transformers that the text backbone can be: one entry of ``FAMILIES`` each. Nothing here reads a file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ EMBEDDING, NORM, HEAD = "token_embedding.weight", "norm.weight", "output_head.we
 HF_EMBEDDING, HF_HEAD = "embed_tokens.weight", "lm_head.weight"
 
 TOP = {EMBEDDING: HF_EMBEDDING, NORM: NORM}
-"""Our name -> theirs, which is relative to the text model ("model." in most files)."""
+"""Our name -> the one in files, which is relative to the text model ("model." in most files)."""
 
 LAYER = {
     "attention_norm": "input_layernorm",
@@ -21,7 +21,7 @@ LAYER = {
     "mlp_norm": "post_attention_layernorm",
     "mlp": "mlp",
 }
-"""Parts of ``layers.{i}``: ours -> theirs. What is inside them (``q_proj.weight``, ``k_norm.weight``, ``gate_proj.weight``) is called the same."""
+"""Parts of ``layers.{i}``: our name -> the one in files. Names inside the parts (``q_proj.weight``, ``k_norm.weight``) are equal."""
 
 FOUR_NORMS = LAYER | {
     "attention.post_norm": "post_attention_layernorm",
@@ -33,29 +33,36 @@ FOUR_NORMS = LAYER | {
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of language model in transformers.
+    """One kind of language model in transformers: all that is known of it here. ``interop/settings.py`` and ``interop/keys.py`` follow the entry.
 
     Attributes:
-        architecture: its class there.
-        on: the ``[model]`` switches that it has on; ``SWITCHES`` it does not name are off.
-        layer: names inside a layer, ours -> theirs.
+        architecture: its class in transformers.
+        switches: the ``[model]`` switches that are on; ``SWITCHES`` that are not named are off.
+        layer: names inside a layer, ours -> those in the files.
         activation_key: the key of ``config.json`` that names the activation.
         activations: ``model.activation`` -> value of that key.
-        settings: ``[model]`` key -> key of ``config.json``, for what other families do not have.
+        default_activation: ``model.activation`` where the key is null; empty: not said.
+        settings: ``[model]`` key -> key of ``config.json``, for settings that other families do not have. Three of them are converted:
+            ``attention_scale``, ``nope_interval`` (every n-th layer without positions), ``rope_local_theta`` (another base in local layers).
         window_pattern: ``model.window_pattern`` of the layers that slide where ``layer_types`` does not say; empty: the class has no windows.
-        constants: further keys of ``config.json``; they say that something which the class could do is off.
-        also: further keys that it follows; see ``interop.keys``.
+        constants: further keys of ``config.json`` that are written: something that the class could do is off.
+        also: further keys that are followed.
+        off: further keys that must be off.
+        unread: keys that its class's files name and that change no logit.
     """
 
     architecture: str
-    on: frozenset[str] = frozenset()
+    switches: frozenset[str] = frozenset()
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=lambda: {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"})
+    default_activation: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     window_pattern: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 _GEMMA = frozenset({"norm_plus_one", "embed_scale"})
@@ -66,10 +73,19 @@ _NO_WINDOW = {"use_sliding_window": False}
 _CHOICE = ("layer_types", "use_sliding_window")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", constants=_NO_BIAS | {"mlp_bias": False}),  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
-    "mistral": Family("MistralForCausalLM", window_pattern="S", constants={"sliding_window": None}),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",  # Qwen2, Qwen2.5
+    "llama": Family(  # Llama 1 to 3, SmolLM, SmolLM2, Vicuna
+        "LlamaForCausalLM",
+        constants=_NO_BIAS | {"mlp_bias": False},
+        off=("attention_bias", "mlp_bias"),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        window_pattern="S",  # in all layers, whatever ``layer_types`` says
+        constants={"sliding_window": None},
+        unread=("layer_types",),
+    ),
+    "qwen2": Family(  # Qwen2, Qwen2.5
+        "Qwen2ForCausalLM",
         frozenset({"qkv_bias"}),
         window_pattern="F",
         constants=_NO_WINDOW,
@@ -81,6 +97,7 @@ FAMILIES: dict[str, Family] = {
         window_pattern="F",
         constants=_NO_BIAS | _NO_WINDOW,
         also=(*_CHOICE, "max_window_layers"),
+        off=("attention_bias",),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -88,27 +105,38 @@ FAMILIES: dict[str, Family] = {
         window_pattern="F",
         constants=_NO_BIAS | _NO_WINDOW,
         also=(*_CHOICE, "no_rope_layers"),
+        off=("attention_bias", "mlp_bias"),
     ),
-    "gemma": Family("GemmaForCausalLM", _GEMMA, constants=_NO_BIAS),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA,
+        default_activation="geglu",
+        constants=_NO_BIAS,
+        off=("attention_bias",),
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA | {"post_norms"},
         FOUR_NORMS,
         "hidden_activation",
+        default_activation="geglu",
         settings=_SCALE | _CAP | {"attention_softcap": "attn_logit_softcapping"},
         window_pattern="SF",
         constants=_NO_BIAS,
         also=("layer_types",),
+        off=("attention_bias",),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         _GEMMA | {"post_norms", "qk_norm"},
         FOUR_NORMS,
         "hidden_activation",
+        default_activation="geglu",
         settings=_SCALE | _CAP | {"rope_local_theta": "rope_local_base_freq", "rope_global_interval": "sliding_window_pattern"},
         window_pattern="SSSSSF",
         constants=_NO_BIAS,
         also=("layer_types", "_sliding_window_pattern"),
+        off=("attention_bias", "attn_logit_softcapping"),  # its class takes the second and does not apply it
     ),
 }
 """``model_type`` -> family. A model is written as the first that can say all that its ``[model]`` does."""
@@ -138,12 +166,24 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that follow from the settings."""
 
 
-def hf_name(ours: str, family: str) -> str:
-    """``layers.0.attention.q_proj.weight`` -> ``layers.0.self_attn.q_proj.weight``. The head is not among them: its prefix is another."""
-    if ours in TOP:
-        return TOP[ours]
-    layers, index, rest = ours.split(".", 2)
-    assert layers == "layers", ours
+def hf_name(name: str, family: str) -> str:
+    """``layers.0.attention.q_proj.weight`` -> ``layers.0.self_attn.q_proj.weight``. The head has another prefix: see ``text_names``."""
+    if name in TOP:
+        return TOP[name]
+    layers, index, rest = name.split(".", 2)
+    assert layers == "layers", name
     parts = FAMILIES[family].layer
     part = max((part for part in parts if rest.startswith(part + ".")), key=len)
     return f"{layers}.{index}.{parts[part]}{rest.removeprefix(part)}"
+
+
+def text_names(names: Iterable[str], family: str, prefix: str = "model.", head: str = HF_HEAD) -> dict[str, str]:
+    """Our parameter name -> the one in the files, of a backbone without new tokens.
+
+    Args:
+        names: ours, ``transformer.*``.
+        prefix: of the text model in the files.
+        head: the full name of the output head there.
+    """
+    bare = {name: name.removeprefix("transformer.") for name in names}
+    return {name: head if rest == HEAD else prefix + hf_name(rest, family) for name, rest in bare.items()}
