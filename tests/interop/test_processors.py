@@ -30,7 +30,7 @@ from kempnerforge.data.sample import Text
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.chat_template import chat_template
-from kempnerforge.interop.processors import FRAME
+from kempnerforge.interop.vlm_family import FRAME
 from kempnerforge.interop.settings import complete, model_config
 from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import assemble
