@@ -36,7 +36,7 @@ def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Mod
 
 
 class Adapter(nn.Module):
-    """The contract of adapters: ``num_tokens`` for each image, and a ``forward``. By default that is ``prepare``, then ``proj``.
+    """The contract of adapters: ``num_tokens`` for each image, and a ``forward``.
 
     Subclasses register with ``@registry.register_adapter(type)``.
 
@@ -54,6 +54,14 @@ class Adapter(nn.Module):
         super().__init__()
         self.num_tokens = cfg.num_tokens(num_features)
 
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, F, Di) -> (N, T, Do)."""
+        raise NotImplementedError
+
+
+class ProjectingAdapter(Adapter):
+    """An adapter that ends in a projection ``proj``."""
+
     proj: nn.Module
 
     def prepare(self, features: Tensor) -> Tensor:
@@ -61,12 +69,11 @@ class Adapter(nn.Module):
         return features
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, F, Di) -> (N, T, Do)."""
         return self.proj(self.prepare(features))
 
 
 @registry.register_adapter("linear")
-class LinearAdapter(Adapter):
+class LinearAdapter(ProjectingAdapter):
     """One linear layer (PaliGemma, Beyer et al. 2024)."""
 
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
@@ -75,7 +82,7 @@ class LinearAdapter(Adapter):
 
 
 @registry.register_adapter("mlp_2layer")
-class MLPAdapter(Adapter):
+class MLPAdapter(ProjectingAdapter):
     """Linear, GELU, linear (LLaVA-1.5, Liu et al. 2023b); the hidden width is ``out_dim`` unless the config says another."""
 
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
@@ -83,8 +90,8 @@ class MLPAdapter(Adapter):
         self.proj = projection(in_dim, cfg.hidden_dim or out_dim, out_dim, cfg.bias)
 
 
-class GridAdapter(Adapter):
-    """The base of those that join ``factor`` x ``factor`` neighbours of a square grid, which is given row by row."""
+class GridAdapter(ProjectingAdapter):
+    """The base of adapters that join ``factor`` x ``factor`` neighbours of a square grid, which is given row by row."""
 
     def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
@@ -154,7 +161,7 @@ class PerceiverLayer(nn.Module):
 
 
 @registry.register_adapter("perceiver")
-class PerceiverAdapter(Adapter):
+class PerceiverAdapter(ProjectingAdapter):
     """The Perceiver resampler (Alayrac et al. 2022, section 2.1): learned latents take in any number of features, in any order.
 
     It works at the width of the vision features, as Flamingo's does; a projection to the language model's width follows.

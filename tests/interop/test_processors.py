@@ -30,8 +30,8 @@ from kempnerforge.data.sample import Text
 from kempnerforge.data.sources.llava import LlavaConfig
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.chat_template import chat_template
-from kempnerforge.interop.vlm_family import FRAME
 from kempnerforge.interop.settings import complete, model_config
+from kempnerforge.interop.vlm_family import FRAME
 from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import assemble
 from tests.interop.tiny_vlms import FRAMES, TEXT, TOWER, VOCAB, save, write_tokenizer
