@@ -95,6 +95,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(options)}"
 
 
+def _hint(cls: type, name: str, known: Collection[str], names: Iterable[str]) -> str:
+    """What to write in place of the unknown key ``name``. A table inside a section is seldom seen, so all its keys are shown."""
+    other = _of_another(cls, name, known)
+    inner = not issubclass(cls, (*UNIONS, *SECTIONS.values())) and cls.__name__ != "JobConfig"
+    return f"{other} Allowed here are {', '.join(names)}" if other and inner else other or nearest(name, names)
+
+
 def _of_another(cls: type, name: str, known: Collection[str]) -> str:
     """A hint for a key ``name`` that ``cls`` does not have: other classes of the same section, or other sections, that have it; or nothing."""
     if name in known:
@@ -183,9 +190,9 @@ def convert_fields(
             values[name] = convert(known[name], value, (*key, name), problems)
         elif key:
             value = value.value if isinstance(value, Argument) else value
-            problems.add((*key, name), f" = {show(value)}: unknown key; {_of_another(cls, name, known) or nearest(name, names)}")
+            problems.add((*key, name), f" = {show(value)}: unknown key; {_hint(cls, name, known, names)}")
         else:
-            problems.add((name,), f": unknown section; {_of_another(cls, name, known) or nearest(name, names)}")
+            problems.add((name,), f": unknown section; {_hint(cls, name, known, names)}")
     return values
 
 

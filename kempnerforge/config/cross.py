@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kempnerforge.config import registry
+from kempnerforge.config.arch import JobSections, VLMConfig
 from kempnerforge.config.build import build
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
-from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import EvalConfig
-from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.config.training import EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
 Found = Iterator[tuple[Key, str]]
@@ -27,6 +26,8 @@ class Job(JobSections, Protocol):
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     eval: EvalConfig
+    metrics: MetricsConfig
+    hooks: list[HookConfig]
     stages: list[StageConfig]
 
     def image_tokens(self) -> int | None: ...
@@ -174,6 +175,19 @@ def tasks_are_known(job: Job) -> Found:
             continue
         build(cls, job.eval.options.get(name, {}), ("options", name), problems := Problems())
         yield from ((("eval",), line.replace(f"[options] {name}", f"options.{name}", 1)) for line in problems.lines)
+
+
+@_reads("optimizer", "metrics", "hooks")
+def extensions_are_whole(job: Job) -> Found:
+    """A plugin's config class alone does nothing: the class that it configures is registered under the same name."""
+    named: list[tuple[Key, str, Any, registry.Registry]] = [(("optimizer",), "name", job.optimizer, registry.optimizers)]
+    named += [(("metrics", "trackers", index), "type", each, registry.trackers) for index, each in enumerate(job.metrics.trackers)]
+    named += [(("hooks", index), "type", each, registry.hooks) for index, each in enumerate(job.hooks)]
+    for key, discriminator, cfg, classes in named:
+        name, own = getattr(cfg, discriminator), type(cfg)
+        if not own.__module__.startswith("kempnerforge.") and name not in classes:
+            advice = f"put @registry.register_{classes.kind}({name!r}) before the class of the {classes.kind}"
+            yield key, f"{discriminator} = {name!r}: {own.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
 
 
 def _image_sections(job: Job) -> list[DataConfig]:

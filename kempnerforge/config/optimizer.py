@@ -74,9 +74,10 @@ class OptimizerConfig:
             if scale < 0:
                 raise InputError(f"lr_scale.{pattern} = {scale}: must be >= 0")
         known = {f.name for f in fields(self)} | {"warmup_steps"}
+        allowed = ", ".join(f.name for f in fields(OptimizerGroup) if f.name in known)
         for group in self.groups:
             for key in sorted(group.given().keys() - known):
-                raise InputError(f"groups: {key} of {group.module!r}: name = {self.name!r} has no such key")
+                raise InputError(f"groups: {key} of {group.module!r}: name = {self.name!r} has no such key; a group may set {allowed}")
 
     def warnings(self, schedule: str, changed: Collection[str]) -> Iterator[str]:
         """What is allowed in a stage but may not be meant.

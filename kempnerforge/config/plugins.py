@@ -180,6 +180,7 @@ def _load(name: str, folder: Path) -> str:
             loader.exec_module(module)
         except BaseException:
             del sys.modules[module_name]
+            registry.forget(module_name)
             raise
         _sources[module] = {path.name: content, **_source(module)}
     module = sys.modules[module_name]

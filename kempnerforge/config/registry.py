@@ -15,8 +15,9 @@ Registering is a decorator; the bare form takes the name from the discriminator'
     @registry.register_arch("my_arch")
     class MyArch(VLM): ...
 
-An entry of this repository is one file as well, such as ``kempnerforge/vlm/my_arch.py``: it is imported when
-a config first names ``my_arch``.
+An entry in this repository may be one file as well, such as ``kempnerforge/vlm/my_arch.py``: it is imported
+when a config first names ``my_arch``. ``docs/architecture.md`` says where the config classes of built-in
+entries are.
 """
 
 from __future__ import annotations
@@ -39,17 +40,18 @@ class Registry:
         kind: what an entry is, for messages ("vlm arch").
         key: the config key that selects an entry ("vlm.arch"), for messages and for the bare decorator.
         packages: where an entry that is not there yet may be found, in the module of its name.
+        base: full name of the class that every entry is a subclass of. It is given by name, as config imports no torch.
     """
 
-    def __init__(self, kind: str, key: str, *packages: str) -> None:
-        self.kind, self.key, self.packages = kind, key, packages
+    def __init__(self, kind: str, key: str, *packages: str, base: str = "") -> None:
+        self.kind, self.key, self.packages, self.base = kind, key, packages, base
         self._entries: dict[str, type] = {}
 
     def register(self, name: str | type) -> Any:
         """Decorator: ``@register("name")``, or bare ``@register``, which reads the name off the class.
 
         Raises:
-            ValueError: the name is taken by another class.
+            ValueError: the name is taken by another class, or the class is not one of this kind.
         """
         if isinstance(name, str):
             return lambda cls: self._add(name, cls)
@@ -58,7 +60,11 @@ class Registry:
     def _add(self, name: str, cls: type) -> type:
         there = self._entries.get(name)
         if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise InputError(f"{self.kind} {name!r} is already registered by {there.__module__}.{there.__qualname__}")
+            raise InputError(f"{self.kind} {name!r} is already registered by {_full_name(there)}")
+        if self.base and self.base not in map(_full_name, cls.__mro__):
+            raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must be a subclass of {self.base}")
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must have the method {' and '.join(missing)}")
         self._entries[name] = cls
         return cls
 
@@ -109,6 +115,10 @@ class Registry:
         return iter(sorted(self._entries))
 
 
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 _SOURCES = ("kempnerforge.data.sources", "kempnerforge.data.collections")
 
 vlm_configs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
@@ -122,18 +132,22 @@ archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
 vision_encoders = Registry("vision encoder", "vision_encoder.type")
 adapters = Registry("adapter", "adapter.type")
 sources = Registry("data source", "data.source", *_SOURCES)
-optimizers = Registry("optimizer", "optimizer.name", "kempnerforge.training.optimizers")
+optimizers = Registry(
+    "optimizer", "optimizer.name", "kempnerforge.training.optimizers", base="kempnerforge.training.optimizers.rule.UpdateRule"
+)
 
 templates = Registry("template", "data.template", "kempnerforge.data.text")
-tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks")
+tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks", base="kempnerforge.eval.task.Task")
 
-schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedules")
+schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedules", base="kempnerforge.config.schedule.SchedulerConfig")
 """Both at once: a schedule is a config that computes."""
 
 tracker_configs = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
-trackers = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
+trackers = Registry(
+    "tracker", "metrics.trackers.type", "kempnerforge.training.trackers", base="kempnerforge.training.trackers.tracker.Tracker"
+)
 hook_configs = Registry("hook", "hooks.type", "kempnerforge.training.hooks")
-hooks = Registry("hook", "hooks.type", "kempnerforge.training.hooks")
+hooks = Registry("hook", "hooks.type", "kempnerforge.training.hooks", base="kempnerforge.training.trainer.Hook")
 
 ALL = tuple(each for each in list(globals().values()) if isinstance(each, Registry))
 

@@ -90,7 +90,18 @@ def test_an_optimizer_of_a_plugin_has_its_keys_and_its_state(tmp_path: Path) -> 
         ("--optimizer.momentum=-1", "[optimizer] momentum = -1.0: must be >= 0"),
         ("--optimizer.betas=[0.9, 0.9]", "a key of name = 'adamw', 'lion', 'muon', 'schedule_free_adamw'; here name = 'sgd'"),
         ("--optimizer.name=sdg", "registered: adamw, lion, muon, schedule_free_adamw, sgd (did you mean 'sgd'?)"),
-        ("--optimizer.groups=[{module='adapter', muon_lr=1.0}]", "groups: muon_lr of 'adapter': name = 'sgd' has no such key"),
+        (
+            "--optimizer.groups=[{module='adapter', muon_lr=1.0}]",
+            "name = 'sgd' has no such key; a group may set lr, weight_decay, warmup_steps",
+        ),
+        (
+            "--optimizer.groups=[{module='adapter', nesterov=true}]",
+            "nesterov = true: unknown key; allowed are module, lr, muon_lr",
+        ),
+        (
+            "--optimizer.groups=[{module='adapter', momentum=0.5}]",
+            "[optimizer] momentum? Allowed here are module, lr, muon_lr",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(path, [wrong])
@@ -106,8 +117,41 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
     path = example("optimizer", tmp_path)
     plugin = tmp_path / "plugin.py"
     plugin.write_text(plugin.read_text().replace('register_optimizer("sgd")', 'register_optimizer("another")'))
-    ended = call("train", path)
-    assert ended.code == 2 and "optimizer.name = 'sgd': Unknown optimizer.name; registered: adamw, another" in ended.err, ended
+    expected = "[optimizer] name = 'sgd': SGDConfig configures no optimizer; put @registry.register_optimizer('sgd') before the class"
+    for command in ("train", "check"):
+        ended = call(command, path)
+        assert ended.code == 2 and expected in ended.err and "registered: adamw, another" in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        (
+            "hook",
+            'register_hook("weight_norm")',
+            'register_hook("other")',
+            "[hooks][0].type = 'weight_norm': WeightNormConfig configures no hook; put",
+        ),
+        ("hook", "class WeightNorm(Hook):", "class WeightNorm:", "WeightNorm must be a subclass of kempnerforge.training.trainer.Hook"),
+        (
+            "tracker",
+            'register_tracker("csv")',
+            'register_tracker("tsv")',
+            "[metrics] trackers[1].type = 'csv': CsvConfig configures no tracker; put",
+        ),
+        ("tracker", "def log(", "def logs(", "Csv must have the method log"),
+    ],
+)
+def test_a_hook_or_tracker_that_is_missing_or_wrong_is_reported_when_the_config_is_read(
+    kind: str, before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
+    text = plugin.read_text()
+    assert before in text
+    plugin.write_text(text.replace(before, after))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
 
 
 def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:
