@@ -25,6 +25,7 @@ from kempnerforge.config.training import (
 )
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
+from kempnerforge.config.vlm_hf import HFConfig
 from kempnerforge.util.errors import ConfigError, InputError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "EvalConfig",
     "FreezeSpec",
     "FreezeStage",
+    "HFConfig",
     "HookConfig",
     "InputError",
     "JobConfig",

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kempnerforge.config import registry
-from kempnerforge.config.arch import JobSections, VLMConfig
 from kempnerforge.config.build import build
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
+from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
 from kempnerforge.config.training import EvalConfig, HookConfig, MetricsConfig
+from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
 Found = Iterator[tuple[Key, str]]

@@ -7,17 +7,17 @@ When ``[vlm]`` is absent the job is a pure text run.
 from __future__ import annotations
 
 import keyword
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.adapter import MLPAdapterConfig
-from kempnerforge.config.arch import MASKS, JobSections, VLMConfig
 from kempnerforge.config.checks import at_least, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
-from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.vision import ViTConfig
-from kempnerforge.util.errors import InputError
+from kempnerforge.config.sections import JobSections
+from kempnerforge.util.errors import InputError, NotBuiltError
 from kempnerforge.util.paths import PathText
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "CrossAttentionConfig",
     "FreezeSpec",
     "FreezeStage",
-    "HFConfig",
     "JointDecoderConfig",
     "MoMaConfig",
     "MoTConfig",
@@ -33,6 +32,135 @@ __all__ = [
     "aliases",
     "named",
 ]
+
+MASKS = ("causal", "image_bidirectional", "prefix")
+
+_RESERVED_ARCHS: frozenset[str] = frozenset()
+"""Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
+
+
+@dataclass
+class VLMConfig:
+    """What every architecture has. Subclasses register with ``@registry.register_vlm_config`` and set ``arch``'s default.
+
+    Attributes:
+        arch: the discriminator.
+        max_text_len: text tokens of one sample at most, and the padded length of ``data.batching = "pad"``.
+        freeze: what does not train. The default is the vision encoder, which then needs pretrained weights: to train one from scratch, say
+            ``freeze = []``.
+        freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See ``freeze_at``.
+        module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
+        attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
+            other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
+        masks: no key, but a fact about the class: the values that ``attention_mask`` takes.
+        stands_for: no key either: ``model_type`` of the class in transformers that has blocks of this arch's own kind, if one has.
+
+    Raises:
+        ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
+    """
+
+    masks: ClassVar[tuple[str, ...]] = MASKS
+    stands_for: ClassVar[str] = ""
+
+    arch: str = "joint_decoder"
+    max_text_len: int = 512
+    freeze: list[FreezeSpec] = field(default_factory=lambda: [FreezeSpec("vision_encoder")])
+    freeze_schedule: list[FreezeStage] = field(default_factory=list)
+    module_patterns: dict[str, list[str]] = field(default_factory=aliases)
+    attention_mask: str = field(default="causal", kw_only=True)
+
+    def __post_init__(self) -> None:
+        cls = self.class_for(self.arch)
+        if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
+            raise InputError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
+        patterns = next(f.default_factory for f in fields(self) if f.name == "module_patterns")
+        assert callable(patterns), "module_patterns has a default_factory in every class"
+        self.module_patterns = {**patterns(), **self.module_patterns}
+        if self.max_text_len < 2:
+            raise InputError(f"max_text_len = {self.max_text_len}: must be >= 2, room for a token and the one that ends the text")
+        one_of(self, "attention_mask", self.masks)
+        starts = [stage.start_step for stage in self.freeze_schedule]
+        if any(b <= a for a, b in pairwise(starts)):
+            raise InputError(f"freeze_schedule: start_step must be strictly monotonic, each larger than the one before, not {starts}")
+
+    @staticmethod
+    def class_for(arch: str) -> type[VLMConfig]:
+        """The config class of ``arch``.
+
+        Raises:
+            ValueError: ``arch`` is not registered.
+            NotImplementedError: ``arch`` is reserved for later.
+        """
+        if arch in _RESERVED_ARCHS and arch not in registry.vlm_configs:
+            raise NotBuiltError(f"arch = {arch!r}: reserved, not built yet; {registry.vlm_configs.known()}")
+        return registry.vlm_configs.get(arch)
+
+    @classmethod
+    def for_arch(cls, arch: str, **kwargs: Any) -> VLMConfig:
+        """The config of ``arch`` with ``kwargs`` as its fields.
+
+        Raises:
+            ValueError: ``arch`` is not registered, or a field has a bad value.
+            NotImplementedError: ``arch`` is reserved for later.
+        """
+        return cls.class_for(arch).in_job(arch=arch, **kwargs)
+
+    @classmethod
+    def in_job(cls, **kwargs: Any) -> VLMConfig:
+        """The section of a job, as TOML and ``for_arch`` make it: what other sections can give may be missing."""
+        return cls(**kwargs)
+
+    def residual_stream_image_tokens(self, num_tokens: int) -> int:
+        """How many of an image's ``num_tokens`` tokens this arch places in the residual stream."""
+        return num_tokens
+
+    def image_tokens(self, job: JobSections) -> int | None:
+        """Tokens of one image after the adapter; None when only the built encoder knows.
+
+        Raises:
+            ValueError: the adapter cannot take as many features as the encoder gives.
+        """
+        features = job.vision_encoder.num_tokens()
+        return None if features is None else job.adapter.num_tokens(features)
+
+    @property
+    def latest_image_alone(self) -> str:
+        """The key and value by which a word sees the image before it and no earlier one; nothing if it sees them all."""
+        return ""
+
+    @property
+    def files(self) -> str:
+        """A directory or hub id with the files of the model's own processor, if it has one: its tokenizer is taken unless ``data.tokenizer``
+        names another.
+        """
+        return ""
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether this section names files with weights that a fresh run begins with."""
+        return False
+
+    def check(self, job: JobSections) -> None:
+        """What must hold between this section and the others; called when a job is loaded.
+
+        Raises:
+            ValueError: it does not hold.
+        """
+
+    def warnings(self, job: JobSections) -> list[str]:
+        """What is allowed but may not be meant."""
+        return []
+
+    def freeze_at(self, step: int) -> list[FreezeSpec]:
+        """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of ``freeze_schedule`` that has begun, in
+        order. Of those that match a parameter the last one counts.
+        """
+        return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
+
+    def frozen(self, name: str, specs: Iterable[FreezeSpec]) -> bool:
+        """Whether a parameter called ``name`` is frozen under ``specs``."""
+        hits = (spec.frozen for spec in specs if any(fnmatchcase(name, p) for p in self.module_patterns.get(spec.module, [spec.module])))
+        return ([False, *hits])[-1]
 
 
 @registry.register_vlm_config
@@ -268,69 +396,3 @@ class MoMaConfig(VLMConfig):
     def experts(self) -> dict[str, int]:
         """Modality -> experts in each layer."""
         return {"text": self.text_experts, "image": self.image_experts}
-
-
-OWN_MASK = "model"
-"""The value of ``attention_mask`` that is what the class has learned with."""
-KEPT_KEYS = ("max_seq_len", "vocab_size", "new_tokens")
-"""Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may set the third.)"""
-
-
-@registry.register_vlm_config
-@dataclass
-class HFConfig(VLMConfig):
-    """A whole model of transformers. Sizes and normalisation come from its files: ``[vision_encoder]`` and ``[adapter]`` are not read, and of
-    ``[model]`` only ``max_seq_len`` and ``new_tokens``, which the model must have room for.
-
-    Attributes:
-        attention_mask: "model" is what the class was trained with: "prefix" for PaliGemma, "image_bidirectional" for Gemma 3, else "causal".
-        path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or a hub id where there is a network.
-        pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false: with random ones.
-    """
-
-    masks: ClassVar[tuple[str, ...]] = (OWN_MASK, *MASKS)
-
-    arch: str = "hf"
-    module_patterns: dict[str, list[str]] = field(
-        default_factory=lambda: {
-            "transformer": named("model.language_model", "model.text_model", "language_model", "lm_head"),
-            "vision_encoder": named(
-                "model.vision_tower",
-                "model.vision_model",
-                *(f"model.visual.{part}" for part in ("patch_embed", "blocks", "pos_embed", "rotary_pos_emb")),
-            ),
-            "adapter": named("model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list"),
-        }
-    )
-    attention_mask: str = field(default=OWN_MASK, kw_only=True)
-    path: PathText = field(default="", kw_only=True)
-    pretrained: bool = field(default=True, kw_only=True)
-
-    def image_tokens(self, job: JobSections) -> None:
-        """None: the built model knows."""
-        return
-
-    @property
-    def files(self) -> str:
-        return self.path
-
-    @property
-    def names_weights(self) -> bool:
-        return self.pretrained
-
-    def check(self, job: JobSections) -> None:
-        if not self.path:
-            raise InputError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
-        kept = {key: getattr(job.model, key) for key in KEPT_KEYS}
-        sections = {
-            "model": (job.model, ModelConfig(**kept)),
-            "vision_encoder": (job.vision_encoder, ViTConfig()),
-            "adapter": (job.adapter, MLPAdapterConfig()),
-        }
-        for name, (given, default) in sections.items():
-            if given != default:
-                same = type(given) is type(default)
-                keys = [f.name for f in fields(given) if not same or getattr(given, f.name) != getattr(default, f.name)]
-                raise InputError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
-        if job.train.feature_cache:
-            raise InputError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")

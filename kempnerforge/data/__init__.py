@@ -7,7 +7,7 @@ from kempnerforge.data.batching.sampler import StepSampler
 from kempnerforge.data.images.decode import ImageError, load_image
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.source import Source
-from kempnerforge.data.sources import build_source, text_corpus
+from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import Layout, Prompt
 from kempnerforge.data.text.tokenizer import Tokenizer
@@ -33,5 +33,4 @@ __all__ = [
     "collate",
     "load_image",
     "prompt_batch",
-    "text_corpus",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,9 @@ BLOCK, BLOCKS = 2**16, 64
 
 PICTURES = 256
 """Samples whose images represent all images of a source: if one in a hundred was replaced, it is noticed in nine cases of ten."""
+
+
+SizeAndChecksum = tuple[int, int]
 
 
 class Signature(NamedTuple):
@@ -90,19 +93,18 @@ def _pictures(source: Source, index: int) -> tuple[object, ...]:
     return tuple(zlib.crc32(image) if isinstance(image, bytes) else _checksum(image) if os.path.isfile(image) else None for image in images)
 
 
-def _checksum(path: str | Path, whole: int = WHOLE, blocks: int = BLOCKS) -> tuple[int, int]:
+def ends_checksum(path: str | Path, length: int) -> SizeAndChecksum:
+    """Of the first and the last ``length`` bytes of a file. Raises OSError: it cannot be read."""
+    return _checksum(path, whole=-1, blocks=2, length=length)
+
+
+def _checksum(path: str | Path, whole: int = WHOLE, blocks: int = BLOCKS, length: int = BLOCK) -> SizeAndChecksum:
+    """Of all bytes of a file up to ``whole``; of ``blocks`` blocks of ``length`` bytes of a larger one."""
     size, checksum = os.path.getsize(path), 0
+    last = max(0, size - length)
+    spans = [(0, size)] if size <= whole else [(k * last // (blocks - 1), length) for k in range(blocks)]
     with open(path, "rb") as file:
-        for begin, length in _looked_at(size, whole, blocks):
+        for begin, count in spans:
             file.seek(begin)
-            checksum = zlib.crc32(file.read(length), checksum)
+            checksum = zlib.crc32(file.read(count), checksum)
     return size, checksum
-
-
-def _looked_at(size: int, whole: int, blocks: int) -> Iterator[tuple[int, int]]:
-    """(begin, length) of what is read of a file of ``size`` bytes: all up to ``whole``, else so many blocks."""
-    if size <= whole:
-        yield 0, size
-        return
-    for k in range(blocks):
-        yield k * (size - BLOCK) // (blocks - 1), BLOCK

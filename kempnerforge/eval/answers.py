@@ -10,7 +10,7 @@ from itertools import chain, islice, repeat
 import numpy as np
 import torch
 
-from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.batching.collate import prompt_batch, stack_views
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import ImageBlock, Prompt
@@ -241,7 +241,4 @@ class _Pictures:
 
     def stack(self) -> torch.Tensor | None:
         """(N, 3, H, W) uint8; None where the job has no images."""
-        if not self.size:
-            return None
-        shape = (0, self.size, self.size, 3)
-        return torch.from_numpy(np.stack(self._pixels) if self._pixels else np.zeros(shape, np.uint8)).permute(0, 3, 1, 2)
+        return stack_views(self._pixels, self.size) if self.size else None

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kempnerforge.config.template import WITH_SYSTEM
-from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.batching.collate import prompt_batch, stack_views
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.generate import Sampling, TextStream, tokens_of
-from kempnerforge.inference.processor import AS_IT_IS, Processor, processing, stacked
+from kempnerforge.inference.processor import AS_IT_IS, Processor, processing
 from kempnerforge.inference.restore import restore
 from kempnerforge.util.errors import InputError
 
@@ -132,7 +132,7 @@ class Answerer:
                 f" at most model.max_seq_len = {self.assembly.job.model.max_seq_len}"
             )
         pixels = self.processor.views(asked, images)
-        views = stacked(pixels, layout.image_size) if self.has_images else None
+        views = stack_views(pixels, layout.image_size) if self.has_images else None
         batch = prompt_batch([asked], views, [range(0 if views is None else len(views))], layout, tokenizer.pad_id).to(self.device)
         tokens = tokens_of(self.assembly.model, batch, max_new_tokens=wanted, eos_id=texts.stops, sampling=sampling)
         return Answer(tokens, texts.stops, tokenizer.decode, tokenizer.byte_ids)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.batching.collate import prompt_batch, stack_views
 from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import Prompt
@@ -130,7 +130,7 @@ class Processor:
         views = [self.views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
         pixels, numbers = None, None
         if self.assembly.model.has_images:
-            pixels = stacked([view for row in views for view in row], self.layout.image_size)
+            pixels = stack_views([view for row in views for view in row], self.layout.image_size)
             ends = np.cumsum([len(row) for row in views])
             numbers = [range(end - len(row), end) for row, end in zip(views, ends.tolist(), strict=True)]
         batch = prompt_batch(prompts, pixels, numbers, self.layout, self.tokenizer.pad_id)
@@ -142,8 +142,8 @@ class Processor:
 
     def view(self, image: Picture) -> Tensor:
         """(1, 3, H, W) normalised pixels of an image that makes one view."""
-        views = np.stack(self.encoder.images[0].load(_encoded(image, literally=True), 1))  # (1, H, W, 3)
-        return self._normalised(torch.from_numpy(views).permute(0, 3, 1, 2), [1]).reshape(1, 3, *views.shape[1:3])
+        pixels = stack_views(self.encoder.images[0].load(_encoded(image, literally=True), 1), self.encoder.layout.image_size)
+        return self._normalised(pixels, [1]).reshape(pixels.shape)  # (1, 3, H, W)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens."""
@@ -192,12 +192,6 @@ class Processor:
         if not self.by_row:
             return normalised
         return pad_sequence([*normalised.split(list(counts))], batch_first=True)  # (B, images of a row, 3, H, W)
-
-
-def stacked(views: Sequence[np.ndarray], size: int) -> Tensor:
-    """(N, 3, H, W) uint8 of N views of side ``size``."""
-    stack = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)  # (N, H, W, 3)
-    return torch.from_numpy(stack).permute(0, 3, 1, 2)
 
 
 def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, texts: int) -> list[list[Picture]]:

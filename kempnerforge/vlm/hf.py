@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.vision import square_side
-from kempnerforge.config.vlm import OWN_MASK, HFConfig
+from kempnerforge.config.vlm_hf import OWN_MASK, HFConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.seen import KnownFeatures
 from kempnerforge.interop.families import FAMILIES

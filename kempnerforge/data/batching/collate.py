@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.pack import SAMPLE_IDS, SAMPLES, PackedRow, join
@@ -41,14 +42,15 @@ def collate(encoded: Sequence[Encoded | PackedRow], pad_id: int, pad_to: int | N
     rows = [join([row]) if isinstance(row, Encoded) else row for row in encoded]
     length = max([row.table.shape[1] for row in rows] + [pad_to or 0])
     firsts = np.cumsum([0] + [len(row.images) for row in rows])  # the number of each row's first image in the batch
-    packed = any(len(row.documents) > 1 for row in rows)
+    packed, side = any(len(row.documents) > 1 for row in rows), rows[0].image_size
+    views = [view for row in rows for view in row.images]
     return _batch(
         [(row.table, row.placements) for row in rows],
         [first + row.placements[IMAGES] for first, row in zip(firsts, rows, strict=False)],
         [0] * len(rows),
         length,
         pad_id,
-        images=_stack([image for row in rows for image in row.images], rows[0].image_size),
+        images=stack_views(views, side).contiguous() if side else None,
         has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
         skipped=[bad for row in rows for bad in row.skipped],
         sample_names=[name for row in rows for name in row.names],
@@ -138,9 +140,14 @@ def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
     }
 
 
-def _stack(images: list[np.ndarray], size: int) -> torch.Tensor | None:
-    if not size:
-        return None
-    if not images:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))  # (N, 3, H, W)
+def stack_views(views: Sequence[np.ndarray], side: int) -> Tensor:
+    """N views of ``side`` x ``side`` pixels as one tensor.
+
+    Args:
+        views: (H, W, 3) uint8 each.
+
+    Returns:
+        (N, 3, H, W) uint8. In memory the channels are last, as in ``views``.
+    """
+    pixels = np.stack(views) if views else np.zeros((0, side, side, 3), np.uint8)  # (N, H, W, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)

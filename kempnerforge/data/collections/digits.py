@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
+from kempnerforge.data.collections.installed import data_package
+from kempnerforge.data.images.decode import encode_png
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
@@ -55,7 +55,7 @@ class Digits(Source):
 
     def __init__(self, cfg: DigitsConfig, split: str) -> None:
         super().__init__(cfg, split)
-        data = _package().load_digits()
+        data = data_package("digits", "scikit-learn", "sklearn.datasets", extra="digits").load_digits()
         self._pixels = np.asarray(data.images, dtype=np.float64)  # (N, 8, 8), ink from 0 to 16
         self._digits = [int(digit) for digit in data.target]
         cut = len(self._digits) - len(self._digits) // HELD_OUT
@@ -71,12 +71,4 @@ class Digits(Source):
     def __getitem__(self, index: int) -> Sample:
         number = self._numbers[index]
         shades = (255 - self._pixels[number] * (255 / 16)).round().astype(np.uint8)  # black on white
-        Image.fromarray(shades).save(buffer := io.BytesIO(), "PNG")
-        return Sample(f"digits/{number}", (buffer.getvalue(),), self.texts(index))
-
-
-def _package() -> Any:
-    try:
-        return importlib.import_module("sklearn.datasets")
-    except ImportError:
-        raise InputError("data.source = 'digits' needs the package scikit-learn: pip install \"kempnerforge[digits]\"") from None
+        return Sample(f"digits/{number}", (encode_png(Image.fromarray(shades)),), self.texts(index))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import EasyVQAConfig
+from kempnerforge.data.collections.installed import data_package
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.source import Source
-from kempnerforge.util.errors import InputError
 
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -27,7 +26,7 @@ class EasyVQA(Source):
 
     def __init__(self, cfg: EasyVQAConfig, split: str) -> None:
         super().__init__(cfg, split)
-        package = _package()
+        package = data_package("easy_vqa", "easy-vqa", "easy_vqa", extra="quickstart")
         paths: dict[int, str] = getattr(package, f"get_{split}_image_paths")()
         asked: dict[int, list[Text]] = defaultdict(list)
         for question, answer, image in zip(*getattr(package, f"get_{split}_questions")(), strict=True):
@@ -52,11 +51,3 @@ def _caption(texts: list[Text]) -> tuple[Text, ...]:
     said = {str(text.answer) for text in texts}
     shapes, colours = sorted(said & SHAPES), sorted(said & COLOURS)
     return (Text("", " ".join(shapes + colours)),) if shapes and colours else ()
-
-
-def _package() -> Any:
-    try:
-        import easy_vqa
-    except ImportError:
-        raise InputError("data.source = 'easy_vqa' needs the package easy-vqa: pip install \"kempnerforge[quickstart]\"") from None
-    return easy_vqa

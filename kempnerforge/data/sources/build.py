@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from kempnerforge.config import registry
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.source import Source
@@ -16,7 +14,7 @@ def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None
     """The samples of ``split``; None when ``cfg`` names none.
 
     Args:
-        tokenizer: cuts running text into windows; without it a source still serves ``text_corpus``.
+        tokenizer: cuts running text into windows; without it only ``Source.corpus`` may be read.
 
     Raises:
         ValueError: unknown source; data that are missing or not what ``cfg`` says.
@@ -28,8 +26,3 @@ def build_source(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None
     if len(source) < 1:
         raise InputError(f"data.source = {cfg.source!r}: no samples in split {split!r}")
     return source if tokenizer is None else source.tokenised(tokenizer, seq_len)
-
-
-def text_corpus(source: Source) -> Iterator[str]:
-    """The text of ``source`` to train a tokenizer on: prompts and answers after the templates."""
-    return source.corpus()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import JsonlConfig
-from kempnerforge.data.sources.rows import JsonLines, parse_line
+from kempnerforge.data.sources.rows import JsonLines
 from kempnerforge.data.sources.table import RowSource, TableSource
-
-__all__ = ["Jsonl", "parse_line"]
 
 
 @registry.register_source("jsonl")

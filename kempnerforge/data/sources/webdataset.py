@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.config.data import TableConfig
-from kempnerforge.data.fingerprint import file_fingerprint
+from kempnerforge.data.fingerprint import ends_checksum, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
 from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unread
@@ -154,7 +153,10 @@ class WebDataset(TableSource):
 
     def fingerprint(self) -> str:
         """Of the content of the first shard, and a glance at the others: their names, sizes, heads and tails."""
-        return digest(file_fingerprint(self._shards[0].path), *((shard.samples, *_glance(shard.path)) for shard in self._shards))
+        return digest(
+            file_fingerprint(self._shards[0].path),
+            *((shard.samples, os.path.basename(shard.path), *ends_checksum(shard.path, GLANCE)) for shard in self._shards),
+        )
 
     def shards(self) -> Sequence[str]:
         return [str(shard.path) for shard in self._shards]
@@ -342,15 +344,6 @@ def _checked(listed: Listed) -> Shard:
     if listed.samples is not None and len(shard) != listed.samples:
         raise ShardError(f"{listed.path}: {len(shard)} samples, but its manifest says num_sequences = {listed.samples}")
     return shard
-
-
-def _glance(path: str) -> tuple[str, int, int]:
-    """Name, size, and a checksum of the first and last blocks."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(GLANCE)
-        file.seek(max(0, size - GLANCE))
-        return os.path.basename(path), size, zlib.crc32(file.read(GLANCE), zlib.crc32(head))
 
 
 def _field(text: str, name: str, fields: list[str]) -> Any:

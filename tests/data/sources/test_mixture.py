@@ -16,7 +16,7 @@ from kempnerforge.config import ConfigError, load_config
 from kempnerforge.config.data import DataConfig, JsonlConfig, TextConfig
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.data import Batch, Encoder, Layout, SampleError, Tokenizer, build_loader, build_source, text_corpus
+from kempnerforge.data import Batch, Encoder, Layout, SampleError, Tokenizer, build_loader, build_source
 from kempnerforge.data.sources.hf_stream import HFStreamConfig
 from kempnerforge.data.sources.mixture import MixtureConfig, PhaseConfig
 from tests.data.samples import assert_same_batch, built
@@ -90,7 +90,7 @@ def test_each_part_has_its_own_templates(parts: list[DataConfig], tokenizer: Tok
     source, encoder = built(cfg, tokenizer=tokenizer), encoder_for(cfg, tokenizer)
     trained = [tokenizer.decode([int(t) for t in encoder.encode(source[k], 0).table[2 - 1] if t >= 0]) for k in (0, 40)]
     assert "!" not in trained[0] and "notes 0!" in trained[1]
-    assert "notes 0!" in list(text_corpus(built(cfg))) and "pictures 0" in list(text_corpus(built(cfg)))
+    assert "notes 0!" in list(built(cfg).corpus()) and "pictures 0" in list(built(cfg).corpus())
 
 
 def test_held_out_are_the_parts_that_have_some(parts: list[DataConfig]) -> None:

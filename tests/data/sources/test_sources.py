@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig, JsonlConfig, TextConfig
-from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image, text_corpus
+from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image
 from kempnerforge.data.batching.loader import RowClasses
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.inspection.audit import audit
@@ -60,7 +60,7 @@ def test_easy_vqa_captions() -> None:
 def test_easy_vqa_words_become_single_tokens() -> None:
     pytest.importorskip("easy_vqa")
     cfg = EasyVQAConfig()
-    tokenizer = Tokenizer.train(text_corpus(built(cfg)), cfg.tokenizer_vocab_size)
+    tokenizer = Tokenizer.train(built(cfg).corpus(), cfg.tokenizer_vocab_size)
     assert tokenizer.vocab_size <= 512
     answers = {str(t.answer) for s in samples_of(built(cfg)) for t in s.texts}
     assert {a: len(tokenizer.encode(a)) for a in answers} == dict.fromkeys(answers, 1)
@@ -139,7 +139,7 @@ def test_jsonl_rows(root: Path) -> None:
         Sample("rows.jsonl:4", (), (Text("why?", "so"),)),
     ]
     assert [source.length(i) for i in range(3)] == [8, 7, 6]
-    assert list(text_corpus(source)) == ["what?\n", "rot", "\n", "größe 🙂", "why?\n", "so"]
+    assert list(source.corpus()) == ["what?\n", "rot", "\n", "größe 🙂", "why?\n", "so"]
 
 
 def test_jsonl_several_texts_and_root(root: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_interleaved_rows_of_a_file(root: Path, make_encoder: Callable[..., Enco
     layout = make_encoder(image_tokens=4).layout
     assert RowClasses(source, layout)(np.arange(4)).tolist() == [(8 + 24 // 4) // 16, 0, 0, 0]
     assert RowClasses(source, Layout(32, 8, 100, 100, 0))(np.arange(4)).tolist() == [4, 2, 0, 2]
-    corpus = list(text_corpus(source))
+    corpus = list(source.corpus())
     assert not any("<image>" in text for text in corpus) and "see " in corpus
 
 
@@ -245,7 +245,7 @@ def test_a_row_of_the_wrong_kind_is_only_skipped(tmp_path: Path, row: dict[str, 
     source = built(JsonlConfig(path=write_lines(tmp_path / "rows.jsonl", row), prompt_column="q"))
     with pytest.raises(SampleError, match=message):
         source[0]
-    assert list(text_corpus(source)) == []
+    assert list(source.corpus()) == []
 
 
 @pytest.mark.parametrize("texts", [None, [], "a", [3], [{"prompt": "a"}], [{"answer": ""}]])
@@ -328,7 +328,7 @@ def test_text_windows_predict_each_token_once(tmp_path: Path, tokenizer: Tokeniz
     content = "\ufeff" + "what is the colour? red or blue\n\n  yes\n" * 9
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
     cfg = TextConfig(path=str(tmp_path / "a.txt"))
-    assert "".join(text_corpus(built(cfg))) == content[1:]
+    assert "".join(built(cfg).corpus()) == content[1:]
     stream = [*tokenizer.encode(content[1:]), tokenizer.eos_id]
     source = built(cfg, tokenizer=tokenizer, seq_len=10)
     windows = [s.texts[0].answer for s in samples_of(source)]
@@ -347,7 +347,7 @@ def test_text_blocks_do_not_change_the_tokens(tmp_path: Path, tokenizer: Tokeniz
     monkeypatch.setattr("kempnerforge.data.sources.text.BLOCK_CHARACTERS", 7)
     source = built(cfg)
     assert len(source) > 10
-    assert "".join(text_corpus(source)) == content
+    assert "".join(source.corpus()) == content
     assert source.tokenised(tokenizer, 10_000)[0].texts[0].answer == whole
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kempnerforge.data.collections.probe.scene import COLOURS, Placed
+from kempnerforge.data.images.decode import encode_png
 from kempnerforge.util.errors import InputError
 
 FINE = 4
@@ -55,8 +55,7 @@ def draw_scene(placed: Sequence[Placed], side: int, rng: Random, background: str
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels + np.random.default_rng(rng.getrandbits(64)).normal(0, 255 * noise, pixels.shape)
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encode_png(image, compress_level=1)
 
 
 def _draw(pen: ImageDraw.ImageDraw, one: Placed, side: int) -> None:
