@@ -1,4 +1,6 @@
-"""L0: what a job is. Dataclasses for the sections of a TOML file, the strict loader, the registries. Imports no torch."""
+"""L0: what a job is. Dataclasses for the sections of a TOML file, the strict loader, the registries. Imports
+no torch.
+"""
 
 from __future__ import annotations
 

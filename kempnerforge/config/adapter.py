@@ -17,7 +17,8 @@ class AdapterConfig:
 
     Attributes:
         type: which adapter.
-        hidden_dim: 0 makes the projection one linear layer, more makes it linear, GELU, linear with this width in between.
+        hidden_dim: 0 makes the projection one linear layer, more makes it linear, GELU, linear with this
+            width in between.
         bias: whether the projection's layers have biases.
     """
 
@@ -100,7 +101,8 @@ class AvgPoolConfig(GridAdapterConfig):
 @registry.register_adapter_config
 @dataclass
 class PerceiverConfig(AdapterConfig):
-    """The Perceiver resampler (Flamingo: Alayrac et al. 2022): any number of features become a fixed number of tokens.
+    """The Perceiver resampler (Flamingo: Alayrac et al. 2022): any number of features become a fixed number
+    of tokens.
 
     Attributes:
         latents: learned queries, and tokens that leave.

@@ -1,4 +1,6 @@
-"""Tables -> dataclasses, strictly: unknown keys and wrong types are problems, nothing is cast but an integer literal for a float."""
+"""Tables -> dataclasses, strictly: unknown keys and wrong types are problems, nothing is cast but an integer
+literal for a float.
+"""
 
 from __future__ import annotations
 
@@ -96,14 +98,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _hint(cls: type, name: str, known: Collection[str], names: Iterable[str]) -> str:
-    """What to write in place of the unknown key ``name``. A table inside a section is seldom seen, so all its keys are shown."""
+    """What to write in place of the unknown key ``name``. A table inside a section is seldom seen, so all its
+    keys are shown.
+    """
     other = _of_another(cls, name, known)
     inner = not issubclass(cls, (*UNIONS, *SECTIONS.values())) and cls.__name__ != "JobConfig"
     return f"{other} Allowed here are {', '.join(names)}" if other and inner else other or nearest(name, names)
 
 
 def _of_another(cls: type, name: str, known: Collection[str]) -> str:
-    """A hint for a key ``name`` that ``cls`` does not have: other classes of the same section, or other sections, that have it; or nothing."""
+    """A hint for a key ``name`` that ``cls`` does not have: other classes of the same section, or other
+    sections, that have it; or nothing.
+    """
     if name in known:
         return ""
     for base, union in UNIONS.items():
@@ -116,8 +122,8 @@ def _of_another(cls: type, name: str, known: Collection[str]) -> str:
 
 
 def known_key(key: str) -> bool:
-    """Whether a section, or a key of one, is called ``key`` ("optimizer", "optimizer.lr"); of arrays of tables and tables in a section the rest
-    is not looked at.
+    """Whether a section, or a key of one, is called ``key`` ("optimizer", "optimizer.lr"); of arrays of
+    tables and tables in a section the rest is not looked at.
     """
     section, *rest = re.split(r"[.\[]", key)
     if section not in SECTIONS:
@@ -148,7 +154,9 @@ def build_record(cls: type, name: str, table: Any, origin: str) -> Any:
 
 
 def build(cls: type, table: Any, key: Key, problems: Problems) -> Any:
-    """An instance of ``cls`` (for a union: of the subclass that ``table`` selects) from ``table``, or ``INVALID``."""
+    """An instance of ``cls`` (for a union: of the subclass that ``table`` selects) from ``table``, or
+    ``INVALID``.
+    """
     union = UNIONS.get(cls)
     if union is not None and union.by_name and isinstance(table, str):
         table = {union.key: table}
@@ -181,7 +189,9 @@ def class_named(union: Discriminator, name: str, key: Key, problems: Problems) -
 def convert_fields(
     cls: type, table: dict[str, Any], key: Key, problems: Problems, allowed: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The keys of ``table`` that ``cls`` knows (and ``allowed`` names), as the types of its fields; ``INVALID`` where there is a problem."""
+    """The keys of ``table`` that ``cls`` knows (and ``allowed`` names), as the types of its fields;
+    ``INVALID`` where there is a problem.
+    """
     known = fields_of(cls)
     names = [name for name in known if allowed is None or name in allowed]
     values = {}
@@ -207,8 +217,9 @@ def construct(
 ) -> Any:
     """``make(**values)``, or ``INVALID``.
 
-    A section's own check stops at the first bad value. To find the others it is tried again without that value; a later complaint counts
-    only if every key that it mentions was given and is fine so far, since it could be an after-effect otherwise.
+    A section's own check stops at the first bad value. To find the others it is tried again without that
+    value; a later complaint counts only if every key that it mentions was given and is fine so far, since it
+    could be an after-effect otherwise.
 
     Args:
         cls: the section's class, for its keys.
@@ -334,7 +345,7 @@ def _convert_scalar(wanted: Any, value: Any, key: Key, problems: Problems) -> An
 
 
 def _too_large(value: Any, key: Key) -> str:
-    """Why no setting has this size, or nothing. No library behind a key has to be asked what it makes of it."""
+    """Why no setting has this size, or nothing. So no library has to handle such a value."""
     if isinstance(value, int) and not isinstance(value, bool) and key[-1] != "seed" and abs(value) > MAX_INT:
         return f"must be at most {MAX_INT:,}"
     return f"must be at most {MAX_FLOAT:g}" if isinstance(value, float) and abs(value) > MAX_FLOAT else ""

@@ -1,4 +1,6 @@
-"""The few checks that config sections share. Each raises ``ValueError`` naming key, value and what is allowed."""
+"""The few checks that config sections share. Each raises ``ValueError`` naming key, value and what is
+allowed.
+"""
 
 from __future__ import annotations
 

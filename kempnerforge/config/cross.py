@@ -1,4 +1,6 @@
-"""Checks between sections. Each is a function of the job that yields the table and what is wrong there; it runs when a job is loaded."""
+"""Checks between sections. Each is a function of the job that yields the table and what is wrong there; it
+runs when a job is loaded.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def rows_fit(job: Job) -> Found:
 
 @_reads("vision_encoder", "adapter", "vlm", "model", "train")
 def sequence_fits(job: Job) -> Found:
-    """The adapter takes the encoder's features, and image and text fit into model and row, as far as is known without the encoder."""
+    """The adapter takes the encoder's features, and image and text fit into model and row, as far as is known
+    without the encoder.
+    """
     try:
         tokens = job.image_tokens()
     except ValueError as error:
@@ -142,7 +146,9 @@ def one_way_to_freeze(job: Job) -> Found:
 
 @_reads("vlm", "train", "stages")
 def schedule_is_reached(job: Job) -> Found:
-    """Every step of the freeze schedule exists, unless ``train.max_steps`` makes a short run of longer stages."""
+    """Every step of the freeze schedule exists, unless ``train.max_steps`` makes a short run of longer
+    stages.
+    """
     planned = sum(stage.steps for stage in job.stages) or job.train.max_steps
     for index, stage in enumerate(job.vlm.freeze_schedule if job.vlm is not None else ()):
         if stage.start_step >= planned > 0:
@@ -180,7 +186,9 @@ def tasks_are_known(job: Job) -> Found:
 
 @_reads("optimizer", "metrics", "hooks")
 def extensions_are_whole(job: Job) -> Found:
-    """A plugin's config class alone does nothing: the class that it configures is registered under the same name."""
+    """A plugin's config class alone does nothing: the class that it configures is registered under the same
+    name.
+    """
     named: list[tuple[Key, str, Any, registry.Registry]] = [(("optimizer",), "name", job.optimizer, registry.optimizers)]
     named += [(("metrics", "trackers", index), "type", each, registry.trackers) for index, each in enumerate(job.metrics.trackers)]
     named += [(("hooks", index), "type", each, registry.hooks) for index, each in enumerate(job.hooks)]
@@ -199,7 +207,9 @@ def _image_sections(job: Job) -> list[DataConfig]:
 
 @_reads("vlm", "data", "stages")
 def source_fits(job: Job) -> Found:
-    """A pure text run does not read a source that is about images. (Stages have their own data, see ``stage_fits``.)"""
+    """A pure text run does not read a source that is about images. (Stages have their own data, see
+    ``stage_fits``.)
+    """
     if job.vlm is None and not job.stages and job.data.needs_images:
         yield ("data",), _needs_images(job.data.source)
 
@@ -212,7 +222,8 @@ def phases_are_reached(job: Job) -> Found:
 
 
 def stage_fits(job: Job, index: int, sections: Mapping[str, Any], text_only: bool) -> Found:
-    """Stage ``index`` is long enough for its warm-up, its rows fit into the model, and a pure text run does not read images in it.
+    """Stage ``index`` is long enough for its warm-up, its rows fit into the model, and a pure text run does
+    not read images in it.
 
     Args:
         sections: the resolved ones of the stage, by name; some may be missing.

@@ -1,4 +1,6 @@
-"""``[data]``: where samples come from and how they become batches. One dataclass per source, selected by ``source``."""
+"""``[data]``: where samples come from and how they become batches. One dataclass per source, selected by
+``source``.
+"""
 
 from __future__ import annotations
 
@@ -33,33 +35,41 @@ class DataConfig:
 
     Attributes:
         source: which source.
-        tokenizer: "train" makes a small byte-level BPE from the training text; otherwise a local directory or a hub id.
+        tokenizer: "train" makes a small byte-level BPE from the training text; otherwise a local directory or
+            a hub id.
         tokenizer_vocab_size: size of the trained one at most.
-        template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by turn, EOS after each answer.
-            "chat": by the tokenizer's own chat template. "plain": image, answer, line break; prompts are left out (LLaVA's first stage).
-            "paligemma": BOS, prompt, line break, answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
-        prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and "{answer}" stand for the
-            sample's. BOS goes before the first prompt.
-        system: what conversations begin with that bring no system prompt of their own, for templates that have a place for it.
+        template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by
+            turn, EOS after each answer. "chat": by the tokenizer's own chat template. "plain": image, answer,
+            line break; prompts are left out (LLaVA's first stage). "paligemma": BOS, prompt, line break,
+            answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
+        prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and
+            "{answer}" are replaced by the sample's. BOS goes before the first prompt.
+        system: what conversations begin with that bring no system prompt of their own, for templates that
+            have a place for it.
         turns: of template "turns".
-        truncate: a text that is longer than ``vlm.max_text_len`` is skipped; true cuts it: the last turns are left out, then the end of the
-            answer, but never an image or the end token.
-        image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text is the sample's image k. A
-            sample whose texts have none has its images in front; else each of its texts needs as many as there are images. Images that
-            lead all texts are in front, once. In a job without images placeholders are left out.
-        batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads to the full length; "pack"
-            puts several samples into rows of ``train.seq_len`` positions, and ``train.batch_size`` counts rows then.
-        group_by: of "group": "characters" estimates how long a row is from its texts, in steps of 16 positions, so that texts that are alike do
-            not fill whole batches; "positions" measures every row and sorts by that, with more samples at a time: least padding.
-        max_images_per_row: of "pack"; a tile of an image counts as one. Samples with more are skipped. 0: as many as there is room for.
+        truncate: a text that is longer than ``vlm.max_text_len`` is skipped; true cuts it: the last turns are
+            left out, then the end of the answer, but never an image or the end token.
+        image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text
+            is the sample's image k. A sample whose texts have none has its images in front; else each of its
+            texts needs as many as there are images. Images that lead all texts are in front, once. In a job
+            without images placeholders are left out.
+        batching: "group" puts samples of like length together and pads to the longest of a batch; "pad" pads
+            to the full length; "pack" puts several samples into rows of ``train.seq_len`` positions, and
+            ``train.batch_size`` counts rows then.
+        group_by: of "group": "characters" estimates how long a row is from its texts, in steps of 16
+            positions, so that texts that are alike do not fill whole batches; "positions" measures every row
+            and sorts by that, with more samples at a time: least padding.
+        max_images_per_row: of "pack"; a tile of an image counts as one. Samples with more are skipped. 0: as
+            many as there is room for.
         num_workers: loader processes; 0 loads in the training process.
-        max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops the run, and of those held
-            out it keeps the run from starting.
+        max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops
+            the run, and of those held out it keeps the run from starting.
         image_cache_mib: decoded images kept in memory, per process.
         validation: share of the training samples that is held out in place of the held-out split, which is not read then: for choosing a
             learning rate, say. 0: none.
         images: what an image becomes: one square or several, and how it is changed in training.
-        needs_images: no key, but a fact about the class: its samples make no sense to a job without ``[vlm]``.
+        needs_images: no key, but a fact about the class: its samples make no sense to a job without
+            ``[vlm]``.
         unread: no key either: the keys above that samples of this class have no use for.
     """
 
@@ -86,11 +96,15 @@ class DataConfig:
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
     def sections(self) -> list[DataConfig]:
-        """The sections whose samples this one mixes, ``Sample.part`` counts them; a section that mixes nothing is its own only one."""
+        """The sections whose samples this one mixes, ``Sample.part`` counts them; a section that mixes
+        nothing is its own only one.
+        """
         return [self]
 
     def never_reached(self, steps: int) -> str:
-        """What of this section would come into force only after ``steps`` optimizer steps, with key and value; nothing if all does."""
+        """What of this section would come into force only after ``steps`` optimizer steps, with key and
+        value; nothing if all does.
+        """
         return ""
 
     def __post_init__(self) -> None:
@@ -112,11 +126,13 @@ class DataConfig:
 @registry.register_data_config
 @dataclass
 class EasyVQAConfig(DataConfig):
-    """easy-VQA (the PyPI package ``easy-vqa``): questions about one coloured shape, with the official train/test split.
+    """easy-VQA (the PyPI package ``easy-vqa``): questions about one coloured shape, with the official
+    train/test split.
 
     Attributes:
-        form: "questions", all of an image together; or "captions", what the training answers say of an image ("circle red").
-        with_captions: with "questions", the caption rides along in training as one more text of its image.
+        form: "questions", all of an image together; or "captions", what the training answers say of an image
+            ("circle red").
+        with_captions: with "questions", the caption is trained as one more text of its image.
     """
 
     needs_images: ClassVar[bool] = True
@@ -138,10 +154,11 @@ class FileConfig(DataConfig):
     Attributes:
         path: the training rows.
         eval_path: the held-out rows; empty means there are none and nothing is evaluated.
-        root: images given by relative paths lie below it; empty means the directory of the rows. No path may leave it.
+        root: images given by relative paths lie below it; empty means the directory of the rows. No path may
+            leave it.
         follow_links: links below ``root`` may lead out of it.
-        ignore_columns: keys of rows that nothing shall read ("meta", "texts.note", "*_score"); any other key that nothing reads is an error.
-            Patterns leave the keys alone that the source knows.
+        ignore_columns: keys of rows that nothing shall read ("meta", "texts.note", "*_score"); any other key
+            that nothing reads is an error. Patterns leave the keys alone that the source knows.
     """
 
     path: PathText = ""
@@ -161,7 +178,8 @@ class Splits(FileConfig):
     """For data that may have splits, such as a Hugging Face dataset.
 
     Attributes:
-        split, eval_split: of a dataset that has some; ``eval_split`` empty means ``eval_path`` alone says what is held out.
+        split, eval_split: of a dataset that has some; ``eval_split`` empty means ``eval_path`` alone says
+            what is held out.
     """
 
     split: str = "train"
@@ -194,11 +212,14 @@ class TableConfig(FileConfig):
     """Rows with an image and texts, by column name.
 
     Attributes:
-        image_column: a path, bytes or base64, or a list of these; empty for text-only rows. "image" finds "images" as well.
-        prompt_column: empty takes the usual one that is there (prompt, question, instruction, input), or no prompt (captions).
-        answer_column: the text that is trained; empty takes the usual one (answer, answers, response, output, caption, text).
-        texts_column: instead of prompt and answer: a list of ``{prompt, answer}`` objects, several texts of one image. Empty takes "texts"
-            where no column is named.
+        image_column: a path, bytes or base64, or a list of these; empty for text-only rows. "image" finds
+            "images" as well.
+        prompt_column: empty takes the usual one that is there (prompt, question, instruction, input), or no
+            prompt (captions).
+        answer_column: the text that is trained; empty takes the usual one (answer, answers, response, output,
+            caption, text).
+        texts_column: instead of prompt and answer: a list of ``{prompt, answer}`` objects, several texts of
+            one image. Empty takes "texts" where no column is named.
     """
 
     image_column: str = "image"
@@ -228,7 +249,9 @@ class JsonlConfig(TableConfig):
 @registry.register_data_config
 @dataclass
 class HFDatasetConfig(Splits, TableConfig):
-    """A Hugging Face dataset: a directory of ``save_to_disk``, a Parquet/CSV/JSON file, or a hub id where there is a network."""
+    """A Hugging Face dataset: a directory of ``save_to_disk``, a Parquet/CSV/JSON file, or a hub id where
+    there is a network.
+    """
 
     source: str = "hf_dataset"
 
@@ -236,8 +259,8 @@ class HFDatasetConfig(Splits, TableConfig):
 @registry.register_data_config
 @dataclass
 class TextConfig(DataConfig):
-    """Plain text: a file, cut into windows of ``train.seq_len`` tokens, all of them trained. It is written without a template;
-    ``template`` and what belongs to it say how the model is asked something afterwards.
+    """Plain text: a file, cut into windows of ``train.seq_len`` tokens, all of them trained. It is written
+    without a template; ``template`` and what belongs to it say how the model is asked something afterwards.
 
     Attributes:
         path: the training text, UTF-8.

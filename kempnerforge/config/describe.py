@@ -22,7 +22,8 @@ TABLES = {"[[stages]]": StageConfig, "[[lora]]": LoRAConfig, "[[hooks]]": HookCo
 
 
 def describe(section: str = "") -> str:
-    """The keys of one section ("optimizer"), or of all, as Markdown: each with its type, its default and what it means.
+    """The keys of one section ("optimizer"), or of all, as Markdown: each with its type, its default and what
+    it means.
 
     Raises:
         InputError: there is no such section.

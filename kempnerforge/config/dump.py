@@ -13,7 +13,9 @@ from kempnerforge.config.job import JobConfig
 
 
 def to_dict(section: Any) -> dict[str, Any]:
-    """A job or a section as plain tables, arrays and scalars, defaults included. None has no TOML and is left out."""
+    """A job or a section as plain tables, arrays and scalars, defaults included. None has no TOML and is left
+    out.
+    """
     table = as_toml(section)
     assert isinstance(table, dict), f"{type(section).__name__} is no section"
     return table
@@ -31,10 +33,12 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def diff(old: JobConfig | Mapping[str, Any], new: JobConfig | Mapping[str, Any]) -> list[str]:
-    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset" in the other.
+    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset"
+    in the other.
 
     Args:
-        old: a job, or the table of one, which may be older than some keys: those that ``new`` leaves at their defaults are no change.
+        old: a job, or the table of one, which may be older than some keys: those that ``new`` leaves at their
+            defaults are no change.
     """
     before, after = _flat(as_toml(old), ""), _flat(as_toml(new), "")
     unwritten = after.keys() - before.keys() - _flat(as_toml(new, complete=False), "").keys() if isinstance(old, Mapping) else set()

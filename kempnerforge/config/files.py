@@ -21,8 +21,8 @@ MAX_DEPTH = 32
 OF_A_RUN = ("checkpoints", "manifest.json", "complete.json", "model.safetensors", "model.safetensors.index.json")
 """What is beside the config of a run, a checkpoint or an export."""
 RECORD = "# A resolved job: every key is here, also those that no one has set.\n"
-"""The first line of what ``to_toml`` writes. A key in such a file is no choice: what is laid over it may leave it unread, and it goes back to
-its default then.
+"""The first line of what ``to_toml`` writes. A key in such a file is no choice: what is laid over it may
+leave it unread, and it goes back to its default then.
 """
 
 
@@ -36,7 +36,7 @@ class Layer:
 
     @property
     def is_record(self) -> bool:
-        """Whether it is the config of something that was trained, rather than one that somebody wrote to train with it."""
+        """Whether it is the config of something that was trained, and not one that is written to train with."""
         return self.record or (self.path.name == "config.toml" and any((self.path.parent / name).exists() for name in OF_A_RUN))
 
 
@@ -93,7 +93,8 @@ def read_layers(path: Path) -> list[Layer]:
     """``path`` and the files that it extends, the most basic one first.
 
     Raises:
-        ConfigError: one of them cannot be read, ``extends`` is no string, or the files extend each other in a circle.
+        ConfigError: one of them cannot be read, ``extends`` is no string, or the files extend each other in a
+            circle.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
@@ -123,8 +124,8 @@ def merge_layers(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -
 
     Args:
         layers: the most basic one first.
-        unions: sections whose class depends on a key. When a layer changes it, keys of the layers below that the new class lacks are
-            dropped, and of a record those that are at the default of the old one.
+        unions: sections whose class depends on a key. When a layer changes it, keys of the layers below that
+            the new class lacks are dropped, and of a record those that are at the default of the old one.
     """
     merged: dict[str, Any] = {}
     origins: dict[Key, str] = {}
@@ -140,7 +141,9 @@ def merge_layers(layers: Sequence[Layer], unions: Mapping[str, Discriminator]) -
 
 
 def switch_recorded(table: dict[str, Any], key: Key, argument: Argument, unions: Mapping[str, Discriminator], problems: Problems) -> None:
-    """Before ``argument`` is assigned to ``key``, where that selects another class: what a record says of the old one goes."""
+    """Before ``argument`` is assigned to ``key``, where that selects another class: what a record says of the
+    old one goes.
+    """
     union = unions.get(str(key[0]))
     if union is None or len(key) < 2 or key[-1] != union.key:
         return
@@ -155,8 +158,8 @@ def switch_recorded(table: dict[str, Any], key: Key, argument: Argument, unions:
 
 
 def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Collection[str], droppable: Collection[str]) -> None:
-    """Takes out of ``below`` what does not outlast the class called ``name``: of ``droppable`` the keys that it lacks, of ``recorded`` those
-    that are at the default of the class before.
+    """Takes out of ``below`` what does not outlast the class called ``name``: of ``droppable`` the keys that
+    it lacks, of ``recorded`` those that are at the default of the class before.
     """
     if name == (old := below.get(union.key)):
         return
@@ -171,7 +174,8 @@ def _switch(below: dict[str, Any], name: str, union: Discriminator, recorded: Co
 
 
 def as_toml(value: Any, complete: bool = True) -> Any:
-    """A section or a value of one as it is in a file: tables, arrays and scalars. None has no TOML and is left out.
+    """A section or a value of one as it is in a file: tables, arrays and scalars. None has no TOML and is
+    left out.
 
     Args:
         complete: False leaves out what is at the default of its class, too.
@@ -197,7 +201,9 @@ def _overlay(below: dict[str, Any], above: dict[str, Any], origin: str, origins:
 
 
 def parse_overrides(arguments: Sequence[str], problems: Problems) -> list[tuple[Key, Argument]]:
-    """``--section.key=value`` or ``--section.key value``, in order. The key is a dotted TOML key, the value TOML or bare text."""
+    """``--section.key=value`` or ``--section.key value``, in order. The key is a dotted TOML key, the value
+    TOML or bare text.
+    """
     found: list[tuple[Key, Argument]] = []
     rest = list(arguments)
     while rest:
@@ -242,7 +248,9 @@ def _toml_value(text: str) -> Any:
 
 
 def assign(table: dict[str, Any], key: Key, value: Argument, problems: Problems) -> None:
-    """``table[key] = value``, making tables on the way; where there is an array, a part of ``key`` is an index from 0."""
+    """``table[key] = value``, making tables on the way; where there is an array, a part of ``key`` is an
+    index from 0.
+    """
     here: Any = table
     parts: list[Any] = list(key)
     for depth, part in enumerate(parts):

@@ -9,7 +9,9 @@ from kempnerforge.util.errors import InputError
 
 
 def named(*modules: str) -> list[str]:
-    """The patterns of an alias for ``modules``: a parameter that has the module's own name, and all that lie in it."""
+    """The patterns of an alias for ``modules``: a parameter that has the module's own name, and all that lie
+    in it.
+    """
     return [pattern for module in modules for pattern in (module, f"{module}.*")]
 
 
@@ -28,7 +30,8 @@ class FreezeSpec:
 
     Attributes:
         module: an alias of ``module_patterns``, or a raw fnmatch pattern over full parameter names.
-        frozen: False thaws what an earlier spec froze; of all specs that match a parameter the last one counts.
+        frozen: False thaws what an earlier spec froze; of all specs that match a parameter the last one
+            counts.
     """
 
     module: str

@@ -28,13 +28,16 @@ def tile_marker(row: int, column: int) -> str:
 class AugmentConfig:
     """Random changes to the images that are trained on; those that are evaluated stay as they are.
 
-    They are drawn from ``train.seed``, the step and the sample: the same with any number of workers and processes, and after a restart.
-    All are off by default. A mirrored image makes a wrong sample of "left of"; a cropped one may have lost what the text speaks of.
+    They are drawn from ``train.seed``, the step and the sample: the same with any number of workers and
+    processes, and after a restart. All are off by default. A mirrored image makes a wrong sample of "left
+    of"; a cropped one may have lost what the text speaks of.
 
     Attributes:
         flip: probability of mirroring left and right.
-        crop_scale: a part of the image with at least this share of its area is taken for the whole (Szegedy et al. 2015); 1 takes all.
-        crop_ratio: the part's aspect ratio is that of the image times a factor between ``1 / crop_ratio`` and ``crop_ratio``.
+        crop_scale: a part of the image with at least this share of its area is taken for the whole (Szegedy
+            et al. 2015); 1 takes all.
+        crop_ratio: the part's aspect ratio is the image's times a factor between ``1 / crop_ratio`` and
+            ``crop_ratio``.
         brightness, contrast, saturation: each is multiplied by a factor between ``1 - x`` and ``1 + x``.
     """
 
@@ -60,28 +63,35 @@ class AugmentConfig:
 
 @dataclass
 class ImagesConfig:
-    """From an image to views. A view is a square of the vision encoder's size, and takes the image tokens of one.
+    """From an image to views. A view is a square of the vision encoder's size, and takes the image tokens of
+    one.
 
     Attributes:
-        fit: "squash" (the image becomes one square, whatever its shape), "crop" (the short side fits, the middle is taken), "letterbox" (the
-            long side fits, the rest is filled with the mean colour of the encoder's normalisation; LLaVA's pad-to-square), or "tiles"
-            (several views: one of the whole image and a grid of tiles from an enlarged one).
-        tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a tile. "anyres" (LLaVA-NeXT, its
-            "flat" form): it is fitted, padded, into the best of ``pinpoints``. "overlap" (Molmo's crops, each of them whole): it is fitted
-            into overlapping tiles. An image of a single tile has the global view alone, if there is one.
+        fit: "squash" (the image becomes one square, whatever its shape), "crop" (the short side fits, the
+            middle is taken), "letterbox" (the long side fits, the rest is filled with the mean colour of the
+            encoder's normalisation; LLaVA's pad-to-square), or "tiles" (several views: one of the whole image
+            and a grid of tiles from an enlarged one).
+        tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a
+            tile. "anyres" (LLaVA-NeXT, its "flat" form): it is fitted, padded, into the best of
+            ``pinpoints``. "overlap" (Molmo's crops, each of them whole): it is fitted into overlapping tiles.
+            An image of a single tile has the global view alone, if there is one.
         max_side: of "grid": the long side in pixels at most; a multiple of the encoder's size.
-        resize_to_max_side: of "grid": enlarge all images to ``max_side``; otherwise the long side is rounded up to a multiple of a tile.
+        resize_to_max_side: of "grid": enlarge all images to ``max_side``; otherwise the long side is rounded
+            up to a multiple of a tile.
         marker_grid: of "grid": there are markers for so many rows and columns.
         pinpoints: of "anyres": grids to choose from, (rows, columns).
         max_tiles: of "overlap": tiles of an image at most, without the global view.
-        overlap: of "overlap": the share of a tile's side that it has in common with the next one (Molmo: 112 of 336 pixels).
+        overlap: of "overlap": the share of a tile's side that it has in common with the next one (Molmo: 112
+            of 336 pixels).
         global_view: of "tiles": the whole image comes first, as one view.
-        markers: of "tiles": a token before each view says which one it is; these tokens are added to the tokenizer. Without them the views
-            follow one another.
-        number_images: with several images in a sample, each begins with its number from 0 as text, "<image: 0>" (nanoVLM).
+        markers: of "tiles": a token before each view says which one it is; these tokens are added to the
+            tokenizer. Without them the views follow one another.
+        number_images: with several images in a sample, each begins with its number from 0 as text, "<image:
+            0>" (nanoVLM).
         augment: random changes in training.
-        cache_dir: a directory where the views of every image are kept, uncompressed, for later epochs and runs; empty keeps none. Images that
-            ``augment`` changes are not kept. Several processes may share it.
+        cache_dir: a directory where the views of every image are kept, uncompressed, for later epochs and
+            runs; empty keeps none. Images that ``augment`` changes are not kept. Several processes may share
+            it.
     """
 
     fit: str = "squash"
@@ -124,7 +134,9 @@ class ImagesConfig:
         return self.fit == "tiles"
 
     def new_tokens(self) -> list[str]:
-        """The tokens that the tokenizer must have for this section: that of the global view, then those of tiles, row by row."""
+        """The tokens that the tokenizer must have for this section: first the token of the global view, then
+        the tokens of tiles, row by row.
+        """
         if not self.has_markers:
             return []
         return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
@@ -132,14 +144,14 @@ class ImagesConfig:
     def _cells(self) -> Iterator[tuple[int, int]]:
         """Rows and columns at which a tile may be."""
         if self.tiling == "grid":
-            most, there = self.marker_grid, lambda row, column: True
+            most, allowed = self.marker_grid, lambda row, column: True
         elif self.tiling == "anyres":
             most = max(map(max, self.pinpoints))
-            there = lambda row, column: any(row <= rows and column <= columns for rows, columns in self.pinpoints)
+            allowed = lambda row, column: any(row <= rows and column <= columns for rows, columns in self.pinpoints)
         else:
-            most, there = self.max_tiles, lambda row, column: row * column <= self.max_tiles
+            most, allowed = self.max_tiles, lambda row, column: row * column <= self.max_tiles
         numbers = range(1, most + 1)
-        yield from ((row, column) for row in numbers for column in numbers if there(row, column))
+        yield from ((row, column) for row in numbers for column in numbers if allowed(row, column))
 
     def check(self, image_size: int) -> None:
         """What can only be said once the encoder is known.

@@ -33,7 +33,9 @@ from kempnerforge.util.paths import PathText
 
 @dataclass
 class JobConfig:
-    """A resolved job. ``vision_encoder`` and ``adapter`` are read only when ``vlm`` is there; without it this is a pure text run."""
+    """A resolved job. ``vision_encoder`` and ``adapter`` are read only when ``vlm`` is there; without it this
+    is a pure text run.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -59,7 +61,8 @@ class JobConfig:
         return min(planned, cap or planned) if self.stages else cap
 
     def resolved_stages(self) -> list[Stage]:
-        """The stages that will run, in order, without gaps, from step 0 to ``total_steps()``. Without ``[[stages]]`` there is one, "train".
+        """The stages that will run, in order, without gaps, from step 0 to ``total_steps()``. Without
+        ``[[stages]]`` there is one, "train".
 
         Raises:
             ConfigError: an override of a stage is wrong.
@@ -83,10 +86,11 @@ class JobConfig:
         return {**(LORA_ALIAS if self.lora else {}), **(self.vlm.module_patterns if self.vlm is not None else {})}
 
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
-        """The freeze specs in force at optimizer step ``step``: a pure function of it. Of specs that match a parameter the last one counts.
+        """The freeze specs in force at optimizer step ``step``: a pure function of it. Of specs that match a
+        parameter the last one counts.
 
-        The ``freeze`` of a stage replaces ``[vlm].freeze``; ``[vlm].freeze_schedule`` adds to it (see ``VLMConfig.freeze_at``). Past the end of
-        the run the last stage goes on.
+        The ``freeze`` of a stage replaces ``[vlm].freeze``; ``[vlm].freeze_schedule`` adds to it (see
+        ``VLMConfig.freeze_at``). Past the end of the run the last stage goes on.
         """
         freeze, end = None, 0
         for stage in self.stages:
@@ -110,7 +114,8 @@ class JobConfig:
         """The stream of a sample, one image and a text of full length, fits into the model and into a row.
 
         Args:
-            num_image_tokens: of one image, after the adapter; ``image_tokens()``, or what the built encoder says.
+            num_image_tokens: of one image, after the adapter; ``image_tokens()``, or what the built encoder
+                says.
 
         Raises:
             ValueError: it does not fit; the message names every number.

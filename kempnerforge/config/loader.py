@@ -36,8 +36,9 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> JobCo
 
     Args:
         path: the TOML file; None takes the defaults.
-        overrides: "--section.key=value", or "--section.key" and "value" after each other. Values are TOML; where a string is wanted, or
-            where it is no TOML, the bare text counts. An entry of an array goes by its index: "--stages.0.steps=10".
+        overrides: "--section.key=value", or "--section.key" and "value" after each other. Values are TOML;
+            where a string is wanted, or where it is no TOML, the bare text counts. An entry of an array goes
+            by its index: "--stages.0.steps=10".
 
     Raises:
         ConfigError: with one line for each thing that is wrong.
@@ -74,24 +75,27 @@ def load_layers(layers: Sequence[Layer], origin: str, overrides: Sequence[str] =
 
 
 def _overrides_alone(stages: Any) -> list[StageConfig]:
-    """Stages that could not be built, with nothing but their overrides, so that what is wrong with those is reported, too."""
+    """Stages that could not be built, with nothing but their overrides, so that what is wrong with those is
+    reported, too.
+    """
     tables = [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []
     staged = [{name: without_arguments(table[name]) for name in STAGED if isinstance(table.get(name), dict)} for table in tables]
     return [StageConfig("unreadable", sys.maxsize, **overrides) for overrides in staged]
 
 
 def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]) -> list[str]:
-    """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer. Those of a record have to be trusted."""
-    found: list[tuple[Any, Path, str, bool]] = [
-        (layer.table["plugins"], layer.path.parent, str(layer.path), layer.is_record) for layer in layers if "plugins" in layer.table
-    ]
-    found += [(value, Path(), COMMAND_LINE, False) for key, value in given if key == ("plugins",)]
-    value, folder, origin, theirs = found[-1] if found else ([], Path(), COMMAND_LINE if not layers else str(layers[-1].path), False)
-    if isinstance(value, Argument) and isinstance(value.value, str):
-        value = [value.text]  # --plugins=FILE
+    """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer.
+    Those of a record have to be trusted.
+    """
+    layer = next((layer for layer in reversed(layers) if "plugins" in layer.table), None)
+    value, folder = (layer.table["plugins"], layer.path.parent) if layer is not None else ([], Path())
+    origin = str((layer or layers[-1]).path) if layers else COMMAND_LINE
+    for argument in [argument for key, argument in given if key == ("plugins",)]:
+        layer, folder, origin = None, Path(), COMMAND_LINE
+        value = [argument.text] if isinstance(argument.value, str) else argument  # --plugins=FILE
     names = convert(list[PathText], value, ("plugins",), problems := Problems(origin))
     if names is INVALID:
         raise ConfigError(problems.lines)
-    if theirs:
+    if layer is not None and layer.is_record:
         check_trust(names, folder, origin)
     return load_plugins(names, folder, origin)

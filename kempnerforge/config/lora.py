@@ -19,12 +19,14 @@ LORA_ALIAS: dict[str, list[str]] = {"lora": [f"*.{name}" for name in LORA_PARAME
 class LoRAConfig:
     """One ``[[lora]]`` table. Of several that match a layer the last one counts.
 
-    The weight and the bias of a layer with an adapter are frozen from the start, unless a freeze spec thaws them. Everything else trains as
-    ``[vlm].freeze`` says: to train adapters alone, freeze the parts and thaw ``lora`` after them.
+    The weight and the bias of a layer with an adapter are frozen from the start, unless a freeze spec thaws
+    them. Everything else trains as ``[vlm].freeze`` says: to train adapters alone, freeze the parts and thaw
+    ``lora`` after them.
 
     Attributes:
-        module: which linear layers: an alias of ``module_patterns`` (all that lie in it), or a raw fnmatch pattern over their names, such as
-            "transformer.layers.*.attention.*_proj". "transformer.layers.*" is every one of the backbone but the output head.
+        module: which linear layers: an alias of ``module_patterns`` (all that lie in it), or a raw fnmatch
+            pattern over their names, such as "transformer.layers.*.attention.*_proj". "transformer.layers.*"
+            is every one of the backbone but the output head.
         rank: r, of the update.
         alpha: the update counts ``alpha / rank``.
         dropout: on what enters the update, in training.
@@ -55,7 +57,9 @@ def is_adapter(name: str) -> bool:
 
 
 def lora_frozen(names: Iterable[str]) -> set[str]:
-    """Of the parameters ``names`` of a model those that are frozen before any freeze spec counts: weight and bias of layers with an adapter."""
-    there = set(names)
-    layers = [name.removesuffix(".lora_a") for name in there if name.endswith(".lora_a")]
-    return {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")} & there
+    """Of the parameters ``names`` of a model those that are frozen before any freeze spec counts: weight and
+    bias of layers with an adapter.
+    """
+    present = set(names)
+    layers = [name.removesuffix(".lora_a") for name in present if name.endswith(".lora_a")]
+    return {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")} & present

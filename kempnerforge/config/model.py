@@ -1,4 +1,6 @@
-"""``[model]``: the text backbone, with the knobs that the Llama, Mistral, SmolLM2, SmolLM3, Qwen and Gemma families need."""
+"""``[model]``: the text backbone, with the knobs that the Llama, Mistral, SmolLM2, SmolLM3, Qwen and Gemma
+families need.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class RopeScaling:
     """``[model.rope_scaling]``: longer contexts by slower rotation.
 
     Attributes:
-        type: "linear" divides every frequency by ``factor`` (Chen et al. 2023); "llama3" only the low ones (Llama 3.1's rule).
+        type: "linear" divides every frequency by ``factor`` (Chen et al. 2023); "llama3" only the low ones
+            (Llama 3.1's rule).
         factor: by how much.
         low_freq_factor, high_freq_factor, original_max_seq_len: read by "llama3" alone.
     """
@@ -39,31 +42,39 @@ class ModelConfig:
     Attributes:
         dim: width of the residual stream.
         n_layers, n_heads: depth, query heads.
-        n_kv_heads: key/value heads: 0 means ``n_heads``, 1 is multi-query (Shazeer 2019), between is grouped-query (Ainslie et al. 2023).
+        n_kv_heads: key/value heads: 0 means ``n_heads``, 1 is multi-query (Shazeer 2019), between is
+            grouped-query (Ainslie et al. 2023).
         head_dim: 0 means ``dim / n_heads``; otherwise free of ``dim``.
-        ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up to 32 for the gated ones.
+        ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up
+            to 32 for the gated ones.
         activation: "swiglu", "geglu" (Shazeer 2020; tanh GELU) or "gelu" (not gated).
-        vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, unless there are ``new_tokens``; a smaller one is an error.
-        new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a module of their own,
-            ``transformer.new_tokens``, so that they can train while the rest of the embedding is frozen.
+        vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, unless there are ``new_tokens``;
+            a smaller one is an error.
+        new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a
+            module of their own, ``transformer.new_tokens``, so that they can train while the rest of the
+            embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.
-        norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight`` (Gemma).
-        post_norms: RMSNorm on what attention and feed-forward add to the stream, besides the one before them (Gemma 2).
+        norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight``
+            (Gemma).
+        post_norms: RMSNorm on what attention and feed-forward add to the stream, besides the one before them
+            (Gemma 2).
         qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
         rope_theta, rope_scaling: rotary positions (Su et al. 2021).
-        rope_local_theta, rope_global_interval: every ``rope_global_interval``-th layer has the two above, all others have this base and no scaling (Gemma 3);
-            0: all layers are alike.
+        rope_local_theta, rope_global_interval: every ``rope_global_interval``-th layer has the two above, all
+            others have this base and no scaling (Gemma 3); 0: all layers are alike.
         nope_interval: every n-th layer has no rotary positions (SmolLM3); 0: none is without.
-        sliding_window: a token sees this many positions of its text at most, itself the last of them (Mistral: Jiang et al. 2023); positions
-            that see each other in both directions do so however far apart they are (PaliGemma 2). 0: all the way.
-        window_pattern: which layers that holds for, from the first on and repeated: "S" slides, "F" sees the full stream. "S" is Mistral,
-            "SF" Gemma 2, "SSSSSF" Gemma 3. Read with ``sliding_window`` alone.
+        sliding_window: a token sees this many positions of its text at most, itself the last of them
+            (Mistral: Jiang et al. 2023); positions that see each other in both directions do so however far
+            apart they are (PaliGemma 2). 0: all the way.
+        window_pattern: which layers that holds for, from the first on and repeated: "S" slides, "F" sees the
+            full stream. "S" is Mistral, "SF" Gemma 2, "SSSSSF" Gemma 3. Read with ``sliding_window`` alone.
         tie_embeddings: the output head is the embedding.
         embed_scale: embeddings times ``sqrt(dim)`` (Gemma).
         attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
         attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` (Gemma 2); 0 is off.
         dropout: on what attention and feed-forward add to the stream, in training (Srivastava et al. 2014).
-        init_std: normal init of all matrices; 0 keeps PyTorch's default for linear layers, the embedding has 0.02 then.
+        init_std: normal init of all matrices; 0 keeps PyTorch's default for linear layers, the embedding has
+            0.02 then.
     """
 
     dim: int = 256

@@ -1,7 +1,8 @@
 """Code outside this package that registers an extension (see ``registry``), imported before a config is read.
 
-A plugin is known by what it is: its source as it was imported, not by the name of its file or module. Plugins that the record of a run, a
-checkpoint or an export names are somebody else's code: they run only if ``trusting`` says so.
+A plugin is known by what it is: its source as it was imported, not by the name of its file or module. Plugins
+that the record of a run, a checkpoint or an export names may be code of others: they run only if ``trusting``
+says so.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Plugin:
 
     Attributes:
         name: as a config has it, or "entry point NAME".
-        source: its own file's name and content; of a package all ``.py`` files in it; then those of the modules of its package or folder that
-            it imports, by dotted name.
+        source: its own file's name and content; of a package all ``.py`` files in it; then those of the
+            modules of its package or folder that it imports, by dotted name.
     """
 
     name: str
@@ -58,7 +59,9 @@ class Plugin:
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """What a run keeps of a plugin: its name, and the names of the files of its source, which ``plugin_files`` has."""
+    """What a run keeps of a plugin: its name, and the names of the files of its source, which
+    ``plugin_files`` has.
+    """
 
     name: str
     sha256: str
@@ -83,7 +86,9 @@ def trusting(yes: bool = True) -> Iterator[None]:
 
 
 def check_trust(names: Sequence[str], folder: Path, origin: str) -> None:
-    """Raises ConfigError for plugins that the record ``origin`` names and that are not trusted. What this process has imported already is."""
+    """Raises ConfigError for plugins that the record ``origin`` names and that are not trusted. What this
+    process has imported already is.
+    """
     new = [(name, described) for name in names if (described := _not_yet_run(name, folder))]
     listed = ", ".join(described for _, described in new)
     if new and not _trusting.get():
@@ -98,7 +103,9 @@ def check_trust(names: Sequence[str], folder: Path, origin: str) -> None:
 
 
 def _not_yet_run(name: str, folder: Path) -> str:
-    """A plugin with the file that it is and the SHA-256 of that; empty if it has been imported, or is not there."""
+    """A plugin with the file that it is and the SHA-256 of that; empty if it has been imported, or is not
+    there.
+    """
     if not name.endswith(".py"):
         return "" if name in sys.modules else f"{name!r} (a module)"
     path = (folder / name).resolve()
@@ -164,7 +171,8 @@ def _load(name: str, folder: Path) -> str:
     if not regular(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     content = path.read_bytes()
-    # NOTE: a fixed name for a fixed content, so that a plugin runs once in a process however often, and by however many names, it is named
+    # NOTE: a fixed name for a fixed content, so that a plugin runs once in a process however often, and by
+    # however many names, it is named
     module_name = _module_name(content)
     before = _plugins.get(str(path))
     if before is not None and (old := _module_name(next(iter(before.source.values())))) != module_name:  # the file was edited
@@ -189,7 +197,9 @@ def _load(name: str, folder: Path) -> str:
 
 
 class _Content(SourceFileLoader):
-    """Of source that was read already. NOTE: byte code in __pycache__ is not looked at: it may be of an earlier file of the same size and second."""
+    """Of source that was read already. NOTE: byte code in __pycache__ is not looked at: it may be of an
+    earlier file of the same size and second.
+    """
 
     def __init__(self, name: str, path: str, content: bytes) -> None:
         super().__init__(name, path)
@@ -266,7 +276,9 @@ def record_plugins(plugins: Sequence[Plugin]) -> list[PluginRecord]:
 
 
 def plugin_files(plugins: Sequence[Plugin], limit: int = 1 << 18) -> dict[str, bytes]:
-    """Their sources, for a checkpoint to keep, by path in it; of a plugin with more than ``limit`` bytes none."""
+    """Their sources, for a checkpoint to keep, by path in it; of a plugin with more than ``limit`` bytes
+    none.
+    """
     small = [plugin for plugin in plugins if sum(map(len, plugin.source.values())) <= limit]
     return {_kept(plugin.sha256, name): content for plugin in small for name, content in plugin.source.items()}
 
@@ -276,7 +288,9 @@ def _kept(sha256: str, name: str) -> str:
 
 
 def plugin_changes(before: Sequence[PluginRecord], now: Sequence[Plugin], copies: Path) -> list[str]:
-    """What is different: a line for each plugin that changed, went or came, with the difference of a source that is kept in ``copies``."""
+    """What is different: a line for each plugin that changed, went or came, with the difference of a source
+    that is kept in ``copies``.
+    """
     known = {entry.sha256: entry for entry in before}
     gone, came = [known[sha] for sha in known if sha not in {p.sha256 for p in now}], [p for p in now if p.sha256 not in known]
     lines = []

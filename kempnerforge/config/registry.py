@@ -40,7 +40,8 @@ class Registry:
         kind: what an entry is, for messages ("vlm arch").
         key: the config key that selects an entry ("vlm.arch"), for messages and for the bare decorator.
         packages: where an entry that is not there yet may be found, in the module of its name.
-        base: full name of the class that every entry is a subclass of. It is given by name, as config imports no torch.
+        base: full name of the class that every entry is a subclass of. It is given by name, as config imports
+            no torch.
     """
 
     def __init__(self, kind: str, key: str, *packages: str, base: str = "") -> None:
@@ -58,9 +59,9 @@ class Registry:
         return self._add(getattr(name, self.key.split(".")[-1]), name)
 
     def _add(self, name: str, cls: type) -> type:
-        there = self._entries.get(name)
-        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise InputError(f"{self.kind} {name!r} is already registered by {_full_name(there)}")
+        known = self._entries.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"{self.kind} {name!r} is already registered by {_full_name(known)}")
         if self.base and self.base not in map(_full_name, cls.__mro__):
             raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must be a subclass of {self.base}")
         if missing := sorted(getattr(cls, "__abstractmethods__", ())):

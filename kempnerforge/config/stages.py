@@ -103,7 +103,8 @@ def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems
     for name, section in sections.items():
         table = getattr(stage, name)
         if name in broken:
-            # which class a broken section was meant to have is not known: keys that another class has may be right
+            # which class a broken section was meant to have is not known: keys that another class has may be
+            # right
             others = keys_of(SECTIONS[name]) - fields_of(type(section)).keys()
             table = {part: value for part, value in table.items() if part not in others}
             result = INVALID if name == "data" else _replace(section, table, (*key, name), problems, keys_only=True)

@@ -17,16 +17,18 @@ WITH_SYSTEM = ("chat", "turns")
 
 @dataclass
 class TurnsConfig:
-    """``[data.turns]``: a template of one's own, for ``data.template = "turns"``. A conversation is
-    ``system (user assistant answer end separator) (user assistant answer end separator) ...``; ``answer`` and ``end`` are trained.
+    """``[data.turns]``: a template of one's own, for ``data.template = "turns"``. A conversation is ``system
+    (user assistant answer end separator) (user assistant answer end separator) ...``; ``answer`` and ``end``
+    are trained.
 
     Names of special tokens written here are these tokens; inside prompts and answers they are text.
 
     Attributes:
-        system: what a conversation begins with, "{system}" stands for the system prompt; left out where there is none.
-        user: what the user says, "{prompt}" stands for it.
+        system: what a conversation begins with; "{system}" is replaced by the system prompt. Left out where
+            there is none.
+        user: what the model reads of the user; "{prompt}" is replaced by the sample's.
         assistant: what the model reads right before it answers.
-        answer: what it writes, "{answer}" stands for the sample's.
+        answer: what it writes; "{answer}" is replaced by the sample's.
         end: the token that ends an answer, by name; empty means EOS.
         separator: what follows an answer and is not trained.
         bos: whether BOS is in front, for tokenizers that have one.
@@ -70,10 +72,10 @@ def check_template(section: Any) -> None:
         )
 
 
-def fill(template: str, value: str) -> tuple[str, str, str]:
-    """``template`` with ``value`` for its only field: what is before it, ``value``, what is after it."""
+def around_field(template: str) -> tuple[str, str]:
+    """What ``template`` has before its only field, and after it."""
     around, place = ["", ""], 0
     for literal, name, _, _ in Formatter().parse(template):
         around[place] += literal
         place += name is not None
-    return around[0], value, around[1]
+    return around[0], around[1]

@@ -19,11 +19,12 @@ class RunConfig:
     """Where a run lives, and what its weights begin with.
 
     Attributes:
-        dir: everything a run leaves behind lies there; an existing one is resumed.
-        init_from: weights (no optimizer state) that a fresh run starts with: a checkpoint, a run directory, or a Hugging Face directory with
-            a text model. With ``data.tokenizer = "train"`` the tokenizer that lies beside them is taken, too.
-        init_allow: fnmatch patterns of parameter names that may be missing there, be there in excess, or have another shape there: such ones
-            stay fresh. All others must match.
+        dir: everything that a run writes is there; an existing run is resumed.
+        init_from: weights (no optimizer state) that a fresh run starts with: a checkpoint, a run directory,
+            or a Hugging Face directory with a text model. With ``data.tokenizer = "train"`` the tokenizer
+            that lies beside them is taken, too.
+        init_allow: fnmatch patterns of parameter names that may be missing there, be there in excess, or have
+            another shape there: such ones stay fresh. All others must match.
     """
 
     dir: PathText = "runs/default"
@@ -42,22 +43,27 @@ class TrainConfig:
     """How long, how much at once, in which precision.
 
     Attributes:
-        max_steps: optimizer steps of the whole run; 0 means as many as the stages have. With stages it caps them.
-        batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of ranks.
+        max_steps: optimizer steps of the whole run; 0 means as many as the stages have. With stages it caps
+            them.
+        batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of
+            ranks.
         grad_accum_steps: micro-batches that one step is made of, on each rank.
         seq_len: positions of one row at most, image tokens included; windows of plain text are this long.
         seed: of weights, order and sampling.
-        mixed_precision: compute dtype: "bf16", "fp32", or "auto": bf16 where the hardware has it. Master weights are always fp32.
+        mixed_precision: compute dtype: "bf16", "fp32", or "auto": bf16 where the hardware has it. Master
+            weights are always fp32.
         compile_model: torch.compile each shard unit.
-        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its
+            activations.
         grad_clip_norm: of the global gradient norm; 0 is off.
-        on_nonfinite: what a loss or gradient that is not finite does: "skip" the step, on all ranks; or "stop" the run, to be continued from its
-            last checkpoint.
+        on_nonfinite: what a loss or gradient that is not finite does: "skip" the step, on all ranks; or
+            "stop" the run, to be continued from its last checkpoint.
         max_skipped_steps: steps in a row that may be skipped before the run stops all the same.
-        ema_decay: of an exponential moving average of the weights, which evaluation and generation then use; 0 is off. In step t it is at
-            most (1 + t) / (10 + t), so that the average soon leaves the first weights behind.
-        feature_cache: a directory where the features of a frozen encoder are kept, so that each image is encoded once; it may be shared by runs,
-            and a resumed run needs it as it was. Empty keeps none. It pays where the encoder is a large part of a step.
+        ema_decay: of an exponential moving average of the weights, which evaluation and generation then use;
+            0 is off. In step t it is at most (1 + t) / (10 + t), so that the first weights soon count little.
+        feature_cache: a directory where the features of a frozen encoder are kept, so that each image is
+            encoded once; it may be shared by runs, and a resumed run needs it as it was. Empty keeps none. It
+            pays where the encoder is a large part of a step.
     """
 
     max_steps: int = 0
@@ -91,7 +97,8 @@ class DistributedConfig:
     """FSDP2 over all ranks.
 
     Attributes:
-        reshard_after_forward: free gathered weights between forward and backward (ZeRO-3) or keep them (ZeRO-2).
+        reshard_after_forward: free gathered weights between forward and backward (ZeRO-3) or keep them
+            (ZeRO-2).
         timeout_s: seconds that a collective may take before the run stops with exit code 3.
     """
 
@@ -121,7 +128,8 @@ class CheckpointConfig:
 
 @dataclass
 class TrackerConfig:
-    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name is a table with that ``type``.
+    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name is a table with that
+    ``type``.
 
     Subclasses register with ``@registry.register_tracker_config``.
 
@@ -177,16 +185,18 @@ class EvalConfig:
     Attributes:
         interval: steps between evaluations during training; 0 means none.
         at_end: evaluate when training is done.
-        samples: texts that are asked during training, drawn once by ``train.seed``; at the end all are. 0 means all here, too.
+        samples: texts that are asked during training, drawn once by ``train.seed``; at the end all are. 0
+            means all here, too.
         batch_size: texts generated together.
-        max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside the score: no model can write
-            them whole.
+        max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside
+            the score: no model can write them whole.
         blind: repeat each evaluation with blank images.
         shuffled: repeat each evaluation with the images of other questions.
         exact_match: generate an answer to each held-out question and compare it with the truth.
-        loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no questions it is always measured.
-        text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the perplexity: what is left of the
-            language model, or has become of it.
+        loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no
+            questions it is always measured.
+        text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the
+            perplexity: what is left of the language model, or has become of it.
         text_window: tokens of it that are read together, each after those before it.
         tasks: further metrics by name: docs/tasks.md, or of plugins.
         options: of a task in ``tasks``, by its name: ``[eval.options.NAME]``.

@@ -1,4 +1,6 @@
-"""``[vision_encoder]``: one dataclass per encoder type, selected by ``type``. Sizes in pixels, counts in tokens."""
+"""``[vision_encoder]``: one dataclass per encoder type, selected by ``type``. Sizes in pixels, counts in
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from kempnerforge.util.errors import InputError, show
 from kempnerforge.util.paths import PathText
 
 LARGEST_SIDE = 1 << 14
-"""Of an image or a patch in somebody's files, in pixels."""
+"""Of an image or a patch in a model's files, in pixels."""
 
 
 @dataclass
@@ -21,7 +23,8 @@ class VisionEncoderConfig:
 
     Attributes:
         type: which encoder.
-        feature_layer: whose output is used: -1 the last layer's with the final norm, -2 the one before it without a norm (LLaVA), and so on.
+        feature_layer: whose output is used: -1 the last layer's with the final norm, -2 the one before it
+            without a norm (LLaVA), and so on.
     """
 
     type: str = "vit"
@@ -52,8 +55,8 @@ def check_normalisation(mean: list[float], std: list[float]) -> None:
 
 
 def square_side(key: str, value: Any) -> int:
-    """The side of a square in pixels, in any of the forms that files of transformers say it: n, [n, n], {"height": n, "width": n} or
-    {"shortest_edge": n}.
+    """The side of a square in pixels, in any of the forms that files of transformers say it: n, [n, n],
+    {"height": n, "width": n} or {"shortest_edge": n}.
 
     Args:
         key: its name, for messages.
@@ -80,7 +83,8 @@ class ViTConfig(VisionEncoderConfig):
     Attributes:
         image_size: images are resized to this square.
         patch_size: kernel of the patch convolution.
-        stride: its stride; 0 means ``patch_size``. A smaller stride makes overlapping patches (padding keeps the grid ``image_size/stride``).
+        stride: its stride; 0 means ``patch_size``. A smaller stride makes overlapping patches (padding keeps
+            the grid ``image_size/stride``).
         dim, n_layers, n_heads, mlp_dim: widths; ``mlp_dim`` 0 means ``4 * dim``.
         norm_eps: added to the variance in layer norms.
         bias: whether the linear layers have biases (SigLIP's do).
@@ -130,8 +134,8 @@ class ViTConfig(VisionEncoderConfig):
 @registry.register_vision_config
 @dataclass
 class EfficientNetLite0Config(VisionEncoderConfig):
-    """EfficientNet-Lite0 (Tan and Le 2019): a pretrained convolutional network, small enough for a laptop. Its last feature map gives
-    (image_size / 32)^2 tokens of 1280 channels.
+    """EfficientNet-Lite0 (Tan and Le 2019): a pretrained convolutional network, small enough for a laptop.
+    Its last feature map gives (image_size / 32)^2 tokens of 1280 channels.
 
     Attributes:
         path: the safetensors file that ``kempnerforge data fetch efficientnet-lite0`` makes.
@@ -173,8 +177,10 @@ class HFTowerConfig(VisionEncoderConfig):
     Attributes:
         path: a local directory with ``config.json`` (and weights), or a hub id where there is a network.
         pretrained: load the weights at ``path``; false builds the same tower with fresh ones.
-        settings: instead of ``path``: keys of the tower's ``config.json``. Its weights are fresh, or come from a checkpoint.
-        mean, std: normalisation of RGB values in [0, 1]; empty takes that of the image processor at ``path``, or the family's.
+        settings: instead of ``path``: keys of the tower's ``config.json``. Its weights are fresh, or come
+            from a checkpoint.
+        mean, std: normalisation of RGB values in [0, 1]; empty takes that of the image processor at ``path``,
+            or the family's.
     """
 
     path: PathText = ""
@@ -233,11 +239,13 @@ class Dinov2Config(HFTowerConfig):
 @registry.register_vision_config
 @dataclass
 class MllamaTowerConfig(HFTowerConfig):
-    """The tower of Llama 3.2 Vision (Llama Team 2024, section 7): each patch has the last layer's features and, beside them, those of some
-    earlier ones. An image is one tile; the empty tiles after it are encoded as well, as patches of the first see them.
+    """The tower of Llama 3.2 Vision (Llama Team 2024, section 7): each patch has the last layer's features
+    and, beside them, those of some earlier ones. An image is one tile; the empty tiles after it are encoded
+    as well, as patches of the first see them.
 
     Attributes:
-        intermediate_layers: those earlier layers, from 0. Read with ``settings``; at ``path`` they are in ``config.json``.
+        intermediate_layers: those earlier layers, from 0. Read with ``settings``; at ``path`` they are in
+            ``config.json``.
     """
 
     type: str = "mllama"

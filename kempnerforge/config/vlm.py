@@ -1,7 +1,8 @@
-"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, and what is frozen when.
+"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, and
+what is frozen when.
 
-``arch`` selects the subclass: from TOML the loader does it, programs call ``VLMConfig.for_arch("mot", max_text_len=1024)``.
-When ``[vlm]`` is absent the job is a pure text run.
+``arch`` selects the subclass: from TOML the loader does it, programs call ``VLMConfig.for_arch("mot",
+max_text_len=1024)``. When ``[vlm]`` is absent the job is a pure text run.
 """
 
 from __future__ import annotations
@@ -36,24 +37,31 @@ __all__ = [
 MASKS = ("causal", "image_bidirectional", "prefix")
 
 _RESERVED_ARCHS: frozenset[str] = frozenset()
-"""Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything else unknown a ``ValueError``."""
+"""Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything
+else unknown a ``ValueError``.
+"""
 
 
 @dataclass
 class VLMConfig:
-    """What every architecture has. Subclasses register with ``@registry.register_vlm_config`` and set ``arch``'s default.
+    """What every architecture has. Subclasses register with ``@registry.register_vlm_config`` and set
+    ``arch``'s default.
 
     Attributes:
         arch: the discriminator.
         max_text_len: text tokens of one sample at most, and the padded length of ``data.batching = "pad"``.
-        freeze: what does not train. The default is the vision encoder, which then needs pretrained weights: to train one from scratch, say
-            ``freeze = []``.
-        freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See ``freeze_at``.
-        module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there, with other patterns if given.
-        attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix" (image and prompt see each
-            other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none, they must not meet there).
+        freeze: what does not train. The default is the vision encoder, which then needs pretrained weights:
+            to train one from scratch, say ``freeze = []``.
+        freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See
+            ``freeze_at``.
+        module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there,
+            with other patterns if given.
+        attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
+            (image and prompt see each other: PaliGemma, Beyer et al. 2024; of several texts of one image it
+            sees none, they must not meet there).
         masks: no key, but a fact about the class: the values that ``attention_mask`` takes.
-        stands_for: no key either: ``model_type`` of the class in transformers that has blocks of this arch's own kind, if one has.
+        stands_for: no key either: ``model_type`` of the class in transformers that has blocks of this arch's
+            own kind, if one has.
 
     Raises:
         ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
@@ -107,7 +115,9 @@ class VLMConfig:
 
     @classmethod
     def in_job(cls, **kwargs: Any) -> VLMConfig:
-        """The section of a job, as TOML and ``for_arch`` make it: what other sections can give may be missing."""
+        """The section of a job, as TOML and ``for_arch`` make it: what other sections can give may be
+        missing.
+        """
         return cls(**kwargs)
 
     def residual_stream_image_tokens(self, num_tokens: int) -> int:
@@ -125,13 +135,15 @@ class VLMConfig:
 
     @property
     def latest_image_alone(self) -> str:
-        """The key and value by which a word sees the image before it and no earlier one; nothing if it sees them all."""
+        """The key and value by which a word sees the image before it and no earlier one; nothing if it sees
+        them all.
+        """
         return ""
 
     @property
     def files(self) -> str:
-        """A directory or hub id with the files of the model's own processor, if it has one: its tokenizer is taken unless ``data.tokenizer``
-        names another.
+        """A directory or hub id with the files of the model's own processor, if it has one: its tokenizer is
+        taken unless ``data.tokenizer`` names another.
         """
         return ""
 
@@ -152,8 +164,8 @@ class VLMConfig:
         return []
 
     def freeze_at(self, step: int) -> list[FreezeSpec]:
-        """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of ``freeze_schedule`` that has begun, in
-        order. Of those that match a parameter the last one counts.
+        """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of
+        ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
         """
         return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
 
@@ -178,21 +190,26 @@ class CrossAttentionConfig(VLMConfig):
 
     Attributes:
         cross_attention_every_n_layers: one such block before every n-th layer.
-        cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see ``resolved_heads``.
-        cross_attention_media: which images before it in its own text a word sees: "all" of them, or the "latest" alone. With "latest", of
-            two images in front of the same word only the second is ever seen; Flamingo's data has one image for each stretch of text. With
-            "latest_group" it is seen with those before it that follow one another within a token each, which is that of the image itself in
+        cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see
+            ``resolved_heads``.
+        cross_attention_media: which images before it in its own text a word sees: "all" of them, or the
+            "latest" alone. With "latest", of two images in front of the same word only the second is ever
+            seen; Flamingo's data has one image for each stretch of text. With "latest_group" it is seen with
+            those before it that follow one another within a token each, which is that of the image itself in
             Llama 3.2 Vision.
         cross_attention_qk_norm: RMSNorm on each head's q and k (Llama 3.2 Vision).
         cross_attention_media_norm: RMSNorm on the media before keys and values.
-        cross_attention_blind: what a block does to a word that sees no image. "feed_forward": the word reads nothing, and the feed-forward
-            acts on it all the same. "nothing": neither of the two (Llama 3.2 Vision as Meta has it). "attention": it reads all images of its
-            own text and of what that shares, later ones too, and the feed-forward leaves it alone (Llama 3.2 Vision in transformers). Where
+        cross_attention_blind: what a block does to a word that sees no image. "feed_forward": the word reads
+            nothing, and the feed-forward acts on it all the same. "nothing": neither of the two (Llama 3.2
+            Vision as Meta has it). "attention": it reads all images of its own text and of what that shares,
+            later ones too, and the feed-forward leaves it alone (Llama 3.2 Vision in transformers). Where
             there is no image at all the last two leave the text model as it is.
-        cross_attention_seen_tokens: of the tokens of an image so many are seen, the first; words that see no image may read the others. 0:
-            all. (After the only tile of an image in Llama 3.2 Vision stand those of empty ones.)
-        unwritten_tokens: so many tokens, the last of the vocabulary, are read and never written: the output head has no rows for them (the
-            token of an image in Llama 3.2 Vision). Not with ``model.tie_embeddings`` or ``model.new_tokens``.
+        cross_attention_seen_tokens: of the tokens of an image so many are seen, the first; words that see no
+            image may read the others. 0: all. (In Llama 3.2 Vision the tokens of empty tiles follow the
+            tokens of an image's only tile.)
+        unwritten_tokens: so many tokens, the last of the vocabulary, are read and never written: the output
+            head has no rows for them (the token of an image in Llama 3.2 Vision). Not with
+            ``model.tie_embeddings`` or ``model.new_tokens``.
     """
 
     stands_for: ClassVar[str] = "mllama"
@@ -232,7 +249,8 @@ class CrossAttentionConfig(VLMConfig):
         return "cross_attention_media = 'latest'" if self.cross_attention_media == "latest" else ""
 
     def resolved_heads(self, model_n_heads: int) -> tuple[int, int]:
-        """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from the heads.
+        """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from
+        the heads.
 
         Raises:
             ValueError: the backbone has no heads, or the key/value heads do not divide the heads.
@@ -275,16 +293,21 @@ BLOCK_PARTS = ("attention", "attention_norm", "mlp", "mlp_norm", "cfg", "layer",
 @registry.register_vlm_config
 @dataclass
 class MoTConfig(VLMConfig):
-    """Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights per modality, one global attention.
+    """Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights per modality, one global
+    attention.
 
     Attributes:
         mot_modalities: names of the towers, in any order, "image" and "text" among them.
-        mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see ``resolved_image_heads``.
+        mot_image_n_heads, mot_image_n_kv_heads: 0 takes them from the text backbone, see
+            ``resolved_image_heads``.
         mot_warm_start_from_text: copy the text tower into the other towers when a fresh run starts.
-        mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging Face directory. By TOML and
-            ``for_arch`` it may be empty, as a job can have text weights from ``run.init_from``; a config that is alone needs it.
-        untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a block). The rest is shared.
-        norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on what they give).
+        mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging
+            Face directory. By TOML and ``for_arch`` it may be empty, as a job can have text weights from
+            ``run.init_from``; a config that is alone needs it.
+        untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a
+            block). The rest is shared.
+        norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on
+            what they give).
     """
 
     arch: str = "mot"
@@ -369,11 +392,13 @@ class MoMaConfig(VLMConfig):
     """Groups of experts per modality; an expert chooses its tokens (MoMa: Lin et al. 2024).
 
     Attributes:
-        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the text backbone.
-        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row has of its modality. At 1 the
-            feed-forward layers cost what one dense layer costs; at the number of experts every expert takes every token.
-        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no gradient from it; the weight only
-            says how much these routers count in the gradient's norm.
+        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the
+            text backbone.
+        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row
+            has of its modality. At 1 the feed-forward layers cost what one dense layer costs; at the number
+            of experts every expert takes every token.
+        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no
+            gradient from it; the weight only says how much these routers count in the gradient's norm.
     """
 
     arch: str = "moma"

@@ -18,19 +18,25 @@ from kempnerforge.util.paths import PathText
 OWN_MASK = "model"
 """The value of ``attention_mask`` that is what the class has learned with."""
 KEPT_KEYS = ("max_seq_len", "vocab_size", "new_tokens")
-"""Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may set the third.)"""
+"""Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may
+set the third.)
+"""
 
 
 @registry.register_vlm_config
 @dataclass
 class HFConfig(VLMConfig):
-    """A whole model of transformers. Sizes and normalisation come from its files: ``[vision_encoder]`` and ``[adapter]`` are not read, and of
-    ``[model]`` only ``max_seq_len`` and ``new_tokens``, which the model must have room for.
+    """A whole model of transformers. Sizes and normalisation come from its files: ``[vision_encoder]`` and
+    ``[adapter]`` are not read, and of ``[model]`` only ``max_seq_len`` and ``new_tokens``, which the model
+    must have room for.
 
     Attributes:
-        attention_mask: "model" is what the class was trained with: "prefix" for PaliGemma, "image_bidirectional" for Gemma 3, else "causal".
-        path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or a hub id where there is a network.
-        pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false: with random ones.
+        attention_mask: "model" is what the class was trained with: "prefix" for PaliGemma,
+            "image_bidirectional" for Gemma 3, else "causal".
+        path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or
+            a hub id where there is a network.
+        pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false:
+            with random ones.
     """
 
     masks: ClassVar[tuple[str, ...]] = (OWN_MASK, *MASKS)

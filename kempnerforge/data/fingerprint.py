@@ -1,4 +1,4 @@
-"""Short digests of data, to notice when what lies behind an unchanged path was changed."""
+"""Short digests of data, to notice that data changed while their path did not."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ BLOCK, BLOCKS = 2**16, 64
 """Of a larger one so many blocks of so many bytes are read, spread evenly from its head to its tail."""
 
 PICTURES = 256
-"""Samples whose images represent all images of a source: if one in a hundred was replaced, it is noticed in nine cases of ten."""
+"""Samples whose images represent all images of a source: if one in a hundred was replaced, it is noticed in
+nine cases of ten.
+"""
 
 
 SizeAndChecksum = tuple[int, int]
 
 
 class Signature(NamedTuple):
-    """What the system says of a file, without reading it. Another file, or one that was written again, has another one."""
+    """What the system knows of a file without reading it. It changes when the file is written or replaced."""
 
     device: int
     inode: int
@@ -51,7 +53,8 @@ def signature(path: str | Path) -> Signature | None:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Of the size and content of a file, or of all files below a directory. Times do not count, so a copy has the fingerprint of the original.
+    """Of the size and content of a file, or of all files below a directory. Times do not count, so a copy has
+    the fingerprint of the original.
 
     NOTE: of a file beyond ``WHOLE`` a sample is read; an edit inside it that keeps the size may go unseen.
 
@@ -65,17 +68,18 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def pictures_fingerprint(source: Source) -> str:
-    """Of the content of the images of ``PICTURES`` samples of ``source``, the same ones each time: of a stream those at its beginning. Names, places and
-    times do not count, so data that were moved or copied have the fingerprint of the original.
+    """Of the content of the images of ``PICTURES`` samples of ``source``, the same ones each time: of a
+    stream those at its beginning. Names, places and times do not count, so data that were moved or copied
+    have the fingerprint of the original.
     """
     count = len(source)
-    looked_at = range(count) if source.order(0).window is not None else random.Random(count).sample(range(count), min(count, PICTURES))
-    return digest(*(_pictures(source, index) for index in sorted(looked_at)[:PICTURES]))
+    sampled = range(count) if source.order(0).window is not None else random.Random(count).sample(range(count), min(count, PICTURES))
+    return digest(*(_pictures(source, index) for index in sorted(sampled)[:PICTURES]))
 
 
 def shards_fingerprint(paths: Sequence[str | Path]) -> str:
-    """Of the content of all of these files, in their order: of all of it if that is little, else of blocks from each of them. Of up to 512 files
-    some 128 MiB are read at most, of each further one 256 KiB.
+    """Of the content of all of these files, in their order: of all of it if that is little, else of blocks
+    from each of them. Of up to 512 files some 128 MiB are read at most, of each further one 256 KiB.
 
     Raises:
         OSError: one cannot be read.
@@ -85,7 +89,9 @@ def shards_fingerprint(paths: Sequence[str | Path]) -> str:
 
 
 def _pictures(source: Source, index: int) -> tuple[object, ...]:
-    """Checksums of the images of a sample; nothing for those that cannot be read, which are counted when they are met."""
+    """Checksums of the images of a sample; nothing for those that cannot be read, which are counted when they
+    are met.
+    """
     try:
         images = source[index].images
     except ValueError:

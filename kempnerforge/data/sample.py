@@ -1,9 +1,10 @@
-"""A sample: images and what is said about them."""
+"""A sample: images and texts about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from kempnerforge.util.errors import InputError, cut
@@ -21,29 +22,30 @@ class SampleError(InputError):
         super().__init__(cut(reason, MAX_REASON))
 
 
-class Taken(str):
-    """A text that the row has as something else; ``was`` says as what: "a number"."""
+class ConvertedText(str):
+    """A text made of a value that is no string; ``was`` names its type: "a number"."""
 
-    def __new__(cls, text: str, was: str = "") -> Taken:
+    was: str
+
+    def __new__(cls, text: str, was: str = "") -> ConvertedText:
         made = super().__new__(cls, text)
         made.was = was
         return made
 
-    was: str
-
 
 @dataclass(frozen=True)
 class Text:
-    """One thing said about a sample's images: a question and its answer, a caption (no prompt), or a conversation.
+    """A text about a sample's images: a question and its answer, a caption (no prompt), or a conversation.
 
     Attributes:
         prompt: what the model reads, before the template.
-        answer: what it is trained to write, before the template. A tuple holds token ids: a window of running text, all of it trained,
-            to which no template, BOS or EOS is added.
+        answer: what it is trained to write, before the template. A tuple holds token ids: a window of running
+            text, all of it trained, to which no template, BOS or EOS is added.
         more: the turns that follow, (prompt, answer) each. All answers are trained.
-        system: what the conversation begins with; empty takes ``data.system``.
-        leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number: so many images are at the
-            head of the first prompt, and the name of the placeholder is text like any other.
+        system: the system prompt; empty takes ``data.system``.
+        leading: None: ``data.image_placeholder`` in prompts and answers marks the places of images. A number:
+            so many images are at the head of the first prompt, and the name of the placeholder is text like
+            any other.
         kind: what is asked, for scores: evaluation reports each kind alone.
         references: further answers that are right, as often as they were given; they are not trained.
         listed: whether the answer was the first of a list.
@@ -62,7 +64,9 @@ class Text:
 
     @classmethod
     def asking(cls, prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Text:
-        """A conversation that ends with a question, for ``Encoder.encode_prompt``: ``history`` holds (prompt, answer) of the turns before."""
+        """A conversation that ends with a question, for ``Encoder.encode_prompt``: ``history`` holds (prompt,
+        answer) of the turns before.
+        """
         (first, answer), *more = [*history, (prompt, "")]
         return cls(first, answer, tuple(more), system)
 
@@ -71,11 +75,17 @@ class Text:
         """(prompt, answer) of all turns; a window has none."""
         return () if isinstance(self.answer, tuple) else ((self.prompt, self.answer), *self.more)
 
+    @property
+    def strings(self) -> Iterator[str]:
+        """Prompts and answers of all turns, in order."""
+        return chain.from_iterable(self.turns)
+
 
 @dataclass(frozen=True)
 class Sample:
-    """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images: text alone. ``part`` says which of
-    ``DataConfig.sections()`` it is from, and so which templates it has. ``key`` is the id that its row has, if any.
+    """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images:
+    text alone. ``part`` says which of ``DataConfig.sections()`` it is from, and so which templates it has.
+    ``key`` is the id that its row has, if any.
     """
 
     id: str
@@ -87,4 +97,4 @@ class Sample:
 
 def text_size(texts: tuple[Text, ...]) -> int:
     """Characters (of strings) and tokens (of windows) in ``texts``."""
-    return sum(len(text.prompt) + len(text.answer) + sum(len(prompt) + len(answer) for prompt, answer in text.more) for text in texts)
+    return sum(sum(map(len, text.strings)) if text.turns else len(text.prompt) + len(text.answer) for text in texts)

@@ -1,7 +1,8 @@
-"""Where the samples of a tar are in it: an index made of its headers alone.
+"""Where the samples of a tar are: an index made of its headers alone.
 
-A member ``dir/0001.txt`` is extension "txt" of sample "dir/0001": the key reaches to the first dot of the file's name. Members of one key make
-one sample, wherever they stand. A name is never a path on disk here, whatever is in it, and links are not followed.
+A member ``dir/0001.txt`` is extension "txt" of sample "dir/0001": the key reaches to the first dot of the
+file's name. Members of one key make one sample, wherever they are in the tar. A name is never used as a path
+on disk, and links are not followed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,25 @@ class ShardError(SampleError):
 
 
 class Member(NamedTuple):
-    """Where the content of a member stands."""
+    """Where the content of a member is."""
 
     offset: int
     size: int
+
+
+class Header(NamedTuple):
+    """A header in a tar.
+
+    Attributes:
+        name: of the file; empty for a link, a directory or a device.
+        offset, size: of its content.
+        following: where the next header is.
+    """
+
+    name: str
+    offset: int
+    size: int
+    following: int
 
 
 @dataclass
@@ -86,8 +102,8 @@ class Shard:
 
 
 def index_tar(path: str) -> Shard:
-    """Reads the headers of a tar, about 10 microseconds each, and none of its contents. Links, directories and devices are passed over, and
-    so are names that begin with a dot or have none.
+    """Reads the headers of a tar, about 10 microseconds each, and none of its contents. Links, directories
+    and devices are passed over, and so are names that begin with a dot or have none.
 
     Raises:
         ShardError: no such file, compressed, damaged, cut off.
@@ -97,12 +113,12 @@ def index_tar(path: str) -> Shard:
     owners: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     try:
         with open(regular(path), "rb") as file:
-            for name, offset, size in _members(file):
-                folder, _, base = name.rpartition("/")
+            for header in _members(file):
+                folder, _, base = header.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
                 if stem and dot and extension:
                     number = numbers.setdefault(f"{folder}/{stem}" if folder else stem, len(numbers))
-                    owners[number].append((kinds.setdefault(extension.lower(), len(kinds)), offset, size))
+                    owners[number].append((kinds.setdefault(extension.lower(), len(kinds)), header.offset, header.size))
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror or error}") from None
     except ShardError as error:
@@ -120,8 +136,8 @@ def index_tar(path: str) -> Shard:
     return shard
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files in a tar; raises ShardError if it is damaged."""
+def _members(file: BinaryIO) -> Iterator[Header]:
+    """The headers of the regular files in a tar; raises ShardError if it is damaged."""
     total = os.fstat(file.fileno()).st_size
     start = file.read(BLOCK)
     for magic, name in COMPRESSED.items():
@@ -135,18 +151,18 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             raise ShardError(f"cut off: {total} bytes, and no end mark")
         if not any(block):
             return
-        name, offset, size, following = _plain(block, at) or _any(file, block, at)
-        if size < 0 or following <= at:
+        header = _plain(block, at) or _any(file, block, at)
+        if header.size < 0 or header.following <= at:
             raise ShardError(f"damaged at byte {at}: a size below 0")
-        if following > total:
-            raise ShardError(f"cut off: {name!r} ends at byte {offset + size}, the file has {total}")
-        if name:
-            yield name, offset, size
-        at = following
+        if header.following > total:
+            raise ShardError(f"cut off: {header.name!r} ends at byte {header.offset + header.size}, the file has {total}")
+        if header.name:
+            yield header
+        at = header.following
 
 
-def _plain(block: bytes, at: int) -> tuple[str, int, int, int] | None:
-    """(name, offset, size, next header) if this is the usual header of a file, as it mostly is."""
+def _plain(block: bytes, at: int) -> Header | None:
+    """The header, if it is of the usual form: most are, and ``tarfile`` takes several times as long."""
     if block[156:157] not in (b"0", b"\0") or block[257:263] not in (b"ustar\0", b"ustar "):
         return None
     try:
@@ -157,11 +173,13 @@ def _plain(block: bytes, at: int) -> tuple[str, int, int, int] | None:
         return None
     if sum(block) - sum(block[148:156]) + 8 * 32 != checksum or size < 0 or name.endswith("/"):
         return None
-    return (f"{prefix}/{name}" if prefix else name), at + BLOCK, size, at + BLOCK + -(-size // BLOCK) * BLOCK
+    return Header(f"{prefix}/{name}" if prefix else name, at + BLOCK, size, at + BLOCK + -(-size // BLOCK) * BLOCK)
 
 
-def _any(file: BinaryIO, block: bytes, at: int) -> tuple[str, int, int, int]:
-    """The same for any header, through ``tarfile``: long names of GNU and of PAX, sizes above 8 GiB, what is no regular file (with no name)."""
+def _any(file: BinaryIO, block: bytes, at: int) -> Header:
+    """Any header, through ``tarfile``: long names of GNU and of PAX, sizes above 8 GiB, entries that are no
+    regular file.
+    """
     try:
         long = block[156:157] in (b"x", b"g", b"X", b"L", b"K")
         if long and tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size > MAX_HEADER:
@@ -173,4 +191,4 @@ def _any(file: BinaryIO, block: bytes, at: int) -> tuple[str, int, int, int]:
         raise ShardError(f"damaged at byte {at}: {error}") from None
     if info is None:
         raise ShardError(f"damaged at byte {at}: a header without a member")
-    return (info.name if info.isreg() and not info.issparse() else ""), info.offset_data, info.size, tar.offset
+    return Header(info.name if info.isreg() and not info.issparse() else "", info.offset_data, info.size, tar.offset)

@@ -1,4 +1,4 @@
-"""Where samples come from: by index, in an order, with what tells one set of data from another."""
+"""The contract of a data source: samples by index, their order, and a fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from kempnerforge.data.sources.keys import Ignoring
     from kempnerforge.data.text.tokenizer import Tokenizer
 
-LOOKED_AT = 8
-"""Samples that the fingerprint of a source is made of, unless the source knows better."""
+SAMPLED = 8
+"""Samples that the default fingerprint of a source is made of."""
 
 
 class Source(ABC):
-    """Samples by index. Subclasses register with ``@registry.register_source("name")`` under the name of their config.
+    """Samples by index. Subclasses register with ``@registry.register_source("name")`` under the name of
+    their config.
 
     Args:
         cfg: the ``[data]`` section.
@@ -31,7 +32,8 @@ class Source(ABC):
         ValueError: the data are missing or not what ``cfg`` says.
 
     Attributes:
-        captions: whether texts are captions or documents, so that one image may well have several answers to no prompt.
+        captions: whether texts are captions or documents, so that one image may well have several answers to
+            no prompt.
         from_files: whether its samples are rows of the user's files.
     """
 
@@ -81,7 +83,7 @@ class Source(ABC):
         return not self.captions
 
     def peers(self, index: int) -> range:
-        """The samples, ``index`` among them, of which one may be in for it when it cannot be used."""
+        """The samples, ``index`` among them, of which one may replace it when it cannot be used."""
         return range(len(self))
 
     def part(self, index: int) -> int:
@@ -98,14 +100,18 @@ class Source(ABC):
         return True
 
     def tokenised(self, tokenizer: Tokenizer, seq_len: int) -> Source:
-        """This source for a tokenizer and rows of ``seq_len`` positions; running text is cut into windows here."""
+        """This source for a tokenizer and rows of ``seq_len`` positions; running text is cut into windows
+        here.
+        """
         return self
 
     def fingerprint(self) -> str:
-        """Tells whether the data are still those of an earlier run, cheaply: by their number and a few samples. Sources of files override it."""
+        """Changes when the data change, as far as their number and a few samples show it. Sources of files
+        override it.
+        """
         count = len(self)
-        looked_at = sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
-        return digest(count, *(_described(self, index) for index in looked_at))
+        sampled = sorted({k * (count - 1) // (SAMPLED - 1) for k in range(SAMPLED)})
+        return digest(count, *(_described(self, index) for index in sampled))
 
     def shards(self) -> Sequence[str]:
         """Its files, where ``fingerprint`` glances at some of several."""

@@ -1,4 +1,4 @@
-"""Rows by number of tables that can only be read forwards, in bounded memory."""
+"""Rows by number from tables that can only be read forwards, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ BLOCK = 64
 """Rows that are kept and dropped together."""
 
 Block = list[Any]
-"""Arrow tables of ``BLOCK`` rows together, fewer at the end. They are not joined: shards may store the same values in other types."""
+"""Arrow tables of ``BLOCK`` rows together, fewer at the end. They are not joined: shards may store the same
+values in other types.
+"""
 Opener = Callable[[int], tuple[int, Iterator[Any]]]
 """Row -> a row at or before it where reading may begin, and the Arrow tables from there on."""
 
 
 class RowStream:
-    """Rows of a stream by number. What lies ahead is read on to, what was read lately is still there, and for anything else the stream is
-    opened anew. Every process reads for itself.
+    """Rows of a stream by number. Later rows are read up to, the last rows read are kept in memory, and for
+    all others the stream is opened again. Every process reads by itself.
 
     Args:
-        keep: rows that stay in memory, those that were read last; the table that the stream handed out last comes on top.
+        keep: rows that stay in memory, those that were read last; the table that the stream handed out last
+            comes on top.
     """
 
     def __init__(self, open_at: Opener, keep: int) -> None:
@@ -33,7 +36,9 @@ class RowStream:
         return RowStream, (self._open_at, self._keep)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The values of row ``index`` by column. Raises SampleError: the stream ends before it, or cannot be read so far."""
+        """The values of row ``index`` by column. Raises SampleError: the stream ends before it, or cannot be
+        read so far.
+        """
         number, offset = divmod(index, BLOCK)
         rows = 0
         for table in self._block(number):

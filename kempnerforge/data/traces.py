@@ -1,4 +1,4 @@
-"""What samples leave behind to be found again: contents of images, questions, ids. Two sources are compared by them."""
+"""Digests of the images, questions and ids of samples, by which two sources are compared."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SampleDigests(NamedTuple):
     owners: np.ndarray
 
 
-NOTHING = SampleDigests(np.array([], dtype="S16"), np.array([], dtype=np.int64))
+NO_DIGESTS = SampleDigests(np.array([], dtype="S16"), np.array([], dtype=np.int64))
 
 
 def joined(parts: Sequence[SampleDigests]) -> SampleDigests:
     """All of ``parts``."""
-    return SampleDigests(*(np.concatenate(columns) for columns in zip(NOTHING, *parts, strict=True)))
+    return SampleDigests(*(np.concatenate(columns) for columns in zip(NO_DIGESTS, *parts, strict=True)))
 
 
 class Traces:
@@ -65,7 +65,9 @@ def image_digest(image: ImageSource) -> bytes:
 
 
 def shared(first: SampleDigests, second: SampleDigests) -> list[tuple[int, int]]:
-    """(sample of ``first``, sample of ``second``) for each sample of ``second`` that has a mark of ``first``, with the first one that has it."""
+    """(sample of ``first``, sample of ``second``) for each sample of ``second`` that has a mark of ``first``,
+    with the first one that has it.
+    """
     if not len(first.digests) or not len(second.digests):
         return []
     known, firsts = np.unique(first.digests, return_index=True)

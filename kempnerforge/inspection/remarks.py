@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kempnerforge.data.sample import ImageSource, Sample, Taken, Text
+from kempnerforge.data.sample import ConvertedText, ImageSource, Sample, Text
 from kempnerforge.util.digest import content_digest
 from kempnerforge.util.errors import show
 
@@ -46,7 +46,7 @@ class Remarks:
         for text in sample.texts:
             for turn in text.turns:
                 for value in turn:
-                    if isinstance(value, Taken):
+                    if isinstance(value, ConvertedText):
                         self._count(value.was, 1, value)
             if text.unused:
                 self.unused = self.unused[0] + len(text.unused), self.unused[1] or text.unused[0]

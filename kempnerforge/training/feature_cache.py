@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.data.batching.seen import KnownFeatures
+from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.distributed.world import World
 from kempnerforge.training.optimizers.foreach import local
@@ -83,16 +83,16 @@ class FeatureCache:
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
         found = [self._read(key) for key in keys]
         missing = sum(features is None for features in found)
-        return replace(batch, seen=KnownFeatures(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
+        return replace(batch, known_features=KnownFeatures(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
 
     def keep(self, batch: Batch) -> None:
         """Stores what the model has found out about the images of a batch with ``attach``, once it has been through."""
-        seen = batch.seen
-        if seen is None or seen.computed is None:
+        known = batch.known_features
+        if known is None or known.computed is None:
             return
-        computed = seen.computed.to("cpu", self.dtype)
-        for key, known, features in zip(seen.keys, seen.features, computed, strict=False):  # the blank image of an empty batch has no key
-            if known is None:
+        computed = known.computed.to("cpu", self.dtype)
+        for key, old, features in zip(known.keys, known.features, computed, strict=False):  # the blank image of an empty batch has no key
+            if old is None:
                 self._write(key, features)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.data.batching.seen import KnownFeatures
+from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
@@ -206,19 +206,19 @@ class VLM(ExactBuffers):
         """The modules that may have a loss of their own."""
         return with_aux_loss(self)
 
-    def encode(self, images: Tensor, seen: KnownFeatures | None = None) -> Tensor:
+    def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
         """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass.
 
         Args:
-            seen: what is known of the images already.
+            known: features of images that are known already.
         """
         encoder = self.vision_encoder
-        if seen is not None and seen.complete:
-            return self.adapter(seen.all(encoder.num_tokens, encoder.dim, images.device))
+        if known is not None and known.complete:
+            return self.adapter(known.all(encoder.num_tokens, encoder.dim, images.device))
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features = encoder(images)
-        return self.adapter(features if seen is None else seen.merge(features))
+        return self.adapter(features if known is None else known.merge(features))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
@@ -230,7 +230,7 @@ class VLM(ExactBuffers):
         features = None
         if self.has_images and batch.images is not None:
             images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-            features = self.encode(images, batch.seen)  # (N, F, D)
+            features = self.encode(images, batch.known_features)  # (N, F, D)
         x, ctx = self.place(words, features, batch, cache)
         x = self.transformer.run(x, ctx)
         if cache is not None:

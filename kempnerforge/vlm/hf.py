@@ -22,7 +22,7 @@ from kempnerforge.config.lora import LORA_PARAMETERS
 from kempnerforge.config.vision import square_side
 from kempnerforge.config.vlm_hf import OWN_MASK, HFConfig
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.data.batching.seen import KnownFeatures
+from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.interop.families import FAMILIES
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.attention import Segments, additive
@@ -93,8 +93,8 @@ class HF(VLM):
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def encode(self, images: Tensor, seen: KnownFeatures | None = None) -> Tensor:
-        assert seen is None, "the config refuses a feature cache"
+    def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
+        assert known is None, "the config refuses a feature cache"
         return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def _features(self, pixels: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
     assembly, train, cfg = built(it.job), it.job.train, it.job.optimizer
     model = assembly.model.to(torch.float32 if train.mixed_precision == "fp32" else torch.bfloat16)
     if model.has_images:
-        model.encode = lambda images, seen=None: model.adapter(model.vision_encoder(images))  # nothing is spared
+        model.encode = lambda images, known=None: model.adapter(model.vision_encoder(images))  # nothing is spared
     weights = {name: nn.Parameter(value.detach().clone()) for name, value in built(it.job).model.named_parameters()}
     optimizer: torch.optim.Optimizer | None = None
     for step, want in enumerate(it.trainable):

@@ -11,7 +11,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from kempnerforge.data.batching.seen import KnownFeatures
+from kempnerforge.data.batching.known_features import KnownFeatures
 
 IGNORE = -100
 """The label of a position that is not trained."""
@@ -32,32 +32,37 @@ class Batch:
 
     Attributes:
         input_ids: (B, S) int64; positions of images and padding hold the pad id.
-        labels: (B, S) int64, shifted: ``labels[b, t]`` is token t + 1 of the row if that token is trained, else ``IGNORE``.
-        positions: (B, S) int64 for RoPE; each sample begins at 0, each text restarts after the shared part of its sample; 0 on padding.
+        labels: (B, S) int64, shifted: ``labels[b, t]`` is token t + 1 of the row if that token is trained,
+            else ``IGNORE``.
+        positions: (B, S) int64 for RoPE; each sample begins at 0, each text restarts after the shared part of
+            its sample; 0 on padding.
         sample_ids: (B, S) int64; which sample of the row, from 0 in the order of the stream; -1 is padding.
-        text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text of the sample. A token sees its own text and the
-            shared part of its own sample.
+        text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text of the sample. A
+            token sees its own text and the shared part of its own sample.
         kinds: (B, S) uint8, ``Kind``.
         targets: (T,) int64, flat positions ``b * S + s`` that have a label.
         images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.
         image_index: (M,) int64, which image is at each placement. One image may be at several.
         image_rows: (M,) int64, its row.
-        image_starts: (M,) int64, its first position in that row. Where images take no position: the token after it, or the length
-            of the row if there is none; either way an image comes before the token at q if its start is at most q.
+        image_starts: (M,) int64, its first position in that row. Where images take no position: the token
+            after it, or the length of the row if there is none; either way an image comes before the token at
+            q if its start is at most q.
         image_text_ids: (M,) int64, the text that it is in; 0 is the shared part.
         image_sample_ids: (M,) int64, its sample.
         image_slots: (M,) int64, its number within the row, from 0 in the order of the stream.
-        has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the ids matter.
+        has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the
+            ids matter.
         row_images: placements in the row that has most.
         row_words: positions of the row that has most, images and padding not counted.
-        leading_images: n if every row begins, in its first column, with exactly n images and holds no other; else 0. Always 0 where images
-            take no position.
+        leading_images: n if every row begins, in its first column, with exactly n images and holds no other;
+            else 0. Always 0 where images take no position.
         skipped: (sample id, reason) of samples that could not be used and were replaced.
         sample_names: ids of the samples in the rows, row by row, in the order of ``sample_ids``.
-        seen: features of the images that are known already, see ``training/feature_cache.py``.
+        known_features: features of the images that are known already, see ``training/feature_cache.py``.
         texts_left_out: texts of these samples that did not fit into their rows; other visits take others.
         parts: which section of ``[data]`` each of them is from (``Sample.part``).
-        documents: where a row holds several samples: for each row the (positions, texts) of its samples from the first column on. Else ().
+        documents: where a row holds several samples: for each row the (positions, texts) of its samples from
+            the first column on. Else ().
     """
 
     input_ids: Tensor
@@ -81,7 +86,7 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
     texts_left_out: int = 0
-    seen: KnownFeatures | None = None
+    known_features: KnownFeatures | None = None
     parts: list[int] = field(default_factory=list)
     documents: tuple[tuple[tuple[int, int], ...], ...] = ()
 

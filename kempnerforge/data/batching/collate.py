@@ -67,13 +67,14 @@ def prompt_batch(
     layout: Layout,
     pad_id: int,
 ) -> Batch:
-    """Prompts to generate from, padded on the left so that all answers start at the same position. Nothing is trained.
+    """Prompts to generate from, padded on the left so that all answers start at the same position. Nothing is
+    trained.
 
     Args:
         prompts: B of them, as from ``Encoder.encode_prompt``.
         images: (N, 3, H, W) uint8, or None where the job has none.
-        image_of_row: which image (or images: the views of the prompt, in order) each row has, so that rows can share one; None: row b has
-            image b.
+        image_of_row: which image (or images: the views of the prompt, in order) each row has, so that rows
+            can share one; None: row b has image b.
         pad_id: the id on padding and on positions of images.
     """
     chosen = range(len(prompts)) if image_of_row is None else image_of_row
@@ -98,8 +99,8 @@ def prompt_batch(
 def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
 ) -> Batch:
-    """``rows`` (table and placements of each, as in ``PackedRow``) from the columns ``begins`` on; ``indices``: which image of the batch is at
-    each placement, row by row.
+    """``rows`` (table and placements of each, as in ``PackedRow``) from the columns ``begins`` on;
+    ``indices``: which image of the batch is at each placement, row by row.
     """
     table = np.zeros((6, len(rows), length), dtype=np.int64)  # (6, B, S)
     table[INPUT_IDS], table[LABELS], table[SAMPLE_IDS] = pad_id, IGNORE, -1
@@ -129,7 +130,9 @@ def _batch(
 
 
 def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
-    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S), ``placements`` counts the images of each row."""
+    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S),
+    ``placements`` counts the images of each row.
+    """
     images = (kinds == Kind.IMAGE).sum(axis=1)  # (B,) positions
     alike = placements[0] > 0 and len(set(placements)) == 1 and images.min() == images.max() > 0
     leading = alike and bool((kinds[:, : images[0]] == Kind.IMAGE).all())

@@ -35,10 +35,12 @@ CLASS_POSITIONS = 16
 
 @contextmanager
 def _workers_starting() -> Iterator[None]:
-    """Processes that are started meanwhile never see the signals that ask a run to stop, as a blocked signal stays so in a child: they are sent to
-    whole groups, and the workers go on so that the step can be finished.
+    """Processes that are started meanwhile never see the signals that ask a run to stop, as a blocked signal
+    stays so in a child: they are sent to whole groups, and the workers go on so that the step can be
+    finished.
 
-    NOTE: Python ends the processes that are left at its exit with SIGTERM, which these do not see, and waits for them. So they are killed first.
+    NOTE: Python ends the processes that are left at its exit with SIGTERM, which these do not see, and waits
+    for them. So they are killed first.
     """
     before, others = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), multiprocessing.active_children()
     try:
@@ -56,7 +58,9 @@ def _kill(worker: BaseProcess) -> None:
 
 
 def _begin_worker(number: int, parent: int) -> None:
-    """A worker ends with the process that started it, however that ends; where that is not Linux, torch's own watchdog sees it within seconds."""
+    """A worker ends with the process that started it, however that ends; where that is not Linux, torch's own
+    watchdog sees it within seconds.
+    """
     end_with(parent, signal.SIGKILL)
 
 
@@ -102,11 +106,12 @@ class Loader:
 
 
 class RowClasses:
-    """Roughly how long the rows of single samples are, in steps of ``CLASS_POSITIONS``: rows of one class may be in one batch. Each is found
-    when it is first asked for: nothing is read ahead of training.
+    """Roughly how long the rows of single samples are, in steps of ``CLASS_POSITIONS``: rows of one class may
+    be in one batch. Each is found when it is first asked for: nothing is read ahead of training.
 
-    NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill whole batches, and a model that
-    sees one text at a time learns far more slowly: 94.4 % against 99.5 % in one pair of quickstart runs.
+    NOTE: the steps are coarse on purpose. Sorted by exact length, captions of one text ("red circle") fill
+    whole batches, and a model that sees one text at a time learns far more slowly: 94.4 % against 99.5 % in
+    one pair of quickstart runs.
     """
 
     def __init__(self, source: Source, layout: Layout) -> None:
@@ -132,17 +137,19 @@ def build_loader(
     world: int = 1,
     start_step: int = 0,
 ) -> Loader:
-    """Batches without end, ``train_cfg.grad_accum_steps`` of them for each optimizer step, beginning with ``start_step``.
+    """Batches without end, ``train_cfg.grad_accum_steps`` of them for each optimizer step, beginning with
+    ``start_step``.
 
-    Iterating leaves torch's global random state alone. The position is the step, so nothing else has to be saved.
+    Iterating leaves torch's global random state alone. The position is the step, so nothing else has to be
+    saved.
 
     Args:
         layout: row length of ``batching = "pad"`` and "pack".
         train_cfg: batch size (of "pack" in rows), accumulation, seed.
 
     Raises:
-        ValueError: no samples, a batch size that cannot be shared out, or a stream that is shuffled in windows too small for it; ``DataError``
-            while iterating.
+        ValueError: no samples, a batch size that cannot be shared out, or a stream that is shuffled in
+            windows too small for it; ``DataError`` while iterating.
     """
     group, pack, size = cfg.batching == "group", cfg.batching == "pack", train_cfg.batch_size
     order, samples = source.order(train_cfg.seed), EncodedSamples(source, encoder, train_cfg.seed)

@@ -1,6 +1,8 @@
-"""The order of samples: an endless stream of sample numbers, a pure function of the seed, to be read at any position.
+"""The order of samples: an endless stream of sample numbers, a pure function of the seed, to be read at any
+position.
 
-Which process reads which part of the stream is the business of the samplers; no order knows of ranks, workers or batches.
+The samplers decide which process reads which part of the stream; an order knows nothing of ranks, workers and
+batches.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ class Order(ABC):
     """An endless stream of sample numbers.
 
     Attributes:
-        window: the samples that lie beside each other in the source are as close as this in the stream. None: they are not, since the
-            source is one that is read anywhere at the same cost.
-        phase_steps: optimizer steps at which the stream changes and whose positions it has not been told yet, see ``at``.
+        window: neighbours in the source are at most this far apart in the stream. None: they may be anywhere,
+            as any sample costs the same to read.
+        phase_steps: optimizer steps at which the stream changes and whose positions are not known yet, see
+            ``at``.
     """
 
     window: int | None = None
@@ -40,17 +43,19 @@ class Order(ABC):
 
     @abstractmethod
     def stretch(self, position: int) -> tuple[int, int]:
-        """The begin and end of the part of the stream around ``position`` inside which a sampler may sort and pack as it likes: an epoch, a
-        phase. The end may be ``ENDLESS``.
+        """The begin and end of the part of the stream around ``position`` inside which a sampler may sort and
+        pack as it likes: an epoch, a phase. The end may be ``ENDLESS``.
         """
 
     def at(self, step: int, position: int) -> Order:
-        """This order when phases that begin at optimizer step ``step`` or earlier, and have not begun yet, begin at ``position``."""
+        """This order when phases that begin at optimizer step ``step`` or earlier, and have not begun yet,
+        begin at ``position``.
+        """
         return self
 
 
-class Kept:
-    """What ``make`` gave for the last ``size`` numbers that it was asked for; a pickled copy has nothing of it."""
+class CachedCalls:
+    """``make`` with a cache of its last ``size`` results. A pickled copy begins with an empty cache."""
 
     def __init__(self, make: Callable[..., Any], size: int) -> None:
         self._make, self._size = make, size
@@ -60,7 +65,7 @@ class Kept:
         return self._call(*numbers)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return Kept, (self._make, self._size)
+        return CachedCalls, (self._make, self._size)
 
 
 class Shuffled(Order):
@@ -74,7 +79,7 @@ class Shuffled(Order):
         if n < 1:
             raise InputError("data: no samples")
         self.n, self.seed = n, seed
-        self._cached = Kept(self._permute, 3)
+        self._cached = CachedCalls(self._permute, 3)
 
     def indices(self, begin: int, end: int) -> np.ndarray:
         parts = []
@@ -98,8 +103,9 @@ class Shuffled(Order):
 
 
 def drawn(n: int, limit: int, seed: int) -> list[int]:
-    """At most ``limit`` of ``n`` numbers, each once, ascending; 0 takes all. They are the first of a seeded permutation: the same at each call,
-    a smaller limit draws a part of what a larger one draws, and no pattern in the source (the second text of each picture) can be met.
+    """At most ``limit`` of ``n`` numbers, each once, ascending; 0 takes all. They are the first of a seeded
+    permutation: the same at each call, a smaller limit draws a part of what a larger one draws, and no
+    pattern in the source (the second text of each picture) can be met.
     """
     if not limit or limit >= n:
         return list(range(n))
@@ -107,11 +113,12 @@ def drawn(n: int, limit: int, seed: int) -> list[int]:
 
 
 class Windowed(Shuffled):
-    """For sources that are read from front to back: each epoch in the order of the source, shuffled only inside consecutive windows.
+    """For sources that are read from front to back: each epoch in the order of the source, shuffled only
+    inside consecutive windows.
 
     Args:
-        window: samples that are shuffled together; 1 leaves the order of the source. A source that has no more than one window of samples
-            is taken to have them all in memory.
+        window: samples that are shuffled together; 1 leaves the order of the source. A source that has no
+            more than one window of samples is taken to have them all in memory.
     """
 
     def __init__(self, n: int, seed: int, window: int) -> None:
@@ -134,20 +141,23 @@ class Windowed(Shuffled):
 
 
 MAX_PERIOD = 2**18
-"""Samples after which the pattern of a mixture repeats, about, where its shares are no ratio of small numbers."""
+"""Samples after which the pattern of a mixture repeats, about, where its shares are no ratio of small
+numbers.
+"""
 
 
 class Cycle:
-    """The periodic sequence of parts in which part i has, in every prefix of n, more than ``share_i * n - 1`` and fewer than
-    ``share_i * n + 1`` places.
+    """The periodic sequence of parts in which part i has, in every prefix of n, more than ``share_i * n - 1``
+    and fewer than ``share_i * n + 1`` places.
 
-    The j-th visit to a part must fall between the places where its share reaches j and j + 1; that can be done for all parts at once, and
-    taking the visit whose end is nearest does it: Tijdeman 1980, "The chairman assignment problem"; as an algorithm, Baruah et al. 1996,
-    "Proportionate progress".
+    The j-th visit to a part must fall between the places where its share reaches j and j + 1; that can be
+    done for all parts at once, and taking the visit whose end is nearest does it: Tijdeman 1980, "The
+    chairman assignment problem"; as an algorithm, Baruah et al. 1996, "Proportionate progress".
 
     Args:
-        weights: of the parts, none below 0, not all 0. Shares are weights over their sum; they are exact if the parts together can have a
-            period of ``MAX_PERIOD`` at most (.5, .3, .2 have one of 10), else rounded to about one in ``MAX_PERIOD``, and to one at least.
+        weights: of the parts, none below 0, not all 0. Shares are weights over their sum; they are exact if
+            the parts together can have a period of ``MAX_PERIOD`` at most (.5, .3, .2 have one of 10), else
+            rounded to about one in ``MAX_PERIOD``, and to one at least.
 
     Attributes:
         quotas: (parts,) places of each part in a period.
@@ -172,19 +182,24 @@ class Cycle:
         return periods * self.quotas + np.bincount(self.parts[:rest], minlength=len(self.quotas))
 
     def places(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(end - begin,) the part that has each place ``begin <= k < end``, and (end - begin,) how many earlier ones it has."""
+        """(end - begin,) the part that has each place ``begin <= k < end``, and (end - begin,) how many
+        earlier ones it has.
+        """
         periods, offsets = np.divmod(np.arange(begin, end), self.period)
         parts = self.parts[offsets]
         return parts, periods * self.quotas[parts] + self.ranks[offsets]
 
 
 class Mixed(Order):
-    """Several orders interleaved by weight. Each goes on with its own stream from phase to phase; one that is used up begins its next epoch.
+    """Several orders interleaved by weight. Each goes on with its own stream from phase to phase; one that is
+    used up begins its next epoch.
 
     Args:
         offsets: what is added to the sample numbers of each part.
-        phases: (optimizer step, weights of the parts): the mixture from that step on. Steps increase; the first is 0.
-        begins: the stream positions at which the phases begin, of the first ones that are known. They increase and begin with 0.
+        phases: (optimizer step, weights of the parts): the mixture from that step on. Steps increase; the
+            first is 0.
+        begins: the stream positions at which the phases begin, of the first ones that are known. They
+            increase and begin with 0.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """``data.batching = "pack"``: several samples in one row, which do not see each other.
 
-What a row holds is decided from the sizes of the samples, before any image is decoded. The stream of samples (``order.py``) is cut into
-windows of a fixed number of samples; each window is packed for itself, its rows are shuffled, and the rows of all windows form one endless
-list, of which every optimizer step takes the next ``train.batch_size``.
+What a row holds is decided from the sizes of the samples, before any image is decoded. The stream of samples
+(``order.py``) is cut into windows of a fixed number of samples; each window is packed for itself, its rows
+are shuffled, and the rows of all windows form one endless list, of which every optimizer step takes the next
+``train.batch_size``.
 
 R, rows of an optimizer step; S, positions of a row; M, placements of a view in it.
 """
@@ -17,7 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from kempnerforge.data.batching.order import Kept, Order
+from kempnerforge.data.batching.order import CachedCalls, Order
 from kempnerforge.data.batching.sampler import RankSampler
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.source import Source
@@ -25,7 +26,9 @@ from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import IMAGES, STARTS
 
 WINDOW_ROWS = 64
-"""Rows that a window fills, about. Its last row is seldom full, so half a row in so many is lost; four steps' worth if that is more."""
+"""Rows that a window fills, about. Its last row is seldom full, so half a row in so many is lost; four steps'
+worth if that is more.
+"""
 MAX_WINDOW = 16384
 """Samples of a window at most: they are measured before its first row is there, in about a second."""
 PROBE = 256
@@ -68,7 +71,9 @@ class PackedRow:
 
 
 def join(encoded: Sequence[Encoded]) -> PackedRow:
-    """One row of samples, one after the other. Each keeps the positions and the numbers of texts that it has alone."""
+    """One row of samples, one after the other. Each keeps the positions and the numbers of texts that it has
+    alone.
+    """
     lengths, views = [e.table.shape[1] for e in encoded], [len(e.images) for e in encoded]
     placements = []
     for number, (e, start, image) in enumerate(zip(encoded, _before(lengths), _before(views), strict=True)):
@@ -101,10 +106,11 @@ def _before(counts: list[int]) -> list[int]:
 def knapsack(sizes: np.ndarray, capacity: int, max_images: int = 0) -> list[list[int]]:
     """Puts samples into as few rows as it can, with about as many images in each.
 
-    Vector bin packing by the dot product of what a sample needs and what a row has left (Panigrahy et al. 2011, "Heuristics for vector bin
-    packing"), large samples first. A row's fair share of the images takes the part of a capacity, so that the time that the vision encoder
-    takes for a row is even; going past it is only unattractive, going past ``max_images`` is impossible. Rows that are needed for sure are
-    open from the start. The same sizes give the same rows.
+    Vector bin packing by the dot product of what a sample needs and what a row has left (Panigrahy et al.
+    2011, "Heuristics for vector bin packing"), large samples first. A row's fair share of the images takes
+    the part of a capacity, so that the time that the vision encoder takes for a row is even; going past it is
+    only unattractive, going past ``max_images`` is impossible. Rows that are needed for sure are open from
+    the start. The same sizes give the same rows.
 
     Args:
         sizes: (n, 2) positions and images of each sample.
@@ -174,8 +180,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the stream that is packed for itself: its first row in the list of all rows, its first sample in the stream, and the
-    order of the samples there.
+    """A stretch of the stream that is packed for itself: its first row in the list of all rows, its first
+    sample in the stream, and the order of the samples there.
     """
 
     first_row: int
@@ -184,13 +190,16 @@ class Window:
 
 
 class PackSampler(RankSampler[Pack]):
-    """Yields micro-batches of packed rows for one rank, without end: a pure function of (seed, step), as ``StepSampler`` is.
+    """Yields micro-batches of packed rows for one rank, without end: a pure function of (seed, step), as
+    ``StepSampler`` is.
 
-    A row is a tuple of ``(index, step)``. A phase of the order begins with the first window that begins at or after the step of the phase.
+    A row is a tuple of ``(index, step)``. A phase of the order begins with the first window that begins at or
+    after the step of the phase.
 
-    NOTE: which window a step is in is known from the number of rows in all windows before it. So a run that is resumed late measures the
-    samples of all steps before once more, each of them once in all epochs, and packs them: 10 to 60 us and 6 us a sample on one core, half
-    a minute for a million captions. Every rank does that for all samples of the job. ``benchmarks/packing.py`` measures it.
+    NOTE: which window a step is in is known from the number of rows in all windows before it. So a run that
+    is resumed late measures the samples of all steps before once more, each of them once in all epochs, and
+    packs them: 10 to 60 us and 6 us a sample on one core, half a minute for a million captions. Every rank
+    does that for all samples of the job. ``benchmarks/packing.py`` measures it.
 
     Args:
         rows: R.
@@ -217,7 +226,7 @@ class PackSampler(RankSampler[Pack]):
         super().__init__(rows, rank, world, accum, seed, start_step)
         self.sizes, self.seq_len, self.max_images = sizes, seq_len, max_images
         self._windows = [Window(0, 0, order.at(0, 0))]
-        self._packed, self._order = Kept(self._pack, 3), order
+        self._packed, self._order = CachedCalls(self._pack, 3), order
 
     def cut(self, step: int, begin: int, end: int) -> list[Pack]:
         return [tuple((index, step) for index in row) for row in self.global_rows(step)[begin:end]]
@@ -234,7 +243,9 @@ class PackSampler(RankSampler[Pack]):
 
     @cached_property
     def window_size(self) -> int:
-        """Samples of a window: as many as fill about ``WINDOW_ROWS`` rows, judged by the first ones of the stream."""
+        """Samples of a window: as many as fill about ``WINDOW_ROWS`` rows, judged by the first ones of the
+        stream.
+        """
         lengths = self.sizes(self._order.indices(0, PROBE))[:, 0]
         per_row = self.seq_len / lengths[lengths > 0].mean() if lengths.any() else 1
         size = min(MAX_WINDOW, round(per_row * max(WINDOW_ROWS, 4 * self.size)))
@@ -249,12 +260,12 @@ class PackSampler(RankSampler[Pack]):
         self._windows.append(Window(first_row, begin, last.order.at(first_row // self.size, begin)))
 
     def _pack(self, number: int) -> list[list[int]]:
-        """The rows of a window, in random order; the samples of a row in that of the stream."""
+        """The rows of a window, in random order; the samples of a row in the order of the stream."""
         window = self._windows[number]
         indices = window.order.indices(window.begin, window.begin + self.window_size)
         sizes = self.sizes(indices)
         usable = sizes[:, 0] > 0
-        # what is in for a sample that cannot be used finds room for one of usual size
+        # the replacement of an unusable sample finds room for a sample of mean size
         sizes[~usable] = sizes[usable].mean(axis=0) if usable.any() else (self.seq_len, 0)
         rows = knapsack(sizes, self.seq_len, self.max_images)
         shuffled = np.random.default_rng((self.seed, 2, number)).permutation(len(rows))

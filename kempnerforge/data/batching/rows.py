@@ -25,8 +25,8 @@ class DataError(InputError):
 
 
 class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
-    """Encoded samples by ``(index, step)``, and rows of several by a tuple of those. An unusable sample is replaced by another one, the same
-    one on every run.
+    """Encoded samples by ``(index, step)``, and rows of several by a tuple of those. An unusable sample is
+    replaced by another one, the same one on every run.
 
     Args:
         seed: of replacements.
@@ -43,8 +43,8 @@ class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int] | Pack) -> Encoded | PackedRow | DataError:
-        """The row for ``key``, or what is wrong when ``MAX_TRIES`` candidates in place of a sample were unusable, too. The error is returned:
-        raised in a worker, it would reach the user inside a traceback.
+        """The row for ``key``, or what is wrong when ``MAX_TRIES`` candidates in place of a sample were
+        unusable, too. The error is returned: raised in a worker, it would reach the user inside a traceback.
         """
         return self._row(cast(Pack, key)) if isinstance(key[0], tuple) else self._one(*cast(tuple[int, int], key))
 
@@ -64,7 +64,9 @@ class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
             candidate = candidates[len(skipped) - 1]
 
     def _row(self, key: Pack) -> PackedRow | DataError:
-        """The samples of ``key`` in one row. In place of one that cannot be used comes one that fits into what is free, or nothing."""
+        """The samples of ``key`` in one row. In place of one that cannot be used comes one that fits into
+        what is free, or nothing.
+        """
         skipped: list[tuple[str, str]] = []
         room = _Room(self.encoder.layout.seq_len, self.encoder.cfg.max_images_per_row or sys.maxsize)
         found = [self._fit(index, index, step, room, skipped) for index, step in key]
@@ -103,7 +105,9 @@ class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
         return encoded
 
     def _encode(self, candidate: int, index: int, step: int, skipped: list[tuple[str, str]]) -> Encoded | None:
-        """Sample ``candidate`` in the place of ``index``; None, and a line more in ``skipped``, if it cannot be used."""
+        """Sample ``candidate`` in the place of ``index``; None, and a line more in ``skipped``, if it cannot
+        be used.
+        """
         try:
             return self.encoder.encode(self.source[candidate], step * 1_000_003 + index, training=True)
         except SampleError as error:

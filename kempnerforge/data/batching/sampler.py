@@ -1,7 +1,8 @@
-"""Which samples make which optimizer step: a pure function of (seed, step), the same for any number of ranks and workers.
+"""Which samples make which optimizer step: a pure function of (seed, step), the same for any number of ranks
+and workers.
 
-Elastic determinism, as in MosaicML Streaming: the only state is the step. The samples form one endless stream (``order.py``); step s takes
-``stream[s * G : (s + 1) * G]`` for a global batch of G.
+Elastic determinism, as in MosaicML Streaming: the only state is the step. The samples form one endless stream
+(``order.py``); step s takes ``stream[s * G : (s + 1) * G]`` for a global batch of G.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from kempnerforge.data.batching.order import Kept, Order, Shuffled
+from kempnerforge.data.batching.order import CachedCalls, Order, Shuffled
 from kempnerforge.util.errors import InputError
 
 T = TypeVar("T")
 
 WINDOW = 32
-"""Global batches that are sorted by length together: enough to fill rows evenly, few enough to leave the order random."""
+"""Global batches that are sorted by length together: enough to fill rows evenly, few enough to leave the
+order random.
+"""
 MEASURED_WINDOW = 4096
 """Samples of a window at least, where lengths are exact: a heavy tail of long rows needs so many."""
 
@@ -29,7 +32,8 @@ Lengths = Callable[[np.ndarray], np.ndarray]
 class RankSampler(ABC, Generic[T]):
     """Yields one rank's share of every optimizer step, micro-batch by micro-batch, without end.
 
-    The items of a step are cut into ``world * accum`` micro-batches; micro-batch m of rank r is cut ``m * world + r``.
+    The items of a step are cut into ``world * accum`` micro-batches; micro-batch m of rank r is cut ``m *
+    world + r``.
 
     Args:
         size: items of one optimizer step, over all ranks.
@@ -69,15 +73,17 @@ class RankSampler(ABC, Generic[T]):
 
 
 class StepSampler(RankSampler[tuple[int, int]]):
-    """Yields micro-batches of ``(index, step)`` for one rank, without end; the step seeds what is random about a sample.
+    """Yields micro-batches of ``(index, step)`` for one rank, without end; the step seeds what is random
+    about a sample.
 
     A dataset smaller than a global batch fills it with its next epochs.
 
     Args:
-        order: of the samples; a number stands for so many, shuffled. Its phases begin exactly with their steps.
+        order: of the samples; a number: so many samples, shuffled. Its phases begin exactly with their steps.
         rank, world, accum, seed, start_step: as in ``RankSampler``.
-        lengths: puts samples of like length together: runs of ``together`` global batches (fewer where the order's window holds fewer, so that
-            a stream need not be read far ahead) are sorted by length, cut, and the cuts shuffled. None leaves the order alone.
+        lengths: puts samples of like length together: runs of ``together`` global batches (fewer where the
+            order's window holds fewer, so that a stream need not be read far ahead) are sorted by length,
+            cut, and the cuts shuffled. None leaves the order alone.
 
     Raises:
         ValueError: no samples, or the global batch cannot be cut evenly.
@@ -100,7 +106,7 @@ class StepSampler(RankSampler[tuple[int, int]]):
         for step in self.order.phase_steps:
             self.order = self.order.at(step, step * global_batch)
         self.lengths, self.together = lengths, together
-        self._window = Kept(self._group, 2)
+        self._window = CachedCalls(self._group, 2)
 
     def cut(self, step: int, begin: int, end: int) -> list[tuple[int, int]]:
         return [(int(index), step) for index in self.global_indices(step)[begin:end]]

@@ -1,1 +1,3 @@
-"""Data that are drawn here, or that package registries carry: one file each, registered under the name of its config."""
+"""Data that are drawn here or come from package registries: one file each, registered under the name of its
+config.
+"""

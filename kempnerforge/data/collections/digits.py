@@ -1,4 +1,6 @@
-"""Handwritten digits (Alpaydin and Kaynak, 1998, through ``scikit-learn``): 1,797 pictures of 8x8 with questions about each."""
+"""Handwritten digits (Alpaydin and Kaynak, 1998, through ``scikit-learn``): 1,797 pictures of 8x8 with
+questions about each.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ QUESTIONS = {
 }
 """Of both yes/no questions half of the ten digits are a yes."""
 HELD_OUT = 5
-"""The last of so many parts is held out: mostly other hands than those of the first."""
+"""The last of so many parts is held out: mostly digits of other writers."""
 
 
 @registry.register_data_config

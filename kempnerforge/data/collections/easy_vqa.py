@@ -1,4 +1,6 @@
-"""easy-VQA (Zhou, 2019; PyPI ``easy-vqa``, MIT): 4,000 + 1,000 images of 64x64 with one coloured shape, about ten questions each."""
+"""easy-VQA (Zhou, 2019; PyPI ``easy-vqa``, MIT): 4,000 + 1,000 images of 64x64 with one coloured shape, about
+ten questions each.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 @registry.register_source("easy_vqa")
 class EasyVQA(Source):
-    """One sample per image, by image number. Captions are made of the answers of the same split, and only where these name both the shape
-    and the colour: 2,435 of the 4,000 training images.
+    """One sample per image, by image number. Captions are made of the answers of the same split, and only
+    where these name both the shape and the colour: 2,435 of the 4,000 training images.
 
     Raises:
         ValueError: the package is not installed.
@@ -48,6 +50,6 @@ class EasyVQA(Source):
 
 def _caption(texts: list[Text]) -> tuple[Text, ...]:
     """What the answers say of an image, shape first; nothing unless they name its shape and its colour."""
-    said = {str(text.answer) for text in texts}
-    shapes, colours = sorted(said & SHAPES), sorted(said & COLOURS)
+    answers = {str(text.answer) for text in texts}
+    shapes, colours = sorted(answers & SHAPES), sorted(answers & COLOURS)
     return (Text("", " ".join(shapes + colours)),) if shapes and colours else ()

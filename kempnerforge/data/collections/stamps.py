@@ -1,7 +1,9 @@
-"""The stamps of Tux Paint (Debian ``tuxpaint-stamps-default``, GPL-2): photos and drawings with a caption in up to 77 languages.
+"""The stamps of Tux Paint (Debian ``tuxpaint-stamps-default``, GPL-2): photos and drawings with a caption in
+up to 77 languages.
 
-Beside each picture ``mushroom.png`` lies ``mushroom.txt``: the caption in English, then a line ``de.utf8=Ein Pilz.`` for each other language. Of the
-952 stamps 785 are there as PNG; the others, SVG drawings, are left out.
+Beside each picture ``mushroom.png`` lies ``mushroom.txt``: the caption in English, then a line ``de.utf8=Ein
+Pilz.`` for each other language. Of the 952 stamps 785 are there as PNG; the others, SVG drawings, are left
+out.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ class StampsConfig(DataConfig):
     """Captioned stamps.
 
     Attributes:
-        path: the folder that ``kempnerforge data fetch stamps`` made, or ``/usr/share/tuxpaint/stamps`` where the package is installed.
-        languages: as the files name them, "en", "de", "pt_BR", "zh_CN". With several, each caption is a text of its own, whose prompt is the
-            name of its language.
+        path: the folder that ``kempnerforge data fetch stamps`` made, or ``/usr/share/tuxpaint/stamps`` where
+            the package is installed.
+        languages: as the files name them, "en", "de", "pt_BR", "zh_CN". With several, each caption is a text
+            of its own, whose prompt is the name of its language.
         held_out_every: one stamp in so many is held out, by its name.
-        form: "captions"; or "questions" about the group that a stamp is sorted into, the outermost of its folders: which one it is, and of
-            one or another group whether it belongs to it.
-        with_captions: with "questions", the captions ride along in training as further texts.
+        form: "captions"; or "questions" about the group that a stamp is sorted into, the outermost of its
+            folders: which one it is, and of one or another group whether it belongs to it.
+        with_captions: with "questions", the captions are trained as further texts.
     """
 
     needs_images: ClassVar[bool] = True
@@ -80,9 +83,9 @@ class Stamps(Source):
             raise InputError(f"data.path = {cfg.path!r}: form = 'questions' is about the folders in it that stamps lie in, and needs two")
         asks, tells = cfg.form == "questions", cfg.form == "captions" or (cfg.with_captions and split == "train")
         for name in names:
-            said = read_captions(os.path.join(self._root, f"{name}.txt"))
-            known |= said.keys()
-            texts = tuple(_text(language, said[language], cfg) for language in cfg.languages if language in said)
+            captions = read_captions(os.path.join(self._root, f"{name}.txt"))
+            known |= captions.keys()
+            texts = tuple(_text(language, captions[language], cfg) for language in cfg.languages if language in captions)
             number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
             if texts and (number % cfg.held_out_every == 0) is (split == "test"):
                 questions = _questions(_group(name), groups, number // cfg.held_out_every) if asks else ()
@@ -96,7 +99,6 @@ class Stamps(Source):
         return len(self._stamps)
 
     def texts(self, index: int) -> tuple[Text, ...]:
-        """What is said about sample ``index``."""
         return self._stamps[index][1]
 
     def __getitem__(self, index: int) -> Sample:
@@ -124,10 +126,10 @@ def find_stamps(root: str) -> list[str]:
     """The names of all stamps below ``root`` that have a PNG and captions: their paths without the ending."""
     found = []
     for folder, _, files in os.walk(root):
-        there = set(files)
+        names = set(files)
         for file in files:
             stem, ending = os.path.splitext(file)
-            if ending == ".png" and f"{stem}.txt" in there:
+            if ending == ".png" and f"{stem}.txt" in names:
                 found.append(os.path.relpath(os.path.join(folder, stem), root))
     return sorted(found)
 
@@ -143,9 +145,9 @@ def read_captions(path: str) -> dict[str, str]:
             first, *lines = file.read().splitlines() or [""]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
-    said = {ENGLISH: first.strip()}
+    captions = {ENGLISH: first.strip()}
     for line in lines:
         language, ending, caption = line.partition(".utf8=")
         if ending:
-            said[language.strip()] = caption.strip()
-    return {language: caption for language, caption in said.items() if caption}
+            captions[language.strip()] = caption.strip()
+    return {language: caption for language, caption in captions.items() if caption}

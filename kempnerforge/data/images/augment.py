@@ -11,7 +11,7 @@ from kempnerforge.config.images import AugmentConfig
 
 
 class Change(NamedTuple):
-    """What is done to one image.
+    """Random changes to one image.
 
     Attributes:
         box: the part that is taken: left, upper, right and lower edge as shares of width and height.
@@ -42,7 +42,9 @@ class Change(NamedTuple):
 
 
 def draw_changes(cfg: AugmentConfig, rng: np.random.Generator) -> Change:
-    """A change as ``cfg`` allows. Every kind has its own number among those drawn, so that one can be switched without changing the others."""
+    """A change as ``cfg`` allows. Every kind has its own number among those drawn, so that one can be
+    switched without changing the others.
+    """
     area, aspect, left, upper, flip, *colours = rng.random(8)
     share = cfg.crop_scale + (1 - cfg.crop_scale) * area
     factor = cfg.crop_ratio ** (2 * aspect - 1) if cfg.crop_scale < 1 else 1.0

@@ -1,4 +1,4 @@
-"""Views that have been made before: in memory, and on disk for later runs."""
+"""Caches of views: in memory, and on disk for later runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from kempnerforge.data.images.decode import contents
 from kempnerforge.util.entries import Entries
 
 SETTLED_NS = 2 * 10**9
-"""A file that was written later than this before it was read may be written again without its times showing it."""
+"""A file that was written later than this before it was read may be written again without its times showing
+it.
+"""
 REMEMBERED = 2**16
 """Files of which it is remembered what they hold."""
 
@@ -53,7 +55,7 @@ class KnownFiles:
 
 
 class ImageCache:
-    """Views of one process, those of the least recently used image leaving first.
+    """Views in the memory of one process; those of the least recently used image are dropped first.
 
     Args:
         mib: memory for pixels; 0 keeps none.
@@ -69,14 +71,16 @@ class ImageCache:
         self._kept: OrderedDict[tuple[str, str], list[np.ndarray]] = OrderedDict()
 
     def get(self, key: str, transform: str) -> list[np.ndarray] | None:
-        """The views of the image with this content ``key`` under ``transform``, shared and read-only, if they are here."""
+        """The views of the image with this content ``key`` under ``transform``, shared and read-only, if they
+        are here.
+        """
         views = self._kept.get((key, transform))
         if views is not None:
             self._kept.move_to_end((key, transform))
         return views
 
     def put(self, key: str, transform: str, views: list[np.ndarray]) -> None:
-        """Keeps ``views``, which no one may write to any more."""
+        """Keeps ``views``, which must not be written to any more."""
         self._kept[key, transform] = views
         self.free -= sum(view.nbytes for view in views)
         while self.free < 0:
@@ -85,8 +89,8 @@ class ImageCache:
 
 
 class DiskCache:
-    """Views on disk, uncompressed, for each image. It goes by what an image holds, so an image that is copied or moved is found again, and one
-    that is written anew is another one.
+    """Views on disk, uncompressed, for each image. It goes by what an image holds, so an image that is copied
+    or moved is found again, and one that is written anew is another one.
 
     Args:
         directory: of the entries.

@@ -1,4 +1,4 @@
-"""Images from files that no one has checked: refused by name, or decoded to upright RGB."""
+"""Untrusted image files: refused with a reason, or decoded to upright RGB."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ TURNED = (5, 6, 7, 8)
 ORIENTATION_MARKS = ("eXIf", "Raw profile type exif", "XML:com.adobe.xmp")
 """One of these is in the bytes of a PNG that says how it is to be turned; it may say so after the pixels."""
 MAX_NOTE = 16 * 2**20
-"""Bytes of a text or a colour profile in a PNG, unpacked: no pixel depends on them, and larger ones are refused as bombs."""
+"""Bytes of a text or a colour profile in a PNG, unpacked: no pixel depends on them, and larger ones are
+refused as bombs.
+"""
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_NOTE  # Pillow's own bound refuses a whole image for a note of 1 MiB
 
 
@@ -64,7 +66,9 @@ class Picture:
         self.size = (height, width) if self._turned else (width, height)
 
     def pixels(self, least: tuple[int, int]) -> Image.Image:
-        """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least`` (width, height)."""
+        """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least``
+        (width, height).
+        """
         image = self._image
         width, height = least[::-1] if self._turned else least
         with _decoding():
@@ -77,7 +81,8 @@ class Picture:
 def load_image(source: ImageSource, size: int) -> np.ndarray:
     """Decode an image, first frame of several, to RGB and squash it to a square (bicubic).
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled. Size and shape are judged before pixels are decoded.
+    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled. Size and shape are
+    judged before pixels are decoded.
 
     Args:
         source: a file, or the encoded image.
@@ -95,7 +100,8 @@ def load_image(source: ImageSource, size: int) -> np.ndarray:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """(width, height) of an image in pixels, upright. Of a file no more than the header is read, unless it is a PNG.
+    """(width, height) of an image in pixels, upright. Of a file no more than the header is read, unless it is
+    a PNG.
 
     Raises:
         ImageError: as ``load_image``, as far as the header shows it.

@@ -1,4 +1,5 @@
-"""Geometry of views: which part of which enlargement of an image each of them shows. No pixels here, and whole numbers wherever they decide.
+"""Geometry of views: which part of which enlargement of an image each of them shows. No pixels here; what
+decides is computed in whole numbers.
 
 All sizes are (width, height) in pixels, all grids (rows, columns). A view is a square of ``side`` pixels.
 """
@@ -74,7 +75,9 @@ def cropped(size: Size, side: int) -> Frame:
 
 
 def letterboxed(size: Size, canvas: Size) -> Frame:
-    """The image with its shape kept, as large as ``canvas`` lets it be, in the middle (LLaVA-NeXT rounds up as here)."""
+    """The image with its shape kept, as large as ``canvas`` lets it be, in the middle (LLaVA-NeXT rounds up
+    as here).
+    """
     if canvas[0] * size[1] < canvas[1] * size[0]:  # the width decides
         content = canvas[0], min(canvas[1], -(-size[1] * canvas[0] // size[0]))
     else:
@@ -86,7 +89,9 @@ def letterboxed(size: Size, canvas: Size) -> Frame:
 
 
 def stretched_grid(size: Size, side: int, max_side: int, resize_to_max_side: bool) -> Grid:
-    """nanoVLM: the long side a multiple of ``side`` up to ``max_side``, the short one as many tiles as the image's shape needs, rounded up."""
+    """nanoVLM: the long side a multiple of ``side`` up to ``max_side``, the short one as many tiles as the
+    image's shape needs, rounded up.
+    """
     long, short = max(size), min(size)
     along = max_side // side if resize_to_max_side else min(max_side // side, -(-long // side))
     across = -(-short * along // long)
@@ -94,7 +99,9 @@ def stretched_grid(size: Size, side: int, max_side: int, resize_to_max_side: boo
 
 
 def best_pinpoint(size: Size, side: int, pinpoints: Sequence[Grid]) -> Grid:
-    """LLaVA-NeXT (Liu et al. 2024): the grid that keeps most of the image's pixels, and of several the one that wastes fewest."""
+    """LLaVA-NeXT (Liu et al. 2024): the grid that keeps most of the image's pixels, and of several the one
+    that wastes fewest.
+    """
 
     def merit(grid: Grid) -> tuple[int, int]:
         width, height = grid[1] * side, grid[0] * side
@@ -114,7 +121,9 @@ def window(side: int, overlap: float) -> int:
 
 
 def overlap_grid(size: Size, side: int, overlap: float, max_tiles: int) -> Grid:
-    """Molmo (Deitke et al. 2024, section 2): the grid that enlarges the image least, or, if all are too small for it, shrinks it least."""
+    """Molmo (Deitke et al. 2024, section 2): the grid that enlarges the image least, or, if all are too small
+    for it, shrinks it least.
+    """
     step = window(side, overlap)
     margin = side - step
     width, height = max(1, size[0] - margin), max(1, size[1] - margin)

@@ -1,6 +1,7 @@
-"""An image as the views that the vision encoder sees, and as the block that they take in a row.
+"""From an image to the views that the vision encoder sees, and to their block in a row.
 
-A view is an (H, W, 3) uint8 square of the encoder's size. It is normalised on the device, by the encoder: each tower has its own numbers.
+A view is an (H, W, 3) uint8 square of the encoder's size. It is normalised on the device, by the encoder:
+each tower has its own numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Views:
         cache: in memory; may be shared with others.
 
     Raises:
-        ValueError: ``cfg`` does not go with the encoder's image size, its tokens are not in the tokenizer, or its cache cannot be used.
+        ValueError: ``cfg`` does not go with the encoder's image size, its tokens are not in the tokenizer, or
+            its cache cannot be used.
     """
 
     def __init__(self, cfg: ImagesConfig, layout: Layout, tokenizer: Tokenizer, cache: ImageCache) -> None:
@@ -65,7 +67,8 @@ class Views:
     # ---- positions ---------------------------------------------------------------------------------------------------------
 
     def blocks(self, images: Sequence[ImageSource]) -> list[ImageBlock]:
-        """What the images of a sample are in its row. Their pixels are not decoded, and if views do not depend on their size nothing is read.
+        """What the images of a sample are in its row. Their pixels are not decoded, and if views do not
+        depend on their size nothing is read.
 
         Raises:
             ImageError: an image cannot be used, as far as its header shows.
@@ -104,7 +107,8 @@ class Views:
 
         Args:
             expected: how many the block has.
-            rng: draws the changes of ``augment``; None changes nothing. What is changed is not kept in a cache.
+            rng: draws the changes of ``augment``; None changes nothing. What is changed is not kept in a
+                cache.
 
         Raises:
             ImageError: the image cannot be used, or has changed since its block was made.

@@ -1,4 +1,6 @@
-"""What the types of Arrow tables say: which keys rows have, which labels have names, whether shards go together."""
+"""What the types of Arrow tables say: which keys rows have, which labels have names, whether shards go
+together.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from kempnerforge.util.errors import InputError, cut, show
 
 
 def example(schema: Any, where: str) -> dict[str, Any]:
-    """A row with all keys that rows of ``schema`` may have, on every level. Raises InputError: a column is there twice."""
+    """A row with all keys that rows of ``schema`` may have, on every level. Raises InputError: a column is
+    there twice.
+    """
     return _table([(field.name, field.type) for field in schema], where)
 
 
@@ -38,19 +42,21 @@ def _is_list(kind: Any) -> bool:
 
 
 def same_columns(schemas: Sequence[tuple[str, Any]], columns: Sequence[str]) -> None:
-    """Whether the shards (name, schema) go together: each of ``columns`` is in all of them or in none, and holds the same kind of values.
+    """Whether the shards (name, schema) go together: each of ``columns`` is in all of them or in none, and
+    holds the same kind of values.
 
-    Widths, 32- and 64-bit offsets, dictionaries and the order of a struct's fields are ways to store the same values.
+    Widths, 32- and 64-bit offsets, dictionaries and the order of a struct's fields are ways to store the same
+    values.
 
     Raises:
         InputError: two shards do not, by name, with the types.
     """
     for column in columns:
-        there = [(name, schema.field(column).type) for name, schema in schemas if column in schema.names]
-        if there and len(there) < len(schemas):
+        typed = [(name, schema.field(column).type) for name, schema in schemas if column in schema.names]
+        if typed and len(typed) < len(schemas):
             lacking = next(name for name, schema in schemas if column not in schema.names)
-            raise InputError(f"{lacking} has no column {show(column)}, which {there[0][0]} has")
-        (first, kind), *others = there or [("", None)]
+            raise InputError(f"{lacking} has no column {show(column)}, which {typed[0][0]} has")
+        (first, kind), *others = typed or [("", None)]
         for name, other in others:
             if not _alike(kind, other):
                 raise InputError(f"column {show(column)} is {cut(str(kind))} in {first} and {cut(str(other))} in {name}")

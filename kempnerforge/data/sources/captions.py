@@ -11,9 +11,9 @@ from kempnerforge.config.checks import only_if
 from kempnerforge.config.data import RowsConfig, is_csv
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
-from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, filled_keys, unread
+from kempnerforge.data.sources.keys import ANSWERS, IMAGES, METADATA, filled_keys, unknown_keys
 from kempnerforge.data.sources.pictures import count_images
-from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.row_text import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
 from kempnerforge.util.errors import InputError
 
@@ -29,12 +29,14 @@ COCO = (
 @registry.register_data_config
 @dataclass
 class CaptionsConfig(RowsConfig):
-    """JSON lines or a JSON list, CSV, TSV, Parquet, or a directory of ``save_to_disk``: an image and one or several captions a row.
+    """JSON lines or a JSON list, CSV, TSV, Parquet, or a directory of ``save_to_disk``: an image and one or
+    several captions a row.
 
     Attributes:
         image_column: a path, bytes or base64. "image" finds "images" as well.
-        caption_columns: each holds a caption, a list of captions, or nothing. Several captions of an image share its tokens. If there is no
-            "caption" the default finds "captions" or one of the usual names of answers.
+        caption_columns: each holds a caption, a list of captions, or nothing. Several captions of an image
+            share its tokens. If there is no "caption" the default finds "captions" or one of the usual names
+            of answers.
         prompt: what the model is asked for every caption; may be empty.
         quotes: whether fields of a CSV or TSV file may be quoted.
     """
@@ -57,7 +59,9 @@ class CaptionsConfig(RowsConfig):
 
 @registry.register_source("captions")
 class Captions(RowSource):
-    """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no place of an image."""
+    """One sample per row, a text per caption. Captions are text through and through: "<image>" in one is no
+    place of an image.
+    """
 
     captions = True
     cfg: CaptionsConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -69,14 +73,14 @@ class Captions(RowSource):
         columns = [*cfg.caption_columns, *self._usual]
         self.known = dict.fromkeys((*self._images, *columns, *METADATA, *COCO))
         self.rows = open_rows(self, self._measure, columns, self._images, cfg.quotes)
-        there = self.rows.columns
-        if not set(self._images) & set(there) or not (set(self._usual) & set(there) or set(cfg.caption_columns) <= set(there)):
+        present = self.rows.columns
+        if not set(self._images) & set(present) or not (set(self._usual) & set(present) or set(cfg.caption_columns) <= set(present)):
             named = {cfg.image_column: "data.image_column", **dict.fromkeys(cfg.caption_columns, "data.caption_columns")}
-            require_columns(self.path, there, named)
+            require_columns(self.path, present, named)
         self.rows.judge(self)
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
-        yield from unread(row, self.known, self.ignored)
+        yield from unknown_keys(row, self.known, self.ignored)
         captions = filled_keys(row, (*self.cfg.caption_columns, *self._usual) if self._usual else (), self.ignored)
         if len(captions) > 1:
             yield f"{' and '.join(map(repr, captions))} could each be the caption; name one or all in data.caption_columns"

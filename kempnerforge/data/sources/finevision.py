@@ -1,4 +1,6 @@
-"""FineVision (Wiedmann et al. 2025, "FineVision: Open Data Is All You Need"): conversations about images with ratings of each turn."""
+"""FineVision (Wiedmann et al. 2025, "FineVision: Open Data Is All You Need"): conversations about images with
+ratings of each turn.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from kempnerforge.config.data import Splits
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.keys import ID
-from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.row_text import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
 
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
@@ -21,13 +23,15 @@ TEXTS, IMAGES = "texts", "images"
 @registry.register_data_config
 @dataclass
 class FineVisionConfig(Splits):
-    """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``; in The Cauldron with ``source``) and, if it has them,
-    ``relevance_ratings``, ``image_correspondence_ratings``, ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
+    """A Hugging Face dataset with the columns ``images``, ``texts`` (a list of ``{user, assistant}``; in The
+    Cauldron with ``source``) and, if it has them, ``relevance_ratings``, ``image_correspondence_ratings``,
+    ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
 
     Attributes:
-        relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating, formatting_min_rating: turns rated below are left
-            out; turns without a rating stay.
-        images_in_prompt: images are at the head of the first question, inside the template (nanoVLM), and not in front of everything.
+        relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating,
+            formatting_min_rating: turns rated below are left out; turns without a rating stay.
+        images_in_prompt: images are at the head of the first question, inside the template (nanoVLM), and not
+            in front of everything.
     """
 
     source: str = "finevision"
@@ -94,7 +98,9 @@ def _answer(turn: Mapping[str, Any]) -> str:
 
 
 def _turns(value: Any) -> list[Mapping[str, Any]]:
-    """A list of {user, assistant}, which older versions of `datasets` give as {user: [...], assistant: [...]}."""
+    """A list of {user, assistant}, which older versions of `datasets` give as {user: [...], assistant:
+    [...]}.
+    """
     if isinstance(value, dict):
         columns = [value.get("user"), value.get("assistant")]
         if not all(isinstance(column, list) for column in columns) or len({len(column or ()) for column in columns}) != 1:

@@ -1,4 +1,4 @@
-"""Hugging Face datasets, through ``datasets``; JSON, CSV and TSV files are read as they stand, without it."""
+"""Hugging Face datasets, through ``datasets``; JSON, CSV and TSV files are read without it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
 
 class HFRows(Rows):
-    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet file, or a hub id. Images stay encoded, class labels have their names.
+    """Rows of a dataset: a directory of ``save_to_disk``, a Parquet file, or a hub id. Images stay encoded,
+    class labels have their names.
 
     Args:
         source: what they are for.
@@ -82,7 +83,9 @@ class HFRows(Rows):
 
     @cached_property
     def _counts(self) -> list[int]:
-        """Images of each row by the lengths of their lists; empty where they are no lists, or rows are chosen from a larger table."""
+        """Images of each row by the lengths of their lists; empty where they are no lists, or rows are chosen
+        from a larger table.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -102,8 +105,8 @@ class HFRows(Rows):
 def open_rows(
     source: FileSource, measure: Measure, texts: Sequence[str], images: Sequence[str], quotes: bool = True, others: Sequence[str] = (ID,)
 ) -> Rows:
-    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``: types of text are never guessed. Arguments as
-    of ``HFRows`` and ``CsvRows``.
+    """Rows of a JSON, CSV or TSV file by their place in it, of all else through ``datasets``: types of text
+    are never guessed. Arguments as of ``HFRows`` and ``CsvRows``.
     """
     if not is_file_of_rows(source.path):
         return HFRows(source, measure, texts, images, others)

@@ -1,4 +1,6 @@
-"""Datasets that are read as streams, through ``datasets``: files that are too large to index, and hub ids where there is a network."""
+"""Datasets that are read as streams, through ``datasets``: files that are too large to index, and hub ids
+where there is a network.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from kempnerforge.data.batching.order import Order, Windowed
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.sources.arrow import Labels, example, labels_of, same_columns
+from kempnerforge.data.sources.row_text import nested_size
 from kempnerforge.data.sources.rows import parse_line, refuse_array
-from kempnerforge.data.sources.said import nested_size
 from kempnerforge.data.sources.table import FileSource, TableSource
 from kempnerforge.data.stream import BLOCK, RowStream, first_line
 from kempnerforge.util.digest import digest
@@ -30,18 +32,21 @@ from kempnerforge.util.paths import start_of
 from kempnerforge.util.reading import regular
 
 KEPT_WINDOWS = 4
-"""Shuffle windows in memory: samplers read three at once at most, and at the end of an epoch the next one begins."""
+"""Shuffle windows in memory: samplers read three at once at most, and at the end of an epoch the next one
+begins.
+"""
 
 
 @registry.register_data_config
 @dataclass
 class HFStreamConfig(HFDatasetConfig):
-    """Rows of Parquet or JSONL files (one, a directory, or a pattern with ``*``), or of a hub id where there is a network, read from front to
-    back. Every process reads all of the stream and uses its own share of it. Files are read in the order of their names; a run that resumes
-    skips forward, whole Parquet files at once.
+    """Rows of Parquet or JSONL files (one, a directory, or a pattern with ``*``), or of a hub id where there
+    is a network, read from front to back. Every process reads all of the stream and uses its own share of it.
+    Files are read in the order of their names; a run that resumes skips forward, whole Parquet files at once.
 
     Attributes:
-        shuffle_buffer: rows that are shuffled together; about four times as many are in memory, in each process. 1 leaves the order alone.
+        shuffle_buffer: rows that are shuffled together; about four times as many are in memory, in each
+            process. 1 leaves the order alone.
         num_samples: of the training data. 0: as many as the data say; JSONL files do not say it.
         eval_num_samples: the same of the held-out data.
     """
@@ -77,20 +82,24 @@ class Tables(ABC):
 
     @abstractmethod
     def open_at(self, row: int, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
-        """A row at or before ``row`` where reading may begin, and the Arrow tables of ``columns`` from there on."""
+        """A row at or before ``row`` where reading may begin, and the Arrow tables of ``columns`` from there
+        on.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Of the content, as far as it can be looked at without reading all of it."""
 
     def judge(self, source: FileSource, columns: Sequence[str]) -> None:
-        """Raises InputError if keys are read by nothing or in conflict, as far as the first rows show it, or shards differ in ``columns``."""
+        """Raises InputError if keys are read by nothing or in conflict, as far as the first rows show it, or
+        shards differ in ``columns``.
+        """
         first = next(self.open_at(0, columns)[1], None)
         rows = first.slice(0, BLOCK).to_pylist() if first is not None else []
         source.judge_keys(lambda index: self.values(rows[index]), len(rows))
 
     def values(self, row: dict[str, Any]) -> Mapping[str, Any]:
-        """The values by column that ``row`` of a table stands for; raises SampleError if it stands for none."""
+        """The values by column in ``row`` of a table; raises SampleError if it cannot be parsed."""
         return row
 
 
@@ -106,9 +115,11 @@ class Files(Tables):
 
 
 class Parquet(Files):
-    """Parquet files. Their footers say how many rows each row group has, so that reading may begin with any of them.
+    """Parquet files. Their footers say how many rows each row group has, so that reading may begin with any
+    of them.
 
-    NOTE: read by Arrow itself. Through ``datasets`` the memory of a process grows with what it has read of a file, until the end of the file.
+    NOTE: read by Arrow itself. Through ``datasets`` the memory of a process grows with what it has read of a
+    file, until the end of the file.
     """
 
     by_column = True
@@ -163,7 +174,9 @@ class Parquet(Files):
 
 
 class Lines(Files):
-    """JSONL files, line by line, so that one bad line is one bad sample. Tables have one column, "line"; blank lines are no rows."""
+    """JSONL files, line by line, so that one bad line is one bad sample. Tables have one column, "line";
+    blank lines are no rows.
+    """
 
     def names(self) -> Collection[str]:
         """Those of the first good lines."""
@@ -234,7 +247,9 @@ def _tables(dataset: Any) -> Iterator[Any]:
 
 
 def _find(path: str, split: str) -> Tables:
-    """What ``path`` names; raises ValueError for no such files, files of several kinds, or nothing on the hub."""
+    """What ``path`` names; raises ValueError for no such files, files of several kinds, or nothing on the
+    hub.
+    """
     kinds: dict[str, type[Files]] = {".parquet": Parquet, ".jsonl": Lines}
     suffix = lambda file: os.path.splitext(file)[1].lower()
     if os.path.isdir(path):
@@ -279,24 +294,24 @@ class HFStream(TableSource):
             if cfg.split != "train" and (split == "train" or not cfg.eval_split):
                 raise InputError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
         self.require_columns(self.path, names)
-        there = [column for column in self.columns if column in names]
-        tables.judge(self, there)
+        columns = [column for column in self.columns if column in names]
+        tables.judge(self, columns)
         if not tables.by_column:  # not all keys are in a schema, nor all rows looked at
             self.ignored.used.update(self.ignored.patterns)
         self._tables, self._length = tables, self._count(tables.rows)
         keep = KEPT_WINDOWS * cfg.shuffle_buffer
-        self._whole_rows = RowStream(partial(tables.open_at, columns=there), keep)
-        texts = [column for column in there if column in self.text_columns]
+        self._whole_rows = RowStream(partial(tables.open_at, columns=columns), keep)
+        texts = [column for column in columns if column in self.text_columns]
         self._text_rows = RowStream(partial(tables.open_at, columns=texts), keep) if tables.by_column else self._whole_rows
 
-    def _count(self, there: int | None) -> int:
+    def _count(self, rows: int | None) -> int:
         train = self.split == "train"
         key, asked = ("num_samples", self.cfg.num_samples) if train else ("eval_num_samples", self.cfg.eval_num_samples)
-        if not asked and there is None:
+        if not asked and rows is None:
             raise InputError(f"data.{key} = 0: {self.path} does not say how many rows it has; say it")
-        if there is not None and asked > there:
-            raise InputError(f"data.{key} = {asked}: {self.path} has {there} rows")
-        return asked or there or 0
+        if rows is not None and asked > rows:
+            raise InputError(f"data.{key} = {asked}: {self.path} has {rows} rows")
+        return asked or rows or 0
 
     def __len__(self) -> int:
         return self._length

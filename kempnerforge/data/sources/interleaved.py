@@ -12,7 +12,7 @@ from kempnerforge.config.data import RowsConfig
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
 from kempnerforge.data.sources.hf_rows import open_rows
 from kempnerforge.data.sources.pictures import count_images
-from kempnerforge.data.sources.said import as_text, nested_size
+from kempnerforge.data.sources.row_text import as_text, nested_size
 from kempnerforge.data.sources.table import RowSource, require_columns
 from kempnerforge.util.errors import InputError, show
 
@@ -28,17 +28,19 @@ Part = str | tuple[ImageSource, ...]
 @registry.register_data_config
 @dataclass
 class InterleavedConfig(RowsConfig):
-    """JSON lines or a JSON list, Parquet, or a directory of ``save_to_disk``. A document is written without a template, BOS in front and EOS
-    after it.
+    """JSON lines or a JSON list, Parquet, or a directory of ``save_to_disk``. A document is written without a
+    template, BOS in front and EOS after it.
 
     Attributes:
-        form: "text": ``text`` with ``image_token`` at the places of ``images``. "lists": ``texts`` and ``images``, lists of the same length,
-            of which at each place one is null (OBELICS, Laurençon et al. 2023). "mmc4": sentences in ``text_list``, and ``image_info`` with
-            ``image_name``, ``matched_text_index`` and ``matched_sim`` (Zhu et al. 2023); an image is before the sentence it matches.
+        form: "text": ``text`` with ``image_token`` at the places of ``images``. "lists": ``texts`` and
+            ``images``, lists of the same length, of which at each place one is null (OBELICS, Laurençon et
+            al. 2023). "mmc4": sentences in ``text_list``, and ``image_info`` with ``image_name``,
+            ``matched_text_index`` and ``matched_sim`` (Zhu et al. 2023); an image is before the sentence it
+            matches.
         image_token: of form "text".
         joiner: between the texts of "lists" and the sentences of "mmc4" that no image parts.
         before_image: written in front of every image but the first, such as "<|endofchunk|>" (OpenFlamingo).
-        max_images: those of a document beyond it are left out; 0 takes all.
+        max_images: further images of a document are left out; 0 takes all.
         min_similarity: of form "mmc4": images that match their sentence less are left out.
     """
 

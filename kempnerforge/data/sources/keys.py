@@ -1,7 +1,8 @@
 """Which keys of a row are read, and what is said of the others: data keys are as strict as config keys.
 
-A source says what it knows as a table of tables (``Keys``); a key that is not in it, on any level, is an error that names the nearest one.
-``data.ignore_columns`` has patterns of other keys that may be there; by its own name it takes out a known one, too.
+A source says what it knows as a table of tables (``Keys``); a key that is not in it, on any level, is an
+error that names the nearest one. ``data.ignore_columns`` has patterns of other keys that may be there; by its
+own name it takes out a known one, too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ SHOWN, KEYS_KEPT = 4, 4096
 Keys = Mapping[str, "Keys | None"]
 """Known keys; below None nothing is looked at. A list is known by its entries."""
 NULL: Keys = {}
-"""In the place of known keys: a key that may be there as null, as in exports that write every key of every entry."""
+"""In the place of known keys: a key that may be there as null, as in exports that write every key of every
+entry.
+"""
 PART: Keys = {
     **dict.fromkeys(("type", "text", "image", "path", "url", "index")),
     "image_url": {"url": None, "detail": None},
@@ -54,7 +57,7 @@ class Ignoring:
     """``data.ignore_columns``: patterns as of fnmatch, over the path of a key ("texts.note").
 
     Attributes:
-        used: those of the patterns that a key was seen for.
+        used: patterns that a key was found for.
     """
 
     patterns: tuple[str, ...] = ()
@@ -76,15 +79,16 @@ class Ignoring:
         return key in self.patterns
 
 
-def unread(value: Any, known: Keys, ignored: Ignoring, above: str = "", schema: bool = False) -> Iterator[str]:
-    """What is wrong with each key in ``value`` that is neither known nor ignored. A key without a value is one, too.
+def unknown_keys(value: Any, known: Keys, ignored: Ignoring, above: str = "", schema: bool = False) -> Iterator[str]:
+    """What is wrong with each key in ``value`` that is neither known nor ignored. A key without a value is
+    one, too.
 
     Args:
         schema: ``value`` is no row, but shows all keys that rows may have.
     """
     if isinstance(value, list):
         for entry in value:
-            yield from unread(entry, known, ignored, above, schema)
+            yield from unknown_keys(entry, known, ignored, above, schema)
     if not isinstance(value, Mapping):
         return
     for key in value:
@@ -100,7 +104,7 @@ def unread(value: Any, known: Keys, ignored: Ignoring, above: str = "", schema: 
         below = known[key]
         is_no_list = below is PART and isinstance(value[key], Mapping)  # an object in the place of a text: a bad value, not bad keys
         if below is not None and below is not NULL and not is_no_list:
-            yield from unread(value[key], below, ignored, f"{name}.", schema)
+            yield from unknown_keys(value[key], below, ignored, f"{name}.", schema)
 
 
 def _hint(key: str, known: Collection[str]) -> str:
@@ -131,7 +135,9 @@ def refuse(where: str, problems: Collection[str]) -> None:
 
 
 def refuse_unused(ignoring: Iterable[Ignoring]) -> None:
-    """Raises InputError if ``data.ignore_columns`` has a pattern for which no key was seen, in any of the data that it holds for."""
+    """Raises InputError if ``data.ignore_columns`` has a pattern for which no key was seen, in any of the
+    data that it holds for.
+    """
     for patterns, group in groupby(sorted(ignoring, key=lambda one: one.patterns), key=lambda one: one.patterns):
         used = set().union(*(one.used for one in group))
         if unused := [pattern for pattern in patterns if pattern not in used]:

@@ -1,4 +1,6 @@
-"""A mixture: several sources, each with templates of its own, drawn from by weight. Weights may change with the steps of a stage."""
+"""A mixture: several sources, each with templates of its own, drawn from by weight. Weights may change with
+the steps of a stage.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ class PhaseConfig:
     """One ``[[data.phases]]`` table.
 
     Attributes:
-        start_step: optimizer step of the stage from which the weights hold. With ``batching = "pack"``, where a step takes as many samples as
-            fit, they hold from the first window of packs that begins at that step or after it.
+        start_step: optimizer step of the stage from which the weights hold. With ``batching = "pack"``, where
+            a step takes as many samples as fit, they hold from the first window of packs that begins at that
+            step or after it.
         weights: of the parts, in their order.
     """
 
@@ -44,16 +47,18 @@ class PhaseConfig:
 @registry.register_data_config
 @dataclass
 class MixtureConfig(DataConfig):
-    """Several sources. Of every n samples in a row since the beginning of a phase, each part has its share of n up to less than one sample;
-    shares are weights over their sum, exact for short decimals (.5, .3, .2) and else rounded to about one in 250,000. A part that is used up
-    begins again, shuffled anew; a change of phase restarts none. Held out are the held-out samples of all parts that have any.
+    """Several sources. Of every n samples in a row since the beginning of a phase, each part has its share of
+    n up to less than one sample; shares are weights over their sum, exact for short decimals (.5, .3, .2) and
+    else rounded to about one in 250,000. A part that is used up begins again, shuffled anew; a change of
+    phase restarts none. Held out are the held-out samples of all parts that have any.
 
     Attributes:
-        parts: ``[[data.parts]]``, each a section as ``[data]`` of its own source would be, without the keys that hold for the whole job:
-            these are in ``[data]``, templates and all else in the parts.
+        parts: ``[[data.parts]]``, each a section as ``[data]`` of its own source would be, without the keys
+            that hold for the whole job: these are in ``[data]``, templates and all else in the parts.
         weights: of the parts; 0 leaves one out. Empty: by size.
-        temperature: of weights by size, size ** (1 / temperature): 1 keeps the sizes, large values make all alike (Raffel et al. 2020, "T5",
-            section 3.5.2; Xue et al. 2021, "mT5", whose exponent alpha this is the inverse of).
+        temperature: of weights by size, size ** (1 / temperature): 1 keeps the sizes, large values make all
+            alike (Raffel et al. 2020, "T5", section 3.5.2; Xue et al. 2021, "mT5", whose exponent alpha this
+            is the inverse of).
         phases: other weights from later steps on; steps must increase.
     """
 
@@ -78,9 +83,9 @@ class MixtureConfig(DataConfig):
         super().__post_init__()
         if not self.parts:
             raise InputError("parts = []: a mixture needs at least one [[data.parts]] table")
-        own = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
+        allowed = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
         for key in not_default(self):
-            if key not in own:
+            if key not in allowed:
                 raise UnreadError(key, f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
         for index, part in enumerate(self.parts):
             self._check_part(index, part)
@@ -126,6 +131,19 @@ class MixturePart(NamedTuple):
     characters: int = 1
 
 
+class Located(NamedTuple):
+    """Where a sample of a mixture is.
+
+    Attributes:
+        index: of the sample in the source of ``part``.
+        offset: number of the first sample of ``part`` in the mixture.
+    """
+
+    part: MixturePart
+    index: int
+    offset: int
+
+
 @registry.register_source(MIXTURE)
 class Mixture(Source):
     """The samples of all parts, numbered one part after the other."""
@@ -167,38 +185,38 @@ class Mixture(Source):
             weights = [(size / max(sizes)) ** (1 / self.cfg.temperature) for size in sizes]
         phases = [(0, weights), *((phase.start_step, pick(phase.weights)) for phase in self.cfg.phases)]
         seeds = (int(np.random.default_rng((seed, 2, part.number)).integers(2**32)) for part in self._parts)  # alike parts: other orders
-        return Mixed([part.source.order(own) for part, own in zip(self._parts, seeds, strict=True)], self._offsets[:-1], phases)
+        return Mixed([part.source.order(part_seed) for part, part_seed in zip(self._parts, seeds, strict=True)], self._offsets[:-1], phases)
 
     def __len__(self) -> int:
         return self._offsets[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        part, own, _ = self._find(index)
+        at = self._find(index)
         try:
-            return replace(part.source[own], part=part.number)
+            return replace(at.part.source[at.index], part=at.part.number)
         except SampleError as error:
-            raise SampleError(f"parts[{part.number}]: {error}") from None
+            raise SampleError(f"parts[{at.part.number}]: {error}") from None
 
     def length(self, index: int) -> int:
-        part, own, _ = self._find(index)
-        return part.source.length(own) * part.characters
+        at = self._find(index)
+        return at.part.source.length(at.index) * at.part.characters
 
     def num_images(self, index: int) -> int:
-        part, own, _ = self._find(index)
-        return part.source.num_images(own)
+        at = self._find(index)
+        return at.part.source.num_images(at.index)
 
     def part(self, index: int) -> int:
-        return self._find(index)[0].number
+        return self._find(index).part.number
 
     def asks(self, index: int) -> bool:
-        part, own, _ = self._find(index)
-        return part.source.asks(own)
+        at = self._find(index)
+        return at.part.source.asks(at.index)
 
     def peers(self, index: int) -> range:
         """Of the same part, so that bad samples change no shares."""
-        part, own, offset = self._find(index)
-        peers = part.source.peers(own)
-        return range(offset + peers.start, offset + peers.stop)
+        at = self._find(index)
+        peers = at.part.source.peers(at.index)
+        return range(at.offset + peers.start, at.offset + peers.stop)
 
     def fingerprint(self) -> str:
         return digest(*(part.source.fingerprint() for part in self._parts))
@@ -212,11 +230,10 @@ class Mixture(Source):
     def corpus(self) -> Iterator[str]:
         return chain.from_iterable(part.source.corpus() for part in self._parts)
 
-    def _find(self, index: int) -> tuple[MixturePart, int, int]:
-        """The part of a sample, its number there, and the part's first number here."""
+    def _find(self, index: int) -> Located:
         position = bisect_right(self._offsets, range(len(self))[index]) - 1
         offset = self._offsets[position]
-        return self._parts[position], range(len(self))[index] - offset, offset
+        return Located(self._parts[position], range(len(self))[index] - offset, offset)
 
 
 def _build(number: int, cfg: DataConfig, split: str) -> Source | None:

@@ -21,7 +21,8 @@ MIN_BASE64, MAX_BASE64 = 64, 64 * 2**20
 
 
 def images_of(value: Any, column: str, root: str, follow_links: bool) -> tuple[ImageSource, ...]:
-    """The images that a row's ``value`` names: a path, bytes, base64, an undecoded image of `datasets`, a list of these, or None.
+    """The images that a row's ``value`` names: a path, bytes, base64, an undecoded image of `datasets`, a
+    list of these, or None.
 
     Raises:
         SampleError: it names none, or one outside ``root``; or an entry of a list is null.
@@ -45,7 +46,9 @@ def images_of(value: Any, column: str, root: str, follow_links: bool) -> tuple[I
 
 
 def from_base64(value: str) -> bytes | None:
-    """The image in ``value``, a ``data:`` URL or bare base64; None: it is neither. Raises SampleError: too long, or not base64."""
+    """The image in ``value``, a ``data:`` URL or bare base64; None: it is neither. Raises SampleError: too
+    long, or not base64.
+    """
     url = DATA_URL.match(value)
     if url is None and value[:5].lower() == "data:":
         raise SampleError(f"image {show(value)}: not a data: URL of an image")
@@ -62,7 +65,8 @@ def from_base64(value: str) -> bytes | None:
 
 
 def resolve_image(value: str, root: str, follow_links: bool = False) -> Path:
-    """The file that a row means by ``value``. Rows come from anywhere, so they may name files below ``root`` only.
+    """The file that a row means by ``value``. Rows come from anywhere, so they may name files below ``root``
+    only.
 
     Args:
         value: a path, relative to ``root`` or absolute below it.
@@ -70,7 +74,8 @@ def resolve_image(value: str, root: str, follow_links: bool = False) -> Path:
         follow_links: links may lead out of ``root``; paths still may not.
 
     Raises:
-        SampleError: the path leaves ``root`` (also through a link), or is a URL, which would be fetched from wherever it says.
+        SampleError: the path leaves ``root`` (also through a link), or is a URL, which would be fetched from
+            wherever it says.
     """
     if not value or "\0" in value:
         raise SampleError(f"image path {show(value)}: empty or with a NUL character")

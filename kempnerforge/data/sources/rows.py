@@ -1,7 +1,8 @@
-"""Rows of files, by number: JSON lines, JSON lists, CSV and TSV. Only where each row stands is kept in memory.
+"""Rows of files, by number: JSON lines, JSON lists, CSV and TSV. Only the position of each row is kept in
+memory.
 
-A row that cannot be parsed is a row nevertheless, and an error when it is asked for, so that it is skipped, counted and listed like any
-other sample that cannot be used. A file that has too many of them is refused.
+A row that cannot be parsed is a row nevertheless, and an error when it is asked for, so that it is skipped,
+counted and listed like any other sample that cannot be used. A file that has too many of them is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from kempnerforge.data.fingerprint import file_fingerprint
 from kempnerforge.data.sample import SampleError
@@ -34,12 +35,25 @@ Measure = Callable[[Mapping[str, Any]], tuple[int, int]]
 """Of a row: characters of its texts, and images. Must take whatever a row may hold."""
 Problems = Callable[[Mapping[str, Any]], Iterable[str]]
 """What is wrong with the keys of a row."""
-Found = tuple[int, int, int, "dict[str, Any] | ValueError"]
-"""Begin and length in bytes, number of the line or entry, and the row."""
+
+
+class ScannedRow(NamedTuple):
+    """A row as it was found in a file.
+
+    Attributes:
+        begin, size: in bytes.
+        number: of the line, the entry or the row, from 1, for messages.
+        values: by column, or why the row cannot be parsed.
+    """
+
+    begin: int
+    size: int
+    number: int
+    values: dict[str, Any] | ValueError
 
 
 class Judge(Protocol):
-    """Who knows the keys of rows: their source."""
+    """Knows which keys rows may have: a source."""
 
     def judge_schema(self, example: Mapping[str, Any], where: str) -> None: ...
 
@@ -64,7 +78,7 @@ class Rows(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where a row stands, for messages."""
+        """The place of a row, for messages."""
 
     @abstractmethod
     def length(self, index: int) -> int:
@@ -81,7 +95,9 @@ class Rows(ABC):
         """Raises ValueError if a key is wrong, as ``source`` knows it."""
 
     def require(self, columns: Sequence[str], advice: str) -> None:
-        """Raises ValueError, with ``advice``, if more rows than may be bad have none of ``columns``, where rows can be without a column."""
+        """Raises ValueError, with ``advice``, if more rows than may be bad have none of ``columns``, where
+        rows can be without a column.
+        """
         return
 
 
@@ -110,17 +126,17 @@ class IndexedRows(Rows):
         wrong: dict[str, list[int]] = {}
         try:
             with open(path, "rb") as file:
-                for *place, row in self._scan(file):
-                    measured = (0, 0) if isinstance(row, ValueError) else measure(row)
-                    for column, value in zip(kept, (*place, *measured), strict=True):
+                for begin, size, number, values in self._scan(file):
+                    measured = (0, 0) if isinstance(values, ValueError) else measure(values)
+                    for column, value in zip(kept, (begin, size, number, *measured), strict=True):
                         column.append(value)
-                    if isinstance(row, ValueError):
-                        bad.append(f"{self.unit} {place[2]}: {row}" if len(bad) < SHOWN_ROWS else "")
+                    if isinstance(values, ValueError):
+                        bad.append(f"{self.unit} {number}: {values}" if len(bad) < SHOWN_ROWS else "")
                     else:
-                        self.counts.update(row.keys())
-                        for problem in dict.fromkeys(problems(row)):
-                            seen = wrong.setdefault(problem, [place[2], 0])
-                            seen[1] += 1
+                        self.counts.update(values.keys())
+                        for problem in dict.fromkeys(problems(values)):
+                            first_and_count = wrong.setdefault(problem, [number, 0])
+                            first_and_count[1] += 1
         except OSError as error:
             raise InputError(f"data.{key} = {path!r}: {error.strerror or error}{start_of(path)}") from None
         self.columns = set(self.counts)
@@ -141,7 +157,7 @@ class IndexedRows(Rows):
             raise InputError(f"{self.path}: {lacking} of {len(self)} rows have no column {names}; {advice}")
 
     @abstractmethod
-    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+    def _scan(self, file: BinaryIO) -> Iterator[ScannedRow]:
         """All rows of ``file``."""
 
     def _parse(self, content: bytes) -> dict[str, Any]:
@@ -175,7 +191,7 @@ class IndexedRows(Rows):
 class JsonLines(IndexedRows):
     """One JSON object a line; blank lines are left out."""
 
-    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+    def _scan(self, file: BinaryIO) -> Iterator[ScannedRow]:
         refuse_array(self.path)
         end = 0
         for number, line in enumerate(iter(lambda: file.readline(reading.MAX_JSON + 1), b""), 1):
@@ -183,38 +199,42 @@ class JsonLines(IndexedRows):
                 raise InputError(f"{self.path}: line {number} has more than {reading.MAX_JSON:,} bytes")
             begin, end = end, end + len(line)
             if line.removeprefix(BOM if number == 1 else b"").strip():
-                yield begin, len(line), number, _attempt(parse_line, line)
+                yield ScannedRow(begin, len(line), number, _attempt(parse_line, line))
 
 
 class JsonList(IndexedRows):
-    """A file that is one JSON list of objects. It is looked through for where each begins and ends; no more than one is in memory."""
+    """A file that is one JSON list of objects. It is looked through for where each begins and ends; no more
+    than one is in memory.
+    """
 
     unit, units = "entry", "entries"
     _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
-    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+    def _scan(self, file: BinaryIO) -> Iterator[ScannedRow]:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            depth, begin, number, behind = 0, 0, 0, 0
+            depth, begin, number, end = 0, 0, 0, 0
             for match in self._TOKEN.finditer(content):
                 token = match[0]
                 depth += (token in b"[{") - (token in b"]}")
                 opens, closes = depth == 2 and token in b"[{", depth == 1 and token in b"]}"
                 if closes:
                     number += 1
-                    behind = match.end()
-                    yield begin, behind - begin, number, _attempt(parse_line, content[begin : min(behind, begin + reading.MAX_JSON + 1)])
+                    end = match.end()
+                    row = content[begin : min(end, begin + reading.MAX_JSON + 1)]
+                    yield ScannedRow(begin, end - begin, number, _attempt(parse_line, row))
                 elif depth <= 1 or opens:  # on the level of the list there are objects and commas, and nothing else
-                    if not (opens or token in b"[]") or content[behind : match.start()].strip(BOM + b", \t\r\n"):
+                    if not (opens or token in b"[]") or content[end : match.start()].strip(BOM + b", \t\r\n"):
                         raise InputError(f"{self.path}: entry {number + 1} is not an object")
-                    begin, behind = match.start(), match.end() if depth <= 1 else behind
+                    begin, end = match.start(), match.end() if depth <= 1 else end
                 if depth <= 0:
                     break
-            if depth or content[behind:].strip():
+            if depth or content[end:].strip():
                 raise InputError(f"{self.path}: not a JSON list: it {'is broken off' if depth else 'goes on'} after entry {number}")
 
 
 class CsvRows(IndexedRows):
-    """Comma- or tab-separated values with a line of column names. A field may be quoted, and then hold line breaks.
+    """Comma- or tab-separated values with a line of column names. A field may be quoted, and then hold line
+    breaks.
 
     Args:
         quotes: False: a quote is a character like any other.
@@ -228,7 +248,7 @@ class CsvRows(IndexedRows):
         self._style["quoting"] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         super().__init__(path, key, measure, *args)
 
-    def _scan(self, file: BinaryIO) -> Iterator[Found]:
+    def _scan(self, file: BinaryIO) -> Iterator[ScannedRow]:
         end, open_at = 0, 0
 
         def lines() -> Iterator[str]:
@@ -250,12 +270,12 @@ class CsvRows(IndexedRows):
             except csv.Error as error:
                 if "unexpected end" in str(error):
                     raise InputError(f"{self.path}: row {number}: a quote that is never closed") from None
-                yield open_at, end - open_at, number, ValueError(f"not CSV: {error}")
+                yield ScannedRow(open_at, end - open_at, number, ValueError(f"not CSV: {error}"))
                 continue
             if values is None:
                 return
             if values:
-                yield open_at, end - open_at, number, _attempt(self._row, values)
+                yield ScannedRow(open_at, end - open_at, number, _attempt(self._row, values))
 
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
         csv.field_size_limit(FIELD_BYTES)  # of the whole process, which may be a fresh one
@@ -302,7 +322,9 @@ class WrittenNumber(float):
 
 
 def parse_row(text: str) -> Any:
-    """The value in ``text``, whose numbers know how they are written. Raises ValueError: not JSON, or an object has a key twice."""
+    """The value in ``text``, whose numbers know how they are written. Raises ValueError: not JSON, or an
+    object has a key twice.
+    """
     return reading.parse_json(
         text, "", parse_float=WrittenNumber.parse, parse_constant=WrittenNumber.parse, object_pairs_hook=_no_key_twice
     )

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 from kempnerforge.config.data import DataConfig, FileConfig, Splits, TableConfig
-from kempnerforge.data.sample import ImageSource, Sample, SampleError, Taken, Text
+from kempnerforge.data.sample import ConvertedText, ImageSource, Sample, SampleError, Text
 from kempnerforge.data.source import Source
 from kempnerforge.data.sources.keys import (
     ANSWER,
@@ -25,16 +25,16 @@ from kempnerforge.data.sources.keys import (
     Keys,
     filled_keys,
     refuse,
-    unread,
+    unknown_keys,
 )
 from kempnerforge.data.sources.pictures import count_images, images_of
+from kempnerforge.data.sources.row_text import Content, as_text, images_of_row, make_text, nested_size, read_content
 from kempnerforge.data.sources.rows import Rows
-from kempnerforge.data.sources.said import as_text, make_text, nested_size, said, shown
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.util.reading import regular
 
-LOOKED_AT = 64
-"""Rows whose keys are judged at the start, where not all of them are read there."""
+JUDGED_ROWS = 64
+"""Rows whose keys are judged at the start, where not all rows are read then."""
 COLUMNS_SHOWN = 20
 ADVICE = {"image_column": "write null for a row without images", "prompt_column": 'write "" for a row without a prompt'}
 """For rows that have no such column."""
@@ -43,7 +43,8 @@ ENTRY: Keys = {**dict.fromkeys(PROMPTS, PART), **dict.fromkeys(ANSWERS, ANSWER)}
 
 
 class FileSource(Source):
-    """A source whose samples are rows, of a file or something like it. Subclasses give ``row``, ``known`` and what a row means.
+    """A source whose samples are rows, of a file or something like it. Subclasses give ``row``, ``known`` and
+    what a row means.
 
     Attributes:
         known: the keys that are read, or belong to the format.
@@ -71,7 +72,9 @@ class FileSource(Source):
 
     @property
     def split_name(self) -> str:
-        """The split to read, of a dataset that has some. Raises ValueError: training and held-out rows would be the same."""
+        """The split to read, of a dataset that has some. Raises ValueError: training and held-out rows would
+        be the same.
+        """
         if not isinstance(self.cfg, Splits):
             return ""
         asked = self.cfg.eval_split if self.split == "test" else ""
@@ -99,12 +102,12 @@ class FileSource(Source):
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
         """What is wrong with the keys of ``row``."""
-        return unread(row, self.known, self.ignored)
+        return unknown_keys(row, self.known, self.ignored)
 
     def judge_keys(self, row: Callable[[int], Mapping[str, Any]], count: int) -> None:
         """Raises InputError if the keys of one of the first rows, of ``count``, are wrong."""
         found: dict[str, None] = {}
-        for index in range(min(count, LOOKED_AT)):
+        for index in range(min(count, JUDGED_ROWS)):
             try:
                 found.update(dict.fromkeys(self.problems(row(index))))
             except SampleError:
@@ -113,7 +116,7 @@ class FileSource(Source):
 
     def judge_schema(self, example: Mapping[str, Any], where: str) -> None:
         """Raises InputError if a key of rows like ``example`` is read by nothing; ``where`` is the file."""
-        refuse(where, dict.fromkeys(unread(example, self.known, self.ignored, schema=True)))
+        refuse(where, dict.fromkeys(unknown_keys(example, self.known, self.ignored, schema=True)))
 
     def __getitem__(self, index: int) -> Sample:
         name = self.row_id(index)
@@ -127,15 +130,17 @@ class FileSource(Source):
             raise SampleError(f"{name}: {error}") from None
 
     def images_of(self, value: Any, column: str) -> tuple[ImageSource, ...]:
-        """The images that a row's ``value`` names; raises SampleError: it names none, or one outside the data root."""
+        """The images that a row's ``value`` names; raises SampleError: it names none, or one outside the data
+        root.
+        """
         return images_of(value, column, self.root, self.cfg.follow_links)
 
     def ignoring(self) -> Iterator[Ignoring]:
         yield self.ignored
 
-    def said(self, value: Any, where: str) -> tuple[Any, tuple[ImageSource | int, ...]]:
-        """As the function, with the images of this source."""
-        return said(value, where, self.cfg.image_placeholder, lambda image: self.images_of(image, where))
+    def content(self, value: Any, where: str) -> Content:
+        """As ``read_content``, with the images of this source."""
+        return read_content(value, where, self.cfg.image_placeholder, lambda image: self.images_of(image, where))
 
     def images_in(self, row: Mapping[str, Any], names: Sequence[str] = IMAGES) -> tuple[ImageSource, ...]:
         """The images of the one of the columns ``names`` that has any; raises SampleError: two have."""
@@ -198,8 +203,8 @@ class TableSource(FileSource):
         return [*self.text_columns, *self.image_columns, ID]
 
     def sample(self, name: str, row: Mapping[str, Any]) -> Sample:
-        texts, own = self._texts_of(row)
-        return Sample(name, shown(self._images(row), own, " or ".join(map(repr, self.image_columns))), texts)
+        texts, inside = self._texts_of(row)
+        return Sample(name, images_of_row(self._images(row), inside, " or ".join(map(repr, self.image_columns))), texts)
 
     def _images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
         if self.image_columns and not any(column in row for column in self.image_columns):
@@ -212,7 +217,7 @@ class TableSource(FileSource):
         return characters, sum(count_images(row.get(column)) for column in self.image_columns)
 
     def problems(self, row: Mapping[str, Any]) -> Iterator[str]:
-        return chain(unread(row, self.known, self.ignored), self._conflicts(row))
+        return chain(unknown_keys(row, self.known, self.ignored), self._conflicts(row))
 
     def _conflicts(self, row: Mapping[str, Any]) -> Iterator[str]:
         texts = filled_keys(row, self._texts, self.ignored)
@@ -225,8 +230,10 @@ class TableSource(FileSource):
             if isinstance(entry, dict):
                 yield from conflicts(entry, PROMPTS, ANSWERS, self.ignored, f"{texts[0]}.")
 
-    def require_columns(self, where: str, there: Collection[str], rows: Rows | None = None) -> None:
-        """Raises ValueError if there are no columns for what the config needs, or too many ``rows`` lack them; ``where`` is the file."""
+    def require_columns(self, where: str, columns: Collection[str], rows: Rows | None = None) -> None:
+        """Raises ValueError if there are no columns for what the config needs, or too many ``rows`` lack
+        them; ``where`` is the file.
+        """
         cfg = self.cfg
         wanted = [(self.image_columns, "image_column")]
         if cfg.texts_column:
@@ -234,11 +241,11 @@ class TableSource(FileSource):
         else:
             wanted += [(self._answers + ([] if cfg.answer_column else self._texts), "answer_column")]
             wanted += [(self._prompts, "prompt_column")] if cfg.prompt_column else []
-        needed = {" or ".join(map(repr, names)): f"data.{key}" for names, key in wanted if names and not set(names) & set(there)}
+        needed = {" or ".join(map(repr, names)): f"data.{key}" for names, key in wanted if names and not set(names) & set(columns)}
         if needed:
-            raise missing_columns(where, needed, there)
-        self._prompted = bool(cfg.prompt_column) or any(name in there for name in self._prompts)
-        wanted += [(self._prompts, "prompt_column")] if self._prompted and not set(self._texts) & set(there) else []
+            raise missing_columns(where, needed, columns)
+        self._prompted = bool(cfg.prompt_column) or any(name in columns for name in self._prompts)
+        wanted += [(self._prompts, "prompt_column")] if self._prompted and not set(self._texts) & set(columns) else []
         if rows is not None:
             for names, key in wanted:
                 if names:
@@ -250,7 +257,7 @@ class TableSource(FileSource):
         return self._texts_of(row)[0]
 
     def _texts_of(self, row: Mapping[str, Any]) -> tuple[tuple[Text, ...], tuple[ImageSource | int, ...]]:
-        """The texts of a row, and the images that they bring themselves."""
+        """The texts of a row, and the images in their content lists."""
         column = self.cfg.texts_column or next(iter(filled_keys(row, self._texts, self.ignored)), "")
         if not column:
             text, images = self._text(row, self._prompts, self._answers, "", self._prompted)
@@ -267,12 +274,14 @@ class TableSource(FileSource):
     def _text(
         self, row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[str], above: str, prompted: bool
     ) -> tuple[Text, tuple[ImageSource | int, ...]]:
-        """The text of a row, or of an entry of ``texts``, and its images. ``prompted``: it must have a prompt."""
+        """The text of a row, or of an entry of ``texts``, and its images. ``prompted``: it must have a
+        prompt.
+        """
         asked, images = self._prompt(row, prompts, above, prompted)
         answer = next(iter(filled_keys(row, answers, self.ignored, above)), None)
         if answer is None:
             raise SampleError(_lacking(row, answers, above))
-        value, pictures = self.said(row[answer], f"column {above + answer!r}")
+        value, pictures = self.content(row[answer], f"column {above + answer!r}")
         text = make_text(asked, value, above + prompts[0] if prompts else "", above + answer)
         if pictures and text.listed:
             raise SampleError(f"column {above + answer!r}: several answers beside images in them")
@@ -283,8 +292,8 @@ class TableSource(FileSource):
         if not found and needed:
             raise SampleError(_lacking(row, names, above))
         if not found:
-            return (Taken("", "null") if any(name in row for name in names) else ""), ()
-        pieces = [self.said(row[name], f"column {above + name!r}") for name in found]
+            return (ConvertedText("", "null") if any(name in row for name in names) else ""), ()
+        pieces = [self.content(row[name], f"column {above + name!r}") for name in found]
         texts = [as_text(value, f"column {above + name!r}") for name, (value, _) in zip(found, pieces, strict=True)]
         written = texts[0] if len(texts) == 1 else "\n".join(filter(None, texts))
         return written, tuple(chain.from_iterable(images for _, images in pieces))
@@ -299,19 +308,23 @@ def conflicts(row: Mapping[str, Any], prompts: Sequence[str], answers: Sequence[
             yield f"{shown} could each be the {what}; name one in data.{what}_column, or list the others in data.ignore_columns"
 
 
-def missing_columns(where: str, needed: Mapping[str, str], there: Collection[str]) -> InputError:
-    """The error that columns (as shown, with the key that needs each) are not ``there``; ``where`` is the file."""
-    shown = ", ".join(cut(str(name)) for name in sorted(there)[:COLUMNS_SHOWN]) or "none"
-    hint = next((f"; {HINTS[name]}" for name in sorted(there) if name in HINTS), "")
+def missing_columns(where: str, needed: Mapping[str, str], columns: Collection[str]) -> InputError:
+    """The error that columns (as shown, with the key that needs each) are not among ``columns``; ``where`` is
+    the file.
+    """
+    shown = ", ".join(cut(str(name)) for name in sorted(columns)[:COLUMNS_SHOWN]) or "none"
+    hint = next((f"; {HINTS[name]}" for name in sorted(columns) if name in HINTS), "")
     return InputError(
         f"{where}: no column {', '.join(f'{column} for {key}' for column, key in needed.items())}; columns: {cut(shown, 400)}{hint}"
     )
 
 
-def require_columns(where: str, there: Collection[str], needed: Mapping[str, str]) -> None:
-    """Raises ValueError if a column of ``needed`` (column -> the key that needs it) is not ``there``; ``where`` is the file."""
-    if missing := {repr(column): key for column, key in needed.items() if column not in there}:
-        raise missing_columns(where, missing, there)
+def require_columns(where: str, columns: Collection[str], needed: Mapping[str, str]) -> None:
+    """Raises ValueError if a column of ``needed`` (column -> the key that needs it) is not among ``columns``;
+    ``where`` is the file.
+    """
+    if missing := {repr(column): key for column, key in needed.items() if column not in columns}:
+        raise missing_columns(where, missing, columns)
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:

@@ -24,8 +24,8 @@ BLOCK_CHARACTERS = 2**16
 
 @registry.register_source("text")
 class TextSource(Source):
-    """A UTF-8 file. EOS is after its last token; window k holds tokens ``k * seq_len .. (k + 1) * seq_len`` inclusive, so that each
-    token but the first is predicted once. The last window may be shorter.
+    """A UTF-8 file. EOS is after its last token; window k holds tokens ``k * seq_len .. (k + 1) * seq_len``
+    inclusive, so that each token but the first is predicted once. The last window may be shorter.
 
     Before ``tokenised`` it serves as a corpus for a tokenizer, with its blocks as samples.
     """
@@ -101,7 +101,9 @@ class Windows(Source):
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """``text`` in pieces of about ``BLOCK_CHARACTERS``. They end at line ends that no white space follows: there no token reaches across."""
+    """``text`` in pieces of about ``BLOCK_CHARACTERS``. They end at line ends that no white space follows:
+    there no token reaches across.
+    """
     begin = 0
     while begin < len(text):
         end = begin + BLOCK_CHARACTERS

@@ -1,8 +1,10 @@
-"""WebDataset shards: tars in which ``0001.txt``, ``0001.json`` and ``0001.jpg`` make one sample; manifests as VLA Foundry writes them.
+"""WebDataset shards: tars in which ``0001.txt``, ``0001.json`` and ``0001.jpg`` make one sample; manifests as
+VLA Foundry writes them.
 
-A plain tar on a disk can be read from any place once its headers are known, so its samples are found by number as those of a table are: the order
-is random over all shards, the state is one integer, and a run goes on in the middle of a shard. The package ``webdataset`` is not needed for it:
-it reads shards as streams, front to back, through a shuffle buffer, and its place in a shard cannot be asked for.
+A plain tar on a disk can be read from any place once its headers are known, so its samples are found by
+number, as rows of a table are: the order is random over all shards, the state is one integer, and a run goes
+on in the middle of a shard. The package ``webdataset`` is not needed for it: it reads shards as streams,
+front to back, through a shuffle buffer, and its place in a shard cannot be asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from kempnerforge.config.data import TableConfig
 from kempnerforge.data.fingerprint import ends_checksum, file_fingerprint
 from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
-from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unread
+from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unknown_keys
 from kempnerforge.data.sources.rows import parse_row
 from kempnerforge.data.sources.table import ENTRY, TableSource
 from kempnerforge.util.digest import digest
@@ -41,14 +43,17 @@ NUMBERED = re.compile(r"(\d+)\.(.+)")
 @registry.register_data_config
 @dataclass
 class WebDatasetConfig(TableConfig):
-    """Tar shards. A column is the extension of a member ("txt"), or a field of a JSON member ("json.caption", "json.meta.title").
+    """Tar shards. A column is the extension of a member ("txt"), or a field of a JSON member ("json.caption",
+    "json.meta.title").
 
     Attributes:
-        path: a tar, a directory of tars, a pattern ("shards/*.tar", "shards/{000..127}.tar"), a manifest (".jsonl", one line ``{"shard":
-            "shard-0000", "num_sequences": 8}`` for each shard, with or without ".tar", below the manifest's directory), or several of them
-            joined by "::". A manifest says how many samples there are; else all headers are read at the start.
+        path: a tar, a directory of tars, a pattern ("shards/*.tar", "shards/{000..127}.tar"), a manifest
+            (".jsonl", one line ``{"shard": "shard-0000", "num_sequences": 8}`` for each shard, with or
+            without ".tar", below the manifest's directory), or several of them joined by "::". A manifest
+            says how many samples there are; else all headers are read at the start.
         eval_path: as ``path``, for what is held out.
-        image_column: extensions separated by ";", the first that is there counts. Several images of a sample are ``0001.0.jpg``, ``0001.1.jpg``.
+        image_column: extensions separated by ";", the first that is there counts. Several images of a sample
+            are ``0001.0.jpg``, ``0001.1.jpg``.
     """
 
     source: str = "webdataset"
@@ -72,11 +77,13 @@ class Listed(NamedTuple):
 class WebDataset(TableSource):
     """Samples of tar shards, shard by shard, in the order of their first members.
 
-    A shard that cannot be read, or has another number of samples than its manifest says, is refused at the start if it is the first one or in no
-    manifest; one that is read later makes each of its samples an unusable one.
+    A shard that cannot be read, or has another number of samples than its manifest says, is refused at the
+    start if it is the first one or in no manifest; one that is read later makes each of its samples an
+    unusable one.
 
     Raises:
-        ValueError: no shards; a manifest or a shard that cannot be read; no sample of the first shard has a configured member.
+        ValueError: no shards; a manifest or a shard that cannot be read; no sample of the first shard has a
+            configured member.
     """
 
     cfg: WebDatasetConfig
@@ -125,7 +132,7 @@ class WebDataset(TableSource):
         return self.images_of(row[self.cfg.image_column], self.cfg.image_column) if self.cfg.image_column else ()
 
     def _known_fields(self) -> Keys:
-        """The fields of JSON members: those of the columns, and those that tools write beside a text and an image."""
+        """The known fields of JSON members: the columns, and what tools write beside a text and an image."""
         known: dict[str, Any] = dict.fromkeys(("caption", *METADATA))  # the caption is that of the .txt member
         for column in (name for name in self.text_columns if name.startswith("json.")):
             *path, last = column.split(".")[1:]
@@ -140,9 +147,9 @@ class WebDataset(TableSource):
         assert isinstance(row, TarRow)
         images = image_extensions(self.cfg.image_column)
         read = {name for name in row.names() if name in self.text_columns or NUMBERED.sub(r"\2", name) in images}
-        yield from unread(dict.fromkeys(row.names() - read - {"json"}), dict.fromkeys(sorted(read)), self.ignored)
+        yield from unknown_keys(dict.fromkeys(row.names() - read - {"json"}), dict.fromkeys(sorted(read)), self.ignored)
         if "json" not in read and "json" in row.names() and not self.ignored("json"):
-            yield from unread(row.fields(), self._fields, self.ignored, "json.")
+            yield from unknown_keys(row.fields(), self._fields, self.ignored, "json.")
 
     def length(self, index: int) -> int:
         """Bytes of the members that hold the texts."""
@@ -165,7 +172,7 @@ class WebDataset(TableSource):
         """Bytes of texts and number of images; nothing for an unusable sample."""
         try:
             row = self.row(index)
-            return sum(row.member(column)[0].size for column in self.text_columns), len(row.images())
+            return sum(row.member(column).member.size for column in self.text_columns), len(row.images())
         except SampleError:
             return 0, 0
 
@@ -189,11 +196,24 @@ class WebDataset(TableSource):
 
     def _require_members(self, shard: Shard) -> None:
         """Raises ValueError if no sample of ``shard`` has the members of a configured column."""
-        there = set(shard.extensions)
-        there.update([column for column in self.text_columns if column.partition(".")[0] in there])
-        if {NUMBERED.sub(r"\2", extension) for extension in there}.intersection(image_extensions(self.cfg.image_column)):
-            there.add(self.cfg.image_column)
-        self.require_columns(shard.path, there)
+        columns = set(shard.extensions)
+        columns.update([column for column in self.text_columns if column.partition(".")[0] in columns])
+        if {NUMBERED.sub(r"\2", extension) for extension in columns}.intersection(image_extensions(self.cfg.image_column)):
+            columns.add(self.cfg.image_column)
+        self.require_columns(shard.path, columns)
+
+
+class TextMember(NamedTuple):
+    """The member of a text column.
+
+    Attributes:
+        extension: its name in the sample.
+        fields: path of the field of a JSON member; empty for all of the member.
+    """
+
+    member: Member
+    extension: str
+    fields: list[str]
 
 
 class TarRow(Mapping[str, Any]):
@@ -221,13 +241,13 @@ class TarRow(Mapping[str, Any]):
                     f"has no {' or '.join('.' + name for name in image_extensions(column))}; members: {_listed(self._members)}"
                 )
             return [self._read(name, MAX_IMAGE) for name in images]
-        _, name, fields = self.member(column)
+        name = (found := self.member(column)).extension
         content = self._read(name, MAX_TEXT)
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SampleError(f".{name} is not UTF-8 at byte {error.start}") from None
-        return _field(text, name, fields) if name.split(".")[-1] == "json" else text.strip("\r\n")
+        return _field(text, name, found.fields) if name.split(".")[-1] == "json" else text.strip("\r\n")
 
     def names(self) -> set[str]:
         """The extensions of all members."""
@@ -241,7 +261,9 @@ class TarRow(Mapping[str, Any]):
             return None
 
     def images(self) -> list[str]:
-        """The extensions of the images, in order. Raises SampleError: there are both numbered ones and one without a number."""
+        """The extensions of the images, in order. Raises SampleError: there are both numbered ones and one
+        without a number.
+        """
         wanted = image_extensions(self._image_column)
         whole = next((name for name in wanted if name in self._members), None)
         matches = [(match, name) for name in self._members if (match := NUMBERED.fullmatch(name)) and match[2] in wanted]
@@ -251,14 +273,14 @@ class TarRow(Mapping[str, Any]):
             raise SampleError(f"has .{whole} and .{min(numbered.values())}: either one image or numbered ones")
         return [whole] if whole else [name for _, name in sorted(numbered.items())]
 
-    def member(self, column: str) -> tuple[Member, str, list[str]]:
-        """The member of a text column, its extension, and the field in it. Raises SampleError: it is not there."""
+    def member(self, column: str) -> TextMember:
+        """The member of a text column. Raises SampleError: the sample has no such member."""
         if column in self._members:
-            return self._members[column], column, []
+            return TextMember(self._members[column], column, [])
         name, *fields = column.split(".")
         if name not in self._members or name != "json":
             raise SampleError(f"has no .{column if name != 'json' else name}; members: {_listed(self._members)}")
-        return self._members[name], name, fields
+        return TextMember(self._members[name], name, fields)
 
     def _read(self, name: str, limit: int) -> bytes:
         member = self._members[name]
@@ -285,7 +307,7 @@ def list_shards(path: str, key: str) -> Iterator[Listed]:
             yield from _globbed(os.path.join(glob.escape(part), "*.tar"), key, part)
         else:
             for pattern in expand_braces(part):
-                yield from _globbed(pattern, key, pattern) if glob.has_magic(pattern) else [_there(Listed(pattern, None), key)]
+                yield from _globbed(pattern, key, pattern) if glob.has_magic(pattern) else [_existing(Listed(pattern, None), key)]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -308,7 +330,7 @@ def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
     return (Listed(path, None) for path in found)
 
 
-def _there(shard: Listed, where: str) -> Listed:
+def _existing(shard: Listed, where: str) -> Listed:
     if not os.path.isfile(shard.path):
         raise InputError(f"{where}: no such shard: {shard.path}")
     return shard
@@ -336,7 +358,7 @@ def _manifest(path: str, key: str) -> Iterator[Listed]:
         if not name or "\0" in name or ":" in name or os.path.isabs(name) or ".." in name.split("/"):
             raise InputError(f"{where}: shard = {show(name)}: must be a path below the manifest's directory")
         full = os.path.join(os.path.dirname(path), name if name.endswith(".tar") else f"{name}.tar")
-        yield _there(Listed(full, samples), where)
+        yield _existing(Listed(full, samples), where)
 
 
 def _checked(listed: Listed) -> Shard:

@@ -1,7 +1,8 @@
-"""How the texts of a training say where their images stand, so that any question is asked in the same way.
+"""Where the training texts place their images, so that every question is asked in the same way.
 
-A prompt may place its images itself ("<image>\\nwhat is it?"). The question "what is it?" about an image means the same, so the model
-must read the same: what was seen of the data is kept with the run and used by every tool that asks. Placeholders in a question come first.
+A prompt may place its images itself ("<image>\\nwhat is it?"). The question "what is it?" about an image
+means the same, so the model must read the same: what was observed in the data is kept with the run and used
+by every tool that asks. Placeholders in a question take precedence.
 """
 
 from __future__ import annotations
@@ -10,21 +11,41 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.sample import Sample, SampleError, Text
 from kempnerforge.data.source import Source
 
 PLACES = ("front", "head", "tail")
-LOOKED_AT = 8
-"""Places of a source that are looked at, and samples at each: neighbours are cheap where rows are read from front to back."""
-Form = tuple[str, str | None, str]
-"""place, between, gap as in ``Asking``; ``between`` is None where a single image does not show it."""
+OBSERVED = 8
+"""Stretches of a source that are read, and samples in each: neighbours are cheap where rows are read from
+front to back.
+"""
+
+
+class ImageForm(NamedTuple):
+    """Where the images of a text are: ``place``, ``between`` and ``gap`` as in ``Asking``; ``between`` is
+    None where a single image does not show it.
+    """
+
+    place: str
+    between: str | None
+    gap: str
+
+    def __str__(self) -> str:
+        if self.place == "front":
+            return "images in front of everything"
+        joined = f", {self.between!r} between them" if self.between else ""
+        return f"images at the {self.place} of the prompt, {self.gap!r} {'after' if self.place == 'head' else 'before'} them{joined}"
+
+
+IN_FRONT = ImageForm("front", None, "")
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Where the images of a question stand that does not say it.
+    """Where the images go in a question that does not place them.
 
     Attributes:
         place: in "front" of the row, or at the "head" or the "tail" of the first prompt.
@@ -85,17 +106,18 @@ class ObservedLayouts:
     forms: Counter[str]
 
     def line(self, placeholder: str) -> str:
-        """What a person should know of it, or nothing: that images are in front goes without saying."""
-        place, between, gap = self.asking.place, self.asking.between, self.asking.gap
-        if len(self.forms) < 2 and place == "front":
+        """A line for the user; empty where all images are in front, which is the default."""
+        form = ImageForm(self.asking.place, self.asking.between, self.asking.gap)
+        if len(self.forms) < 2 and form.place == "front":
             return ""
         listed = ", ".join(f"{form} ({count} texts)" for form, count in self.forms.most_common(4))
         several = f"images are in different places: {listed}; " if len(self.forms) > 1 else ""
-        return f"{several}a question without {placeholder} is asked with {_in_words((place, between, gap))}"
+        return f"{several}a question without {placeholder} is asked with {form}"
 
 
 def observe(source: Source, cfg: DataConfig) -> ObservedLayouts:
-    """Looks at texts of ``source``: those of its first section, by whose template questions are asked.
+    """Where texts of ``source`` place their images: texts of its first section, whose template questions are
+    asked with.
 
     Args:
         cfg: that section.
@@ -104,22 +126,22 @@ def observe(source: Source, cfg: DataConfig) -> ObservedLayouts:
     texts = [(text, len(sample.images)) for sample in samples for text in sample.texts if text.turns]
     with_images = [(text, count) for text, count in texts if count]
     found = Counter(form for text, count in with_images if (form := form_of(text, count, cfg.image_placeholder)))
-    forms = Counter({_in_words(form): count for form, count in found.items()})
-    place, between, gap = _most_frequent(found)
+    forms = Counter({str(form): count for form, count in found.items()})
+    usual = _most_frequent(found)
     systems = Counter(text.system for text, _ in texts)
     system = systems.most_common(1)[0][0] if systems else ""
     counts = {count for _, count in with_images}
     together = counts.pop() if len(counts) == 1 else 0
-    return ObservedLayouts(Asking(place, between or "", gap, system, together if together > 1 else 0), forms)
+    return ObservedLayouts(Asking(usual.place, usual.between or "", usual.gap, system, together if together > 1 else 0), forms)
 
 
-def form_of(text: Text, images: int, placeholder: str) -> Form | None:
+def form_of(text: Text, images: int, placeholder: str) -> ImageForm | None:
     """The form of a text about ``images``; None for images elsewhere."""
     if text.leading is not None:
-        return ("head", "", "") if text.leading else ("front", None, "")
-    everything = "".join([text.system, *(part for turn in text.turns for part in turn)])
+        return ImageForm("head", "", "") if text.leading else IN_FRONT
+    everything = "".join([text.system, *text.strings])
     if placeholder not in everything:
-        return "front", None, ""
+        return IN_FRONT
     mark, prompt = re.escape(placeholder), text.prompt
     if everything.count(placeholder) != prompt.count(placeholder):
         return None
@@ -128,34 +150,26 @@ def form_of(text: Text, images: int, placeholder: str) -> Form | None:
         block, rest = (found[1], found[3]) if found and place == "head" else (found[3], found[1]) if found else ("", placeholder)
         if found and placeholder not in rest:
             between = set(block.split(placeholder)[1:-1])
-            return (place, between.pop() if between else None, found[2]) if len(between) < 2 else None
+            return ImageForm(place, between.pop() if between else None, found[2]) if len(between) < 2 else None
     return None
 
 
-def _most_frequent(found: Counter[Form]) -> Form:
+def _most_frequent(found: Counter[ImageForm]) -> ImageForm:
     """The form of most texts; what is between images from those that have several."""
     if not found:
-        return "front", None, ""
+        return IN_FRONT
     joined: Counter[tuple[str, str]] = Counter()
     for (place, _, gap), count in found.items():
         joined[place, gap] += count
     place, gap = joined.most_common(1)[0][0]
     betweens = Counter({between: count for (p, between, g), count in found.items() if (p, g) == (place, gap) and between is not None})
-    return place, betweens.most_common(1)[0][0] if betweens else None, gap
-
-
-def _in_words(form: Form) -> str:
-    place, between, gap = form
-    if place == "front":
-        return "images in front of everything"
-    joined = f", {between!r} between them" if between else ""
-    return f"images at the {place} of the prompt, {gap!r} {'after' if place == 'head' else 'before'} them{joined}"
+    return ImageForm(place, betweens.most_common(1)[0][0] if betweens else None, gap)
 
 
 def _some(source: Source) -> Iterator[Sample]:
     size = len(source)
-    begins = sorted({k * max(0, size - LOOKED_AT) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
-    indices: Iterable[int] = dict.fromkeys(index for begin in begins for index in range(begin, min(size, begin + LOOKED_AT)))
+    begins = sorted({k * max(0, size - OBSERVED) // (OBSERVED - 1) for k in range(OBSERVED)})
+    indices: Iterable[int] = dict.fromkeys(index for begin in begins for index in range(begin, min(size, begin + OBSERVED)))
     for index in indices:
         try:
             yield source[index]

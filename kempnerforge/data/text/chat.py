@@ -1,11 +1,13 @@
 """``data.template = "chat"``: the tokenizer's own chat template, taken apart.
 
-The template is rendered (in a process of its own, within limits) with a marker in place of each message. Between the markers lies what the template
-itself writes; a message never passes through it, so nothing in a message can be taken for the template's writing. The rendering is split at
-the markers, and the same split serves all conversations of as many turns.
+The template is rendered (in a process of its own, within limits) with a marker in place of each message.
+Between the markers lies what the template itself writes; a message never passes through it, so nothing in a
+message can be taken for the template's writing. The rendering is split at the markers, and the same split
+serves all conversations of as many turns.
 
-An answer is trained after what it is asked with. Where a template writes earlier answers in another way than the last (Qwen3 puts an empty think
-block in front of the last), one row cannot hold that for all turns, and each is trained in a row of its own.
+An answer is trained after what it is asked with. Where a template writes earlier answers in another way than
+the last (Qwen3 puts an empty think block in front of the last), one row cannot hold that for all turns, and
+each is trained in a row of its own.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.errors import InputError
 
 PROBED = 3
-"""Turns of the conversations that tell whether a template writes all answers alike; longer ones are compared when they come."""
+"""Turns of the conversations that tell whether a template writes all answers alike; longer ones are compared
+when they come.
+"""
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 PAD = "\u2003"
 """White space around a marker: a template that trims messages takes it away."""
 MARKER = re.compile(f"({PAD}?)\ue000([0-9]+)\ue001({PAD}?)")
 DATE = "26 Jul 2024"
-"""For templates that write the date (Llama 3 and later, whose default it is): today's would change the data from day to day."""
+"""For templates that write the date (Llama 3 and later, whose default it is): today's would change the data
+from day to day.
+"""
 
 
 class Slot(NamedTuple):
-    """Where a message stands.
+    """The place of a message in a rendered conversation.
 
     Attributes:
         field: "system", "prompt" or "answer".
@@ -53,16 +59,17 @@ class Slot(NamedTuple):
 class ChatTemplate(Template):
     """The chat template of a tokenizer.
 
-    What is trained: each answer, what the template writes in front of it beyond its own generation prompt if that is white space alone, and
-    the end of turn after it: the special token that follows the last answer, with nothing but white space between. A template that writes
-    none is given EOS, after the last answer.
+    What is trained: each answer, what the template writes in front of it beyond its own generation prompt if
+    that is white space alone, and the end of turn after it: the special token that follows the last answer,
+    with nothing but white space between. A template that writes none is given EOS, after the last answer.
 
     Args:
-        cfg: what the template thinks of its system prompt is known at once.
+        cfg: a template that does not take its system prompt is refused at once.
 
     Attributes:
         listed: the template takes a message as a list of parts.
-        extra: what is before an answer beyond what the template writes when it asks for one; neither is trained.
+        extra: what is before an answer beyond what the template writes when it asks for one; neither is
+            trained.
 
     Raises:
         ValueError: there is no chat template, or it is one that cannot be used.
@@ -109,7 +116,7 @@ class ChatTemplate(Template):
     @classmethod
     def stretches(cls, cfg: DataConfig, text: Text) -> Iterator[str]:
         """The words alone: what is around them is known with a tokenizer."""
-        yield from (part for part in (text.system or cfg.system, *(part for turn in text.turns for part in turn)) if part)
+        yield from filter(None, (text.system or cfg.system, *text.strings))
 
     @property
     def _blame(self) -> str:
@@ -129,7 +136,8 @@ class ChatTemplate(Template):
         return found
 
     def _written(self, slot: Slot, messages: dict[tuple[str, int], str], turns: int, trained: bool) -> str:
-        """A message as the template writes it. One that holds words of the template may be taken apart by it ("</think>"): it is rendered.
+        """A message as the template writes it. One that holds words of the template may be taken apart by it
+        ("</think>"): it is rendered.
 
         Raises:
             ValueError: the template changes what is around it, or an answer that is trained.
@@ -141,10 +149,10 @@ class ChatTemplate(Template):
         fields = _fields(turns, bool(messages["system", 0]))
         number = fields.index((slot.field, slot.turn))
         left, right = (PAD * (not trims) for trims in slot.trims)
-        before, _, behind = self._render(fields, generate=False).partition(f"{left}{_marker(number)}{right}")
+        before, _, after = self._render(fields, generate=False).partition(f"{left}{_marker(number)}{right}")
         made = self._render(fields, generate=False, given={number: message})
-        inside = made[len(before) : len(made) - len(behind)]
-        if made != before + inside + behind or (trained and inside != plain):
+        inside = made[len(before) : len(made) - len(after)]
+        if made != before + inside + after or (trained and inside != plain):
             raise InputError(f"{self._blame} for an answer with {word!r} in it, which it takes apart")
         return inside
 

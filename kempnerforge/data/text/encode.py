@@ -1,14 +1,15 @@
 """Samples -> token rows with labels -> batches.
 
-One sample is one row: the images that its texts share, then the texts, which do not see each other (multi-annotated images: Deitke et al.
-2024, "Molmo and PixMo", section 3)::
+One sample is one row: the images that its texts share, then the texts, which do not see each other
+(multi-annotated images: Deitke et al. 2024, "Molmo and PixMo", section 3)::
 
     token      <image>*P  BOS what colour ? \\n  red  EOS   BOS what shape ? \\n circle EOS
     text_id        0       1   1     1    1  1   1    1     2 ...
     position     0..P-1    P  P+1 ...                       P ...
     label          -       -   -     -    -  red EOS  -     - ...
 
-Images are in front, unless the texts say where. Prompt "is <image> like <image> ?", answer "no <image> yes", P = 2::
+Images are in front, unless the texts say where. Prompt "is <image> like <image> ?", answer "no <image> yes",
+P = 2::
 
     token      BOS is <image>*2 like <image>*2  ? \\n no <image>*2 yes EOS
     text_id     1   1   1  1     1     1  1     1  1  1   1   1    1   1
@@ -17,20 +18,23 @@ Images are in front, unless the texts say where. Prompt "is <image> like <image>
 
 The rules of the placeholder (``data.image_placeholder``; "<image>" here):
 
-* A rendered prompt and a rendered answer, templates and all, are split at it, and the pieces are tokenised each alone. The k-th of a text is
-  image k of its sample.
-* If any text of a sample has one, each must have as many as there are images. If none has, all images are in front.
-* Images that lead every text of a sample, before any of its tokens, stand in front once, shared by the texts, and BOS follows them. The
-  others are inside each text. An image that is in several texts is encoded once.
-* A position's label is the token right after it, if that is trained; so the last position of an image may have one, and none predicts an
-  image.
-* Where an image takes no position (cross-attention), nothing is in its place and the next token is the first to see it. It may therefore
-  not are right before a trained token, which an earlier position predicts. With the placeholder among ``model.new_tokens`` it may: that
-  token is at each written placeholder then, leading ones as well, untrained.
+* A rendered prompt and a rendered answer, templates and all, are split at it, and the pieces are tokenised
+  each alone. The k-th of a text is image k of its sample.
+* If any text of a sample has one, each must have as many as there are images. If none has, all images are in
+  front.
+* Images that lead every text of a sample, before any of its tokens, are in front once, shared by the texts,
+  and BOS follows them. The others are inside each text. An image that is in several texts is encoded once.
+* A position's label is the token right after it, if that is trained; so the last position of an image may
+  have one, and none predicts an image.
+* Where an image takes no position (cross-attention), nothing is in its place and the next token is the first
+  to see it. It may therefore not be right before a trained token, which an earlier position predicts. With
+  the placeholder among ``model.new_tokens`` it may: that token is at each written placeholder then, leading
+  ones as well, untrained.
 * In a job without images the placeholders vanish with them.
 
-An image may be several views (``data.images.fit = "tiles"``), each of P positions, with tokens that say which follows. They come in the place
-of the one, and those tokens are read, not trained. Nothing is ever cut out of them: they are all there, or the sample is not used::
+An image may be several views (``data.images.fit = "tiles"``), each of P positions, with tokens that say which
+follows. They come in the place of the one, and those tokens are read, not trained. Nothing is ever cut out of
+them: they are all there, or the sample is not used::
 
     token      <|global_image|> <image>*P <row_1_col_1> <image>*P <row_1_col_2> <image>*P  BOS what colour ? \\n  red  EOS
 
@@ -41,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,17 +61,32 @@ from kempnerforge.data.text.words import TextEncoder
 from kempnerforge.util.errors import InputError
 
 
+class Plan(NamedTuple):
+    """What a sample's row is made of.
+
+    Attributes:
+        words: all texts, also those that do not fit.
+        shared: images in front, once for all texts.
+        blocks: what each image is in the row.
+    """
+
+    words: list[TextTokens]
+    shared: int
+    blocks: list[ImageBlock]
+
+
 @dataclass
 class Encoded:
     """One row.
 
     Attributes:
-        table: (5, S) int64: input_ids, labels, positions, text_ids, kinds, as in ``Batch``. Image positions hold 0 for an id.
+        table: (5, S) int64: input_ids, labels, positions, text_ids, kinds, as in ``Batch``. Image positions
+            hold 0 for an id.
         images: n arrays of (H, W, 3) uint8: the views of the sample's images.
         placements: (3, M) int64: number of the view, first position, text; in the order of the row.
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
-        skipped: (sample id, reason) of those that this one is in for.
+        skipped: (sample id, reason) of unusable samples that this one replaces.
     """
 
     id: str
@@ -91,7 +111,8 @@ class Encoder:
         asking: how the texts of the training placed their images; None: as is usual with the source.
 
     Raises:
-        ValueError: ``data.images`` does not go with the encoder's image size, or its tokens are not in the tokenizer.
+        ValueError: ``data.images`` does not go with the encoder's image size, or its tokens are not in the
+            tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, data_cfg: DataConfig, layout: Layout, seed: int, asking: Asking | None = None) -> None:
@@ -108,15 +129,18 @@ class Encoder:
         return frozenset().union(*(views.marker_ids for views in self.images))
 
     def encode(self, sample: Sample, seed: int, *, training: bool = False) -> Encoded:
-        """One row from one sample. Nothing is cut: a text is there in full or not at all, and so are the views of an image.
+        """One row from one sample. Nothing is cut: a text is there in full or not at all, and so are the
+        views of an image.
 
         Args:
-            seed: decides which texts are taken when they do not all fit, and what changes the images; the same seed does the same.
+            seed: decides which texts are taken when they do not all fit, and what changes the images; the
+                same seed does the same.
             training: ``data.images.augment`` applies.
 
         Raises:
-            SampleError: no texts, an empty answer, a text that can never fit, text that is not Unicode, an unusable image, placeholders that
-                do not match the images, an image that the token after it cannot see.
+            SampleError: no texts, an empty answer, a text that can never fit, text that is not Unicode, an
+                unusable image, placeholders that do not match the images, an image that the token after it
+                cannot see.
         """
         views = self.images[sample.part]
         images = self._images_of(sample)
@@ -137,8 +161,8 @@ class Encoder:
         """The size of a sample's row without its pixels: of images at most the headers are read.
 
         Returns:
-            Positions, and views to encode. If not all texts fit, an upper bound of the positions. (0, 0) for a sample that cannot be used, as
-            far as that shows without pixels.
+            Positions, and views to encode. If not all texts fit, an upper bound of the positions. (0, 0) for
+            a sample that cannot be used, as far as that shows without pixels.
         """
         try:
             sample = self._as_asked(sample)
@@ -167,17 +191,20 @@ class Encoder:
         return self.texts[part].encode_prompt(prompt, num_images)
 
     def encode_question(self, prompt: str | Text, images: Sequence[ImageSource], part: int = 0) -> Prompt:
-        """As ``TextEncoder.encode_prompt``, with the places of all views of ``images``, which are not decoded.
+        """As ``TextEncoder.encode_prompt``, with the places of all views of ``images``, which are not
+        decoded.
 
         Raises:
-            ValueError: the prompt cannot be asked, or an image cannot be used, as far as that shows without pixels.
+            ValueError: the prompt cannot be asked, or an image cannot be used, as far as that shows without
+                pixels.
         """
         asked = self.encode_prompt(prompt, len(images), part)
         return asked._replace(blocks=tuple(self.images[part].blocks(images))) if self.layout.image_size else asked
 
     def ask(self, prompt: str, images: Sequence[ImageSource], history: Sequence[tuple[str, str]] = ()) -> Prompt:
-        """The row of a question as somebody asks it: where it does not say where its images stand, they stand as in training. All tools
-        that ask a model go through here; ``encode_question`` is for questions of the data themselves.
+        """The row of a question of a user: if the question does not place its images, they are placed as in
+        training. All tools that ask a model go through here; ``encode_question`` is for questions of the data
+        themselves.
 
         Args:
             history: (prompt, answer) of the turns before. The images are the whole conversation's.
@@ -213,13 +240,12 @@ class Encoder:
     def _images_of(self, sample: Sample) -> tuple[ImageSource, ...]:
         return sample.images if self.layout.image_size else ()
 
-    def _plan(self, sample: Sample, images: Sequence[ImageSource]) -> tuple[list[TextTokens], int, list[ImageBlock]]:
-        """All texts; how many of the images are in front, once; what each image is in the row."""
+    def _plan(self, sample: Sample, images: Sequence[ImageSource]) -> Plan:
         if not sample.texts:
             raise SampleError("has no texts")
         words = [self.texts[sample.part].encode(text) for text in sample.texts]
         shared = self._shared(words, len(images), sample.part)
-        return words, shared, self.images[sample.part].blocks(images)
+        return Plan(words, shared, self.images[sample.part].blocks(images))
 
     def _shared(self, words: list[TextTokens], images: int, part: int) -> int:
         """How many of the sample's images are in front, once."""

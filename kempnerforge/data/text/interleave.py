@@ -1,8 +1,10 @@
 """Where the images of a text are among its tokens, and the columns of a row that follow from it.
 
-An image is in a row as a block: its views, and tokens that say which view follows. Most images are one view and no such token.
+An image is in a row as a block: its views, and tokens that say which view follows. Most images are one view
+and no such token.
 
-A, text tokens of one text; P, positions of one view; L, of one block; S, of a row; M, placements of a view in it.
+A, text tokens of one text; P, positions of one view; L, of one block; S, of a row; M, placements of a view in
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ INPUT_IDS, LABELS, POSITIONS, TEXT_IDS, KINDS = range(5)
 IMAGES, STARTS, TEXTS = range(3)
 VIEW = -1
 """Stands for a token at the positions of a view."""
-NOWHERE = np.zeros(0, dtype=np.int64)
+NO_POSITIONS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Layout:
     """What the data must know of the model.
 
     Attributes:
-        image_tokens: positions that one view takes in the row; 0 where images stay out of the residual stream.
-        image_size: pixels of a view's side; 0: the job has no images, and those of the samples are left out.
+        image_tokens: positions that one view takes in the row; 0 where images stay out of the residual
+            stream.
+        image_size: pixels of a view's side; 0: the job has no images, and images of samples are left out.
         max_text_len: text tokens of a row at most; images inside the texts do not count.
         seq_len: positions of a row at most.
         pad_to: length of a row with ``data.batching = "pad"``.
-        image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its image.
+        image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its
+            image.
     """
 
     image_tokens: int
@@ -51,8 +55,9 @@ class ImageBlock(NamedTuple):
 
     Attributes:
         ids: L of them: tokens of the vocabulary, and ``VIEW`` at the positions of views.
-        starts: for each view its first position in the block. Where views take no position: the position of the token
-            before it in the block, which is the first to see it; without one 0, the position of the token after the block.
+        starts: for each view its first position in the block. Where views take no position: the position of
+            the token before it in the block, which is the first to see it; without one 0, the position of the
+            token after the block.
     """
 
     ids: tuple[int, ...]
@@ -79,7 +84,7 @@ class Prompt(NamedTuple):
     """What is before an answer.
 
     Attributes:
-        image_at: for each image the offset in ``ids`` before which it stands; 0 is in front of everything.
+        image_at: for each image the offset in ``ids`` of the token after it; 0 is in front of everything.
         blocks: what each image is in the row; empty: each is one view and nothing else.
     """
 
@@ -137,7 +142,7 @@ class TextTokens:
             Table (5, A + the sum of L over the n images in it), and where the n blocks begin.
         """
         if len(self.image_at) <= skip:
-            return self.table, NOWHERE
+            return self.table, NO_POSITIONS
         at = np.asarray(self.image_at[skip:], dtype=np.int64)
         room = np.asarray([0, *accumulate(len(block.ids) for block in blocks[skip : skip + len(at)])])
         if not room[-1]:
@@ -166,7 +171,7 @@ def _fill(table: np.ndarray, block: ImageBlock) -> None:
 
 
 def _labels(ids: np.ndarray, trained: np.ndarray, columns: np.ndarray, length: int) -> np.ndarray:
-    """(length,) labels: each trained token is that of the position before it."""
+    """(length,) labels: each trained token is the label of the position before it."""
     labels = np.full(length, IGNORE, dtype=np.int64)
     labels[columns[trained] - 1] = ids[trained]
     return labels

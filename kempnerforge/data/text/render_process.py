@@ -1,7 +1,9 @@
-"""A process of its own that renders chat templates of others; ``rendering`` starts it. It imports neither torch nor transformers, so it starts soon.
+"""Renders chat templates of others in a separate process, which ``rendering`` starts. It imports neither
+torch nor transformers, so it starts fast.
 
-Each line of stdin is a question, each line of stdout its answer, in JSON. The first line is ``sys.path``. The kernel ends the process when one
-rendering takes too much processor time, so nothing that a template does can hold it up.
+Each line of stdin is a question, each line of stdout its answer, in JSON. The first line is ``sys.path``. The
+kernel ends the process when one rendering takes too much processor time, so nothing that a template does can
+hold it up.
 """
 
 import json
@@ -12,11 +14,14 @@ from datetime import datetime
 from typing import Any
 
 SECONDS, MEMORY, CHARACTERS = 2.0, 1 << 30, 1 << 24
-"""Of processor time for one rendering, bytes of memory of the process, characters that a template may write."""
+"""Of processor time for one rendering, bytes of memory of the process, characters that a template may write.
+"""
 
 
 def environment() -> Any:
-    """Chat templates are written for this one: it is that of ``transformers.utils.chat_template_utils``."""
+    """The Jinja environment of ``transformers.utils.chat_template_utils``, which chat templates are written
+    for.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -102,9 +107,9 @@ def main() -> None:
     made, cache = environment(), dict[str, Any]()
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        said = json.dumps(answer(made, cache, json.loads(line)))
+        answered = json.dumps(answer(made, cache, json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(said, flush=True)
+        print(answered, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Chat templates of others are rendered in a process of their own, with limits on time, memory and output: see ``render_process``."""
+"""Chat templates of others are rendered in a process of their own, with limits on time, memory and output:
+see ``render_process``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class TemplateLimitError(InputError):
 
 
 class _Process:
-    """The process that renders for this one. It ends with this one, as its stdin does, and is out of reach of signals to the group."""
+    """The process that renders for this one. It ends with this one, as its stdin does, and is out of reach of
+    signals to the group.
+    """
 
     def __init__(self) -> None:
         self.of = os.getpid()

@@ -1,7 +1,9 @@
-"""Texts -> pieces, each trained or not: what ``data.template`` says. Which tokens are trained follows from here and nothing else.
+"""Texts -> pieces, each trained or not: what ``data.template`` says. Which tokens are trained follows from
+here and nothing else.
 
-A piece knows whether it is the template's own writing or the sample's. Neighbours are tokenised together, up to where training begins or
-ends, so that a template's structure, and never a second tokenisation of a prefix, draws the line between prompt and answer.
+A piece knows whether it is the template's own writing or the sample's. Neighbours are tokenised together, up
+to where training begins or ends, so that a template's structure, and never a second tokenisation of a prefix,
+draws the line between prompt and answer.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from kempnerforge.config import registry
-from kempnerforge.config.template import fill
+from kempnerforge.config.template import around_field
 from kempnerforge.util.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ class Piece(NamedTuple):
     """A stretch of a conversation.
 
     Attributes:
-        field: "system", "prompt" or "answer" where the sample's words stand; empty for the template's own.
-        eos: the EOS token stands here, and ``text`` is empty.
+        field: "system", "prompt" or "answer" for text of the sample; empty for the template's own.
+        eos: the piece is the EOS token, and ``text`` is empty.
     """
 
     text: str
@@ -43,17 +45,17 @@ class Template(ABC):
 
     Args:
         cfg: the ``[data]`` section.
-        tokenizer: None: of no use yet; only what is written is asked for.
+        tokenizer: None where only the written text is needed.
 
     Attributes:
         bos: whether BOS is before the pieces, with a tokenizer that puts it there.
-        own_bos: it does with any tokenizer that has one.
+        own_bos: BOS is there with any tokenizer that has one.
         specials: whether names of special tokens in the template's own writing are these tokens.
         end: name of the token that ends an answer; empty means EOS.
         own: the template's own writing, to tell which names occur in it.
         turns: whether it can write more than one.
-        by_turn: it writes earlier answers in another way than the last one, so a conversation is a text for each turn, up to its answer, which is
-            the only one that is trained there.
+        by_turn: it writes earlier answers in another way than the last one, so a conversation is a text for
+            each turn, up to its answer, which is the only one that is trained there.
     """
 
     bos = True
@@ -106,7 +108,9 @@ class PromptTemplate(Template):
 
 @registry.register_template("plain")
 class PlainTemplate(Template):
-    """Images, answer, line break, EOS (LLaVA's "plain": Liu et al. 2023, section 4.2). Of a prompt only the images are left."""
+    """Images, answer, line break, EOS (LLaVA's "plain": Liu et al. 2023, section 4.2). Of a prompt only the
+    images are left.
+    """
 
     turns = False
 
@@ -171,8 +175,8 @@ class TurnsTemplate(Template):
 
 
 def _around(template: str, value: str, field: str, trained: bool) -> list[Piece]:
-    before, value, behind = fill(template, value)
-    return [Piece(before, trained), Piece(value, trained, field), Piece(behind, trained)]
+    before, after = around_field(template)
+    return [Piece(before, trained), Piece(value, trained, field), Piece(after, trained)]
 
 
 def _only_turn(text: Text, template: str) -> tuple[str, str]:
@@ -193,7 +197,9 @@ def build_template(cfg: DataConfig, tokenizer: Tokenizer) -> Template:
 
 
 def stretches(cfg: DataConfig, text: Text) -> Iterator[str]:
-    """What ``text`` becomes, without special tokens, in strings that are tokenised each alone; for the corpus of a tokenizer."""
+    """What ``text`` becomes, without special tokens, in strings that are tokenised each alone; for the corpus
+    of a tokenizer.
+    """
     kind: type[Template] = registry.templates.get(cfg.template)
     if text.turns:
         yield from kind.stretches(cfg, text)
@@ -202,4 +208,5 @@ def stretches(cfg: DataConfig, text: Text) -> Iterator[str]:
 def render_answer(cfg: DataConfig, answer: str) -> str:
     """``answer`` as the template writes it, without the token that ends it."""
     kind: type[Template] = registry.templates.get(cfg.template)
-    return "".join(fill(kind.answer_template(cfg), answer))
+    before, after = around_field(kind.answer_template(cfg))
+    return before + answer + after

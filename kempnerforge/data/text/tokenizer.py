@@ -33,26 +33,29 @@ class Tokenizer:
     """A ``tokenizers.Tokenizer`` with the ids that training needs.
 
     Args:
-        backend: the tokenizer. Its truncation and padding are switched off, and names of special tokens inside a text are encoded as text.
+        backend: the tokenizer. Its truncation and padding are switched off, and names of special tokens
+            inside a text are encoded as text.
         eos: the token that ends an answer.
         bos: the token that is called so, if there is one.
         adds_bos: whether a text starts with it; None: as the backend's post-processor has it.
         pad: the token on padding; None takes ``eos``.
-        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put after the others; it may be asked for them again.
+        appended: tokens of ``backend`` that an earlier ``add_tokens`` has put after the others; it may be
+            asked for them again.
         chat_template: how conversations are written, in Jinja, if the tokenizer says.
         stops: ids of further tokens that end an answer.
 
     Attributes:
         vocab_size: one more than the largest id.
-        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised wherever they are in a text.
+        new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised
+            wherever they are in a text.
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
         bos_id, eos_id, pad_id: ids of the above.
-        unknown_id: of the token that stands for what the tokenizer does not know, if there is one.
-        start_id: of the token that a text starts with, if one is put there.
+        unknown_id: id of the token for unknown text, if the tokenizer has one.
+        start_id: id of the token that every text starts with, if there is one.
         stop_ids: at these generation ends, EOS among them.
         special_names: names of added and special tokens by id.
-        fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not part of it: it decides what the
-            text is.
+        fingerprint: hex digest of everything that decides which ids a text gets. The chat template is not
+            part of it: it decides what the text is.
 
     Raises:
         ValueError: a named token is not in the vocabulary.
@@ -117,7 +120,9 @@ class Tokenizer:
 
     @property
     def byte_ids(self) -> frozenset[int]:
-        """Tokens that are a byte each, where the decoder joins them ("byte fallback"): what it makes of one depends on its neighbours."""
+        """Tokens that are a byte each, where the decoder joins them ("byte fallback"): what it makes of one
+        depends on its neighbours.
+        """
         decoder = self.backend.decoder
         if decoder is None or b"ByteFallback" not in decoder.__getstate__():
             return frozenset()
@@ -128,7 +133,8 @@ class Tokenizer:
         return self.backend.token_to_id(name)
 
     def add_tokens(self, names: Sequence[str]) -> None:
-        """Puts tokens after the vocabulary. Those that it was given before, here or before it was saved, may be named again.
+        """Puts tokens after the vocabulary. Those that it was given before, here or before it was saved, may
+        be named again.
 
         Args:
             names: all new tokens, in the order of their ids; the ones that are there already first.
@@ -137,13 +143,13 @@ class Tokenizer:
             ValueError: a name is empty, given twice, or in the vocabulary otherwise.
         """
         names = tuple(names)
-        there = self._appended
+        earlier = self._appended
         if not names:
             return
-        if names[: len(there)] != there:
-            raise InputError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(there)}")
+        if names[: len(earlier)] != earlier:
+            raise InputError(f"model.new_tokens = {list(names)}: this tokenizer already has new tokens; begin with {list(earlier)}")
         known = self.backend.get_vocab(with_added_tokens=True)
-        for name in (added := names[len(there) :]):
+        for name in (added := names[len(earlier) :]):
             if not name or names.count(name) > 1:
                 raise InputError(f"model.new_tokens = {list(names)}: needs names, each once")
             if name in known:
@@ -191,11 +197,11 @@ class Tokenizer:
         backend.post_processor = put_in_front(str(self.bos), self.start_id)
         return Tokenizer(backend, **self._named)
 
-    def _encode(self, text: str, behind: str = "") -> tuple[int, ...]:
-        if behind not in self._backends:
-            self._backends[behind] = _without_prefix(self.backend, behind)
+    def _encode(self, text: str, after: str = "") -> tuple[int, ...]:
+        if after not in self._backends:
+            self._backends[after] = _without_prefix(self.backend, after)
         try:
-            return tuple(self._backends[behind].encode(text, add_special_tokens=False).ids)
+            return tuple(self._backends[after].encode(text, add_special_tokens=False).ids)
         except TypeError:
             # the binding refuses strings that are not Unicode text
             if not isinstance(text, str):
@@ -203,17 +209,19 @@ class Tokenizer:
             bad = next((i for i, char in enumerate(text) if 0xD800 <= ord(char) <= 0xDFFF), 0)
             raise InputError(f"lone surrogate U+{ord(text[bad]):04X} at character {bad}: not valid Unicode text") from None
 
-    def encode(self, text: str, behind: str = "") -> list[int]:
-        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that of a new one is the token.
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Ids of ``text``, nothing added; the name of a special token inside it is text like any other, that
+        of a new one is the token.
 
         Args:
-            after: what comes before ``text``: "" nothing, "special" a special token, "text" other text. Tokenizers that put a space in
-                front of a text put none where a whole of several pieces would not get one.
+            after: what comes before ``text``: "" nothing, "special" a special token, "text" other text.
+                Tokenizers that put a space in front of a text put none where a whole of several pieces would
+                not get one.
 
         Raises:
             ValueError: ``text`` holds a lone surrogate.
         """
-        return list(self._cached(text, behind) if len(text) <= CACHED_CHARACTERS else self._encode(text, behind))
+        return list(self._cached(text, after) if len(text) <= CACHED_CHARACTERS else self._encode(text, after))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; special tokens are left out, new ones are not."""
@@ -239,9 +247,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-level BPE (Radford et al. 2019, section 2.2) over ``texts``; the same texts give the same tokenizer.
+        """Byte-level BPE (Radford et al. 2019, section 2.2) over ``texts``; the same texts give the same
+        tokenizer.
 
-        NOTE: the trainer's time grows with the square of a word's length, so words of more than ``LONGEST_WORD`` bytes are learnt from in parts.
+        NOTE: the trainer's time grows with the square of a word's length, so words of more than
+        ``LONGEST_WORD`` bytes are learnt from in parts.
 
         Args:
             texts: the training text.
@@ -261,8 +271,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> Tokenizer:
-        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the repository is run. What ends an
-        answer in the model whose directory it is, by its ``generation_config.json`` or ``config.json``, ends one here, too.
+        """A Hugging Face tokenizer: a local directory, or a hub id where there is a network. No code of the
+        repository is run. What ends an answer in the model whose directory it is, by its
+        ``generation_config.json`` or ``config.json``, ends one here, too.
 
         Raises:
             ValueError: it cannot be read, has no fast implementation, or has no EOS.
@@ -278,9 +289,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         config, where = Path(path_or_id) / CONFIG, f"data.tokenizer = {str(path_or_id)!r}"
-        said = read_object(config) if config.is_file() else {}
-        check_config(f"{where}: {CONFIG}", said)
-        with class_call(where, "cannot be loaded", said):
+        settings = read_object(config) if config.is_file() else {}
+        check_config(f"{where}: {CONFIG}", settings)
+        with class_call(where, "cannot be loaded", settings):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
             backend = getattr(loaded, "backend_tokenizer", None)
             own = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own
@@ -310,7 +321,9 @@ def put_in_front(name: str, id_: int) -> Any:
 
 
 def _default_template(found: Any) -> str | None:
-    """The chat template for plain conversations; some tokenizers have several, by name, or as a list of {name, template}."""
+    """The chat template for plain conversations; some tokenizers have several, by name, or as a list of
+    {name, template}.
+    """
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}
     if isinstance(found, dict):
@@ -318,21 +331,21 @@ def _default_template(found: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.Tokenizer:
-    """``backend`` for a piece of a longer text. Some tokenizers put a space in front of the whole text only (Metaspace "first"), some also
-    after each special token; none does inside.
+def _without_prefix(backend: tokenizers.Tokenizer, after: str) -> tokenizers.Tokenizer:
+    """``backend`` for a piece of a longer text. Some tokenizers put a space in front of the whole text only
+    (Metaspace "first"), some also after each special token; none does inside.
     """
 
     def changed(node: Any) -> Any:
         if isinstance(node, list):
-            kept = [entry for entry in node if behind == "special" or not isinstance(entry, dict) or entry.get("type") != "Prepend"]
+            kept = [entry for entry in node if after == "special" or not isinstance(entry, dict) or entry.get("type") != "Prepend"]
             return [changed(entry) for entry in kept]
         if not isinstance(node, dict):
             return node
         node = {key: changed(value) for key, value in node.items()}
-        if node.get("type") == "Metaspace" and (behind == "text" or node.get("prepend_scheme") == "first"):
+        if node.get("type") == "Metaspace" and (after == "text" or node.get("prepend_scheme") == "first"):
             node["prepend_scheme"] = "never"
-        if node.get("type") == "ByteLevel" and behind == "text":
+        if node.get("type") == "ByteLevel" and after == "text":
             node["add_prefix_space"] = False
         return node
 
@@ -351,8 +364,8 @@ def _without_prefix(backend: tokenizers.Tokenizer, behind: str) -> tokenizers.To
 
 
 def _read_plain(path: Path) -> Tokenizer | None:
-    """The tokenizer of a directory that ``Tokenizer.save`` wrote: read without importing transformers, which takes seconds. Any other may
-    say more than ``tokenizer.json`` does, in its config or beside it.
+    """The tokenizer of a directory that ``Tokenizer.save`` wrote: read without importing transformers, which
+    takes seconds. Any other may say more than ``tokenizer.json`` does, in its config or beside it.
     """
     files = path / "tokenizer.json", path / "tokenizer_config.json"
     if not all(file.is_file() for file in files) or any(

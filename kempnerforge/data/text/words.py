@@ -6,7 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from kempnerforge.util.errors import InputError
 
 CACHED_TEXTS = 8192
 IMAGE, TOKEN, BREAK = "image", "token", "break"
-"""What a name inside a piece is: the place of an image, a special token, or text that must not become the token of that name."""
+"""What a name inside a piece is: the place of an image, a special token, or text that must not become the
+token of that name.
+"""
 
 
 @dataclass
@@ -77,14 +79,13 @@ class TextEncoder:
         """One text of a sample.
 
         Raises:
-            SampleError: an empty answer, a text that is not Unicode or that the template cannot write, an image that the token after it
-                cannot see.
+            SampleError: an empty answer, a text that is not Unicode or that the template cannot write, an
+                image that the token after it cannot see.
         """
         if isinstance(text.answer, tuple):
             return self._window(text.answer)
-        for prompt, answer in text.turns:
-            if not isinstance(prompt, str) or not isinstance(answer, str):
-                raise SampleError(f"prompt and answer must be strings, not {type(prompt).__name__} and {type(answer).__name__}")
+        if wrong := next((turn for turn in text.turns if not all(isinstance(part, str) for part in turn)), None):
+            raise SampleError(f"prompt and answer must be strings, not {' and '.join(type(part).__name__ for part in wrong)}")
         if text_size((text,)) > CACHED_CHARACTERS:
             return self._words(*self._shorten(text))
         words = self._cache.get(text)
@@ -95,7 +96,8 @@ class TextEncoder:
         return words
 
     def as_asked(self, text: Text) -> list[Text]:
-        """``text`` as it is trained: itself, or the conversation up to each answer where the template writes no row that holds for all of them.
+        """``text`` as it is trained: itself, or the conversation up to each answer where the template writes
+        no row that holds for all of them.
 
         Raises:
             SampleError: an image comes later than the first answer, and not all of these would show it.
@@ -103,7 +105,7 @@ class TextEncoder:
         if not self.template.by_turn or not text.more:
             return [text]
         name = self.cfg.image_placeholder
-        if text.leading is None and any(name in str(part) for turn in (("", text.answer), *text.more) for part in turn):
+        if text.leading is None and any(name in str(part) for part in islice(text.strings, 1, None)):
             raise SampleError(
                 "an image after the first answer of a conversation, and the chat template writes earlier answers otherwise than the last one"
             )
@@ -113,23 +115,25 @@ class TextEncoder:
         return [replace(text, more=text.more[:k]) for k in range(fitting + 1)]
 
     def _turns_that_fit(self, text: Text) -> int:
-        """Turns of ``text.more``, from the first, with which it is not too long. Its length is asked for a few times, not for each turn."""
+        """Turns of ``text.more``, from the first, with which it is not too long. Its length is asked for a
+        few times, not for each turn.
+        """
         room, turns = self.layout.max_text_len, len(text.more)
         too_long = lambda k: len(self._line(replace(text, more=text.more[:k])).ids) > room
         return turns if not too_long(turns) else max(0, bisect_left(range(turns), True, key=too_long) - 1)
 
     def encode_prompt(self, prompt: str | Text, num_images: int) -> Prompt:
-        """What is before an answer, for generation: the same as in training. Placeholders that the template begins an answer with stand
-        before it, too.
+        """What is before an answer, for generation: the same as in training. Placeholders that the template
+        begins an answer with are in it, too.
 
         Args:
-            prompt: with a placeholder for each image, or with none: the images are in front then. A conversation: its last answer is asked
-                for, whatever it says.
+            prompt: with a placeholder for each image, or with none: the images are in front then. A
+                conversation: its last answer is asked for, whatever it says.
             num_images: how many the question has.
 
         Raises:
-            ValueError: ``prompt`` is not Unicode text, its placeholders are not as many as the images, or an image ends it where the model
-                needs a token after it.
+            ValueError: ``prompt`` is not Unicode text, its placeholders are not as many as the images, or an
+                image ends it where the model needs a token after it.
         """
         name = self.cfg.image_placeholder
         line = self._open(prompt, check=bool(self.layout.image_size))
@@ -137,12 +141,13 @@ class TextEncoder:
             return Prompt(line.ids)
         if line.at and len(line.at) != num_images:
             raise InputError(f"{len(line.at)} of {name!r} in the prompt and {num_images} images: must be as many, or no {name!r}")
-        if self._needs_behind and len(line.ids) in line.at:
+        if self._needs_token_after and len(line.ids) in line.at:
             raise InputError(f"an image ends the prompt, and no token after it could see it: {self._remedy}")
         return Prompt(line.ids, tuple(line.at) or (0,) * num_images)
 
     def answer_ids(self, text: Text) -> list[int]:
-        """The last answer of ``text`` as it is trained: what has to be generated after its prompt, without the token that ends it.
+        """The last answer of ``text`` as it is trained: what has to be generated after its prompt, without
+        the token that ends it.
 
         Raises:
             SampleError: as ``encode``.
@@ -157,7 +162,9 @@ class TextEncoder:
         return self.template.turns
 
     def count_placeholders(self, prompt: str | Text) -> int:
-        """Images that are where ``prompt`` (and the template) says; 0: they are in front, or the job has none."""
+        """Images that are where ``prompt`` (and the template) says; 0: they are in front, or the job has
+        none.
+        """
         return len(self._open(prompt, check=False).at) if self.layout.image_size else 0
 
     # ---- pieces -> tokens ------------------------------------------------------------------------------------------------
@@ -170,8 +177,10 @@ class TextEncoder:
         return self.tokenizer.token_id(self.cfg.image_placeholder)
 
     @property
-    def _needs_behind(self) -> bool:
-        """Whether the token after an image is the first to see it: it takes no position, and no tokens of tiles stand around it."""
+    def _needs_token_after(self) -> bool:
+        """Whether the token after an image is the first to see it: it takes no position, and no tile tokens
+        are around it.
+        """
         return not self.layout.image_tokens and not self.cfg.images.has_markers
 
     @property
@@ -213,7 +222,7 @@ class TextEncoder:
 
     def _tokenise(self, pieces: Iterable[Piece], literal: bool) -> _Line:
         """Neighbours that are trained alike are tokenised together, up to special tokens and images."""
-        line, behind = _Line(), ""
+        line, after = _Line(), ""
         for trained, group in groupby(pieces, key=lambda piece: piece.trained):
             line.front = len(line.ids) if trained and line.front is None else line.front
             run, skip_space = "", False
@@ -224,26 +233,26 @@ class TextEncoder:
                         skip_space = skip_space and not run
                         continue
                     if kind == BREAK:
-                        behind = self._flush(line, run + string[0], behind, trained)
+                        after = self._flush(line, run + string[0], after, trained)
                         run = string[1:]
                         continue
                     lstrip, rstrip = self._eats.get(string, (False, False)) if kind == TOKEN else (False, False)
-                    behind = self._flush(line, run.rstrip() if lstrip else run, behind, trained)
+                    after = self._flush(line, run.rstrip() if lstrip else run, after, trained)
                     run, skip_space = "", rstrip
                     if kind == TOKEN:
                         line.add([self._id(string)], trained)
-                        behind = "special"
+                        after = "special"
                     else:
                         line.at += [len(line.ids)] if self.layout.image_size else []
                         line.add([] if self._mark is None else [self._mark], False)
-                        behind = "special" if line.ids else behind
-            behind = self._flush(line, run, behind, trained)
+                        after = "special" if line.ids else after
+            after = self._flush(line, run, after, trained)
         return line
 
-    def _flush(self, line: _Line, run: str, behind: str, trained: bool) -> str:
+    def _flush(self, line: _Line, run: str, after: str, trained: bool) -> str:
         if not run:
-            return behind
-        line.add(self.tokenizer.encode(run, behind), trained)
+            return after
+        line.add(self.tokenizer.encode(run, after), trained)
         return "text"
 
     def _id(self, name: str) -> int:
@@ -261,8 +270,8 @@ class TextEncoder:
         return pieces
 
     def _begin(self, line: _Line) -> _Line:
-        """``line`` with the token that it starts with. Where nothing is read before the answer, and there is no BOS, that is EOS: the first
-        answer token needs one before it.
+        """``line`` with the token that it starts with. Where nothing is read before the answer, and there is
+        no BOS, that is EOS: the first answer token needs one before it.
         """
         bare = not line.front
         start = self.tokenizer.start_id if self.template.bos else None
@@ -280,7 +289,9 @@ class TextEncoder:
         return sum(k == 0 for k in line.at) if self._mark is None else 0
 
     def _open(self, prompt: str | Text, check: bool) -> _Line:
-        """A text up to its last answer; with ``check``, what the template adds to the answer must be possible to generate."""
+        """A text up to its last answer; with ``check``, what the template adds to the answer must be possible
+        to generate.
+        """
         text = prompt if isinstance(prompt, Text) else Text(prompt, "")
         pieces = self._pieces(text)
         answer = max(k for k, piece in enumerate(pieces) if piece.field == "answer")
@@ -316,10 +327,12 @@ class TextEncoder:
         return line
 
     def _shorten(self, text: Text) -> tuple[_Line, int]:
-        """A text as a line, with ``data.truncate`` cut to what fits; and the images that come before anything else.
+        """A text as a line, with ``data.truncate`` cut to what fits; and the images that come before anything
+        else.
 
-        Whole turns go first, the last ones; then the end of the only answer that is left, in front of the token that ends it. Where that
-        would take an image, or leave no answer, nothing is cut, and the text is too long.
+        Whole turns go first, the last ones; then the end of the only answer that is left, in front of the
+        token that ends it. Where that would take an image, or leave no answer, nothing is cut, and the text
+        is too long.
         """
         whole = line = self._line(text)
         room = self.layout.max_text_len
@@ -337,7 +350,7 @@ class TextEncoder:
     def _words(self, line: _Line, lead: int) -> TextTokens:
         trained = np.array(line.trained)
         seen_late = [k for k in line.at if k < len(line.ids)]
-        if self._needs_behind and trained[seen_late].any():
+        if self._needs_token_after and trained[seen_late].any():
             raise SampleError(f"an image is right before a trained token, and no position could see it and predict that: {self._remedy}")
         return TextTokens.of(line.ids, trained, tuple(line.at), lead)
 

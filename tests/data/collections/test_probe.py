@@ -23,7 +23,7 @@ from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.collections.probe import Probe, ProbeConfig
 from kempnerforge.data.collections.probe.combinations import WORDS
-from kempnerforge.data.collections.probe.scene import COLOURS, SHAPES, Thing, place
+from kempnerforge.data.collections.probe.scene import COLOURS, SHAPES, Thing, arrange
 from kempnerforge.data.collections.probe.skills import SKILLS
 from kempnerforge.data.sources import build_source
 from kempnerforge.data.text.interleave import LABELS
@@ -267,7 +267,7 @@ def test_what_the_knobs_say_is_kept() -> None:
 )
 def test_things_are_whole_and_touch_nothing(number: int, low: float, ratio: float, written: list[str], seed: int) -> None:
     things = [Thing("red", "" if string else "star", string) for string in written[:number]]
-    placed = place(things, Random(seed), low, low * ratio)
+    placed = arrange(things, Random(seed), low, low * ratio)
     assert sorted(one.thing.writing for one in placed) == sorted(thing.writing for thing in things)
     boxes = [(one.x - w, one.x + w, one.y - h, one.y + h) for one in placed for w, h in [one.half]]
     for k, (left, right, top, bottom) in enumerate(boxes):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.template import TurnsConfig, fill
+from kempnerforge.config.template import TurnsConfig, around_field
 from kempnerforge.data import IGNORE, Encoder, Layout, Sample, SampleError, Text, Tokenizer, collate
 from kempnerforge.data.text.chat import DATE
 from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
@@ -523,5 +523,5 @@ def test_turns_that_lack_their_field(keys: dict[str, str]) -> None:
 
 
 def test_fill_takes_escapes_and_leaves_values_alone() -> None:
-    assert fill("{{a}} {prompt} }}", "{x}{0}") == ("{a} ", "{x}{0}", " }")
+    assert around_field("{{a}} {prompt} }}") == ("{a} ", " }")
     assert VICUNA.count("eos_token") == 1

@@ -1,7 +1,9 @@
-"""Which combinations training never sees, so that what has been understood can be told from what has been memorised.
+"""Which combinations training never sees, so that what has been understood can be told from what has been
+memorised.
 
-Combination (i, j, ...) of the i-th colour with the j-th shape, and so on, is held out if ``i + j + ... + seed`` is a multiple of
-``held_out_every``: a Latin square, in which every colour and every shape is seen in training, and every one is part of something held out.
+Combination (i, j, ...) of the i-th colour with the j-th shape, and so on, is held out if ``i + j + ... +
+seed`` is a multiple of ``held_out_every``: a Latin square, in which every colour and every shape is seen in
+training, and every one is part of something held out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ WORDS = (
 
 @dataclass
 class Combinations:
-    """Those that training sees, under ``False``, and those that are held out, under ``True``.
+    """Combinations that training sees, under ``False``, and held-out ones, under ``True``.
 
     Attributes:
         every: one combination in so many is held out.
@@ -53,7 +55,9 @@ class Combinations:
         return (sum(indices) + self.seed) % self.every == 0
 
     def held_out_string(self, written: str, kind: str) -> bool:
-        """Whether a piece of writing is: words as they are in the list, other strings by the sum of their characters."""
+        """Whether a piece of writing is: words as they are in the list, other strings by the sum of their
+        characters.
+        """
         if kind == "words":
             return self.held_out(WORDS.index(written))
         return self.held_out(*map((DIGITS if kind == "digits" else LETTERS).index, written))

@@ -15,20 +15,26 @@ QUESTIONS = ("counting", "relation", "binding", "reading", "comparison", "pointi
 SKILLS = (*QUESTIONS, "description")
 """Each is a function of its name in ``skills.py``; the last one asks nothing."""
 FULL = 0.4
-"""Share of a picture that its things may need at their smallest, with the room around them: more is rarely found at random."""
+"""Share of a picture that its things may need at their smallest, with the room around them: more is rarely
+found at random.
+"""
 
 
 @registry.register_data_config
 @dataclass
 class ProbeConfig(DataConfig):
-    """Drawn pictures and questions about them. What belongs to skills that are not chosen lies idle, so that stages may choose in turn.
+    """Drawn pictures and questions about them. Keys of skills that are not chosen have no effect, so that
+    stages may choose different skills.
 
     Attributes:
-        skills: which, of "counting", "relation", "binding", "reading", "comparison", "pointing" (the default, all six) and "description", a
-            caption to learn from, which is not held out unless it is alone. One that is named twice is asked twice as often.
+        skills: which, of "counting", "relation", "binding", "reading", "comparison", "pointing" (the default,
+            all six) and "description", a caption to learn from, which is not held out unless it is alone. One
+            that is named twice is asked twice as often.
         samples, eval_samples: of training, and held out.
-        seed: of the pictures, and of which combinations are held out; ``train.seed`` decides their order alone.
-        eval_on: "same", new pictures of what training is about; or "heldout", combinations that training never asks about.
+        seed: of the pictures, and of which combinations are held out; ``train.seed`` decides their order
+            alone.
+        eval_on: "same", new pictures of what training is about; or "heldout", combinations that training
+            never asks about.
         held_out_every: one combination in so many is held out.
         picture_size: pixels of a side as drawn; the encoder's ``image_size`` is the sharpest it will see.
         shapes, palette: names of shapes and colours, at least three each.

@@ -1,4 +1,4 @@
-"""Placed things -> PNG."""
+"""From placed things to a PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Things on a picture and where they are. Lengths are shares of the picture's side, from its upper left corner."""
+"""Things on a picture and where they are. Lengths are shares of the picture's side, from its upper left
+corner.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +73,12 @@ def half_box(thing: Thing, size: float) -> tuple[float, float]:
     return width / 2, size / 2
 
 
-def place(things: Sequence[Thing], rng: Random, low: float, high: float) -> list[Placed]:
-    """Gives every thing a size between ``low`` and ``high`` and a place where it touches nothing and is seen whole.
+def arrange(things: Sequence[Thing], rng: Random, low: float, high: float) -> list[Placed]:
+    """Gives every thing a size between ``low`` and ``high`` and a position where it touches nothing and is
+    seen whole.
 
-    Where that does not work out after some tries, all become a tenth smaller: a picture that is too full has small things. Things whose
-    place is decided are put there.
+    Where that does not work out after some tries, all become a tenth smaller: a picture that is too full has
+    small things. Things with a position of their own keep it.
     """
     scale = 1.0
     while True:

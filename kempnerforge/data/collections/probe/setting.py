@@ -1,4 +1,4 @@
-"""What a generator is given, and what it hands back."""
+"""What a skill is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class Setting:
-    """One sample's dice and rules.
+    """The random numbers and the rules of one sample.
 
     Attributes:
         known: which combinations are held out.
-        unseen: questions are about combinations that are held out; else about the others. What is not asked about is never held out.
+        unseen: questions are about combinations that are held out; else about the others. What is not asked
+            about is never held out.
     """
 
     cfg: ProbeConfig
@@ -42,8 +43,8 @@ class Setting:
         return self.rng.choice([c for c in colours if c not in avoid] or colours)
 
     def others(self, most: int, shapes: Collection[str] = (), colours: Collection[str] = ()) -> list[Thing]:
-        """Up to ``most`` things that nothing is asked about, of other shapes than ``shapes`` and other colours than ``colours``, with no shape
-        and no colour twice.
+        """Up to ``most`` things that nothing is asked about, of other shapes than ``shapes`` and other
+        colours than ``colours``, with no shape and no colour twice.
         """
         made: list[Thing] = []
         pairs = self.rng.sample(self.known.pairs[False], len(self.known.pairs[False]))

@@ -1,25 +1,30 @@
 """The skills: each makes scenes and questions about them, whose answers are decided before anything is drawn.
 
-Answers are balanced: whoever knows a question and not the picture is at chance, for each question alone.
+Answers are balanced: a model that knows the question and not the picture is at chance, for each question
+alone.
 
 =============  ==================================================  ================================  =========================
 skill          question                                            answer                            held out
 =============  ==================================================  ================================  =========================
-counting       how many circles are there?                         4                                 shape x number
-relation       where is the red circle, seen from the blue star?   left, right, above or below       shape x shape
-               is the red circle left of the blue star?            yes or no
-binding        what colour is the circle?                          red                               colour x shape
+counting       how many circles are there?                         4                                 shape x
+number relation       where is the red circle, seen from the blue star?   left, right, above or below
+shape x shape
+               is the red circle left of the blue star?            yes or no binding        what colour is the
+circle?                          red                               colour x shape
                which shape is red?                                 circle
                is there a red circle?                              yes or no
-reading        what is written in red?                             407                               the string
-comparison     which picture shows more circles?                   first or second                   shape x number
-               do all pictures show the same?                      yes or no                         colour x shape
-pointing       point to the red circle                             see ``point``                     colour x shape
-description    describe                                            red circle, blue star             colour x shape
+reading        what is written in red?                             407                               the
+string comparison     which picture shows more circles?                   first or second
+shape x number
+               do all pictures show the same?                      yes or no                         colour x
+shape pointing       point to the red circle                             see ``point``
+colour x shape description    describe                                            red circle, blue star
+colour x shape
 =============  ==================================================  ================================  =========================
 
-Where something is there to be left out, there is a lure: if it is asked whether there is a red circle and there is none, something else is
-red and some circle has another colour. ``description`` is a caption, from left to right: a task to learn from, not a skill with a chance.
+Where something is there to be left out, there is a lure: if it is asked whether there is a red circle and
+there is none, something else is red and some circle has another colour. ``description`` is a caption, from
+left to right: a task to learn from, not a skill with a chance.
 """
 
 from __future__ import annotations
@@ -44,7 +49,9 @@ def plural(shape: str) -> str:
 
 
 def counting(s: Setting) -> Draft:
-    """Each asked shape has a number of its own, and so has one that is not asked about: the number of all things says nothing."""
+    """Each asked shape has a number of its own, and so has one that is not asked about: the number of all
+    things says nothing.
+    """
     numbers = s.known.counts[s.unseen]
     asked = s.rng.sample(list(numbers), min(s.cfg.texts, len(numbers)))
     groups = [(shape, s.rng.choice(numbers[shape])) for shape in asked]
@@ -57,7 +64,7 @@ def counting(s: Setting) -> Draft:
 
 
 def relation(s: Setting) -> Draft:
-    """One of the two stands clearly on one side of the other: at least twice as far as it is off that axis."""
+    """One of the two is clearly on one side of the other: at least twice as far away as it is off that axis."""
     one, other = (Thing(s.colour_for(shape), shape) for shape in s.rng.choice(s.known.partners[s.unseen]))
     answer = s.rng.choice(list(RELATIONS))
     far = s.rng.uniform(1.5 * s.cfg.max_size, 0.95 - s.cfg.max_size)
@@ -82,9 +89,9 @@ def binding(s: Setting) -> Draft:
     """No colour and no shape is there twice."""
     colour, shape = s.rng.choice(s.known.pairs[s.unseen])
     kinds = s.rng.sample(("colour", "shape", "exists"), min(3, s.cfg.texts))
-    there = "exists" not in kinds or s.rng.random() < 0.5
+    exists = "exists" not in kinds or s.rng.random() < 0.5
     things = [Thing(colour, shape)]
-    if not there:
+    if not exists:
         lures = [(c, t) for c, t in s.known.pairs[False] if c == colour and t != shape]
         things = [Thing(*s.rng.choice(lures)), Thing(s.colour_for(shape, avoid=(colour,)), shape)]
         if s.unseen:
@@ -92,10 +99,10 @@ def binding(s: Setting) -> Draft:
     answers = {
         "colour": Text(f"what colour is the {shape}?", things[-1].colour),
         "shape": Text(f"which shape is {colour}?", things[0].shape),
-        "exists": Text(f"is there a {colour} {shape}?", "yes" if there else "no"),
+        "exists": Text(f"is there a {colour} {shape}?", "yes" if exists else "no"),
     }
     shapes, colours = [thing.shape for thing in things], [thing.colour for thing in things]
-    more = s.others(s.distractors() + there, shapes, colours)  # a lure stands for one thing
+    more = s.others(s.distractors() + exists, shapes, colours)  # a lure counts as one distractor
     return Draft((tuple(things + more),), tuple(answers[kind] for kind in kinds))
 
 
@@ -147,8 +154,9 @@ def _more(s: Setting, pictures: str) -> Draft:
 def point(s: Setting, column: int, row: int, label: str) -> str:
     """The middle of a cell of the grid, as ``data.points`` says.
 
-    "point" is what Molmo writes (Deitke et al. 2024, section 4): shares of width and height in percent with one decimal, from the upper
-    left corner, ``<point x="30.0" y="70.0" alt="red circle">red circle</point>``. "cell" is ``column 2 row 4``, counted from 1.
+    "point" is what Molmo writes (Deitke et al. 2024, section 4): shares of width and height in percent with
+    one decimal, from the upper left corner, ``<point x="30.0" y="70.0" alt="red circle">red circle</point>``.
+    "cell" is ``column 2 row 4``, counted from 1.
     """
     if s.cfg.points == "cell":
         return f"column {column + 1} row {row + 1}"
@@ -157,8 +165,8 @@ def point(s: Setting, column: int, row: int, label: str) -> str:
 
 
 def pointing(s: Setting) -> Draft:
-    """What is pointed to is in the middle of a cell, anywhere on the grid where it is seen whole. Some others have its shape or its
-    colour.
+    """What is pointed to is in the middle of a cell, anywhere on the grid where it is seen whole. Some others
+    have its shape or its colour.
     """
     middle = [(k + 0.5) / s.cfg.grid for k in range(s.cfg.grid)]
     inside = [k for k, at in enumerate(middle) if min(at, 1 - at) >= s.cfg.min_size / 2]

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from kempnerforge.data.sample import ImageSource, SampleError, Taken, Text
-from kempnerforge.data.sources.keys import PART, Ignoring, unread
+from kempnerforge.data.sample import ConvertedText, ImageSource, SampleError, Text
+from kempnerforge.data.sources.keys import PART, Ignoring, unknown_keys
 from kempnerforge.data.sources.rows import WrittenNumber
 from kempnerforge.util.errors import show
 
-Open = Callable[[Any], tuple[ImageSource, ...]]
-"""Opens what a content list has as an image."""
+OpenImage = Callable[[Any], tuple[ImageSource, ...]]
+"""From a value in a content list to its image."""
+
+
+class Content(NamedTuple):
+    """A value of a row in the place of a text.
+
+    Attributes:
+        value: one text, with a placeholder for each image, if the row has a content list; else what the row
+            has.
+        images: those in the content list: images, or numbers of images in the columns of the row.
+    """
+
+    value: Any
+    images: tuple[ImageSource | int, ...] = ()
 
 
 def as_text(value: Any, where: str) -> str:
-    """``value`` as a text. Numbers and booleans are taken as JSON writes them. ``where`` it stands is for messages: "column 'answer'".
+    """``value`` as a text. Numbers and booleans become what JSON writes for them.
+
+    Args:
+        where: the place of the value, for messages: "column 'answer'".
 
     Raises:
         SampleError: it is null, or something else that is no text.
@@ -26,11 +42,11 @@ def as_text(value: Any, where: str) -> str:
     if value is None:
         raise SampleError(f"{where} is null")
     if isinstance(value, bool):
-        return Taken("true" if value else "false", "a boolean")
+        return ConvertedText("true" if value else "false", "a boolean")
     if isinstance(value, int):
-        return Taken(str(value), "a number")
+        return ConvertedText(str(value), "a number")
     if isinstance(value, float) and math.isfinite(value):
-        return Taken(value.written if isinstance(value, WrittenNumber) else repr(value), "a number")
+        return ConvertedText(value.written if isinstance(value, WrittenNumber) else repr(value), "a number")
     what = "NaN or infinity" if isinstance(value, float) else type(value).__name__
     raise SampleError(f"{where}: must be a string, not {what}")
 
@@ -66,51 +82,50 @@ def is_content(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
 
 
-def said(value: Any, where: str, placeholder: str, open_image: Open) -> tuple[Any, tuple[ImageSource | int, ...]]:
-    """What is in a place of text, as one text with a placeholder for each image, and the images that it brings itself, or their numbers
-    (see ``shown``). Anything but a content list is handed back as it is.
+def read_content(value: Any, where: str, placeholder: str, open_image: OpenImage) -> Content:
+    """What a row has in the place of a text; its images go to ``images_of_row``.
 
     Raises:
         SampleError: a part of a content list that is neither text nor image.
     """
     if not is_content(value):
-        return value, ()
+        return Content(value)
     written, images = "", []
-    pictured = any(part["type"] != "text" for part in value)
+    has_images = any(part["type"] != "text" for part in value)
     for part in value:
-        for problem in unread(part, PART, Ignoring()):
+        for problem in unknown_keys(part, PART, Ignoring()):
             raise SampleError(f"{where}: {problem}")
         if part["type"] == "text":
             if part.get("index") is not None:
                 raise SampleError(f"{where}: a part of type text with an index; it numbers images")
             text = as_text(part.get("text"), f"{where}, a part of type text,")
-            if pictured and placeholder in text:
+            if has_images and placeholder in text:
                 raise SampleError(f"{where}: {placeholder!r} in a text beside parts that are images")
             written += text
         elif part["type"] in ("image", "image_url"):
             written += placeholder
-            images += _pictured(part, open_image)
+            images += _image_of_part(part, open_image)
         else:
             raise SampleError(f"{where}: a part of type {show(part['type'])}; known are text, image, image_url")
-    return written, tuple(images)
+    return Content(written, tuple(images))
 
 
-def shown(beside: tuple[ImageSource, ...], own: Sequence[ImageSource | int], columns: str) -> tuple[ImageSource, ...]:
-    """The images of a row.
+def images_of_row(beside: tuple[ImageSource, ...], inside: Sequence[ImageSource | int], columns: str) -> tuple[ImageSource, ...]:
+    """The images of a row, in the order of their places.
 
     Args:
-        beside: those in its ``columns``.
-        own: those that its texts bring, or the numbers of those ``beside`` that are in them.
+        beside: the images in its ``columns``.
+        inside: ``Content.images`` of its texts.
 
     Raises:
-        SampleError: both are there, or a number is of no image, or an image has no number.
+        SampleError: there are images in both, or a number is of no image, or an image has no number.
     """
-    numbers = [image for image in own if isinstance(image, int)]
+    numbers = [image for image in inside if isinstance(image, int)]
     if not numbers:
-        if beside and own:
+        if beside and inside:
             raise SampleError(f"images both in {columns} and in the texts")
-        return beside or tuple(image for image in own if not isinstance(image, int))
-    if len(numbers) < len(own):
+        return beside or tuple(image for image in inside if not isinstance(image, int))
+    if len(numbers) < len(inside):
         raise SampleError("some parts of type image have an index, others an image")
     if wrong := [number for number in numbers if not 0 <= number < len(beside)]:
         raise SampleError(f"a part of type image has index {wrong[0]}, and {columns} {len(beside)} images, from 0")
@@ -119,7 +134,7 @@ def shown(beside: tuple[ImageSource, ...], own: Sequence[ImageSource | int], col
     return tuple(beside[number] for number in numbers)
 
 
-def _pictured(part: dict[str, Any], open_image: Open) -> Sequence[ImageSource | int]:
+def _image_of_part(part: dict[str, Any], open_image: OpenImage) -> Sequence[ImageSource | int]:
     """The image of ``part``, or its number; none where it only marks a place."""
     url = part.get("image_url")
     given = [part.get("image"), url.get("url") if isinstance(url, dict) else url, part.get("path"), part.get("url")]

@@ -25,13 +25,15 @@ class KnownFeatures:
     computed: Tensor | None = None
 
     def all(self, num_tokens: int, dim: int, device: torch.device) -> Tensor:
-        """(N, F, E) where all are known; for no image those of a blank one, zeros."""
+        """(N, F, E) of images whose features are all known; without images zeros, for one blank image."""
         known = [features for features in self.features if features is not None]
         assert len(known) == len(self.keys), "not all features are known"
         return (torch.stack(known) if known else torch.zeros(1, num_tokens, dim, dtype=self.dtype)).to(device)
 
     def merge(self, computed: Tensor) -> Tensor:
-        """``computed`` (N, F, E), with what was known before in its place: the value of an image never depends on its neighbours in a batch."""
+        """``computed`` (N, F, E), with what was known before in its place: the value of an image never
+        depends on its neighbours in a batch.
+        """
         self.computed = computed.detach()
         if not any(features is not None for features in self.features):
             return computed
