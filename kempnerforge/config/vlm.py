@@ -1,21 +1,21 @@
-"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, and
-what is frozen when.
+"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, what
+is frozen when.
 
-``arch`` selects the subclass: from TOML the loader does it, programs call ``VLMConfig.for_arch("mot",
-max_text_len=1024)``. When ``[vlm]`` is absent the job is a pure text run.
+The loader selects the subclass by ``arch``, programs call ``VLMConfig.for_arch("mot", max_text_len=1024)``.
+Without ``[vlm]`` the job is a pure text run.
 """
 
 from __future__ import annotations
 
 import keyword
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, more_than, one_of
+from kempnerforge.config.checks import at_least, defaults, divides, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
 from kempnerforge.config.sections import JobSections
 from kempnerforge.util.errors import InputError, NotBuiltError
@@ -37,15 +37,12 @@ __all__ = [
 MASKS = ("causal", "image_bidirectional", "prefix")
 
 _RESERVED_ARCHS: frozenset[str] = frozenset()
-"""Names kept for architectures that are planned; asking for one is a ``NotImplementedError``, for anything
-else unknown a ``ValueError``.
-"""
+"""Names kept for planned architectures: asking for one is a ``NotImplementedError``."""
 
 
 @dataclass
 class VLMConfig:
-    """What every architecture has. Subclasses register with ``@registry.register_vlm_config`` and set
-    ``arch``'s default.
+    """What every architecture has. Subclasses register with ``@registry.register_vlm_config``.
 
     Attributes:
         arch: the discriminator.
@@ -54,17 +51,14 @@ class VLMConfig:
             to train one from scratch, say ``freeze = []``.
         freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See
             ``freeze_at``.
-        module_patterns: alias -> fnmatch patterns over parameter names. Those of the arch are always there,
-            with other patterns if given.
+        module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
-            (image and prompt see each other: PaliGemma, Beyer et al. 2024; of several texts of one image it
-            sees none, they must not meet there).
-        masks: no key, but a fact about the class: the values that ``attention_mask`` takes.
-        stands_for: no key either: ``model_type`` of the class in transformers that has blocks of this arch's
-            own kind, if one has.
+            (image and prompt see each other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none).
+        masks: no key: the values that ``attention_mask`` takes.
+        stands_for: no key either: ``model_type`` in transformers of models with the blocks of this arch.
 
     Raises:
-        ValueError: a value is out of range, or ``arch`` belongs to another class than the one constructed.
+        ValueError: a value is out of range, or ``arch`` has another class.
     """
 
     masks: ClassVar[tuple[str, ...]] = MASKS
@@ -81,9 +75,7 @@ class VLMConfig:
         cls = self.class_for(self.arch)
         if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
             raise InputError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
-        patterns = next(f.default_factory for f in fields(self) if f.name == "module_patterns")
-        assert callable(patterns), "module_patterns has a default_factory in every class"
-        self.module_patterns = {**patterns(), **self.module_patterns}
+        self.module_patterns = {**defaults(type(self))["module_patterns"], **self.module_patterns}
         if self.max_text_len < 2:
             raise InputError(f"max_text_len = {self.max_text_len}: must be >= 2, room for a token and the one that ends the text")
         one_of(self, "attention_mask", self.masks)
@@ -93,12 +85,7 @@ class VLMConfig:
 
     @staticmethod
     def class_for(arch: str) -> type[VLMConfig]:
-        """The config class of ``arch``.
-
-        Raises:
-            ValueError: ``arch`` is not registered.
-            NotImplementedError: ``arch`` is reserved for later.
-        """
+        """The config class of ``arch``; errors as of ``for_arch``."""
         if arch in _RESERVED_ARCHS and arch not in registry.vlm_configs:
             raise NotBuiltError(f"arch = {arch!r}: reserved, not built yet; {registry.vlm_configs.known()}")
         return registry.vlm_configs.get(arch)
@@ -109,7 +96,7 @@ class VLMConfig:
 
         Raises:
             ValueError: ``arch`` is not registered, or a field has a bad value.
-            NotImplementedError: ``arch`` is reserved for later.
+            NotImplementedError: ``arch`` is planned.
         """
         return cls.class_for(arch).in_job(arch=arch, **kwargs)
 
@@ -135,16 +122,12 @@ class VLMConfig:
 
     @property
     def latest_image_alone(self) -> str:
-        """The key and value by which a word sees the image before it and no earlier one; nothing if it sees
-        them all.
-        """
+        """The key and value by which a word sees the latest image alone; empty if it sees all before it."""
         return ""
 
     @property
     def files(self) -> str:
-        """A directory or hub id with the files of the model's own processor, if it has one: its tokenizer is
-        taken unless ``data.tokenizer`` names another.
-        """
+        """Directory or hub id of the model's own processor, whose tokenizer is the default; empty if it has none."""
         return ""
 
     @property
@@ -192,23 +175,20 @@ class CrossAttentionConfig(VLMConfig):
         cross_attention_every_n_layers: one such block before every n-th layer.
         cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see
             ``resolved_heads``.
-        cross_attention_media: which images before it in its own text a word sees: "all" of them, or the
-            "latest" alone. With "latest", of two images in front of the same word only the second is ever
-            seen; Flamingo's data has one image for each stretch of text. With "latest_group" it is seen with
-            those before it that follow one another within a token each, which is that of the image itself in
-            Llama 3.2 Vision.
+        cross_attention_media: which of the images before it, in its own text, a word sees. "all"; "latest":
+            the last one alone (Flamingo); "latest_group": the last one and those before it that are at most
+            one token apart (in Llama 3.2 Vision the token of the image itself).
         cross_attention_qk_norm: RMSNorm on each head's q and k (Llama 3.2 Vision).
         cross_attention_media_norm: RMSNorm on the media before keys and values.
-        cross_attention_blind: what a block does to a word that sees no image. "feed_forward": the word reads
-            nothing, and the feed-forward acts on it all the same. "nothing": neither of the two (Llama 3.2
-            Vision as Meta has it). "attention": it reads all images of its own text and of what that shares,
-            later ones too, and the feed-forward leaves it alone (Llama 3.2 Vision in transformers). Where
-            there is no image at all the last two leave the text model as it is.
-        cross_attention_seen_tokens: of the tokens of an image so many are seen, the first; words that see no
+        cross_attention_blind: what a block does to a word that sees no image. "feed_forward": only the
+            feed-forward acts on it. "nothing" (Llama 3.2 Vision by Meta). "attention": it reads all images of
+            its own text and of the shared part, later ones too, and the feed-forward does not act on it
+            (Llama 3.2 Vision in transformers). Without any image the last two leave the text model as it is.
+        cross_attention_seen_tokens: the first tokens of an image, as many as are seen; words that see no
             image may read the others. 0: all. (In Llama 3.2 Vision the tokens of empty tiles follow the
-            tokens of an image's only tile.)
-        unwritten_tokens: so many tokens, the last of the vocabulary, are read and never written: the output
-            head has no rows for them (the token of an image in Llama 3.2 Vision). Not with
+            tokens of the only tile.)
+        unwritten_tokens: the last tokens of the vocabulary, as many as are read and never written: the output
+            head has no rows for them (Llama 3.2 Vision: the token of an image). Not with
             ``model.tie_embeddings`` or ``model.new_tokens``.
     """
 
@@ -236,9 +216,8 @@ class CrossAttentionConfig(VLMConfig):
         one_of(self, "cross_attention_blind", ("feed_forward", "nothing", "attention"))
         if self.attention_mask == "image_bidirectional":
             raise InputError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
-        heads, kv = self.cross_attention_n_heads, self.cross_attention_n_kv_heads
-        if heads and kv and heads % kv:
-            raise InputError(f"cross_attention_n_kv_heads = {kv}: must divide cross_attention_n_heads = {heads}")
+        if self.cross_attention_n_heads and self.cross_attention_n_kv_heads:
+            divides(self, "cross_attention_n_kv_heads", "cross_attention_n_heads")
 
     def residual_stream_image_tokens(self, num_tokens: int) -> int:
         """0: the residual stream carries text only."""
@@ -249,8 +228,7 @@ class CrossAttentionConfig(VLMConfig):
         return "cross_attention_media = 'latest'" if self.cross_attention_media == "latest" else ""
 
     def resolved_heads(self, model_n_heads: int) -> tuple[int, int]:
-        """``(n_heads, n_kv_heads)`` with zeros resolved: heads from the text backbone, key/value heads from
-        the heads.
+        """``(n_heads, n_kv_heads)``. A zero takes the text backbone's heads; for key/value heads, the heads.
 
         Raises:
             ValueError: the backbone has no heads, or the key/value heads do not divide the heads.
@@ -302,8 +280,8 @@ class MoTConfig(VLMConfig):
             ``resolved_image_heads``.
         mot_warm_start_from_text: copy the text tower into the other towers when a fresh run starts.
         mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging
-            Face directory. By TOML and ``for_arch`` it may be empty, as a job can have text weights from
-            ``run.init_from``; a config that is alone needs it.
+            Face directory. A job may have the weights from ``run.init_from`` instead; a config that is made
+            alone needs it.
         untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a
             block). The rest is shared.
         norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on
@@ -339,9 +317,8 @@ class MoTConfig(VLMConfig):
             raise InputError(f"untie = {self.untie}: needs one or more of {', '.join(repr(part) for part in UNTIE)}, each once")
         one_of(self, "norm_placement", ("pre", "paper"))
         at_least(self, 0, "mot_image_n_heads", "mot_image_n_kv_heads")
-        heads, kv = self.mot_image_n_heads, self.mot_image_n_kv_heads
-        if heads and kv and heads % kv:
-            raise InputError(f"mot_image_n_kv_heads = {kv}: must divide mot_image_n_heads = {heads}")
+        if self.mot_image_n_heads and self.mot_image_n_kv_heads:
+            divides(self, "mot_image_n_kv_heads", "mot_image_n_heads")
         if self.mot_warm_start_from_text and not self.mot_warm_start_path:
             raise InputError("mot_warm_start_from_text: needs mot_warm_start_path; where run.init_from has the weights, use for_arch")
 

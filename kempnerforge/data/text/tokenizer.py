@@ -48,9 +48,10 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         new_tokens: names that ``add_tokens`` was asked for, in the order of their ids. They are recognised
             wherever they are in a text.
+        appended: names that ``add_tokens`` has put after the vocabulary, here or before the tokenizer was
+            saved.
         base_vocab_size: ``vocab_size`` without the new tokens; their ids follow it without a gap.
-        bos_id, eos_id, pad_id: ids of the above.
-        unknown_id: id of the token for unknown text, if the tokenizer has one.
+        bos_id, eos_id, pad_id, unknown_id: ids of these tokens.
         start_id: id of the token that every text starts with, if there is one.
         stop_ids: at these generation ends, EOS among them.
         special_names: names of added and special tokens by id.
@@ -93,7 +94,7 @@ class Tokenizer:
         self.start_id: int | None = self.bos_id if starts else None
         self.stop_ids: frozenset[int] = frozenset({self.eos_id, *stops})
         self.new_tokens: tuple[str, ...] = ()
-        self._appended = tuple(appended)
+        self.appended = tuple(appended)
         self._changed(vocab)
 
     def _changed(self, vocab: dict[str, int]) -> None:
@@ -109,20 +110,13 @@ class Tokenizer:
         return self.vocab_size - len(self.new_tokens)
 
     @property
-    def appended(self) -> tuple[str, ...]:
-        """Names that ``add_tokens`` has put after the vocabulary, here or before the tokenizer was saved."""
-        return self._appended
-
-    @property
     def new_token_ids(self) -> list[int]:
         """Ids of ``new_tokens``."""
         return list(range(self.base_vocab_size, self.vocab_size))
 
     @property
     def byte_ids(self) -> frozenset[int]:
-        """Tokens that are a byte each, where the decoder joins them ("byte fallback"): what it makes of one
-        depends on its neighbours.
-        """
+        """Tokens of one byte each ("byte fallback"): the decoder joins neighbours."""
         decoder = self.backend.decoder
         if decoder is None or b"ByteFallback" not in decoder.__getstate__():
             return frozenset()
@@ -143,7 +137,7 @@ class Tokenizer:
             ValueError: a name is empty, given twice, or in the vocabulary otherwise.
         """
         names = tuple(names)
-        earlier = self._appended
+        earlier = self.appended
         if not names:
             return
         if names[: len(earlier)] != earlier:
@@ -157,22 +151,17 @@ class Tokenizer:
         # NOTE: special ones would not be recognised inside a text, as no special token's name is
         self.backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in added])
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        self.new_tokens = self._appended = names
+        self.new_tokens = self.appended = names
         self._changed(vocab)
         if [vocab[name] for name in names] != self.new_token_ids:
             raise InputError(f"model.new_tokens = {list(names)}: the tokenizer's ids have gaps, so new ones cannot follow them")
 
     def _fingerprint(self, vocab: dict[str, int]) -> str:
         parts = json.loads(self.backend.to_str())
-        deciding = [
-            sorted(vocab.items()),
-            parts["normalizer"],
-            parts["pre_tokenizer"],
-            parts["model"].get("merges"),
-            parts["model"]["type"],
-        ]
-        unknown = parts["model"].get("unk_token")
-        self.unknown_id: int | None = parts["model"].get("unk_id") if unknown is None else vocab.get(unknown)
+        model = parts["model"]
+        deciding = [sorted(vocab.items()), parts["normalizer"], parts["pre_tokenizer"], model.get("merges"), model["type"]]
+        unknown = model.get("unk_token")
+        self.unknown_id: int | None = model.get("unk_id") if unknown is None else vocab.get(unknown)
         specials = [self.start_id, self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps([deciding, specials], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -182,7 +171,7 @@ class Tokenizer:
     @property
     def _named(self) -> dict[str, Any]:
         """What the constructor is given besides the backend."""
-        names = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "appended": self._appended, "chat_template": self.chat_template}
+        names = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "appended": self.appended, "chat_template": self.chat_template}
         return names | {"adds_bos": self.start_id is not None, "stops": self.stop_ids}
 
     def changed(self, **named: Any) -> Tokenizer:
@@ -238,7 +227,7 @@ class Tokenizer:
             **{key: token for key, token in names.items() if token is not None},
             "adds_bos": self.start_id is not None,
             "stop_ids": sorted(self.stop_ids),
-            **({"new_tokens": list(self._appended)} if self._appended else {}),
+            **({"new_tokens": list(self.appended)} if self.appended else {}),
         }
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -283,12 +272,13 @@ class Tokenizer:
         plain = _read_plain(Path(path_or_id))
         if plain is not None:
             return plain
+        where = f"data.tokenizer = {str(path_or_id)!r}"
         names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
         if names_a_path and not Path(path_or_id).is_dir():
-            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: no such directory{start_of(path_or_id)}")
+            raise InputError(f"{where}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
-        config, where = Path(path_or_id) / CONFIG, f"data.tokenizer = {str(path_or_id)!r}"
+        config = Path(path_or_id) / CONFIG
         settings = read_object(config) if config.is_file() else {}
         check_config(f"{where}: {CONFIG}", settings)
         with class_call(where, "cannot be loaded", settings):
@@ -296,9 +286,9 @@ class Tokenizer:
             backend = getattr(loaded, "backend_tokenizer", None)
             own = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own
         if own is None:
-            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no fast implementation (tokenizer.json)")
+            raise InputError(f"{where}: has no fast implementation (tokenizer.json)")
         if loaded.eos_token is None:
-            raise InputError(f"data.tokenizer = {str(path_or_id)!r}: has no EOS token, so answers could not end")
+            raise InputError(f"{where}: has no EOS token, so answers could not end")
         return cls(
             own,
             eos=loaded.eos_token,
@@ -352,11 +342,9 @@ def _without_prefix(backend: tokenizers.Tokenizer, after: str) -> tokenizers.Tok
     parts = json.loads(backend.to_str())
     old = {key: parts[key] for key in ("normalizer", "pre_tokenizer")}
     # a lone normalizer is treated as a list of one, so that it can be left out
-    new = {"normalizer": changed({"type": "Sequence", "normalizers": [old["normalizer"]] if old["normalizer"] else []})}
-    new["pre_tokenizer"] = old["pre_tokenizer"] and changed(old["pre_tokenizer"])
-    if new["pre_tokenizer"] == old["pre_tokenizer"] and new["normalizer"]["normalizers"] == (
-        [old["normalizer"]] if old["normalizer"] else []
-    ):
+    whole = {"type": "Sequence", "normalizers": [old["normalizer"]] if old["normalizer"] else []}
+    new = {"normalizer": changed(whole), "pre_tokenizer": old["pre_tokenizer"] and changed(old["pre_tokenizer"])}
+    if new == {"normalizer": whole, "pre_tokenizer": old["pre_tokenizer"]}:
         return backend
     inner = tokenizers.Tokenizer.from_str(json.dumps(parts | new))
     inner.encode_special_tokens = True
@@ -368,9 +356,8 @@ def _read_plain(path: Path) -> Tokenizer | None:
     takes seconds. Any other may say more than ``tokenizer.json`` does, in its config or beside it.
     """
     files = path / "tokenizer.json", path / "tokenizer_config.json"
-    if not all(file.is_file() for file in files) or any(
-        (path / name).is_file() for name in ("added_tokens.json", "special_tokens_map.json")
-    ):
+    others = path / "added_tokens.json", path / "special_tokens_map.json"
+    if not all(file.is_file() for file in files) or any(file.is_file() for file in others):
         return None
     try:
         config: Any = read_object(files[1])
