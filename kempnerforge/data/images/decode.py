@@ -133,8 +133,8 @@ def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True
         raise ImageError(f"image {image_name(source)}: {error}") from None
 
 
-def encode_png(image: Image.Image, compress_level: int = 6) -> bytes:
-    """``image`` as the content of a PNG file."""
+def encode_png(image: Image.Image, compress_level: int = -1) -> bytes:
+    """``image`` as the content of a PNG file; -1 is the default level of zlib."""
     image.save(buffer := io.BytesIO(), "PNG", compress_level=compress_level)
     return buffer.getvalue()
 
