@@ -28,8 +28,9 @@ class FineVisionConfig(Splits):
     ``visual_dependency_ratings`` and ``formatting_ratings``, one per turn.
 
     Attributes:
-        relevance_min_rating, image_correspondence_min_rating, visual_dependency_min_rating,
-            formatting_min_rating: turns rated below are left out; turns without a rating stay.
+        relevance_min_rating, image_correspondence_min_rating: turns rated below are left out; turns without a
+            rating stay.
+        visual_dependency_min_rating, formatting_min_rating: the same for the other two ratings.
         images_in_prompt: images are at the head of the first question, inside the template (nanoVLM), and not
             in front of everything.
     """
