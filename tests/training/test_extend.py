@@ -206,7 +206,10 @@ def test_a_hook_of_a_plugin_gets_every_call(tmp_path: Path) -> None:
 def test_hooks_are_read_strictly(tmp_path: Path) -> None:
     path = example("hook", tmp_path)
     for wrong, message in (
-        ("--hooks.0.type=weight_nrom", "type = 'weight_nrom': Unknown hooks.type; registered: study, weight_norm (did you mean 'weight_norm'?)"),
+        (
+            "--hooks.0.type=weight_nrom",
+            "type = 'weight_nrom': Unknown hooks.type; registered: study, weight_norm (did you mean 'weight_norm'?)",
+        ),
         ("--hooks=[{interval=1}]", "type = '': Unknown hooks.type"),
         ("--hooks.0.interval=0", "interval = 0: must be >= 1"),
         ("--hooks.0.intervall=1", "unknown key; did you mean 'interval'?"),
