@@ -11,7 +11,7 @@ from kempnerforge.util.metrics import read_metrics
 
 
 def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> str:
-    """``README.md`` of an export: what it is, what it was trained on, how well it does. The licence is left to whoever publishes it.
+    """``README.md`` of an export: the model, its training data, its metrics. The person who publishes it chooses the licence.
 
     Args:
         name: a title.
@@ -47,6 +47,6 @@ def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> st
 
 
 def _metrics(checkpoint: Path, step: int) -> dict[str, float]:
-    """What the last evaluation up to ``step`` measured, from the run around the checkpoint, if it still is in one."""
+    """The last evaluation up to ``step``, if the checkpoint is still in its run."""
     run = checkpoint.resolve().parent
     return read_metrics(run.parent / "metrics.jsonl").last_evaluation(until=step) if run.name == "checkpoints" else {}

@@ -112,13 +112,13 @@ SAID
 def chat_template(
     cfg: DataConfig, tokenizer: Tokenizer, asking: Asking | None = None, *, processor: str = "", adds_bos: bool = False, space: str = ""
 ) -> str:
-    """The chat template that writes what a model with ``cfg`` has learned to read.
+    """The chat template that writes conversations as a model with ``cfg`` was trained to read them.
 
     Args:
-        asking: how the texts of the training placed their images; None: as is usual with the source.
-        processor: the class that takes the text, if it adds to it: PaliGemma's puts BOS after the last image and a line break at the end,
-            that of Idefics 3 tokens around images.
-        adds_bos: the tokenizer puts BOS in front of all that it is given. (A chat template of the tokenizer's own stays as it is.)
+        asking: where the training texts have their images; None: the usual place of the source.
+        processor: the class that takes the text, if it adds to it: PaliGemma's adds BOS after the last image and a line break at the end,
+            Idefics 3's adds tokens around images.
+        adds_bos: the tokenizer puts BOS before every text. (A chat template of the tokenizer itself is not changed.)
         space: between BOS and the rest, for tokenizers that begin a text with one, but not after a special token.
 
     Raises:
@@ -148,13 +148,13 @@ def chat_template(
 
 
 def _placement(cfg: DataConfig, tokenizer: Tokenizer, asking: Asking) -> str:
-    """Where images that come before a question stand: where the "template" says, or as in ``Asking``."""
+    """The place of images that come before a question: "template", or the one of ``Asking``."""
     own = build_template(cfg, tokenizer).pieces(Text("", ""), "") if cfg.template != "chat" else []
     return "template" if any(cfg.image_placeholder in piece.text for piece in own) else asking.place
 
 
 def _parts(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, str | bool | None]:
-    """What the template writes around a question and its answer."""
+    """The texts that the template writes around a question and its answer."""
     template = build_template(cfg, tokenizer)
 
     def written(pieces: list[Piece]) -> str:
@@ -168,8 +168,8 @@ def _parts(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, str | bool | None
     system_begin = system_end = None
     if cfg.template in WITH_SYSTEM:
         whole = template.pieces(Text(PROMPT, ANSWER), SYSTEM)
-        system_begin, behind = written(whole[: [piece.field for piece in whole].index("prompt")]).split(SYSTEM)
-        system_end = behind.removesuffix(user_begin)
+        system_begin, rest = written(whole[: [piece.field for piece in whole].index("prompt")]).split(SYSTEM)
+        system_end = rest.removesuffix(user_begin)
     return {
         "system_begin": system_begin,
         "system_end": system_end,

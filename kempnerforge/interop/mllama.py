@@ -64,7 +64,7 @@ def arch() -> str:
 
 
 def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
-    """Keys of ``[vlm]`` with which our blocks compute what those of the class do, but for the number of blocks and of rows."""
+    """Keys of ``[vlm]`` with which our blocks compute the same as the class, except the number of blocks and of rows."""
     return {
         "attention_mask": "causal",
         "cross_attention_n_heads": model.n_heads,
@@ -91,7 +91,7 @@ def block_layers(every: int, layers: int) -> list[int]:
 
 
 def added_parameters(job: JobConfig) -> dict[str, Tensor]:
-    """The parameters besides those of text backbone, tower and adapter, and the head, which is narrower; on the meta device."""
+    """Parameters that text backbone, tower and adapter do not have, and the head, which is narrower; on the meta device."""
     cfg, how = job.model, vars(job.vlm)
     dim, width, hidden, every = cfg.dim, cfg.head_width, cfg.ffn_width, how["cross_attention_every_n_layers"]
     q, kv = cfg.n_heads * width, cfg.kv_heads * width

@@ -21,7 +21,7 @@ ABSENT = {"rope_local_theta": 0.0, "rope_global_interval": 0, "nope_interval": 0
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` with every setting written: files leave out what the class has by default. An unknown model's stays as it is.
+    """``config.json`` with every setting written: files leave out defaults of the class. The config of an unknown model is not changed.
 
     Raises:
         ValueError: the class does not take it.

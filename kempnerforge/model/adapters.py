@@ -31,7 +31,7 @@ class TwoLayerMLP(nn.Module):
 
 
 def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Module:
-    """One linear layer when ``hidden_dim`` is 0, otherwise an ``TwoLayerMLP`` of that hidden width."""
+    """One linear layer when ``hidden_dim`` is 0, otherwise a ``TwoLayerMLP`` of that hidden width."""
     return TwoLayerMLP(in_dim, hidden_dim, out_dim, bias) if hidden_dim else nn.Linear(in_dim, out_dim, bias=bias)
 
 

@@ -1,4 +1,4 @@
-"""Who may see whom, and the one function that computes attention.
+"""Masks (which position sees which), and the one function that computes attention.
 
 Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, S positions, E head width.
 """
@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from kempnerforge.model.documents import Documents, RowDocuments, take_apart
 
 FLEX_FROM = 1024
-"""Keys from which FlexAttention is taken on CUDA: it skips the blocks that no one sees and needs no (Q, K) mask in memory."""
+"""Keys from which FlexAttention is taken on CUDA: it skips blocks that are masked out and needs no (Q, K) mask in memory."""
 PREFIX_FROM = 64
 """Length from which a ``Prefix`` is taken on CUDA, where a kernel without a mask is the fast one.
 
@@ -37,8 +37,8 @@ class Prefix:
     Attention is then two products on slices, and the first one needs no mask; with ``rest`` None neither does.
 
     Attributes:
-        length: how many, the same in every row.
-        rest: (B, 1, S - length, K) additive, what the positions after them see; None is plain causal.
+        length: number of positions, the same in every row.
+        rest: (B, 1, S - length, K) additive, the mask of the positions after them; None is plain causal.
     """
 
     length: int
@@ -46,12 +46,12 @@ class Prefix:
 
 
 Mask = Tensor | Prefix | Documents | BlockMask
-"""Any form of "who sees whom" that ``attend`` takes; a tensor is additive, (B or 1, 1, Q, K)."""
+"""Any form of mask that ``attend`` takes; a tensor is additive, (B or 1, 1, Q, K)."""
 
 
 @dataclass(frozen=True)
 class ByWindow:
-    """The masks of a stream that some layers see more of than others.
+    """The masks of a model whose layers have different windows.
 
     Attributes:
         masks: by window of the layer; 0 has none.
@@ -74,12 +74,12 @@ class Segments:
         sample_ids: (B, K) int64; -1 is padding.
         text_ids: (B, K) int64; 0 is the shared part of a sample.
         groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None: there are no such groups.
-        order: (B, K) int64, where each key is in the stream. None: as it is stored.
+        order: (B, K) int64, the place of each key in the stream. None: the order of storage.
         has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
         documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded after them.
             None: not known, or nowhere several in a row.
-        positions: (B, K) int64, where each key is in its text, as RoPE has it. None: no layer has a window.
-        windows: those of the kinds of layers that there are; 0 is none.
+        positions: (B, K) int64, the position of each key in its text, as in RoPE. None: no layer has a window.
+        windows: of the kinds of layers in the model; 0 is none.
     """
 
     sample_ids: Tensor
@@ -159,9 +159,9 @@ class Segments:
         return self.rule(window)(row, row, query[:, None], key)[:, None]
 
     def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | ByWindow | None:
-        """What the last ``num_queries`` positions may see, in the cheapest form on this device; None is plain causal.
+        """The mask of the last ``num_queries`` positions, in the cheapest form on this device; None is plain causal.
 
-        A window that every sample fits into is none, so that all layers share one mask.
+        A window that every sample fits into is dropped, so that all layers share one mask.
 
         Args:
             num_queries: Q.
@@ -193,7 +193,7 @@ class Segments:
         return additive((self._any_row() if alike else self).visible(num_queries, window), dtype)
 
     def _any_row(self) -> Segments:
-        """What rows of one text that are padded on the right have in common."""
+        """The structure that all rows of one text, padded on the right, share."""
         steps = torch.arange(self.num_keys, device=self.sample_ids.device)[None]  # (1, K)
         nothing = torch.zeros_like(steps)
         return Segments(nothing, nothing, positions=steps)
@@ -202,7 +202,7 @@ class Segments:
         """All positions against all, one sample at a time."""
         batch, keys = self.sample_ids.shape
         stored = torch.arange(batch * keys, device=self.sample_ids.device).view(batch, keys)
-        if self.order is not None:  # the places by where they are in the stream; padding goes after its end
+        if self.order is not None:  # sorted by the place in the stream; padding goes after its end
             end = max(sum(length for length, _ in row) for row in rows)
             place = torch.where(self.sample_ids < 0, end, self.order)
             stored = stored.new_zeros(batch, end + 1).scatter(1, place, stored)
@@ -239,7 +239,7 @@ def attend(
     Args:
         q: (B, H, Q, E).
         k, v: (B, G, K, E); G divides H.
-        mask: it says everything, ``causal`` is not read then.
+        mask: the whole mask; ``causal`` is not read then.
         scale: of the scores; None means ``E ** -0.5``.
         softcap: ``cap * tanh(scores / cap)`` before the mask (Gemma 2); 0 is off.
         causal: without a mask: query i sees keys up to K - Q + i; False sees all.

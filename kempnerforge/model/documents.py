@@ -1,8 +1,8 @@
 """Attention of rows that hold several samples, each sample attended alone.
 
 The samples of a batch are taken out of their rows and put into buckets of about the same length, one sample to a row of the bucket. Each
-bucket is then an ordinary small batch, and what it has read goes back to where it came from. Nothing of the size (S, S) is made: two rows of 2048
-positions with 50 to 290 samples take a tenth of the time of a dense mask on a CPU, and a fifth to nine tenths of that of a loop over samples.
+bucket is then an ordinary small batch, and its outputs go back to their places in the rows. No (S, S) tensor is made: two rows of 2048 positions
+with 50 to 290 samples take a tenth of the time of a dense mask on a CPU, and a fifth to nine tenths of the time of a loop over samples.
 
 Shapes: B rows, S positions of a row, H query heads, G key/value heads, E head width; n samples in a bucket, L positions of its longest.
 """
@@ -27,8 +27,8 @@ class Bucket:
     """Samples that are attended together.
 
     Attributes:
-        places: (n, L) int64, where the positions of each sample are stored, ``b * S + s``; after its last one that is repeated.
-        mask: (n, 1, L, L) additive; None is plain causal, which keeps the repeated ones out of sight.
+        places: (n, L) int64, the stored position ``b * S + s`` of each position of a sample; the last one is repeated up to L.
+        mask: (n, 1, L, L) additive; None is plain causal, which hides the repeated ones.
     """
 
     places: Tensor
@@ -37,11 +37,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Documents:
-    """A mask: samples see nothing of each other. What padding reads is left open; no one looks at it.
+    """A mask: samples do not see each other. The outputs of padding are undefined and not read.
 
     Attributes:
         buckets: they hold every sample once.
-        back: (B * S,) int64, where in the buckets, one after the other, each position is; any place for padding.
+        back: (B * S,) int64, the index of each position in the concatenated buckets; any index for padding.
     """
 
     buckets: tuple[Bucket, ...]

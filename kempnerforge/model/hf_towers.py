@@ -185,7 +185,7 @@ def build_tower(model_class: Any, config: Any, cfg: HFTowerConfig) -> Any:
 
 
 def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisation:
-    """Mean and std that the config names, else those of the image processor at ``path``, else the family's."""
+    """Mean and std of the config, else of the image processor at ``path``, else of the family."""
     if cfg.mean:
         return Normalisation(cfg.mean, cfg.std)
     files = read_image_settings(cfg.path) if cfg.path else None
@@ -193,7 +193,7 @@ def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisa
 
 
 def plain_settings(known: Any, config: Mapping[str, Any], unread: Collection[str] = ()) -> dict[str, bool | int | float | str]:
-    """``vision_encoder.settings``, without ``model_type``: the keys that a tower has besides those of any config, if they are plain values.
+    """``vision_encoder.settings``, without ``model_type``: plain values of keys that belong to a tower, not to every config.
 
     Args:
         known: a config of the tower's class.
@@ -216,7 +216,7 @@ def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Seque
 
 
 def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
-    """The tower's config in transformers, of square RGB images: that of the files at ``path``, or its settings and ``more``."""
+    """The tower's config in transformers, for square RGB images, from the files at ``path``, or from its settings and ``more``."""
     if cfg.settings:
         known = vars(config_class())
         if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config.lora import LORA_PARAMETERS, LoRAConfig
-from kempnerforge.model.transformer import aside
+from kempnerforge.model.transformer import separate_draws
 from kempnerforge.util.errors import InputError
 
 
@@ -121,7 +121,7 @@ def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str,
             )
         chosen.update(dict.fromkeys(found, table))
     for name, table in chosen.items():
-        with aside(f"lora {name}"):
+        with separate_draws(f"lora {name}"):
             LoRALinear.adapt(layers[name], table)
 
 

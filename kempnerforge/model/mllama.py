@@ -33,7 +33,7 @@ def grids(tiles: int) -> list[list[int]]:
 
 @registry.register_vision_encoder("mllama")
 class MllamaTower(VisionEncoder):
-    """The tower with an image as the only tile of its grid. The features are those of all T tiles, the image's first.
+    """The tower with an image as the only tile of its grid. It gives the features of all T tiles, the image's first.
 
     NOTE: the empty tiles are no waste: in transformers only padding does not see padding, so the image's patches see them, and words that see
     no image read them (``vlm.cross_attention_blind = "attention"``).

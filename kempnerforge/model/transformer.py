@@ -49,7 +49,7 @@ class Context:
 
     Attributes:
         rope: tables of the stream's positions, for all layers; a block takes its own.
-        mask: who sees whom, for all layers; None is plain causal. A block takes its own.
+        mask: which position sees which, for all layers; None is plain causal. A block takes the mask of its window.
         cache: keys and values of earlier positions, when generating.
     """
 
@@ -59,11 +59,11 @@ class Context:
 
 
 @contextmanager
-def aside(name: str = "") -> Iterator[None]:
-    """Random draws in here leave the stream of draws alone: what an arch adds to a layer does not change the text weights behind it.
+def separate_draws(name: str = "") -> Iterator[None]:
+    """Random draws inside take no numbers from the usual stream: modules that an arch adds to a layer do not change the text weights after it.
 
     Args:
-        name: the seed depends on it and on where the stream is; two asides between the same two draws need two names.
+        name: the seed depends on it and on the state of the usual stream; two of these blocks between the same two draws need two names.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + zlib.crc32(name.encode()))
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
 
     def out(self, o: Tensor) -> Tensor:
-        """What the heads read, projected: (B, S, H * E) -> (B, S, D)."""
+        """The heads' outputs, projected: (B, S, H * E) -> (B, S, D)."""
         return self.dropout(self.post_norm(self.o_proj(o)))
 
 
@@ -157,7 +157,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One pre-norm layer in two halves, so that an arch can put something else between them."""
+    """One pre-norm layer in two halves, so that an arch can compute something between them."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 class NewTokens(nn.Module):
     """Embeddings of tokens after the base vocabulary, apart from it: they can train while the rest of the embedding is frozen (Flamingo,
-    Alayrac et al. 2022, trains those of its special tokens alone).
+    Alayrac et al. 2022, trains only the embeddings of its special tokens).
 
     Args:
         count: n, how many.
@@ -245,7 +245,7 @@ class Transformer(nn.Module):
             init_weights(self.output_head, cfg)
         self.new_tokens = None
         if cfg.new_tokens:
-            with aside():
+            with separate_draws():
                 self.new_tokens = NewTokens(len(cfg.new_tokens), cfg.dim, cfg.tie_embeddings, std)
 
     def embed(self, ids: Tensor) -> Tensor:

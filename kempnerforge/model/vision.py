@@ -19,7 +19,7 @@ from kempnerforge.util.errors import NotBuiltError
 
 
 class VisionEncoder(ExactBuffers):
-    """What every vision encoder is: uint8 pixels in, one sequence of features per image out.
+    """The contract of vision encoders: uint8 pixels in, one sequence of features per image out.
 
     Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their only argument, and implement
     ``forward`` and ``units``.
@@ -48,11 +48,11 @@ class VisionEncoder(ExactBuffers):
 
     @property
     def signature(self) -> str:
-        """What decides, besides weights and buffers, which features come out; for ``train.feature_cache``."""
+        """The settings that decide the features, besides weights and buffers; for ``train.feature_cache``."""
         return repr(self)
 
     def standing_alone(self, cfg: Any) -> VisionEncoderConfig:
-        """``cfg``, of which this encoder was made, so that it can be made again without the files that were read, for weights from elsewhere."""
+        """``cfg`` changed so that the same encoder can be built without the files that were read, for weights from a checkpoint."""
         return cfg.without_weights()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 An arch overrides ``block`` (which block makes layer i) and ``place`` (what enters the residual stream, and what a block may read besides
 it), seldom more. It *adds* modules and never renames: a text checkpoint fits every arch with only new keys missing. What it adds is made
-within ``aside``, so that the text weights of a fresh model are the same in every arch.
+within ``separate_draws``, so that the text weights of a fresh model are the same in every arch.
 
 Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F tokens of one image, T trained positions, V vocabulary.
 """

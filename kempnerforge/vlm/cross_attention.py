@@ -16,7 +16,7 @@ from kempnerforge.config import ModelConfig, registry
 from kempnerforge.config.vlm import CrossAttentionConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.attention import additive, attend
-from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, aside, init_weights
+from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
@@ -113,7 +113,7 @@ class CrossAttentionBlock(Block):
     def __init__(self, cfg: ModelConfig, layer: int, vlm: CrossAttentionConfig) -> None:
         super().__init__(cfg, layer)
         norms = {"qk_norm": vlm.cross_attention_qk_norm, "media_norm": vlm.cross_attention_media_norm}
-        with aside():
+        with separate_draws():
             self.cross_attention = GatedCrossAttention(cfg, *vlm.resolved_heads(cfg.n_heads), **norms)
 
     def media_heads(self, ctx: MediaContext) -> tuple[Tensor, Tensor]:

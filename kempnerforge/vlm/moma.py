@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoMaConfig, registry
 from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.model.transformer import MLP, Block, Cache, Context, aside, init_weights
+from kempnerforge.model.transformer import MLP, Block, Cache, Context, init_weights, separate_draws
 from kempnerforge.vlm.base import VLM
 
 EARLIER_FIRST = 1e-5
@@ -97,7 +97,7 @@ class MoMaBlock(Block):
         self.router_loss_weight = moma.router_loss_weight
         experts = moma.experts()
         chosen = [modality for modality, count in experts.items() if moma.capacity_factor < count]  # elsewhere every expert takes all
-        with aside("moma"):
+        with separate_draws("moma"):
             self.experts = nn.ModuleDict(
                 {modality: nn.ModuleList(MLP(cfg) for _ in range(count - (modality == "text"))) for modality, count in experts.items()}
             )

@@ -24,7 +24,7 @@ from kempnerforge.config.lora import is_adapter
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.rope import Rope, rope_tables
-from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, RMSNorm, aside, init_weights
+from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, RMSNorm, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
@@ -92,7 +92,7 @@ class MoTBlock(Block):
     def __init__(self, cfg: ModelConfig, layer: int, modalities: Sequence[str], untie: Sequence[str], norm_placement: str) -> None:
         super().__init__(cfg, layer)
         self.modalities, self.pre_norm = tuple(modalities), norm_placement == "pre"
-        with aside():
+        with separate_draws():
             for name in self.modalities[:-1]:
                 if hasattr(self, name):
                     raise InputError(f"mot_modalities: {name!r} cannot name a tower, a block has something else of that name")
