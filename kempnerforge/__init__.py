@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from kempnerforge.util.version import __version__
 
 if TYPE_CHECKING:
-    from kempnerforge.inference.pretrained import load_pretrained
+    from kempnerforge.inference.model import TrainedModel, load_pretrained
 
-__all__ = ["__version__", "load_pretrained"]
+__all__ = ["TrainedModel", "__version__", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
-    """``load_pretrained`` brings torch with it, so it is imported when it is asked for."""
-    if name == "load_pretrained":
-        from kempnerforge.inference.pretrained import load_pretrained
+    """Trained models bring torch with them, so they are imported when they are asked for."""
+    if name in ("TrainedModel", "load_pretrained"):
+        from kempnerforge.inference import model
 
-        return load_pretrained
+        return getattr(model, name)
     raise AttributeError(f"module 'kempnerforge' has no attribute {name!r}")

@@ -30,9 +30,9 @@ def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path)
     job.write_text(job.read_text().replace(f"{tmp_path}/", ""))
     monkeypatch.chdir(tmp_path)
-    batch, loop, run, answer, evaluated = (shown.splitlines() for shown, _ in outputs("python-api.md"))
+    batch, loop, run, answer, same, evaluated = (shown.splitlines() for shown, _ in outputs("python-api.md"))
     assert batch[0].startswith("torch.Size([4, ") and batch[0].endswith("torch.Size([4, 3, 16, 16])")
-    assert 0 < float(loop[0]) < 10 and run == [] and len(answer) == 1
+    assert 0 < float(loop[0]) < 10 and run == [] and len(answer) == 1 and same == answer
     exact_match, questions = evaluated[0].split()
     assert 0 <= float(exact_match) <= 1 and questions == "8"
 

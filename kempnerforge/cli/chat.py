@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kempnerforge.inference.answer import Answerer
+    from kempnerforge.inference.model import TrainedModel
     from kempnerforge.serve.terminal import Chat
 
     sampling = sampling_of(args)
-    model = Answerer(args.checkpoint, args.overrides)
+    model = TrainedModel.restore(args.checkpoint, args.overrides)
     chat = Chat(model, answer_stream(), note, has_turns=model.has_turns, max_new_tokens=args.max_new_tokens, sampling=sampling)
     chat.add(args.images)
     if sys.stdin.isatty():

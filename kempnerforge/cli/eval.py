@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kempnerforge.eval.predictions import require_replaceable
-    from kempnerforge.inference.evaluate import evaluate_checkpoint
+    from kempnerforge.inference.model import TrainedModel
     from kempnerforge.util.files import why_not_writable
 
     if args.predictions is not None and (kind := irregular(args.predictions)):
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--predictions {args.predictions}: cannot be written: {reason}")
     if args.predictions is not None:
         require_replaceable(args.predictions)
-    found = evaluate_checkpoint(args.checkpoint, args.overrides, args.limit, args.predictions)
+    found = TrainedModel.restore(args.checkpoint, args.overrides).evaluate(args.limit, args.predictions)
     for line in found.remarks:
         print(f"warning: {visible(line)}", file=sys.stderr)
     if args.json:

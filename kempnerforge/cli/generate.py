@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kempnerforge.eval.codecs import decode
-    from kempnerforge.inference.answer import Answerer
+    from kempnerforge.inference.model import TrainedModel
 
     sampling = sampling_of(args)
     images = [image for path in args.images for image in _images_at(path)]
-    model = Answerer(args.checkpoint, args.overrides)
+    model = TrainedModel.restore(args.checkpoint, args.overrides)
     groups = model.groups(args.prompt, images)
     places = _places(args.draw, groups, images)
     answers, failed, out = [], False, answer_stream()

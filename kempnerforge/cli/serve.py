@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kempnerforge.inference.answer import Answerer
+    from kempnerforge.inference.model import TrainedModel
     from kempnerforge.serve.desk import Desk
     from kempnerforge.serve.facts import facts_of
     from kempnerforge.serve.web import bind
 
-    model = Answerer(args.checkpoint, args.overrides)
+    model = TrainedModel.restore(args.checkpoint, args.overrides)
     server = bind(args.host, args.port, Desk(model), facts_of(model))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{model.path} is at {server.url} (Ctrl-C ends it)", file=sys.stderr, flush=True)

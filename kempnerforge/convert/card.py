@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from kempnerforge.config import to_toml
-from kempnerforge.inference.restore import Restored
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.training.history import changed_on_the_way, spans_of, trained_with
 from kempnerforge.util.metrics import read_metrics
 
 
-def model_card(restored: Restored, name: str, form: str, lines: list[str]) -> str:
+def model_card(restored: TrainedModel, name: str, form: str, lines: list[str]) -> str:
     """``README.md`` of an export: the model, its training data, its metrics. The person who publishes it chooses the licence.
 
     Args:

@@ -14,12 +14,9 @@ from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.convert.card import model_card
 from kempnerforge.convert.processor import FILES, write_processor
-from kempnerforge.convert.verify import TOLERANCE, Agreement, agreement, compare_models, load_class, make_probe, our_logits
-from kempnerforge.inference.processor import origin
-from kempnerforge.inference.restore import Restored, restore
-from kempnerforge.interop.external import ExternalModel
-from kempnerforge.interop.external_tokenizer import tokenizer_of
-from kempnerforge.interop.open_external import open_external
+from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, load_class, make_probe, our_logits
+from kempnerforge.inference.external import load_external
+from kempnerforge.inference.model import ASKED_FILE, JOB_FILE, TOKENIZER, TrainedModel
 from kempnerforge.interop.settings import hf_config
 from kempnerforge.interop.vlms import VLM_FAMILIES, fitting
 from kempnerforge.interop.write import (
@@ -37,12 +34,11 @@ from kempnerforge.model.hf_files import CONFIG, GENERATION
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.run_state import RunState
-from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import place_of
 from kempnerforge.util.reading import read_object
 
-JOB_FILE, TOKENIZER, ASKED_FILE = "config.toml", "tokenizer", "asked.json"
 FORMATS = ("hf", "kempnerforge")
 
 
@@ -116,47 +112,6 @@ def import_model(
     return Converted(out, lines, agreed.difference if agreed else None)
 
 
-@dataclass(frozen=True)
-class LoadedExternal:
-    """A model from elsewhere, ready to run here.
-
-    Attributes:
-        external: its files.
-        assembly: the model with its weights, and its tokenizer.
-        agreement: with its class in transformers; None: not compared.
-        compared: what was compared, or why nothing was, for people.
-        origin: the source, as a run that is made of it keeps it.
-        remarks: differences in the processing of images and texts, for people.
-    """
-
-    external: ExternalModel
-    assembly: Assembly
-    agreement: Agreement | None
-    compared: str
-    origin: dict[str, Any]
-    remarks: list[str]
-
-
-def load_external(
-    source: Path, tokenizer: Path | None = None, *, verify: bool = True, tolerance: float = TOLERANCE, progress: Progress = nothing
-) -> LoadedExternal:
-    """Reads a model as ``import_model`` and ``load_pretrained`` do. Arguments and errors: see ``import_model``."""
-    external = open_external(source)
-    assembly = assemble(external.job, tokenizer_of(external, tokenizer), data=False)
-    assembly.model.load_state_dict(external.read(progress), strict=True, assign=True)
-    assembly.model.eval()
-    agreed, compared = None, "verify = False"
-    if not external.can_be_compared:
-        compared = "transformers does not load it: nothing to compare with"
-    elif verify:
-        progress(f"running {external.architecture}", 0, 1)
-        agreed = compare_models(assembly, external.image_id, load_class(source, external.architecture))
-        compared = agreed.require(f"{external.architecture} and ours", tolerance)
-    kept, line = origin(assembly, external)
-    remarks = [*([line] if line else []), *(f"otherwise than there: {note}" for note in external.notes)]
-    return LoadedExternal(external, assembly, agreed, compared, kept, remarks)
-
-
 def _described(assembly: Assembly, name: str) -> str:
     count = sum(p.numel() for p in assembly.model.parameters())
     images = f", {assembly.layout.image_tokens} positions an image" if assembly.model.has_images else ""
@@ -203,7 +158,7 @@ def export_model(
     how, checkpoint, out = How(family, DTYPES[dtype], verify, tolerance, progress), place_of(checkpoint), place_of(out)
     with fresh(out) as part:
         try:
-            restored = restore(checkpoint, ["--train.mixed_precision=fp32", *moved])
+            restored = TrainedModel.restore(checkpoint, ["--train.mixed_precision=fp32", *moved])
         except CheckpointError as error:
             raise InputError(str(error)) from None
         assembly = restored.assembly
@@ -246,7 +201,7 @@ def _rounded(assembly: Assembly, how: How) -> str:
     )
 
 
-def _export_own(restored: Restored, out: Path, how: How) -> Converted:
+def _export_own(restored: TrainedModel, out: Path, how: How) -> Converted:
     assembly = restored.assembly
     save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
     cast_files(out, how.dtype)
@@ -259,7 +214,7 @@ def _export_own(restored: Restored, out: Path, how: How) -> Converted:
     return Converted(out, [_described(assembly, "kempnerforge")], None)
 
 
-def _export_hf(restored: Restored, out: Path, how: How) -> Converted:
+def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
     assembly = restored.assembly
     try:
         architecture, kind, chosen = class_of(assembly, how.family)

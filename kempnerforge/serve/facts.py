@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from kempnerforge.eval.draw import COLOURS
-from kempnerforge.inference.answer import Answerer
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.serve.request import MAX_IMAGES
 from kempnerforge.util.numbers import format_number
 
 
-def facts_of(model: Answerer) -> dict[str, object]:
+def facts_of(model: TrainedModel) -> dict[str, object]:
     """Plain values: ``name``, ``about`` (what is shown beside it), and what the page goes by."""
     job = model.assembly.job
     count = sum(parameter.numel() for parameter in model.assembly.model.parameters())

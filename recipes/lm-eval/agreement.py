@@ -13,12 +13,12 @@ from pathlib import Path
 
 from kempnerforge.eval.answers import ask
 from kempnerforge.eval.exam import Exam
-from kempnerforge.inference.restore import restore
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.training.setup import read_held_out
 
 
 def main(run: str, samples: str) -> int:
-    restored = restore(Path(run), ["--train.mixed_precision=fp32"])
+    restored = TrainedModel.restore(Path(run), ["--train.mixed_precision=fp32"])
     assembly, last = restored.assembly, restored.assembly.stages[-1]
     assembly.held_out, _ = read_held_out(assembly.job, last, assembly.tokenizer)
     assert assembly.examined is not None

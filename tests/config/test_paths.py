@@ -15,8 +15,7 @@ from kempnerforge.config import ConfigError, JobConfig, load_config, registry
 from kempnerforge.config.build import SECTIONS, UNIONS, Argument, convert, fields_of, nearest
 from kempnerforge.convert.commands import export_model, import_model
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.inference.pretrained import load_pretrained
-from kempnerforge.inference.restore import restore
+from kempnerforge.inference.model import TrainedModel, load_pretrained
 from kempnerforge.util.errors import InputError, Problems
 from kempnerforge.util.paths import PathText, expand, start_of
 from tests.training.tiny import call, make_job
@@ -103,7 +102,7 @@ def test_functions_that_take_a_path_expand_it(tmp_path: Path, monkeypatch: pytes
     for path in ("~/run", Path("$HOME/run"), "~/out"):
         load_pretrained(path)
     assert Tokenizer.from_pretrained("~/run/tokenizer").vocab_size == Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer").vocab_size
-    assert load_config("~/job.toml") == load_config(config) and restore(Path("~/run")).path.is_relative_to(tmp_path)
+    assert load_config("~/job.toml") == load_config(config) and TrainedModel.restore(Path("~/run")).path.is_relative_to(tmp_path)
     with pytest.raises(InputError, match="NOWHERE is not set"):
         load_pretrained("$NOWHERE/run")
     with pytest.raises(InputError, match=str(tmp_path / "none")):

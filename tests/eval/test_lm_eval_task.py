@@ -24,7 +24,7 @@ from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, examine, questions
-from kempnerforge.inference.restore import restore
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import read_held_out
 from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, ListSource, evaluate, grey
@@ -266,7 +266,7 @@ def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_pa
     """As lm-eval asks: the export's chat template writes the prompt, its processor makes ids and pixels."""
     folder = exported(tmp_path, prompt)
     processor = pil_processor(folder / "hf")
-    assembly = restore(folder / "run").assembly
+    assembly = TrainedModel.restore(folder / "run").assembly
     held_out, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
     assert held_out is not None
     encoder = assembly.encoder(assembly.stages[-1])
@@ -288,7 +288,7 @@ def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_pa
 def test_lm_eval_gives_every_answer_that_ours_gives(tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     folder = exported(tmp_path, IMAGE_INSIDE, steps=40)
-    assembly = restore(folder / "run").assembly
+    assembly = TrainedModel.restore(folder / "run").assembly
     held_out, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
     assert held_out is not None
     asked = questions(held_out)[0]

@@ -12,7 +12,7 @@ import kempnerforge.util.files
 from kempnerforge.checkpoint import resolve, store
 from kempnerforge.config import load_config
 from kempnerforge.inference import restore as restoring
-from kempnerforge.inference.restore import restore
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.interop import weights
 from kempnerforge.training.run import train
 from tests.training.tiny import Ended, call, checkpoint_steps, make_job
@@ -100,9 +100,9 @@ def prune(run: Path) -> None:
 def test_a_run_is_asked_while_it_prunes(owner: object, name: str, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: (prune(two), original(*args, **kwargs))[1])
-    assert restore(two).path == two / "checkpoints" / "step-00000002"
+    assert TrainedModel.restore(two).path == two / "checkpoints" / "step-00000002"
     with pytest.raises(store.CheckpointError, match="no such directory"):
-        restore(two / "checkpoints" / "step-00000001")  # that one alone was asked for
+        TrainedModel.restore(two / "checkpoints" / "step-00000001")  # that one alone was asked for
 
 
 def test_weights_are_taken_from_a_run_that_prunes(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:

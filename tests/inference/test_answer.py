@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kempnerforge.inference.answer import Answerer
-from kempnerforge.inference.restore import restore
+from kempnerforge.inference.model import TrainedModel
 from tests.training.tiny import CONFIG, Ended, call, make_job, rows_of, write_config, write_rows
 
 ASKED = "is <image> left of <image>?"
@@ -55,9 +54,9 @@ def test_images_that_cannot_be_shared_out(trained: Path, count: int) -> None:
 
 
 def test_room_is_what_all_images_leave(trained: Path) -> None:
-    model = Answerer(trained / "run")
+    model = TrainedModel.restore(trained / "run")
     images = [trained / "0.png", trained / "1.png"]
-    taken = len(model.encoder.encode_prompt(ASKED, 2).ids) + 2 * 4
+    taken = len(model.processor.encoder.encode_prompt(ASKED, 2).ids) + 2 * 4
     model.ask(ASKED, images, 64 - taken).finish()
     with pytest.raises(ValueError, match=f"with the prompt's {taken} positions"):
         model.ask(ASKED, images, 65 - taken)
@@ -91,6 +90,6 @@ def test_a_restored_model_normalises_as_it_did_in_training(tmp_path: Path) -> No
         "--eval.at_end=false",
     )
     assert call("train", make_job(tmp_path), *overrides).code == 0
-    model = restore(tmp_path / "run").assembly.model
+    model = TrainedModel.restore(tmp_path / "run").assembly.model
     assert model.vision_encoder.mean.flatten().tolist() == pytest.approx([0.48145, 0.45782, 0.40821], abs=1e-7)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

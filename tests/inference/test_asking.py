@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,8 @@ from kempnerforge.data.text.asking import Asking, observe
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.data.text.interleave import IMAGES, INPUT_IDS, KINDS, LABELS, STARTS, VIEW
 from kempnerforge.eval.questions import questions
-from kempnerforge.inference import answer
-from kempnerforge.inference.answer import Answerer
-from kempnerforge.inference.pretrained import load_pretrained
+from kempnerforge.inference import model as inference
+from kempnerforge.inference.model import TrainedModel, load_pretrained
 from kempnerforge.inference.processor import Processor
 from kempnerforge.interop.chat_template import chat_template
 from kempnerforge.serve.desk import Desk
@@ -163,16 +161,14 @@ def test_every_tool_asks_as_it_was_trained(arch: str, template: str, layout: str
         source = Given(assembly.job.data, samples_of(layout, system))
         assembly.asked = observe(source, assembly.job.data).asking
         encoder = assembly.encoder(assembly.stages[-1])
-        restored = SimpleNamespace(path=Path(), device="cpu", assembly=assembly, state=RunState(0), as_written=True)
-        monkeypatch.setattr(answer, "restore", lambda path, overrides, it=restored: it)
         seen: list[Row] = []
 
         def model(_: object, batch: Any, seen: list[Row] = seen, **__: object) -> list[int]:
             seen.append((batch.input_ids.masked_fill(batch.kinds == Kind.IMAGE, VIEW)[0].tolist(), batch.image_starts.tolist()))
             return []
 
-        monkeypatch.setattr(answer, "tokens_of", model)
-        asker = Answerer(Path())
+        monkeypatch.setattr(inference, "tokens_of", model)
+        asker = TrainedModel(Path(), assembly)
         desk = Desk(asker)
         for sample, question in zip(source.samples, questions(source)[0], strict=True):
             want = trained_row(encoder, sample)
@@ -247,10 +243,10 @@ def test_an_imported_language_model_is_asked_alike_and_by_its_chat_template(tmp_
         seen.append(batch.input_ids[0].tolist())
         return []
 
-    monkeypatch.setattr(answer, "tokens_of", tokens_of)
-    Answerer(tmp_path / "run").ask("what is it?", ()).finish()
+    monkeypatch.setattr(inference, "tokens_of", tokens_of)
+    TrainedModel.restore(tmp_path / "run").ask("what is it?", ()).finish()
     _, processor = load_pretrained(tmp_path / "run", device="cpu")
     assert seen.pop() == processor(text="what is it?").input_ids[0].tolist() == oracle("what is it?").input_ids
-    Answerer(tmp_path / "run", ["--data.template=chat"]).ask("what is it?", ()).finish()
+    TrainedModel.restore(tmp_path / "run", ["--data.template=chat"]).ask("what is it?", ()).finish()
     talk = [{"role": "user", "content": "what is it?"}]
     assert seen.pop() == oracle.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from kempnerforge import load_pretrained
 from kempnerforge.convert.commands import export_model, import_model
 from kempnerforge.convert.verify import load_class
-from kempnerforge.inference.answer import Answerer
+from kempnerforge.inference.model import TrainedModel
 from tests.interop.test_hostile_configs import TEXTS, VLMS
 
 MODELS: dict[str, Callable[[Path], object]] = TEXTS | VLMS
@@ -63,11 +63,11 @@ def test_every_listed_token_ends_an_answer(name: str, tmp_path: Path) -> None:
     for path in (source, run, out):
         if path == run:
             import_model(source, run, verify=False)
-            asker = Answerer(run)
-            assert {2, stop} <= asker.encoder.texts[0].stops
+            asker = TrainedModel.restore(run)
+            assert {2, stop} <= asker.processor.encoder.texts[0].stops
             if name in TEXTS:
                 answer = asker.ask("what is it", (), NEW)
-                assert (answer.finish(), answer.num_tokens) == (asker.encoder.tokenizer.decode(want), len(want) + 1)
+                assert (answer.finish(), answer.num_tokens) == (asker.processor.encoder.tokenizer.decode(want), len(want) + 1)
         if path == out:
             export_model(run, out, "kempnerforge" if name in OURS else "hf", verify=False)
         model, processor = load_pretrained(path, device="cpu", verify=False)

@@ -17,7 +17,8 @@ from PIL import Image
 from kempnerforge.cli import chat
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.eval.draw import SUFFIXES
-from kempnerforge.inference.answer import Answer, Answerer
+from kempnerforge.inference.answer import Answer
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.serve.facts import facts_of
 from kempnerforge.serve.terminal import Chat
 from tests.serve.fake import post, serving
@@ -36,14 +37,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(trained: Path) -> Answerer:
-    return Answerer(trained / "run")
+def model(trained: Path) -> TrainedModel:
+    return TrainedModel.restore(trained / "run")
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------------
 
 
-def test_pieces_are_the_text(model: Answerer, trained: Path) -> None:
+def test_pieces_are_the_text(model: TrainedModel, trained: Path) -> None:
     answer = model.ask(ASKED, [trained / "0.png"], 9)
     assert answer.num_tokens == 0, "nothing is made before it is asked for"
     pieces = list(answer)
@@ -56,15 +57,15 @@ def test_an_answer_ends_at_any_of_its_ends() -> None:
     assert list(answer) == ["A", "B", ""] and answer.text == "AB" and answer.num_tokens == 3
 
 
-def test_turns_need_a_template_for_them(model: Answerer, trained: Path) -> None:
+def test_turns_need_a_template_for_them(model: TrainedModel, trained: Path) -> None:
     assert not model.has_turns
-    single = Answerer(trained / "run", ["--data.template=paligemma"])
+    single = TrainedModel.restore(trained / "run", ["--data.template=paligemma"])
     with pytest.raises(ValueError, match="takes no earlier ones"):
         single.ask(ASKED, [], 1, history=[("a", "b")])
 
 
 def test_earlier_turns_stand_before_the_question(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    talks = Answerer(trained / "run", ["--data.template=turns", "--data.turns.user=Q {prompt} ", "--data.turns.assistant=A "])
+    talks = TrainedModel.restore(trained / "run", ["--data.template=turns", "--data.turns.user=Q {prompt} ", "--data.turns.assistant=A "])
     assert talks.has_turns
     prompts: list[str] = []
     forward = type(talks.assembly.model).forward
@@ -81,7 +82,7 @@ def test_earlier_turns_stand_before_the_question(trained: Path, monkeypatch: pyt
 # ---- serve --------------------------------------------------------------------------------------------------------------
 
 
-def test_served_answers_are_those_of_the_model(model: Answerer, trained: Path) -> None:
+def test_served_answers_are_those_of_the_model(model: TrainedModel, trained: Path) -> None:
     image = base64.b64encode((trained / "3.png").read_bytes()).decode()
     with serving(model, facts_of(model)) as server:
         facts = json.loads(urlopen(f"{server.url}api/model").read())
@@ -112,7 +113,7 @@ def test_the_command_serves_until_it_is_interrupted(trained: Path) -> None:
 # ---- chat ---------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_over_a_pipe(model: Answerer, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_over_a_pipe(model: TrainedModel, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = f"{ASKED}\n/image {trained}/3.png\n{ASKED}\n/image none.png\n/quit\nnever asked\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     ended = call("chat", trained / "run", trained / "0.png", "--max-new-tokens=5")
@@ -121,7 +122,7 @@ def test_chat_over_a_pipe(model: Answerer, trained: Path, monkeypatch: pytest.Mo
     assert ended.code == 2 and "image 2" in ended.err and "none.png: no such file" in ended.err
 
 
-def test_chat_by_hand(model: Answerer, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_by_hand(model: TrainedModel, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     typed = iter(["/nonsense", KeyboardInterrupt(), ASKED, EOFError()])
 
     def typing(prompt: str) -> str:

@@ -12,7 +12,7 @@ from kempnerforge.config.data import TextConfig
 from kempnerforge.config.training import TrainConfig
 from kempnerforge.convert.commands import export_model
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.inference.pretrained import load_pretrained
+from kempnerforge.inference.model import load_pretrained
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.vocabulary import rows_by_token
 from tests.training.tiny import call, write_config

@@ -331,7 +331,7 @@ def test_a_plugin_is_known_by_its_source(lab: Callable[..., object], tmp_path: P
 def test_a_run_whose_plugin_has_moved_is_loaded_with_it(
     lab: Callable[..., object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from kempnerforge.inference.pretrained import load_pretrained
+    from kempnerforge.inference.model import load_pretrained
 
     assert lab(1).code == 0
     moved = (tmp_path / "lab" / "arch.py").rename(tmp_path / "elsewhere.py")

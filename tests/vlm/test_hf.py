@@ -25,7 +25,7 @@ from kempnerforge.convert.verify import agreement, class_logits, load_class, mak
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.inference.pretrained import Processor
+from kempnerforge.inference.processor import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.optimizers.muon import MuonRule
 from kempnerforge.training.setup import Assembly, assemble, initialise
