@@ -39,8 +39,8 @@ FAULTS = {
         before = torch.arange(x.shape[1], device=x.device) < batch.image_starts[:, None]
         before &= batch.sample_ids[rows] == batch.image_sample_ids[:, None]
         before &= batch.text_ids[rows] == batch.image_text_ids[:, None]
-        seen = features[batch.image_index].mean(1).to(x.dtype)
-        return x.index_add(0, rows, self.job.vlm.scale * before[..., None] * seen[:, None]), ctx
+        seen = before[..., None] * features[batch.image_index].mean(1)[:, None]
+        return x.index_add(0, rows, (self.job.vlm.scale * seen).to(x.dtype)), ctx
 """,
     "units_cover_every_parameter_once": """
     def shard_units(self):
