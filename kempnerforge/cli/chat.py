@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def by_hand(chat: Chat) -> int:
-    """Lines as somebody types them."""
+    """Reads lines from a keyboard."""
     with contextlib.suppress(ImportError):  # where there is none, lines are edited as the terminal does it
         importlib.import_module("readline")
     prompt = "> " if sys.stdout.isatty() else ""

@@ -13,8 +13,8 @@ from kempnerforge.util.reading import irregular
 
 HELP = """Evaluate a checkpoint on its held-out split: generated exact match, with the images and blind.
 
-Takes a checkpoint directory or a run directory (its newest checkpoint). --data.* keys change what it is evaluated on. Beside the scores stand
-the questions that were asked, those that could not be read, and those whose true answer takes more tokens than eval.max_new_tokens.
+Takes a checkpoint directory or a run directory (its newest checkpoint). --data.* keys change what it is evaluated on. With the scores
+come three counts: questions that were asked, that could not be read, and whose true answer takes more tokens than eval.max_new_tokens.
 --predictions writes each question and its answers, one JSON object a line, from which every number can be counted again."""
 
 

@@ -38,7 +38,7 @@ exit codes: 0 done; 2 the input is wrong (config, data, arguments); 3 stopped by
 INPUT_ERRORS = frozenset(
     {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 )
-"""What the system says of a path that somebody mistyped; anything else (a full disk, a lost connection) may be gone at the next try."""
+"""Error numbers of a mistyped path. Any other (a full disk, a lost connection) may be gone at the next try."""
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """The same as classes, for errors that were raised without a number."""
 PACKAGE = "kempnerforge"

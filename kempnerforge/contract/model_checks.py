@@ -139,7 +139,7 @@ def changes(a: Tensor, b: Tensor) -> Tensor:
 @each_mask
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
 def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
-    """Changing the word at t changes no logits before t, nor those of another text; it does change all that may see it."""
+    """Changing the word at t changes no logits before t, nor the logits of another text; it does change all that may see it."""
     it = watched(arch, mask)
     one = it.batch(sample)
     words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
@@ -169,12 +169,12 @@ def test_no_image_leaks(arch: str, sample: Sample) -> None:
             prompt = may_see(batch, mask)  # under "prefix" whatever sees a word of the prompt after the image may know of the image
             for m in (batch.image_index == image).nonzero().flatten().tolist():
                 start, text = int(batch.image_starts[m]), int(batch.image_text_ids[m])
-                behind = (torch.arange(len(moved)) >= start) & ((texts == text) | (text == 0))
+                later = (torch.arange(len(moved)) >= start) & ((texts == text) | (text == 0))
                 inside_answer = (kinds[:start][texts[:start] == text] == Kind.ANSWER).any()
                 if mask == "prefix" and not inside_answer:
                     own = (kinds == Kind.PROMPT) & ((texts == text) | (text == 0))
-                    behind |= own | prompt[:, own].any(1)
-                allowed |= behind
+                    later |= own | prompt[:, own].any(1)
+                allowed |= later
             words = kinds >= Kind.PROMPT
             assert torch.equal(moved[words], allowed[words])
             assert mask == "prefix" or not moved[: int(batch.image_starts[batch.image_index == image].min())].any()
@@ -218,7 +218,7 @@ def test_the_image_matters(arch: str) -> None:
 
 @with_images
 def test_a_batch_without_images_keeps_the_encoder_in_the_graph(arch: str) -> None:
-    """Ranks that wait for each other's gradients need one, be it zero; the loss is that of the words alone."""
+    """Ranks that wait for each other's gradients need one, even zero; the loss is of the words alone."""
     it = tiny(arch)
     batch = it.batch(NO_IMAGE)
     assert batch.images is not None and len(batch.images) == 0

@@ -217,17 +217,17 @@ def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path
         return {**model_tensors(it.model), **optimizer_tensors(it.model, optimizers.all)}
 
     it, optimizers = fresh(0)
-    paths, behind = [], []
+    paths, later = [], []
     for step in range(4):
         paths.append(save_training(tmp_path, step, it.model, optimizers.all, {}, {}, keep=9))
         train_steps(it, optimizers, step, step + 1)
-        behind.append({name: value.detach().clone() for name, value in everything(it, optimizers).items()})
+        later.append({name: value.detach().clone() for name, value in everything(it, optimizers).items()})
     for step, path in enumerate(paths):
         other, its = fresh(1)
         assert differing(model_tensors(other.model), model_tensors(it.model))
         load_training(path, other.model, its.all)
         train_steps(other, its, step, step + 1)
-        assert differing(behind[step], everything(other, its)) == [], f"resumed at step {step}"
+        assert differing(later[step], everything(other, its)) == [], f"resumed at step {step}"
 
 
 @each_arch

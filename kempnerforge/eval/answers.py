@@ -214,7 +214,7 @@ def _generate(
 
 
 class _Pictures:
-    """The distinct views of a chunk, those of an image made once; None is the blank image."""
+    """The distinct views of a chunk, made once for each image; None is the blank image."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.size = encoder, encoder.layout.image_size

@@ -38,7 +38,7 @@ class Box:
     Attributes:
         x0, y0, x1, y1: shares of width and height, 0 <= x0 <= x1 <= 1 and so for y.
         label: of what is in it.
-        codes: sixteen numbers below 128 that stand for its mask, or none.
+        codes: sixteen numbers below 128, the code of its mask; or none.
     """
 
     x0: float
@@ -158,7 +158,7 @@ def _label(tag: re.Match[str]) -> str:
 
 
 def encode_points(points: Sequence[Point]) -> str:
-    """``points`` as Molmo writes them, from left to right, those of one column from top to bottom. None of them: ``NO_POINTS``.
+    """``points`` as Molmo writes them, from left to right, and in one column from top to bottom. None of them: ``NO_POINTS``.
 
     Raises:
         ValueError: they have different labels; one answer points at one thing.

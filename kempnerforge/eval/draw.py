@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,20 +24,19 @@ MAX_SIDE = 4096
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of files with images, those that are read and those that are written."""
 
-Rect = tuple[float, float, float, float]
 
+class Rect(NamedTuple):
+    """A rectangle in pixels."""
 
-@dataclass
-class _Style:
-    """Sizes in pixels that suit one image."""
+    left: float
+    top: float
+    right: float
+    bottom: float
 
-    line: int
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-    @classmethod
-    def of(cls, image: Image.Image) -> _Style:
-        side = min(image.size)
-        return cls(max(2, round(side / 200)), ImageFont.load_default(max(13, round(side / 32))))
+    def overlap(self, other: Rect) -> float:
+        """Pixels that both cover."""
+        width, height = min(self.right, other.right) - max(self.left, other.left), min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(0.0, width) * max(0.0, height)
 
 
 def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
@@ -52,15 +51,10 @@ def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
     Returns:
         RGB.
     """
-    picture = _enlarged(image.convert("RGB"))
-    pen, style = ImageDraw.Draw(picture), _Style.of(picture)
+    canvas = _Canvas(_enlarged(image.convert("RGB")))
     colours = _colours(mark.label for mark in marks)
-    anchors: list[tuple[Rect, str]] = []
-    for box in marks.boxes:
-        anchors.append((_draw_box(pen, box, colours[box.label], style, picture.size), box.label))
-    dots: dict[Rect, str] = {}
-    for point in marks.points:
-        dots[_draw_dot(pen, point, colours[point.label], style, picture.size)] = point.label
+    anchors = [(canvas.box(box, colours[box.label]), box.label) for box in marks.boxes]
+    dots = {canvas.dot(point, colours[point.label]): point.label for point in marks.points}
     named: set[str] = set()
     for rect, label in dots.items():  # of several points that are called the same, one says how; the colour says the rest
         anchors += [(rect, label)] if label not in named else []
@@ -68,8 +62,8 @@ def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
     taken = list(dots)
     for rect, label in anchors:
         if label:
-            taken.append(_draw_label(pen, rect, label, colours[label], style, picture.size, taken))
-    return picture
+            taken.append(canvas.label(rect, label, colours[label], taken))
+    return canvas.picture
 
 
 def check_place(path: Path, images: Iterable[ImageSource]) -> None:
@@ -119,68 +113,66 @@ def _colours(labels: Iterable[str]) -> dict[str, str]:
     return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(dict.fromkeys(labels))}
 
 
-def _draw_box(pen: ImageDraw.ImageDraw, box: Box, colour: str, style: _Style, size: tuple[int, int]) -> Rect:
-    """Outlines ``box``, the line inside the picture; returns where."""
-    width, height = size
-    x0, y0, x1, y1 = (round(side) for side in box.pixels(width, height))
-    x0, y0 = min(x0, width - 1), min(y0, height - 1)
-    x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)
-    edge = round(0.75 * style.line)
-    pen.rectangle((x0, y0, x1, y1), outline=HALO, width=style.line + 2 * edge)
-    if x1 - x0 > 2 * edge and y1 - y0 > 2 * edge:
-        pen.rectangle((x0 + edge, y0 + edge, x1 - edge, y1 - edge), outline=colour, width=style.line)
-    return x0, y0, x1, y1
+class _Canvas:
+    """A picture that is drawn on, in place, with lines and letters that suit its size."""
 
+    def __init__(self, picture: Image.Image) -> None:
+        self.picture, self.pen = picture, ImageDraw.Draw(picture)
+        side = min(picture.size)
+        self.line = max(2, round(side / 200))  # pixels
+        self.edge = round(0.75 * self.line)
+        self.font = ImageFont.load_default(max(13, round(side / 32)))
 
-def _draw_dot(pen: ImageDraw.ImageDraw, point: Point, colour: str, style: _Style, size: tuple[int, int]) -> Rect:
-    """A disc, its middle at ``point``; returns where."""
-    x, y = point.pixels(size[0] - 1, size[1] - 1)
-    edge = round(0.75 * style.line)
-    reach = 3 * style.line + 2 * edge
-    for radius, fill in ((reach, HALO), (reach - edge, "#FFFFFF"), (reach - 2 * edge, colour)):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    return x - reach, y - reach, x + reach, y + reach
+    def box(self, box: Box, colour: str) -> Rect:
+        """Outlines ``box``, the line inside the picture; returns where."""
+        width, height = self.picture.size
+        x0, y0, x1, y1 = (round(side) for side in box.pixels(width, height))
+        x0, y0 = min(x0, width - 1), min(y0, height - 1)
+        x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)
+        edge = self.edge
+        self.pen.rectangle((x0, y0, x1, y1), outline=HALO, width=self.line + 2 * edge)
+        if x1 - x0 > 2 * edge and y1 - y0 > 2 * edge:
+            self.pen.rectangle((x0 + edge, y0 + edge, x1 - edge, y1 - edge), outline=colour, width=self.line)
+        return Rect(x0, y0, x1, y1)
 
+    def dot(self, point: Point, colour: str) -> Rect:
+        """A disc, its middle at ``point``; returns where."""
+        x, y = point.pixels(self.picture.width - 1, self.picture.height - 1)
+        reach = 3 * self.line + 2 * self.edge
+        for radius, fill in ((reach, HALO), (reach - self.edge, "#FFFFFF"), (reach - 2 * self.edge, colour)):
+            self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        return Rect(x - reach, y - reach, x + reach, y + reach)
 
-def _draw_label(
-    pen: ImageDraw.ImageDraw, rect: Rect, label: str, colour: str, style: _Style, size: tuple[int, int], taken: list[Rect]
-) -> Rect:
-    """Writes ``label`` at ``rect``, where it covers no earlier one if there is such a place; returns the ground it is on."""
-    pad = 2 * style.line
-    text = _fitting(pen, label, style, size[0] - 2 * pad - 2)
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=style.font)
-    width, height = right - left + 2 * pad, bottom - top + 2 * pad
-    places = [
-        _inside(x, y, width, height, size)
-        for x in (rect[0], rect[2] - width, rect[2])
-        for y in (rect[1] - height, rect[1], rect[3], rect[3] - height)
-    ]
-    ground = min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
-    pen.rectangle(ground, fill=colour, outline=HALO)
-    pen.text((ground[0] + pad - left, ground[1] + pad - top), text, fill=_ink(colour), font=style.font)
-    return ground
+    def label(self, rect: Rect, label: str, colour: str, taken: Sequence[Rect]) -> Rect:
+        """Writes ``label`` at ``rect``, where it covers none of ``taken`` if there is such a place; returns the ground it is on."""
+        pad = 2 * self.line
+        text = self._fitting(label, self.picture.width - 2 * pad - 2)
+        left, top, right, bottom = self.pen.textbbox((0, 0), text, font=self.font)
+        width, height = right - left + 2 * pad, bottom - top + 2 * pad
+        places = [
+            self._inside(x, y, width, height)
+            for x in (rect.left, rect.right - width, rect.right)
+            for y in (rect.top - height, rect.top, rect.bottom, rect.bottom - height)
+        ]
+        ground = min(places, key=lambda place: sum(place.overlap(other) for other in taken))
+        self.pen.rectangle(ground, fill=colour, outline=HALO)
+        self.pen.text((ground.left + pad - left, ground.top + pad - top), text, fill=_ink(colour), font=self.font)
+        return ground
 
+    def _fitting(self, label: str, width: float) -> str:
+        """``label`` on one line, cut so that it is no wider than ``width``."""
+        text = " ".join("".join(char if char.isprintable() else " " for char in label[:200]).split()) or "?"
+        shown = text
+        while len(text) > 1 and self.pen.textlength(shown, font=self.font) > width:
+            text = text[:-1]
+            shown = text.rstrip() + "..."
+        return shown
 
-def _fitting(pen: ImageDraw.ImageDraw, label: str, style: _Style, width: float) -> str:
-    """``label`` on one line, cut so that it is no wider than ``width``."""
-    text = " ".join("".join(char if char.isprintable() else " " for char in label[:200]).split()) or "?"
-    shown = text
-    while len(text) > 1 and pen.textlength(shown, font=style.font) > width:
-        text = text[:-1]
-        shown = text.rstrip() + "..."
-    return shown
-
-
-def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> Rect:
-    """A rectangle of that size near (x, y), wholly in the picture."""
-    x = max(0.0, min(x, size[0] - 1 - width))
-    y = max(0.0, min(y, size[1] - 1 - height))
-    return x, y, x + width, y + height
-
-
-def _overlap(a: Rect, b: Rect) -> float:
-    """Pixels that both cover."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    def _inside(self, x: float, y: float, width: float, height: float) -> Rect:
+        """A rectangle of that size near (x, y), wholly in the picture."""
+        x = max(0.0, min(x, self.picture.width - 1 - width))
+        y = max(0.0, min(y, self.picture.height - 1 - height))
+        return Rect(x, y, x + width, y + height)
 
 
 def _ink(colour: str) -> str:

@@ -143,7 +143,7 @@ def _asked(question: Question, placeholder: str, images: int) -> str:
     marked = not literal and placeholder in question.prompt
     prompt = question.prompt.replace(placeholder, MARK) if marked else MARK * images + question.prompt
     if prompt.count(MARK) != images or (literal and placeholder in question.prompt):
-        raise SampleError(f"the prompt names {MARK} or {placeholder} where no image stands")
+        raise SampleError(f"the prompt names {MARK} or {placeholder} where there is no image")
     return prompt
 
 

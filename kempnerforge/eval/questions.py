@@ -143,7 +143,7 @@ class Truth:
     Attributes:
         text: its white space normalised.
         tokens: that it takes, the one that ends it included.
-        unknown: whether one of them stands for what the tokenizer does not know.
+        unknown: whether one of them is the token for unknown characters.
         others: texts of further answers that are right.
     """
 

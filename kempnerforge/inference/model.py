@@ -303,7 +303,7 @@ def _exported(path: Path, overrides: Sequence[str]) -> TrainedModel:
     own = dict(assembly.model.named_parameters())
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())
-        raise InputError(f"{path}: the names of its weights are not those of {path / JOB_FILE}: {', '.join(different[:4])}")
+        raise InputError(f"{path}: the names of its weights are not the names that {path / JOB_FILE} makes: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     if (path / ASKED_FILE).is_file():
         assembly.asked = build_record(Asking, "asked", read_object(path / ASKED_FILE), str(path / ASKED_FILE))

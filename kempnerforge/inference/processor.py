@@ -115,7 +115,7 @@ class Processor:
         """One prompt or several.
 
         Args:
-            images: those of the prompt; of several prompts one image each, or a list of images each.
+            images: of the prompt; for several prompts one image each, or a list of images each.
             text: the prompts.
 
         Raises:
@@ -255,7 +255,7 @@ def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any],
     called = name or "image processor"
     if name in FRAMED and assembly.tokenizer.token_id(FAKE) is None:
         name = LLAVA
-        other.append(f"{FAKE!r} around images, which the tokenizer has not")
+        other.append(f"{FAKE!r} around images, which the tokenizer does not have")
     line = (
         f"its {called} does otherwise with images ({'; '.join(other)}): here an image is one square of {side} pixels, "
         "bicubic, so ids and pixels are not the same"

@@ -113,7 +113,7 @@ def audit(
         eos_id: id of EOS; None leaves the check for the end of answers out.
         ends: further tokens that an answer may end in, such as the template's end of a turn.
         every_turn: each answer of a conversation has an end. False: its last one alone, as with templates that write none.
-        markers: tokens that stand around images and are part of them, as those of tiles.
+        markers: tokens around images that are part of them, such as the markers of tiles.
 
     Returns:
         One line per row and kind of finding, with a count and the first position.
@@ -197,7 +197,7 @@ def _leads(row: AuditRow, image: PlacedImage) -> bool:
 
 
 def _faults(row: AuditRow, ends: frozenset[int] | None, every_turn: bool) -> Iterator[tuple[str, int]]:
-    """(what is wrong, position): labels of one row. A position is that of the trained token, where there is one."""
+    """(what is wrong, position): labels of one row. The position is where the trained token is, if there is one."""
     length = len(row.ids)
     for segment in row.segments:
         sample, text, start, end = segment

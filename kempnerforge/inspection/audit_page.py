@@ -6,7 +6,7 @@ The HTML is a part of a page, without scripts and without references to anything
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -94,19 +94,27 @@ def row_card(facts: Mapping[str, Any], images: np.ndarray | None, sources: Seque
     return render("row.html", **facts, counts=counts, sources=sources, views=views, top=top, stretches=stretches)
 
 
-def _stretches(segments: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, int]]:
-    """(kind, first column, column after the last) of neighbouring pieces of one kind."""
-    run: tuple[str, int, int] | None = None
+class Stretch(NamedTuple):
+    """Neighbouring columns of one kind, from ``start`` to before ``end``."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def _stretches(segments: Sequence[Mapping[str, Any]]) -> Iterator[Stretch]:
+    """The columns of a row by what is in them."""
+    run: Stretch | None = None
     for segment in segments:
         for piece in segment["pieces"]:
             if piece["start"] >= segment["end"] or piece["start"] == piece["end"]:
                 continue  # beyond the row, or without a position
             kind = piece["what"] if piece["what"] in ("image", "padding") else "trained" if piece["trained"] else "prompt"
-            if run and run[0] == kind and run[2] == piece["start"]:
-                run = kind, run[1], piece["end"]
+            if run and (run.kind, run.end) == (kind, piece["start"]):
+                run = run._replace(end=piece["end"])
                 continue
             if run:
                 yield run
-            run = kind, piece["start"], piece["end"]
+            run = Stretch(kind, piece["start"], piece["end"])
     if run:
         yield run

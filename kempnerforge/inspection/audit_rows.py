@@ -57,7 +57,7 @@ class AuditRow:
         images: in the order of the row.
         samples: ids of its samples, by sample number; empty where the batch does not tell.
         parts: which section of a mixture each sample is of, by sample number.
-        markers: ids of tokens that stand around images and are part of them, as those of tiles.
+        markers: ids of tokens around images that are part of them, such as the markers of tiles.
     """
 
     ids: list[int]

@@ -121,7 +121,7 @@ class Leak:
 
     Attributes:
         kind: of ``KINDS``, what they share; images byte by byte.
-        count: how much of it; of images those of different content.
+        count: how many; of images, how many of different content.
         pairs: (training sample, held-out sample) of all these held-out samples.
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kempnerforge.report.html import text
 from kempnerforge.util.numbers import format_number
@@ -21,7 +22,15 @@ MAX_MARKERS = 30  # a series with at most this many points shows each of them
 MIN_SMOOTHED = 12  # fewer points than this are not smoothed
 
 Point = tuple[float, float]
-Band = tuple[float, float, str]
+
+
+class Band(NamedTuple):
+    """A part of the x axis with a name, such as a stage of a run."""
+
+    start: float
+    end: float
+    name: str
+
 
 STYLE = """
 .kf-chart{--kf-ink:#16181d;--kf-muted:#5d6470;--kf-grid:#e3e6eb;--kf-axis:#aab0bb;--kf-band:#6b7a9014;--kf-surface:#fff;
@@ -147,7 +156,7 @@ def line_chart(
     Args:
         series: at most four, so that colours tell them apart.
         title, y_label, x_label: plain text, escaped here.
-        bands: (start, end, name) along x, such as the stages of a run.
+        bands: parts of the x axis.
         y_range: limits of the y axis; lines are clipped there. By default all values fit.
         log: logarithmic y axis; values that are not positive leave gaps.
         rules: (y, name) horizontal reference lines.
@@ -160,7 +169,7 @@ def line_chart(
     x_axis, x_ticks = _x_axis([x for x, _ in seen])
     y_axis, y_ticks = _y_axis(values, y_range, log)
     smooth = [
-        moving_average(line, (start for start, _, _ in bands)) if one.smooth and len(line) >= MIN_SMOOTHED else None
+        moving_average(line, (band.start for band in bands)) if one.smooth and len(line) >= MIN_SMOOTHED else None
         for one, line in zip(series, lines, strict=True)
     ]
     last = [next((y for _, y in reversed(avg or line) if math.isfinite(y)), None) for avg, line in zip(smooth, lines, strict=True)]
@@ -180,7 +189,7 @@ def line_chart(
     return "".join([*parts, "</svg></svg>"])
 
 
-# A nested element clips what leaves the plot, and needs no id for it; its own coordinates are those of the chart.
+# A nested element clips lines that leave the plot, without an id; it has the coordinates of the chart.
 _CLIP = (
     f'<svg x="{LEFT:g}" y="{TOP - 4:g}" width="{RIGHT - LEFT + 4:g}" height="{BOTTOM - TOP + 8:g}"'
     f' viewBox="{LEFT:g} {TOP - 4:g} {RIGHT - LEFT + 4:g} {BOTTOM - TOP + 8:g}">'

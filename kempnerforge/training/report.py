@@ -44,7 +44,7 @@ def write_report(
     run_dir: Path,
     *,
     config_toml: str,
-    stages: Sequence[tuple[str, int, int]],
+    stages: Sequence[Band],
     examples: Sequence[Example],
     summary: Mapping[str, object],
     remarks: Sequence[str] = (),
@@ -54,7 +54,7 @@ def write_report(
     """Writes ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and the arguments.
 
     Args:
-        stages: (name, first step, last step).
+        stages: with their first and last steps.
         changed: what later steps were trained with that earlier ones were not, a line each.
         examples: held-out samples to show; none for a run without images.
         summary: facts of the whole run, each optional. ``name``, ``arch``, ``device`` (text); ``parameters``,
@@ -91,7 +91,7 @@ def write_report(
     )
 
 
-def _header(facts: Facts, stages: Sequence[tuple[str, int, int]]) -> list[tuple[str, str]]:
+def _header(facts: Facts, stages: Sequence[Band]) -> list[tuple[str, str]]:
     parameters, trainable = facts.number("parameters"), facts.number("trainable_parameters")
     steps, seconds = facts.number("steps"), facts.number("train_s")
     if steps is None and facts.metrics.rows:
@@ -103,7 +103,7 @@ def _header(facts: Facts, stages: Sequence[tuple[str, int, int]]) -> list[tuple[
     if steps is not None:
         rows.append(("steps", f"{steps:,.0f}"))
     if len(stages) > 1:
-        rows.append(("stages", ", ".join(f"{stage} ({max(last - first, 0):,} steps)" for stage, first, last in stages)))
+        rows.append(("stages", ", ".join(f"{stage.name} ({max(stage.end - stage.start, 0):,} steps)" for stage in stages)))
     if seconds is not None:
         rows.append(("training time", format_duration(seconds)))
     return [*rows, ("device", facts.text("device")), *facts.others()]
@@ -123,8 +123,8 @@ def _scores(facts: Facts, tasks: Sequence[Task]) -> list[Tile]:
     return cards
 
 
-def _curves(metrics: Metrics, facts: Facts, stages: Sequence[tuple[str, int, int]], tasks: Sequence[Task]) -> list[str]:
-    bands: list[Band] = [(first, last, name) for name, first, last in stages] if len(stages) > 1 else []
+def _curves(metrics: Metrics, facts: Facts, stages: Sequence[Band], tasks: Sequence[Task]) -> list[str]:
+    bands = stages if len(stages) > 1 else []
     base = facts.baseline()
     rules = [(base[0], f"{base[1]}:")] if base else []
     charts = []

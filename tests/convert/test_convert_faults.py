@@ -22,7 +22,7 @@ from kempnerforge.config.adapter import LinearAdapterConfig
 from kempnerforge.config.vision import ClipConfig
 from kempnerforge.convert import commands as convert
 from kempnerforge.convert.commands import export_model, import_model
-from kempnerforge.inference import restore as restoring
+from kempnerforge.inference import model as restoring
 from kempnerforge.interop import write
 from kempnerforge.interop.write import fresh
 from tests.convert.test_convert import llava_like, ours

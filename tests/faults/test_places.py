@@ -11,7 +11,7 @@ import pytest
 import kempnerforge.util.files
 from kempnerforge.checkpoint import resolve, store
 from kempnerforge.config import load_config
-from kempnerforge.inference import restore as restoring
+from kempnerforge.inference import model as restoring
 from kempnerforge.inference.model import TrainedModel
 from kempnerforge.interop import weights
 from kempnerforge.training.run import train

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kempnerforge.report import charts
-from kempnerforge.report.charts import Series, line_chart, log_ticks, moving_average, nice_ticks
+from kempnerforge.report.charts import Band, Series, line_chart, log_ticks, moving_average, nice_ticks
 from kempnerforge.util.numbers import format_number, format_percent
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -106,7 +106,7 @@ def test_missing_values_leave_a_gap_and_a_lone_point_a_dot() -> None:
 @pytest.mark.parametrize("y", [[], [math.nan], [None, math.inf]])
 @pytest.mark.parametrize("log", [False, True])
 def test_nothing_to_draw(y: list[float | None], log: bool) -> None:
-    svg = line_chart([Series("a", range(len(y)), y)], "t", "y", bands=[(0, 10, "one")], log=log)
+    svg = line_chart([Series("a", range(len(y)), y)], "t", "y", bands=[Band(0, 10, "one")], log=log)
     assert "no values yet" in texts(svg) and lines(svg) == [""]
     parse(line_chart([], "t", "y"))
 
@@ -138,14 +138,18 @@ def test_long_series_are_thinned_but_keep_their_extremes() -> None:
 
 def test_text_is_escaped_and_legal_xml() -> None:
     evil = '</svg><script>alert("1")</script>&\x00\ud800'
-    svg = line_chart([Series(evil, [0, 1], [0, 1])], evil, evil, x_label=evil, bands=[(0, 1, evil), (0.5, 1, evil)], rules=[(0.5, evil)])
+    svg = line_chart(
+        [Series(evil, [0, 1], [0, 1])], evil, evil, x_label=evil, bands=[Band(0, 1, evil), Band(0.5, 1, evil)], rules=[(0.5, evil)]
+    )
     svg.encode("utf-8")
     assert "<script" not in svg and not list(parse(svg).iter("script"))
     assert svg.count("</svg>") == 2
 
 
 def test_bands_are_labelled_and_the_second_one_is_shaded() -> None:
-    svg = line_chart([Series("a", [0, 100], [0, 1])], "t", "y", bands=[(0, 50, "captions"), (50, 100, "questions"), (100, 900, "never")])
+    svg = line_chart(
+        [Series("a", [0, 100], [0, 1])], "t", "y", bands=[Band(0, 50, "captions"), Band(50, 100, "questions"), Band(100, 900, "never")]
+    )
     names = [text.text for text in parse(svg).iter(f"{SVG}text") if text.get("class") == "kf-band-name"]
     assert names == ["captions", "questions"]
     shaded = [rect for rect in parse(svg).iter(f"{SVG}rect") if rect.get("fill") == "var(--kf-band)"]
@@ -177,7 +181,7 @@ def test_wrong_arguments_are_refused() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True)), max_size=60), st.booleans(), st.booleans())
 def test_any_values_give_a_chart_with_finite_coordinates(y: list[float | None], smooth: bool, log: bool) -> None:
-    svg = line_chart([Series("a", range(len(y)), y, smooth=smooth)], "t", "y", bands=[(0, 9, "a"), (9, 99, "b")], log=log)
+    svg = line_chart([Series("a", range(len(y)), y, smooth=smooth)], "t", "y", bands=[Band(0, 9, "a"), Band(9, 99, "b")], log=log)
     parse(svg)
     coordinates = re.sub(r"<(style|title|desc|text)\b.*?</\1>", "", svg, flags=re.DOTALL)
     assert not re.search(r'[" MLh](nan|-?inf)', coordinates)

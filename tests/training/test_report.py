@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kempnerforge.report.charts import Band
 from kempnerforge.report.page import TEMPLATES
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.util.metrics import read_metrics
@@ -20,7 +21,7 @@ from kempnerforge.util.numbers import wilson_interval
 from tests.dist import ROOT
 
 VOID = {"meta", "link", "img", "br", "circle", "line", "rect", "path"}
-STAGES = [("captions", 0, 50), ("questions", 50, 100)]
+STAGES = [Band(0, 50, "captions"), Band(50, 100, "questions")]
 
 
 class Page(HTMLParser):
@@ -113,7 +114,7 @@ def test_opens_without_a_network_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_text_only_run_has_no_image_and_no_accuracy_section(tmp_path: Path) -> None:
     write_metrics(tmp_path, [*train_lines(images=False), {"step": 100, "eval/loss": 2.0, "train/images_per_s": 0.0}])
-    html = report(tmp_path, examples=[], stages=[("all", 0, 100)], summary={"arch": "text_only", "loss": 2.0})
+    html = report(tmp_path, examples=[], stages=[Band(0, 100, "all")], summary={"arch": "text_only", "loss": 2.0})
     page = Page(html)
     assert "img" not in page.tags and html.count('<svg class="kf-chart"') == 4
     assert "perplexity 7.39" in page.text
@@ -134,7 +135,7 @@ def test_everything_that_comes_from_data_is_escaped(tmp_path: Path) -> None:
     write_metrics(tmp_path, train_lines())
     one = Example(np.zeros((4, 4, 3), np.uint8), evil, evil, evil, True, evil)
     summary = {"name": evil, "arch": evil, "device": evil, "note": evil, "by_answer": {evil: (1, 2), "b": (1, 1)}}
-    html = report(tmp_path, config_toml=evil, stages=[(evil, 0, 50), (evil, 50, 100)], examples=[one], summary=summary)
+    html = report(tmp_path, config_toml=evil, stages=[Band(0, 50, evil), Band(50, 100, evil)], examples=[one], summary=summary)
     page = Page(html)
     assert "script" not in page.tags and "<script" not in html and "\x1b" not in html
     assert page.text.count("<script>alert(1)</script>&\"'") >= 8

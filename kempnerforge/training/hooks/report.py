@@ -13,6 +13,7 @@ from kempnerforge.data.sample import SampleError
 from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.evaluate import tasks_of
 from kempnerforge.eval.task import Score
+from kempnerforge.report.charts import Band
 from kempnerforge.training.complete import SUMMARY, write_complete
 from kempnerforge.training.history import changed_on_the_way
 from kempnerforge.training.hooks.evaluation import Evaluation
@@ -54,7 +55,7 @@ class Report(Hook):
             self.run_dir,
             config_toml=to_toml(job),
             changed=changed_on_the_way(trainer.history, trainer.step),
-            stages=[(stage.name, stage.start, stage.end) for stage in trainer.stages],
+            stages=[Band(stage.start, stage.end, stage.name) for stage in trainer.stages],
             examples=examples(seeing, blind, trainer.assembly.layout.image_size) if seeing is not None else [],
             summary=summary | {"by_answer": final.by_answer},
             tasks=tasks_of(job.eval),
