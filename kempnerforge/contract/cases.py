@@ -108,7 +108,7 @@ def load(plugin: Plugin) -> list[str]:
     problems, table = Problems("the command line"), dict[str, Any]()
     for key, value in parse_overrides(plugin.overrides, problems):
         if key[0] != "vlm":
-            problems.add((), f"--{'.'.join(key)}: only keys of [vlm] can be given; the rest of the job is small and fixed")
+            problems.add((), f"--{'.'.join(map(str, key))}: only keys of [vlm] can be given; the rest of the job is small and fixed")
         assign(table, key, value, problems)
     for arch in archs:
         keys = table.get("vlm", {})

@@ -42,7 +42,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def found(case: str) -> list[dict[str, Tensor]]:
         if (begin := start_of(case)) not in stopped:
             items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
-            every = [item.callspec.params["ranked"] for item in items if "ranked" in item.fixturenames]
+            every = [str(item.callspec.params["ranked"]) for item in items if "ranked" in item.fixturenames]
             selected = [one for one in every if start_of(one) == begin]
             stopped[begin] = run_two_ranks(folder, selected, 500 if begin is None else 1000)
         written: list[Path] = [folder / f"{case}-{step}.pt" for step in range(2)]

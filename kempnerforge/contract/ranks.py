@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
 from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, PLUGINS, THREE, Plugin, Tiny, full, install, load, tiny
@@ -41,7 +41,8 @@ def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
         return str(error)
     finally:
         for process in ranks.processes:
-            process.kill()
+            if process is not None:
+                process.kill()
     return ""
 
 

@@ -130,8 +130,8 @@ def _curves(metrics: Metrics, facts: Facts, stages: Sequence[Band], tasks: Seque
     charts = []
     for curve in (*score_curves(tasks), *SPEED, *([IMAGES] if any(metrics.values("train/images_per_s")) else []), *STEPS):
         if lines := [line for key, name in curve.lines.items() if (line := series_of(metrics, key, name)).x]:
-            options = axis_of(curve, metrics) | {"rules": rules if curve.baseline else []}
-            charts.append(line_chart(lines, curve.title, curve.label, bands=bands, **options))
+            beside = rules if curve.baseline else []
+            charts.append(line_chart(lines, curve.title, curve.label, bands=bands, rules=beside, **axis_of(curve, metrics)))
     return charts
 
 
