@@ -65,7 +65,7 @@ def watched(arch: str | None, *args: Any, **kwargs: Any) -> Tiny:
 def test_a_text_checkpoint_loads_with_only_new_names_missing(arch: str | None, model: ModelConfig) -> None:
     text, it = tiny(None, model=model).model.state_dict(), tiny(arch, model=model, noise=0.3).model
     missing, unexpected = it.load_state_dict(text, strict=False)
-    assert not unexpected
+    assert not unexpected, "the text model has names that this arch does not have"
     assert set(missing) == set(it.state_dict()) - set(text)
     assert all(torch.equal(it.state_dict()[name], value) for name, value in text.items())
 
@@ -107,7 +107,7 @@ def test_units_cover_every_parameter_once(arch: str | None) -> None:
     assert len(inside) == len(set(inside)), "units overlap"
     assert set(inside) < {id(p) for p in model.parameters()}
     names = [name for name, p in model.named_parameters() if ".layers." in name and id(p) not in set(inside)]
-    assert not names, "layers are units"
+    assert not names, f"parameters of layers that no unit of shard_units has: {', '.join(names[:3])}"
     rest = sum(p.numel() for p in model.parameters() if id(p) not in set(inside))
     assert rest + sum(p.numel() for unit in units for p in unit.parameters()) == sum(p.numel() for p in model.parameters())
 
@@ -148,7 +148,9 @@ def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
     batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % it.encoder.tokenizer.base_vocab_size
     logits = all_logits(it.model, batch)
     moved = changes(logits[:-1], logits[-1:]) > 1e-5  # (words, S)
-    assert torch.equal(moved, may_see(one, mask)[:, words].T)
+    assert torch.equal(moved, may_see(one, mask)[:, words].T), (
+        f"under mask {mask!r} a word changes the logits of other positions than the ones that may see it"
+    )
 
 
 @with_images
@@ -176,8 +178,9 @@ def test_no_image_leaks(arch: str, sample: Sample) -> None:
                     later |= own | prompt[:, own].any(1)
                 allowed |= later
             words = kinds >= Kind.PROMPT
-            assert torch.equal(moved[words], allowed[words])
-            assert mask == "prefix" or not moved[: int(batch.image_starts[batch.image_index == image].min())].any()
+            assert torch.equal(moved[words], allowed[words]), f"under mask {mask!r} image {image} changes words that do not come after it"
+            before = moved[: int(batch.image_starts[batch.image_index == image].min())]
+            assert mask == "prefix" or not before.any(), f"under mask {mask!r} positions before image {image} know it"
 
 
 @each_mask
@@ -213,7 +216,7 @@ def test_the_image_matters(arch: str) -> None:
     logits.append(all_logits(it.model, it.batch(replace(ONE, images=(picture(9),)))))
     words = batch.kinds[0] >= Kind.PROMPT
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert (changes(logits[a], logits[b])[0, words] > 1e-3).all()
+        assert (changes(logits[a], logits[b])[0, words] > 1e-3).all(), "another image leaves the logits of words as they are"
 
 
 @with_images
@@ -224,7 +227,7 @@ def test_a_batch_without_images_keeps_the_encoder_in_the_graph(arch: str) -> Non
     assert batch.images is not None and len(batch.images) == 0
     _, grads = gradients(it.model, batch)
     names = set(seeing(it))
-    assert names <= grads.keys()
+    assert names <= grads.keys(), "parameters of adapter or encoder get no gradient, not even zero"
     assert not any(grads[name].any() for name in names)
     mixed = it.batch(NO_IMAGE, ONE)
     only = replace(mixed, targets=mixed.targets[mixed.targets < mixed.input_ids.shape[1]])
@@ -311,7 +314,7 @@ def test_nothing_leaks_from_sample_to_sample(arch: str | None, mask: str, apart:
         batch.images[own] = 255 - batch.images[own]
     logits = all_logits(it.model, batch)
     moved = changes(logits[:-1], logits[-1:]) > 1e-5
-    assert torch.equal(moved, ids[:-1] == numbers[:-1, None])
+    assert torch.equal(moved, ids[:-1] == numbers[:-1, None]), "a sample changes the logits of another sample of its row"
 
 
 # ---- generation ---------------------------------------------------------------------------------------------------------

@@ -127,20 +127,18 @@ class Processor:
         if any(sources) and not self.assembly.model.has_images:
             raise InputError("this model was trained on text alone and takes no image")
         prompts = [self.prompt(words, group) for words, group in zip(texts, sources, strict=True)]
-        views = [self.views(prompt, group) for prompt, group in zip(prompts, sources, strict=True)]
-        batch = self._batch(prompts, views)
+        batch = self.batch(prompts, sources)
         ids = batch.input_ids
         if self.image_token_id is not None:
             ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.image_token_id)
-        pixels = batch.images
-        normalised = self._normalised(pixels, [len(row) for row in views]) if pixels is not None and len(pixels) else None
+        normalised = None
+        if batch.images is not None and len(batch.images):
+            normalised = self._normalised(batch.images, batch.image_rows.bincount(minlength=len(texts)).tolist())
         return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
 
     def batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageSource]]) -> Batch:
         """Rows to generate from: each prompt with its own images."""
-        return self._batch(prompts, [self.views(prompt, group) for prompt, group in zip(prompts, images, strict=True)])
-
-    def _batch(self, prompts: Sequence[Prompt], views: Sequence[Sequence[np.ndarray]]) -> Batch:
+        views = [self.views(prompt, group) for prompt, group in zip(prompts, images, strict=True)]
         pixels, numbers = None, None
         if self.assembly.model.has_images:
             pixels = stack_views([view for row in views for view in row], self.layout.image_size)

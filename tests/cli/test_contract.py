@@ -93,7 +93,9 @@ def test_the_whole_suite_blames_one_check(fault: str, tmp_path: Path) -> None:
 def test_a_failure_says_why(tmp_path: Path) -> None:
     ended = contract(plugin(tmp_path, "units_cover_every_parameter_once"), "--only", "units_cover_every_parameter_once")
     failed, total = ended.out.splitlines()
-    assert failed.startswith("FAILED  units_cover_every_parameter_once (1 of 1 cases; broken): AssertionError: layers are units"), ended
+    assert failed.startswith(
+        "FAILED  units_cover_every_parameter_once (1 of 1 cases; broken): AssertionError: parameters of layers that no unit"
+    ), ended
     assert total == "0 checks ok, 1 failed: units_cover_every_parameter_once"
 
 
