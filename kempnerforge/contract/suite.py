@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,8 @@ def case_of(node: str) -> str:
 
 
 def why(report: pytest.TestReport) -> str:
-    """The first lines of the error, as one."""
+    """The error as one line; an assertion with a message is the message, without the values that pytest puts after it."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash is not None else report.longreprtext).splitlines()
-    return " ".join(line.strip() for line in lines if line.strip())
+    said = list(takewhile(lambda line: not line.startswith("assert "), lines)) or lines
+    return " ".join(line.strip() for line in said if line.strip())
