@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,15 @@ def test_a_row_that_could_not_be_trained_is_refused_before_anything_runs(tmp_pat
     path = make_study(tmp_path, STUDY + '[study.axes.backbone.frozen]\nvlm.freeze = [{ module = "transformer", frozen = true }]\n')
     ended = call("study", "run", path)
     assert ended.code == 2 and "row 'joint-frozen': freeze: random weights would stay frozen" in ended.err
+
+
+def test_the_example_of_the_docs(tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```", page, flags=re.M | re.S)
+    make_job(tmp_path)
+    (tmp_path / "study.toml").write_text(example, encoding="utf-8")
+    ended = call("study", "plan", tmp_path / "study.toml", f"--study.dir={tmp_path}/study", "--json")
+    assert ended.code == 0, ended.err
+    table = json.loads(ended.out)
+    assert [row["row"] for row in table["rows"]] == ["joint_decoder-frozen", "joint_decoder-trained", "mot-frozen", "mot-trained"]
+    assert (table["cells"], table["trials"]) == (20, 32)
