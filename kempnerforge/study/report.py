@@ -195,7 +195,7 @@ def _starts(findings: Findings) -> Table:
         weights = same_weights([one for one in findings.results if one.seed == seed and one.is_finished])
         digests = sorted(set(found.digests.values()))
         shared = weights.same + len(weights.different)
-        rows.append([str(seed), f"{found.count:,}", ", ".join(digests), "yes" if found.same else "NO", f"{weights.same} of {shared}"])
+        rows.append([str(seed), f"{found.compared:,}", ", ".join(digests), "yes" if found.same else "NO", f"{weights.same} of {shared}"])
     return Table(
         ["seed", "samples compared", "digest of their ids, step by step", "the same in all rows", "first weights that are the same"], rows
     )

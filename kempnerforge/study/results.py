@@ -113,11 +113,11 @@ class SameSamples(NamedTuple):
     """Whether cells saw the same samples in the same order.
 
     Attributes:
-        count: samples up to which all of them can be compared.
+        compared: samples up to which all of them can be compared.
         digests: by row; the same ones mean the same samples in each step.
     """
 
-    count: int
+    compared: int
     digests: dict[str, str]
 
     @property

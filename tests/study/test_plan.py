@@ -227,5 +227,5 @@ def test_the_example_of_the_docs(tmp_path: Path):
     ended = call("study", "plan", tmp_path / "study.toml", f"--study.dir={tmp_path}/study", "--json")
     assert ended.code == 0, ended.err
     table = json.loads(ended.out)
-    assert [row["row"] for row in table["rows"]] == ["joint_decoder-frozen", "joint_decoder-trained", "mot-frozen", "mot-trained"]
+    assert [row["row"] for row in table["rows"]] == ["joint_decoder-causal", "joint_decoder-prefix", "mot-causal", "mot-prefix"]
     assert (table["cells"], table["trials"]) == (20, 32)

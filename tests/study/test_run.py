@@ -91,7 +91,7 @@ def test_rows_begin_with_the_same_weights_and_see_the_same_samples(done: Path):
 
     findings = find(load_study(done))
     for seed, samples in findings.samples.items():
-        assert samples.same and samples.count >= 8 and len(samples.digests) == 2
+        assert samples.same and samples.compared >= 8 and len(samples.digests) == 2
         weights = same_weights([one for one in findings.results if one.seed == seed])
         assert weights.different == [] and weights.same > 20
     digests = {next(iter(samples.digests.values())) for samples in findings.samples.values()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import HookConfig, registry
@@ -78,10 +79,10 @@ def hash_of(sample: str) -> int:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportCallIssue]
-    values = whole.detach().cpu().contiguous()
-    content = hashlib.blake2b(values.view(torch.uint8).numpy() if values.dim() else values[None].view(torch.uint8).numpy(), digest_size=8)
-    return f"{tuple(values.shape)} {content.hexdigest()}"
+    """The shape, and 16 hex digits of the values; of a sharded one on all ranks together."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    values = whole.detach().cpu().contiguous().reshape(-1)
+    return f"{tuple(whole.shape)} {hashlib.blake2b(values.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()}"
 
 
 def _peak_memory(device: torch.device) -> float:
