@@ -12,6 +12,8 @@ from kempnerforge.util.numbers import format_number
 
 LINE, NAMES = 24.0, 150.0
 """Height of one line of an interval chart, and the room for names."""
+CLOSE = 1.2
+"""Costs whose ratio is at most this are shown side by side, not spread over the whole axis."""
 
 
 class Spread(NamedTuple):
@@ -100,6 +102,8 @@ def scatter(
     seen = [dot for dot in dots if math.isfinite(dot.x) and math.isfinite(dot.y) and (dot.x > 0 or not log)]
     ys = [v for dot in seen for v in (dot.y, dot.low, dot.high) if math.isfinite(v)] or [0.0, 1.0]
     xs = [dot.x for dot in seen] or [1.0, 10.0]
+    if max(xs) <= CLOSE * min(xs):  # that they hardly differ shall be seen
+        xs += [max(xs) / CLOSE, min(xs) * CLOSE]
     wide = log and max(xs) > 3 * min(xs)
     x_ticks = log_ticks(min(xs), max(xs)) if wide else nice_ticks(min(xs), max(xs), 4)
     y_ticks = nice_ticks(min(ys), max(ys))

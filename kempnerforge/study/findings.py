@@ -93,21 +93,31 @@ class Findings:
             return [*said, "No two rows have two seeds in common yet: nothing can be compared."]
         shown = [one for one in self.pairs if one.is_shown]
         for one in shown:
-            winner, other = (one.b, one.a) if (one.mean > 0) == (self.score.better == "higher") else (one.a, one.b)
+            flip = (one.mean > 0) != (self.score.better == "higher")
+            winner, other = (one.a, one.b) if flip else (one.b, one.a)
+            low, high = sorted((abs(one.low), abs(one.high)))
             said.append(
-                f"{winner} is better than {other} by {self.shown(abs(one.mean))} (95 % interval {self.shown(one.low)} to {self.shown(one.high)} for"
-                f" {one.b} less {one.a}; p = {one.p_holm:.2g} after Holm's correction for {counted(len(self.pairs), 'pair')})."
+                f"{winner} is better than {other} by {self.points(abs(one.mean))} (95 % interval {self.points(low)} to {self.points(high)}; p ="
+                f" {one.p_holm:.2g} after Holm's correction for {counted(len(self.pairs), 'pair')})."
             )
         rest = len(self.pairs) - len(shown)
         if rest:
-            about = "between any two rows" if not shown else f"in the other {counted(rest, 'pair')}"
+            about = f"in the other {counted(rest, 'pair')}" if shown else "between any two rows"
             said.append(f"No difference is shown {about}: the order of their means says nothing.")
         return said
 
+    @cached_property
+    def is_share(self) -> bool:
+        """Whether the first score lies between 0 and 1 in all cells."""
+        return all(0 <= value <= 1 for values in self.values(self.score.key).values() for value in values.values())
+
     def shown(self, value: float) -> str:
-        """A value of the first score, or a difference of two."""
-        share = all(0 <= v <= 1 for values in self.values(self.score.key).values() for v in values.values())
-        return format_percent(value) if share else f"{value:.4g}"
+        """A value of the first score."""
+        return format_percent(value) if self.is_share else f"{value:.4g}"
+
+    def points(self, value: float) -> str:
+        """A difference of two values of the first score."""
+        return f"{100 * value:.1f} points" if self.is_share else f"{value:.3g}"
 
     @cached_property
     def warnings(self) -> list[str]:

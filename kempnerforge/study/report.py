@@ -17,7 +17,7 @@ from kempnerforge.report.dots import Dot, Spread, interval_chart, scatter
 from kempnerforge.report.page import write_page
 from kempnerforge.study.findings import Findings, skills
 from kempnerforge.study.results import Result, question_error, same_weights
-from kempnerforge.study.statistics import RESAMPLES, smallest_p
+from kempnerforge.study.statistics import ENOUGH, RESAMPLES, smallest_p
 from kempnerforge.util.files import write_text
 from kempnerforge.util.numbers import format_duration, format_number
 
@@ -106,7 +106,7 @@ def score_table(findings: Findings) -> Table:
                 name,
                 f"{len(cells)} of {len(findings.study.cfg.seeds)}",
                 *values,
-                "–" if math.isnan(error) else findings.shown(error),
+                "–" if math.isnan(error) else findings.points(error),
                 "–" if blind is None else findings.shown(blind.value),
                 format_number(one.budget.params),
             ]
@@ -124,12 +124,12 @@ def pair_table(findings: Findings) -> Table:
         [
             f"{one.b} − {one.a}",
             str(len(one.values)),
-            findings.shown(one.mean),
-            f"{findings.shown(one.low)} to {findings.shown(one.high)}",
+            findings.points(one.mean),
+            f"{findings.points(one.low)} to {findings.points(one.high)}",
             f"{one.p_sign:.4g}",
             f"{one.p_t:.2g}",
             f"{one.p_holm:.2g}",
-            findings.shown(one.visible),
+            findings.points(one.visible),
             "different" if one.is_shown else "no difference shown",
         ]
         for one in findings.pairs
@@ -211,7 +211,9 @@ def _pictures(findings: Findings) -> list[str]:
     charts = [interval_chart(spreads, "Score", f"{key}; mean, 95 % interval, single seeds", findings.shown)] if spreads else []
     pairs = [Spread(f"{one.b} − {one.a}", one.mean, one.low, one.high, list(one.values.values())) for one in findings.pairs]
     if pairs:
-        charts.append(interval_chart(pairs, "Paired differences", "difference; paired t interval, single seeds", findings.shown, zero=True))
+        charts.append(
+            interval_chart(pairs, "Paired differences", "difference; paired t interval, single seeds", findings.points, zero=True)
+        )
     return charts
 
 
@@ -264,8 +266,9 @@ def _method(findings: Findings) -> list[str]:
         f"Means over seeds; their intervals are BCa bootstrap intervals ({RESAMPLES:,} resamples). Few seeds give intervals that are too narrow: with"
         " five, about 81 % of them hold the true mean. Differences are what to look at.",
         "Differences are paired: two cells of one seed begin with the same shared weights and see the same samples. Two rows are called different if"
-        f" the paired t test says so at 5 % after Holm's correction for all pairs ({pairs}), and the exact sign-flip test, which assumes nothing of the"
-        f" distribution, is below 5 % or at the smallest value that {count} seeds can give ({smallest_p(count):.4g}).",
+        f" there are {ENOUGH} seeds or more, the paired t test says so at 5 % after Holm's correction for all pairs ({pairs}), and the exact sign-flip"
+        " test, which assumes nothing of the distribution, is below 5 % or at the smallest value that"
+        f" {count} seeds can give ({smallest_p(count):.4g}).",
         "“Could have shown”: the smallest true difference that the t test finds in four of five studies with so many seeds and this spread.",
         "“± questions”: the standard error of the score for another draw of held-out questions, those about one image together; it is the same draw"
         " for all rows, so it matters less for their differences.",

@@ -2,9 +2,10 @@
 
 The test of a difference is the sign-flip permutation test: under the null hypothesis that two rows are alike, each seed's difference is as
 likely to be positive as negative, so all 2^n signs of n differences are equally likely. It assumes nothing else, but with n seeds its p is at
-least 2 / 2^n: with five seeds 0.0625, so that nothing is ever significant at 5 %. Beside it is the paired t interval, which assumes that
-differences are normal, and has power with five seeds. A row is called better only if both agree: the t interval, corrected for the number of
-pairs, leaves out 0, and the sign-flip test is at the smallest p that so many seeds can reach, or below 5 %.
+least 2 / 2^n: with five seeds 0.0625, so that by itself it shows nothing at 5 %. Beside it is the paired t test, which assumes that
+differences are normal, and has power with five seeds. Two rows are called different only if there are ``ENOUGH`` seeds and both agree: the
+t test at 5 % after Holm's correction for the number of pairs, and the sign-flip test at 5 % or at the smallest p that so many seeds can
+reach, which says that all of them point the same way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from scipy import optimize, stats
 
 LEVEL = 0.05
 """Of false alarms, over all pairs together."""
+ENOUGH = 5
+"""Seeds below which nothing is called different."""
 POWER = 0.8
 RESAMPLES = 9999
 """Of the bootstrap."""
@@ -72,8 +75,9 @@ class Difference:
     @property
     def is_shown(self) -> bool:
         """Whether the rows differ, by the rule at the head of this file."""
+        enough = len(self.values) >= ENOUGH
         reached = self.p_sign <= max(LEVEL, smallest_p(len(self.values)) * (1 + 1e-9))
-        return reached and self.p_holm <= LEVEL
+        return enough and reached and self.p_holm <= LEVEL
 
 
 def smallest_p(seeds: int) -> float:

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from kempnerforge.config import load_config
+from kempnerforge.study.cells import job_of, rows_of
+from kempnerforge.study.config import load_study
 from tests.dist import ROOT
 
-SHIPPED = sorted([*ROOT.glob("configs/**/*.toml"), *ROOT.glob("recipes/**/*.toml")])
+STUDIES = sorted(ROOT.glob("recipes/studies/**/*.toml"))
+SHIPPED = sorted({*ROOT.glob("configs/**/*.toml"), *ROOT.glob("recipes/**/*.toml")} - {*STUDIES})
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -19,6 +22,14 @@ def test_it_loads_and_says_how_long_it_runs(path: Path) -> None:
     job = load_config(path)
     assert job.total_steps() > 0
     assert not job.warnings()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_has_rows_that_load(path: Path) -> None:
+    study = load_study(path)
+    rows = rows_of(study)
+    assert len(rows) > 1 and len(study.cfg.seeds) >= 5
+    assert [line for row in rows for line in job_of(study, row).warnings()] == []
 
 
 def test_there_are_some() -> None:

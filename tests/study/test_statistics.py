@@ -67,9 +67,17 @@ def test_pairs_use_the_seeds_that_both_rows_have():
     assert [(one.a, one.b, one.values) for one in found] == [("a", "b", {1: 1.0, 2: 0.5})]
 
 
-def test_three_seeds_show_a_difference_only_if_it_is_huge():
-    (noisy,) = differences({"a": by_seed([0.5, 0.52, 0.48]), "b": by_seed([0.56, 0.55, 0.51])})
-    assert not noisy.is_shown and noisy.visible > abs(noisy.mean)
+def test_fewer_than_five_seeds_show_nothing():
+    low, high = [0.50, 0.52, 0.48, 0.51, 0.49], [0.90, 0.92, 0.885, 0.91, 0.89]
+    shown = [differences({"a": by_seed(low[:n]), "b": by_seed(high[:n])})[0].is_shown for n in (2, 3, 4, 5)]
+    assert shown == [False, False, False, True]
+
+
+def test_one_seed_that_points_the_other_way():
+    """With five seeds all have to agree; with eight the sign-flip test has p below 5 % all the same."""
+    for n, shown in ((5, False), (8, True)):
+        b = [0.08, 0.09, 0.085, 0.095, -0.002, 0.09, 0.08, 0.1][:n]
+        assert differences({"a": by_seed([0.0] * n), "b": by_seed(b)})[0].is_shown is shown
 
 
 def test_the_visible_difference_has_the_power_that_it_claims():
