@@ -107,7 +107,7 @@ def job(arch: str, tokenizer: Tokenizer) -> tuple[VLM, Layout]:
         train=TrainConfig(seq_len=SEQ_LEN, max_steps=1),
     )
     assembly = assemble(found, tokenizer, data=False)
-    return assembly.model, assembly.layout
+    return assembly.model, assembly.data.layout
 
 
 def batches(source: Source, encoder: Encoder, layout: Layout, mode: str) -> Iterator[Batch]:

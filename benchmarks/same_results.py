@@ -234,7 +234,7 @@ def digest(value: object) -> str:
 def batches(config: Path, words: Iterable[str]) -> Digests:
     """Of each of the first batches."""
     assembly = assemble(load_config(config, list(words)))
-    stream = islice(assembly.batches(assembly.stages[0], 0), BATCHES)
+    stream = islice(assembly.data.batches(assembly.stages[0], 0), BATCHES)
     return {f"batch {k}": digest([_plain(getattr(batch, f.name)) for f in fields(batch)]) for k, batch in enumerate(stream)}
 
 

@@ -95,7 +95,7 @@ def resident(key: str) -> int:
 
 def kept_bytes(trainer: Trainer) -> int:
     """What the forward pass of one micro-batch leaves for the backward pass."""
-    batch = next(trainer.assembly.batches(trainer.stage, trainer.step))
+    batch = next(trainer.assembly.data.batches(trainer.stage, trainer.step))
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

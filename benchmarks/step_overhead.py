@@ -37,7 +37,7 @@ def bare_step(assembly: Assembly, stage: Stage, dtype: torch.dtype, muon_class: 
     """One step of the plain loop."""
     model, cfg = assembly.model, stage.optimizer
     assert isinstance(cfg, AdamWConfig)
-    batches: Iterator[Batch] = assembly.batches(stage, stage.start)
+    batches: Iterator[Batch] = assembly.data.batches(stage, stage.start)
     named = dict(model.named_parameters())
     to_muon = MuonRule().takes(model) if cfg.name == "muon" else frozenset()
     extra = {"adjust_lr_fn": "original"} if muon_class is not Muon else {}

@@ -1,8 +1,10 @@
-"""Checkpoints: written whole or not at all, checked before they are believed, read by any number of ranks."""
+"""Checkpoints: written whole or not at all, verified before use, read by any number of ranks."""
 
 from kempnerforge.checkpoint.lock import RunLock
+from kempnerforge.checkpoint.manifest import CheckpointError, Manifest, verify
+from kempnerforge.checkpoint.reader import load, tensor_info
 from kempnerforge.checkpoint.state import load_training, load_weights, model_tensors, optimizer_tensors, save_training
-from kempnerforge.checkpoint.store import CheckpointError, Manifest, find, load, reading, resolve, save, tensor_info, verify
+from kempnerforge.checkpoint.store import find, reading, resolve, save
 
 __all__ = [
     "CheckpointError",

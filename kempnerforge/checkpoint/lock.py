@@ -19,7 +19,7 @@ _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked child (a loader worker) shares the lock and would hold it on after its parent was killed."""
+    """A forked child (a loader worker) shares the lock, and would hold it after its parent was killed."""
     while _held:
         os.close(_held.pop())
 
@@ -43,10 +43,10 @@ def holder(run_dir: Path) -> str:
 
 
 class RunLock:
-    """Holds ``run_dir/.lock`` from construction until ``release``, the end of a ``with`` block, or the end of the process, however it ends.
-    Released, the file is gone: a job that only looked leaves nothing behind.
+    """Holds ``run_dir/.lock`` from construction until ``release``, the end of a ``with`` block or of the
+    process. ``release`` removes the file.
 
-    Rank 0 takes it (``flock``); with a process group all ranks construct one and learn the same outcome.
+    Rank 0 takes the lock (``flock``). With a process group all ranks construct one, with the same outcome.
 
     Raises:
         CheckpointError: another process has it; the message names its pid.
@@ -62,7 +62,7 @@ class RunLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._is_at_path(descriptor):  # its holder let go of it, and took it away, in between
+            if not self._is_at_path(descriptor):  # its holder released and removed it in between
                 os.close(descriptor)
                 return self._acquire()
         except BlockingIOError:
@@ -90,7 +90,7 @@ class RunLock:
             return False
 
     def release(self) -> None:
-        """Lets go of it; doing so twice is fine."""
+        """Releases the lock. A second call does nothing."""
         if self._descriptor is not None and self._descriptor in _held:
             if self._is_at_path(self._descriptor):  # not if the directory was moved
                 self.path.unlink()

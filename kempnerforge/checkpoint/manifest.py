@@ -1,4 +1,4 @@
-"""What a checkpoint directory says about itself: ``manifest.json``, written last, with the size and CRC-32 of every other file.
+"""``manifest.json`` of a checkpoint directory: written last, with the size and CRC-32 of every other file.
 
 A directory without a manifest that verifies is not a checkpoint.
 """
@@ -38,9 +38,9 @@ class Manifest:
 
     Attributes:
         format: version of the directory's layout.
-        step: optimizer steps that were done when it was written.
-        world_size: ranks that wrote it; any number may read it.
-        torch_version: that wrote it.
+        step: optimizer steps done.
+        world_size: number of ranks that wrote it; any number may read it.
+        torch_version: version that wrote it.
         state: the JSON object given to ``save``.
         files: every other file, by its path relative to the directory.
     """
@@ -56,10 +56,10 @@ class Manifest:
         return asdict(self)[key]
 
     def encode(self) -> bytes:
-        """As the bytes of ``manifest.json``, which carry a CRC-32 of their own.
+        """The bytes of ``manifest.json``, with a CRC-32 of the manifest itself.
 
         Raises:
-            CheckpointError: ``state`` does not survive JSON unchanged (tuples, keys that are not strings, NaN, objects).
+            CheckpointError: JSON would change ``state`` (tuples, keys that are not strings, NaN, objects).
         """
         body = asdict(self)
         try:
@@ -100,7 +100,7 @@ class Manifest:
 
     @property
     def crc32(self) -> int:
-        """Of its content, and so of all files that it lists."""
+        """The CRC-32 of its content, and so of all files that it lists."""
         return _digest(asdict(self))
 
 
@@ -109,11 +109,7 @@ def _digest(body: dict[str, Any]) -> int:
 
 
 def check_name(name: str) -> str:
-    """``name`` if it is a relative path that stays inside its directory.
-
-    Raises:
-        CheckpointError: it is not.
-    """
+    """Returns ``name``, a relative path that stays inside its directory; else raises CheckpointError."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
         raise CheckpointError(f"{name!r} is no file name for a checkpoint: it must be relative and stay inside")
@@ -121,7 +117,7 @@ def check_name(name: str) -> str:
 
 
 def checksum(path: Path) -> FileEntry:
-    """Size and CRC-32 of the file at ``path``; raises InputError if it is no regular one."""
+    """Size and CRC-32 of the file at ``path``; raises InputError if it is no regular file."""
     size = crc = 0
     with regular(path).open("rb") as file:
         while block := file.read(1 << 20):
@@ -135,7 +131,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def verify(path: Path) -> Manifest:
-    """Reads the manifest of the checkpoint directory ``path`` and every file it lists. No collective: the calling process alone.
+    """Reads the manifest of the checkpoint at ``path`` and every file that it lists, on this process alone.
 
     Raises:
         CheckpointError: something is missing, altered or truncated.

@@ -1,4 +1,4 @@
-"""The few things ranks tell each other around a checkpoint. Without a process group the calling process is rank 0 of 1."""
+"""What ranks tell each other. Without a process group the calling process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def in_group() -> bool:
-    """Whether there are other ranks to talk to.
+    """Whether there are other ranks.
 
-    NOTE: a group of one is none. Every save through gloo leaves a thread behind, and on a CPU the steps after it took 40 % longer, most
-    likely because OpenMP then counts more threads than cores and lets all of them sleep sooner.
+    NOTE: a group of one does not count. Every save through gloo starts a thread that stays, and on a CPU the
+    steps after it took 40 % longer, most likely because OpenMP then sees more threads than cores.
     """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -41,7 +41,7 @@ def gather(value: T) -> list[T]:
 
 
 def fault_reason(error: BaseException) -> str:
-    """One line that says why, also for DCP's exception, whose own text is a page of tracebacks."""
+    """The reason in one line, also of DCP's exception, whose own text is a page of tracebacks."""
     if isinstance(error, CheckpointException):
         return "; ".join(
             f"rank {r}: {fault_reason(e)}" if world_size() > 1 else fault_reason(e) for r, (e, _) in sorted(error.failures.items())
@@ -54,10 +54,10 @@ def fault_reason(error: BaseException) -> str:
 
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Runs a block without collectives on every rank, then lets all ranks learn whether it went well everywhere.
+    """Runs a block, which has no collectives, on every rank; then all ranks know whether it failed on any.
 
     Raises:
-        CheckpointError: on every rank, when the block failed on any; so none is left alone in a later collective.
+        CheckpointError: on every rank, when the block failed on any, so that none waits for the others.
     """
     error: str | None = None
     try:
@@ -72,10 +72,10 @@ def agreed(what: str) -> Iterator[None]:
 
 
 def from_rank0(decide: Callable[[], T], what: str = "") -> T:
-    """What ``decide()`` returns on rank 0, on every rank; only rank 0 calls it.
+    """The result of ``decide()``, which only rank 0 calls, on every rank.
 
     Raises:
-        CheckpointError: on every rank, when it raised.
+        CheckpointError: on every rank, when ``decide`` raised.
     """
     box: list[Any] = [None, None]  # value, error
     if rank() == 0:

@@ -1,7 +1,8 @@
-"""Reading tensors back without running any code that a checkpoint file may carry, and without silent conversions.
+"""Reads tensors without running code that a checkpoint file may contain, and without silent conversions.
 
-PyTorch's reader unpickles ``.metadata`` freely, unpickles every entry that is not a tensor, casts to the dtype it finds in the model and
-ignores entries that no one asked for. Here the first goes through an allow-list and the other three are refused.
+PyTorch's reader unpickles ``.metadata`` without limits, unpickles every entry that is not a tensor, casts to
+the dtype in the model and ignores entries that were not asked for. Here ``.metadata`` is read with an
+allow-list of classes, and the other three are errors.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 class _SafeReader(FileSystemReader):
-    """DCP's reader with metadata that was read and checked before."""
+    """DCP's reader, with metadata that was checked before."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
@@ -112,13 +113,13 @@ def load(path: Path, tensors: dict[str, Tensor], *, prefix: str = "") -> None:
     """Fills ``tensors`` in place from the checkpoint directory ``path``. Call it on all ranks.
 
     Args:
-        path: a checkpoint directory. Checksums are not looked at here: that is ``verify``.
-        tensors: plain tensors or DTensors of any placement, on any device; every entry of the checkpoint must have one, and the reverse.
-        prefix: only entries whose name starts with it are meant; the checkpoint's others are left alone.
+        path: a checkpoint directory. Checksums are not compared here; ``verify`` does it.
+        tensors: plain tensors or DTensors of any placement, on any device, one for each entry.
+        prefix: only entries with this prefix are read.
 
     Raises:
-        CheckpointError: on all ranks, before anything is written, when a name is missing or unexpected, or a shape or dtype differs;
-            also when a file cannot be read.
+        CheckpointError: on all ranks, before anything is read, when a name is missing or unexpected, or a
+            shape or dtype differs; also when a file cannot be read.
     """
     path, reader = Path(path), None
     with agreed(f"cannot load {path}"):

@@ -1,18 +1,18 @@
 """A model and its optimizers as one flat dict of named tensors, and back.
 
-Optimizer state is taken as it lies in ``optimizer.state``: saving runs no hidden step, parameters that never moved have no entry, and
-frozen ones keep theirs. It is restored from the checkpoint's own list of entries, for the same reasons. Hyper-parameters are never stored:
-they belong to the config and to the step.
+The entries are ``model.<name>``, ``optim.<name>|<key>`` and, in a run that averages its weights,
+``averaged.<name>``. Training continues from the first two; to use a model, take the averages.
 
-Where a run keeps an average of its weights, training goes on from ``model.<fqn>``, and who wants to use the model takes
-``averaged.<fqn>`` where there is one.
+Optimizer state is saved as it is in ``optimizer.state``: no step is run for it, and a parameter that never
+moved has no entry. It is restored from the entries of the checkpoint, for the same reason. Hyper-parameters
+are not stored: the config and the step decide them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,24 @@ OPTIM = "optim."
 AVERAGED = "averaged."
 
 
+class Owned(NamedTuple):
+    """A parameter with the optimizer and the group that move it."""
+
+    name: str
+    parameter: nn.Parameter
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+
+
 def _reshard(model: nn.Module) -> None:
-    """After a forward without backward some FSDP units still show gathered parameters, which are neither stored nor the optimizer's."""
+    """After a forward without backward some FSDP units still show gathered parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """``model.<fqn>`` -> parameter or persistent buffer, sharded ones as they are. Tied ones appear once, under their first name."""
+    """``model.<name>`` -> parameter or persistent buffer, sharded as it is. Tied ones appear once."""
     _reshard(model)
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
@@ -50,64 +59,62 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _owned(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer, dict]]:
-    """(fqn, parameter, its optimizer, its group) of every parameter that an optimizer has."""
+def _owned(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Owned]:
+    """Every parameter of the model that an optimizer has."""
     _reshard(model)
-    owner = {id(p): (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    assert len(owner) == sum(len(g["params"]) for o in optimizers for g in o.param_groups), "a parameter is in two optimizers or groups"
-    named = [(name, p) for name, p in model.named_parameters() if id(p) in owner]
-    assert len(named) == len(owner), "an optimizer holds parameters that are not the model's"
-    for name, parameter in named:
-        yield name, parameter, *owner[id(parameter)]
+    owners = {id(p): (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert len(owners) == sum(len(g["params"]) for o in optimizers for g in o.param_groups), "a parameter is in two optimizers or groups"
+    owned = [Owned(name, p, *owners[id(p)]) for name, p in model.named_parameters() if id(p) in owners]
+    assert len(owned) == len(owners), "an optimizer holds parameters that are not the model's"
+    return owned
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """``optim.<fqn>|<key>`` -> the tensor at ``optimizer.state[parameter][key]``, for all that exist."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter, optimizer, _ in _owned(model, optimizers):
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for owned in _owned(model, optimizers):
+        for key, value in owned.optimizer.state.get(owned.parameter, {}).items():
             if not isinstance(value, Tensor):
-                raise CheckpointError(f"optimizer state {key!r} of {name} is a {type(value).__name__}; only tensors can be stored")
-            tensors[f"{OPTIM}{name}|{key}"] = value
+                raise CheckpointError(f"optimizer state {key!r} of {owned.name} is a {type(value).__name__}; only tensors can be stored")
+            tensors[f"{OPTIM}{owned.name}|{key}"] = value
     return tensors
 
 
 def optimizer_template(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], info: dict[str, TensorInfo]) -> dict[str, Tensor]:
-    """Empty tensors to load the optimizer entries of a checkpoint into, placed and sharded as their parameters are here.
+    """Empty tensors for the optimizer entries of a checkpoint, placed and sharded like their parameters.
 
     Args:
         info: of the checkpoint, from ``tensor_info``.
 
     Raises:
-        CheckpointError: an entry belongs to no parameter of these optimizers, or cannot be laid out like its parameter.
+        CheckpointError: an entry has no parameter in these optimizers, or cannot be sharded like it.
     """
-    owned = {name: (parameter, group) for name, parameter, _, group in _owned(model, optimizers)}
+    known = {owned.name: owned for owned in _owned(model, optimizers)}
     template: dict[str, Tensor] = {}
     for entry, (shape, dtype) in info.items():
         if not entry.startswith(OPTIM):
             continue
         name, _, key = entry[len(OPTIM) :].rpartition("|")
-        if name not in owned:
+        if name not in known:
             raise CheckpointError(f"the checkpoint has optimizer state {key!r} of {name!r}, which no optimizer here has")
-        template[entry] = _empty_like(*owned[name], name, key, shape, dtype)
+        template[entry] = _empty_state(known[name], key, shape, dtype)
     return template
 
 
-def _empty_like(parameter: nn.Parameter, group: dict[str, Any], name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty_state(owned: Owned, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    parameter = owned.parameter
     if key == "step" and shape == ():  # torch.optim keeps the counter on the CPU unless a kernel reads it
-        on_device = group.get("fused") or group.get("capturable")
+        on_device = owned.group.get("fused") or owned.group.get("capturable")
         return torch.empty((), dtype=dtype, device=parameter.device if on_device else "cpu")
     if shape == tuple(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     if isinstance(parameter, DTensor) and shape:
-        raise CheckpointError(f"optimizer state {key!r} of {name} has shape {shape}, its sharded parameter {tuple(parameter.shape)}")
+        raise CheckpointError(f"optimizer state {key!r} of {owned.name} has shape {shape}, its sharded parameter {tuple(parameter.shape)}")
     return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 def _averaged_names(parameters: Mapping[str, Tensor], info: dict[str, TensorInfo]) -> list[str]:
-    """The parameters that a checkpoint has averages of.
+    """The names of the averages in a checkpoint.
 
     Raises:
         CheckpointError: one is not among ``parameters``.
@@ -121,14 +128,13 @@ def _averaged_names(parameters: Mapping[str, Tensor], info: dict[str, TensorInfo
 
 
 def load_optimizer(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loaded: dict[str, Tensor]) -> None:
-    """Makes ``loaded`` (a filled template) the whole state of ``optimizers``; a parameter without entry has none afterwards."""
+    """Makes ``loaded``, a filled template, the whole state of ``optimizers``."""
     for optimizer in optimizers:
         optimizer.state.clear()
-    owned = {name: (parameter, optimizer) for name, parameter, optimizer, _ in _owned(model, optimizers)}
+    known = {owned.name: owned for owned in _owned(model, optimizers)}
     for entry, value in loaded.items():
         name, _, key = entry[len(OPTIM) :].rpartition("|")
-        parameter, optimizer = owned[name]
-        optimizer.state[parameter][key] = value
+        known[name].optimizer.state[known[name].parameter][key] = value
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -146,13 +152,13 @@ def save_training(
     keep: int,
     averages: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """``save`` of a model and its optimizers. Call it on all ranks, between steps; nothing about the training changes.
+    """``save`` of a model and its optimizers, which stay as they are. Call it on all ranks, between steps.
 
     Args:
-        averages: parameter name -> what is to be used in its place, sharded like it.
+        averages: parameter name -> average, sharded like the parameter.
 
     Raises:
-        CheckpointError: as ``save``, or a weight, an average or a moment is not finite. Nothing is written then.
+        CheckpointError: as ``save``; or a weight, average or moment is not finite: nothing is written.
     """
     tensors: dict[str, Tensor] = {}
     with agreed(f"cannot save step {step} in {root}"):
@@ -172,39 +178,38 @@ def load_training(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     manifest: Manifest | None = None,
-    averages: dict[str, Tensor] | None = None,
-) -> Manifest:
+) -> dict[str, Tensor]:
     """Restores what ``save_training`` wrote, on any number of ranks. Call it on all.
 
     Args:
         path: a checkpoint directory.
-        manifest: of ``path`` when it was just verified (by ``find``); otherwise it is verified here, before anything changes.
-        averages: takes the averages that the checkpoint has, by parameter name.
+        manifest: of ``path`` if it was just verified (by ``find``); None verifies it first.
+
+    Returns:
+        The averages of weights in the checkpoint, by parameter name.
 
     Raises:
         CheckpointError: on all ranks, when the checkpoint is broken or does not fit the model and optimizers.
     """
-    manifest = manifest or from_rank0(lambda: verify(path))
-    template: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    if manifest is None:
+        from_rank0(lambda: verify(path))
+    tensors, template, averages = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     info = tensor_info(path)
     with agreed(f"cannot load {path}"):
         tensors = model_tensors(model)
         template = optimizer_template(model, optimizers, info)
         parameters = dict(model.named_parameters())
-        found = {name: torch.empty_like(parameters[name], requires_grad=False) for name in _averaged_names(parameters, info)}
-    load(path, {**tensors, **template, **{AVERAGED + name: value for name, value in found.items()}})
+        averages = {name: torch.empty_like(parameters[name], requires_grad=False) for name in _averaged_names(parameters, info)}
+    load(path, {**tensors, **template, **{AVERAGED + name: value for name, value in averages.items()}})
     load_optimizer(model, optimizers, template)
-    if averages is not None:
-        averages.update(found)
-    return manifest
+    return averages
 
 
 def load_weights(path: Path, model: nn.Module) -> Manifest:
-    """Restores the model alone, to be used: averages where the checkpoint has them, else what was trained. Call it on all ranks.
+    """Restores the model alone, to use it: the averages in the checkpoint, and the trained weights of all
+    other parameters. Call it on all ranks.
 
-    It is strict: every tensor of the model and no other, same shapes and dtypes.
+    The checkpoint must have every tensor of the model and no other, with the same shapes and dtypes.
 
     Raises:
         CheckpointError: on all ranks, when the checkpoint is broken or does not fit the model.

@@ -1,12 +1,13 @@
-"""Checkpoint directories that are complete or not there at all, and finding the newest of them.
+"""Writes checkpoint directories, complete or not at all, and finds the newest.
 
-``root/step-%08d`` is written as ``.tmp-...`` beside it: tensors through ``torch.distributed.checkpoint`` (one file per rank), small extra
-files, then ``manifest.json`` with a checksum of each file. All is flushed to disk before the directory gets its name, so a process that is
-killed at any moment leaves either the whole step or a directory that no one mistakes for one. ``latest`` names the newest step for people
-and scripts; nothing here reads it.
+``root/step-%08d`` is written as ``.tmp-...`` beside it: tensors through ``torch.distributed.checkpoint`` (one
+file per rank), small extra files, then ``manifest.json`` with a checksum of each file. Everything is flushed
+to disk before the directory gets its name. So a process that is killed leaves either the whole step or a
+``.tmp-...`` directory. ``latest`` names the newest step for people and scripts; nothing here reads it.
 
-All functions but ``verify`` are collective: with a process group every rank calls them, rank 0 decides, and an error on one rank is raised on
-all. Without a process group they work on the calling process alone. One job at a time may write to a root: see ``RunLock``.
+All functions but ``verify`` are collective: with a process group every rank calls them, rank 0 decides, and
+an error on one rank is raised on all. Without a process group they work on the calling process alone. One job
+at a time may write to a root: see ``RunLock``.
 """
 
 from __future__ import annotations
@@ -44,10 +45,7 @@ from kempnerforge.checkpoint.manifest import (
     verify,
 )
 from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, rank, world_size
-from kempnerforge.checkpoint.reader import load, tensor_info
 from kempnerforge.util.paths import start_of
-
-__all__ = ["CheckpointError", "Manifest", "find", "load", "reading", "resolve", "save", "tensor_info", "verify"]
 
 log = logging.getLogger("kempnerforge")
 
@@ -56,7 +54,7 @@ _STEP = re.compile(r"(\.old-)?step-(\d{8,})")
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer, whose errors on a full disk say so: torch's serializer reports a lost position and hides the cause."""
+    """DCP's writer, which raises the OSError of a full disk; torch's serializer hides it."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -76,13 +74,14 @@ def save(
     files: dict[str, bytes],
     keep: int,
 ) -> Path:
-    """Writes the checkpoint ``root/step-%08d`` and removes all but the newest ``keep`` of those up to it. A step that is there is replaced.
+    """Writes the checkpoint ``root/step-%08d``. Of the steps up to it the newest ``keep`` stay; an existing
+    one of the same step is replaced.
 
     Args:
-        root: the folder of checkpoints; made when it is not there.
+        root: the folder of checkpoints; made if missing.
         step: optimizer steps done.
-        tensors: plain tensors (the same on every rank) and DTensors, by name; every rank gives the same names.
-        state: plain JSON, kept in the manifest; rank 0's is written.
+        tensors: plain tensors (equal on all ranks) and DTensors, by name; the names are equal, too.
+        state: plain JSON for the manifest; rank 0's is written.
         files: small extra files by relative name, such as ``config.toml``; rank 0's are written.
         keep: at least 1.
 
@@ -90,7 +89,7 @@ def save(
         The directory.
 
     Raises:
-        CheckpointError: on all ranks; earlier checkpoints are as they were and no half directory is left.
+        CheckpointError: on all ranks; earlier checkpoints stay, and no half-written directory is left.
     """
     assert keep >= 1 and step >= 0, (keep, step)
     root = Path(root)
@@ -109,7 +108,7 @@ def save(
 
 
 def _start(root: Path, step: int) -> Path:
-    """An empty directory to write in. What interrupted saves left behind goes first: it may be what fills the disk."""
+    """An empty directory to write in. Leftovers of interrupted saves are removed first."""
     root.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(root, ".tmp-*", ".trash-*")
     tmp = root / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
@@ -118,7 +117,7 @@ def _start(root: Path, step: int) -> Path:
 
 
 def _write(tmp: Path, tensors: dict[str, Tensor], files: dict[str, bytes], what: str) -> dict[str, FileEntry]:
-    """Tensors and extra files, on disk. Returns every file with its checksum."""
+    """Writes tensors and extra files. Returns every file with its checksum."""
     with agreed(what):
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
@@ -135,13 +134,13 @@ def _write(tmp: Path, tensors: dict[str, Tensor], files: dict[str, bytes], what:
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=not in_group(),
         )
-    own: dict[str, FileEntry] = {}
+    written: dict[str, FileEntry] = {}
     with agreed(what):
         paths = list(tmp.glob(f"__{rank()}_*.distcp"))
         if rank() == 0:
             paths += [tmp / METADATA, *(tmp / name for name in files)]
-        own = {path.relative_to(tmp).as_posix(): checksum(path) for path in paths}
-    return {name: entry for part in gather(own) for name, entry in sorted(part.items())}
+        written = {path.relative_to(tmp).as_posix(): checksum(path) for path in paths}
+    return {name: entry for part in gather(written) for name, entry in sorted(part.items())}
 
 
 def _write_files(tmp: Path, files: dict[str, bytes]) -> None:
@@ -156,7 +155,7 @@ def _write_files(tmp: Path, files: dict[str, bytes]) -> None:
 
 
 def _finish(tmp: Path, final: Path, manifest: Manifest) -> None:
-    """The manifest, then the name. A complete step of the same name stays findable until the new one is there."""
+    """Writes the manifest, then renames. A complete step of the same name can be found until then."""
     _write_file(tmp / NAME, manifest.encode())
     _sync_directory(tmp)
     old = final.with_name(f".old-{final.name}")
@@ -173,9 +172,9 @@ def _finish(tmp: Path, final: Path, manifest: Manifest) -> None:
 
 
 def _tidy(root: Path, step: int, keep: int) -> None:
-    """Prunes. The new checkpoint is safe already, so what goes wrong here is a warning.
+    """Removes old checkpoints. The new one is complete already, so an error here is only a warning.
 
-    Later steps (broken ones that the run went back behind) are neither counted nor removed: the step just saved always stays.
+    Later steps (broken ones; the run continued from before them) are neither counted nor removed.
     """
     try:
         hint = root / ".latest.tmp"
@@ -189,7 +188,7 @@ def _tidy(root: Path, step: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Takes the name away first: a directory that is half deleted must not look like a checkpoint."""
+    """Renames first: a half-deleted directory must not look like a checkpoint."""
     if path.exists():
         trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}")
         path.rename(trash)
@@ -218,21 +217,21 @@ def _sync_directory(path: Path) -> None:
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory), newest first; one that was being replaced comes after the one that replaces it."""
+    """(step, directory), newest first; a directory that was being replaced comes after its replacement."""
     found = [(int(m[2]), m[1] is None, path) for path in root.iterdir() if (m := _STEP.fullmatch(path.name)) and path.is_dir()]
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
 def newest_step(root: Path) -> int | None:
-    """The step of the newest checkpoint under ``root``, by its name alone; None where there is none."""
+    """The step of the newest checkpoint under ``root``, by its name alone; None if there is none."""
     return next((step for step, _ in _candidates(root)), None) if root.is_dir() else None
 
 
 def find(root: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint under ``root`` that verifies; None where there is none at all. Broken ones are reported and passed over.
+    """The newest checkpoint under ``root`` that verifies; None if there are none. Broken ones are skipped.
 
     Raises:
-        CheckpointError: on all ranks, when there are checkpoints and every one is broken: starting afresh must be somebody's decision.
+        CheckpointError: on all ranks, when there are checkpoints and all are broken.
     """
     return from_rank0(lambda: _find(Path(root)))
 
@@ -244,7 +243,7 @@ def _find(root: Path) -> tuple[Path, Manifest] | None:
         try:
             return path, verify(path)
         except CheckpointError as error:
-            if not path.exists():  # removed meanwhile by the job that writes here: what it has kept is newer
+            if not path.exists():  # removed meanwhile by the job that writes here, which keeps newer ones
                 return _find(root)
             errors.append(str(error))
             log.warning("skipping a broken checkpoint: %s", error)
@@ -254,17 +253,17 @@ def _find(root: Path) -> tuple[Path, Manifest] | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint directory that ``path`` means: itself, or the newest valid one of a folder of checkpoints or of a run directory.
+    """``path`` if it is a checkpoint, or the newest valid one in a folder of checkpoints or a run directory.
 
     Raises:
-        CheckpointError: on all ranks, when there is none, or when ``path`` is one and is broken.
+        CheckpointError: on all ranks, when there is none, or when ``path`` is a broken checkpoint.
     """
     return from_rank0(lambda: _resolve(Path(path)))
 
 
 def reading(path: Path, read: Callable[[Path], T]) -> T:
-    """What ``read`` makes of the checkpoint that ``path`` means (see ``resolve``). One that a job which trains there removes meanwhile is not an
-    error: it has kept newer ones.
+    """The result of ``read`` on the checkpoint at ``path`` (see ``resolve``). If a job that trains there
+    removes the checkpoint meanwhile, the newest one is read instead.
     """
     while True:
         found = resolve(path)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.inspection.plan import plan
 
     found = plan(job)
-    held_out = found.assembly.examined
+    held_out = found.assembly.data.examined
     warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ()), *data_remarks(found.assembly)]
     export = _export(found.assembly)
     if args.json:
@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.print_config:
         print(to_toml(found.assembly.job))
-    tokenizer, layout = found.assembly.tokenizer, found.assembly.layout
+    tokenizer, layout = found.assembly.tokenizer, found.assembly.data.layout
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:
         _show(stage)
-        for note in found.assembly.notes(stage.stage):
+        for note in found.assembly.data.notes(stage.stage):
             print(f"note: {visible(note)}")
     if held_out:
         print(held_out.summary())

@@ -93,15 +93,16 @@ def _lm_eval(args: argparse.Namespace) -> int:
     job = load_config(config, args.overrides)
     from kempnerforge.cli.progress import reporting
     from kempnerforge.eval.lm_eval_task import TASK, write_task
-    from kempnerforge.training.setup import assemble, read_held_out, saved_tokenizer
+    from kempnerforge.training.setup import assemble
+    from kempnerforge.training.tokenizer import saved_tokenizer
 
     tokenizer = saved_tokenizer(args.config) if args.config.is_dir() else None
     assembly = assemble(job, tokenizer, device="meta", data=tokenizer is None)
-    source, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
-    if source is None:
+    assembly.data.read_held_out()
+    if (source := assembly.data.held_out) is None:
         raise InputError(f"data.eval_path = '': {config} names no held-out data")
     with reporting(sys.stderr) as progress:
-        written = write_task(source, assembly.encoder(assembly.stages[-1]), args.out, assembly.job.eval, args.limit, progress)
+        written = write_task(source, assembly.data.encoder(assembly.stages[-1]), args.out, assembly.job.eval, args.limit, progress)
     for line in written.held_out.remarks():
         print(f"warning: {visible(line)}", file=sys.stderr)
     for sample, reason in written.left_out[:5]:

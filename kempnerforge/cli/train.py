@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.training.run import train
 
     try:
-        if train(job, fresh=args.fresh, allow=args.allow_change, leaving=True):
+        if train(job, fresh=args.fresh, allow=args.allow_change, ends_process=True):
             return 0
         said = f"interrupted: step {newest_step(Path(job.run.dir) / 'checkpoints')} is saved"
     except KeyboardInterrupt as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tomli_w
@@ -13,15 +14,13 @@ from kempnerforge.config.job import JobConfig
 
 
 def to_dict(section: Any) -> dict[str, Any]:
-    """A job or a section as plain tables, arrays and scalars, defaults included. None has no TOML and is left
-    out.
-    """
+    """A job or a section as plain tables, arrays and scalars, with defaults. None is left out."""
     table = as_toml(section)
     assert isinstance(table, dict), f"{type(section).__name__} is no section"
     return table
 
 
-def to_toml(job: JobConfig) -> str:
+def to_toml(job: JobConfig | Mapping[str, Any]) -> str:
     """The resolved job; ``load_config`` reads an equal one from it, and no key in it counts as chosen."""
     return RECORD + re.sub(r"[^\n -~]", _escaped, tomli_w.dumps(to_dict(job)))
 
@@ -32,19 +31,38 @@ def _escaped(found: re.Match[str]) -> str:
     return char if char.isprintable() else f"\\u{ord(char):04x}" if ord(char) < 2**16 else f"\\U{ord(char):08x}"
 
 
-def diff(old: JobConfig | Mapping[str, Any], new: JobConfig | Mapping[str, Any]) -> list[str]:
-    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that only one of them has is "unset"
-    in the other.
+@dataclass(frozen=True)
+class FlatConfig:
+    """A job as data, for many comparisons.
+
+    Attributes:
+        table: as in a file.
+        leaves: its values by dotted key.
+        chosen: the keys that are not at their default; all keys of what was read from a file.
+    """
+
+    table: dict[str, Any]
+    leaves: dict[str, Any]
+    chosen: frozenset[str]
+
+    @classmethod
+    def of(cls, config: JobConfig | Mapping[str, Any]) -> FlatConfig:
+        table, changed = to_dict(config), as_toml(config, complete=False)
+        return cls(table, _flat(table, ""), frozenset(_flat(changed, "")))
+
+
+def diff(old: JobConfig | Mapping[str, Any], new: JobConfig | Mapping[str, Any] | FlatConfig) -> list[str]:
+    """What changed: "train.batch_size: 32 -> 64", sorted by key; a key that one of them lacks is "unset".
 
     Args:
         old: a job, or the table of one, which may be older than some keys: those that ``new`` leaves at their
             defaults are no change.
     """
-    before, after = _flat(as_toml(old), ""), _flat(as_toml(new), "")
-    unwritten = after.keys() - before.keys() - _flat(as_toml(new, complete=False), "").keys() if isinstance(old, Mapping) else set()
+    before, after = FlatConfig.of(old).leaves, new if isinstance(new, FlatConfig) else FlatConfig.of(new)
+    unknown_then = after.leaves.keys() - before.keys() - after.chosen if isinstance(old, Mapping) else set()
     lines = []
-    for key in sorted((before.keys() | after.keys()) - unwritten):
-        a, b = (_show(flat, key) for flat in (before, after))
+    for key in sorted((before.keys() | after.leaves.keys()) - unknown_then):
+        a, b = (_show(flat, key) for flat in (before, after.leaves))
         if a != b:
             lines.append(f"{key}: {a} -> {b}")
     return lines

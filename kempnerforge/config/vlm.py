@@ -10,7 +10,6 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from kempnerforge.config.checks import at_least, defaults, divides, more_than, o
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
 from kempnerforge.config.sections import JobSections
 from kempnerforge.util.errors import InputError, NotBuiltError
+from kempnerforge.util.name_rules import matches_any, patterns_of
 from kempnerforge.util.paths import PathText
 
 __all__ = [
@@ -154,7 +154,7 @@ class VLMConfig:
 
     def frozen(self, name: str, specs: Iterable[FreezeSpec]) -> bool:
         """Whether a parameter called ``name`` is frozen under ``specs``."""
-        hits = (spec.frozen for spec in specs if any(fnmatchcase(name, p) for p in self.module_patterns.get(spec.module, [spec.module])))
+        hits = (spec.frozen for spec in specs if matches_any(name, patterns_of(spec.module, self.module_patterns)))
         return ([False, *hits])[-1]
 
 

@@ -35,9 +35,9 @@ from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.fsdp import prepare
 from kempnerforge.distributed.world import World
-from kempnerforge.training.freeze import match_names
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import Problems
+from kempnerforge.util.name_rules import match_names
 from kempnerforge.vlm.base import VLM
 
 SIZE = 16
@@ -200,7 +200,7 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
     assembly = assemble(job, tokenizer(*job.model.new_tokens), device=device, data=False)
     if noise and device != "meta":
         shake(assembly.model, noise)
-    return Tiny(assembly.job, assembly.model, assembly.stages, assembly.encoder(assembly.stages[0]))
+    return Tiny(assembly.job, assembly.model, assembly.stages, assembly.data.encoder(assembly.stages[0]))
 
 
 @torch.no_grad()

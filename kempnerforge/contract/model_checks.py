@@ -46,7 +46,7 @@ from kempnerforge.data.sample import Sample
 from kempnerforge.eval.generate import generate
 from kempnerforge.model import attention
 from kempnerforge.model.transformer import Cache
-from kempnerforge.training.freeze import match_names
+from kempnerforge.util.name_rules import match_names
 from kempnerforge.vlm.build import build_model
 
 

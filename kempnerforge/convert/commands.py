@@ -114,7 +114,7 @@ def import_model(
 
 def _described(assembly: Assembly, name: str) -> str:
     count = sum(p.numel() for p in assembly.model.parameters())
-    images = f", {assembly.layout.image_tokens} positions an image" if assembly.model.has_images else ""
+    images = f", {assembly.data.layout.image_tokens} positions an image" if assembly.model.has_images else ""
     return f"{name}: {count:,} parameters, {assembly.job.model.vocab_size:,} tokens{images}"
 
 
@@ -206,7 +206,7 @@ def _export_own(restored: TrainedModel, out: Path, how: How) -> Converted:
     save_tensors(out, dict(assembly.model.named_parameters()), progress=how.progress)
     cast_files(out, how.dtype)
     assembly.tokenizer.save(out / TOKENIZER)
-    write_config(out, asdict(assembly.encoder(assembly.stages[-1]).asking), ASKED_FILE)
+    write_config(out, asdict(assembly.data.encoder(assembly.stages[-1]).asking), ASKED_FILE)
     job = replace(assembly.job, lora=[])
     if assembly.model.has_images:
         job = replace(job, vision_encoder=assembly.model.vision_encoder.standing_alone(job.vision_encoder))
@@ -232,7 +232,7 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
     if kind:
         assert image_id is not None
         vlm, encoder, plain = VLM_FAMILIES[kind], assembly.model.vision_encoder, replace(job, model=cfg)
-        write_config(out, vlm.config(plain, encoder, assembly.layout.image_tokens, image_id, ids))
+        write_config(out, vlm.config(plain, encoder, assembly.data.layout.image_tokens, image_id, ids))
         save_tensors(out, vlm.tensors(plain, encoder, tensors), progress=how.progress)
     else:
         write_language_model(out, cfg, tensors, ids, chosen, progress=how.progress)
@@ -245,7 +245,7 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
 
 def _write_ends(out: Path, assembly: Assembly) -> None:
     """Writes the class's padding token and the tokens that it stops at: the one that ends an answer here, and the tokenizer's."""
-    tokenizer, encoder = assembly.tokenizer, assembly.encoder(assembly.stages[-1])
+    tokenizer, encoder = assembly.tokenizer, assembly.data.encoder(assembly.stages[-1])
     end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
     written = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
     stop = [*dict.fromkeys((end, tokenizer.eos_id, *others))]

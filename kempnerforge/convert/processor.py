@@ -76,7 +76,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
     Returns:
         Lines that say what is there, and how a prompt reads.
     """
-    encoder = assembly.encoder(assembly.stages[-1])
+    encoder = assembly.data.encoder(assembly.stages[-1])
     cfg, words = encoder.texts[0].cfg, assembly.tokenizer
     if isinstance(cfg, TextConfig):
         return []  # running text has no template
@@ -112,7 +112,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
 
 def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Names of processors, and their files."""
-    layout = assembly.layout
+    layout = assembly.data.layout
     if not kind:
         yield "", {}
         return
@@ -124,7 +124,7 @@ def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool
 
 def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     """How a prompt reads."""
-    template = chat_template(cfg, assembly.tokenizer, assembly.encoder(assembly.stages[-1]).asking)
+    template = chat_template(cfg, assembly.tokenizer, assembly.data.encoder(assembly.stages[-1]).asking)
     for count in (1, 0, 2) if assembly.model.has_images else (0,):
         try:
             prompt = render_template(template, _messages([None] * count, "{prompt}"), assembly.tokenizer)

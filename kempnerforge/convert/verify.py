@@ -116,7 +116,7 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
         vocab_size: words are drawn from so many token ids.
         form: None: a short one.
     """
-    model, layout = assembly.model, assembly.layout
+    model, layout = assembly.model, assembly.data.layout
     form = form or short_form(model)
     rng = torch.Generator().manual_seed(0)
     allowed = torch.tensor([i for i in range(min(vocab_size, 10_000)) if i != image_id])
@@ -250,7 +250,7 @@ def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
     """Short rows; for a model with images one without; a long one, with two images where there is room; and, without windows, one whose
     positions are far apart, as distances are all that rotary positions are read by.
     """
-    model, taken = assembly.model, assembly.layout.image_tokens
+    model, taken = assembly.model, assembly.data.layout.image_tokens
     found, prefix = [short_form(model)], model.attention_mask == "prefix"
     far = min(TIMES * max(limits.rope, default=0), assembly.job.model.max_seq_len) - 1
     if not limits.windows and far >= LONG_WORDS:

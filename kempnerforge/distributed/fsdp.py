@@ -18,36 +18,38 @@ RECOMPILE_LIMIT = 64
 def prepare(
     model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
 ) -> None:
-    """Recomputation, compilation and sharding, in this order, unit by unit. Parameter names stay as they are.
+    """Installs recomputation, compilation and sharding, in this order, unit by unit. Names do not change.
 
     Args:
-        units: modules that do not overlap; the root takes what is left.
+        units: modules that do not overlap; the root takes the other parameters.
         dtype: of compute; master weights and gradient reduction are fp32.
         reshard: free gathered weights after the forward pass.
         recompute: activation checkpointing.
         compile_units: ``torch.compile`` each unit.
 
-    NOTE: a world of one shards the root alone and keeps it unsharded: each unit costs 1.5 ms a step there and brings nothing. Gradients are
-    summed, not averaged: the loss is already divided by the count of targets over all ranks.
+    NOTE: in a world of one only the root is wrapped, and stays unsharded: a wrapped unit costs 1.5 ms a step
+    and saves nothing. Gradients are
+    summed, not averaged: the loss is already divided by the number of targets over all ranks.
     """
-    if compile_units:  # a graph for each way in which parts are frozen; after the limit a unit runs uncompiled without a word
+    if compile_units:  # a graph for each set of frozen parts; beyond the limit units run uncompiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        # without it a unit that notes its auxiliary loss would run uncompiled when it is recomputed
+        # otherwise a unit with an auxiliary loss would run uncompiled when it is recomputed
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    # inputs are not cast: FSDP reaches into dataclasses and would round the fp32 rotary tables that a block reads
+    # inputs are not cast: FSDP reaches into dataclasses and would round the fp32 rotary tables that a block
+    # reads
     param_dtype = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
-        if own_losses := with_aux_loss(unit):
-            return_losses(unit, own_losses)
+        if aux_losses := with_aux_loss(unit):
+            return_losses(unit, aux_losses)
         if recompute:
             _recompute(unit)
         if compile_units:
             unit.compile(dynamic=True)
         if world.size > 1:
             fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-        if own_losses:
-            restore_losses(unit, own_losses)
+        if aux_losses:
+            restore_losses(unit, aux_losses)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
@@ -66,7 +68,5 @@ def sync_gradients(model: nn.Module, sync: bool) -> None:
 
 
 def _recompute(unit: nn.Module) -> None:
-    forward = unit.forward
-    unit.forward = lambda *args, **kwargs: checkpoint(
-        forward, *args, use_reentrant=False, **kwargs
-    )  # an attribute of the instance: no name moves
+    forward = unit.forward  # replaced on the instance, so that no parameter name changes
+    unit.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,4 +1,6 @@
-"""When one rank has waited in vain, all ranks say where they are, above all the one that the others wait for."""
+"""When a collective times out on one rank, all ranks print their stacks, also the rank that the others wait
+for.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from kempnerforge.util.errors import visible
 
 ALARM, TOLD = "alarm", "told"
 GRACE_S = 5.0
-"""Seconds that the rank which raised the alarm waits for the others' stacks."""
+"""Seconds that the rank with the timeout waits for the stacks of the others."""
 EXIT_CODE = 3
 """Stopped by a fault; a restart continues."""
 
@@ -25,23 +27,24 @@ EXIT_CODE = 3
 class Watchdog:
     """A thread of each rank that looks for an alarm in the store of the process group.
 
-    A rank whose collective ran into its timeout shows its stack and raises the alarm. The others, wherever their main thread is stuck, then
-    write the stacks of all their threads to stderr and end with exit code 3. Where code holds the interpreter and lets no thread run,
-    ``faulthandler`` writes the stacks when the timeout has passed, and the launcher ends the process.
+    A rank whose collective timed out prints its stack and raises the alarm. The others then print the stacks
+    of all their threads to stderr, wherever their main thread is, and end with exit code 3. Where code holds
+    the interpreter so that no thread runs, ``faulthandler`` prints the stacks after the timeout, and the
+    launcher ends the process.
 
-    NOTE: with NCCL the rank that waits is aborted from within; ``faulthandler.enable`` shows its stack then.
+    NOTE: NCCL aborts the rank that waits from within; ``faulthandler.enable`` prints its stack then.
 
     Args:
-        store: of the process group; it is cloned, for a client that waits holds its connection.
+        store: of the process group; it is cloned, as a client that waits blocks its connection.
         timeout_s: of the collectives.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.interval = min(1.0, timeout_s / 4)
-        own: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        own.set_timeout(timedelta(seconds=GRACE_S))
-        self._store = PrefixStore("watchdog", own)
+        connection: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        connection.set_timeout(timedelta(seconds=GRACE_S))
+        self._store = PrefixStore("watchdog", connection)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         faulthandler.enable(file=2)
@@ -51,7 +54,7 @@ class Watchdog:
         """Ends the thread.
 
         Args:
-            error: that ends the run; one that says of a timeout raises the alarm, and the other ranks' stacks are waited for.
+            error: what ends the run. After a timeout this rank waits for the stacks of the others.
         """
         self._ended.set()
         self._thread.join(GRACE_S)
@@ -59,16 +62,16 @@ class Watchdog:
         if error is None:
             return
         reasons = [" ".join(str(link).split()) for link in _chain(error)]
-        in_vain = [reason for reason in reasons if "timed out" in reason.lower() or "timeout" in reason.lower()]
+        timeouts = [reason for reason in reasons if "timed out" in reason.lower() or "timeout" in reason.lower()]
         try:
-            if in_vain:
-                self._store.compare_set(ALARM, "", f"rank {self.rank} gave up: {in_vain[-1]}")
+            if timeouts:
+                self._store.compare_set(ALARM, "", f"rank {self.rank} gave up: {timeouts[-1]}")
                 self._tell(error)
                 self._wait_until(lambda: self._store.add(TOLD, 0) == self.size, GRACE_S)
             elif self._wait_until(lambda: self._store.check([ALARM]), self.interval if "onnection" in " ".join(reasons) else 0):
                 self._tell(error)
         except DistError as lost:
-            if in_vain:
+            if timeouts:
                 print(f"rank {self.rank}: the other ranks cannot be asked where they are: {lost}", file=sys.stderr)
 
     def _watch(self) -> None:
@@ -82,10 +85,10 @@ class Watchdog:
                     sys.stdout.flush()
                     os._exit(EXIT_CODE)
             except DistError:
-                return  # whoever kept the store has left. What is armed stays so: this process should end before long
+                return  # the process with the store has ended; faulthandler stays armed
 
     def _tell(self, error: BaseException | None = None) -> None:
-        """In one piece, each line with the rank: several ranks may write to one terminal."""
+        """Writes the stacks of this rank in one piece, each line with the rank."""
         why = self._store.get(ALARM).decode()
         text = "".join(traceback.format_exception(error)) if error is not None else ""
         lines = [f"stacks of rank {self.rank}, because {why}", *f"{text}{stacks(but=threading.get_ident())}".splitlines()]
@@ -94,15 +97,15 @@ class Watchdog:
         self._store.add(TOLD, 1)
 
     @staticmethod
-    def _wait_until(true: Callable[[], bool], seconds: float) -> bool:
+    def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while not (there := true()) and time.monotonic() < deadline:
+        while not (holds := condition()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return there
+        return holds
 
 
 def stacks(but: int = 0) -> str:
-    """Where every Python thread of this process is, except for the one with the identifier ``but``; the main thread comes first."""
+    """The stacks of all Python threads but the one with the identifier ``but``; the main thread is first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)

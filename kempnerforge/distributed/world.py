@@ -1,4 +1,6 @@
-"""The processes of a job: one a device, started by ``torchrun``, ``--nproc`` or alone. Alone is a world of one, not another code path."""
+"""The processes of a job, one per device, started by ``torchrun``, ``--nproc`` or alone. One process is a
+world of size 1: the same code.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kempnerforge.checkpoint.ranks import gather
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.watchdog import Watchdog
 
@@ -21,11 +24,12 @@ _watchdog: Watchdog | None = None
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands.
+    """This process among all processes of the job.
 
     Attributes:
-        rank, size: of this process, of all.
-        device: that it computes on.
+        rank: of this process, from 0.
+        size: number of processes.
+        device: of this process.
         mesh: one axis over all ranks.
     """
 
@@ -48,11 +52,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank. It is pickled."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return gather(value)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -61,9 +61,9 @@ class World:
 
 
 def start(cfg: DistributedConfig) -> World:
-    """Joins the process group that the environment describes, or makes one of this process alone.
+    """Joins the process group of the environment (``RANK``, ``WORLD_SIZE``), or makes one of size 1.
 
-    With other ranks a ``Watchdog`` shows all stacks when a collective takes longer than ``timeout_s``.
+    With other ranks a ``Watchdog`` prints all stacks when a collective takes longer than ``timeout_s``.
     """
     global _watchdog
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -85,7 +85,7 @@ def start(cfg: DistributedConfig) -> World:
 
 
 def stop() -> None:
-    """Leaves the process group. In a ``finally`` after a collective that timed out, all ranks first show where they are."""
+    """Leaves the process group. After a collective that timed out, all ranks print their stacks first."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.close(sys.exception())
@@ -95,7 +95,9 @@ def stop() -> None:
 
 
 def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that ``train.mixed_precision`` means on ``device``; "auto" is bf16 where the hardware multiplies it natively."""
+    """The compute dtype of ``train.mixed_precision`` on ``device``; "auto" is bf16 where the hardware
+    multiplies it natively, else fp32.
+    """
     if mixed_precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[mixed_precision]
     if device.type == "cuda":

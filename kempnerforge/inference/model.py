@@ -31,7 +31,8 @@ from kempnerforge.inference.processor import AS_IT_IS, Processor, processing
 from kempnerforge.model.hf_files import CONFIG, INDEX, WEIGHTS, read_tensors, tensor_files
 from kempnerforge.model.lora import merge_adapters
 from kempnerforge.training.run_state import RunState
-from kempnerforge.training.setup import Assembly, assemble, read_held_out, saved_tokenizer
+from kempnerforge.training.setup import Assembly, assemble
+from kempnerforge.training.tokenizer import saved_tokenizer
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import place_of
 from kempnerforge.util.reading import check_files, read_object
@@ -201,11 +202,11 @@ class TrainedModel:
             InputError: there is nothing held out, too much of it cannot be read, or no question is asked.
         """
         assembly, job, last = self.assembly, self.assembly.job, self.assembly.stages[-1]
-        assembly.held_out, assembly.plain_text = read_held_out(job, last, assembly.tokenizer)
-        if assembly.held_out is None and assembly.plain_text is None:
+        assembly.data.read_held_out()
+        if assembly.data.held_out is None and assembly.data.plain_text is None:
             raise InputError(f"data.eval_path = '': {self.path} has no held-out data, and eval.text_path = '' names no plain text")
-        assembly.require_held_out()
-        held_out = assembly.examined
+        assembly.data.require_held_out()
+        held_out = assembly.data.examined
         if predictions is not None and not (held_out and held_out.questions and (job.eval.exact_match or job.eval.tasks)):
             raise InputError(f"--predictions {predictions}: no question is asked; eval.exact_match = {str(job.eval.exact_match).lower()}")
         found = assembly.evaluate(Ranks(), self.device, rows=job.train.batch_size, limit=limit)
@@ -273,7 +274,7 @@ def _restored(path: Path, overrides: Sequence[str]) -> TrainedModel:
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
     state = RunState.of(manifest, str(path))
-    assembly.asked = state.asked
+    assembly.data.asking = state.asked
     for span in state.history[-1:]:
         for line in plugin_changes(span.plugins, plugins_of(job.plugins), path):
             LOG.warning("%s: this is not what it was trained with: %s", path, line)
@@ -306,5 +307,5 @@ def _exported(path: Path, overrides: Sequence[str]) -> TrainedModel:
         raise InputError(f"{path}: the names of its weights are not the names that {path / JOB_FILE} makes: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     if (path / ASKED_FILE).is_file():
-        assembly.asked = build_record(Asking, "asked", read_object(path / ASKED_FILE), str(path / ASKED_FILE))
+        assembly.data.asking = build_record(Asking, "asked", read_object(path / ASKED_FILE), str(path / ASKED_FILE))
     return TrainedModel(path, assembly)

@@ -97,8 +97,8 @@ class Processor:
 
     def __init__(self, assembly: Assembly, follows: str = "", image_id: int | None = None, *, by_row: bool = False) -> None:
         self.assembly, self.follows, self.by_row = assembly, follows, by_row
-        self.tokenizer, self.layout = assembly.tokenizer, assembly.layout
-        self.encoder = assembly.encoder(assembly.stages[-1])
+        self.tokenizer, self.layout = assembly.tokenizer, assembly.data.layout
+        self.encoder = assembly.data.encoder(assembly.stages[-1])
         self.placeholder = self.encoder.texts[0].cfg.image_placeholder
         self.image_token_id = self.tokenizer.token_id(self.placeholder) if image_id is None else image_id
         stops = self.encoder.texts[0].stops
@@ -246,7 +246,7 @@ def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any],
     kept: dict[str, Any] = {"source": str(external.path), "architecture": external.architecture, "image_id": external.image_id}
     if not assembly.model.has_images or not external.can_be_compared:
         return kept, ""
-    files, side, family = read_image_settings(external.path), assembly.layout.image_size, _family(external.architecture)
+    files, side, family = read_image_settings(external.path), assembly.data.layout.image_size, _family(external.architecture)
     name, other = followed_processor(external.path, family.kind if family else ""), other_pixels(Processor(assembly), files)
     if other and files is not None:
         other += differing_settings(files, side)

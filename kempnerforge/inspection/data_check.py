@@ -155,13 +155,13 @@ def check_data(
         group = next(same, None)
         groups.append([stage]) if group is None else group.append(stage)
     read = lambda name, source, stage: _check(assembly, name, source, stage, workers, limit, images, begin)
-    checked = [read(", ".join(stage.name for stage in group), assembly.sources[group[0].index], group[0]) for group in groups]
-    if assembly.held_out is None:
+    checked = [read(", ".join(stage.name for stage in group), assembly.data.sources[group[0].index], group[0]) for group in groups]
+    if assembly.data.held_out is None:
         return checked, []
-    held_out = read(HELD_OUT, assembly.held_out, assembly.stages[-1])
+    held_out = read(HELD_OUT, assembly.data.held_out, assembly.stages[-1])
     leaks = []
     for group, one in zip(groups, checked, strict=True):
-        leaks += _leaks(one, held_out, assembly.sources[group[0].index], assembly.held_out)
+        leaks += _leaks(one, held_out, assembly.data.sources[group[0].index], assembly.data.held_out)
     return [*checked, held_out], leaks
 
 
@@ -183,7 +183,7 @@ def _check(
     images: bool,
     begin: Callable[[str, int], Callable[[int], object]],
 ) -> Checked:
-    encoder, layout, job = assembly.encoder(stage), assembly.layouts[stage.index], assembly.job
+    encoder, layout, job = assembly.data.encoder(stage), assembly.data.layouts[stage.index], assembly.job
     indices = spread(source, limit, job.train.seed)
     found = read_all(SampleReader(source, encoder, images), indices, 1 if is_stream(source) else workers, begin(name, len(indices)))
     return Checked(

@@ -49,12 +49,14 @@ def data_remarks(assembly: Assembly) -> list[str]:
     seen: dict[str, list[Stage]] = {}
     seed = assembly.job.train.seed
     for stage in assembly.stages:
-        if assembly.sources[stage.index].from_files:
+        if assembly.data.sources[stage.index].from_files:
             seen.setdefault(repr(stage.data), []).append(stage)
-    held_out = glance(assembly.held_out, seed) if assembly.held_out is not None and assembly.held_out.from_files and seen else None
+    held_out = (
+        glance(assembly.data.held_out, seed) if assembly.data.held_out is not None and assembly.data.held_out.from_files and seen else None
+    )
     found = []
     for stages in seen.values():
-        name, one = ", ".join(stage.name for stage in stages), glance(assembly.sources[stages[0].index], seed)
+        name, one = ", ".join(stage.name for stage in stages), glance(assembly.data.sources[stages[0].index], seed)
         found += [f"data of stages {name}: {line}{_of(one)}" for line in one.remarks.lines()]
         if held_out is not None:
             pairs = {words: shared(one.marks[kind], held_out.marks[kind]) for kind, words in KINDS.items()}

@@ -13,7 +13,6 @@ from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
-from kempnerforge.training.freeze import freeze_boundaries, refuse_random, trainable_names
 from kempnerforge.training.optimizer import rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
@@ -55,38 +54,34 @@ def plan(job: JobConfig) -> Plan:
         ValueError: something does not fit; as training would say.
     """
     assembly = assemble(job, device="meta")
-    assembly.check_held_out()
+    assembly.data.check_held_out()
     check_patterns(assembly)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
 
 
 def check_patterns(assembly: Assembly) -> None:
-    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. With which
-    weights a run begins that reads some, or goes on, is known when it reads them.
+    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. Where a run
+    reads weights or is continued, its initial weights are known only when it reads them.
     """
-    job = assembly.job
-    patterns = job.module_patterns()
-    names = [name for name, _ in assembly.model.named_parameters()]
-    freeze_boundaries(job, names, patterns)
+    job, freeze = assembly.job, assembly.freeze
+    freeze.check()
     reads = job.run.init_from or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
     if not reads:
-        refuse_random(job, assembly.model)
+        freeze.refuse_random(assembly.model)
     for stage in assembly.stages:
-        settings(names, stage.optimizer, patterns)
+        settings(freeze.names, stage.optimizer, freeze.patterns)
 
 
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
-    job, model = assembly.job, assembly.model
-    patterns = job.module_patterns()
-    names = [name for name, _ in model.named_parameters()]
-    trainable = trainable_names(names, job.freeze_at(stage.start), patterns)
-    own = settings(names, stage.optimizer, patterns)
+    job, model, freeze = assembly.job, assembly.model, assembly.freeze
+    trainable = freeze.trainable(stage.start)
+    own = settings(freeze.names, stage.optimizer, freeze.patterns)
     rules = rules_of(model, stage.optimizer)
-    batch = next(assembly.batches(stage, stage.start))
+    batch = next(assembly.data.batches(stage, stage.start))
     counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
     by_part: dict[str, set[float]] = {}
-    for name in names:
+    for name in freeze.names:
         by_part.setdefault(part_of(name), set()).add(getattr(own[name], rules[name].lr_key))
     return StagePlan(
         stage,
@@ -109,8 +104,8 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
     """The first prompt of the stage's training data that can be read, alone; a window of running text where the data are that. Images have
     no memory, only shapes.
     """
-    encoder, layout = assembly.encoder(stage), assembly.layout
-    source = assembly.sources[stage.index]
+    encoder, layout = assembly.data.encoder(stage), assembly.data.layout
+    source = assembly.data.sources[stage.index]
     for index in range(len(source)):
         try:
             sample = source[index]
@@ -134,11 +129,11 @@ def dry_run(job: JobConfig) -> list[str]:
     assembly = assemble(job)
     for section in (section for stage in assembly.stages for section in stage.data.sections()):
         section.images.cache_dir = ""  # nor into a cache
-    assembly.check_held_out()
+    assembly.data.check_held_out()
     check_patterns(assembly)
     lines = [f"warning: {line}" for line in assembly.warnings()]
     for stage in assembly.stages:
-        batch = next(assembly.batches(stage, stage.start))
+        batch = next(assembly.data.batches(stage, stage.start))
         with torch.no_grad():
             loss = float(assembly.model(batch).loss) / max(1, batch.num_targets)
         rows, length = batch.input_ids.shape

@@ -41,7 +41,7 @@ class Inspection:
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.
         sheet: the contact sheet, where there are images.
-        notes: of ``Assembly.notes``, and what was made of values in the user's files.
+        notes: of ``JobData.notes``, and what was made of values in the user's files.
     """
 
     name: str
@@ -96,16 +96,16 @@ def source_names(cfg: DataConfig) -> list[str]:
 def _inspect(assembly: Assembly, stage: Stage, samples: int, step: int, out: Path, color: bool) -> Inspection:
     sources = source_names(stage.data)
     found = Inspection(stage.name, sources, parts=[Counter(dict.fromkeys(("samples", "texts", "shown", *SHARES), 0)) for _ in sources])
-    source = assembly.sources[stage.index]
-    encoder, tokenizer = assembly.encoder(stage), assembly.tokenizer
+    source = assembly.data.sources[stage.index]
+    encoder, tokenizer = assembly.data.encoder(stage), assembly.tokenizer
     made = glance(source, assembly.job.train.seed).remarks.lines() if source.from_files else []
-    found.notes = [*assembly.notes(stage), *made]
+    found.notes = [*assembly.data.notes(stage), *made]
     ends = frozenset[int]().union(*(texts.ends for texts in encoder.texts))
     every_turn = all(texts.template.end or texts.cfg.template != "chat" for texts in encoder.texts)
     markers = encoder.marker_ids.union(*(tokenizer.encode(f"<image: {k}>") for k in range(MAX_NUMBERED)))
     pictures: list[np.ndarray] = []
     captions: list[str] = []
-    for batch in _some(assembly.batches(stage, stage.start + step), found.parts, samples):
+    for batch in _some(assembly.data.batches(stage, stage.start + step), found.parts, samples):
         found.findings += audit(batch, tokenizer.eos_id, ends=ends, every_turn=every_turn, markers=markers)
         found.skipped += [bad for bad in dict.fromkeys(batch.skipped) if bad not in found.skipped]
         found.texts_left_out += batch.texts_left_out

@@ -10,11 +10,9 @@ Shapes: I input, O output features of a layer, R rank.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from kempnerforge.config.lora import LORA_PARAMETERS, LoRAConfig
 from kempnerforge.model.transformer import separate_draws
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.name_rules import matches_any, no_match, patterns_of
 
 
 class LoRALinear(nn.Linear):
@@ -111,14 +109,10 @@ def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str,
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen: dict[str, LoRAConfig] = {}
     for table in tables:
-        wanted = patterns.get(table.module, [table.module])
-        found = [name for name in layers if any(fnmatchcase(name, p) or fnmatchcase(f"{name}.weight", p) for p in wanted)]
+        wanted = patterns_of(table.module, patterns)
+        found = [name for name in layers if matches_any(name, wanted) or matches_any(f"{name}.weight", wanted)]
         if not found:
-            near = difflib.get_close_matches(table.module, [*patterns, *layers], n=4, cutoff=0.4)
-            raise InputError(
-                f"lora.module = {table.module!r}: matches no linear layer; aliases: {', '.join(patterns) or 'none'}; near names:"
-                f' {", ".join(near) or "none"} (a raw pattern matches full names of layers, for example "transformer.layers.*.q_proj")'
-            )
+            raise no_match(layers, table.module, patterns, "lora.module", "linear layer", "transformer.layers.*.q_proj")
         chosen.update(dict.fromkeys(found, table))
     for name, table in chosen.items():
         with separate_draws(f"lora {name}"):

@@ -15,7 +15,6 @@ from kempnerforge.inspection.plan import check_patterns
 from kempnerforge.study.cells import Row, job_of, override
 from kempnerforge.study.config import MatchConfig, Study
 from kempnerforge.training.accounting import TrainingFlops
-from kempnerforge.training.freeze import trainable_names
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
@@ -112,11 +111,10 @@ def measure(job: JobConfig, steps: int = MEASURED_STEPS) -> Budget:
         InputError: it could not be trained.
     """
     assembly = assemble(job, device="meta")
-    assembly.check_held_out()
+    assembly.data.check_held_out()
     check_patterns(assembly)
-    names = [name for name, _ in assembly.model.named_parameters()]
     sizes = {name: parameter.numel() for name, parameter in assembly.model.named_parameters()}
-    trains = {stage.index: trainable_names(names, job.freeze_at(stage.start), job.module_patterns()) for stage in assembly.stages}
+    trains = {stage.index: assembly.freeze.trainable(stage.start) for stage in assembly.stages}
     flops = TrainingFlops(assembly.job)
     stages = [_measure_stage(assembly, position, trains[stage.index], flops, steps) for position, stage in enumerate(assembly.stages)]
     ever = frozenset().union(*trains.values())
@@ -127,7 +125,7 @@ def _measure_stage(assembly: Assembly, position: int, trainable: frozenset[str],
     stage = assembly.stages[position]
     steps = min(stage.steps, most)
     samples, tokens, total = 0, 0, 0
-    for batch in islice(assembly.batches(stage, stage.start), steps * stage.train.grad_accum_steps):
+    for batch in islice(assembly.data.batches(stage, stage.start), steps * stage.train.grad_accum_steps):
         samples += len(batch.sample_names)
         tokens += batch.num_targets
         total += flops.count(batch, trainable)

@@ -1,5 +1,6 @@
-"""``complete.json``, written last of all: of which checkpoint, config and evaluation the results in a run directory are. Without one that fits,
-a run is not complete, whatever else lies there.
+"""``complete.json``, written last: the checkpoint and config that the results in a run directory belong to.
+
+Without one that fits, a run is not complete.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ SUMMARY, REPORT = "summary.json", "report.html"
 WITHOUT_EFFECT = (
     "run.", "metrics.", "checkpoint.", "distributed.", "plugins", "data.num_workers", "data.image_cache_mib", "train.grad_accum_steps",
 )  # fmt: skip
-"""Keys that the results do not depend on."""
+"""Keys that do not change the results."""
 
 
 @dataclass(frozen=True)
 class Complete:
-    """What was complete.
+    """A complete run.
 
     Attributes:
         step: the last one.
-        checkpoint: CRC-32 of its manifest, and so of all that is in it.
-        config: by which it was trained and evaluated.
+        checkpoint: CRC-32 of its manifest, which has the checksums of all its files.
+        config: of training and evaluation.
         files: CRC-32 of each result.
     """
 
@@ -43,25 +44,25 @@ class Complete:
 
 
 def write_complete(run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
-    """Says that the results of ``step`` are there. Its checkpoint is, too."""
+    """Records that the results of ``step`` are complete. Its checkpoint must exist."""
     manifest = Manifest.decode((run_dir / "checkpoints" / f"step-{step:08d}" / MANIFEST).read_bytes())
     record = Complete(step, manifest.crc32, dict(config), {name: checksum(run_dir / name).crc32 for name in (SUMMARY, REPORT)})
     write_text(run_dir / NAME, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def is_complete(run_dir: Path, manifest: Manifest, config: Mapping[str, Any]) -> bool:
-    """Whether the results in ``run_dir`` are those of the checkpoint with ``manifest``, evaluated as ``config`` says."""
+    """Whether the results in ``run_dir`` belong to the checkpoint with ``manifest`` and to ``config``."""
     try:
         record = build_record(Complete, "complete", read_object(run_dir / NAME), NAME)
-        there = {name: checksum(run_dir / name).crc32 for name in (SUMMARY, REPORT)}
+        files = {name: checksum(run_dir / name).crc32 for name in (SUMMARY, REPORT)}
     except (OSError, ValueError):
         return False
     evaluated = not [line for line in diff(record.config, config) if not line.startswith(WITHOUT_EFFECT)]
-    return evaluated and (record.step, record.checkpoint, record.files) == (manifest.step, manifest.crc32, there)
+    return evaluated and (record.step, record.checkpoint, record.files) == (manifest.step, manifest.crc32, files)
 
 
 def remove_results(run_dir: Path) -> None:
-    """Takes the results away before the run goes on: those of fewer steps, or of another evaluation, are not its own."""
+    """Removes the results before the run is continued."""
     for name in (NAME, SUMMARY, REPORT):  # in this order: a kill in between leaves no record
         if (path := run_dir / name).is_dir():
             move_aside(path)

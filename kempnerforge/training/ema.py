@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, and how any average takes their place for a while."""
+"""Exponential moving average of the weights, and averages in place of the weights for a while."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from kempnerforge.training.optimizers.foreach import FOREACH, local
 
 
 class Averaging(Protocol):
-    """Something that knows better weights than those that are being trained."""
+    """Something that averages the trained weights."""
 
     def average(self) -> dict[Tensor, Tensor]:
-        """Parameter -> its average, sharded like it. One that has none is its own."""
+        """Parameter -> its average, sharded like it. A parameter without one is used as it is."""
         ...
 
 
 class Ema:
-    """Exponential moving average of the weights (Polyak and Juditsky 1992): ``a = d a + (1 - d) w`` each step.
+    """Exponential moving average of the weights: ``a = d a + (1 - d) w`` (Polyak and Juditsky 1992).
 
-    A parameter gets an average when it trains for the first time; until then it equals it, and what never
-    trains costs no memory.
+    A parameter gets an average when it trains for the first time. What never trains costs no memory.
 
     Args:
         decay: ``d``, at most ``(1 + t) / (10 + t)`` in step t of the run.
@@ -37,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[Tensor]) -> None:
-        """Before a step: ``parameters`` that train for the first time get their averages."""
+        """Before a step: makes the averages of ``parameters`` that train for the first time."""
         for p in parameters:
             if p.grad is not None and p not in self._averages:
                 self._averages[p] = p.detach().clone()
@@ -53,7 +52,7 @@ class Ema:
         return dict(self._averages)
 
     def load(self, averages: Mapping[Tensor, Tensor]) -> None:
-        """Goes on from ``averages`` of an earlier part of the run; those of other parameters are forgotten."""
+        """Replaces all averages by those of an earlier part of the run."""
         self._averages = dict(averages)
 
 
@@ -62,7 +61,7 @@ def write(model: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
     """Copies ``values`` into the (sharded) parameters that they belong to.
 
     NOTE: after a forward without backward some FSDP units still show gathered parameters, which the next
-    forward would use again; resharded, they are gathered anew.
+    forward would use again. After resharding they are gathered again.
     """
     for module in fsdp_modules(model):
         module.reshard()
@@ -72,7 +71,7 @@ def write(model: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Has ``values`` in place of the parameters that they belong to; afterwards all is bitwise as it was."""
+    """Puts ``values`` in place of their parameters; afterwards the parameters are bitwise as before."""
     if not values:
         yield
         return

@@ -1,7 +1,7 @@
-"""Features of images that a frozen encoder has seen, kept on disk, so that each image is encoded once.
+"""Features of a frozen encoder, kept on disk, so that each image is encoded once.
 
-It pays where the encoder is a large part of a step and images come again; the share that it saves is about ``2 P_v T_v / (6 P T)``, with
-parameters P and tokens T of the encoder (v) and of the whole.
+It saves time where the encoder is a large part of a step and images are used again: about ``2 P_v T_v / (6 P
+T)`` of a step, with parameters P and tokens T of the encoder (v) and of the whole model.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ WHERE = "train.feature_cache"
 
 
 class FeatureCache:
-    """What ``model.vision_encoder`` gives, by its weights and the pixels it is given.
+    """Outputs of ``model.vision_encoder`` by its weights and the pixels of the image.
 
-    A feature that is there is used, also where its image is in a batch that has to be encoded because of others: the value never depends
-    on which images were met together later. A micro-batch of which all ranks have everything is not encoded at all.
+    A stored feature is always used, also where its batch has to be encoded because of other images: the value
+    does not depend on the batch. If all ranks have the features of all images of their micro-batches, the
+    encoder is not called.
 
     Args:
         directory: may be shared by runs and processes.
-        model: sharded already. The key follows what its encoder is when it is used: what writes to the weights (the optimizer, a reset, a
-            checkpoint, an average that takes their place) need not say so.
-        world: the encoder is sharded over it, so all ranks must agree on calling it.
-        dtype: of compute; features of another one are other features.
+        model: sharded already. Every use takes the weights as they are then, whether the optimizer, a reset,
+            a checkpoint or an average wrote them.
+        world: the encoder is sharded over it, so all ranks call it, or none.
+        dtype: of compute; features of another dtype are stored apart.
 
     Raises:
         ValueError: the directory cannot be written to.
@@ -46,24 +47,25 @@ class FeatureCache:
 
     def __init__(self, directory: Path, model: VLM, world: World, dtype: torch.dtype) -> None:
         self.directory, self.model, self.world, self.dtype = directory, model, world, dtype
-        self._weights = dict(model.vision_encoder.named_parameters())  # the sharded ones, whatever is in the modules at the moment
+        # taken here: later the modules may show gathered parameters
+        self._weights = dict(model.vision_encoder.named_parameters())
         self._versions: list[int] | None = None
         self._entries: Entries | None = None
         Entries(directory, WHERE).check()
 
     def _open(self) -> Entries | None:
-        """The features of the encoder as it is now; None: it trains, and has none. Its weights are read when they may have changed."""
+        """The features of the encoder with its current weights; None: the encoder trains."""
         if any(parameter.requires_grad for parameter in self._weights.values()):
             self._versions = self._entries = None
             return None
         versions = [local(value)._version for value in self._weights.values()]
-        if self.world.sum([versions != self._versions])[0]:  # reading them is up to all ranks
+        if self.world.sum([versions != self._versions])[0]:  # all ranks must read them together
             self._entries = Entries(self.directory / self._key(), WHERE)
             self._versions = versions
         return self._entries
 
     def _key(self) -> str:
-        """Of all that decides which features come out: settings, code, dtype, weights."""
+        """A digest of everything that decides the features: settings, code, dtype, weights."""
         encoder = self.model.vision_encoder
         facts = f"{self.model.job.vision_encoder} {encoder.signature} {self.dtype}"
         digest = hashlib.blake2b(facts.encode(), digest_size=16)
@@ -77,7 +79,7 @@ class FeatureCache:
         return digest.hexdigest()
 
     def attach(self, batch: Batch) -> Batch:
-        """``batch``, which is still on the CPU, with what is known of its images. All ranks call it for each micro-batch."""
+        """``batch`` (on the CPU) with the known features of its images. All ranks call it for each one."""
         if self._open() is None or batch.images is None:
             return batch
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
@@ -86,7 +88,7 @@ class FeatureCache:
         return replace(batch, known_features=KnownFeatures(keys, found, self.world.sum([missing])[0] == 0, self.dtype))
 
     def keep(self, batch: Batch) -> None:
-        """Stores what the model has found out about the images of a batch with ``attach``, once it has been through."""
+        """Stores the features that a forward pass computed for a batch from ``attach``."""
         known = batch.known_features
         if known is None or known.computed is None:
             return

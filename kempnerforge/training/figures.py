@@ -48,8 +48,8 @@ def read_run(path: Path) -> RunCurves:
 
 
 def figures_of(runs: Mapping[str, RunCurves], over: str = "steps") -> Iterator[NamedFigure]:
-    """The curves that the runs have recorded: of one run all lines of a curve in one figure; of several a figure for each key, with a line
-    for each run.
+    """The curves that the runs have recorded: of one run all lines of a curve in one figure; of several a
+    figure for each key, with a line for each run.
 
     Args:
         runs: by the name in the legend.

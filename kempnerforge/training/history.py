@@ -1,7 +1,7 @@
 """What each span of a run's steps was trained with: in the manifest of every checkpoint, under "history".
 
-A span begins where the run began or went on with something that matters for what is learned; it ends where the next one begins. A run that was
-stopped and continued as it was stays one span.
+A new span begins where a run is continued with something else that matters for what is learned. A run that
+was stopped and continued as it was stays one span.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from kempnerforge.config import JobConfig, diff, to_dict
+from kempnerforge.config import diff
 from kempnerforge.config.plugins import PluginRecord, plugins_of, record_plugins
-from kempnerforge.distributed.world import World, compute_dtype
-from kempnerforge.training.setup import Assembly
+from kempnerforge.distributed.world import World
+from kempnerforge.training.data import JobData
 from kempnerforge.util.version import __version__
 
 LIBRARIES = ("numpy", "pillow", "tokenizers", "transformers", "safetensors")
-"""Besides torch: those through which data and weights go."""
+"""Besides torch: the libraries that read data and weights."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage in short: its steps, the samples of each, and where they are from."""
+    """A stage in short: its steps, the samples of each step, and their sources."""
 
     name: str
     start: int
@@ -38,7 +38,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Span:
-    """What some steps were trained with. It is kept as plain JSON.
+    """What some steps were trained with, saved as plain JSON.
 
     Attributes:
         start: its first step.
@@ -46,7 +46,7 @@ class Span:
         data: fingerprints, by what the data are for.
         world_size: processes.
         versions: of this package, Python and libraries.
-        machine: the device, its threads and what it computes in: with others the last bits of a result may be others.
+        machine: device, threads and compute dtype: they decide the last bits of results.
     """
 
     start: int
@@ -63,15 +63,17 @@ class Span:
             raise ValueError(f"start = {self.start}, world_size = {self.world_size}: must be at least 0 and 1")
 
 
-ASIDE = ("run.", "metrics.", "eval.", "checkpoint.", "data.num_workers", "data.image_cache_mib", "distributed.timeout_s", "plugins")
-"""Keys that make no span of their own; of them the newest are kept. (Plugins are compared by their source.)"""
+IGNORED = ("run.", "metrics.", "eval.", "checkpoint.", "data.num_workers", "data.image_cache_mib", "distributed.timeout_s", "plugins")
+"""Keys that do not begin a new span; the newest values are kept. (Plugins are compared by their source.)"""
 
 
-def span(job: JobConfig, assembly: Assembly, world: World) -> Span:
+def span(config: dict[str, Any], plugins: Sequence[str], data: JobData, world: World, dtype: torch.dtype) -> Span:
     """What the next steps are trained with; its ``start`` is 0.
 
     Args:
-        job: as it was given.
+        config: the job as it was given, as a table.
+        plugins: their names in the config.
+        dtype: of compute.
     """
     stages = [
         StageRecord(
@@ -81,24 +83,23 @@ def span(job: JobConfig, assembly: Assembly, world: World) -> Span:
             samples=stage.train.batch_size,
             data=[f"`{section.source}`{_path(section)}" for section in stage.data.sections()],
         )
-        for stage in assembly.stages
+        for stage in data.stages
     ]
-    dtype = str(compute_dtype(job.train.mixed_precision, world.device)).removeprefix("torch.")
     return Span(
         start=0,
-        config=to_dict(job),
-        plugins=record_plugins(plugins_of(job.plugins)),
+        config=config,
+        plugins=record_plugins(plugins_of(plugins)),
         stages=stages,
-        data=dict(assembly.fingerprints),
+        data=dict(data.fingerprints),
         world_size=world.size,
         versions=_versions(),
-        machine=_machine(world.device) | {"compute dtype": dtype},
+        machine=_machine(world.device) | {"compute dtype": str(dtype).removeprefix("torch.")},
     )
 
 
 def _versions() -> dict[str, str]:
-    own = {"kempnerforge": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    return own | {name: version(name) for name in LIBRARIES}
+    versions = {"kempnerforge": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return versions | {name: version(name) for name in LIBRARIES}
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -112,54 +113,58 @@ def _path(section: Any) -> str:
 
 
 def continued(before: Sequence[Span], step: int, now: Span) -> list[Span]:
-    """The spans of a run that goes on at ``step`` with ``now``. Spans that began there or later have left no trace."""
-    kept = [span for span in before if span.start < step]
-    if kept and not changes(kept[-1], now):
-        return [*kept[:-1], replace(now, start=kept[-1].start)]
-    return [*kept, replace(now, start=step)]
+    """The spans of a run that goes on at ``step`` with ``now``. Spans that began there or later are dropped:
+    none of their steps is left.
+    """
+    done = [span for span in before if span.start < step]
+    if done and not changes(done[-1], now):
+        return [*done[:-1], replace(now, start=done[-1].start)]
+    return [*done, replace(now, start=step)]
 
 
 def changes(old: Span, new: Span) -> list[str]:
     """What is different between two spans, a line each."""
-    lines = [line for line in diff(old.config, new.config) if not line.startswith(ASIDE)]
+    lines = [line for line in diff(old.config, new.config) if not line.startswith(IGNORED)]
     plugins = [{entry.sha256: entry.name for entry in span.plugins} for span in (old, new)]
     if plugins[0].keys() != plugins[1].keys():
         a, b = (", ".join(f"{name} ({sha[:8]})" for sha, name in part.items()) or "none" for part in plugins)
         lines.append(f"plugins: {a} -> {b}")
     lines += [f"processes: {old.world_size} -> {new.world_size}"] if old.world_size != new.world_size else []
     other = sorted(name for name in old.data.keys() & new.data.keys() if old.data[name] != new.data[name])
-    return [*lines, *otherwise(old, new), *([f"the data ({', '.join(other)})"] if other else [])]
+    return [*lines, *machine_changes(old, new), *([f"the data ({', '.join(other)})"] if other else [])]
 
 
-def otherwise(old: Span, new: Span) -> list[str]:
-    """What is different of machine and libraries, as far as the older span says: the last bits of all results may be others there."""
-    lines: list[str] = []
-    for before, after in ((old.machine, new.machine), (old.versions, new.versions)):
-        both = [(name, before[name], after.get(name, "none")) for name in sorted(before)]
-        lines += [f"{name}: {a} -> {b}" for name, a, b in both if a != b]
-    return lines
+def machine_changes(old: Span, new: Span) -> list[str]:
+    """Differences of machine and libraries, as far as recorded: the last bits of results may differ."""
+    records = ((old.machine, new.machine), (old.versions, new.versions))
+    return [
+        f"{name}: {before[name]} -> {after.get(name, 'none')}"
+        for before, after in records
+        for name in sorted(before)
+        if before[name] != after.get(name)
+    ]
 
 
 def spans_of(history: Sequence[Span], end: int) -> list[tuple[Span, int]]:
-    """The spans that have steps before ``end``, each with its own end."""
+    """The spans with steps before ``end``, each with its own end."""
     begun = [span for span in history if span.start < end]
     return [*((a, b.start) for a, b in pairwise(begun)), *((span, end) for span in begun[-1:])]
 
 
 def trained_with(history: Sequence[Span], end: int) -> list[str]:
-    """A line for each stage of each span up to step ``end``: which steps, how many samples each, of what."""
-    found, spans = [], spans_of(history, end)
+    """A line for each stage of each span up to step ``end``: its steps, samples per step, and data."""
+    lines, spans = [], spans_of(history, end)
     if spans and spans[0][0].start:
-        found.append(f"steps 0 to {spans[0][0].start}: not recorded")
+        lines.append(f"steps 0 to {spans[0][0].start}: not recorded")
     for span, stop in spans:
         for stage in span.stages:
             first, last = max(stage.start, span.start), min(stage.end, stop)
             if first < last:
                 place = f"`{stage.name}`" if len(spans) == 1 else f"`{stage.name}`, steps {first} to {last}"
-                found.append(f"{place}: {last - first} steps of {stage.samples} samples; {', '.join(stage.data)}")
-    return found
+                lines.append(f"{place}: {last - first} steps of {stage.samples} samples; {', '.join(stage.data)}")
+    return lines
 
 
 def changed_on_the_way(history: Sequence[Span], end: int) -> list[str]:
-    """A line for each span but the first: what was different from its first step on."""
+    """A line for each span but the first: what changed at its first step."""
     return [f"from step {new.start} on: {'; '.join(changes(old, new))}" for (old, _), (new, _) in pairwise(spans_of(history, end))]

@@ -1,8 +1,8 @@
-"""Optimizers over *all* parameters, frozen ones too: stages and freeze specs decide what trains.
+"""Optimizers over *all* parameters, also frozen ones: stages and freeze specs decide what trains.
 
 A frozen parameter has no gradient and is skipped; its moments stay. Parameters are in one group if they have
-the same rule, decay or do not decay alike, and have the same settings in each stage. Hyper-parameters are a
-function of the step and are written into the groups at each step, so they are not saved.
+the same rule, the same settings in each stage, and all decay or all do not. Hyper-parameters are a function
+of the step and are written into the groups at each step, so they are not saved.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from kempnerforge.config import OptimizerConfig, Stage, registry
 from kempnerforge.training.ema import Averaging, Ema, swapped, write
-from kempnerforge.training.freeze import match_names
+from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.optimizers.rule import Settings, UpdateRule
 from kempnerforge.util.errors import InputError
+from kempnerforge.util.name_rules import Aliases, match_names
 
 
 def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
@@ -48,20 +48,10 @@ def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str,
     return {name: rule.state_copies + ema for name, rule in rules_of(model, cfg).items()}
 
 
-def lr_scales(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Name -> factor on the learning rate. Of the patterns that match a name the last one counts.
+def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Aliases) -> dict[str, Settings]:
+    """Name -> its settings: the section, then key by key each group that matches the name, then ``lr_scale``.
 
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    scales = dict.fromkeys(names, 1.0)
-    for module, scale in cfg.lr_scale.items():
-        scales.update(dict.fromkeys(match_names(names, module, patterns, "optimizer.lr_scale"), scale))
-    return scales
-
-
-def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, Sequence[str]]) -> dict[str, Settings]:
-    """Name -> what holds for it: the section, then key by key each group that matches it, then ``lr_scale``.
+    Of the patterns of ``lr_scale`` that match a name the last one counts.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -71,15 +61,17 @@ def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Mapping[str, 
     for index, group in enumerate(cfg.groups):
         for name in match_names(names, group.module, patterns, f"optimizer.groups[{index}].module"):
             found[name] = replace(found[name], **group.given())
-    scales = lr_scales(names, cfg, patterns)
+    scales = dict.fromkeys(names, 1.0)
+    for module, scale in cfg.lr_scale.items():
+        scales.update(dict.fromkeys(match_names(names, module, patterns, "optimizer.lr_scale"), scale))
     return {name: replace(s, lr=s.lr * scales[name], muon_lr=s.muon_lr * scales[name]) for name, s in found.items()}
 
 
 class Optimizers:
-    """The optimizers of all rules, stepped as one; and the average of the weights, if one is kept.
+    """The optimizers of all rules, stepped as one; and the average of the weights, if there is one.
 
     Attributes:
-        all: those that have parameters.
+        all: the optimizers that have parameters.
 
     Args:
         model: its parameters are partitioned; each is in exactly one group. Matrices decay, vectors do not.
@@ -89,37 +81,37 @@ class Optimizers:
         ValueError: a pattern matches nothing, or the settings do not go together.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Stage], patterns: Mapping[str, Sequence[str]], ema_decay: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], patterns: Aliases, ema_decay: float = 0.0) -> None:
         cfg = stages[0].optimizer
         self.model, self.stages = model, list(stages)
         self.parameters = dict(model.named_parameters())
-        found = [settings(list(self.parameters), stage.optimizer, patterns) for stage in stages]
+        by_stage = [settings(list(self.parameters), stage.optimizer, patterns) for stage in stages]
         self.ema = Ema(ema_decay) if ema_decay else None
         self._step = 0
         rules = rules_of(model, cfg)
         members: dict[tuple[UpdateRule[Any], bool, tuple[Settings, ...]], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.parameters.items():
-            members[rules[name], parameter.ndim > 1, tuple(s[name] for s in found)].append(parameter)
+            members[rules[name], parameter.ndim > 1, tuple(stage[name] for stage in by_stage)].append(parameter)
         groups: dict[UpdateRule[Any], list[dict[str, Any]]] = defaultdict(list)
         for (rule, decays, each), params in members.items():
             groups[rule].append({"params": params, "decays": decays, "settings": each, **rule.values(cfg, each[0])})
         self._by_rule = {rule: rule.make(rows, cfg) for rule, rows in groups.items()}
         self.all = list(self._by_rule.values())
-        own = [average for rule, optimizer in self._by_rule.items() if (average := rule.averaging(optimizer)) is not None]
-        assert not (own and self.ema), "train.ema_decay with an optimizer that averages is refused when a job is loaded"
-        self._averaging: Averaging | None = own[0] if own else self.ema
+        averaging = [average for rule, optimizer in self._by_rule.items() if (average := rule.averaging(optimizer)) is not None]
+        assert not (averaging and self.ema), "train.ema_decay with an optimizer that averages is refused when a job is loaded"
+        self._averaging: Averaging | None = averaging[0] if averaging else self.ema
 
     def set_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """Writes the hyper-parameters of ``step`` into all groups; returns learning rates by key of the section."""
+        """Writes the hyper-parameters of ``step`` into all groups; returns the learning rates by key."""
         cfg, self._step = stage.optimizer, step
         into = step - stage.start
         for rule, optimizer in self._by_rule.items():
             for group in optimizer.param_groups:
-                own: Settings = group["settings"][stage.index]
-                factor = stage.scheduler.factor(into, stage.planned_steps, own.warmup_steps)
-                group["lr"] = getattr(own, rule.lr_key) * factor
-                group["weight_decay"] = own.weight_decay if group["decays"] else 0.0
-                group.update(rule.values(cfg, own))
+                current: Settings = group["settings"][stage.index]
+                factor = stage.scheduler.factor(into, stage.planned_steps, current.warmup_steps)
+                group["lr"] = getattr(current, rule.lr_key) * factor
+                group["weight_decay"] = current.weight_decay if group["decays"] else 0.0
+                group.update(rule.values(cfg, current))
         factor = stage.scheduler.factor(into, stage.planned_steps)
         return {key: getattr(cfg, key) * factor for key in ("lr", *(rule.lr_key for rule in self._by_rule))}
 
@@ -132,7 +124,7 @@ class Optimizers:
             self.ema.update(self._step)
 
     def reset(self) -> None:
-        """Forgets all moments and step counts. An optimizer that averages continues from its average."""
+        """Clears all moments and step counts. An optimizer that averages continues from its average."""
         if self._averaging is not self.ema:
             write(self.model, self._averages())
         for optimizer in self.all:
@@ -142,12 +134,12 @@ class Optimizers:
         return self._averaging.average() if self._averaging is not None else {}
 
     def averages(self) -> dict[str, Tensor]:
-        """Name -> the weight to use, sharded like the parameter, if it is not the trained one. Read only."""
+        """Name -> average, sharded like the parameter; only parameters that have one. Read only."""
         found = self._averages()
         return {name: found[p] for name, p in self.parameters.items() if p in found}
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model with the weights to use, for an evaluation; afterwards it is as before. All ranks call it."""
+        """Puts the averages into the model; afterwards the model is as before. All ranks call it."""
         return swapped(self.model, self._averages())
 
     def load_averages(self, averages: Mapping[str, Tensor]) -> None:
@@ -156,26 +148,23 @@ class Optimizers:
             self.ema.load({self.parameters[name]: value for name, value in averages.items()})
 
     def zero_grad(self) -> None:
-        """Drops all gradients. NOTE: zeros instead of None would let AdamW move frozen parameters by old
-        momentum and decay.
-        """
+        """Drops all gradients. NOTE: with zeros AdamW would move frozen parameters by momentum and decay."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
 
 def local_gradients(model: nn.Module) -> list[torch.Tensor]:
     """This rank's shards of all gradients."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    return [local(p.grad) for p in model.parameters() if p.grad is not None]
 
 
 def squared_norm(grads: Sequence[torch.Tensor]) -> float:
-    """Of this rank's shards; summed over ranks it is the square of the global gradient norm."""
+    """The squared norm of this rank's shards; summed over ranks it is the global one."""
     return get_total_norm(grads).square().item() if grads else 0.0
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
-    """Scales ``grads`` in place to a global norm of at most ``max_norm`` (Pascanu et al. 2013); 0 is off."""
+    """Scales ``grads`` in place to a norm of at most ``max_norm`` (Pascanu et al. 2013); 0: no clipping."""
     if max_norm and norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)

@@ -1,12 +1,16 @@
-"""What a checkpoint says of the run besides its tensors: the "state" of its manifest. It is believed only as far as it has been checked."""
+"""What a checkpoint records of its run: the "state" of its manifest, checked when it is read."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint.manifest import NAME, CheckpointError, Manifest
 from kempnerforge.config.build import build_record
+from kempnerforge.config.files import read_toml
+from kempnerforge.config.freeze import named
 from kempnerforge.data.text.asking import Asking
 from kempnerforge.training.history import Span
 from kempnerforge.util.errors import InputError
@@ -17,17 +21,17 @@ class RunState:
     """Where a run is.
 
     Attributes:
-        step: optimizer steps that are done.
-        seconds: that they took.
+        step: optimizer steps done.
+        seconds: wall-clock time of these steps.
         samples_seen, samples_bad: over all ranks, so far.
-        samples_of: how many came from each part of a mixture.
-        frozen: names of the parameters that did not train in the last step.
-        unevaluated: the evaluation of this step was broken off.
+        samples_of: samples so far from each part of a mixture.
+        frozen: names of the parameters that do not train at ``step``.
+        unevaluated: the evaluation of this step was interrupted.
         metrics: digest of ``metrics.jsonl`` so far; empty where an older version saved.
-        data: fingerprints of what it was begun with, by what the data are for.
-        asked: how its data place their images; None in what was imported.
+        data: fingerprints of the data at the start, by what the data are for.
+        asked: how the data place their images; None in an imported model.
         history: what each span of steps was trained with.
-        imported: where a model from elsewhere comes from.
+        imported: where an imported model comes from.
     """
 
     step: int
@@ -56,18 +60,19 @@ class RunState:
             raise ValueError(f"history: spans that start at {starts} in a run of {self.step} steps")
 
     def to_json(self) -> dict[str, Any]:
-        """As a manifest keeps it."""
+        """The JSON object for a manifest."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of(cls, manifest: Manifest, origin: str = "") -> RunState:
-        """That of ``manifest``.
+        """The state in ``manifest``.
 
         Args:
             origin: the checkpoint, for messages.
 
         Raises:
-            CheckpointError: a field is missing, unknown, of another type or out of its range, or the step is not that of the checkpoint.
+            CheckpointError: a field is missing, unknown, of another type or out of its range, or the step is
+                another than the checkpoint's.
         """
         table = {key: value for key, value in manifest.state.items() if value is not None}
         where = f"{origin}/{NAME}" if origin else NAME
@@ -78,3 +83,41 @@ class RunState:
         if state.step != manifest.step:
             raise CheckpointError(f"{where}: [state] step = {state.step} in a checkpoint of step {manifest.step}")
         return state
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The checkpoint from which a run is continued.
+
+    Attributes:
+        path: its directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    state: RunState
+
+    @classmethod
+    def of(cls, path: Path, manifest: Manifest) -> SavedRun:
+        """Raises CheckpointError as ``RunState.of``."""
+        return cls(path, manifest, RunState.of(manifest, str(path)))
+
+    def config(self) -> dict[str, Any]:
+        """The config of the run's last steps, as a table: plugins of the run are not imported."""
+        history = self.state.history
+        return history[-1].config if history else with_own_names(read_toml(self.path / "config.toml"))
+
+
+def with_own_names(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` from before checkpoints had a history: then an alias matched what is in a module, but not a
+    parameter with its own name.
+    """
+    vlm = config.get("vlm")
+    aliases = vlm.get("module_patterns") if isinstance(vlm, dict) else None
+    if not isinstance(aliases, dict):
+        return config
+    for alias, patterns in aliases.items():
+        if isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns):
+            expanded = (named(pattern.removesuffix(".*")) if pattern.endswith(".*") else [pattern] for pattern in patterns)
+            aliases[alias] = list(dict.fromkeys(chain.from_iterable(expanded)))
+    return config

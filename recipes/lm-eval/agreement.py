@@ -14,18 +14,17 @@ from pathlib import Path
 from kempnerforge.eval.answers import ask
 from kempnerforge.eval.exam import Exam
 from kempnerforge.inference.model import TrainedModel
-from kempnerforge.training.setup import read_held_out
 
 
 def main(run: str, samples: str) -> int:
     restored = TrainedModel.restore(Path(run), ["--train.mixed_precision=fp32"])
     assembly, last = restored.assembly, restored.assembly.stages[-1]
-    assembly.held_out, _ = read_held_out(assembly.job, last, assembly.tokenizer)
-    assert assembly.examined is not None
+    assembly.data.read_held_out()
+    assert assembly.data.examined is not None
     logged = [json.loads(line) for line in Path(samples).read_text(encoding="utf-8").splitlines()]
-    asked = [assembly.examined.questions[one["doc_id"]] for one in logged]
+    asked = [assembly.data.examined.questions[one["doc_id"]] for one in logged]
     assert [question.sample_id for question in asked] == [one["doc"]["id"] for one in logged], "the questions of another run"
-    exam = Exam(assembly.model, assembly.encoder(last), assembly.job.eval, restored.device)
+    exam = Exam(assembly.model, assembly.data.encoder(last), assembly.job.eval, restored.device)
     ours = ask(exam, dict(enumerate(asked)))
     same = 0
     for answer, one in zip(ours.answers, logged, strict=True):

@@ -26,7 +26,6 @@ from kempnerforge.eval.lm_eval_task import FILES, TABLE, TASK, write_task
 from kempnerforge.eval.questions import Question, Truth, examine, questions
 from kempnerforge.inference.model import TrainedModel
 from kempnerforge.model.image_processor import pil_processor
-from kempnerforge.training.setup import read_held_out
 from tests.eval.scripted import BROKEN, ENCODER, TEXT_ENCODER, ListSource, evaluate, grey
 from tests.eval.test_questions import lower_case
 from tests.training.tiny import call, rows_of, write_config, write_rows
@@ -267,9 +266,10 @@ def test_transformers_gives_the_model_what_it_was_trained_on(prompt: str, tmp_pa
     folder = exported(tmp_path, prompt)
     processor = pil_processor(folder / "hf")
     assembly = TrainedModel.restore(folder / "run").assembly
-    held_out, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    assembly.data.read_held_out()
+    held_out = assembly.data.held_out
     assert held_out is not None
-    encoder = assembly.encoder(assembly.stages[-1])
+    encoder = assembly.data.encoder(assembly.stages[-1])
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     mean, std = (np.array(values) for values in assembly.model.normalisation)
     for row, question in zip(read(folder / "task"), questions(held_out)[0], strict=True):
@@ -289,10 +289,11 @@ def test_lm_eval_gives_every_answer_that_ours_gives(tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     folder = exported(tmp_path, IMAGE_INSIDE, steps=40)
     assembly = TrainedModel.restore(folder / "run").assembly
-    held_out, _ = read_held_out(assembly.job, assembly.stages[-1], assembly.tokenizer)
+    assembly.data.read_held_out()
+    held_out = assembly.data.held_out
     assert held_out is not None
     asked = questions(held_out)[0]
-    ours = evaluate(assembly.model, asked, assembly.encoder(assembly.stages[-1]), assembly.job.eval)
+    ours = evaluate(assembly.model, asked, assembly.data.encoder(assembly.stages[-1]), assembly.job.eval)
     theirs = lm_eval.simple_evaluate(
         model="hf-multimodal",
         model_args={"pretrained": str(folder / "hf"), "dtype": "float32"},

@@ -136,7 +136,7 @@ def test_all_annotators_reach_a_task(tmp_path: Path) -> None:
     answers = ["red", "red", "dark red", "red", "dark red"]
     job = make_job(tmp_path)
     write_rows(tmp_path / "test.jsonl", [rows_of(tmp_path)[0] | {"answer": answers}])
-    known: HeldOut | None = assemble(load_config(job)).examined
+    known: HeldOut | None = assemble(load_config(job)).data.examined
     assert known is not None
     (question,) = known.questions
     assert [question.truth, *question.references] == answers and question.also_right == ["dark red"]

@@ -136,7 +136,7 @@ def exported_row(assembly: Assembly, encoder: Encoder, images: int, system: str)
     for token in made:
         if token == words.token_id(IMAGE):
             starts.append(len(ids))
-            ids += [VIEW] * assembly.layout.image_tokens
+            ids += [VIEW] * assembly.data.layout.image_tokens
         else:
             ids.append(token)
     return ids, starts
@@ -159,8 +159,8 @@ def test_every_tool_asks_as_it_was_trained(arch: str, template: str, layout: str
     assembly = assembled(template, arch)
     for system in ("", "Be brief.") if template in ("turns", "chat smollm2") else ("",):
         source = Given(assembly.job.data, samples_of(layout, system))
-        assembly.asked = observe(source, assembly.job.data).asking
-        encoder = assembly.encoder(assembly.stages[-1])
+        assembly.data.asking = observe(source, assembly.job.data).asking
+        encoder = assembly.data.encoder(assembly.stages[-1])
         seen: list[Row] = []
 
         def model(_: object, batch: Any, seen: list[Row] = seen, **__: object) -> list[int]:

@@ -68,7 +68,7 @@ def test_flops_are_those_of_a_real_step(job_path: Path):
     job = load_config(job_path)
     found = plan(job)
     assembly = assemble(job)
-    batch = next(assembly.batches(assembly.stages[0], 0))
+    batch = next(assembly.data.batches(assembly.stages[0], 0))
     with FlopCounterMode(display=False) as counter:
         assembly.model(batch).loss.backward()
     assert found.stages[0].cost.flops == pytest.approx(counter.get_total_flops() / len(batch.sample_names))
@@ -92,7 +92,7 @@ def test_rows_and_their_useful_share(job_path: Path):
     job = load_config(job_path, ["--data.batching=pad"])
     stage = plan(job).stages[0]
     assembly = assemble(job)
-    batch = next(assembly.batches(assembly.stages[0], 0))
+    batch = next(assembly.data.batches(assembly.stages[0], 0))
     assert stage.row_length == batch.input_ids.shape[1] == 4 + 48
     assert stage.useful == pytest.approx(batch.useful_tokens / batch.input_ids.numel()) and stage.useful < 0.6
 
@@ -282,8 +282,8 @@ def test_check_shows_both_passes_and_generation(job_path: Path):
 def test_the_prompt_is_the_first_of_the_stage(job_path: Path):
     """Four image tokens, BOS if there is one, and the words, of the first sample."""
     assembly = assemble(load_config(job_path))
-    sample = assembly.sources[0][0]
-    ids = assembly.encoder(assembly.stages[0]).encode_prompt(sample.texts[0].prompt, 1).ids
+    sample = assembly.data.sources[0][0]
+    ids = assembly.data.encoder(assembly.stages[0]).encode_prompt(sample.texts[0].prompt, 1).ids
     answer = plan(load_config(job_path)).stages[0].generation
     assert isinstance(answer, GenerationCost) and answer.prompt_length == 4 + len(ids)
 
@@ -316,7 +316,7 @@ def test_dry_run_reports_the_loss_of_fresh_weights(job_path: Path):
     job = load_config(job_path)
     lines = dry_run(job)
     assembly = assemble(job)
-    batch = next(assembly.batches(assembly.stages[1], 3))
+    batch = next(assembly.data.batches(assembly.stages[1], 3))
     loss = float(assembly.model(batch).loss.detach()) / batch.num_targets
     shape = f"8 x {batch.input_ids.shape[1]}"
     assert (
@@ -330,7 +330,7 @@ def test_inspection_shows_the_batches_that_training_gets(job_path: Path, tmp_pat
     seen = list(inspect_stages(job, 6, 1, tmp_path, color=False))
     assert [stage.name for stage in seen] == ["all", "adapter alone"] and all(stage.findings == [] for stage in seen)
     names = []
-    for batch, _ in zip(assembly.batches(assembly.stages[0], 1), range(2), strict=False):
+    for batch, _ in zip(assembly.data.batches(assembly.stages[0], 1), range(2), strict=False):
         names += batch.sample_names
     assert [row.split("(")[1].split(")")[0] for row in seen[0].rows] == names[:6]
     assert seen[0].sheet == tmp_path / "contact-sheet-all.png" and seen[0].sheet.exists()

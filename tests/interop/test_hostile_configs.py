@@ -29,7 +29,8 @@ from kempnerforge.model import memory
 from kempnerforge.model.hf_checks import check_config, class_call
 from kempnerforge.model.memory import within_memory
 from kempnerforge.model.vision import build_vision_encoder
-from kempnerforge.training.setup import assemble, initialise
+from kempnerforge.training.initial_weights import initialise
+from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from tests.interop import families, test_mllama, test_nanovlm, tiny_vlms
 from tests.model import test_hf_towers as towers
@@ -134,7 +135,7 @@ def _start(path: Path, whole: bool) -> None:
     )
     assembly = assemble(job, data=False, device=None if whole else "meta")
     if whole:
-        initialise(assembly.job, assembly.model)
+        initialise(assembly.model)
 
 
 def _build(config: HFTowerConfig, whole: bool) -> None:

@@ -191,7 +191,7 @@ def test_conversations_are_written_as_in_training(template: str, tmp_path: Path)
     tokenizer.chat_template = words.chat_template  # what was exported is a chat template for training, too
     again = rows(template="chat")
     assembly = assemble(replace(JobConfig(), vlm=None, data=again, train=replace(JobConfig().train, max_steps=1)), tokenizer, data=False)
-    asked_again = assembly.encoder(assembly.stages[0]).encode_prompt(Text("why?", ""), 0).ids
+    asked_again = assembly.data.encoder(assembly.stages[0]).encode_prompt(Text("why?", ""), 0).ids
     assert asked_again == words.apply_chat_template(TALK[3:], add_generation_prompt=True, return_dict=False)
 
 

@@ -15,8 +15,8 @@ from kempnerforge.config import registry
 from kempnerforge.config.lora import LoRAConfig, is_adapter, lora_frozen
 from kempnerforge.distributed.world import World
 from kempnerforge.model.lora import LoRALinear, adapt, adapted_layers, fitting_magnitudes, merge_adapters
-from kempnerforge.training.freeze import match_names
 from kempnerforge.training.optimizers.muon import MuonRule
+from kempnerforge.util.name_rules import match_names
 from tests.vlm.tiny import INTERLEAVED, ONE, THREE, Tiny, all_logits, gradients, install, tiny
 
 KINDS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

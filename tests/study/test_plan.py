@@ -134,7 +134,7 @@ def test_flops_are_those_of_torch_for_every_batch(tmp_path: Path, arch: str, bat
     )
     more = ["--vlm.cross_attention_every_n_layers=1"] if arch == "cross_attention" else []
     assembly = assemble(load_config(path, [f"--vlm.arch={arch}", *more, f"--data.batching={batching}"]), device="meta")
-    flops, batches = TrainingFlops(assembly.job), assembly.batches(assembly.stages[0], 0)
+    flops, batches = TrainingFlops(assembly.job), assembly.data.batches(assembly.stages[0], 0)
     trainable = frozenset(name for name, _ in assembly.model.named_parameters() if not name.startswith("vision_encoder"))
     for batch in (next(batches) for _ in range(12)):
         expected = cost(assembly.model, batch, trainable, dict.fromkeys(trainable, 2), 4).flops * len(batch.sample_names)

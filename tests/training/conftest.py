@@ -11,6 +11,5 @@ import pytest
 def random_may_stay_frozen() -> Iterator[None]:
     """Runs of random weights that never train, for tests of which weights move. A run of a user's is refused."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("training.setup", "inspection.plan"):
-            patch.setattr(f"kempnerforge.{module}.refuse_random", lambda job, model: None)
+        patch.setattr("kempnerforge.training.freeze.FreezePlan.refuse_random", lambda plan, model: None)
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, reduce
 from itertools import count
@@ -19,6 +19,7 @@ from kempnerforge.config.vlm import FreezeStage, VLMConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample
+from kempnerforge.training.data import JobData
 from kempnerforge.training.setup import Assembly, assemble
 from tests.training.tiny import optimizer_config, scheduler_config
 from tests.vlm.tiny import ANSWERED, FOREIGN, INTERLEAVED, LATE, MODEL, NO_IMAGE, ONE, THREE, TWICE, TWO_IMAGES, shake, tiny_job, tokenizer
@@ -68,7 +69,7 @@ def facts(arch: str | None) -> tuple[list[str], dict[str, list[str]], frozenset[
     reached = set(names)
     for samples in CUTS:
         model.zero_grad()
-        model(assembly.collate(samples)).total.backward()
+        model(scripted(assembly).collate(samples)).total.backward()
         reached &= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-5}
     return names, assembly.job.vlm.module_patterns if assembly.job.vlm is not None else {}, frozenset(reached)
 
@@ -185,7 +186,7 @@ def schedule(number: int, *, ranks: bool = False, compiled: bool = False) -> Sch
     return Schedule(number, arch, job, tuple(decide(names, s, patterns) for s in in_force), frozenset(resets))
 
 
-class Scripted(Assembly):
+class Scripted(JobData):
     """Micro-batch ``m * world + rank`` of a step is the same for any number of ranks."""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -193,7 +194,7 @@ class Scripted(Assembly):
         return collate([encoder.encode(sample, seed=0) for sample in samples], self.tokenizer.pad_id, None)
 
     def micro_batch(self, step: int, index: int) -> Batch:
-        rng = random.Random(f"{self.job.train.seed} {step} {index}")
+        rng = random.Random(f"{self.seed} {step} {index}")
         return self.collate(TEXT_ALONE if index and rng.random() < 0.3 else rng.choice(CUTS))
 
     def batches(self, stage: Stage, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -203,12 +204,18 @@ class Scripted(Assembly):
             step += 1
 
 
-def built(job: JobConfig) -> Scripted:
+def scripted(assembly: Assembly) -> Scripted:
+    assert isinstance(assembly.data, Scripted)
+    return assembly.data
+
+
+def built(job: JobConfig) -> Assembly:
     """The job with noise on its weights: all gates are open."""
     it = assemble(job, tokenizer(*job.model.new_tokens), data=False)
     shake(it.model, 0.1)
     sources: list[Any] = [range(1000)] * max(1, len(it.stages))
-    return Scripted(it.job, it.stages, it.tokenizer, it.model, it.layouts, sources, None)
+    it.data = Scripted(**{f.name: getattr(it.data, f.name) for f in fields(JobData)} | {"sources": sources})
+    return it
 
 
 def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
@@ -238,7 +245,7 @@ def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
             inside = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()}
             if inside and not inside & want:
                 module.eval()
-        batches = [assembly.micro_batch(step, index) for index in range(ranks * train.grad_accum_steps)]
+        batches = [scripted(assembly).micro_batch(step, index) for index in range(ranks * train.grad_accum_steps)]
         targets = sum(batch.num_targets for batch in batches)
         sums = []
         for rank in range(ranks):

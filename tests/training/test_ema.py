@@ -94,7 +94,7 @@ def test_averages_of_a_run(tmp_path: Path):
 
 def predictions(trainer: Trainer) -> Tensor:
     """The loss of a batch, as an evaluation would see it."""
-    batch = next(trainer.assembly.batches(trainer.stages[0], 0))
+    batch = next(trainer.assembly.data.batches(trainer.stages[0], 0))
     with torch.no_grad():
         return trainer.model(batch).loss.clone()
 
@@ -118,7 +118,7 @@ def test_inside_the_model_is_the_average_and_afterwards_what_it_was(average: str
         assert torch.equal(predictions(trainer), outside) and not torch.equal(inside, outside)
     model = assemble(job).model
     model.load_state_dict({**model.state_dict(), **before, **averages})
-    batch = next(trainer.assembly.batches(trainer.stages[0], 0))
+    batch = next(trainer.assembly.data.batches(trainer.stages[0], 0))
     with torch.no_grad():
         torch.testing.assert_close(model(batch).loss, inside, rtol=1e-6, atol=0)
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from kempnerforge.config import FreezeSpec, FreezeStage, JobConfig, TrainConfig, VLMConfig, load_config
 from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS
-from kempnerforge.training.freeze import apply_freeze, apply_freeze_specs, effective_freeze, freeze_boundaries, match_names, trainable_names
+from kempnerforge.training.freeze import FreezePlan, apply_freeze, apply_freeze_specs, effective_freeze, match_names, trainable_names
 from tests.dist import run_ranks
 from tests.training.tiny import make_job
 
@@ -83,9 +83,9 @@ def test_equals_one_decision_per_name(directives: list[tuple[str, bool]]):
 
 def test_boundaries_resolve_every_change_at_the_start(tmp_path: Path):
     path = make_job(tmp_path, extra='\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "adapter" }]\n')
-    assert freeze_boundaries(load_config(path), NAMES, DEFAULT_MODULE_PATTERNS) == {0, 4}
+    assert FreezePlan(load_config(path), NAMES).boundaries == {0, 4}
     with pytest.raises(ValueError, match="'adapter': matches no parameter"):
-        freeze_boundaries(load_config(path), NAMES[:5], DEFAULT_MODULE_PATTERNS)
+        FreezePlan(load_config(path), NAMES[:5]).check()
 
 
 # ---- freezing over time ------------------------------------------------------------------------------------------------

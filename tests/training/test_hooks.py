@@ -28,7 +28,7 @@ TRAIN_KEYS = {
     "train/stage", "train/skipped_steps", "data/samples", "data/bad_samples", "data/texts_left_out",
 }  # fmt: skip
 
-EVAL_KEYS = {"step", "eval/exact_match", "eval/exact_match_blind", "eval/questions", "eval/unreadable", "eval/too_long"}
+EVAL_KEYS = {"step", "eval/exact_match", "eval/exact_match_blind", "eval/questions", "eval/unreadable", "eval/too_long", "eval/cut"}
 
 
 @dataclass
@@ -168,7 +168,7 @@ def test_console_time_left_after_a_restart_and_a_bad_loss(capsys: pytest.Capture
     stage: Any = SimpleNamespace(name="train", index=0)
     trainer: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), step=900, total_steps=1000, done=False, stage=stage)
     console.start(trainer)
-    result: Any = SimpleNamespace(stage=stage, loss=2.0, tokens=100, images=10, seconds=0.5, skipped=False)
+    result: Any = SimpleNamespace(stage=stage, loss=2.0, counts=SimpleNamespace(tokens=100, images=10), seconds=0.5, skipped=False)
     console.step(trainer, result)
     console.step(trainer, SimpleNamespace(**{**vars(result), "loss": math.nan, "skipped": True}))  # type: ignore[arg-type]
     trainer.step, trainer.done = 1000, True
@@ -183,14 +183,14 @@ def test_handlers_are_given_back_after_an_interrupted_run(tmp_path: Path):
         def step(self, trainer: Trainer, result: StepResult) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def run(leaving: bool) -> list[bool]:
+    def run(ends_process: bool) -> list[bool]:
         before = {number: signal.getsignal(number) for number in STOPS}
-        with a_trainer(load_config(make_job(tmp_path)), [Signals(tmp_path / "run", leaving), Interrupt()]) as trainer:
+        with a_trainer(load_config(make_job(tmp_path)), [Signals(tmp_path / "run", ends_process), Interrupt()]) as trainer:
             trainer.fit()
             assert trainer.stopping and trainer.step == 2  # the vote of step 2 hears of it
         return [signal.signal(number, handler) is handler for number, handler in before.items()]
 
-    assert all(run(leaving=False)) and not any(run(leaving=True))
+    assert all(run(ends_process=False)) and not any(run(ends_process=True))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from kempnerforge.config import load_config
 from kempnerforge.config.lora import is_adapter
 from kempnerforge.model.lora import LoRALinear
 from kempnerforge.training.freeze import trainable_names
-from kempnerforge.training.setup import assemble, initialise
+from kempnerforge.training.initial_weights import initialise
+from kempnerforge.training.setup import assemble
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors, two_ranks, write_config
 
 pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
@@ -53,7 +54,7 @@ def fresh(config: Path, *overrides: str) -> dict[str, torch.Tensor]:
     """The weights that a run begins with."""
     job = load_config(config, overrides)
     model = assemble(job).model
-    initialise(job, model)
+    initialise(model)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 

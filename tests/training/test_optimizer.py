@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kempnerforge.config import JobConfig, load_config
-from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, lr_scales, squared_norm
+from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, settings, squared_norm
 from kempnerforge.training.optimizers.muon import Muon, MuonRule
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
@@ -87,11 +87,15 @@ def test_learning_rate_of_a_stage_with_scales_the_last_match_counts(tmp_path: Pa
 
 def test_lr_scales_by_alias_and_pattern():
     names = ["adapter.proj.weight", "adapter.proj.bias", "transformer.norm.weight"]
-    cfg = optimizer_config("adamw", lr_scale={"adapter": 0.5, "*.bias": 2.0})
-    scales = lr_scales(names, cfg, {"adapter": ["adapter.*"]})
-    assert scales == {"adapter.proj.weight": 0.5, "adapter.proj.bias": 2.0, "transformer.norm.weight": 1.0}
+    cfg = optimizer_config("adamw", lr=1.0, lr_scale={"adapter": 0.5, "*.bias": 2.0})
+    found = settings(names, cfg, {"adapter": ["adapter.*"]})
+    assert {name: one.lr for name, one in found.items()} == {
+        "adapter.proj.weight": 0.5,
+        "adapter.proj.bias": 2.0,
+        "transformer.norm.weight": 1.0,
+    }
     with pytest.raises(ValueError, match=r"optimizer.lr_scale = 'adapter': matches no parameter"):
-        lr_scales(names[2:], cfg, {"adapter": ["adapter.*"]})
+        settings(names[2:], cfg, {"adapter": ["adapter.*"]})
 
 
 def test_step_equals_torch_adamw_with_the_same_groups(tmp_path: Path):

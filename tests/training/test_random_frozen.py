@@ -15,8 +15,10 @@ from kempnerforge.config.freeze import FreezeSpec, FreezeStage
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.vision import SiglipConfig, VisionEncoderConfig
 from kempnerforge.model.vision import VisionEncoder
-from kempnerforge.training.freeze import match_names, refuse_random
-from kempnerforge.training.setup import assemble, initialise, saved_tokenizer
+from kempnerforge.training.freeze import FreezePlan, match_names
+from kempnerforge.training.initial_weights import initialise
+from kempnerforge.training.setup import assemble
+from kempnerforge.training.tokenizer import saved_tokenizer
 from kempnerforge.vlm.base import VLM
 from tests.training.tiny import call, make_job
 from tests.vlm.tiny import FOREIGN, MODEL, tiny_job, tokenizer
@@ -34,6 +36,10 @@ def job_of(
 ) -> JobConfig:
     job = tiny_job(arch, **sections)
     return job if job.vlm is None else replace(job, vlm=replace(job.vlm, freeze=list(freeze), freeze_schedule=schedule or []))
+
+
+def refuse_random(job: JobConfig, model: VLM) -> None:
+    FreezePlan(job, [name for name, _ in model.named_parameters()]).refuse_random(model)
 
 
 def refusal(job: JobConfig, model: VLM | None = None) -> str:
@@ -160,7 +166,8 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(job: JobConfig, text_run: Path) -> VLM:
     model = assemble(job, saved_tokenizer(text_run), data=False).model
-    initialise(job, model)
+    initialise(model)
+    refuse_random(job, model)
     return model
 
 

@@ -17,7 +17,9 @@ from kempnerforge.checkpoint.store import find
 from kempnerforge.config import CheckpointConfig, load_config
 from kempnerforge.distributed.world import World
 from kempnerforge.training.hooks.checkpoints import Checkpoints
-from kempnerforge.training.setup import assemble, saved_tokenizer
+from kempnerforge.training.run_state import SavedRun
+from kempnerforge.training.setup import assemble
+from kempnerforge.training.tokenizer import saved_tokenizer
 from kempnerforge.training.trainer import StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
@@ -251,7 +253,7 @@ def pass_on(config: Path, run: Path, out: Path, world: World) -> None:
         found = find(alone)
         assert found is not None
         trainer = Trainer(assemble(job, saved_tokenizer(found[0])), world, [])
-        Checkpoints(job.checkpoint, run).restore(trainer, *found)
+        Checkpoints(job.checkpoint, run).restore(trainer, SavedRun.of(*found))
         assert trainer.step == step
         trainer.apply_freeze()
         saver = Checkpoints(CheckpointConfig(interval=1, keep_last_n=99), out)

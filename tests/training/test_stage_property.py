@@ -29,7 +29,7 @@ from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
-from tests.training.schedules import ARCHS, CUTS, Schedule, built, facts, run_plainly, schedule
+from tests.training.schedules import ARCHS, CUTS, Schedule, built, facts, run_plainly, schedule, scripted
 from tests.training.tiny import plain
 from tests.vlm.tiny import full
 
@@ -62,7 +62,7 @@ class Watch(Hook):
     def step(self, trainer: Trainer, result: StepResult) -> None:
         assert not result.skipped and all(p.grad is None for p in trainer.model.parameters()), self.it
         self.losses.append(result.loss)
-        if trainer.step in trainer.boundaries or self._rng.random() < 0.2:
+        if trainer.step in trainer.freeze.boundaries or self._rng.random() < 0.2:
             self.evaluate(trainer)
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class Watch(Hook):
             mode(trainer.model, training=False) if self._rng.random() < 0.7 else nullcontext(),
             trainer.optimizers.averaged() if self._rng.random() < 0.7 else nullcontext(),
         ):
-            trainer.model(trainer.assembly.collate(CUTS[0]))
+            trainer.model(scripted(trainer.assembly).collate(CUTS[0]))
         self.evaluations += 1
         if self._rng.random() < 0.3:  # looking at the weights brings them into their resting state, which an evaluation alone does not
             assert not any(changed(trainer.world, a, b) for a, b in zip(before, state_of(trainer), strict=True)), self.it

@@ -47,7 +47,7 @@ def test_each_stage_has_its_own_row_length(tmp_path: Path):
             seen.append(trainer.next_batches()[0].input_ids.shape[1])
             trainer.step += 1
     assert seen == [16, 16, 24, 24]
-    assert [layout.seq_len for layout in trainer.assembly.layouts] == [16, 24]
+    assert [layout.seq_len for layout in trainer.assembly.data.layouts] == [16, 24]
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_loss_is_the_mean_cross_entropy_of_trained_tokens(tmp_path: Path):
         expected = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
         result = trainer.train_step()
     assert result.loss == pytest.approx(float(expected), rel=1e-6)
-    assert (result.tokens, result.images, result.samples) == (batch.useful_tokens, 4, 4)
+    assert (result.counts.tokens, result.counts.images, result.counts.samples) == (batch.useful_tokens, 4, 4)
 
 
 def test_norm_is_that_before_clipping_and_the_update_is_clipped(tmp_path: Path):
@@ -288,7 +288,7 @@ def test_stages_change_data_batch_and_learning_rate(tmp_path: Path):
     recorder = Recorder()
     with a_trainer(job_of(tmp_path, extra=extra.replace("{folder}", str(tmp_path))), [recorder]) as trainer:
         trainer.fit()
-    assert [r.samples for r in recorder.results] == [4, 4, 4, 2, 2, 2]
+    assert [r.counts.samples for r in recorder.results] == [4, 4, 4, 2, 2, 2]
     assert recorder.results[0].rates["lr"] == pytest.approx(2e-3) and recorder.results[3].rates["lr"] == pytest.approx(0.5e-4)
     assert moved_parts(recorder)[3] == {"vision_encoder", "adapter"}
 

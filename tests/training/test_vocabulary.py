@@ -13,8 +13,8 @@ from kempnerforge.config.training import TrainConfig
 from kempnerforge.convert.commands import export_model
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.inference.model import load_pretrained
+from kempnerforge.training.initial_weights import rows_by_token
 from kempnerforge.training.setup import assemble
-from kempnerforge.training.vocabulary import rows_by_token
 from tests.training.tiny import call, write_config
 
 CORPUS = ["a cat and a dog on the mat"] * 4

@@ -18,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge.checkpoint import resolve
-from kempnerforge.checkpoint.manifest import verify
+from kempnerforge.checkpoint.manifest import Manifest, verify
 from kempnerforge.config import JobConfig, TrainConfig, VLMConfig, registry, to_dict
+from kempnerforge.config.dump import FlatConfig
 from kempnerforge.config.optimizer import OptimizerGroup
 from kempnerforge.training.history import Span, StageRecord, changed_on_the_way, continued, trained_with
 from kempnerforge.training.hooks.evaluation import Evaluation
-from kempnerforge.training.run_state import RunState
+from kempnerforge.training.run_state import RunState, SavedRun
 from kempnerforge.training.same_run import check_same_run
 from kempnerforge.util.errors import InputError
 from tests.training.tiny import call, make_job, metrics, optimizer_config, scheduler_config, write_rows
@@ -34,10 +35,15 @@ def state(job: JobConfig, step: int) -> RunState:
     return RunState(step, history=[Span(0, to_dict(job), [])])
 
 
+def check(job: JobConfig, kept: RunState, *allow: str, path: Path = Path("run/checkpoints/step")) -> None:
+    manifest = Manifest(1, kept.step, 1, "", kept.to_json(), {})
+    check_same_run(job, FlatConfig.of(job), SavedRun(path, manifest, kept), Path("run"), allow)
+
+
 def refused(new: JobConfig, old: JobConfig, step: int, *allow: str) -> str:
     """Why ``new`` does not go on where ``old`` is at ``step``; empty: it does."""
     try:
-        check_same_run(new, Path("run"), Path("run/checkpoints/step"), state(old, step), allow)
+        check(new, state(old, step), *allow)
     except InputError as error:
         return str(error)
     return ""
@@ -127,10 +133,10 @@ def test_keys_that_the_run_did_not_know_yet_are_no_change() -> None:
     old, new = JobConfig(train=TrainConfig(max_steps=3)), JobConfig(train=TrainConfig(max_steps=3))
     kept = state(old, 2)
     del kept.history[0].config["optimizer"]["moments"]
-    check_same_run(new, Path("run"), Path("x"), kept, ())
+    check(new, kept)
     new.optimizer.moments = "reset"
     with pytest.raises(InputError, match="optimizer.moments: unset -> 'reset'"):
-        check_same_run(new, Path("run"), Path("x"), kept, ())
+        check(new, kept)
 
 
 # ---- refused commands ------------------------------------------------------------------------------------------------
@@ -146,9 +152,18 @@ def test_aliases_without_the_own_name_of_a_module_are_no_change(tmp_path: Path) 
         (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
         if changed:
             with pytest.raises(InputError, match="holds a run with another config:\n  vlm.module_patterns.adapter.*\nchange it back"):
-                check_same_run(job, Path("run"), tmp_path, RunState(2), ())
+                check(job, RunState(2), path=tmp_path)
         else:
-            check_same_run(job, Path("run"), tmp_path, RunState(2), ())
+            check(job, RunState(2), path=tmp_path)
+
+
+def test_an_alias_for_what_is_in_a_module_is_no_edit(tmp_path: Path) -> None:
+    """The copy of the config beside the checkpoints is read as it is."""
+    job = make_job(tmp_path, extra='\n[vlm.module_patterns]\nhead = ["transformer.output_head.*"]\n')
+    argv = ("train", job, "--scheduler.name=constant", "--eval.at_end=false")
+    assert call(*argv, "--train.max_steps=1").code == 0
+    ended = call(*argv, "--train.max_steps=2")
+    assert ended.code == 0, ended.err
 
 
 @pytest.fixture(scope="module")

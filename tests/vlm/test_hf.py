@@ -27,8 +27,9 @@ from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.inference.processor import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
+from kempnerforge.training.initial_weights import initialise
 from kempnerforge.training.optimizers.muon import MuonRule
-from kempnerforge.training.setup import Assembly, assemble, initialise
+from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.dist import ROOT
 from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
@@ -80,12 +81,12 @@ def job_of(path: Path, **sections: Any) -> JobConfig:
 def built(path: Path, **sections: Any) -> Assembly:
     """As at the start of a run."""
     assembly = assemble(job_of(path, **sections), data=False)
-    initialise(assembly.job, assembly.model)
+    initialise(assembly.model)
     return assembly
 
 
 def batch_of(assembly: Assembly, *samples: Sample) -> Batch:
-    encoder = assembly.encoder(assembly.stages[0])
+    encoder = assembly.data.encoder(assembly.stages[0])
     return collate([encoder.encode(sample, seed=0) for sample in samples], assembly.tokenizer.pad_id, None)
 
 
@@ -332,7 +333,7 @@ def test_checkpoints_are_evaluated_asked_and_exported(run: Path, tmp_path: Path)
     )
     theirs = load_class(tmp_path / "hf", "PaliGemmaForConditionalGeneration")
     again = job_of(tmp_path / "hf")
-    initialise(again, other := assemble(again, data=False).model)
+    initialise(other := assemble(again, data=False).model)
     assert other.eval().generate(inputs, max_new_tokens=5) == want
     both = dict(inputs) | {"token_type_ids": torch.zeros_like(inputs.input_ids)}
     made = theirs.generate(**both, max_new_tokens=5, do_sample=False, eos_token_id=inputs.end_id)[0, inputs.input_ids.shape[1] :]
@@ -343,7 +344,7 @@ def test_weights_of_another_run_go_before_the_pretrained_ones(run: Path, saved: 
     job = job_of(saved["paligemma"])
     job.run.init_from = str(run / "run")
     assembly = assemble(job, data=False)
-    initialise(assembly.job, assembly.model)
+    initialise(assembly.model)
     trained = tensors(run / "run")
     assert all(torch.equal(p, trained[f"model.{n}"]) for n, p in assembly.model.named_parameters())
 

@@ -43,7 +43,7 @@ def build(arch: str, mask: str) -> Tiny:
     tokenizer = Tokenizer.train(["what colour is it?\n", "red", "blue", "yes", "no"] * 4, 300)
     assembly = assemble(job, tokenizer, data=False)
     shake(assembly.model, 0.3)
-    return Tiny(assembly.job, assembly.model, assembly.stages, assembly.encoder(assembly.stages[0]))
+    return Tiny(assembly.job, assembly.model, assembly.stages, assembly.data.encoder(assembly.stages[0]))
 
 
 def asked(it: Tiny, rows: Sequence[tuple[str, tuple[bytes, ...]]]) -> Batch:

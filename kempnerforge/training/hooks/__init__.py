@@ -17,20 +17,25 @@ from kempnerforge.training.setup import Assembly
 from kempnerforge.training.trainer import Hook
 
 
-def default_hooks(assembly: Assembly, run_dir: Path, leaving: bool = False) -> tuple[list[Hook], Checkpoints]:
-    """The hooks of a run, and among them the one that restores it. A step is recorded, then evaluated, then
-    saved: a checkpoint never lies ahead of its metrics. ``leaving``: as in ``Signals``.
+def default_hooks(assembly: Assembly, run_dir: Path, ends_process: bool = False) -> tuple[list[Hook], Checkpoints]:
+    """The hooks of a run, and among them the one that restores it.
+
+    A step is recorded, then evaluated, then saved: a checkpoint is never ahead of its metrics.
+
+    Args:
+        ends_process: see ``Signals``.
     """
     job = assembly.job
     checkpoints, evaluation = Checkpoints(job.checkpoint, run_dir), Evaluation(job.eval)
-    recording = [Metrics(job.metrics, run_dir), BadSamples(run_dir), Tracking(job.metrics, run_dir)]
-    own = [registry.hooks.get(each.type)(each, run_dir) for each in job.hooks]
-    return [
-        Signals(run_dir, leaving),
+    hooks = [
+        Signals(run_dir, ends_process),
         ConsoleProgress(),
-        *recording,
+        Metrics(job.metrics, run_dir),
+        BadSamples(run_dir),
+        Tracking(job.metrics, run_dir),
         evaluation,
-        *own,
+        *(registry.hooks.get(table.type)(table, run_dir) for table in job.hooks),
         checkpoints,
         Report(run_dir, evaluation),
-    ], checkpoints
+    ]
+    return hooks, checkpoints

@@ -22,7 +22,7 @@ class BadSamples(Hook):
         self._trainer = trainer
         if trainer.world.is_main:
             mend_objects(self.path, "id", str)
-            if not trainer.step:  # what an attempt that got nowhere left; the data may have been mended since
+            if not trainer.step:  # of an attempt without a checkpoint; the data may have been changed since
                 self.path.unlink(missing_ok=True)
         trainer.world.barrier()
         if trainer.step and self.path.exists():

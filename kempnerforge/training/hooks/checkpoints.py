@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
-from kempnerforge.checkpoint import Manifest
 from kempnerforge.checkpoint.state import load_training, save_training
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.config.plugins import plugin_files, plugins_of
 from kempnerforge.training.hooks.metrics import metrics_digest
-from kempnerforge.training.run_state import RunState
+from kempnerforge.training.run_state import RunState, SavedRun
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 
 
 class Checkpoints(Hook):
-    """A checkpoint holds weights, optimizer state, the resolved config and the tokenizer: it can be used without its run directory."""
+    """A checkpoint holds weights, optimizer state, the resolved config and the tokenizer: it can be used
+    without its run directory.
+    """
 
     def __init__(self, cfg: CheckpointConfig, run_dir: Path) -> None:
         self.cfg, self.run_dir = cfg, run_dir
@@ -24,11 +23,10 @@ class Checkpoints(Hook):
         self._files: dict[str, bytes] = {}
         self._data: dict[str, str] = {}
 
-    def restore(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:
-        """Puts ``trainer`` where the checkpoint at ``path`` is. Called before the run starts."""
-        averages: dict[str, Tensor] = {}
-        state = RunState.of(manifest, str(path))
-        load_training(path, trainer.model, trainer.optimizers.all, manifest, averages)
+    def restore(self, trainer: Trainer, run: SavedRun) -> None:
+        """Continues from ``run``. Called before training starts."""
+        state = run.state
+        averages = load_training(run.path, trainer.model, trainer.optimizers.all, run.manifest)
         trainer.optimizers.load_averages(averages)
         trainer.step = self._saved_step = state.step
         trainer.seconds = state.seconds
@@ -41,11 +39,11 @@ class Checkpoints(Hook):
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir()) if file.is_file()}
         self._files["config.toml"] = to_toml(trainer.job).encode()
         self._files |= plugin_files(plugins_of(trainer.job.plugins))
-        self._data = trainer.assembly.fingerprints  # as they are now, not when it is first saved
-        self._asked = trainer.assembly.seen.asking
+        data = trainer.assembly.data
+        self._data, self._asked = data.fingerprints, data.observed.asking  # as the data are now, not at a save
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
-        """After a skipped step the weights may be at fault: what is due then is saved at the next step that counts."""
+        """After a skipped step the weights may be bad: a save that is due waits for the next good step."""
         self._due |= self.cfg.interval > 0 and trainer.step % self.cfg.interval == 0
         if (self._due and not result.skipped) or trainer.done or trainer.stopping:
             self._save(trainer)

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where there is one, a plain line every few seconds elsewhere. All on stderr."""
+"""Progress on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class ConsoleProgress(Hook):
         if math.isfinite(result.loss):
             self._smooth_loss = result.loss if not self._smooth_loss else 0.9 * self._smooth_loss + 0.1 * result.loss
         keep = 0.95 if self._seconds else 0.0  # a moving sum, so that the rates follow what happens now
-        moving = ((self._tokens, result.tokens), (self._images, result.images), (self._seconds, result.seconds), (self._steps, 1))
+        counts = result.counts
+        moving = ((self._tokens, counts.tokens), (self._images, counts.images), (self._seconds, result.seconds), (self._steps, 1))
         self._tokens, self._images, self._seconds, self._steps = (keep * old + new for old, new in moving)
         text = f"loss {self._smooth_loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {self._images / self._seconds:,.0f} images/s"
         if result.skipped:

@@ -16,15 +16,15 @@ from kempnerforge.training.trainer import Hook, StepResult, Trainer
 LOG = logging.getLogger("kempnerforge")
 
 PRIOR_SAMPLES = 50_000
-"""With more training samples there is no guess from the question alone: all have to be read for it."""
+"""With more training samples the guess from the question alone is left out: it needs all of them."""
 
 
-class BrokenOff(Exception):
-    """A rank was asked to stop during an evaluation. It is raised on all of them at the same place."""
+class Interrupted(Exception):
+    """A rank was asked to stop during an evaluation. It is raised on all ranks at the same place."""
 
 
 class Voting(Ranks):
-    """The ranks of an evaluation that ends when one of them is asked to stop."""
+    """The ranks of an evaluation, which ends when one of them is asked to stop."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.rank, self.size = trainer, trainer.world.rank, trainer.world.size
@@ -32,7 +32,7 @@ class Voting(Ranks):
     def sum(self, values: Sequence[float]) -> list[float]:
         totals = self.trainer.sum(values)
         if self.trainer.stopping:
-            raise BrokenOff
+            raise Interrupted
         return totals
 
     def gather(self, value: Any) -> list[Any]:
@@ -43,10 +43,10 @@ class Evaluation(Hook):
     """Measures the tasks of ``[eval]``.
 
     Attributes:
-        final: what was measured in the end, once ``finish`` has run.
+        final: the results of the evaluation at the end, once ``finish`` has run.
         prior: exact match of the most frequent answers of the last stage's training data; None if it has more
             than ``PRIOR_SAMPLES`` samples.
-        remarks: what has to be known beside the scores.
+        remarks: lines that belong beside the scores.
     """
 
     def __init__(self, cfg: EvalConfig) -> None:
@@ -56,9 +56,9 @@ class Evaluation(Hook):
         self.remarks: list[str] = []
 
     def start(self, trainer: Trainer) -> None:
-        trainer.assembly.check_held_out()
-        if (self.cfg.interval or self.cfg.at_end) and trainer.assembly.examined is not None:
-            self._remark(trainer.assembly.examined.remarks())
+        trainer.assembly.data.check_held_out()
+        if (self.cfg.interval or self.cfg.at_end) and (held_out := trainer.assembly.data.examined) is not None:
+            self._remark(held_out.remarks())
         if trainer.unevaluated:
             self._evaluate_if_due(trainer)
 
@@ -75,11 +75,11 @@ class Evaluation(Hook):
             return
         self.final, last = found, trainer.stages[-1]
         self._remark(found.remarks(last.optimizer.lr))
-        known = trainer.assembly.sources[-1]
+        known = trainer.assembly.data.sources[-1]
         exact = found.tasks.get("exact_match")
         if exact and exact.seeing and exact.blind and trainer.world.is_main and len(known) <= PRIOR_SAMPLES:
             asked = [answer.question for answer in exact.seeing.answers]
-            self.prior = question_only_prior(questions(known)[0], asked, trainer.assembly.encoder(last))
+            self.prior = question_only_prior(questions(known)[0], asked, trainer.assembly.data.encoder(last))
 
     def _remark(self, lines: list[str]) -> None:
         self.remarks += lines
@@ -87,14 +87,14 @@ class Evaluation(Hook):
             LOG.warning("%s", line)
 
     def _evaluate(self, trainer: Trainer, limit: int) -> Measured | None:
-        """What was found, which is recorded; None: the run is to stop."""
+        """Evaluates and records the values; None: the run is asked to stop."""
         ranks = Voting(trainer)
         rows = max(1, trainer.stage.train.batch_size // ranks.size)
         try:
             ranks.sum([])
             with trainer.optimizers.averaged():
                 found = trainer.assembly.evaluate(ranks, trainer.world.device, rows=rows, limit=limit)
-        except BrokenOff:
+        except Interrupted:
             return None
         if found.values:
             trainer.record(found.values)

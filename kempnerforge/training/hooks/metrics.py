@@ -18,9 +18,9 @@ NAME = "metrics.jsonl"
 
 
 class Metrics(Hook):
-    """Gathers steps, records them every ``interval`` steps and at the last one, and writes everything that is recorded.
+    """Records every ``interval`` steps and at the last one, and writes everything that is recorded.
 
-    ``train/loss`` is that of the step itself; rates are means over the interval, evaluation and saving not counted.
+    ``train/loss`` is the step's own; rates are means over the interval, without evaluation and saving.
     """
 
     def __init__(self, cfg: MetricsConfig, run_dir: Path) -> None:
@@ -47,8 +47,8 @@ class Metrics(Hook):
                 **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,
                 **{f"train/{key}": rate for key, rate in result.rates.items()},
-                "train/tokens_per_s": sum(r.tokens for r in self._window) / seconds,
-                "train/images_per_s": sum(r.images for r in self._window) / seconds,
+                "train/tokens_per_s": sum(r.counts.tokens for r in self._window) / seconds,
+                "train/images_per_s": sum(r.counts.images for r in self._window) / seconds,
                 "train/step_s": seconds / len(self._window),
                 "train/elapsed_s": trainer.seconds,
                 "train/stage": float(result.stage.index),
@@ -56,7 +56,7 @@ class Metrics(Hook):
                 "data/samples": float(trainer.samples_seen),
                 **{f"data/samples/{part}": float(count) for part, count in trainer.samples_of.items()},
                 "data/bad_samples": float(trainer.samples_bad),
-                "data/texts_left_out": float(sum(r.texts_left_out for r in self._window)),
+                "data/texts_left_out": float(sum(r.counts.texts_left_out for r in self._window)),
             }
         )
         self._window.clear()
@@ -73,18 +73,18 @@ class Metrics(Hook):
 
 
 def metrics_digest(run_dir: Path) -> str:
-    """Of all lines that a run has written so far."""
+    """A digest of all lines that a run has written so far; empty if there are none."""
     path = run_dir / NAME
     return content_digest(path.read_bytes()).hex() if path.is_file() else ""
 
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
-    """Drops what is about to be written again: the steps after a checkpoint, a line that a kill cut short, and, when the run is about to
-    repeat an evaluation, what that one found at ``step``. Damaged lines are named.
+    """Drops what will be written again: steps after ``step``, a last line that a kill cut short, and, if the
+    evaluation of ``step`` is repeated, its values. Damaged lines are named in a warning.
     """
 
-    def stays(row: dict[str, Any]) -> bool:
+    def is_done(row: dict[str, Any]) -> bool:
         repeated = evaluates_again and any(key.startswith("eval/") for key in row)
         return row["step"] <= step - repeated
 
-    mend_objects(path, "step", int, stays)
+    mend_objects(path, "step", int, is_done)

@@ -28,7 +28,7 @@ EXAMPLES = 24
 
 
 class Report(Hook):
-    """Writes both files from what the run recorded and the final evaluation found."""
+    """Writes both files from the recorded metrics and the final evaluation."""
 
     def __init__(self, run_dir: Path, evaluation: Evaluation) -> None:
         self.run_dir, self.evaluation = run_dir, evaluation
@@ -56,7 +56,7 @@ class Report(Hook):
             config_toml=to_toml(job),
             changed=changed_on_the_way(trainer.history, trainer.step),
             stages=[Band(stage.start, stage.end, stage.name) for stage in trainer.stages],
-            examples=examples(seeing, blind, trainer.assembly.layout.image_size) if seeing is not None else [],
+            examples=examples(seeing, blind, trainer.assembly.data.layout.image_size) if seeing is not None else [],
             summary=summary | {"by_answer": final.by_answer},
             tasks=tasks_of(job.eval),
             remarks=self.evaluation.remarks,
@@ -66,12 +66,10 @@ class Report(Hook):
 
 
 def examples(seeing: Score, blind: Score | None, image_size: int) -> list[Example]:
-    """``EXAMPLES`` answers, drawn from all; up to a third are wrong ones, as a page of right answers teaches
-    little.
-    """
-    told = list(zip(seeing.answers, [points == 1 for points in seeing.points], strict=True))
-    wrong = _some([one for one in told if not one[1]], EXAMPLES // 3)
-    chosen = _some([one for one in told if one[1]], EXAMPLES - len(wrong)) + wrong
+    """``EXAMPLES`` answers, drawn from all; up to a third of them are wrong ones."""
+    marked = list(zip(seeing.answers, [points == 1 for points in seeing.points], strict=True))
+    wrong = _some([one for one in marked if not one[1]], EXAMPLES // 3)
+    chosen = _some([one for one in marked if one[1]], EXAMPLES - len(wrong)) + wrong
     blind_text = {a.question: a.text for a in blind.answers} if blind is not None else {}
     return [example for a, right in chosen if (example := _example(a, right, blind_text.get(a.question), image_size)) is not None]
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, or break an evaluation off; save; leave. A second SIGINT: leave at once."""
+"""Signals that ask a run to stop: end the step or evaluation, save, end. A second SIGINT: end at once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ asked_by: set[int] = set()
 
 
 class Signals(Hook):
-    """Asks the trainer to stop. The ranks vote in each step and at each token of an evaluation, so that all of them stop
-    at the same place, whichever the signal has reached. The report after the last evaluation is finished.
+    """Asks the trainer to stop. The ranks vote in each step and at each token of an evaluation, so that all
+    of them stop at the same place, whichever rank got the signal. A report that has begun is finished.
 
-    A second SIGINT ends a process that ``leaving`` says is this run's from within the handler: an exception in the middle of a save would come
-    out as a damaged checkpoint. What is half written then is what a kill leaves, and is not taken for a checkpoint.
+    With ``ends_process`` a second SIGINT ends the process in the handler: an exception in the middle of a
+    save would look like a damaged checkpoint. A half-written checkpoint is not taken for one.
 
     Args:
-        leaving: the process ends with this run. When it has been asked to stop, its handlers stay then: a signal that reaches this rank late
-            must not change its exit code.
+        ends_process: the process ends with this run. Once it was asked to stop, its handlers stay: a signal
+            that reaches this rank late must not change its exit code.
     """
 
-    def __init__(self, run_dir: Path, leaving: bool = False) -> None:
-        self.run_dir, self.leaving = run_dir, leaving
+    def __init__(self, run_dir: Path, ends_process: bool = False) -> None:
+        self.run_dir, self.ends_process = run_dir, ends_process
         self._before: dict[int, object] = {}
         self._trainer: Trainer | None = None
 
@@ -40,7 +40,7 @@ class Signals(Hook):
             trainer.stop_requested = True
             asked_by.add(number)
             name = signal.Signals(number).name
-            if again and self.leaving:
+            if again and self.ends_process:
                 say(f"{name} again: left at once, without saving; {self._newest()}")
                 die_of_interrupt()
             if again:
@@ -56,7 +56,7 @@ class Signals(Hook):
         return f"the same command continues at step {step}" if step is not None else "there is no checkpoint yet"
 
     def close(self) -> None:
-        if self.leaving and self._trainer is not None and self._trainer.stopping:
+        if self.ends_process and self._trainer is not None and self._trainer.stopping:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,6 @@ from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import HookConfig, registry
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.training.accounting import TrainingFlops
-from kempnerforge.training.freeze import trainable_names
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.util.files import write_text
@@ -53,14 +52,14 @@ class StudyHook(Hook):
     def step(self, trainer: Trainer, result: StepResult) -> None:
         data, flops = trainer.data, self._flops
         assert data is not None and flops is not None
-        trainable = trainable_names(trainer.names, trainer.job.freeze_at(trainer.step - 1), trainer.patterns)
-        own = float(sum(flops.count(batch, trainable) for batch in data.batches))
+        trainable = trainer.freeze.trainable(trainer.step - 1)
+        flops_here = float(sum(flops.count(batch, trainable) for batch in data.batches))
         ids = float(sum(hash_of(name) for batch in data.batches for name in batch.sample_names))
-        total, seen = trainer.sum([own, ids])
+        total, seen = trainer.sum([flops_here, ids])
         trainer.record(
             {
-                "study/samples": float(data.samples),
-                "study/trained_tokens": float(data.targets),
+                "study/samples": float(data.counts.samples),
+                "study/trained_tokens": float(data.counts.targets),
                 "study/flops": total,
                 "study/sample_ids": seen,
             }
@@ -68,7 +67,7 @@ class StudyHook(Hook):
 
     def finish(self, trainer: Trainer) -> None:
         trainer.record({"study/peak_memory_gib": max(trainer.world.gather(_peak_memory(trainer.world.device)))})
-        final, held_out = next(hook for hook in trainer.hooks if isinstance(hook, Evaluation)).final, trainer.assembly.examined
+        final, held_out = next(hook for hook in trainer.hooks if isinstance(hook, Evaluation)).final, trainer.assembly.data.examined
         if trainer.world.is_main and final.tasks and held_out is not None:
             write_predictions(self.run_dir / PREDICTIONS, final, held_out.skipped)
 

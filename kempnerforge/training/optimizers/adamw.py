@@ -16,5 +16,5 @@ class AdamWRule(UpdateRule[AdamWConfig]):
     def make(self, groups: list[dict[str, Any]], cfg: AdamWConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
-    def values(self, cfg: AdamWConfig, own: Settings) -> dict[str, Any]:
-        return {"betas": own.betas, "eps": cfg.eps}
+    def values(self, cfg: AdamWConfig, settings: Settings) -> dict[str, Any]:
+        return {"betas": settings.betas, "eps": cfg.eps}

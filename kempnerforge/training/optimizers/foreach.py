@@ -1,4 +1,4 @@
-"""What the optimizers here share: lists of local tensors instead of one tensor at a time."""
+"""Base of the optimizers here: they update lists of local tensors instead of one tensor at a time."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch.distributed.tensor import DTensor
 NAMES = ("add_", "addcmul_", "copy_", "div", "div_", "lerp", "lerp_", "mul_", "sign_", "sqrt_")
 
 FOREACH: dict[str, Callable[..., Any]] = {name: getattr(torch, f"_foreach_{name}") for name in NAMES}
-"""One call for a list of tensors, not empty: of hundreds, a call for each costs more than its arithmetic."""
+"""One call for a list of tensors, not empty: single calls cost more than their arithmetic."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+    """This rank's shard of ``tensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class ForeachOptimizer(torch.optim.Optimizer):
-    """Elementwise updates, so that shards move as the whole would. A subclass says what the state is and how
-    a list of parameters moves.
+    """Elementwise updates, the same for shards as for the whole. A subclass defines state and update.
 
-    Unlike those of the libraries, groups without a gradient (a frozen module) are skipped, and all that
-    changes over time is in the state of the parameter, as tensors: parameters begin to train at different
-    steps, and a checkpoint holds nothing else.
+    Unlike in the libraries' optimizers, groups without a gradient (a frozen module) are skipped, and
+    everything that changes over time is in the state of the parameter, as tensors: parameters begin to train
+    at different steps, and a checkpoint holds nothing else.
     """
 
     @torch.no_grad()
@@ -43,7 +42,7 @@ class ForeachOptimizer(torch.optim.Optimizer):
                 self.move(group, [local(p) for p in params], [local(p.grad) for p in params], states)
 
     def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What is kept for ``parameter``, before its first step."""
+        """The state of ``parameter`` before its first step."""
         raise NotImplementedError
 
     def move(self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> None:

@@ -15,11 +15,11 @@ from kempnerforge.training.optimizers.foreach import FOREACH, ForeachOptimizer, 
 
 
 class Lion(ForeachOptimizer):
-    """Every entry moves by ``lr``, whatever the size of its gradient.
+    """Every entry changes by ``lr``, independent of the size of its gradient.
 
     Args:
         lr: a third to a tenth of AdamW's, with a weight decay larger by the same factor.
-        betas: of the interpolation that is stepped along, and of the momentum that is kept.
+        betas: of the interpolation whose sign is the update, and of the momentum that is kept.
 
     State: ``exp_avg``, sharded like its parameter.
     """

@@ -32,8 +32,7 @@ EPS = 1e-7
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Newton-Schulz iteration towards ``U V^T`` of each singular value decomposition: (N, R, C) -> (N, R, C).
 
-    In bf16 where the hardware multiplies it, otherwise in fp32, where emulated products took more than half
-    of a step.
+    In bf16 where the hardware multiplies it, otherwise in fp32: emulated products took half of a step.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -108,7 +107,7 @@ class MuonRule(UpdateRule[MuonConfig]):
     def make(self, groups: list[dict[str, Any]], cfg: MuonConfig) -> torch.optim.Optimizer:
         return Muon(groups, lr=cfg.muon_lr, momentum=cfg.muon_momentum)
 
-    def values(self, cfg: MuonConfig, own: Settings) -> dict[str, Any]:
+    def values(self, cfg: MuonConfig, settings: Settings) -> dict[str, Any]:
         return {"momentum": cfg.muon_momentum}
 
 

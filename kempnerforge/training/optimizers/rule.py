@@ -1,4 +1,4 @@
-"""What an optimizer is to the trainer: one file per rule, found by ``optimizer.name``."""
+"""The interface of an optimizer: one file per rule, found by ``optimizer.name``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Config = TypeVar("Config", bound=OptimizerConfig)
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for one parameter in one stage.
+    """The settings of one parameter in one stage.
 
     Attributes:
-        lr, muon_lr: peaks; the one that is the rule's ``lr_key`` counts.
-        weight_decay: if the parameter decays, see ``Optimizers``.
+        lr, muon_lr: peak learning rates; the rule's ``lr_key`` says which one it uses.
+        weight_decay: for parameters that decay, see ``Optimizers``.
         muon_lr, betas: 0 if the optimizer has no such key.
         warmup_steps: None: the scheduler's.
     """
@@ -37,8 +37,8 @@ class UpdateRule(Generic[Config]):
     ``@registry.register_optimizer("name")``.
 
     Attributes:
-        lr_key: the key of the section with its peak learning rate.
-        state_copies: fp32 tensors of a parameter's size that it keeps in addition to weight and gradient.
+        lr_key: the key of the section that is its peak learning rate.
+        state_copies: fp32 tensors of a parameter's size, in addition to weight and gradient.
         rest: the rule for parameters that this one does not take.
     """
 
@@ -47,7 +47,7 @@ class UpdateRule(Generic[Config]):
     rest: ClassVar[type[UpdateRule[Any]] | None] = None
 
     def takes(self, model: nn.Module) -> frozenset[str]:
-        """Names of the parameters that it moves."""
+        """Names of the parameters that it updates."""
         return frozenset(name for name, _ in model.named_parameters())
 
     def make(self, groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
@@ -57,15 +57,15 @@ class UpdateRule(Generic[Config]):
         """
         raise NotImplementedError
 
-    def values(self, cfg: Config, own: Settings) -> dict[str, Any]:
-        """What is written into a group before each step, in addition to "lr" and "weight_decay".
+    def values(self, cfg: Config, settings: Settings) -> dict[str, Any]:
+        """The values to write into a group before each step, in addition to "lr" and "weight_decay".
 
         Args:
-            cfg: the section, as the stage has it.
-            own: what holds for the group's parameters.
+            cfg: the section of the stage.
+            settings: of the group's parameters.
         """
         return {}
 
     def averaging(self, optimizer: torch.optim.Optimizer) -> Averaging | None:
-        """The weights that evaluation uses, if ``optimizer`` makes such (``keeps_average`` of the config)."""
+        """The averages for evaluation, if ``optimizer`` makes them (``keeps_average`` of the config)."""
         return None

@@ -23,8 +23,7 @@ from kempnerforge.util.errors import InputError
 
 
 class ScheduleFreeAdamW(ForeachOptimizer):
-    """AdamW without momentum, and with an average in its place. The learning rate should be constant after a
-    warm-up.
+    """AdamW with an average instead of momentum. The learning rate should be constant after a warm-up.
 
     Args:
         lr: often larger than AdamW's.
@@ -108,7 +107,7 @@ def _move(
 class ScheduleFreeAdamWRule(AdamWRule):
     def make(self, groups: list[dict[str, Any]], cfg: AdamWConfig) -> torch.optim.Optimizer:
         for group in groups:
-            if len(firsts := {own.betas[0] for own in group["settings"]}) > 1:
+            if len(firsts := {settings.betas[0] for settings in group["settings"]}) > 1:
                 raise InputError(
                     f"optimizer.betas: the first one is {sorted(firsts)} in different stages, but with 'schedule_free_adamw' the average is"
                     " made with it; use one for the whole run"

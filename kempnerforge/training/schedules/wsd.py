@@ -11,7 +11,7 @@ from kempnerforge.training.schedules.linear import Linear
 @registry.register_schedule
 @dataclass
 class WarmupStableDecay(Linear):
-    """Warm-up, stable, decay (Hu et al. 2024, "MiniCPM"): a straight line over the last steps of the stage."""
+    """Warm-up, stable, decay (Hu et al. 2024, "MiniCPM"): a straight line over the stage's last steps."""
 
     name: str = "wsd"
 

@@ -175,7 +175,7 @@ def test_a_program_with_workers_ends(tmp_path: Path) -> None:
 from kempnerforge.config import load_config
 from kempnerforge.training.setup import assemble
 assembly = assemble(load_config({str(make_job(tmp_path))!r}, ["--data.num_workers=2"]))
-batches = assembly.batches(assembly.stages[0], 0)
+batches = assembly.data.batches(assembly.stages[0], 0)
 print(next(batches).num_targets)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
