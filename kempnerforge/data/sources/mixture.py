@@ -131,7 +131,8 @@ class MixturePart(NamedTuple):
     characters: int = 1
 
 
-class Located(NamedTuple):
+@dataclass(frozen=True)
+class Located:
     """Where a sample of a mixture is.
 
     Attributes:
