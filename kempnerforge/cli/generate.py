@@ -87,11 +87,12 @@ def _images_at(path: Path) -> list[Path]:
 
 
 def _places(draw: Path | None, groups: Sequence[Sequence[Path]], images: Sequence[Path]) -> list[Path | None]:
-    """Where each question's picture is written: ``draw`` itself for a single question, else a file of the image's name in that folder.
+    """Where each question's picture is written: ``draw`` itself for a single question, else a file of the
+    image's name in that folder.
 
     Raises:
-        ValueError: there is no image to draw on, a file is named for several, two images have one name, or a file cannot be written there or
-            is one of ``images``.
+        ValueError: there is no image to draw on, a file is named for several, two images have one name, or a
+            file cannot be written there or is one of ``images``.
     """
     from kempnerforge.eval.draw import check_place
 

@@ -1,4 +1,6 @@
-"""The ``kempnerforge`` console script: a table of commands, each a module with ``HELP``, ``add_arguments`` and ``run``."""
+"""The ``kempnerforge`` console script: a table of commands, each a module with ``HELP``, ``add_arguments``
+and ``run``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ exit codes: 0 done; 2 the input is wrong (config, data, arguments); 3 stopped by
 INPUT_ERRORS = frozenset(
     {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 )
-"""Error numbers of a mistyped path. Any other (a full disk, a lost connection) may be gone at the next try."""
+"""Error numbers of a mistyped path. Any other (a full disk, a lost connection) may be gone at the next
+try."""
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """The same as classes, for errors that were raised without a number."""
 PACKAGE = "kempnerforge"
@@ -67,7 +70,9 @@ def command(name: str) -> ModuleType:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``argv`` without overrides, and the overrides: words like ``--section.key``, with the word after them unless they hold a "="."""
+    """``argv`` without overrides, and the overrides: words like ``--section.key``, with the word after them
+    unless they hold a "=".
+    """
     words, overrides = list(argv), []
     kept: list[str] = []
     while words:
@@ -137,7 +142,9 @@ def _nobody_reads() -> bool:
 
 
 def _expand_paths(args: argparse.Namespace) -> None:
-    """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and after quotes."""
+    """``~`` and variables in all arguments that are paths, for a shell leaves them in ``--out=~/page`` and
+    after quotes.
+    """
     for name, value in vars(args).items():
         paths = value if isinstance(value, list) else [value]
         if paths and all(isinstance(path, Path) for path in paths):
@@ -146,7 +153,9 @@ def _expand_paths(args: argparse.Namespace) -> None:
 
 
 def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:
-    """Of the command ``name``; None: a defect, of the program or of a plugin. Only ``train`` can be continued by running it again."""
+    """Of the command ``name``; None: a defect, of the program or of a plugin. Only ``train`` can be continued
+    by running it again.
+    """
     from torch.distributed import DistError
 
     from kempnerforge.checkpoint import CheckpointError
@@ -161,7 +170,9 @@ def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:
 
 
 def _of_system(error: OSError) -> int | None:
-    """Of a file or connection. A path that this package has opened is the user's; one that a plugin or a library names is a defect there."""
+    """Of a file or connection. A path that this package has opened is the user's; one that a plugin or a
+    library names is a defect there.
+    """
     if error.errno in INPUT_ERRORS or isinstance(error, PATH_ERRORS):
         return 2 if _caller(error) == PACKAGE else None
     made_up = type(error) is OSError and error.errno is None  # not the system's
@@ -176,7 +187,9 @@ def _caller(error: BaseException) -> str:
 
 
 def _say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints a traceback, unless a thread of Python's own lost the process it talked to: the main thread says which one."""
+    """Prints a traceback, unless a thread of Python's own lost the process it talked to: the main thread says
+    which one.
+    """
     if threading.current_thread() is threading.main_thread() or not isinstance(error, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
@@ -184,7 +197,8 @@ def _say_error(kind: type[BaseException], error: BaseException, trace: Traceback
 def main() -> NoReturn:
     """The entry point.
 
-    NOTE: leaves by ``os._exit``: a process that used gloo may otherwise abort while the interpreter shuts down, after all is done.
+    NOTE: leaves by ``os._exit``: a process that used gloo may otherwise abort while the interpreter shuts
+    down, after all is done.
     """
     tune_memory()
     open_output("stderr", *(["stdout"] if sys.argv[1:2] == ["train"] else []))

@@ -1,4 +1,6 @@
-"""Types of options that are numbers in a range; what is outside of it is refused by name, as other wrong usage is."""
+"""Types of options that are numbers in a range; what is outside of it is refused by name, as other wrong
+usage is.
+"""
 
 from __future__ import annotations
 

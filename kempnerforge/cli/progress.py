@@ -1,4 +1,6 @@
-"""What commands that turn one model into another share: options, a progress bar, and what they say in the end."""
+"""What commands that turn one model into another share: options, a progress bar, and what they say in the
+end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from kempnerforge.cli.numbers import real
 
 @contextmanager
 def reporting(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
-    """A function that takes what is being done, how much of it is done, and how much there is. Only terminals see it."""
+    """A function that takes what is being done, how much of it is done, and how much there is. Only terminals
+    see it.
+    """
     from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
     from kempnerforge.util.screen import Screen, TaskText, bars

@@ -65,8 +65,8 @@ class DataConfig:
         max_bad_fraction: unreadable samples are skipped and counted; more than this share of those seen stops
             the run, and of those held out it keeps the run from starting.
         image_cache_mib: decoded images kept in memory, per process.
-        validation: share of the training samples that is held out in place of the held-out split, which is not read then: for choosing a
-            learning rate, say. 0: none.
+        validation: share of the training samples that is held out in place of the held-out split, which is
+            not read then: for choosing a learning rate, say. 0: none.
         images: what an image becomes: one square or several, and how it is changed in training.
         needs_images: no key, but a fact about the class: its samples make no sense to a job without
             ``[vlm]``.

@@ -1,1 +1,3 @@
-"""What every architecture must keep, as checks that any of them can be put to: ``kempnerforge contract my_arch.py``."""
+"""What every architecture must keep, as checks that any of them can be put to:
+``kempnerforge contract my_arch.py``.
+"""

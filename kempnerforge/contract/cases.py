@@ -1,4 +1,6 @@
-"""A job of every arch that is small enough to try everything on, real batches for it, and which archs are tried."""
+"""A job of every arch that is small enough to try everything on, real batches for it, and which archs are
+tried.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False
 KEYS: dict[str | None, dict[str, Any]] = {}
 """Keys of ``[vlm]`` by arch, for those whose defaults do not fit a job of this size, or that need some."""
 FOREIGN: dict[str | None, Callable[[], dict[str, Any]]] = {}
-"""Archs that are built from files: what makes their keys of ``[vlm]``. All sizes are in the files, and the text backbone is not ours."""
+"""Archs that are built from files: what makes their keys of ``[vlm]``. All sizes are in the files, and the
+text backbone is not ours."""
 
 
 @cache
@@ -194,7 +197,8 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
     """Builds a tiny job.
 
     Args:
-        noise: added to all parameters, so that gates that start at zero are open and no two weights are the same by accident.
+        noise: added to all parameters, so that gates that start at zero are open and no two weights are the
+            same by accident.
     """
     job = tiny_job(arch, mask, **sections)
     assembly = assemble(job, tokenizer(*job.model.new_tokens), device=device, data=False)
@@ -222,7 +226,9 @@ def all_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss over all trained tokens of ``batches``, and what it sends back to each parameter that it reaches."""
+    """The loss over all trained tokens of ``batches``, and what it sends back to each parameter that it
+    reaches.
+    """
     targets = max(1, sum(batch.num_targets for batch in batches))
     loss = torch.zeros(())
     for batch in batches:
@@ -254,7 +260,9 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 def may_see(batch: Batch, mask: str) -> Tensor:
-    """(S, S) bool, [q, k]: whether position q of row 0 may depend on the *word* at k, written down from the rules."""
+    """(S, S) bool, [q, k]: whether position q of row 0 may depend on the *word* at k, written down from the
+    rules.
+    """
     kinds, texts, length = batch.kinds[0].tolist(), batch.text_ids[0].tolist(), batch.kinds.shape[1]
     answered = [any(kinds[j] == Kind.ANSWER and texts[j] == texts[q] for j in range(q)) for q in range(length)]
     allowed = torch.zeros(length, length, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""What checks take from pytest: a process group of one, and what two processes find. Torch is imported when a check needs it."""
+"""What checks take from pytest: a process group of one, and what two processes find. Torch is imported when a
+check needs it.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Tensor]]]:
-    """What two ranks find in each of two steps of a case: all cases that were selected in one go, as starting ranks takes seconds; those that
-    are compiled arch by arch, as the compiler takes minutes.
+    """What two ranks find in each of two steps of a case: all cases that were selected in one go, as starting
+    ranks takes seconds; those that are compiled arch by arch, as the compiler takes minutes.
     """
     import torch
 

@@ -139,7 +139,9 @@ def changes(a: Tensor, b: Tensor) -> Tensor:
 @each_mask
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
 def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
-    """Changing the word at t changes no logits before t, nor the logits of another text; it does change all that may see it."""
+    """Changing the word at t changes no logits before t, nor the logits of another text; it does change all
+    that may see it.
+    """
     it = watched(arch, mask)
     one = it.batch(sample)
     words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
@@ -198,7 +200,9 @@ def test_a_row_is_alone(arch: str | None, mask: str) -> None:
 @each_mask
 @pytest.mark.parametrize("sample", [THREE, TWICE], ids=lambda s: s.id)
 def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str, sample: Sample) -> None:
-    """A prefix mask lets a shared image see the prompt where there is one alone, so there rows of two are compared with the row of all."""
+    """A prefix mask lets a shared image see the prompt where there is one alone, so there rows of two are
+    compared with the row of all.
+    """
     it = watched(arch, mask)
     size = 2 if mask == "prefix" and sample is THREE else 1
     together = it.batch(sample)
@@ -248,7 +252,9 @@ def test_nothing_trained_is_loss_zero(arch: str | None) -> None:
 
 @each_arch
 def test_the_loss_is_found_in_the_output(arch: str | None) -> None:
-    """FSDP2 hangs its backward pass on the tensors that it finds in a module's output; before torch 2.13 it does not look into dataclasses."""
+    """FSDP2 hangs its backward pass on the tensors that it finds in a module's output; before torch 2.13 it
+    does not look into dataclasses.
+    """
     it = tiny(arch)
     output = it.model(it.batch(ONE))
     assert any(leaf is output.loss for leaf in tree_leaves(output))

@@ -22,7 +22,8 @@ from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
 AUX, FROZEN, RECOMPUTED, COMPILED, TRACED = "aux", "frozen", "recomputed", "compiled", "traced"
-"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code is made of them, which takes minutes."""
+"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
+is made of them, which takes minutes."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 
@@ -101,7 +102,9 @@ def shares(it: Tiny) -> list[Batch]:
 
 
 def add_losses(model: Any) -> None:
-    """Gives each unit a loss of what it returns and one of what its first linear layer returns; adapter and encoder have one of their output."""
+    """Gives each unit a loss of what it returns and one of what its first linear layer returns; adapter and
+    encoder have one of their output.
+    """
     for unit in list(model.shard_units()):
         add_loss(first_linear(unit))
         add_loss(unit)

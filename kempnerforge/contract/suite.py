@@ -50,8 +50,8 @@ def check_plugin(plugin: Plugin, *, slow: bool = False, only: Sequence[str] = ()
         The checks by name; those that have no case for such an arch are left out.
 
     Raises:
-        InputError: the plugin cannot be imported, registers no arch or one that a small job cannot have, there is no such check, or pytest is
-            not installed.
+        InputError: the plugin cannot be imported, registers no arch or one that a small job cannot have,
+            there is no such check, or pytest is not installed.
     """
     try:
         import pytest
@@ -131,7 +131,9 @@ def case_of(node: str) -> str:
 
 
 def why(report: pytest.TestReport) -> str:
-    """The error as one line; an assertion with a message is the message, without the values that pytest puts after it."""
+    """The error as one line; an assertion with a message is the message, without the values that pytest puts
+    after it.
+    """
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash is not None else report.longreprtext).splitlines()
     said = list(takewhile(lambda line: not line.startswith("assert "), lines)) or lines

@@ -67,7 +67,9 @@ def test_activation_checkpointing_changes_nothing(arch: str | None, world: World
 
 @each_arch
 def test_a_loss_of_a_part_is_declared_and_taken_once(arch: str | None) -> None:
-    """Who sets ``aux_loss`` in a forward pass has it from the start, or it would not be found; after the pass nothing is left for the next."""
+    """Who sets ``aux_loss`` in a forward pass has it from the start, or it would not be found; after the pass
+    nothing is left for the next.
+    """
     model = tiny(arch).model.train()
     declared = {id(module) for module in model.modules() if hasattr(module, "aux_loss")}
     model(tiny(arch).batch(*SAMPLES))
@@ -147,7 +149,9 @@ def test_two_ranks_under_other_masks(ranked: str, ranks: Callable[[str], list[di
 @pytest.mark.timeout(600)
 @ranked(FIRST_MASKED, AUX, f"{AUX}+{FROZEN}+{RECOMPUTED}")
 def test_two_ranks_with_auxiliary_losses(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
-    """Of what units return, and of what is inside them: their weights are sharded when the loss is differentiated."""
+    """Of what units return, and of what is inside them: their weights are sharded when the loss is
+    differentiated.
+    """
     same_as_one_process(ranked, ranks(ranked))
 
 
@@ -206,7 +210,9 @@ def train_steps(it: Tiny, optimizers: Optimizers, start: int, end: int) -> None:
 
 @each_arch
 def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path: Path) -> None:
-    """Bitwise, from every step, with parts frozen and thawed on the way; one step on it is where the next checkpoint is, and so on to the end."""
+    """Bitwise, from every step, with parts frozen and thawed on the way; one step on it is where the next
+    checkpoint is, and so on to the end.
+    """
 
     def fresh(seed: int) -> tuple[Tiny, Optimizers]:
         it = tiny(arch, train=replace(tiny_job(arch).train, seed=seed))
@@ -232,7 +238,9 @@ def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path
 
 @each_arch
 def test_a_frozen_stage_moves_exactly_what_it_says(arch: str | None, world: World) -> None:
-    """Also when an evaluation ran right before the change, and when the momentum of what is frozen now would go on."""
+    """Also when an evaluation ran right before the change, and when the momentum of what is frozen now would
+    go on.
+    """
     it = tiny(arch)
     batch = it.batch(*SAMPLES)
     learning = {name for name, grad in gradients(it.model, batch)[1].items() if grad.any()}

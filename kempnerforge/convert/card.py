@@ -11,7 +11,8 @@ from kempnerforge.util.metrics import read_metrics
 
 
 def model_card(restored: TrainedModel, name: str, form: str, lines: list[str]) -> str:
-    """``README.md`` of an export: the model, its training data, its metrics. The person who publishes it chooses the licence.
+    """``README.md`` of an export: the model, its training data, its metrics. The person who publishes it
+    chooses the licence.
 
     Args:
         name: a title.

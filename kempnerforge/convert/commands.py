@@ -1,4 +1,6 @@
-"""``kempnerforge import`` and ``export``: models from other projects and to transformers, with a comparison of logits."""
+"""``kempnerforge import`` and ``export``: models from other projects and to transformers, with a comparison
+of logits.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class Converted:
     Attributes:
         path: the directory.
         lines: facts about it, for people.
-        difference: the largest difference of two logits, of the class in transformers and of our model; None: nothing was compared.
+        difference: the largest difference of two logits, of the class in transformers and of our model; None:
+            nothing was compared.
     """
 
     path: Path
@@ -90,7 +93,8 @@ def import_model(
     """Makes ``out`` a run directory of ours at step 0, with a config that trains on from it.
 
     Args:
-        source: a directory of transformers (a language model or a whole vision-language model) or of nanoVLM, or a GGUF file.
+        source: a directory of transformers (a language model or a whole vision-language model) or of nanoVLM,
+            or a GGUF file.
         tokenizer: a directory; None: ``source``.
         verify: run the class of ``source`` on some rows and compare its logits with ours.
         tolerance: see ``Agreement.require``.
@@ -119,7 +123,9 @@ def _described(assembly: Assembly, name: str) -> str:
 
 
 def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
-    """NOTE: ``run.dir`` is another directory than ``out``, which is already a run; training begins from ``out``."""
+    """NOTE: ``run.dir`` is another directory than ``out``, which is already a run; training begins from
+    ``out``.
+    """
     assembly.tokenizer.save(part / TOKENIZER)
     home = out.resolve()
     job = replace(assembly.job, run=replace(assembly.job.run, dir=f"runs/{home.name}-trained", init_from=str(home)))
@@ -140,16 +146,17 @@ def export_model(
 
     Args:
         checkpoint: a checkpoint or run directory.
-        form: "hf": what a class of transformers loads; "kempnerforge": safetensors and our config, which ``load_pretrained`` reads.
+        form: "hf": what a class of transformers loads; "kempnerforge": safetensors and our config, which
+            ``load_pretrained`` reads.
         family: of a language model in transformers; None takes the first that can be it.
         dtype: of the weights: "fp32", "bf16" or "fp16".
-        verify: load the files that were written and compare logits, both of the rounded weights, computed in fp32; and say how far the
-            rounding moves them.
+        verify: load the files that were written and compare logits, both of the rounded weights, computed in
+            fp32; and say how far the rounding moves them.
         moved: "--plugins=FILE", where a plugin is no longer where the run says.
 
     Raises:
-        InputError: no class of transformers is this model, the class loads another model, or a weight does not fit ``dtype``; then no
-            directory is left.
+        InputError: no class of transformers is this model, the class loads another model, or a weight does
+            not fit ``dtype``; then no directory is left.
     """
     if form not in FORMATS:
         raise InputError(f"--format = {form!r}: allowed are {', '.join(FORMATS)}")
@@ -244,7 +251,9 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
 
 
 def _write_ends(out: Path, assembly: Assembly) -> None:
-    """Writes the class's padding token and the tokens that it stops at: the one that ends an answer here, and the tokenizer's."""
+    """Writes the class's padding token and the tokens that it stops at: the one that ends an answer here, and
+    the tokenizer's.
+    """
     tokenizer, encoder = assembly.tokenizer, assembly.data.encoder(assembly.stages[-1])
     end, others = encoder.end_id(), sorted(encoder.stops() - {encoder.end_id(), assembly.tokenizer.eos_id})
     written = read_object(out / GENERATION) if (out / GENERATION).is_file() else {}
@@ -255,7 +264,8 @@ def _write_ends(out: Path, assembly: Assembly) -> None:
 
 
 def class_of(assembly: Assembly, text_family: str | None = None) -> HFClass:
-    """The class that ``export_model`` writes the model as. Only shapes are read: it may be on the meta device.
+    """The class that ``export_model`` writes the model as. Only shapes are read: it may be on the meta
+    device.
 
     Args:
         text_family: of a language model; None takes the first that can be it.
@@ -300,7 +310,9 @@ def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How)
 
 
 class ImageToken(NamedTuple):
-    """The token at the positions of an image, the rows that the embedding lacks for it, and a line that says so."""
+    """The token at the positions of an image, the rows that the embedding lacks for it, and a line that says
+    so.
+    """
 
     id: int
     missing_rows: int

@@ -1,4 +1,6 @@
-"""The processor of an exported model: candidates are written, loaded as others will load them, and compared with what training reads."""
+"""The processor of an exported model: candidates are written, loaded as others will load them, and compared
+with what training reads.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +68,14 @@ class Different(Exception):
 
 
 def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = False) -> list[str]:
-    """Writes processor and chat template beside the tokenizer, if some class of transformers makes of images and questions what ours does.
+    """Writes processor and chat template beside the tokenizer, if some class of transformers makes of images
+    and questions what ours does.
 
     Args:
         out: has config and tokenizer of the model, and nothing of a processor unless ``given``.
         kind: its ``model_type`` if it takes images; empty: a language model.
-        given: a processor's files are there already. They are tried first, and stay if nothing does what ours does.
+        given: a processor's files are there already. They are tried first, and stay if nothing does what ours
+            does.
 
     Returns:
         Lines that say what is there, and how a prompt reads.
@@ -136,7 +140,8 @@ def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
 
 
 def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str:
-    """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and through the chat template in ``out``.
+    """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and
+    through the chat template in ``out``.
 
     Returns:
         A line that says what is equal.
@@ -183,7 +188,9 @@ def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: b
 
 
 def bounded(processor: Any, count: int, question: str) -> None:
-    """Raises InputError if the chat template of a tokenizer or processor takes more than it may, before the class renders it itself."""
+    """Raises InputError if the chat template of a tokenizer or processor takes more than it may, before the
+    class renders it itself.
+    """
     tokens = {name: getattr(processor, name, None) for name in ("bos_token", "eos_token", "pad_token")}
     messages = _messages([None] * count, question)
     if isinstance(processor.chat_template, str):

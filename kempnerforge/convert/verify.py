@@ -28,7 +28,8 @@ from kempnerforge.vlm.base import VLM
 TOLERANCE = 1e-4
 """Of the largest difference between two logits, in units of the largest logit, both computed in fp32."""
 ANGLE = 2.0**-22
-"""What is allowed besides, for each position: how exactly fp32 holds an angle of one radian per position, in two formulas."""
+"""What is allowed besides, for each position: how exactly fp32 holds an angle of one radian per position, in
+two formulas."""
 WORDS, BEFORE, ANSWER = 11, 3, 4
 """Of a short row: tokens, how many of them are before its image, how many are the answer."""
 LONG_WORDS = 48
@@ -38,8 +39,8 @@ TIMES = 4
 SCORED = 256
 """Positions of a row at most whose logits are compared."""
 COST, SCORES = 7e13, 2**30
-"""Of a long row at most: floating point operations of one model (a minute or two for 7 billion parameters on a machine with the memory for
-them), and attention scores of a layer."""
+"""Of a long row at most: floating point operations of one model (a minute or two for 7 billion parameters on
+a machine with the memory for them), and attention scores of a layer."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class ProbeBatch:
 
 
 def short_form(model: VLM) -> Form:
-    """Two rows with an image each: in front where image and prompt see each other (as the classes have it), else after a few words."""
+    """Two rows with an image each: in front where image and prompt see each other (as the classes have it),
+    else after a few words.
+    """
     at = (0 if model.attention_mask == "prefix" else BEFORE,) if model.has_images else ()
     return Form(WORDS, at, rows=2)
 
@@ -112,7 +115,8 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     """Random words and images.
 
     Args:
-        image_id: the token at the positions of an image in transformers. Where images take no position it is a word of the stream.
+        image_id: the token at the positions of an image in transformers. Where images take no position it is
+            a word of the stream.
         vocab_size: words are drawn from so many token ids.
         form: None: a short one.
     """
@@ -210,7 +214,8 @@ class ModelLimits:
     Attributes:
         windows: sizes of attention windows, each once.
         rope: the original lengths of scaled rotary positions.
-        room: positions of a row at most: those of the model, or as many as can be computed in reasonable time.
+        room: positions of a row at most: those of the model, or as many as can be computed in reasonable
+            time.
     """
 
     windows: tuple[int, ...]
@@ -247,8 +252,9 @@ def _original(rope: Mapping[str, Any]) -> Iterable[int]:
 
 
 def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
-    """Short rows; for a model with images one without; a long one, with two images where there is room; and, without windows, one whose
-    positions are far apart, as distances are all that rotary positions are read by.
+    """Short rows; for a model with images one without; a long one, with two images where there is room; and,
+    without windows, one whose positions are far apart, as distances are all that rotary positions are read
+    by.
     """
     model, taken = assembly.model, assembly.data.layout.image_tokens
     found, prefix = [short_form(model)], model.attention_mask == "prefix"

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 class Cut(Source):
-    """The training samples that ``data.validation`` leaves (split "train"), or those that it holds out ("test").
+    """The training samples that ``data.validation`` leaves (split "train"), or those that it holds out
+    ("test").
 
-    Which ones depends on their number and the share alone, so stages that read the same samples hold out the same ones.
+    Which ones depends on their number and the share alone, so stages that read the same samples hold out the
+    same ones.
 
     Args:
         inner: all training samples.
@@ -87,12 +89,16 @@ class Cut(Source):
         return self.inner.ignoring()
 
     def corpus(self) -> Iterator[str]:
-        """Of all training samples: a tokenizer that is trained is the same with and without a validation split."""
+        """Of all training samples: a tokenizer that is trained is the same with and without a validation
+        split.
+        """
         return self.inner.corpus()
 
 
 class CutOrder(Order):
-    """The stream of another order; in place of a sample that is not in ``numbers`` comes the next one that is."""
+    """The stream of another order; in place of a sample that is not in ``numbers`` comes the next one that
+    is.
+    """
 
     def __init__(self, inner: Order, numbers: np.ndarray) -> None:
         self.inner, self.numbers = inner, numbers

@@ -1,7 +1,7 @@
 """Boxes and points that models write as text, both ways.
 
-PaliGemma (Beyer et al. 2024, section 3.2) writes a box as four location tokens, **y first**, in 1024ths of the side, then sixteen codes of a
-mask where it segments, then a label; several are separated by " ; "::
+PaliGemma (Beyer et al. 2024, section 3.2) writes a box as four location tokens, **y first**, in 1024ths of
+the side, then sixteen codes of a mask where it segments, then a label; several are separated by " ; "::
 
     <loc0256><loc0128><loc0768><loc0512> cat ; <loc0000><loc0512><loc1023><loc0600><seg000>...<seg127> dog
 
@@ -10,8 +10,9 @@ Molmo (Deitke et al. 2024, section 4) writes points as percent of the side with 
     <point x="63.5" y="44.5" alt="mug">mug</point>
     <points x1="10.0" y1="5.5" x2="63.5" y2="44.5" alt="mugs">mugs</points>
 
-Here every coordinate is a share of the side, from 0 at the left or top to 1. What a model writes is never trusted: decoding skips what is
-malformed and raises nothing. Only encoding, which is given to us by a person, refuses.
+Here every coordinate is a share of the side, from 0 at the left or top to 1. What a model writes is never
+trusted: decoding skips what is malformed and raises nothing. Only encoding, which is given to us by a person,
+refuses.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 def decode_boxes(text: str) -> list[Box]:
-    """The boxes in ``text``, in order. A box whose mask codes are not sixteen valid ones comes without them; what is no box is skipped."""
+    """The boxes in ``text``, in order. A box whose mask codes are not sixteen valid ones comes without them;
+    what is no box is skipped.
+    """
     boxes = []
     for match in _BOX.finditer(text):
         locs = [int(n) for n in _NUMBER.findall(match["locs"])]
@@ -107,7 +110,8 @@ def decode_boxes(text: str) -> list[Box]:
 
 
 def encode_boxes(boxes: Sequence[Box]) -> str:
-    """``boxes`` as PaliGemma writes them. Decoding gives them back with sides rounded to 1024ths (at most 1023 of them).
+    """``boxes`` as PaliGemma writes them. Decoding gives them back with sides rounded to 1024ths (at most
+    1023 of them).
 
     Raises:
         ValueError: a label holds one of "; < >" or a line break, which would end it.
@@ -137,8 +141,9 @@ _PLACE = re.compile(
 
 
 def decode_points(text: str) -> list[Point]:
-    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)", "Click(63.5, 44.5)", "p=635,445". Coordinates above
-    100 are no point and skipped. A label is what a tag says; the other forms have none.
+    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)", "Click(63.5, 44.5)",
+    "p=635,445". Coordinates above 100 are no point and skipped. A label is what a tag says; the other forms
+    have none.
     """
     tags = [(tag.start(), tag.end("attributes"), _label(tag)) for tag in _TAG.finditer(text)]
     points = []
@@ -158,7 +163,8 @@ def _label(tag: re.Match[str]) -> str:
 
 
 def encode_points(points: Sequence[Point]) -> str:
-    """``points`` as Molmo writes them, from left to right, and in one column from top to bottom. None of them: ``NO_POINTS``.
+    """``points`` as Molmo writes them, from left to right, and in one column from top to bottom. None of
+    them: ``NO_POINTS``.
 
     Raises:
         ValueError: they have different labels; one answer points at one thing.

@@ -16,7 +16,8 @@ from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import irregular
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
-"""Told apart by colour-blind readers, too (Okabe and Ito 2008), white in place of their black. Each label has one."""
+"""Told apart by colour-blind readers, too (Okabe and Ito 2008), white in place of their black. Each label has
+one."""
 HALO = "#000000"
 MIN_SIDE = 448
 """Pixels: a smaller image is enlarged by a whole factor first, so that labels can be read."""
@@ -42,8 +43,8 @@ class Rect(NamedTuple):
 def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
     """A copy of ``image`` with ``marks`` on it.
 
-    Every line has a dark edge and every label is on its own ground; labels avoid each other where there is room and are always wholly
-    inside the picture.
+    Every line has a dark edge and every label is on its own ground; labels avoid each other where there is
+    room and are always wholly inside the picture.
 
     Args:
         image: any mode; a small one is enlarged.
@@ -70,7 +71,8 @@ def check_place(path: Path, images: Iterable[ImageSource]) -> None:
     """Whether a drawing may be written to ``path``.
 
     Raises:
-        ValueError: its suffix is not one of ``SUFFIXES``, its folder is not there, or it is one of ``images``, which would be lost.
+        ValueError: its suffix is not one of ``SUFFIXES``, its folder is not there, or it is one of
+            ``images``, which would be lost.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: {path.suffix or 'no suffix'} is no format of images; take one of {', '.join(SUFFIXES)}")
@@ -83,7 +85,8 @@ def check_place(path: Path, images: Iterable[ImageSource]) -> None:
 
 
 def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
-    """Writes ``image`` with the boxes and points of ``answer`` on it. A file that is there already is replaced.
+    """Writes ``image`` with the boxes and points of ``answer`` on it. A file that is there already is
+    replaced.
 
     Args:
         path: its suffix says in which format.
@@ -144,7 +147,9 @@ class _Canvas:
         return Rect(x - reach, y - reach, x + reach, y + reach)
 
     def label(self, rect: Rect, label: str, colour: str, taken: Sequence[Rect]) -> Rect:
-        """Writes ``label`` at ``rect``, where it covers none of ``taken`` if there is such a place; returns the ground it is on."""
+        """Writes ``label`` at ``rect``, where it covers none of ``taken`` if there is such a place; returns
+        the ground it is on.
+        """
         pad = 2 * self.line
         text = self._fitting(label, self.picture.width - 2 * pad - 2)
         left, top, right, bottom = self.pen.textbbox((0, 0), text, font=self.font)

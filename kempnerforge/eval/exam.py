@@ -18,8 +18,8 @@ BLANK = 128
 
 
 class Ranks:
-    """The processes of an evaluation: here one alone. ``sum`` is called for each token and each batch; what it
-    raises on all ranks ends the evaluation.
+    """The processes of an evaluation: here one alone. ``sum`` is called for each token and each batch; what
+    it raises on all ranks ends the evaluation.
     """
 
     rank, size = 0, 1

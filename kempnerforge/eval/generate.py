@@ -27,8 +27,8 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_k: keep the k most likely; 0 keeps all.
-        top_p: keep the fewest most likely tokens whose mass reaches ``top_p``, the one that crosses it included (Holtzman et al. 2020, the
-            rule of transformers); 1 keeps all.
+        top_p: keep the fewest most likely tokens whose mass reaches ``top_p``, the one that crosses it
+            included (Holtzman et al. 2020, the rule of transformers); 1 keeps all.
         seed: of the draws, a 64-bit integer.
 
     Raises:
@@ -76,13 +76,15 @@ def generate_stream(
     sampling: Sampling | None = None,
     all_done: Callable[[bool], bool] = bool,
 ) -> Iterator[Tensor]:
-    """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Generation stops with the iteration.
+    """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Generation stops with
+    the iteration.
 
     Args:
         model: called as ``model(batch, cache)``; images are encoded once, with the prompt.
         prompts: left padded rows.
         eos_id: the token that ends an answer, or several.
-        all_done: turns "all rows of this rank have ended" into "of all ranks": sharded models must take the same number of steps.
+        all_done: turns "all rows of this rank have ended" into "of all ranks": sharded models must take the
+            same number of steps.
 
     Yields:
         (B,) the next id of each row; rows that have ended repeat one of ``eos_id``.
@@ -107,8 +109,9 @@ def generate_stream(
 def tokens_of(
     model: torch.nn.Module, prompt: Batch, *, max_new_tokens: int, eos_id: int | Collection[int], sampling: Sampling | None = None
 ) -> Iterator[int]:
-    """``generate_stream`` of a batch of one row, for a model that is not trained in this process: in inference mode a small operation costs
-    about a sixth less, but no gradient may ever flow through a tensor that was made in it.
+    """``generate_stream`` of a batch of one row, for a model that is not trained in this process: in
+    inference mode a small operation costs about a sixth less, but no gradient may ever flow through a tensor
+    that was made in it.
     """
     for ids in generate_stream(model, prompt, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling):
         yield int(ids[0])
@@ -147,11 +150,13 @@ def _ends(eos_id: int | Collection[int]) -> list[int]:
 
 
 class TextStream:
-    """Text of tokens as they come, a character at a time at the finest: together the pieces are the text of all tokens at once. What later
-    tokens may still change is held back: a character whose bytes lie in several tokens, and a run of byte tokens, of which a decoder of byte
-    fallback makes replacement characters, all of them, if one is stray.
+    """Text of tokens as they come, a character at a time at the finest: together the pieces are the text of
+    all tokens at once. What later tokens may still change is held back: a character whose bytes lie in
+    several tokens, and a run of byte tokens, of which a decoder of byte fallback makes replacement
+    characters, all of them, if one is stray.
 
-    Only the tokens since the last piece but one are decoded at each step, so the work grows with the length of the text, not with its square.
+    Only the tokens since the last piece but one are decoded at each step, so the work grows with the length
+    of the text, not with its square.
 
     Args:
         decode: ids -> text.
@@ -162,7 +167,8 @@ class TextStream:
         self.ids: list[int] = []
         self._decode, self._byte_ids = decode, byte_ids
         self._in_bytes = False  # the last token that is written is one of them
-        # ids[:_shown] have been given out, and decoding begins a piece earlier, as some decoders trim the first token
+        # ids[:_shown] have been given out, and decoding begins a piece earlier, as some decoders trim the
+        # first token
         self._begin = self._shown = 0
         self._before = ""  # the text of ids[_begin:_shown]
         self._given = 0  # characters

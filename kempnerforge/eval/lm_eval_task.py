@@ -1,4 +1,6 @@
-"""Held-out questions as a task for lm-eval (EleutherAI's lm-evaluation-harness), in a directory that needs nothing else."""
+"""Held-out questions as a task for lm-eval (EleutherAI's lm-evaluation-harness), in a directory that needs
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,10 @@ def write_task(
 ) -> WrittenTask:  # fmt: skip
     """Writes the questions that ``evaluate`` asks, with their images, and the task that lm-eval runs on them.
 
-    A question is the sample's prompt without a template: the chat template of a model writes the rest. An image is what its file holds, or a
-    PNG of it upright and in RGB where readers could differ. An answer is right as it is, or as the tokenizer of the job writes it. The task
-    says in its metadata how many questions there are, and how many of them have answers too long for it.
+    A question is the sample's prompt without a template: the chat template of a model writes the rest. An
+    image is what its file holds, or a PNG of it upright and in RGB where readers could differ. An answer is
+    right as it is, or as the tokenizer of the job writes it. The task says in its metadata how many questions
+    there are, and how many of them have answers too long for it.
 
     Args:
         source: what is held out.
@@ -148,8 +151,8 @@ def _asked(question: Question, placeholder: str, images: int) -> str:
 
 
 def encoded(image: ImageSource) -> bytes:
-    """An image that every reader opens alike: its file as it is where a plain reading gives the pixels that ours gives, else a PNG of these. They
-    differ where an image is turned, transparent, or not in 8 bits.
+    """An image that every reader opens alike: its file as it is where a plain reading gives the pixels that
+    ours gives, else a PNG of these. They differ where an image is turned, transparent, or not in 8 bits.
 
     Raises:
         ImageError: it cannot be used.

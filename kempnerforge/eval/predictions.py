@@ -23,7 +23,9 @@ KEYS = (
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises InputError if something else than predictions is at ``path``: the data, say, that are asked about."""
+    """Raises InputError if something else than predictions is at ``path``: the data, say, that are asked
+    about.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             first = file.readline(LINE)

@@ -146,10 +146,11 @@ class Task:
 class QuestionTask(Task):
     """A task that scores answers to held-out questions. A subclass says what one answer is worth: ``points``.
 
-    It records ``eval/NAME``, the mean of the points; ``eval/NAME_questions``, ``_unreadable``, ``_too_long`` and ``_cut``: the
-    questions asked, those that could not be asked, those whose true answer is longer than the model may write, and the answers that
-    the model did not end; ``eval/NAME/KIND`` by kind of question. With ``eval.blind`` the same questions are asked with blank images:
-    ``eval/NAME_blind``; with ``eval.shuffled`` with the images of other questions: ``eval/NAME_shuffled``.
+    It records ``eval/NAME``, the mean of the points; ``eval/NAME_questions``, ``_unreadable``, ``_too_long``
+    and ``_cut``: the questions asked, those that could not be asked, those whose true answer is longer than
+    the model may write, and the answers that the model did not end; ``eval/NAME/KIND`` by kind of question.
+    With ``eval.blind`` the same questions are asked with blank images: ``eval/NAME_blind``; with
+    ``eval.shuffled`` with the images of other questions: ``eval/NAME_shuffled``.
 
     Attributes:
         max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.
@@ -183,7 +184,9 @@ class QuestionTask(Task):
         return ask(exam, asked, blind=blind, max_new_tokens=self.max_new_tokens)
 
     def further(self, score: Score) -> dict[str, float]:
-        """Values besides the score, by what follows NAME in their keys: by default the score of each kind of question."""
+        """Values besides the score, by what follows NAME in their keys: by default the score of each kind of
+        question.
+        """
         return {f"/{kind}": self.value(part) for kind, part in score.kinds().items()}
 
     def measure(self, exam: Exam) -> Found | None:
@@ -251,10 +254,11 @@ class QuestionTask(Task):
 
 
 def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:
-    """Each question with the images of another one that has as many: a score that does not fall says that images are not used.
+    """Each question with the images of another one that has as many: a score that does not fall says that
+    images are not used.
 
-    The other one is half of the list away, as questions about one picture are often neighbours. Questions whose images are the only
-    ones of their number are left out.
+    The other one is half of the list away, as questions about one picture are often neighbours. Questions
+    whose images are the only ones of their number are left out.
     """
     by_count: dict[int, dict[Sequence[ImageSource], list[int]]] = defaultdict(dict)
     for number, question in asked.items():

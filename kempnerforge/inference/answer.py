@@ -8,8 +8,8 @@ from kempnerforge.eval.generate import TextStream
 
 
 class Answer:
-    """An answer that is written while one iterates over it: a piece of text for each token, some of them empty. The model works only when the
-    next piece is asked for.
+    """An answer that is written while one iterates over it: a piece of text for each token, some of them
+    empty. The model works only when the next piece is asked for.
 
     Args:
         tokens: ids, as the model makes them.

@@ -39,7 +39,9 @@ class LoadedExternal:
 def load_external(
     source: Path, tokenizer: Path | None = None, *, verify: bool = True, tolerance: float = TOLERANCE, progress: Progress = nothing
 ) -> LoadedExternal:
-    """Reads a model as ``import_model`` and ``load_pretrained`` do. Arguments and errors: see ``import_model`` (convert/commands.py)."""
+    """Reads a model as ``import_model`` and ``load_pretrained`` do. Arguments and errors: see
+    ``import_model`` (convert/commands.py).
+    """
     external = open_external(source)
     assembly = assemble(external.job, tokenizer_of(external, tokenizer), data=False)
     assembly.model.load_state_dict(external.read(progress), strict=True, assign=True)

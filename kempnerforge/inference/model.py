@@ -1,4 +1,6 @@
-"""A trained model in use: one front end for checkpoints, exports and models of others; it is asked, evaluated and converted."""
+"""A trained model in use: one front end for checkpoints, exports and models of others; it is asked, evaluated
+and converted.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +88,9 @@ class TrainedModel:
 
     @classmethod
     def restore(cls, path: Path, overrides: Sequence[str] = ()) -> TrainedModel:
-        """A checkpoint, or the newest one of a run directory, in the dtype that it was trained in. Its processor writes prompts as training
-        did; only a language model that was imported and not asked otherwise since takes the text as it is.
+        """A checkpoint, or the newest one of a run directory, in the dtype that it was trained in. Its
+        processor writes prompts as training did; only a language model that was imported and not asked
+        otherwise since takes the text as it is.
 
         Args:
             overrides: of the config that the checkpoint holds.
@@ -133,12 +136,14 @@ class TrainedModel:
 
     @property
     def has_turns(self) -> bool:
-        """Whether the model's template is one of conversations, so that a question may well have earlier ones before it."""
+        """Whether the model's template is one of conversations, so that a question may well have earlier ones
+        before it.
+        """
         return self.processor.encoder.texts[0].cfg.template in WITH_SYSTEM
 
     def groups(self, prompt: str, images: Sequence[Path]) -> list[tuple[Path, ...]]:
-        """``images`` as they are asked about: as many together as ``prompt`` has placeholders; if it has none, as many as each question of the
-        training had, or one by one.
+        """``images`` as they are asked about: as many together as ``prompt`` has placeholders; if it has
+        none, as many as each question of the training had, or one by one.
 
         Raises:
             InputError: they cannot be shared out.
@@ -160,7 +165,8 @@ class TrainedModel:
         sampling: Sampling | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> Answer:
-        """The model's answer to ``prompt`` about ``images``, which are where its placeholders are, or in front.
+        """The model's answer to ``prompt`` about ``images``, which are where its placeholders are, or in
+        front.
 
         Args:
             images: none, or one of ``groups``; files or encoded.
@@ -169,8 +175,8 @@ class TrainedModel:
             history: (prompt, answer) of the turns before. The images are the whole conversation's.
 
         Raises:
-            InputError: an image cannot be read, the model takes none, or no turns, the prompt has another number of placeholders, or there is
-                no room for prompt and answer.
+            InputError: an image cannot be read, the model takes none, or no turns, the prompt has another
+                number of placeholders, or there is no room for prompt and answer.
         """
         if images and not self.has_images:
             name = images[0] if isinstance(images[0], Path) else "image"
@@ -234,14 +240,17 @@ def load_pretrained(
         print(processor.decode(model.generate(inputs, max_new_tokens=16)[0]))
 
     Args:
-        path: a checkpoint or run directory; what ``kempnerforge import`` or ``export`` has made; or a directory of transformers (of a language
-            model, PaliGemma, LLaVA, Idefics3, SmolVLM, Llama 3.2 Vision) or of nanoVLM.
+        path: a checkpoint or run directory; what ``kempnerforge import`` or ``export`` has made; or a
+            directory of transformers (of a language model, PaliGemma, LLaVA, Idefics3, SmolVLM, Llama 3.2
+            Vision) or of nanoVLM.
         device: where to; None: a GPU if there is one.
-        plugins: modules or files in place of the plugins that the run names, which may have moved; relative to the working directory.
+        plugins: modules or files in place of the plugins that the run names, which may have moved; relative
+            to the working directory.
         trust_plugins: run the plugins that the run or export names. They are code; see docs/security.md.
         dtype: of the weights, and what it computes in; None: fp32, whatever it was trained or stored in.
-        verify: compare a model from elsewhere with its class in transformers, as ``kempnerforge import`` does; it takes the memory of both in
-            fp32. False: a warning says that it is not compared. Runs and our own exports need no comparison.
+        verify: compare a model from elsewhere with its class in transformers, as ``kempnerforge import``
+            does; it takes the memory of both in fp32. False: a warning says that it is not compared. Runs and
+            our own exports need no comparison.
 
     Raises:
         ValueError: nothing is there that can be loaded, or it is another model here than there.

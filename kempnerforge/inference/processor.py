@@ -42,13 +42,14 @@ AS_IT_IS = "tokenizer"
 
 @dataclass(frozen=True)
 class Inputs(Mapping[str, Tensor]):
-    """What a processor makes: the tensors that processors of transformers make, and the batch that our models take.
+    """What a processor makes: the tensors that processors of transformers make, and the batch that our models
+    take.
 
     Attributes:
         input_ids: (B, S) int64, left padded; positions of images hold the image token.
         attention_mask: (B, S) int64.
-        pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros, where the class takes it so; None
-            without images.
+        pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros,
+            where the class takes it so; None without images.
         batch: the same as a ``Batch``.
         end_id: the token that ends an answer, or several.
     """
@@ -77,17 +78,19 @@ class Inputs(Mapping[str, Tensor]):
 class Processor:
     """From images and texts to what a model reads.
 
-    A model that was trained here gets its texts as in training, by its template. One that comes from transformers gets the ids and the
-    pixels that its processor there makes: PaliGemma's puts images, BOS and a line break around a prompt; LLaVA's takes the text as it is,
-    with "<image>" where an image is; Idefics 3's also puts tokens around each image; and a language model's tokenizer takes
-    the text as it is, too. Of images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
+    A model that was trained here gets its texts as in training, by its template. One that comes from
+    transformers gets the ids and the pixels that its processor there makes: PaliGemma's puts images, BOS and
+    a line break around a prompt; LLaVA's takes the text as it is, with "<image>" where an image is; Idefics
+    3's also puts tokens around each image; and a language model's tokenizer takes the text as it is, too. Of
+    images it follows those that make one square view; ``load_pretrained`` says where a directory has another.
 
-    Images are upright and transparency is laid on white, as in training. Only where a processor of transformers is followed, an image that
-    is opened already is not turned by its EXIF orientation, as there.
+    Images are upright and transparency is laid on white, as in training. Only where a processor of
+    transformers is followed, an image that is opened already is not turned by its EXIF orientation, as there.
 
     Args:
         assembly: of the model.
-        follows: the class of the processor in transformers that is followed, or ``AS_IT_IS``; empty: the template.
+        follows: the class of the processor in transformers that is followed, or ``AS_IT_IS``; empty: the
+            template.
         image_id: the token at positions of images, if the source says.
         by_row: ``pixel_values`` have an axis for the images of a row.
 
@@ -215,11 +218,12 @@ def _grouped(images: Picture | Sequence[Picture | Sequence[Picture]] | None, tex
 
 
 def _encoded(image: Picture, literally: bool) -> ImageSource:
-    """As the data code takes it. What is opened already becomes a PNG, which loses nothing and is decoded at its full size.
+    """As the data code takes it. What is opened already becomes a PNG, which loses nothing and is decoded at
+    its full size.
 
     Args:
-        literally: as processors of transformers do it: files are decoded at full size, opened images are not turned, 16 bits become 8 by
-            clipping.
+        literally: as processors of transformers do it: files are decoded at full size, opened images are not
+            turned, 16 bits become 8 by clipping.
     """
     if isinstance(image, str):
         image = Path(image)
@@ -242,7 +246,9 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
 
 
 def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any], str]:
-    """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of its processor, or nothing."""
+    """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of
+    its processor, or nothing.
+    """
     kept: dict[str, Any] = {"source": str(external.path), "architecture": external.architecture, "image_id": external.image_id}
     if not assembly.model.has_images or not external.can_be_compared:
         return kept, ""

@@ -1,4 +1,6 @@
-"""What is trained, read from a finished batch: text with the trained tokens marked, and a list of what looks wrong."""
+"""What is trained, read from a finished batch: text with the trained tokens marked, and a list of what looks
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,16 @@ def render_rows(batch: Batch, tokenizer: Decoder, color: bool, names: Mapping[in
     """Each row as text with its trained tokens marked.
 
     Args:
-        color: mark trained tokens by a green background and print the rest dim; otherwise put trained tokens in [brackets], and write a
-            bracket or the name of a special token that the text itself holds after a backslash.
+        color: mark trained tokens by a green background and print the rest dim; otherwise put trained tokens
+            in [brackets], and write a bracket or the name of a special token that the text itself holds after
+            a backslash.
         names: special tokens by id, which are spelled out; None knows BOS and EOS alone.
 
     Returns:
-        One string per row: a line of counts, then a line for each text (and for what a sample's texts share, and for the padding), numbered
-        as in ``text_ids``. An image is ``[image x16]`` with its positions, or ``[image]`` where it takes none. In a row of several samples
-        each begins with a line that names it, and texts are numbered "sample.text".
+        One string per row: a line of counts, then a line for each text (and for what a sample's texts share,
+        and for the padding), numbered as in ``text_ids``. An image is ``[image x16]`` with its positions, or
+        ``[image]`` where it takes none. In a row of several samples each begins with a line that names it,
+        and texts are numbered "sample.text".
     """
     if names is None:
         names = {tokenizer.eos_id: "<eos>"} | ({} if tokenizer.bos_id is None else {tokenizer.bos_id: "<bos>"})
@@ -103,16 +107,19 @@ def audit(
 ) -> list[str]:
     """What is wrong with the labels of a batch; nothing, if all is well.
 
-    Found are: rows, samples and texts without a trained token; trained positions of images, padding or prompts; answers with untrained
-    tokens; labels that are not the next token, or that reach out of their text; answers whose last trained token is neither EOS nor the end
-    of a turn; images that do not are where the positions of images are, or in another sample or text than those; positions that do not
-    begin anew for each sample and text; samples that are in pieces; texts that would see each other; ``targets`` that are not the
-    positions with a label. Windows of plain text, where each position is trained, need no EOS and end on a token beyond the row.
+    Found are: rows, samples and texts without a trained token; trained positions of images, padding or
+    prompts; answers with untrained tokens; labels that are not the next token, or that reach out of their
+    text; answers whose last trained token is neither EOS nor the end of a turn; images that do not are where
+    the positions of images are, or in another sample or text than those; positions that do not begin anew for
+    each sample and text; samples that are in pieces; texts that would see each other; ``targets`` that are
+    not the positions with a label. Windows of plain text, where each position is trained, need no EOS and end
+    on a token beyond the row.
 
     Args:
         eos_id: id of EOS; None leaves the check for the end of answers out.
         ends: further tokens that an answer may end in, such as the template's end of a turn.
-        every_turn: each answer of a conversation has an end. False: its last one alone, as with templates that write none.
+        every_turn: each answer of a conversation has an end. False: its last one alone, as with templates
+            that write none.
         markers: tokens around images that are part of them, such as the markers of tiles.
 
     Returns:
@@ -197,7 +204,9 @@ def _leads(row: AuditRow, image: PlacedImage) -> bool:
 
 
 def _faults(row: AuditRow, ends: frozenset[int] | None, every_turn: bool) -> Iterator[tuple[str, int]]:
-    """(what is wrong, position): labels of one row. The position is where the trained token is, if there is one."""
+    """(what is wrong, position): labels of one row. The position is where the trained token is, if there is
+    one.
+    """
     length = len(row.ids)
     for segment in row.segments:
         sample, text, start, end = segment
@@ -229,7 +238,9 @@ def _faults(row: AuditRow, ends: frozenset[int] | None, every_turn: bool) -> Ite
 
 
 def _learns(row: AuditRow, start: int, end: int) -> bool:
-    """Whether any token of a segment is trained. The first may be: by the last position of what its sample shares."""
+    """Whether any token of a segment is trained. The first may be: by the last position of what its sample
+    shares.
+    """
     before = start > 0 and row.labels[start - 1] != IGNORE and row.trained(start)
     return before or any(label != IGNORE for label in row.labels[start : end - 1]) or end in row.windows
 

@@ -22,9 +22,9 @@ def row_facts(row: AuditRow, number: int, tokenizer: Decoder, names: Mapping[int
     """What is known of a row, as plain values.
 
     Returns:
-        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``AuditRow.shares``; ``images``
-        (``sample``, ``text``, ``start``, ``positions``, ``picture``); ``segments`` (``sample``, ``text``,
-        ``start``, ``end``, ``positions``: first and last, ``pieces``).
+        ``row``; ``samples`` (``id``, ``part``, ``shares``); ``shares`` as from ``AuditRow.shares``;
+        ``images`` (``sample``, ``text``, ``start``, ``positions``, ``picture``); ``segments`` (``sample``,
+        ``text``, ``start``, ``end``, ``positions``: first and last, ``pieces``).
         ``start`` and ``end`` are columns of the row.
     """
     padded = [*row.samples, *[""] * (row.num_samples - len(row.samples))]

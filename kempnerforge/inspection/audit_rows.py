@@ -1,7 +1,8 @@
 """Rows of a finished batch as plain lists, and as pieces to show: tokens, images, padding.
 
-Which tokens are trained follows from ``labels`` and nothing else: ``labels[b, t]`` is what position t learns to say next, so the token at
-t + 1 is trained. ``kinds``, which the same code writes beside the labels, is only ever compared with them.
+Which tokens are trained follows from ``labels`` and nothing else: ``labels[b, t]`` is what position t learns
+to say next, so the token at t + 1 is trained. ``kinds``, which the same code writes beside the labels, is
+only ever compared with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Literal, NamedTuple, Protocol
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 
 UNFINISHED = "\ufffd"
-"""What a decoder makes of bytes that are no character, such as the first token of a character that is spread over two."""
+"""What a decoder makes of bytes that are no character, such as the first token of a character that is spread
+over two."""
 
 
 class Decoder(Protocol):
@@ -28,8 +30,8 @@ class Decoder(Protocol):
 
 
 class Segment(NamedTuple):
-    """A stretch of a row that belongs to one text of one sample: positions ``start <= p < end``. Padding has sample -1, what the texts of a
-    sample share text 0.
+    """A stretch of a row that belongs to one text of one sample: positions ``start <= p < end``. Padding has
+    sample -1, what the texts of a sample share text 0.
     """
 
     sample: int
@@ -39,7 +41,9 @@ class Segment(NamedTuple):
 
 
 class PlacedImage(NamedTuple):
-    """An image in a row: its first position, the sample and text that it is in, its number in ``Batch.images``."""
+    """An image in a row: its first position, the sample and text that it is in, its number in
+    ``Batch.images``.
+    """
 
     start: int
     sample: int
@@ -81,7 +85,9 @@ class AuditRow:
 
     @cached_property
     def windows(self) -> frozenset[int]:
-        """Ends of the segments that are a piece of plain text: each position is trained, the last on a token that is not in the row."""
+        """Ends of the segments that are a piece of plain text: each position is trained, the last on a token
+        that is not in the row.
+        """
         return frozenset(
             s.end for s in self.segments if s.sample >= 0 and s.text > 0 and all(label != IGNORE for label in self.labels[s.start : s.end])
         )
@@ -105,7 +111,9 @@ class AuditRow:
         return self.owners[position] == self.owners[position - 1] or position not in self.windows
 
     def is_image(self, position: int) -> bool:
-        """Whether ``position`` is one of an image, or of a token that belongs to one: a marker, or what stands for an image without any."""
+        """Whether ``position`` is one of an image, or of a token that belongs to one: a marker, or what
+        stands for an image without any.
+        """
         if self.kinds[position] == Kind.IMAGE or (self.kinds[position] == Kind.PROMPT and self.ids[position] in self.markers):
             return True
         stands_for_one = any(image.start == position and image.text > 0 for image in self.images)
@@ -163,8 +171,10 @@ class ShownPiece:
     """What is shown as one thing.
 
     Attributes:
-        what: "text": one token, or several that only together are text; "special": a token with a name; "image"; "padding".
-        start, end: its positions; none where an image takes none, and one beyond the row for the last token of a window.
+        what: "text": one token, or several that only together are text; "special": a token with a name;
+            "image"; "padding".
+        start, end: its positions; none where an image takes none, and one beyond the row for the last token
+            of a window.
         trained: whether the model learns to say it.
         text: as decoded, unescaped; the name of a special token.
         picture: number in ``Batch.images``, and which of the row's images it is.
@@ -226,8 +236,9 @@ def _token(id_: int, at: int, trained: bool, names: Mapping[int, str]) -> ShownP
 
 
 def _texts(run: Sequence[ShownPiece], decode: Callable[[Sequence[int]], str]) -> Iterator[ShownPiece]:
-    """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once. A token may depend on the one before, and
-    a character may take several: each is decoded after the last one that was shown, and those that say nothing by themselves wait.
+    """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once. A token
+    may depend on the one before, and a character may take several: each is decoded after the last one that
+    was shown, and those that say nothing by themselves wait.
     """
     ids = [id_ for piece in run for id_ in piece.ids]
     context, begin = 0, 0  # tokens that are decoded along, tokens that are shown

@@ -1,4 +1,6 @@
-"""What follows from the sizes of all samples: how long texts are, how long rows should be, how much of them padding would be."""
+"""What follows from the sizes of all samples: how long texts are, how long rows should be, how much of them
+padding would be.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def distribution(values: np.ndarray) -> dict[str, float]:
 
 
 def histogram(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of whole numbers in at most ``bins`` bins of equal whole width, and their edges, one more. The last edge is not reached."""
+    """Counts of whole numbers in at most ``bins`` bins of equal whole width, and their edges, one more. The
+    last edge is not reached.
+    """
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     width = max(1, -(-(high - low + 1) // bins))
     edges = np.arange(low, high + 1 + width, width)
@@ -49,7 +53,8 @@ class RowLimits:
     """Limits of a row, and what they would do to the samples that were read.
 
     Attributes:
-        too_long: samples with a text that does not fit at all: they are refused, or cut where ``data.truncate`` says so.
+        too_long: samples with a text that does not fit at all: they are refused, or cut where
+            ``data.truncate`` says so.
         shortened: samples of which not all texts fit into one row.
     """
 
@@ -68,8 +73,8 @@ def row_limits(found: Found, max_text_len: int, seq_len: int) -> RowLimits:
 
 
 def recommended(found: Found, layout: Layout) -> RowLimits:
-    """The smallest limits, as multiples of ``MULTIPLE``, that leave ``COVERED`` percent of the samples whole; a row also has room for one
-    image and a text of full length, which a job must have.
+    """The smallest limits, as multiples of ``MULTIPLE``, that leave ``COVERED`` percent of the samples whole;
+    a row also has room for one image and a text of full length, which a job must have.
     """
     sized = found.sizes[found.has_size]
     if not len(sized):
@@ -108,7 +113,8 @@ class Batching:
 
 
 class ReadSizes:
-    """Sizes of samples from what was read. Those that were refused count as the median of the others, as they are replaced.
+    """Sizes of samples from what was read. Those that were refused count as the median of the others, as they
+    are replaced.
 
     Args:
         max_images: views of a row at most; a sample with more is refused. 0 is no limit.
@@ -135,8 +141,9 @@ class ReadSizes:
 
 
 def batching_modes(found: Found, source: Source, layout: Layout, train_cfg: TrainConfig, max_images: int) -> list[Batching]:
-    """What each batching mode would make of the samples: one epoch as the samplers of training lay it out, or ``MAX_STEPS`` steps. Where packed
-    rows of ``layout.seq_len`` stay below ``GOOD_SHARE``, longer ones are tried, too.
+    """What each batching mode would make of the samples: one epoch as the samplers of training lay it out, or
+    ``MAX_STEPS`` steps. Where packed rows of ``layout.seq_len`` stay below ``GOOD_SHARE``, longer ones are
+    tried, too.
 
     Args:
         found: what was read. If that is not all, the modes are laid out over what was, in any order.

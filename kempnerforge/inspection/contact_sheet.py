@@ -15,7 +15,8 @@ BACKGROUND, INK, FRAME = (255, 255, 255), (30, 33, 40), (205, 209, 217)
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 4, tile: int = 192) -> Image.Image:
-    """Lays images out in rows of ``columns``, each scaled to fit a square of ``tile`` pixels, with its caption below; RGB.
+    """Lays images out in rows of ``columns``, each scaled to fit a square of ``tile`` pixels, with its
+    caption below; RGB.
 
     Args:
         images: (N, 3, H, W) uint8, RGB.
@@ -43,7 +44,9 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 4,
 
 
 def _card(pixels: np.ndarray, caption: str, tile: int) -> Image.Image:
-    """One image, (3, H, W), in the middle of its tile, and its caption; small ones grow by a whole factor so that their pixels stay visible."""
+    """One image, (3, H, W), in the middle of its tile, and its caption; small ones grow by a whole factor so
+    that their pixels stay visible.
+    """
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))  # (H, W, 3)
     factor = tile / max(picture.size)
     width, height = (max(1, round(side * (int(factor) if factor >= 1 else factor))) for side in picture.size)

@@ -1,4 +1,6 @@
-"""What ``check`` and ``inspect`` say of the data after a glance at them: what was made of values, and what training and evaluation share."""
+"""What ``check`` and ``inspect`` say of the data after a glance at them: what was made of values, and what
+training and evaluation share.
+"""
 
 from __future__ import annotations
 

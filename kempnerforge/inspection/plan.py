@@ -1,4 +1,6 @@
-"""What ``check`` and ``--dry-run`` show of a job before it trains: modules, what trains, what it costs, and one batch through the model."""
+"""What ``check`` and ``--dry-run`` show of a job before it trains: modules, what trains, what it costs, and
+one batch through the model.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,9 @@ def plan(job: JobConfig) -> Plan:
 
 
 def check_patterns(assembly: Assembly) -> None:
-    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random weights would stay frozen. Where a run
-    reads weights or is continued, its initial weights are known only when it reads them.
+    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random
+    weights would stay frozen. Where a run reads weights or is continued, its initial weights are known only
+    when it reads them.
     """
     job, freeze = assembly.job, assembly.freeze
     freeze.check()
@@ -101,8 +104,8 @@ def _generation(assembly: Assembly, stage: Stage) -> GenerationCost | str:
 
 
 def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
-    """The first prompt of the stage's training data that can be read, alone; a window of running text where the data are that. Images have
-    no memory, only shapes.
+    """The first prompt of the stage's training data that can be read, alone; a window of running text where
+    the data are that. Images have no memory, only shapes.
     """
     encoder, layout = assembly.data.encoder(stage), assembly.data.layout
     source = assembly.data.sources[stage.index]
@@ -125,7 +128,9 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
 
 
 def dry_run(job: JobConfig) -> list[str]:
-    """Builds everything for real and takes the first batch of every stage through model and loss, writing nothing. Returns lines."""
+    """Builds everything for real and takes the first batch of every stage through model and loss, writing
+    nothing. Returns lines.
+    """
     assembly = assemble(job)
     for section in (section for stage in assembly.stages for section in stage.data.sections()):
         section.images.cache_dir = ""  # nor into a cache

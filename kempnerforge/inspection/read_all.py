@@ -1,4 +1,6 @@
-"""Reading a whole source before training does: every sample's size, every image decoded, everything unusable listed with its reason."""
+"""Reading a whole source before training does: every sample's size, every image decoded, everything unusable
+listed with its reason.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ class Bad:
     """A sample that cannot be used.
 
     Attributes:
-        kind: "row" (the source cannot read it), "image", "text", "length" (a text that does not fit into a row, or too many images), or "crash": not refused as
-            unusable, but with an exception that would end training.
+        kind: "row" (the source cannot read it), "image", "text", "length" (a text that does not fit into a
+            row, or too many images), or "crash": not refused as unusable, but with an exception that would
+            end training.
     """
 
     index: int
@@ -52,9 +55,10 @@ class Found:
 
     Attributes:
         indices: (n,) the samples read.
-        sizes: (n, len(COLUMNS)) int64. ``positions``: of a row with all of a sample's texts and images; ``row``: of its row under the limits
-            of the job, 0 if it is refused; ``text_tokens``: of all texts; ``longest``: of one text; ``needed``: positions of a row with the
-            longest text alone; ``trained``: labels; ``texts``; ``images``; ``views``. All 0 where a sample has no size.
+        sizes: (n, len(COLUMNS)) int64. ``positions``: of a row with all of a sample's texts and images;
+            ``row``: of its row under the limits of the job, 0 if it is refused; ``text_tokens``: of all
+            texts; ``longest``: of one text; ``needed``: positions of a row with the longest text alone;
+            ``trained``: labels; ``texts``; ``images``; ``views``. All 0 where a sample has no size.
         marks: of the usable samples by kind, see ``traces``.
         remarks: on the usable samples.
     """
@@ -128,7 +132,9 @@ class SampleReader:
         return Found(taken, sizes, bad, traces.marks(), remarks)
 
     def _size(self, sample: Sample, sizes: np.ndarray) -> None:
-        """Fills in one row of ``Found.sizes``; raises SampleError if the sample cannot be encoded, however much room there is."""
+        """Fills in one row of ``Found.sizes``; raises SampleError if the sample cannot be encoded, however
+        much room there is.
+        """
         positions, views = self.roomy.measure(sample)
         if not positions:
             positions = self.roomy.encode(sample, 0).table.shape[1]  # says what is wrong
@@ -234,7 +240,9 @@ def _in_pool(reader: SampleReader, chunks: Sequence[Sequence[int]], workers: int
 
 
 def spread(source: Source, limit: int, seed: int) -> list[int]:
-    """``limit`` samples of ``source``, and of each part of a mixture, drawn by ``seed``; the first ones of a stream. All of them for 0."""
+    """``limit`` samples of ``source``, and of each part of a mixture, drawn by ``seed``; the first ones of a
+    stream. All of them for 0.
+    """
     n = len(source)
     if not limit:
         return list(range(n))

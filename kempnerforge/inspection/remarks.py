@@ -1,4 +1,6 @@
-"""What is worth a word about samples that can all be used: values that were taken as text, prompts that cannot tell their answers apart."""
+"""What is worth a word about samples that can all be used: values that were taken as text, prompts that
+cannot tell their answers apart.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""``data.template`` as a chat template of transformers (Jinja): conversations are written as a model was trained to read them.
+"""``data.template`` as a chat template of transformers (Jinja): conversations are written as a model was
+trained to read them.
 
-A message is a string or a list of parts, ``{type: text, text: ...}`` and ``{type: image, ...}``. Where images go follows ``data.encode``: those
-that come before everything that is said are before the row, before BOS, unless the source or the template puts them elsewhere.
+A message is a string or a list of parts, ``{type: text, text: ...}`` and ``{type: image, ...}``. Where images
+go follows ``data.encode``: those that come before everything that is said are before the row, before BOS,
+unless the source or the template puts them elsewhere.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ READ = """
 {%- set asked = ns.turns | selectattr('role', 'equalto', 'user') | first -%}
 {%- if place == 'front' and asked is defined and asked['lead'] == ns.images -%}{%- set ns.front = image * ns.images -%}{%- endif -%}
 """
-"""Messages as turns: how many images lead each of them, and its text, with a placeholder for each of the others."""
+"""Messages as turns: how many images lead each of them, and its text, with a placeholder for each of the
+others."""
 
 SAID = """
 {%- if turn['lead'] and place != 'template' and not ns.front -%}
@@ -116,10 +119,12 @@ def chat_template(
 
     Args:
         asking: where the training texts have their images; None: the usual place of the source.
-        processor: the class that takes the text, if it adds to it: PaliGemma's adds BOS after the last image and a line break at the end,
-            Idefics 3's adds tokens around images.
-        adds_bos: the tokenizer puts BOS before every text. (A chat template of the tokenizer itself is not changed.)
-        space: between BOS and the rest, for tokenizers that begin a text with one, but not after a special token.
+        processor: the class that takes the text, if it adds to it: PaliGemma's adds BOS after the last image
+            and a line break at the end, Idefics 3's adds tokens around images.
+        adds_bos: the tokenizer puts BOS before every text. (A chat template of the tokenizer itself is not
+            changed.)
+        space: between BOS and the rest, for tokenizers that begin a text with one, but not after a special
+            token.
 
     Raises:
         ValueError: ``cfg`` does not fit the tokenizer.

@@ -31,7 +31,9 @@ MAX_TEXT = 512
 
 
 class FileTensor(NamedTuple):
-    """The tensor in the files that is a parameter of ours, or the one of its ``parts`` equal groups of rows that is."""
+    """The tensor in the files that is a parameter of ours, or the one of its ``parts`` equal groups of rows
+    that is.
+    """
 
     name: str
     part: int = 0
@@ -57,8 +59,10 @@ class ExternalModel:
         file_tensors: our parameter name -> its tensor in the files.
         files: tensor name -> file.
         image_id: the token at the positions of an image; None: the text has no token for images.
-        image_is_word: images take no position, and that token is in the stream as a word, the first one that sees its image.
-        added_tokens: tokens that the code of these files adds after the tokenizer's vocabulary, in the order of their ids.
+        image_is_word: images take no position, and that token is in the stream as a word, the first one that
+            sees its image.
+        added_tokens: tokens that the code of these files adds after the tokenizer's vocabulary, in the order
+            of their ids.
         notes: differences between that code and ours, for people.
         tied: both names of a tied head, if the files have both.
     """
@@ -84,7 +88,8 @@ class ExternalModel:
         """All parameters, by our names, in fp32.
 
         Raises:
-            InputError: a tensor is quantised, has another shape than our parameter, or a tied head is not the embedding.
+            InputError: a tensor is quantised, has another shape than our parameter, or a tied head is not the
+                embedding.
         """
         by_tensor: dict[str, list[str]] = {}
         for name, source in self.file_tensors.items():

@@ -28,7 +28,8 @@ def read_tokenizer(source: Path, given: Path | None) -> Tokenizer:
 
 
 def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenizer:
-    """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that is at every placeholder.
+    """As ``read_tokenizer``. The token of an image that is a word of the stream is marked as one that is at
+    every placeholder.
 
     Raises:
         ValueError: there is no tokenizer, or that token is another one.
@@ -50,7 +51,9 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
 
 
 def _with_tokens(words: Tokenizer, external: ExternalModel) -> Tokenizer:
-    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its embedding."""
+    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its
+    embedding.
+    """
     names, rows = external.added_tokens, external.job.model.vocab_size
     words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])
     if beyond := [name for name in names if not 0 <= (words.backend.token_to_id(name) or 0) < rows]:

@@ -1,4 +1,6 @@
-"""The families of language models of transformers that the text backbone can be: one entry of ``FAMILIES`` each. Nothing here reads a file."""
+"""The families of language models of transformers that the text backbone can be: one entry of ``FAMILIES``
+each. Nothing here reads a file.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ LAYER = {
     "mlp_norm": "post_attention_layernorm",
     "mlp": "mlp",
 }
-"""Parts of ``layers.{i}``: our name -> the one in files. Names inside the parts (``q_proj.weight``, ``k_norm.weight``) are equal."""
+"""Parts of ``layers.{i}``: our name -> the one in files. Names inside the parts (``q_proj.weight``,
+``k_norm.weight``) are equal."""
 
 FOUR_NORMS = LAYER | {
     "attention.post_norm": "post_attention_layernorm",
@@ -33,7 +36,8 @@ FOUR_NORMS = LAYER | {
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of language model in transformers: all that is known of it here. ``interop/settings.py`` and ``interop/keys.py`` follow the entry.
+    """One kind of language model in transformers: all that is known of it here. ``interop/settings.py`` and
+    ``interop/keys.py`` follow the entry.
 
     Attributes:
         architecture: its class in transformers.
@@ -42,9 +46,11 @@ class Family:
         activation_key: the key of ``config.json`` that names the activation.
         activations: ``model.activation`` -> value of that key.
         default_activation: ``model.activation`` where the key is null; empty: not said.
-        settings: ``[model]`` key -> key of ``config.json``, for settings that other families do not have. Three of them are converted:
-            ``attention_scale``, ``nope_interval`` (every n-th layer without positions), ``rope_local_theta`` (another base in local layers).
-        window_pattern: ``model.window_pattern`` of the layers that slide where ``layer_types`` does not say; empty: the class has no windows.
+        settings: ``[model]`` key -> key of ``config.json``, for settings that other families do not have.
+            Three of them are converted: ``attention_scale``, ``nope_interval`` (every n-th layer without
+            positions), ``rope_local_theta`` (another base in local layers).
+        window_pattern: ``model.window_pattern`` of the layers that slide where ``layer_types`` does not say;
+            empty: the class has no windows.
         constants: further keys of ``config.json`` that are written: something that the class could do is off.
         also: further keys that are followed.
         off: further keys that must be off.
@@ -167,7 +173,9 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 def hf_name(name: str, family: str) -> str:
-    """``layers.0.attention.q_proj.weight`` -> ``layers.0.self_attn.q_proj.weight``. The head has another prefix: see ``text_names``."""
+    """``layers.0.attention.q_proj.weight`` -> ``layers.0.self_attn.q_proj.weight``. The head has another
+    prefix: see ``text_names``.
+    """
     if name in TOP:
         return TOP[name]
     layers, index, rest = name.split(".", 2)

@@ -1,7 +1,7 @@
 """GGUF files of the Llama architecture (llama.cpp's format): weights of any quantisation, and the tokenizer.
 
-Of the package ``gguf`` are used: ``GGUFReader`` (parses the file), ``quants.dequantize``, and ``get_tensor_name_map`` with ``MODEL_ARCH``
-(names of tensors). Ours are:
+Of the package ``gguf`` are used: ``GGUFReader`` (parses the file), ``quants.dequantize``, and
+``get_tensor_name_map`` with ``MODEL_ARCH`` (names of tensors). Ours are:
 
 * the settings: transformers' reader of GGUF ignores keys that it does not know (such as ``llama.attention.clamp_kqv``), and the model
   would compute something else;
@@ -82,7 +82,9 @@ class GGUFModel(ExternalModel):
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """(H * E, D): the file rotates neighbouring rows of a head together, our attention its first half with its second."""
+    """(H * E, D): the file rotates neighbouring rows of a head together, our attention its first half with
+    its second.
+    """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -1,7 +1,9 @@
-"""The keys of a language model's ``config.json``: each is followed, or its class does not read it, or one value of it can be read.
+"""The keys of a language model's ``config.json``: each is followed, or its class does not read it, or one
+value of it can be read.
 
-Keys that are not listed here pass only where they cannot matter: they have the class's default, or do not occur in the class's own files.
-``tests/interop/test_keys.py`` changes every key of every family and compares logits with those of transformers.
+Keys that are not listed here pass only where they cannot matter: they have the class's default, or do not
+occur in the class's own files. ``tests/interop/test_keys.py`` changes every key of every family and compares
+logits with those of transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ BOOKKEEPING = frozenset({
     *("pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
     *("_attn_implementation", "_name_or_path", "attention_dropout", "unk_token_id"),
 })  # fmt: skip
-"""Facts about a model, its training or its files; none changes a logit. (``attention_dropout`` acts in training: ``model.dropout`` here.)"""
+"""Facts about a model, its training or its files; none changes a logit. (``attention_dropout`` acts in
+training: ``model.dropout`` here.)"""
 
 _OFF = (None, False)
 ONLY: dict[str, tuple[Any, ...]] = {

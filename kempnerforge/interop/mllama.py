@@ -1,7 +1,9 @@
-"""Llama 3.2 Vision (``MllamaForConditionalGeneration``; Llama Team 2024, section 7) in both directions: a Llama with gated cross-attention.
+"""Llama 3.2 Vision (``MllamaForConditionalGeneration``; Llama Team 2024, section 7) in both directions: a
+Llama with gated cross-attention.
 
-In transformers a block of cross-attention is a layer among the others. Ours is before every n-th layer, as a part of it, so the numbers of
-layers differ: with n = 4 layers 0 1 2 *3* 4 5 6 7 *8* 9 of the class are our layers 0 1 2, 3 with a block, 4 5 6, 7 with a block.
+In transformers a block of cross-attention is a layer among the others. Ours is before every n-th layer, as a
+part of it, so the numbers of layers differ: with n = 4 layers 0 1 2 *3* 4 5 6 7 *8* 9 of the class are our
+layers 0 1 2, 3 with a block, 4 5 6, 7 with a block.
 
 An image is one tile. Several tiles of one image, and their aspect ratios, are not read.
 """
@@ -64,7 +66,9 @@ def arch() -> str:
 
 
 def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
-    """Keys of ``[vlm]`` with which our blocks compute the same as the class, except the number of blocks and of rows."""
+    """Keys of ``[vlm]`` with which our blocks compute the same as the class, except the number of blocks and
+    of rows.
+    """
     return {
         "attention_mask": "causal",
         "cross_attention_n_heads": model.n_heads,
@@ -91,7 +95,9 @@ def block_layers(every: int, layers: int) -> list[int]:
 
 
 def added_parameters(job: JobConfig) -> dict[str, Tensor]:
-    """Parameters that text backbone, tower and adapter do not have, and the head, which is narrower; on the meta device."""
+    """Parameters that text backbone, tower and adapter do not have, and the head, which is narrower; on the
+    meta device.
+    """
     cfg, how = job.model, vars(job.vlm)
     dim, width, hidden, every = cfg.dim, cfg.head_width, cfg.ffn_width, how["cross_attention_every_n_layers"]
     q, kv = cfg.n_heads * width, cfg.kv_heads * width

@@ -1,4 +1,6 @@
-"""nanoVLM's checkpoints (``config.json`` of its ``VLMConfig``, one safetensors file): names, settings and checks."""
+"""nanoVLM's checkpoints (``config.json`` of its ``VLMConfig``, one safetensors file): names, settings and
+checks.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ _TURNS = TurnsConfig(
     bos=False,
 )
 _QUESTIONS = TurnsConfig(user="Question: {prompt} ", assistant="Answer:", bos=False)
-"""The first generation, which has neither a chat template nor tokens of its own: the image is in front of all."""
+"""The first generation, which has neither a chat template nor tokens of its own: the image is in front of
+all."""
 IMAGE_TOKEN, GRID = "<|image|>", 8
 """The token at positions of an image, and how many rows and columns of tiles have a token before them."""
 
@@ -66,7 +69,8 @@ SIZES = (
 )
 MAY_LACK = ("lm_max_position_embeddings", "max_img_size", "mp_image_token_length")
 NUMBERS = ("lm_re_base", "lm_rms_eps", "vit_ln_eps", "lm_attn_scaling")
-"""Keys that are whole numbers above 0, those among them that older files do not have, and other numbers above 0."""
+"""Keys that are whole numbers above 0, those among them that older files do not have, and other numbers above
+0."""
 SHARED = {HEAD: "decoder.token_embedding.weight"}
 """Its file has one of the two names of a tensor: the first in the alphabet."""
 SPARE = re.compile(r"decoder\.(head\.weight|rotary_embd\.(inv_freq|cos_cached|sin_cached))$")

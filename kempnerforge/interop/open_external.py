@@ -1,4 +1,6 @@
-"""Opens a model of another project: language models and vision-language models of transformers, nanoVLM, GGUF files."""
+"""Opens a model of another project: language models and vision-language models of transformers, nanoVLM, GGUF
+files.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def open_external(path: Path | str) -> ExternalModel:
     """A directory, or a GGUF file. Reads config and names, not the weights.
 
     Raises:
-        InputError: it cannot be read, or holds a model that ours cannot be, or tensors are missing or unknown.
+        InputError: it cannot be read, or holds a model that ours cannot be, or tensors are missing or
+            unknown.
     """
     path = Path(path)
     if path.suffix == ".gguf":

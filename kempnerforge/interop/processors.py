@@ -1,4 +1,6 @@
-"""Files of a processor of transformers that prepares images as our data code does, and where the processor of a directory differs from it."""
+"""Files of a processor of transformers that prepares images as our data code does, and where the processor of
+a directory differs from it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def _square(side: int) -> dict[str, int]:
 def processor_candidates(
     kind: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig, image_tokens: int, placeholder: str
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """Processors that may do what our data code does, the most likely first: class -> its files by name, without the tokenizer's.
+    """Processors that may do what our data code does, the most likely first: class -> its files by name,
+    without the tokenizer's.
 
     Args:
         size: pixels of a view's side.
@@ -85,7 +88,9 @@ def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict
 
 
 def followed_processor(path: Path, kind: str) -> str | None:
-    """The class of a directory's processor, among those that we follow for its ``model_type``; None: there is none."""
+    """The class of a directory's processor, among those that we follow for its ``model_type``; None: there is
+    none.
+    """
     family = VLM_FAMILIES.get(kind)
     if family is None or not family.processors:
         return None
@@ -93,7 +98,9 @@ def followed_processor(path: Path, kind: str) -> str | None:
 
 
 def differing_settings(files: ImageSettings, side: int) -> list[str]:
-    """Settings of an image processor that do not give one square of ``side`` pixels, bicubic: reasons for other pixels."""
+    """Settings of an image processor that do not give one square of ``side`` pixels, bicubic: reasons for
+    other pixels.
+    """
     wanted: dict[str, Any] = {"do_resize": True, "resample": BICUBIC, "do_image_splitting": False, "do_pad": False}
     if "max_image_size" in files.settings:
         wanted |= {"max_image_size": {"longest_edge": side}}

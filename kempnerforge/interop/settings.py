@@ -21,7 +21,8 @@ ABSENT = {"rope_local_theta": 0.0, "rope_global_interval": 0, "nope_interval": 0
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` with every setting written: files leave out defaults of the class. The config of an unknown model is not changed.
+    """``config.json`` with every setting written: files leave out defaults of the class. The config of an
+    unknown model is not changed.
 
     Raises:
         ValueError: the class does not take it.
@@ -36,7 +37,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts(cfg: ModelConfig) -> dict[str, Any]:
-    """The settings that decide what the backbone computes, by key of ``[model]``, with zeros resolved. The tensors decide vocabulary and head."""
+    """The settings that decide what the backbone computes, by key of ``[model]``, with zeros resolved. The
+    tensors decide vocabulary and head.
+    """
     resolved: dict[str, Any] = {"n_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "ffn_dim": cfg.ffn_width}
     resolved["attention_scale"] = cfg.attention_scale or cfg.head_width**-0.5
     resolved["rope_global_interval"] = cfg.rope_global_interval if cfg.rope_local_theta else 0
@@ -81,7 +84,9 @@ def hf_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window_facts(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """``sliding_window`` and the shortest ``window_pattern``, by the class's own rule where ``layer_types`` is not followed."""
+    """``sliding_window`` and the shortest ``window_pattern``, by the class's own rule where ``layer_types``
+    is not followed.
+    """
     if not family.window_pattern:
         return _windows(0, "")
     kinds = config.get("layer_types") if "layer_types" in family.also else None
@@ -195,7 +200,8 @@ def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
 
 
 def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
-    """The ``config.json`` of ``cfg``, without what the tokenizer knows, in the form that files on the hub have.
+    """The ``config.json`` of ``cfg``, without what the tokenizer knows, in the form that files on the hub
+    have.
 
     Args:
         family: as what; None takes the first that can say it all.

@@ -1,4 +1,6 @@
-"""The contract of a vision-language class of transformers that a model of ours can be. ``interop/vlms.py`` has the table of them."""
+"""The contract of a vision-language class of transformers that a model of ours can be. ``interop/vlms.py``
+has the table of them.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ class VLMFamily(ABC):
         layouts: the forms that its files have had; the first is written.
         data: keys of ``[data]`` that say how its texts are written, with one image in front of the prompt.
         image_key: the key of ``config.json`` with the token of an image, as it is written.
-        processors: classes of processors in transformers that can serve it; its own is the first. Empty: none makes single views.
+        processors: classes of processors in transformers that can serve it; its own is the first. Empty: none
+            makes single views.
         image_processor: the class of its image processor.
         images_by_row: its ``pixel_values`` have an axis for the images of a row.
         image_is_word: images take no position in the stream; the token of an image is a word of it.
@@ -86,7 +89,8 @@ class VLMFamily(ABC):
 
     @abstractmethod
     def sections(self, config: dict[str, Any], rows: int, normalisation: Normalisation) -> VLMSections:
-        """The sections of a ``config.json``, which is given as it is; ``rows`` of the embedding in the files are 0 if there is none.
+        """The sections of a ``config.json``, which is given as it is; ``rows`` of the embedding in the files
+        are 0 if there is none.
 
         Raises:
             InputError: a model of the class that ours cannot be.
@@ -108,7 +112,9 @@ class VLMFamily(ABC):
         """Our parameter name -> the one in files of this layout."""
 
     def is_unread(self, name: str, layout: FileLayout, used: Collection[str]) -> bool:
-        """Whether our model does without a tensor of the files. ``used`` are the tensors that are parameters of ours."""
+        """Whether our model does without a tensor of the files. ``used`` are the tensors that are parameters
+        of ours.
+        """
         return False
 
     # ---- writing
@@ -127,7 +133,9 @@ class VLMFamily(ABC):
 
     @abstractmethod
     def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int, ids: Ids) -> dict[str, Any]:
-        """The ``config.json`` of ``job``'s model, with ``image_tokens`` of one image. ``encoder`` is a tower of transformers."""
+        """The ``config.json`` of ``job``'s model, with ``image_tokens`` of one image. ``encoder`` is a tower
+        of transformers.
+        """
 
     @abstractmethod
     def tensors(self, job: JobConfig, encoder: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,8 +147,8 @@ class VLMFamily(ABC):
         """Arguments of the class's ``forward``.
 
         Args:
-            inputs: "input_ids" (B, S) with the token of each image, "attention_mask", and "pixel_values" (N, 3, H, H), row after row; each
-                row has as many images.
+            inputs: "input_ids" (B, S) with the token of each image, "attention_mask", and "pixel_values" (N,
+                3, H, H), row after row; each row has as many images.
             config: of the class.
         """
         inputs = dict(inputs)

@@ -1,7 +1,9 @@
-"""The vision-language families of transformers that can be read and written: one entry of ``VLM_FAMILIES`` each.
+"""The vision-language families of transformers that can be read and written: one entry of ``VLM_FAMILIES``
+each.
 
-Most are one stream of image tokens and words: the class's vision tower under its own names, an adapter, and a text backbone of one of the
-``FAMILIES``. Such a family is a ``StreamVLM``. A family of another kind is a file with a subclass of ``VLMFamily``, as ``interop/mllama.py``.
+Most are one stream of image tokens and words: the class's vision tower under its own names, an adapter, and a
+text backbone of one of the ``FAMILIES``. Such a family is a ``StreamVLM``. A family of another kind is a file
+with a subclass of ``VLMFamily``, as ``interop/mllama.py``.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ from kempnerforge.interop.vlm_family import (
 from kempnerforge.util.errors import InputError
 
 UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
-"""Tensors of a tower that ours may lack, besides layers after the one that is read: a norm that no patch passes, pooling."""
+"""Tensors of a tower that ours may lack, besides layers after the one that is read: a norm that no patch
+passes, pooling."""
 
 NORM_OF_CLS = ("post_layernorm.weight", "post_layernorm.bias")
-"""In CLIP this norm is for the CLS token alone: our tower does not have it, and the class wants its weights."""
+"""In CLIP this norm is for the CLS token alone: our tower does not have it, and the class wants its
+weights."""
 
 HUB = FileLayout("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight")
 SAVED = HUB._replace(vision="vision_tower.")  # what save_pretrained of transformers 5 writes
@@ -49,7 +53,9 @@ CONNECTOR = FileLayout("model.vision_model.", "model.connector.", "model.text_mo
 
 
 class MoreKeys(NamedTuple):
-    """Further keys of a ``config.json`` that is written: of the whole, of ``text_config`` and of ``vision_config``."""
+    """Further keys of a ``config.json`` that is written: of the whole, of ``text_config`` and of
+    ``vision_config``.
+    """
 
     whole: dict[str, Any]
     text: dict[str, Any]
@@ -63,7 +69,8 @@ class StreamVLM(VLMFamily):
     Attributes:
         families: kinds of text model that it may have; the first that fits is written.
         tower: our config class of its vision tower.
-        tower_type: ``model_type`` of that tower in its ``config.json``, and ``tower_aliases`` its names in older files.
+        tower_type: ``model_type`` of that tower in its ``config.json``, and ``tower_aliases`` its names in
+            older files.
         adapter: makes ``[adapter]`` from its ``config.json``.
         adapter_config: the inverse: keys of ``config.json`` that say what ``[adapter]`` does.
         adapter_names: our names in the adapter -> those in the files.
@@ -254,7 +261,9 @@ VLM_FAMILIES: dict[str, VLMFamily] = {family.kind: family for family in _FAMILIE
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model in a ``config.json``, which may be all of it, without keys that are ``vlm.attention_mask`` here."""
+    """The language model in a ``config.json``, which may be all of it, without keys that are
+    ``vlm.attention_mask`` here.
+    """
     text, family = config.get("text_config", config), VLM_FAMILIES.get(str(config.get("model_type")))
     if family is not None and family.text_unread and isinstance(text, dict):
         return {key: value for key, value in text.items() if key not in family.text_unread}

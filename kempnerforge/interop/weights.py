@@ -1,4 +1,6 @@
-"""Weights to start from, wherever they are: a checkpoint or run directory of ours, or a Hugging Face directory."""
+"""Weights to start from, wherever they are: a checkpoint or run directory of ours, or a Hugging Face
+directory.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,12 @@ log = logging.getLogger("kempnerforge")
 
 
 def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
-    """All model tensors at ``path``, by our parameter names. Call it on all ranks; each has all of them, on the CPU.
+    """All model tensors at ``path``, by our parameter names. Call it on all ranks; each has all of them, on
+    the CPU.
 
     Args:
-        path: a checkpoint, a folder of them (the newest is taken), a run directory, or a Hugging Face directory (see ``read_text_weights``).
+        path: a checkpoint, a folder of them (the newest is taken), a run directory, or a Hugging Face
+            directory (see ``read_text_weights``).
         cfg: ``[model]`` of the model that takes the weights.
 
     Raises:
@@ -56,19 +60,22 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
-    """The text model in the directory ``path``, of one of the ``FAMILIES``. Every tensor of the files is one of the text model's, or of a known
-    other kind, which is logged; every tensor of the text model is there, in the shape that ``[model]`` asks for.
+    """The text model in the directory ``path``, of one of the ``FAMILIES``. Every tensor of the files is one
+    of the text model's, or of a known other kind, which is logged; every tensor of the text model is there,
+    in the shape that ``[model]`` asks for.
 
     Args:
-        path: a directory with ``config.json`` and safetensors, sharded or not. Of a vision-language model, the text part is read.
+        path: a directory with ``config.json`` and safetensors, sharded or not. Of a vision-language model,
+            the text part is read.
         cfg: ``[model]``, with ``vocab_size`` set.
 
     Returns:
-        ``transformer.*`` -> tensor on the CPU, in the dtype of the file, without new tokens. An embedding that is the head as well is there
-        twice when ``cfg`` does not tie them.
+        ``transformer.*`` -> tensor on the CPU, in the dtype of the file, without new tokens. An embedding
+        that is the head as well is there twice when ``cfg`` does not tie them.
 
     Raises:
-        InputError: the directory cannot be read, holds another model than ``cfg`` describes, lacks tensors or has unknown ones.
+        InputError: the directory cannot be read, holds another model than ``cfg`` describes, lacks tensors or
+            has unknown ones.
     """
     path = Path(path)
     config = read_config(path)
@@ -117,7 +124,9 @@ def _of_checkpoint(checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
-    """``tensors`` with a head if ``cfg`` has an untied one; if it has none, a head there must be the embedding."""
+    """``tensors`` with a head if ``cfg`` has an untied one; if it has none, a head there must be the
+    embedding.
+    """
     embedding, head = (tensors.get(f"transformer.{name}") for name in (EMBEDDING, HEAD))
     if not cfg.tie_embeddings and head is None and embedding is not None:
         return tensors | {f"transformer.{HEAD}": embedding}
@@ -150,7 +159,8 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | st
 
     Args:
         model: not sharded.
-        weights: from ``read_weights(source)``; tensors that are no parameters of the model are counted in the log.
+        weights: from ``read_weights(source)``; tensors that are no parameters of the model are counted in the
+            log.
         optional: prefixes of names that are passed over where the shape is another.
 
     Returns:

@@ -1,4 +1,6 @@
-"""Writes directories that transformers loads: ``config.json`` and safetensors, with the names of files on the hub."""
+"""Writes directories that transformers loads: ``config.json`` and safetensors, with the names of files on the
+hub.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def nothing(what: str, done: int, total: int) -> None:
 
 @contextmanager
 def fresh(path: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes ``path`` when all is done. After an error, Ctrl-C or a kill there is no ``path``.
+    """A directory to write into, which becomes ``path`` when all is done. After an error, Ctrl-C or a kill
+    there is no ``path``.
 
     Raises:
         ValueError: something is there already.
@@ -105,7 +108,8 @@ def write_config(path: Path, config: Mapping[str, Any], name: str = CONFIG) -> N
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = nothing) -> None:
-    """``model.safetensors``, or as many shards as are needed, with their index. Older weights there are replaced.
+    """``model.safetensors``, or as many shards as are needed, with their index. Older weights there are
+    replaced.
 
     Args:
         shard_bytes: the size of a file at most; a larger tensor gets a file of its own.
@@ -135,7 +139,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
 
 
 def cast_files(path: Path, dtype: torch.dtype) -> None:
-    """Casts the weights at ``path`` to ``dtype``, and says so in its ``config.json``, if there is one. Tensors of integers are not cast."""
+    """Casts the weights at ``path`` to ``dtype``, and says so in its ``config.json``, if there is one.
+    Tensors of integers are not cast.
+    """
     if (path / CONFIG).is_file():
         config = read_object(path / CONFIG)
         for section in (config, *(part for part in config.values() if isinstance(part, dict))):

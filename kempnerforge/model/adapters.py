@@ -1,6 +1,7 @@
 """Adapters: from the vision encoder's features to tokens of the language model's width.
 
-Shapes: N images, F features of one image, s ``factor``, Di ``in_dim``, Do ``out_dim``, T tokens that leave, H heads, E head width.
+Shapes: N images, F features of one image, s ``factor``, Di ``in_dim``, Do ``out_dim``, T tokens that leave, H
+heads, E head width.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class LinearAdapter(ProjectingAdapter):
 
 @registry.register_adapter("mlp_2layer")
 class MLPAdapter(ProjectingAdapter):
-    """Linear, GELU, linear (LLaVA-1.5, Liu et al. 2023b); the hidden width is ``out_dim`` unless the config says another."""
+    """Linear, GELU, linear (LLaVA-1.5, Liu et al. 2023b); the hidden width is ``out_dim`` unless the config
+    says another.
+    """
 
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
@@ -91,7 +94,9 @@ class MLPAdapter(ProjectingAdapter):
 
 
 class GridAdapter(ProjectingAdapter):
-    """The base of adapters that join ``factor`` x ``factor`` neighbours of a square grid, which is given row by row."""
+    """The base of adapters that join ``factor`` x ``factor`` neighbours of a square grid, which is given row
+    by row.
+    """
 
     def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
@@ -107,7 +112,8 @@ class GridAdapter(ProjectingAdapter):
 class PixelShuffleAdapter(GridAdapter):
     """Space to depth (the inverse of Shi et al. 2016, eq. 4), then a projection.
 
-    A token is a window; its channels are the window's features one after the other, row by row: the order of Idefics3, SmolVLM, nanoVLM.
+    A token is a window; its channels are the window's features one after the other, row by row: the order of
+    Idefics3, SmolVLM, nanoVLM.
     """
 
     def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
@@ -134,7 +140,9 @@ class AvgPoolAdapter(GridAdapter):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents read the features and themselves, then a feed-forward, each added to them (Alayrac et al. 2022, figure 5)."""
+    """Latents read the features and themselves, then a feed-forward, each added to them (Alayrac et al. 2022,
+    figure 5).
+    """
 
     def __init__(self, cfg: PerceiverConfig, dim: int) -> None:
         super().__init__()
@@ -162,9 +170,11 @@ class PerceiverLayer(nn.Module):
 
 @registry.register_adapter("perceiver")
 class PerceiverAdapter(ProjectingAdapter):
-    """The Perceiver resampler (Alayrac et al. 2022, section 2.1): learned latents take in any number of features, in any order.
+    """The Perceiver resampler (Alayrac et al. 2022, section 2.1): learned latents take in any number of
+    features, in any order.
 
-    It works at the width of the vision features, as Flamingo's does; a projection to the language model's width follows.
+    It works at the width of the vision features, as Flamingo's does; a projection to the language model's
+    width follows.
     """
 
     def __init__(self, cfg: PerceiverConfig, in_dim: int, out_dim: int, num_features: int) -> None:

@@ -17,16 +17,18 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from kempnerforge.model.documents import Documents, RowDocuments, take_apart
 
 FLEX_FROM = 1024
-"""Keys from which FlexAttention is taken on CUDA: it skips blocks that are masked out and needs no (Q, K) mask in memory."""
+"""Keys from which FlexAttention is taken on CUDA: it skips blocks that are masked out and needs no (Q, K)
+mask in memory."""
 PREFIX_FROM = 64
 """Length from which a ``Prefix`` is taken on CUDA, where a kernel without a mask is the fast one.
 
-NOTE: never on a CPU. There two products on slices take 1.3 to 1.7 times as long as one with a mask for 16 positions, and 0.9 (fp32) to 1.1
-(bf16) times for 128 and 196. ``benchmarks/attention.py`` measures it.
+NOTE: never on a CPU. There two products on slices take 1.3 to 1.7 times as long as one with a mask for 16
+positions, and 0.9 (fp32) to 1.1 (bf16) times for 128 and 196. ``benchmarks/attention.py`` measures it.
 """
 DOCUMENTS_FROM = 384
-"""Keys from which rows of several samples are taken apart where there is no FlexAttention. On a CPU a dense mask takes half to twice as long for
-128 to 256 keys, twice as long for 384, ten times as long for 2048. ``benchmarks/attention.py`` measures it.
+"""Keys from which rows of several samples are taken apart where there is no FlexAttention. On a CPU a dense
+mask takes half to twice as long for 128 to 256 keys, twice as long for 384, ten times as long for 2048.
+``benchmarks/attention.py`` measures it.
 """
 
 
@@ -34,7 +36,8 @@ DOCUMENTS_FROM = 384
 class Prefix:
     """The first positions of every row see exactly each other, in both directions.
 
-    Attention is then two products on slices, and the first one needs no mask; with ``rest`` None neither does.
+    Attention is then two products on slices, and the first one needs no mask; with ``rest`` None neither
+    does.
 
     Attributes:
         length: number of positions, the same in every row.
@@ -64,21 +67,25 @@ class ByWindow:
 class Segments:
     """The structure that attention follows, one number per key in storage order.
 
-    A query sees a key of its own sample (padding, sample -1, sees padding) that belongs to the sample's shared part (text 0) or to its own
-    text, if the key does not come later in the stream or both are of one bidirectional group. With a window the key is fewer than so many
-    positions back, too, unless both are of one group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its
-    images within the window, so that it sees the same.) Positions are those of RoPE, as a distance between places in the row would count the
-    other texts about the same image, which a text does not see.
+    A query sees a key of its own sample (padding, sample -1, sees padding) that belongs to the sample's
+    shared part (text 0) or to its own text, if the key does not come later in the stream or both are of one
+    bidirectional group. With a window the key is fewer than so many positions back, too, unless both are of
+    one group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its images within
+    the window, so that it sees the same.) Positions are those of RoPE, as a distance between places in the
+    row would count the other texts about the same image, which a text does not see.
 
     Attributes:
         sample_ids: (B, K) int64; -1 is padding.
         text_ids: (B, K) int64; 0 is the shared part of a sample.
-        groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None: there are no such groups.
+        groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None:
+            there are no such groups.
         order: (B, K) int64, the place of each key in the stream. None: the order of storage.
-        has_documents: False promises that without groups a causal mask alone is right: one text a row, padded on the right.
-        documents: for each row the (positions, texts) of its samples in the order of the stream, which has no gap and is padded after them.
-            None: not known, or nowhere several in a row.
-        positions: (B, K) int64, the position of each key in its text, as in RoPE. None: no layer has a window.
+        has_documents: False promises that without groups a causal mask alone is right: one text a row, padded
+            on the right.
+        documents: for each row the (positions, texts) of its samples in the order of the stream, which has no
+            gap and is padded after them. None: not known, or nowhere several in a row.
+        positions: (B, K) int64, the position of each key in its text, as in RoPE. None: no layer has a
+            window.
         windows: of the kinds of layers in the model; 0 is none.
     """
 
@@ -99,8 +106,8 @@ class Segments:
         """The structure of the stream stored in another order.
 
         Args:
-            index: (B, S') int64, the position that comes to be at each place; -1 makes the place padding. With ``documents`` all positions
-                of samples find one.
+            index: (B, S') int64, the position that comes to be at each place; -1 makes the place padding.
+                With ``documents`` all positions of samples find one.
         """
         padding, place = index < 0, index.clamp(min=0)
 
@@ -133,7 +140,9 @@ class Segments:
         return torch.arange(self.num_keys, device=self.sample_ids.device).expand_as(self.sample_ids)
 
     def rule(self, window: int = 0) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """``rule(row, head, query, key) -> bool``, all index tensors that broadcast; the form that FlexAttention takes."""
+        """``rule(row, head, query, key) -> bool``, all index tensors that broadcast; the form that
+        FlexAttention takes.
+        """
         samples, texts, groups, order, positions = self.sample_ids, self.text_ids, self.groups, self.order, self.positions
         assert not window or positions is not None, "a window is counted in positions"
 
@@ -151,7 +160,9 @@ class Segments:
         return may_look
 
     def visible(self, num_queries: int | None = None, window: int = 0) -> Tensor:
-        """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look in a layer with ``window``."""
+        """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look in a layer
+        with ``window``.
+        """
         device = self.sample_ids.device
         row = torch.arange(self.sample_ids.shape[0], device=device)[:, None, None]
         key = torch.arange(self.num_keys, device=device)
@@ -159,15 +170,17 @@ class Segments:
         return self.rule(window)(row, row, query[:, None], key)[:, None]
 
     def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | ByWindow | None:
-        """The mask of the last ``num_queries`` positions, in the cheapest form on this device; None is plain causal.
+        """The mask of the last ``num_queries`` positions, in the cheapest form on this device; None is plain
+        causal.
 
         A window that every sample fits into is dropped, so that all layers share one mask.
 
         Args:
             num_queries: Q.
             dtype: of the scores.
-            leading: that many positions at the start of every row form one bidirectional group and see nothing else, and there is no
-                other group where ``has_documents`` is False; 0 makes no such promise.
+            leading: that many positions at the start of every row form one bidirectional group and see
+                nothing else, and there is no other group where ``has_documents`` is False; 0 makes no such
+                promise.
         """
         longest = max((length for row in self.documents for length, _ in row), default=0) if self.documents else self.num_keys
         reach = {window: window if window < longest else 0 for window in self.windows}
@@ -227,7 +240,9 @@ def on_cuda(tensor: Tensor) -> bool:
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as scores to add: 0 where a query may look, -inf elsewhere. Adding costs nothing in the backward pass."""
+    """A bool mask as scores to add: 0 where a query may look, -inf elsewhere. Adding costs nothing in the
+    backward pass.
+    """
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
@@ -247,8 +262,9 @@ def attend(
     Returns:
         (B, Q, H * E).
 
-    NOTE: on a CPU the fused kernel's backward is slow for short sequences, in bf16 by far: 5.7 ms against 0.5 ms written out for 64
-    tokens, 42 against 14 for 196; they meet near 512. Elsewhere the fused kernel wins. ``benchmarks/`` measures both.
+    NOTE: on a CPU the fused kernel's backward is slow for short sequences, in bf16 by far: 5.7 ms against 0.5
+    ms written out for 64 tokens, 42 against 14 for 196; they meet near 512. Elsewhere the fused kernel wins.
+    ``benchmarks/`` measures both.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if isinstance(mask, Prefix):

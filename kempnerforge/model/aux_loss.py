@@ -12,10 +12,11 @@ from torch import Tensor, nn
 class HasAuxLoss(Protocol):
     """A module, anywhere in a model, with a loss of its own.
 
-    The attribute is there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training ``forward`` sets it to a scalar, its
-    weight applied and its graph attached: a mean over tokens, as it is multiplied by the number of targets and added to the loss. In
-    evaluation ``forward`` sets it to None. Collecting the losses sets it to None, too, so that none is counted in a later pass in
-    which its module is not called. It may be made of anything in the module: inputs, weights, what it returns.
+    The attribute is there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training
+    ``forward`` sets it to a scalar, its weight applied and its graph attached: a mean over tokens, as it is
+    multiplied by the number of targets and added to the loss. In evaluation ``forward`` sets it to None.
+    Collecting the losses sets it to None, too, so that none is counted in a later pass in which its module is
+    not called. It may be made of anything in the module: inputs, weights, what it returns.
     """
 
     aux_loss: Tensor | None
@@ -35,10 +36,12 @@ def take_losses(modules: Sequence[HasAuxLoss]) -> list[Tensor | None]:
 
 
 def return_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
-    """Has ``unit.forward`` return the losses of ``modules``, which are in it, beside its value: (value, losses).
+    """Has ``unit.forward`` return the losses of ``modules``, which are in it, beside its value: (value,
+    losses).
 
-    Sharding gathers weights for a backward pass when a gradient arrives at something that the unit has *returned*. A loss that leaves it as an
-    attribute is differentiated before that, with weights that are not there. Recomputation leaves no graph behind in the attributes, either.
+    Sharding gathers weights for a backward pass when a gradient arrives at something that the unit has
+    *returned*. A loss that leaves it as an attribute is differentiated before that, with weights that are not
+    there. Recomputation leaves no graph behind in the attributes, either.
     """
     forward = unit.forward
 
@@ -52,7 +55,9 @@ def return_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
 
 
 def restore_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
-    """After ``return_losses`` and all hooks that want to see the losses: they are attributes again, and the unit returns its value alone."""
+    """After ``return_losses`` and all hooks that want to see the losses: they are attributes again, and the
+    unit returns its value alone.
+    """
 
     def restoring(_: nn.Module, args: Any, output: tuple[Any, list[Tensor | None]]) -> Any:
         value, losses = output

@@ -9,7 +9,8 @@ from torch import nn
 
 
 class ExactBuffers(nn.Module):
-    """A module whose buffers, and those of all modules in it, are never rounded: ``to(torch.bfloat16)`` is for the parameters alone.
+    """A module whose buffers, and those of all modules in it, are never rounded: ``to(torch.bfloat16)`` is
+    for the parameters alone.
 
     NOTE: a mean of 0.481 would be 0.480, and frequencies of rotary positions would be other positions.
     """

@@ -1,10 +1,12 @@
 """Attention of rows that hold several samples, each sample attended alone.
 
-The samples of a batch are taken out of their rows and put into buckets of about the same length, one sample to a row of the bucket. Each
-bucket is then an ordinary small batch, and its outputs go back to their places in the rows. No (S, S) tensor is made: two rows of 2048 positions
-with 50 to 290 samples take a tenth of the time of a dense mask on a CPU, and a fifth to nine tenths of the time of a loop over samples.
+The samples of a batch are taken out of their rows and put into buckets of about the same length, one sample
+to a row of the bucket. Each bucket is then an ordinary small batch, and its outputs go back to their places
+in the rows. No (S, S) tensor is made: two rows of 2048 positions with 50 to 290 samples take a tenth of the
+time of a dense mask on a CPU, and a fifth to nine tenths of the time of a loop over samples.
 
-Shapes: B rows, S positions of a row, H query heads, G key/value heads, E head width; n samples in a bucket, L positions of its longest.
+Shapes: B rows, S positions of a row, H query heads, G key/value heads, E head width; n samples in a bucket, L
+positions of its longest.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 
 RowDocuments = Sequence[Sequence[tuple[int, int]]]
-"""For each row the (positions, texts) of its samples, in the order of the stream, without a gap, from its first position on."""
+"""For each row the (positions, texts) of its samples, in the order of the stream, without a gap, from its
+first position on."""
 
 SHORTEST = 0.85
-"""A sample goes into the bucket of a longer one if its length is at least this share: fewer and larger products for a little padding."""
+"""A sample goes into the bucket of a longer one if its length is at least this share: fewer and larger
+products for a little padding."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Bucket:
     """Samples that are attended together.
 
     Attributes:
-        places: (n, L) int64, the stored position ``b * S + s`` of each position of a sample; the last one is repeated up to L.
+        places: (n, L) int64, the stored position ``b * S + s`` of each position of a sample; the last one is
+            repeated up to L.
         mask: (n, 1, L, L) additive; None is plain causal, which hides the repeated ones.
     """
 
@@ -68,7 +73,8 @@ class Documents:
 
 
 def in_buckets(rows: RowDocuments, masked: bool, window: int = 0) -> list[tuple[bool, list[tuple[int, int, int]]]]:
-    """The samples as (row, first position in it, positions), longest first, and whether a bucket needs more than a causal mask.
+    """The samples as (row, first position in it, positions), longest first, and whether a bucket needs more
+    than a causal mask.
 
     Args:
         rows: what each row holds.
@@ -98,9 +104,11 @@ def take_apart(
     """The mask of a stream that holds ``rows``.
 
     Args:
-        stored: (B, T) int64, where each position of the stream is stored, ``b * S + s``; T is at least what the fullest row holds.
+        stored: (B, T) int64, where each position of the stream is stored, ``b * S + s``; T is at least what
+            the fullest row holds.
         positions: B * S.
-        mask: makes that of a bucket, (n, 1, L, L) additive, of ``places`` (n, L) and which of them (n, L) are no repetition.
+        mask: makes that of a bucket, (n, 1, L, L) additive, of ``places`` (n, L) and which of them (n, L) are
+            no repetition.
         masked: all samples need one; otherwise those with several texts and those longer than ``window``.
         window: 0: there is none.
     """

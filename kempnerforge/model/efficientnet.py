@@ -1,7 +1,8 @@
-"""EfficientNet-Lite0 as a vision encoder: a convolutional network whose last feature map is read as a sequence, one token per cell.
+"""EfficientNet-Lite0 as a vision encoder: a convolutional network whose last feature map is read as a
+sequence, one token per cell.
 
-Lite0 (github.com/tensorflow/tpu, models/official/efficientnet/lite) is EfficientNet-B0 (Tan and Le 2019, table 1) without squeeze-and-excitation and with
-ReLU6, so nothing in it looks further than its convolutions.
+Lite0 (github.com/tensorflow/tpu, models/official/efficientnet/lite) is EfficientNet-B0 (Tan and Le 2019,
+table 1) without squeeze-and-excitation and with ReLU6, so nothing in it looks further than its convolutions.
 
 Shapes: N images, H x H pixels, C channels, F cells of the last map.
 """
@@ -30,8 +31,9 @@ CLASSIFIER = ("_fc.weight", "_fc.bias")
 
 
 class Conv(nn.Conv2d):
-    """A convolution with bias whose output has ``ceil(size / stride)`` cells a side: TensorFlow's "same" padding, one more at the end when
-    it is odd. What batch normalisation did after it in training is part of its weights.
+    """A convolution with bias whose output has ``ceil(size / stride)`` cells a side: TensorFlow's "same"
+    padding, one more at the end when it is odd. What batch normalisation did after it in training is part of
+    its weights.
     """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, *, depthwise: bool = False) -> None:
@@ -45,7 +47,9 @@ class Conv(nn.Conv2d):
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow again (Sandler et al. 2018, figure 4b); the input is added where the shape stays."""
+    """Widen, filter each channel, narrow again (Sandler et al. 2018, figure 4b); the input is added where the
+    shape stays.
+    """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -64,7 +68,8 @@ class InvertedResidual(nn.Module):
 
 @registry.register_vision_encoder("efficientnet_lite0")
 class EfficientNetLite0(VisionEncoder):
-    """The network up to its last feature map of 1280 channels, (H / 32) x (H / 32) cells: 49 tokens at 224 pixels. The classifier is left out.
+    """The network up to its last feature map of 1280 channels, (H / 32) x (H / 32) cells: 49 tokens at 224
+    pixels. The classifier is left out.
 
     Raises:
         ValueError: the weights cannot be read or are not of this network.
@@ -96,7 +101,9 @@ class EfficientNetLite0(VisionEncoder):
 
 
 def published_names() -> dict[str, tuple[str, str]]:
-    """Each of our convolutions -> the convolution of the published network, and the batch normalisation after it."""
+    """Each of our convolutions -> the convolution of the published network, and the batch normalisation after
+    it.
+    """
     names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
     for index in range(sum(stage[0] for stage in STAGES)):
@@ -108,8 +115,8 @@ def published_names() -> dict[str, tuple[str, str]]:
 
 
 def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights from a safetensors file of the published ones: each batch normalisation is folded into the convolution before it
-    (Jacob et al. 2018, section 3.2, eq. 14).
+    """Our weights from a safetensors file of the published ones: each batch normalisation is folded into the
+    convolution before it (Jacob et al. 2018, section 3.2, eq. 14).
     """
     try:
         published = load_file(regular(path, "path"))

@@ -1,4 +1,6 @@
-"""Checks of a ``config.json`` from elsewhere: a value that no model can have is refused by name, before a class computes with it."""
+"""Checks of a ``config.json`` from elsewhere: a value that no model can have is refused by name, before a
+class computes with it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ POSITIVE = re.compile(
 SIZE = re.compile(r"(num|n|max_num)_\w+|\w+_(size|dim|heads|length|embeddings|channels|ratio|width|prob|rate|eps)|depth")
 ROPE = re.compile(r"(low_freq_|high_freq_)?factor|rope_theta|original_max_position_embeddings")
 DEEP = re.compile(r"(\w+_)?(n_|num_)?(layers|blocks|depth|tiles)")
-"""Names of keys, whichever class has them: sizes of at least 1, sizes that may be 0, numbers of rotary positions, numbers of layers."""
+"""Names of keys, whichever class has them: sizes of at least 1, sizes that may be 0, numbers of rotary
+positions, numbers of layers."""
 
 
 def check_config(where: str, config: Mapping[str, Any]) -> None:
@@ -34,7 +37,8 @@ def check_config(where: str, config: Mapping[str, Any]) -> None:
         where: the file, for messages.
 
     Raises:
-        InputError: naming a key that has no meaning in any class: a size below 0, beyond 2^31 or no number, a part that is no table.
+        InputError: naming a key that has no meaning in any class: a size below 0, beyond 2^31 or no number, a
+            part that is no table.
     """
     for name, key, value in entries(dict(config)):
         in_rope = re.search(r"\b(rope_parameters|rope_scaling)\.", name)
@@ -80,7 +84,9 @@ def _wrong_of_rope(key: str, value: Any) -> str:
 
 @contextmanager
 def class_call(where: str, what: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """As ``library_call``, for a class that is given ``config``: to an error that names no key it adds the keys that the error is about."""
+    """As ``library_call``, for a class that is given ``config``: to an error that names no key it adds the
+    keys that the error is about.
+    """
     try:
         with names_keys(config), library_call(where, what):
             yield
@@ -122,7 +128,8 @@ def _about(config: Mapping[str, Any], said: str) -> str:
 
 
 def check_room(make: Callable[[], object], where: str, what: str, config: Mapping[str, Any]) -> None:
-    """Builds a class of transformers on the meta device, so that one too large for this machine is refused before anything is allocated.
+    """Builds a class of transformers on the meta device, so that one too large for this machine is refused
+    before anything is allocated.
 
     Args:
         make: builds it.

@@ -1,6 +1,8 @@
-"""The reader of Hugging Face folders: ``config.json``, ``generation_config.json``, and safetensors, in one file or in shards with an index.
+"""The reader of Hugging Face folders: ``config.json``, ``generation_config.json``, and safetensors, in one
+file or in shards with an index.
 
-Nothing is unpickled and no code beside the files is run. ``model/image_processor.py`` reads the image processor's files.
+Nothing is unpickled and no code beside the files is run. ``model/image_processor.py`` reads the image
+processor's files.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def read_named_config(path: str) -> dict[str, Any]:
 
 
 def stop_ids(path: Path) -> tuple[int, ...]:
-    """The tokens at which the model in the directory ``path`` stops, as transformers finds them; none if there is no model.
+    """The tokens at which the model in the directory ``path`` stops, as transformers finds them; none if
+    there is no model.
 
     Raises:
         InputError: a file cannot be read, or ``eos_token_id`` is no id of a token.
@@ -91,10 +94,12 @@ def stop_ids(path: Path) -> tuple[int, ...]:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it. Weights in other formats beside safetensors are not read, as in transformers.
+    """Tensor name -> the file that holds it. Weights in other formats beside safetensors are not read, as in
+    transformers.
 
     Raises:
-        InputError: there are no safetensors, two sets of them, an adapter, or shards that differ from their index.
+        InputError: there are no safetensors, two sets of them, an adapter, or shards that differ from their
+            index.
     """
     if (path / ADAPTER).is_file():
         raise InputError(f"{path}: has {ADAPTER}, so there is an adapter beside the weights: merge it first, or take that file away")
@@ -113,7 +118,8 @@ def _is_sharded(path: Path) -> bool:
     """Whether the weights are in the shards of an index.
 
     Raises:
-        InputError: there is neither an index nor a single file, or both, and the single file is not one of the shards.
+        InputError: there is neither an index nor a single file, or both, and the single file is not one of
+            the shards.
     """
     if not (path / WEIGHTS).is_file():
         if not (path / INDEX).is_file():

@@ -1,4 +1,5 @@
-"""Vision towers of transformers: SigLIP, SigLIP 2, CLIP and DINOv2. The library is imported when a tower is built, not before.
+"""Vision towers of transformers: SigLIP, SigLIP 2, CLIP and DINOv2. The library is imported when a tower is
+built, not before.
 
 Shapes: N images, H x H pixels, F patches of one image, D width.
 """
@@ -24,16 +25,20 @@ from kempnerforge.util.errors import InputError, cut
 
 
 class HFTower(VisionEncoder):
-    """A vision tower of transformers, cut down to what its features need. Patches only: CLS and register tokens are dropped.
+    """A vision tower of transformers, cut down to what its features need. Patches only: CLS and register
+    tokens are dropped.
 
-    ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (after the final norm of SigLIP and
-    DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k + 1. Layers after it, norms that the patches do not
-    pass, pooling heads and mask tokens are left out, so every parameter gets a gradient. Parameter names are those in transformers.
+    ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (after the
+    final norm of SigLIP and DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k +
+    1. Layers after it, norms that the patches do not pass, pooling heads and mask tokens are left out, so
+    every parameter gets a gradient. Parameter names are those in transformers.
 
-    The weights are fp32, whatever the file holds; on the meta device they are not read. Code beside a checkpoint is never run.
+    The weights are fp32, whatever the file holds; on the meta device they are not read. Code beside a
+    checkpoint is never run.
 
     Raises:
-        ValueError: no such model, another family, weights that are missing or do not fit, a layer that does not exist.
+        ValueError: no such model, another family, weights that are missing or do not fit, a layer that does
+            not exist.
     """
 
     models: ClassVar[dict[str, str]]
@@ -55,7 +60,8 @@ class HFTower(VisionEncoder):
         super().__init__(num_tokens=side**2, dim=tower.config.hidden_size, image_size=pixels, mean=mean, std=std)
         if cfg.feature_layer < -1 or not self.patches_pass_norm:
             setattr(tower, self.final_norm, nn.Identity())
-        # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward runs, with its own names.
+        # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward
+        # runs, with its own names.
         self.__dict__["tower"] = tower
         for name, child in tower.named_children():
             self.add_module(name, child)
@@ -113,7 +119,9 @@ class Siglip(HFTower):
 
 @registry.register_vision_encoder("siglip2")
 class Siglip2(Siglip):
-    """SigLIP 2 (Tschannen et al. 2025): SigLIP towers of one resolution, and the NaFlex checkpoints on a square grid."""
+    """SigLIP 2 (Tschannen et al. 2025): SigLIP towers of one resolution, and the NaFlex checkpoints on a
+    square grid.
+    """
 
     models: ClassVar = Siglip.models | {"siglip2": "Siglip2VisionModel", "siglip2_vision_model": "Siglip2VisionModel"}
 
@@ -173,8 +181,8 @@ def tower_kind(cfg: HFTowerConfig, kinds: Collection[str]) -> str:
 
 
 def build_tower(model_class: Any, config: Any, cfg: HFTowerConfig) -> Any:
-    """A tower of transformers, with all of its weights from ``cfg.path`` where ``cfg`` asks for them, and not on the meta device. Other weights
-    at that path (text tower, pooling head, later layers) are passed over.
+    """A tower of transformers, with all of its weights from ``cfg.path`` where ``cfg`` asks for them, and not
+    on the meta device. Other weights at that path (text tower, pooling head, later layers) are passed over.
     """
     what, given = f"{model_class.__name__} cannot be built", config.to_dict()
     check_room(lambda: model_class(config), where(cfg), what, given)
@@ -193,7 +201,8 @@ def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisa
 
 
 def plain_settings(known: Any, config: Mapping[str, Any], unread: Collection[str] = ()) -> dict[str, bool | int | float | str]:
-    """``vision_encoder.settings``, without ``model_type``: plain values of keys that belong to a tower, not to every config.
+    """``vision_encoder.settings``, without ``model_type``: plain values of keys that belong to a tower, not
+    to every config.
 
     Args:
         known: a config of the tower's class.
@@ -216,7 +225,9 @@ def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Seque
 
 
 def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
-    """The tower's config in transformers, for square RGB images, from the files at ``path``, or from its settings and ``more``."""
+    """The tower's config in transformers, for square RGB images, from the files at ``path``, or from its
+    settings and ``more``.
+    """
     if cfg.settings:
         known = vars(config_class())
         if unknown := sorted(cfg.settings.keys() - known.keys() - {"model_type"}):

@@ -1,6 +1,8 @@
-"""The reader of ``preprocessor_config.json`` and ``processor_config.json``: an image processor of transformers as image settings of ours.
+"""The reader of ``preprocessor_config.json`` and ``processor_config.json``: an image processor of
+transformers as image settings of ours.
 
-The class that the files name fills in its defaults, on its PIL backend, so that nothing depends on what else is installed.
+The class that the files name fills in its defaults, on its PIL backend, so that nothing depends on what else
+is installed.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ class ImageSettings:
 
     Attributes:
         settings: all keys, with the defaults of the class if it is known.
-        normalisation: mean and std with which our pixels are equal to those of the processor, its rescaling folded in; None: the files do
-            not say.
-        processor: the class of transformers with these settings; None: it cannot be built, because of ``problem``.
+        normalisation: mean and std with which our pixels are equal to those of the processor, its rescaling
+            folded in; None: the files do not say.
+        processor: the class of transformers with these settings; None: it cannot be built, because of
+            ``problem``.
     """
 
     settings: dict[str, Any]
@@ -78,8 +81,9 @@ def processor_classes(path: Path) -> list[str]:
 
 
 def pil_processor(path: Path | str) -> Any:
-    """The whole processor of a directory, as transformers makes it, with its images on the PIL backend. Where torchvision is installed,
-    transformers takes classes that use it, which resize slightly differently from training.
+    """The whole processor of a directory, as transformers makes it, with its images on the PIL backend. Where
+    torchvision is installed, transformers takes classes that use it, which resize slightly differently from
+    training.
     """
     from transformers import AutoProcessor
 
@@ -90,7 +94,9 @@ def pil_processor(path: Path | str) -> Any:
 
 
 def _written(path: Path) -> dict[str, Any] | None:
-    """The settings as they are written, nested ones first, as in transformers. Files of video processors are not read."""
+    """The settings as they are written, nested ones first, as in transformers. Files of video processors are
+    not read.
+    """
     if not path.is_dir():
         return _written_on_the_hub(str(path))
     check_files(path)
@@ -116,7 +122,9 @@ def _written_on_the_hub(name: str) -> dict[str, Any] | None:
 
 
 def _normalisation(path: Path | str, settings: dict[str, Any]) -> Normalisation | None:
-    """The processor computes (x * factor - mean) / std of x from 0 to 255; our encoders compute (x / 255 - mean) / std."""
+    """The processor computes (x * factor - mean) / std of x from 0 to 255; our encoders compute (x / 255 -
+    mean) / std.
+    """
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if settings.get("do_normalize") is False:
         mean, std = [0.0] * 3, [1.0] * 3

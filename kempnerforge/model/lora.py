@@ -1,9 +1,10 @@
 """Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024).
 
-Written out and not taken from ``peft``: that puts a wrapper around each layer, which turns ``q_proj.weight`` into
-``q_proj.base_layer.weight``. Freeze patterns, learning-rate scales and text checkpoints, which all go by name, would not fit any more. Here a
-layer stays the object that it is and gets a subclass of ``nn.Linear`` as its class: no name moves, whoever holds the layer holds the adapted
-one, and sharding, recomputation and compilation see a linear layer with two or three more parameters.
+Written out and not taken from ``peft``: that puts a wrapper around each layer, which turns ``q_proj.weight``
+into ``q_proj.base_layer.weight``. Freeze patterns, learning-rate scales and text checkpoints, which all go by
+name, would not fit any more. Here a layer stays the object that it is and gets a subclass of ``nn.Linear`` as
+its class: no name moves, whoever holds the layer holds the adapted one, and sharding, recomputation and
+compilation see a linear layer with two or three more parameters.
 
 Shapes: I input, O output features of a layer, R rank.
 """
@@ -26,13 +27,16 @@ from kempnerforge.util.name_rules import matches_any, no_match, patterns_of
 
 
 class LoRALinear(nn.Linear):
-    """``h = W x + alpha / r * B A x`` (Hu et al. 2021, eq. 3); DoRA scales row o of ``W + alpha / r * B A`` from its own length to
-    ``magnitude[o]`` (Liu et al. 2024, eq. 5), the length taken as a constant in the backward pass (section 4.3).
+    """``h = W x + alpha / r * B A x`` (Hu et al. 2021, eq. 3); DoRA scales row o of ``W + alpha / r * B A``
+    from its own length to ``magnitude[o]`` (Liu et al. 2024, eq. 5), the length taken as a constant in the
+    backward pass (section 4.3).
 
-    Parameters: ``weight`` (O, I) and ``bias`` (O,) of the layer, ``lora_a`` (R, I), ``lora_b`` (O, R), and ``magnitude`` (O,) with DoRA.
+    Parameters: ``weight`` (O, I) and ``bias`` (O,) of the layer, ``lora_a`` (R, I), ``lora_b`` (O, R), and
+    ``magnitude`` (O,) with DoRA.
 
-    NOTE: dropout acts on the input of ``A`` alone, with DoRA too, where the authors' code also drops the input of ``W`` in one of two terms.
-    DoRA computes ``B A`` in every pass, which is much for one token: merge before generating.
+    NOTE: dropout acts on the input of ``A`` alone, with DoRA too, where the authors' code also drops the
+    input of ``W`` in one of two terms. DoRA computes ``B A`` in every pass, which is much for one token:
+    merge before generating.
     """
 
     lora_a: nn.Parameter
@@ -43,7 +47,9 @@ class LoRALinear(nn.Linear):
 
     @staticmethod
     def adapt(layer: nn.Linear, cfg: LoRAConfig) -> None:
-        """Makes ``layer`` one of this class. Its output stays the same: ``A`` is drawn as ``nn.Linear`` draws its weight, ``B`` is 0."""
+        """Makes ``layer`` one of this class. Its output stays the same: ``A`` is drawn as ``nn.Linear`` draws
+        its weight, ``B`` is 0.
+        """
         assert type(layer) is nn.Linear, f"a {type(layer).__name__} cannot get an adapter"
         weight = layer.weight
         layer.__class__ = LoRALinear
@@ -97,7 +103,8 @@ class LoRALinear(nn.Linear):
 
 
 def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str, Sequence[str]]) -> None:
-    """Gives linear layers of ``model``, which is not sharded yet, their adapters. What is drawn for a layer depends on its name alone.
+    """Gives linear layers of ``model``, which is not sharded yet, their adapters. What is drawn for a layer
+    depends on its name alone.
 
     Args:
         tables: of those that match a layer the last one counts.
@@ -126,7 +133,9 @@ def adapted_layers(model: nn.Module) -> list[LoRALinear]:
 
 @contextmanager
 def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
-    """For code that replaces weights of ``model``: magnitudes that it does not set follow the weights behind them."""
+    """For code that replaces weights of ``model``: magnitudes that it does not set follow the weights behind
+    them.
+    """
     before = [(layer, layer.magnitude.detach().clone()) for layer in adapted_layers(model) if layer.magnitude is not None]
     yield
     for layer, magnitude in before:
@@ -135,6 +144,8 @@ def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Folds all adapters of ``model``, which is not sharded, into the weights. Layers and names are then those of a model without any."""
+    """Folds all adapters of ``model``, which is not sharded, into the weights. Layers and names are then
+    those of a model without any.
+    """
     for layer in adapted_layers(model):
         layer.merge()

@@ -39,7 +39,8 @@ class TooLargeError(InputError):
 
 @contextmanager
 def within_memory(sizes: Mapping[str, Any], meta: bool = False, most: int | None = None) -> Iterator[None]:
-    """While a model is built, refuses it at the first parameter that is too many, before that parameter is filled.
+    """While a model is built, refuses it at the first parameter that is too many, before that parameter is
+    filled.
 
     Args:
         sizes: the keys that decide how large the model is, for the message.

@@ -1,6 +1,8 @@
-"""The vision tower of Llama 3.2 Vision, as transformers has it. The library is imported when a tower is built, not before.
+"""The vision tower of Llama 3.2 Vision, as transformers has it. The library is imported when a tower is
+built, not before.
 
-Shapes: N images, H x H pixels, T tiles, P tokens of one tile (its patches after a CLS token), D width of the features.
+Shapes: N images, H x H pixels, T tiles, P tokens of one tile (its patches after a CLS token), D width of the
+features.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MOST_TILES = 64
 
 
 def grids(tiles: int) -> list[list[int]]:
-    """The grids that an image of at most ``tiles`` tiles may be cut into, in the order of their numbers, which begin with 1.
+    """The grids that an image of at most ``tiles`` tiles may be cut into, in the order of their numbers,
+    which begin with 1.
 
     Raises:
         ValueError: so many tiles no image has.
@@ -33,10 +36,11 @@ def grids(tiles: int) -> list[list[int]]:
 
 @registry.register_vision_encoder("mllama")
 class MllamaTower(VisionEncoder):
-    """The tower with an image as the only tile of its grid. It gives the features of all T tiles, the image's first.
+    """The tower with an image as the only tile of its grid. It gives the features of all T tiles, the image's
+    first.
 
-    NOTE: the empty tiles are no waste: in transformers only padding does not see padding, so the image's patches see them, and words that see
-    no image read them (``vlm.cross_attention_blind = "attention"``).
+    NOTE: the empty tiles are no waste: in transformers only padding does not see padding, so the image's
+    patches see them, and words that see no image read them (``vlm.cross_attention_blind = "attention"``).
 
     Raises:
         ValueError: no such model, another family, or a config that the class does not take.

@@ -13,7 +13,8 @@ from torch import Tensor
 from kempnerforge.config.model import ModelConfig, RopeScaling
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each (B, 1, S, E / 2) fp32; with ``rope_local_theta`` (B, 1, S, E), the second half for local layers."""
+"""cos and sin, each (B, 1, S, E / 2) fp32; with ``rope_local_theta`` (B, 1, S, E), the second half for local
+layers."""
 
 
 def inverse_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -41,7 +42,9 @@ def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
 
 
 def rope_of_layer(rope: Rope, cfg: ModelConfig, layer: int) -> Rope:
-    """The tables of ``layer``, (B, 1, S, E / 2), from those of all layers. Without rotary positions every angle is 0."""
+    """The tables of ``layer``, (B, 1, S, E / 2), from those of all layers. Without rotary positions every
+    angle is 0.
+    """
     cos, sin = rope
     if cfg.nope_interval and (layer + 1) % cfg.nope_interval == 0:
         return torch.ones_like(cos), torch.zeros_like(sin)

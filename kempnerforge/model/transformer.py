@@ -49,7 +49,8 @@ class Context:
 
     Attributes:
         rope: tables of the stream's positions, for all layers; a block takes its own.
-        mask: which position sees which, for all layers; None is plain causal. A block takes the mask of its window.
+        mask: which position sees which, for all layers; None is plain causal. A block takes the mask of its
+            window.
         cache: keys and values of earlier positions, when generating.
     """
 
@@ -60,10 +61,12 @@ class Context:
 
 @contextmanager
 def separate_draws(name: str = "") -> Iterator[None]:
-    """Random draws inside take no numbers from the usual stream: modules that an arch adds to a layer do not change the text weights after it.
+    """Random draws inside take no numbers from the usual stream: modules that an arch adds to a layer do not
+    change the text weights after it.
 
     Args:
-        name: the seed depends on it and on the state of the usual stream; two of these blocks between the same two draws need two names.
+        name: the seed depends on it and on the state of the usual stream; two of these blocks between the
+            same two draws need two names.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + zlib.crc32(name.encode()))
@@ -79,7 +82,8 @@ def init_weights(module: nn.Module, cfg: ModelConfig) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in fp32 (Zhang and Sennrich 2019, eq. 4); ``plus_one`` scales by ``1 + weight`` with weights that start at 0 (Gemma).
+    """Root mean square norm in fp32 (Zhang and Sennrich 2019, eq. 4); ``plus_one`` scales by ``1 + weight``
+    with weights that start at 0 (Gemma).
 
     NOTE: written out, as ``torch.nn.RMSNorm`` takes 1.4 to 2.7 times as long in bf16 on a CPU.
     """
@@ -187,7 +191,9 @@ class Block(nn.Module):
         return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
 
     def post(self, x: Tensor, o: Tensor) -> Tensor:
-        """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S, D)."""
+        """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S,
+        D).
+        """
         x = x + self.attention.out(o)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -196,8 +202,8 @@ class Block(nn.Module):
 
 
 class NewTokens(nn.Module):
-    """Embeddings of tokens after the base vocabulary, apart from it: they can train while the rest of the embedding is frozen (Flamingo,
-    Alayrac et al. 2022, trains only the embeddings of its special tokens).
+    """Embeddings of tokens after the base vocabulary, apart from it: they can train while the rest of the
+    embedding is frozen (Flamingo, Alayrac et al. 2022, trains only the embeddings of its special tokens).
 
     Args:
         count: n, how many.

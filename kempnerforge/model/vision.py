@@ -21,14 +21,15 @@ from kempnerforge.util.errors import NotBuiltError
 class VisionEncoder(ExactBuffers):
     """The contract of vision encoders: uint8 pixels in, one sequence of features per image out.
 
-    Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their only argument, and implement
-    ``forward`` and ``units``.
+    Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their
+    only argument, and implement ``forward`` and ``units``.
 
     Args:
         num_tokens: features per image.
         dim: their width.
         image_size: pixels along each side of the images that it takes.
-        mean, std: normalisation of RGB values in [0, 1], three numbers each; ``normalisation`` are both, as plain numbers.
+        mean, std: normalisation of RGB values in [0, 1], three numbers each; ``normalisation`` are both, as
+            plain numbers.
     """
 
     mean: Tensor
@@ -43,7 +44,9 @@ class VisionEncoder(ExactBuffers):
 
     @property
     def units(self) -> list[nn.Module]:
-        """Modules, disjoint and called one after the other, that may each be sharded, compiled or recomputed on its own."""
+        """Modules, disjoint and called one after the other, that may each be sharded, compiled or recomputed
+        on its own.
+        """
         raise NotImplementedError
 
     @property
@@ -52,7 +55,9 @@ class VisionEncoder(ExactBuffers):
         return repr(self)
 
     def standing_alone(self, cfg: Any) -> VisionEncoderConfig:
-        """``cfg`` changed so that the same encoder can be built without the files that were read, for weights from a checkpoint."""
+        """``cfg`` changed so that the same encoder can be built without the files that were read, for weights
+        from a checkpoint.
+        """
         return cfg.without_weights()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,7 +72,9 @@ class VisionEncoder(ExactBuffers):
         raise NotImplementedError
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, H, H) uint8 -> ``(images / 255 - mean) / std`` of the same shape, computed in fp32, in the dtype of the weights."""
+        """(N, 3, H, H) uint8 -> ``(images / 255 - mean) / std`` of the same shape, computed in fp32, in the
+        dtype of the weights.
+        """
         assert images.dtype == torch.uint8, f"images come as uint8, got {images.dtype}"
         assert images.shape[1:] == (3, self.image_size, self.image_size), f"image shape {tuple(images.shape)}, size {self.image_size}"
         pixels = images.float().div_(255).sub_(self.mean.float()).div_(self.std.float())
@@ -90,6 +97,7 @@ def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:
     return encoder
 
 
-# NOTE: importing these registers the encoders of this package. It is last because they import VisionEncoder from here.
+# NOTE: importing these registers the encoders of this package. It is last because they import VisionEncoder
+# from here.
 for _name in ("vit", "hf_towers", "efficientnet"):
     importlib.import_module(f"kempnerforge.model.{_name}")

@@ -64,12 +64,14 @@ class ViTBlock(nn.Module):
 
 @registry.register_vision_encoder("vit")
 class ViT(VisionEncoder):
-    """Vision transformer (Dosovitskiy et al. 2021) as SigLIP has it (Zhai et al. 2023): learned positions, no CLS token unless asked for.
+    """Vision transformer (Dosovitskiy et al. 2021) as SigLIP has it (Zhai et al. 2023): learned positions, no
+    CLS token unless asked for.
 
-    Only what ``feature_layer`` needs is built: the layers up to it, and the final norm for -1 alone. So every parameter gets a gradient.
+    Only what ``feature_layer`` needs is built: the layers up to it, and the final norm for -1 alone. So every
+    parameter gets a gradient.
 
-    Linear and convolution layers keep PyTorch's default init, which learns faster at small widths than a std of 0.02 everywhere does; the
-    positions and the CLS token start with a std of 0.02.
+    Linear and convolution layers keep PyTorch's default init, which learns faster at small widths than a std
+    of 0.02 everywhere does; the positions and the CLS token start with a std of 0.02.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:

@@ -1,8 +1,10 @@
-"""Line charts as inline SVG: no script, no font and no file besides the text itself, readable on light and dark pages.
+"""Line charts as inline SVG: no script, no font and no file besides the text itself, readable on light and
+dark pages.
 
-Pages have these and not the figures of matplotlib (``figures.py``): CSS variables follow the reader's light or dark setting, type grows on
-narrow screens, a point says its value under the mouse, and a report needs no further package. Each chart brings its own style sheet, so
-that the same string works in a page and as an ``.svg`` file. Lengths are in units of the view box; a page scales it as a whole.
+Pages have these and not the figures of matplotlib (``figures.py``): CSS variables follow the reader's light
+or dark setting, type grows on narrow screens, a point says its value under the mouse, and a report needs no
+further package. Each chart brings its own style sheet, so that the same string works in a page and as an
+``.svg`` file. Lengths are in units of the view box; a page scales it as a whole.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ class Axis:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round values whose first and last enclose [low, high]: multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    """About ``count`` round values whose first and last enclose [low, high]: multiples of 1, 2, 2.5 or 5
+    times a power of ten.
+    """
     assert math.isfinite(low) and math.isfinite(high) and low <= high
     if low == high:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
@@ -105,7 +109,9 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values that enclose [low, high] on a logarithmic axis: powers of ten, with 2 and 5 times those when there are few."""
+    """Round values that enclose [low, high] on a logarithmic axis: powers of ten, with 2 and 5 times those
+    when there are few.
+    """
     assert 0 < low <= high
     if high <= low * (1 + 1e-6):
         low, high = low / 2, high * 2
@@ -119,7 +125,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def moving_average(points: Sequence[Point], edges: Iterable[float] = ()) -> list[Point]:
-    """Exponential moving average without bias towards the first value (as Adam's, Kingma and Ba 2015, section 3).
+    """Exponential moving average without bias towards the first value (as Adam's, Kingma and Ba 2015, section
+    3).
 
     Args:
         points: (x, y), y possibly not finite; such points carry no weight and stay as gaps.
@@ -207,7 +214,9 @@ def head(title: str, y_label: str, x_label: str, about: str) -> str:
 
 
 def number_on_axis(value: float | None, log: bool) -> float:
-    """``value``, or NaN where it is missing, does not exist on the axis, or is too far out for arithmetic on it."""
+    """``value``, or NaN where it is missing, does not exist on the axis, or is too far out for arithmetic on
+    it.
+    """
     if value is None or not abs(value) < 1e100 or (log and value < 1e-100):
         return math.nan
     return float(value)
@@ -246,7 +255,9 @@ def _cut(name: str, room: float, size: float) -> str:
 
 
 def _legend(entries: list[tuple[str, str]]) -> list[str]:
-    """Right-aligned beside the title and the label of the y axis: two lines, or one each of them when there are few."""
+    """Right-aligned beside the title and the label of the y axis: two lines, or one each of them when there
+    are few.
+    """
     parts = []
     for number, (name, value) in reversed(list(enumerate(entries))):
         y = 15 + 19 * number if len(entries) <= 2 else 15 + 19 * (number % 2)

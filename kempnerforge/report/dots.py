@@ -1,4 +1,6 @@
-"""Charts of points as inline SVG: values with their intervals, and values over a cost. They look like the charts of ``charts.py``."""
+"""Charts of points as inline SVG: values with their intervals, and values over a cost. They look like the
+charts of ``charts.py``.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,8 @@ def scatter(
     log: bool = False,
     higher: bool = True,
 ) -> str:
-    """Each of ``dots`` with its name; those that another one beats in both (a better y for no more of x) are pale.
+    """Each of ``dots`` with its name; those that another one beats in both (a better y for no more of x) are
+    pale.
 
     Args:
         log: logarithmic x axis.

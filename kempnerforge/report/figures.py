@@ -1,9 +1,10 @@
-"""Figures for papers, drawn by matplotlib in the style of ``paper.mplstyle``. Pages have the charts of ``charts.py`` instead.
+"""Figures for papers, drawn by matplotlib in the style of ``paper.mplstyle``. Pages have the charts of
+``charts.py`` instead.
 
 ::
 
-    figure = curves([Series("mot", steps, losses), Series("joint", steps, others)], "Loss", "nats per token", log=True)
-    save(figure, Path("loss.pdf"))
+    figure = curves([Series("mot", steps, losses), Series("joint", steps, others)], "Loss", "nats per token",
+    log=True) save(figure, Path("loss.pdf"))
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def curves(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes ``figure`` to ``path``; an old file is replaced in one move. The same figure gives the same bytes.
+    """Writes ``figure`` to ``path``; an old file is replaced in one move. The same figure gives the same
+    bytes.
 
     PDF files hold their fonts as TrueType (type 42): publishers refuse matplotlib's default, type 3.
 
@@ -113,7 +115,8 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _style() -> AbstractContextManager[object]:
-    """The style of papers alone: neither the user's ``matplotlibrc`` nor the styles of others change a figure.
+    """The style of papers alone: neither the user's ``matplotlibrc`` nor the styles of others change a
+    figure.
 
     Raises:
         InputError: matplotlib is not installed.

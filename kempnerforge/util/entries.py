@@ -1,4 +1,6 @@
-"""Results that are kept on disk, each in a file of its own that is found by its key: views of images, features of encoders."""
+"""Results that are kept on disk, each in a file of its own that is found by its key: views of images,
+features of encoders.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ NAMED = 3
 class Entries:
     """A directory of entries. Several processes may use it at the same time.
 
-    A file appears whole or not at all, and carries its key and a checksum: one that is damaged, or belongs to another key, is named and
-    counts as absent, so it is made anew.
+    A file appears whole or not at all, and carries its key and a checksum: one that is damaged, or belongs to
+    another key, is named and counts as absent, so it is made anew.
 
     Args:
         directory: made with its first file.
@@ -75,7 +77,9 @@ class Entries:
             LOG.warning("%s: %s %s; it is made anew%s", self.where, path, what, more)
 
     def write(self, key: str, content: bytes | memoryview) -> None:
-        """Makes the entry of ``key``. A disk that takes no more is no reason to stop: from then on nothing is written."""
+        """Makes the entry of ``key``. A disk that takes no more is no reason to stop: from then on nothing is
+        written.
+        """
         if not self._writable:
             return
 

@@ -21,10 +21,12 @@ QUOTED = re.compile(
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: config, data, arguments, somebody's files. Commands print it and end with exit code 2.
+    """What the user gave cannot be used: config, data, arguments, somebody's files. Commands print it and end
+    with exit code 2.
 
-    NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own code is a defect and keeps its
-    traceback; where a library rejects the user's input, the call is wrapped and raises this.
+    NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own
+    code is a defect and keeps its traceback; where a library rejects the user's input, the call is wrapped
+    and raises this.
 
     What it quotes is cut: of a value, no more than ``MOST_QUOTED`` characters are shown.
     """
@@ -79,7 +81,9 @@ def reason(error: BaseException) -> str:
 
 
 class ConfigError(InputError):
-    """The config cannot be used. ``problems`` has one line for each thing that is wrong, with file, key, value and what is allowed."""
+    """The config cannot be used. ``problems`` has one line for each thing that is wrong, with file, key,
+    value and what is allowed.
+    """
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
@@ -93,9 +97,11 @@ class Problems:
     """Collects lines for a ``ConfigError``.
 
     Args:
-        origin: where values come from when nothing else is known of them: the file; empty for a config made by a program.
+        origin: where values come from when nothing else is known of them: the file; empty for a config made
+            by a program.
         origins: where single keys come from. The longest prefix of a key that is listed counts.
-        records: the origins that are resolved jobs, where nothing tells what was chosen from what was a default.
+        records: the origins that are resolved jobs, where nothing tells what was chosen from what was a
+            default.
     """
 
     def __init__(self, origin: str = "", origins: dict[Key, str] | None = None, records: Collection[str] = ()) -> None:
@@ -108,7 +114,9 @@ class Problems:
         self._add(self.origin_of(key), key_path(key) + text)
 
     def add_message(self, table: Key, message: str) -> None:
-        """One more problem, with the table at ``table``; ``message`` may start with a key of it: "n_heads = 3: ..."."""
+        """One more problem, with the table at ``table``; ``message`` may start with a key of it: "n_heads =
+        3: ...".
+        """
         found = re.match(r"(\w+)( =|:)", message)
         key = (*table, found[1]) if found else table
         glue = "" if not table else " " if len(table) <= (2 if is_stage(table) else 1) else "." if found else ": "
@@ -176,7 +184,9 @@ def kind(value: Any) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Control characters as escapes, but for those in ``keep``: what is shown may quote data, which must not steer a terminal."""
+    """Control characters as escapes, but for those in ``keep``: what is shown may quote data, which must not
+    steer a terminal.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

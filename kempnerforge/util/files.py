@@ -23,7 +23,9 @@ LOG = logging.getLogger("kempnerforge")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Makes ``path``, in one move and whoever else makes it at the same time, and its directory; ``write`` fills the file it is given."""
+    """Makes ``path``, in one move and whoever else makes it at the same time, and its directory; ``write``
+    fills the file it is given.
+    """
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,8 @@ def write_text(path: Path, text: str) -> Path:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A new directory beside ``path``, to make it in. It is gone afterwards, with all that is left in it, and so are those of processes that
-    were killed, and parents of ``path`` that were made for it if it was not.
+    """A new directory beside ``path``, to make it in. It is gone afterwards, with all that is left in it, and
+    so are those of processes that were killed, and parents of ``path`` that were made for it if it was not.
     """
     path = path.resolve()
     made = [folder for folder in path.parents if not folder.exists()]
@@ -107,7 +109,9 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 def why_not_writable(directory: Path) -> str:
-    """Why nothing can be written below ``directory``, which need not be there; empty: as far as can be seen without writing, it can."""
+    """Why nothing can be written below ``directory``, which need not be there; empty: as far as can be seen
+    without writing, it can.
+    """
     there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not there.is_dir():
         return f"{there} is not a directory"
@@ -118,8 +122,8 @@ def why_not_writable(directory: Path) -> str:
 
 
 def read_objects(path: Path, key: str, kind: type) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of ``path`` that are objects with a ``kind`` at ``key``, and the numbers of the others. A last line without an end, as a kill
-    leaves it, is neither.
+    """The lines of ``path`` that are objects with a ``kind`` at ``key``, and the numbers of the others. A
+    last line without an end, as a kill leaves it, is neither.
 
     Raises:
         InputError: it cannot be read, or is no regular file.
@@ -144,8 +148,8 @@ def _parsed(line: bytes) -> Any:
 
 
 def mend_objects(path: Path, key: str, kind: type, belongs: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
-    """Leaves in ``path`` the objects that belong there. If other lines were there, or it is no file, that is said, and what was there is kept
-    beside it: a side file never stops a run.
+    """Leaves in ``path`` the objects that belong there. If other lines were there, or it is no file, that is
+    said, and what was there is kept beside it: a side file never stops a run.
     """
     if not os.path.lexists(path):
         return

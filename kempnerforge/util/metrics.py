@@ -29,7 +29,9 @@ class Metrics:
     unreadable: int
 
     def points(self, key: str, over: str = "") -> Points:
-        """The values of ``key``, and the steps that have one; with ``over``, the values of this key there instead of the steps."""
+        """The values of ``key``, and the steps that have one; with ``over``, the values of this key there
+        instead of the steps.
+        """
         found = [(row[over] if over else step, row[key]) for step, row in self.rows.items() if key in row and (not over or over in row)]
         return Points([x for x, _ in found], [y for _, y in found])
 

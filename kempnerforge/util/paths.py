@@ -1,5 +1,5 @@
-"""Paths as a user of a shell writes them. A relative one starts at the working directory; those of ``extends`` and ``plugins`` in a file start at
-the folder of that file.
+"""Paths as a user of a shell writes them. A relative one starts at the working directory; those of
+``extends`` and ``plugins`` in a file start at the folder of that file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Annotated
 from kempnerforge.util.errors import InputError
 
 PathText = Annotated[str, "path"]
-"""The type of a config field that holds a path, or a name that may be one (of a tokenizer, say): it is expanded when the config is loaded."""
+"""The type of a config field that holds a path, or a name that may be one (of a tokenizer, say): it is
+expanded when the config is loaded."""
 
 
 def expand(text: str) -> str:
@@ -37,5 +38,7 @@ def place_of(path: str | Path) -> Path:
 
 
 def start_of(path: str | Path) -> str:
-    """What a message says after a path that is not there: where a relative one was looked for; nothing of an absolute one."""
+    """What a message says after a path that is not there: where a relative one was looked for; nothing of an
+    absolute one.
+    """
     return "" if os.path.isabs(path) else f" (relative to the working directory, {os.getcwd()})"

@@ -17,22 +17,25 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PR_SET_PDEATHSIG = 1
 """Of Linux' ``prctl``."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: batch systems warn a job with a signal of the user's choice, and a terminal that closes sends SIGHUP."""
+"""What asks a run to stop: batch systems warn a job with a signal of the user's choice, and a terminal that
+closes sends SIGHUP."""
 
 INTERRUPTED = 130
 LAUNCHER = "KEMPNERFORGE_LAUNCHER"
 """The variable that holds the pid of what has started the ranks."""
 
 HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
-"""Not printable for Python, and obeyed by no terminal: ends of lines, tabs, wide spaces, what joins characters."""
+"""Not printable for Python, and obeyed by no terminal: ends of lines, tabs, wide spaces, what joins
+characters."""
 
 
 def tune_memory() -> None:
     """Two settings that make small models on a CPU faster; to be called before torch is imported.
 
-    OpenMP threads that spin while they wait slow everything on shared cores by a factor of four, so they are told to give up early. And
-    freed memory is kept: by default glibc hands each large tensor back to the system and takes new, zeroed pages for the next one, which
-    cost about an eighth of the CPU time where it was measured.
+    OpenMP threads that spin while they wait slow everything on shared cores by a factor of four, so they are
+    told to give up early. And freed memory is kept: by default glibc hands each large tensor back to the
+    system and takes new, zeroed pages for the next one, which cost about an eighth of the CPU time where it
+    was measured.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
@@ -44,7 +47,9 @@ def tune_memory() -> None:
 
 
 def end_with(parent: int, number: int) -> None:
-    """From now on the system sends signal ``number`` to this process when ``parent``, which has started it, ends in whatever way."""
+    """From now on the system sends signal ``number`` to this process when ``parent``, which has started it,
+    ends in whatever way.
+    """
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     except (AttributeError, OSError, TypeError):  # not Linux
@@ -54,7 +59,9 @@ def end_with(parent: int, number: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """A rank whose launcher has ended is asked to stop: it saves and leaves, as nothing would tell it of a rank that was lost."""
+    """A rank whose launcher has ended is asked to stop: it saves and leaves, as nothing would tell it of a
+    rank that was lost.
+    """
     launcher = os.environ.pop(LAUNCHER, None)  # not for processes that this one starts
     if launcher is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(int(launcher or os.getppid()), signal.SIGTERM)
@@ -70,8 +77,8 @@ class _Lasting(io.FileIO):
 
 
 class Shown(io.TextIOWrapper):
-    """A stream for people. What is written may quote names and texts of others: what would steer a terminal is shown
-    as an escape. On stderr ``\\r`` may come first, as it does in the progress bars of libraries.
+    """A stream for people. What is written may quote names and texts of others: what would steer a terminal
+    is shown as an escape. On stderr ``\\r`` may come first, as it does in the progress bars of libraries.
 
     Attributes:
         exact: the same file, which takes text as it is, and names of files byte for byte.
@@ -88,11 +95,11 @@ class Shown(io.TextIOWrapper):
 
 
 def open_output(*lasting: str) -> None:
-    """Makes stdout and stderr ``Shown``: what is printed, logs and tracebacks. Those named in ``lasting`` lose what they
-    cannot write: a terminal that is gone, a pipe without a reader, a full disk.
+    """Makes stdout and stderr ``Shown``: what is printed, logs and tracebacks. Those named in ``lasting``
+    lose what they cannot write: a terminal that is gone, a pipe without a reader, a full disk.
 
-    And descriptors 0 to 2 that are closed become /dev/null: otherwise the next file that is opened, a checkpoint say, would be the one that
-    messages are written to.
+    And descriptors 0 to 2 that are closed become /dev/null: otherwise the next file that is opened, a
+    checkpoint say, would be the one that messages are written to.
     """
     for number in (0, 1, 2):
         try:
@@ -107,23 +114,31 @@ def open_output(*lasting: str) -> None:
 
 
 def exact(stream: TextIO) -> TextIO:
-    """Takes text as it is to where ``stream`` goes: text made visible before, and results that a program reads."""
+    """Takes text as it is to where ``stream`` goes: text made visible before, and results that a program
+    reads.
+    """
     return stream.exact if isinstance(stream, Shown) else stream
 
 
 def answer_stream() -> TextIO:
-    """Where a model's answers go: stdout. A terminal gets what can be shown, a file or another program all of it."""
+    """Where a model's answers go: stdout. A terminal gets what can be shown, a file or another program all of
+    it.
+    """
     return sys.stdout if sys.stdout.isatty() else exact(sys.stdout)
 
 
 def say(line: str) -> None:
-    """A line on stderr, from a signal's handler: past Python's buffers, as a handler that finds one half written would raise."""
+    """A line on stderr, from a signal's handler: past Python's buffers, as a handler that finds one half
+    written would raise.
+    """
     with suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="replace"))
 
 
 def die_of_interrupt() -> NoReturn:
-    """Ends this process as SIGINT does, for a shell ends its loop when a command has died of it. A launcher counts exit codes: 130."""
+    """Ends this process as SIGINT does, for a shell ends its loop when a command has died of it. A launcher
+    counts exit codes: 130.
+    """
     if "RANK" not in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

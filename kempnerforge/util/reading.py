@@ -1,4 +1,6 @@
-"""Files that others have written, read with limits: regular files alone, of a limited size, JSON of a limited depth."""
+"""Files that others have written, read with limits: regular files alone, of a limited size, JSON of a limited
+depth.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ KINDS = {
 
 
 def irregular(path: Path | str) -> str:
-    """What ``path`` is instead of a file: "a named pipe", say; empty for a file, and where nothing is. Opening others may wait for ever."""
+    """What ``path`` is instead of a file: "a named pipe", say; empty for a file, and where nothing is.
+    Opening others may wait for ever.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -52,14 +56,15 @@ def regular(path: Path | str, what: str = "") -> Path:
 
 
 def check_files(folder: Path | str, *patterns: str) -> None:
-    """Looks at the files in a directory before a library opens them by their names; nothing if it is no directory.
+    """Looks at the files in a directory before a library opens them by their names; nothing if it is no
+    directory.
 
     Args:
         patterns: further files below it.
 
     Raises:
-        InputError: one is a pipe, a device or a socket; or one of ``READ_WHOLE``, weights or a config is a directory; or one of
-            ``READ_WHOLE`` has more than ``MAX_BYTES``.
+        InputError: one is a pipe, a device or a socket; or one of ``READ_WHOLE``, weights or a config is a
+            directory; or one of ``READ_WHOLE`` has more than ``MAX_BYTES``.
     """
     if not os.path.isdir(folder):
         return

@@ -1,10 +1,13 @@
-"""The contract between an architecture and everything else: trainer, sharding, evaluation, checkpoints see only this class.
+"""The contract between an architecture and everything else: trainer, sharding, evaluation, checkpoints see
+only this class.
 
-An arch overrides ``block`` (which block makes layer i) and ``place`` (what enters the residual stream, and what a block may read besides
-it), seldom more. It *adds* modules and never renames: a text checkpoint fits every arch with only new keys missing. What it adds is made
-within ``separate_draws``, so that the text weights of a fresh model are the same in every arch.
+An arch overrides ``block`` (which block makes layer i) and ``place`` (what enters the residual stream, and
+what a block may read besides it), seldom more. It *adds* modules and never renames: a text checkpoint fits
+every arch with only new keys missing. What it adds is made within ``separate_draws``, so that the text
+weights of a fresh model are the same in every arch.
 
-Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F tokens of one image, T trained positions, V vocabulary.
+Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F tokens of one image, T trained
+positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 class Output(NamedTuple):
     """What a forward pass gives.
 
-    NOTE: a tuple, as FSDP2 of torch 2.11 looks for outputs to hang its backward pass on in tuples, not in dataclasses.
+    NOTE: a tuple, as FSDP2 of torch 2.11 looks for outputs to hang its backward pass on in tuples, not in
+    dataclasses.
 
     Attributes:
-        loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all ranks and micro-batches.
+        loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
+            ranks and micro-batches.
         logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
         aux_loss: what the model's parts want minimised besides, times the number of targets; None: nothing.
     """
@@ -63,20 +68,23 @@ class Prompts(Protocol):
 
 
 class VLM(ExactBuffers):
-    """A vision-language model around one text backbone. Children: ``transformer``, ``vision_encoder``, ``adapter``.
+    """A vision-language model around one text backbone. Children: ``transformer``, ``vision_encoder``,
+    ``adapter``.
 
     Args:
         job: the resolved config, ``model.vocab_size`` set.
 
     Attributes:
-        loaded: names of the parameters with weights from elsewhere; all others are random. Code that loads some adds their names.
+        loaded: names of the parameters with weights from elsewhere; all others are random. Code that loads
+            some adds their names.
     """
 
     has_images = True
     """Whether the arch reads images; a text-only one builds no encoder and no adapter."""
 
     causal_in_training: ClassVar[bool] = True
-    """False: in training (never in evaluation) a position may depend on later ones, for instance through expert-choice routing."""
+    """False: in training (never in evaluation) a position may depend on later ones, for instance through
+    expert-choice routing."""
 
     hf_model: Any = None
     """The model of transformers that all of this is, if it is one."""
@@ -101,7 +109,8 @@ class VLM(ExactBuffers):
 
         Args:
             words: (B, S, D) embedded ``batch.input_ids``.
-            features: (N, F, D) adapted images; one that is nowhere if the batch has none; None if this pass has none to encode.
+            features: (N, F, D) adapted images; one that is nowhere if the batch has none; None if this pass
+                has none to encode.
 
         Returns:
             The stream, (B, S, D), and what blocks may read besides it.
@@ -109,8 +118,8 @@ class VLM(ExactBuffers):
         raise NotImplementedError
 
     def build(self) -> None:
-        """Makes all children and sets ``num_image_tokens``. Whoever has other children overrides ``forward``, ``encode``, ``image_size``,
-        ``normalisation``, ``normalise`` and ``shard_units`` as well.
+        """Makes all children and sets ``num_image_tokens``. Whoever has other children overrides ``forward``,
+        ``encode``, ``image_size``, ``normalisation``, ``normalise`` and ``shard_units`` as well.
         """
         self.transformer = Transformer(self.job.model, self.block)
         if self.has_images:
@@ -133,8 +142,8 @@ class VLM(ExactBuffers):
         return x[:, -1]
 
     def warm_start(self) -> None:
-        """Replaces fresh weights by better ones and adds their names to ``loaded``; called once at the start of a run, before the model is
-        sharded.
+        """Replaces fresh weights by better ones and adds their names to ``loaded``; called once at the start
+        of a run, before the model is sharded.
 
         Raises:
             ValueError: what the config names cannot be used.
@@ -223,8 +232,9 @@ class VLM(ExactBuffers):
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it.
 
-        NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which is nowhere: every rank must call the
-        same modules, forward and backward, or sharded ones wait for each other forever.
+        NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which is
+        nowhere: every rank must call the same modules, forward and backward, or sharded ones wait for each
+        other forever.
         """
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
         features = None
@@ -258,7 +268,9 @@ class VLM(ExactBuffers):
         return generate(self, batch, max_new_tokens=max_new_tokens, eos_id=prompts.end_id, sampling=sampling)
 
     def shard_units(self) -> Iterator[nn.Module]:
-        """The modules that are sharded, checkpointed and compiled one by one. They do not overlap; the root takes what is left."""
+        """The modules that are sharded, checkpointed and compiled one by one. They do not overlap; the root
+        takes what is left.
+        """
         if self.has_images:
             yield from self.vision_encoder.units
         yield from self.transformer.layers
@@ -283,7 +295,9 @@ def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor |
 
 
 def _after_an_answer(batch: Batch) -> Tensor:
-    """(B, S) bool: positions after a word of an answer of the same text. An image there knows what the prompt must not."""
+    """(B, S) bool: positions after a word of an answer of the same text. An image there knows what the prompt
+    must not.
+    """
     answers = (batch.kinds == Kind.ANSWER).long()
     before = answers.cumsum(1) - answers  # (B, S): words of answers in the row so far
     begins = torch.ones_like(before, dtype=torch.bool)

@@ -1,7 +1,8 @@
-"""Images stay out of the stream: gated cross-attention blocks read them (Flamingo: Alayrac et al. 2022, section 2.2).
+"""Images stay out of the stream: gated cross-attention blocks read them (Flamingo: Alayrac et al. 2022,
+section 2.2).
 
-Shapes: B rows, S positions, D ``model.dim``, K placements of a row with the most, F tokens of one image, H query heads, G key/value heads,
-E head width.
+Shapes: B rows, S positions, D ``model.dim``, K placements of a row with the most, F tokens of one image, H
+query heads, G key/value heads, E head width.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Sight(NamedTuple):
         seeing: (B, S, 1), 1 where a word reads of at least one image, else 0.
         acting: (B, S, 1), 1 where the feed-forward acts, else 0; None: on every word.
 
-    NOTE: a word that sees none is not masked, or its softmax would be over nothing (NaN): what it reads is multiplied by 0.
+    NOTE: a word that sees none is not masked, or its softmax would be over nothing (NaN): what it reads is
+    multiplied by 0.
     """
 
     mask: Tensor | None
@@ -45,7 +47,8 @@ class MediaContext(Context):
     """A context with the images beside the stream.
 
     Attributes:
-        media: (B, K * F, D), image after image, zeros where a row has fewer; None: keys and values are in the cache.
+        media: (B, K * F, D), image after image, zeros where a row has fewer; None: keys and values are in the
+            cache.
         sight: who sees which.
     """
 
@@ -54,8 +57,8 @@ class MediaContext(Context):
 
 
 class GatedCrossAttention(nn.Module):
-    """``x + tanh(a) * attention(x, media)``, then ``x + tanh(b) * mlp(x)`` (Alayrac et al. 2022, figure 4). Both gates start at 0, so a fresh
-    block changes nothing. Media have no positions.
+    """``x + tanh(a) * attention(x, media)``, then ``x + tanh(b) * mlp(x)`` (Alayrac et al. 2022, figure 4).
+    Both gates start at 0, so a fresh block changes nothing. Media have no positions.
 
     Args:
         cfg: of the text backbone; the head width is its own.
@@ -86,8 +89,8 @@ class GatedCrossAttention(nn.Module):
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K * F, D) -> k and v (B, G, K * F, E).
 
-        NOTE: the view makes one gradient of what flows back from this layer, before it is added to that of others. Otherwise the order of the
-        sum, and with it the last bit, depends on how layers are sharded.
+        NOTE: the view makes one gradient of what flows back from this layer, before it is added to that of
+        others. Otherwise the order of the sum, and with it the last bit, depends on how layers are sharded.
         """
         media = self.media_norm(media.view_as(media))
         return self.k_norm(self.heads(self.k_proj(media))), self.heads(self.v_proj(media))
@@ -117,7 +120,9 @@ class CrossAttentionBlock(Block):
             self.cross_attention = GatedCrossAttention(cfg, *vlm.resolved_heads(cfg.n_heads), **norms)
 
     def media_heads(self, ctx: MediaContext) -> tuple[Tensor, Tensor]:
-        """Keys and values of the media, (B, G, K * F, E) each; with a cache they are computed once, with the prompt."""
+        """Keys and values of the media, (B, G, K * F, E) each; with a cache they are computed once, with the
+        prompt.
+        """
         if ctx.cache is None:
             assert ctx.media is not None, "without a cache every pass has its media"
             return self.cross_attention.keys_values(ctx.media)
@@ -133,7 +138,9 @@ class CrossAttentionBlock(Block):
 
 @registry.register_arch("cross_attention")
 class CrossAttention(VLM):
-    """A gated block before every n-th layer. The stream holds words alone, so text and its positions are those of a text-only model."""
+    """A gated block before every n-th layer. The stream holds words alone, so text and its positions are
+    those of a text-only model.
+    """
 
     @property
     def config(self) -> CrossAttentionConfig:
@@ -187,8 +194,8 @@ def gather_images(features: Tensor | None, words: Tensor, batch: Batch) -> Tenso
         words: (B, S, D), for type and device.
 
     Returns:
-        (B, K, F, D); where a row has fewer than K, and for a batch without any image, zeros: all parameters of the blocks take part in
-        every pass, so that ranks with and without images stay in step.
+        (B, K, F, D); where a row has fewer than K, and for a batch without any image, zeros: all parameters
+        of the blocks take part in every pass, so that ranks with and without images stay in step.
     """
     slots = len(words), max(1, batch.row_images)
     if features is None:
@@ -204,7 +211,9 @@ def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
 
 
 def own(batch: Batch) -> Tensor:
-    """(B, S, K) bool: the images of each position's own sample that are shared or belong to its own text, wherever they stand."""
+    """(B, S, K) bool: the images of each position's own sample that are shared or belong to its own text,
+    wherever they stand.
+    """
     texts = by_slot(batch, batch.image_text_ids, 0)
     same_sample = by_slot(batch, batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]
     return same_sample & ((texts == 0) | (texts == batch.text_ids[..., None]))
@@ -233,7 +242,9 @@ def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
 
 
 def following(batch: Batch) -> Batch:
-    """``batch`` with one more position, which goes on with the last text of each row: an image at the end of a prompt is before it."""
+    """``batch`` with one more position, which goes on with the last text of each row: an image at the end of
+    a prompt is before it.
+    """
     more = {name: torch.cat([(ids := getattr(batch, name)), ids[:, -1:]], dim=1) for name in ("input_ids", "sample_ids", "text_ids")}
     return replace(batch, **more)
 

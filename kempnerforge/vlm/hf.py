@@ -1,10 +1,13 @@
-"""A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square images as ``pixel_values`` alone.
+"""A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square
+images as ``pixel_values`` alone.
 
-Its own ``forward`` runs, after its own embedding, from a stream that is laid out as ours are: words, image features in their places, a
-position and a row of the mask for each. So a mask is never left to the class (without ``token_type_ids`` PaliGemma's hides nothing of an
-answer in some versions), images may be anywhere, one image in several rows, and several texts and samples in a row are exact.
+Its own ``forward`` runs, after its own embedding, from a stream that is laid out as ours are: words, image
+features in their places, a position and a row of the mask for each. So a mask is never left to the class
+(without ``token_type_ids`` PaliGemma's hides nothing of an answer in some versions), images may be anywhere,
+one image in several rows, and several texts and samples in a row are exact.
 
-Shapes: B rows, S positions, K keys, D width, N images, F tokens of one image, T trained positions, V vocabulary.
+Shapes: B rows, S positions, K keys, D width, N images, F tokens of one image, T trained positions, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ class HF(VLM):
     def build(self) -> None:
         cfg = self.config
         model = _build(cfg.path)
-        # NOTE: the model itself stays outside the module tree and its children are adopted, so no name gets a prefix.
+        # NOTE: the model itself stays outside the module tree and its children are adopted, so no name gets a
+        # prefix.
         self.__dict__["hf_model"] = model
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -117,7 +121,9 @@ class HF(VLM):
         return Output(logits.new_zeros(()), logits)
 
     def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
-        """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no others."""
+        """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no
+        others.
+        """
         segments, past = replace(self.segments(batch), positions=batch.positions), None
         self.hf_model.training = self.training  # it is outside of the module tree
         if cache is not None:
@@ -175,7 +181,9 @@ class HF(VLM):
         self.loaded |= own.keys()
 
     def shard_units(self) -> Iterator[nn.Module]:
-        """The layers of the language model and of the vision encoder: whatever transformers itself would checkpoint one by one."""
+        """The layers of the language model and of the vision encoder: whatever transformers itself would
+        checkpoint one by one.
+        """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         inside: set[int] = set()

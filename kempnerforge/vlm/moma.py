@@ -1,4 +1,5 @@
-"""Experts per modality (MoMa: Lin et al. 2024): one attention over image tokens and words, feed-forward layers of their own for each.
+"""Experts per modality (MoMa: Lin et al. 2024): one attention over image tokens and words, feed-forward
+layers of their own for each.
 
 Shapes: B rows, S positions, D ``model.dim``, E experts of a modality, C tokens that an expert takes of a row.
 """
@@ -19,8 +20,9 @@ from kempnerforge.model.transformer import MLP, Block, Cache, Context, init_weig
 from kempnerforge.vlm.base import VLM
 
 EARLIER_FIRST = 1e-5
-"""What a position costs when tokens are ranked. Texts of one image begin with the same token in the same place, so equal scores are common:
-without it rounding would say which of them an expert takes, and rounding depends on padding and on the other rows."""
+"""What a position costs when tokens are ranked. Texts of one image begin with the same token in the same
+place, so equal scores are common: without it rounding would say which of them an expert takes, and rounding
+depends on padding and on the other rows."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Router(nn.Module):
 
 
 class AuxiliaryRouter(nn.Module):
-    """Predicts from a token alone which experts would take it: two layers, a quarter of ``dim`` wide in between."""
+    """Predicts from a token alone which experts would take it: two layers, a quarter of ``dim`` wide in
+    between.
+    """
 
     def __init__(self, dim: int, experts: int) -> None:
         super().__init__()
@@ -83,12 +87,14 @@ class AuxiliaryRouter(nn.Module):
 class MoMaBlock(Block):
     """A layer whose feed-forward part is a group of experts per modality; ``mlp`` is the first text expert.
 
-    Training (expert choice: Zhou et al. 2022): each expert takes the tokens of its modality that its router scores highest, and its output
-    counts with the sigmoid of the score. Evaluation: a token goes to the experts for which the auxiliary router says yes.
+    Training (expert choice: Zhou et al. 2022): each expert takes the tokens of its modality that its router
+    scores highest, and its output counts with the sigmoid of the score. Evaluation: a token goes to the
+    experts for which the auxiliary router says yes.
 
-    NOTE: both take ``topk`` over the row and gather, with sizes that the host knows: capacity in training, all tokens of the modality in
-    evaluation, those not chosen with weight 0. Evaluation therefore costs E dense layers. Gathering only the chosen ones would cost less,
-    but their number is known on the device alone: a wait in every layer, and a graph break under ``torch.compile``.
+    NOTE: both take ``topk`` over the row and gather, with sizes that the host knows: capacity in training,
+    all tokens of the modality in evaluation, those not chosen with weight 0. Evaluation therefore costs E
+    dense layers. Gathering only the chosen ones would cost less, but their number is known on the device
+    alone: a wait in every layer, and a graph break under ``torch.compile``.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, moma: MoMaConfig) -> None:
@@ -132,8 +138,9 @@ class MoMaBlock(Block):
             h: (B, S, D).
 
         Returns:
-            (B, E, C) weights, 0 where there is no token to take; (B, E, C) positions, different ones for each expert; and in training
-            what the auxiliary router has missed: binary cross-entropy, a mean over tokens and experts.
+            (B, E, C) weights, 0 where there is no token to take; (B, E, C) positions, different ones for each
+            expert; and in training what the auxiliary router has missed: binary cross-entropy, a mean over
+            tokens and experts.
         """
         logits = self.routers[modality](h).transpose(1, 2).masked_fill(~tokens.here[:, None], -math.inf)  # (B, E, S)
         auxiliary = dict(self.auxiliary_routers.items()).get(modality)
@@ -156,16 +163,19 @@ class MoMaBlock(Block):
 
 @registry.register_arch("moma")
 class MoMa(VLM):
-    """Image tokens in the stream as in ``joint_decoder``; the feed-forward layers are experts per modality (Lin et al. 2024).
+    """Image tokens in the stream as in ``joint_decoder``; the feed-forward layers are experts per modality
+    (Lin et al. 2024).
 
-    In training an expert chooses its tokens, so what happens to a token depends on the later ones of its row, and a little of them leaks
-    through the routing. Evaluation is causal: auxiliary routers predict from a token alone whether an expert would have chosen it. It
-    measures another routing than the one that is trained, then; how well the two agree shows in ``train/aux_loss``.
+    In training an expert chooses its tokens, so what happens to a token depends on the later ones of its row,
+    and a little of them leaks through the routing. Evaluation is causal: auxiliary routers predict from a
+    token alone whether an expert would have chosen it. It measures another routing than the one that is
+    trained, then; how well the two agree shows in ``train/aux_loss``.
 
-    What differs from the paper: an expert chooses within a row, not over the batch, so that a row does not depend on its neighbours or on
-    how a batch is split over ranks. Auxiliary routers are trained beside the model, on hidden states without gradient, not afterwards with
-    the model frozen; a token goes where their probability is above 1/2, with the score of the main router. There is no Gumbel noise, no
-    mixture of depths and no upcycling.
+    What differs from the paper: an expert chooses within a row, not over the batch, so that a row does not
+    depend on its neighbours or on how a batch is split over ranks. Auxiliary routers are trained beside the
+    model, on hidden states without gradient, not afterwards with the model frozen; a token goes where their
+    probability is above 1/2, with the score of the main router. There is no Gumbel noise, no mixture of
+    depths and no upcycling.
     """
 
     causal_in_training = False
@@ -188,7 +198,9 @@ class MoMa(VLM):
         return self.insert(words, features, batch), MoMaContext(context.rope, context.mask, context.cache, tokens=tokens)
 
     def count(self, modality: str, here: Tensor, most: int) -> Tokens:
-        """How many of the tokens at ``here`` (B, S) an expert takes; ``most`` of them are in the row that has most."""
+        """How many of the tokens at ``here`` (B, S) an expert takes; ``most`` of them are in the row that has
+        most.
+        """
         factor, experts = self.config.capacity_factor, self.config.experts()[modality]
         in_row = here.sum(1, dtype=torch.float64)[:, None, None]  # (B, 1, 1); fp64 rounds as Python does
         capacity = (factor * in_row / experts).ceil().minimum(in_row)

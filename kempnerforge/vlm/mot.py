@@ -1,11 +1,13 @@
-"""Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights for each modality, one attention over all of them.
+"""Mixture-of-Transformers (Liang et al. 2024, Algorithm 1): a set of weights for each modality, one attention
+over all of them.
 
-The stream is stored sorted by modality, text last: every block cuts it at the same places, so each modality is one matrix product and
-nothing is gathered on the way. Where a token is in the stream is known from its position (RoPE) and from the mask, which compares the
-original order; attention does not care how keys are stored.
+The stream is stored sorted by modality, text last: every block cuts it at the same places, so each modality
+is one matrix product and nothing is gathered on the way. Where a token is in the stream is known from its
+position (RoPE) and from the mask, which compares the original order; attention does not care how keys are
+stored.
 
-Shapes: B rows, S positions of the batch, K of the sorted stream, D ``model.dim``, H query heads, G key/value heads, E head width, T trained
-positions.
+Shapes: B rows, S positions of the batch, K of the sorted stream, D ``model.dim``, H query heads, G key/value
+heads, E head width, T trained positions.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class SortedContext(Context):
 
     Attributes:
         sizes: positions of each modality, in the order of the towers, text last; the same in every row.
-        index: (B, K) int64, the position in the batch of what is stored at each place, -1 is padding. None: stored as the batch has it.
+        index: (B, K) int64, the position in the batch of what is stored at each place, -1 is padding. None:
+            stored as the batch has it.
         columns: (B, S) int64, the inverse of ``index``: where each position is stored; K for padding.
     """
 
@@ -77,8 +80,8 @@ class Tower(nn.Module):
 
 
 class MoTBlock(Block):
-    """A layer with a tower for each modality (Liang et al. 2024, Algorithm 1). The block itself is the text tower; each other one is a child
-    with the modality's name.
+    """A layer with a tower for each modality (Liang et al. 2024, Algorithm 1). The block itself is the text
+    tower; each other one is a child with the modality's name.
 
     Args:
         modalities: names of the towers in the order of the stream's sections, "text" last.
@@ -130,10 +133,11 @@ class MoTBlock(Block):
 
 @registry.register_arch("mot")
 class MoT(VLM):
-    """Image tokens are in one stream with the words, and every token is computed with the weights of its modality.
+    """Image tokens are in one stream with the words, and every token is computed with the weights of its
+    modality.
 
-    A subclass with further modalities in the stream overrides ``modality_ids`` and ``section_sizes``. A modality without positions runs
-    its tower on nothing, so its parameters have gradients of zero.
+    A subclass with further modalities in the stream overrides ``modality_ids`` and ``section_sizes``. A
+    modality without positions runs its tower on nothing, so its parameters have gradients of zero.
     """
 
     @property
@@ -157,7 +161,9 @@ class MoT(VLM):
         return ids.masked_fill(batch.kinds == Kind.PAD, -1)
 
     def section_sizes(self, batch: Batch) -> tuple[int, ...]:
-        """Positions that each of ``modalities`` needs, at most over the rows; known without a look at a tensor."""
+        """Positions that each of ``modalities`` needs, at most over the rows; known without a look at a
+        tensor.
+        """
         sizes = {"image": batch.row_images * self.num_image_tokens, TEXT: batch.row_words}
         return tuple(sizes.get(name, 0) for name in self.modalities)
 
@@ -180,7 +186,9 @@ class MoT(VLM):
         return x, SortedContext(rope_tables(batch.positions.gather(1, place), self.job.model), mask, cache, sizes, index, columns)
 
     def _sort(self, batch: Batch, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is padded after it."""
+        """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is
+        padded after it.
+        """
         ids, total = self.modality_ids(batch), sum(sizes)
         columns = torch.full_like(batch.input_ids, total)  # (B, S)
         for number, start in enumerate(accumulate(sizes[:-1], initial=0)):
@@ -208,10 +216,12 @@ class MoT(VLM):
     def warm_start(self) -> None:
         """Loads ``mot_warm_start_path``, if there is one, and copies the text tower into every other one.
 
-        Tensors that the path has for another tower are taken from there. Vision encoder and adapter are taken when they fit.
+        Tensors that the path has for another tower are taken from there. Vision encoder and adapter are taken
+        when they fit.
 
         Raises:
-            ValueError: nothing at the path has a place in the model, or a tensor of the backbone has another shape.
+            ValueError: nothing at the path has a place in the model, or a tensor of the backbone has another
+                shape.
         """
         if not self.cfg.mot_warm_start_from_text:
             return
@@ -227,7 +237,9 @@ class MoT(VLM):
 
     @torch.no_grad()
     def _copy_text(self, keep: set[str]) -> int:
-        """Copies the text tower's tensors into those of other towers that are not in ``keep``; returns how many."""
+        """Copies the text tower's tensors into those of other towers that are not in ``keep``; returns how
+        many.
+        """
         own, copied = {name: p for name, p in self.named_parameters() if not is_adapter(name)}, 0
         for number in range(len(self.transformer.layers)):
             layer = f"transformer.layers.{number}."

@@ -21,8 +21,9 @@ def _own_children() -> frozenset[str]:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: a child of the model, of the backbone (``model`` in transformers) one level deeper. What an arch
-    adds to the layers of the text backbone is a part as well, the same child of all layers together.
+    """The part that a parameter belongs to: a child of the model, of the backbone (``model`` in transformers)
+    one level deeper. What an arch adds to the layers of the text backbone is a part as well, the same child
+    of all layers together.
     """
     words = name.split(".")
     if len(words) > 4 and name.startswith(f"{LAYERS}.") and words[3] not in _own_children():

@@ -1,4 +1,6 @@
-"""Functions of the task beside this file. It needs ``datasets`` and nothing of ``kempnerforge``, so the directory works wherever it is copied."""
+"""Functions of the task beside this file. It needs ``datasets`` and nothing of ``kempnerforge``, so the
+directory works wherever it is copied.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any
 
 
 def load(**_: Any) -> Any:
-    """The questions: ``id``, ``images`` (opened by Pillow), ``question``, ``answer``, and ``right``: all right answers, also as the tokenizer of the
-    job writes them.
+    """The questions: ``id``, ``images`` (opened by Pillow), ``question``, ``answer``, and ``right``: all
+    right answers, also as the tokenizer of the job writes them.
     """
     from datasets import load_dataset
 

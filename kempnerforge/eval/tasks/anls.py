@@ -25,10 +25,11 @@ def distance(a: str, b: str) -> int:
 @registry.register_task("anls")
 @dataclass
 class ANLS(QuestionTask):
-    """1 minus the edit distance to the nearest given answer, as a share of the longer length; 0 where that share is the threshold or more.
+    """1 minus the edit distance to the nearest given answer, as a share of the longer length; 0 where that
+    share is the threshold or more.
 
-    Biten et al. 2019, "Scene Text Visual Question Answering", equations 1 and 2. Letters are compared in lower case, white space
-    normalised, as in the evaluation of DocVQA.
+    Biten et al. 2019, "Scene Text Visual Question Answering", equations 1 and 2. Letters are compared in
+    lower case, white space normalised, as in the evaluation of DocVQA.
 
     Attributes:
         threshold: shares from this one on count as wrong.

@@ -18,8 +18,9 @@ from kempnerforge.util.errors import InputError
 class BLEU(QuestionTask):
     """BLEU-4 of the corpus, from 0 to 1. The points of one answer are its own BLEU, smoothed.
 
-    Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation of Machine Translation", equations 1 to 3; tokens and smoothing as Post 2018,
-    "A Call for Clarity in Reporting BLEU Scores". All given answers of a question are its references. Needs the extra ``bleu``.
+    Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation of Machine Translation", equations 1 to 3;
+    tokens and smoothing as Post 2018, "A Call for Clarity in Reporting BLEU Scores". All given answers of a
+    question are its references. Needs the extra ``bleu``.
 
     Attributes:
         tokenize: how sacrebleu splits texts into tokens.

@@ -29,7 +29,9 @@ def iou(a: Box, b: Box) -> float:
 
 
 def all_found(said: Sequence[Box], true: Sequence[Box], overlap: float) -> bool:
-    """Whether there are as many boxes as true ones, and each can be matched to one of its own by an overlap of at least ``overlap``."""
+    """Whether there are as many boxes as true ones, and each can be matched to one of its own by an overlap
+    of at least ``overlap``.
+    """
     from scipy.optimize import linear_sum_assignment
 
     if len(said) != len(true):
@@ -39,10 +41,11 @@ def all_found(said: Sequence[Box], true: Sequence[Box], overlap: float) -> bool:
 
 
 def average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box]], overlap: float) -> float:
-    """Area below the curve of precision over recall at 101 recalls, of one label. At least one true box is needed.
+    """Area below the curve of precision over recall at 101 recalls, of one label. At least one true box is
+    needed.
 
-    Lin et al. 2014, "Microsoft COCO", as its evaluation code computes it; the boxes of an answer are ranked by their order in it,
-    as there are no confidences: all first ones, then all second ones.
+    Lin et al. 2014, "Microsoft COCO", as its evaluation code computes it; the boxes of an answer are ranked
+    by their order in it, as there are no confidences: all first ones, then all second ones.
     """
     ranked: list[tuple[int, bool]] = []
     for boxes, truths in zip(said, true, strict=True):
@@ -71,12 +74,14 @@ def mean_average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequenc
 @registry.register_task("boxes")
 @dataclass
 class Boxes(QuestionTask):
-    """The share of answers whose boxes are the true ones, each with an overlap (IoU) of at least 0.5; mean average precision beside it.
+    """The share of answers whose boxes are the true ones, each with an overlap (IoU) of at least 0.5; mean
+    average precision beside it.
 
-    With one box a question it is the accuracy of referring expressions (Yu et al. 2016, "Modeling Context in Referring Expressions"); with
-    several it is Pr@(F1 = 1, IoU >= 0.5) of He et al. 2023, "GREC". Labels do not count there. ``_map`` is COCO's AP over overlaps from 0.5
-    to 0.95, ``_map50`` at 0.5, by the labels of the boxes (Lin et al. 2014). Boxes are written as PaliGemma writes them; questions
-    whose true answer has none are not asked.
+    With one box a question it is the accuracy of referring expressions (Yu et al. 2016, "Modeling Context in
+    Referring Expressions"); with several it is Pr@(F1 = 1, IoU >= 0.5) of He et al. 2023, "GREC". Labels do
+    not count there. ``_map`` is COCO's AP over overlaps from 0.5 to 0.95, ``_map50`` at 0.5, by the labels of
+    the boxes (Lin et al. 2014). Boxes are written as PaliGemma writes them; questions whose true answer has
+    none are not asked.
     """
 
     title: ClassVar[str] = "Boxes, accuracy at IoU 0.5"

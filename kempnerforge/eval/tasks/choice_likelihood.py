@@ -1,4 +1,6 @@
-"""Multiple choice by likelihood: of several answers the one that the model finds most likely; nothing is generated."""
+"""Multiple choice by likelihood: of several answers the one that the model finds most likely; nothing is
+generated.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,12 @@ from kempnerforge.util.errors import InputError
 class ChoiceLikelihood(QuestionTask):
     """The share of questions whose true answer is the likeliest of the choices.
 
-    Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.4; per "bytes" it is ``acc_norm`` of lm-evaluation-harness. The
-    likelihood is of the whole answer, the token that ends it included.
+    Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.4; per "bytes" it is ``acc_norm`` of
+    lm-evaluation-harness. The likelihood is of the whole answer, the token that ends it included.
 
     Attributes:
-        choices: the same for all questions; empty: the options in the prompt of each (see ``multiple_choice``).
+        choices: the same for all questions; empty: the options in the prompt of each (see
+            ``multiple_choice``).
         score: what is scored of an option in the prompt: its "letter", or its "text".
         per: divide a log-likelihood by the "tokens" or "bytes" of the answer; "answer": do not.
     """
@@ -71,7 +74,9 @@ class ChoiceLikelihood(QuestionTask):
     def _likeliest(
         self, exam: Exam, chunk: Sequence[tuple[Hashable, Question]], failed: dict[Hashable, str], blind: bool, most: int
     ) -> dict[Hashable, str]:
-        """The likeliest choice of each question; ``most`` calls of the model, whatever there is to ask, so that ranks stay in step."""
+        """The likeliest choice of each question; ``most`` calls of the model, whatever there is to ask, so
+        that ranks stay in step.
+        """
         found: dict[Hashable, list[tuple[float, str]]] = {key: [] for key, _ in chunk}
         for k in range(most):
             rows = {}

@@ -28,8 +28,8 @@ def ngrams(words: Sequence[str]) -> Counts:
 def cider_d(said: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """CIDEr-D of each answer, from 0 to 10.
 
-    Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", equations 1 to 3, with the clipping and the length
-    penalty of section 6 (CIDEr-D), which the COCO evaluation uses.
+    Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", equations 1 to 3, with the
+    clipping and the length penalty of section 6 (CIDEr-D), which the COCO evaluation uses.
 
     Args:
         said: the words of each answer.
@@ -62,9 +62,11 @@ def cider_d(said: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[str
 @registry.register_task("cider")
 @dataclass
 class CIDEr(QuestionTask):
-    """The mean of ``cider_d``. Words are in lower case, without punctuation; the COCO evaluation splits words by the Penn Treebank's rules.
+    """The mean of ``cider_d``. Words are in lower case, without punctuation; the COCO evaluation splits words
+    by the Penn Treebank's rules.
 
-    All given answers of a question are its references. A mixture of few captions says little: with one question every score is 0.
+    All given answers of a question are its references. A mixture of few captions says little: with one
+    question every score is 0.
     """
 
     title: ClassVar[str] = "CIDEr-D"

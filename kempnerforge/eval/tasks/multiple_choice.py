@@ -17,7 +17,8 @@ NAMED = re.compile(r"\b(?i:answer|option)(?:\s+(?i:is))?\s*:?\s*\(?([A-Z])\b")
 
 
 def options_of(prompt: str) -> dict[str, str]:
-    """The options of a question, by their letters: lines such as "A. red", "(A) red" or "A) red", from A on without a gap.
+    """The options of a question, by their letters: lines such as "A. red", "(A) red" or "A) red", from A on
+    without a gap.
 
     Empty: there are fewer than two.
     """
@@ -32,8 +33,8 @@ def options_of(prompt: str) -> dict[str, str]:
 def letter_of(text: str, options: dict[str, str]) -> str:
     """Which of ``options`` a text names; empty: none that is certain.
 
-    In this order: it is the text of an option; it begins with a letter that is followed by a bracket, a point, a colon, a comma or its end; it
-    has "answer is B", "answer: B" or "option B".
+    In this order: it is the text of an option; it begins with a letter that is followed by a bracket, a
+    point, a colon, a comma or its end; it has "answer is B", "answer: B" or "option B".
     """
     text = plain(text)
     for letter, option in options.items():
@@ -48,9 +49,9 @@ def letter_of(text: str, options: dict[str, str]) -> str:
 class MultipleChoice(QuestionTask):
     """The share of answers that name the right letter.
 
-    As in Lu et al. 2022 (ScienceQA) and Yue et al. 2023 (MMMU, appendix), but an answer that names no option is wrong, where MMMU draws one
-    at random: their share is ``_no_letter``. Questions without options in their prompt, or whose true answer is none of them,
-    are not asked.
+    As in Lu et al. 2022 (ScienceQA) and Yue et al. 2023 (MMMU, appendix), but an answer that names no option
+    is wrong, where MMMU draws one at random: their share is ``_no_letter``. Questions without options in
+    their prompt, or whose true answer is none of them, are not asked.
     """
 
     title: ClassVar[str] = "Multiple choice"

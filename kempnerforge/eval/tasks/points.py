@@ -16,7 +16,9 @@ from kempnerforge.util.errors import InputError
 
 
 def hits(said: Sequence[Point], true: Sequence[Point], within: float) -> int:
-    """Points that are matched in the assignment with most pairs not further apart than ``within`` (Kuhn 1955, the Hungarian method)."""
+    """Points that are matched in the assignment with most pairs not further apart than ``within`` (Kuhn 1955,
+    the Hungarian method).
+    """
     from scipy.optimize import linear_sum_assignment
 
     if not said or not true:
@@ -29,11 +31,13 @@ def hits(said: Sequence[Point], true: Sequence[Point], within: float) -> int:
 @registry.register_task("points")
 @dataclass
 class Points(QuestionTask):
-    """F1 of the points in each answer, its mean over questions; beside it precision and recall over all points.
+    """F1 of the points in each answer, its mean over questions; beside it precision and recall over all
+    points.
 
-    Deitke et al. 2024, "Molmo and PixMo", whose evaluation of pointing matches points one to one and counts those in the object's mask. Here
-    a point is right within a distance of the true one, as rows hold points and no masks. Where nothing is to be pointed at, an answer
-    without points scores 1. Questions whose true answer has no points, and is not "There are none.", are not asked.
+    Deitke et al. 2024, "Molmo and PixMo", whose evaluation of pointing matches points one to one and counts
+    those in the object's mask. Here a point is right within a distance of the true one, as rows hold points
+    and no masks. Where nothing is to be pointed at, an answer without points scores 1. Questions whose true
+    answer has no points, and is not "There are none.", are not asked.
 
     Attributes:
         within: the distance, as a share of the image's side.

@@ -13,7 +13,9 @@ from kempnerforge.eval.task import QuestionTask, Score
 
 
 def says_yes(text: str) -> bool:
-    """False where the first sentence has the word "no" or "not", as in the official code; every other answer is a yes."""
+    """False where the first sentence has the word "no" or "not", as in the official code; every other answer
+    is a yes.
+    """
     return not {"no", "not"} & set(re.findall(r"[^\s,]+", text.split(".")[0].lower()))
 
 
@@ -22,8 +24,9 @@ def says_yes(text: str) -> bool:
 class POPE(QuestionTask):
     """Accuracy, precision, recall and F1 of "yes", and the share of answers that are "yes".
 
-    Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models", section 5. Questions whose true answer is not
-    "yes" or "no" are not asked. Its three samplings (random, popular, adversarial) are evaluated one after another, each a file.
+    Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models", section 5. Questions
+    whose true answer is not "yes" or "no" are not asked. Its three samplings (random, popular, adversarial)
+    are evaluated one after another, each a file.
     """
 
     title: ClassVar[str] = "POPE accuracy"

@@ -24,9 +24,11 @@ def number(text: str) -> float | None:
 @registry.register_task("relaxed_accuracy")
 @dataclass
 class RelaxedAccuracy(QuestionTask):
-    """The share of answers that are within 5 % of a true number, or equal to a true text in any case of letters.
+    """The share of answers that are within 5 % of a true number, or equal to a true text in any case of
+    letters.
 
-    Methani et al. 2020, "PlotQA", section 5; Masry et al. 2022, "ChartQA", section 5.1. A true 0 has to be met as a text.
+    Methani et al. 2020, "PlotQA", section 5; Masry et al. 2022, "ChartQA", section 5.1. A true 0 has to be
+    met as a text.
 
     Attributes:
         tolerance: of a number, as a share of the true one.

@@ -37,7 +37,9 @@ CONTRACTIONS = _contractions()
 
 
 def normalised(text: str) -> str:
-    """``text`` as the official evaluation compares it: without punctuation and articles, numbers as digits, lower case."""
+    """``text`` as the official evaluation compares it: without punctuation and articles, numbers as digits,
+    lower case.
+    """
     found = text = text.replace("\n", " ").replace("\t", " ").strip()
     for mark in PUNCTUATION:
         joined = f"{mark} " in text or f" {mark}" in text or DIGITS_COMMA.search(text)
@@ -51,9 +53,10 @@ def normalised(text: str) -> str:
 class VQAAccuracy(QuestionTask):
     """The mean over all annotators of min(1, agreeing annotators among the others / 3).
 
-    Antol et al. 2015, "VQA: Visual Question Answering", section 3, in the form of the official code (VQA/PythonEvaluationTools), which leaves
-    each annotator out once. Both sides are normalised as there. With ten annotators n that agree give min(1, 0.3 n). A row has all
-    answers as a list in its answer column, repeated ones repeated; one answer alone is scored by equality.
+    Antol et al. 2015, "VQA: Visual Question Answering", section 3, in the form of the official code
+    (VQA/PythonEvaluationTools), which leaves each annotator out once. Both sides are normalised as there.
+    With ten annotators n that agree give min(1, 0.3 n). A row has all answers as a list in its answer column,
+    repeated ones repeated; one answer alone is scored by equality.
     """
 
     title: ClassVar[str] = "VQA accuracy"
