@@ -151,6 +151,7 @@ def save_training(
     files: dict[str, bytes],
     keep: int,
     averages: Mapping[str, Tensor] | None = None,
+    best: int | None = None,
 ) -> Path:
     """``save`` of a model and its optimizers, which stay as they are. Call it on all ranks, between steps.
 
@@ -170,7 +171,7 @@ def save_training(
                 f"{len(spoilt)} of {len(tensors)} tensors hold values that are not finite, such as {spoilt[0]!r}: an update was too large."
                 " Earlier checkpoints are kept; go on from the last one with a lower optimizer.lr"
             )
-    return save(root, step, tensors, state, files, keep)
+    return save(root, step, tensors, state, files, keep, best)
 
 
 def load_training(

@@ -3,7 +3,7 @@
 ``root/step-%08d`` is written as ``.tmp-...`` beside it: tensors through ``torch.distributed.checkpoint`` (one
 file per rank), small extra files, then ``manifest.json`` with a checksum of each file. Everything is flushed
 to disk before the directory gets its name. So a process that is killed leaves either the whole step or a
-``.tmp-...`` directory. ``latest`` names the newest step for people and scripts; nothing here reads it.
+``.tmp-...`` directory. The files ``latest`` and ``best`` name steps; a path to one of them means that step.
 
 All functions but ``verify`` are collective: with a process group every rank calls them, rank 0 decides, and
 an error on one rank is raised on all. Without a process group they work on the calling process alone. One job
@@ -73,6 +73,7 @@ def save(
     state: dict[str, Any],
     files: dict[str, bytes],
     keep: int,
+    best: int | None = None,
 ) -> Path:
     """Writes the checkpoint ``root/step-%08d``. Of the steps up to it the newest ``keep`` stay; an existing
     one of the same step is replaced.
@@ -84,6 +85,7 @@ def save(
         state: plain JSON for the manifest; rank 0's is written.
         files: small extra files by relative name, such as ``config.toml``; rank 0's are written.
         keep: at least 1.
+        best: a step that stays, too, and that ``best`` names.
 
     Returns:
         The directory.
@@ -103,8 +105,13 @@ def save(
         if rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
-    from_rank0(lambda: _tidy(root, step, keep))
+    from_rank0(lambda: _tidy(root, step, keep, best))
     return final
+
+
+def name_best(root: Path, step: int) -> None:
+    """Makes ``root/best`` name the checkpoint of ``step``. Called by rank 0 alone."""
+    _point(root, "best", step)
 
 
 def _start(root: Path, step: int) -> Path:
@@ -171,20 +178,28 @@ def _finish(tmp: Path, final: Path, manifest: Manifest) -> None:
     _sync_directory(final.parent)
 
 
-def _tidy(root: Path, step: int, keep: int) -> None:
+def _tidy(root: Path, step: int, keep: int, best: int | None) -> None:
     """Removes old checkpoints. The new one is complete already, so an error here is only a warning.
 
     Later steps (broken ones; the run continued from before them) are neither counted nor removed.
     """
     try:
-        hint = root / ".latest.tmp"
-        _write_file(hint, f"step-{step:08d}\n".encode())
-        hint.replace(root / "latest")
-        for _, path in [c for c in _candidates(root) if c[0] <= step and not c[1].name.startswith(".old-")][keep:]:
-            _remove(path)
+        _point(root, "latest", step)
+        if best is not None:
+            _point(root, "best", best)
+        for found, path in [c for c in _candidates(root) if c[0] <= step and not c[1].name.startswith(".old-")][keep:]:
+            if found != best:
+                _remove(path)
         _remove_leftovers(root, ".old-step-*", ".trash-*")
     except OSError as error:
         log.warning("checkpoint step-%08d is saved, but tidying up failed: %s", step, error)
+
+
+def _point(root: Path, name: str, step: int) -> None:
+    """Writes the file ``root/name`` that names a step, in one move."""
+    part = root / f".{name}.tmp"
+    _write_file(part, f"step-{step:08d}\n".encode())
+    part.replace(root / name)
 
 
 def _remove(path: Path) -> None:
@@ -253,7 +268,8 @@ def _find(root: Path) -> tuple[Path, Manifest] | None:
 
 
 def resolve(path: Path) -> Path:
-    """``path`` if it is a checkpoint, or the newest valid one in a folder of checkpoints or a run directory.
+    """``path`` if it is a checkpoint, the step that a file ``best`` or ``latest`` names, or the newest valid
+    one in a folder of checkpoints or a run directory.
 
     Raises:
         CheckpointError: on all ranks, when there is none, or when ``path`` is a broken checkpoint.
@@ -276,6 +292,11 @@ def reading(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _resolve(path: Path) -> Path:
+    if path.name in ("best", "latest") and path.is_file():
+        named = path.read_text(encoding="utf-8", errors="replace").strip()[:80]
+        if not _STEP.fullmatch(named):
+            raise CheckpointError(f"{path}: names no checkpoint: {named!r}")
+        path = path.with_name(named)
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: {'not a directory' if path.exists() else f'no such directory{start_of(path)}'}; a checkpoint is a directory"

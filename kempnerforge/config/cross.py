@@ -14,7 +14,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import EvalConfig, HookConfig, MetricsConfig
+from kempnerforge.config.training import CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -28,6 +28,7 @@ class Job(JobSections, Protocol):
     data: DataConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
+    checkpoint: CheckpointConfig
     eval: EvalConfig
     metrics: MetricsConfig
     hooks: list[HookConfig]
@@ -197,6 +198,16 @@ def extensions_are_whole(job: Job) -> Found:
         if not own.__module__.startswith("kempnerforge.") and name not in classes:
             advice = f"put @registry.register_{classes.kind}({name!r}) before the class of the {classes.kind}"
             yield key, f"{discriminator} = {name!r}: {own.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
+
+
+@_reads("checkpoint", "eval")
+def best_is_measured(job: Job) -> Found:
+    """The score of ``checkpoint.keep_best`` is that of a task, and there are evaluations."""
+    best, known = job.checkpoint.keep_best, [f"eval/{name}" for name in (*job.eval.BUILT_IN, *job.eval.tasks)]
+    if best and not any(best.startswith(key) for key in known):
+        yield ("checkpoint",), f"keep_best = {best!r}: must begin with the name of a score: {', '.join(known)}"
+    if best and not (job.eval.interval or job.eval.at_end):
+        yield ("checkpoint",), f"keep_best = {best!r}: nothing is evaluated; set eval.interval"
 
 
 def _image_sections(job: Job) -> list[DataConfig]:

@@ -116,14 +116,21 @@ class CheckpointConfig:
     Attributes:
         interval: steps between checkpoints; 0: only at the end and when interrupted.
         keep_last_n: the newest ones stay, older ones are deleted.
+        keep_best: a score, such as "eval/exact_match": the step with the best one is saved and stays besides these, and
+            ``checkpoints/best`` names it. Empty keeps none.
+        best_is: whether the "highest" or the "lowest" score is the best.
     """
 
     interval: int = 500
     keep_last_n: int = 2
+    keep_best: str = ""
+    best_is: str = "highest"
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval")
         at_least(self, 1, "keep_last_n")
+        one_of(self, "best_is", ("highest", "lowest"))
+        only_if(self, self.keep_best, "keep_best", "best_is")
 
 
 @dataclass

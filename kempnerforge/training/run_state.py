@@ -17,6 +17,23 @@ from kempnerforge.util.errors import InputError
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best checkpoint so far.
+
+    Attributes:
+        key: of the score, as in ``metrics.jsonl``.
+        best_is: "highest" or "lowest".
+        step: of the checkpoint.
+        score: its own.
+    """
+
+    key: str
+    best_is: str
+    step: int
+    score: float
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run is.
 
@@ -28,6 +45,7 @@ class RunState:
         frozen: names of the parameters that do not train at ``step``.
         unevaluated: the evaluation of this step was interrupted.
         metrics: digest of ``metrics.jsonl`` so far; empty where an older version saved.
+        best: with ``checkpoint.keep_best``, the checkpoint that is kept; None where nothing was evaluated yet.
         data: fingerprints of the data at the start, by what the data are for.
         asked: how the data place their images; None in an imported model.
         history: what each span of steps was trained with.
@@ -42,6 +60,7 @@ class RunState:
     frozen: list[str] = field(default_factory=list)
     unevaluated: bool = False
     metrics: str = ""
+    best: Best | None = None
     data: dict[str, str] = field(default_factory=dict)
     asked: Asking | None = None
     history: list[Span] = field(default_factory=list)

@@ -186,8 +186,11 @@ def test_resolve(three: Path) -> None:
     assert resolve(three.parent / "best") == three.parent / "best"
     with pytest.raises(CheckpointError, match="no such directory"):
         resolve(three / "gone")
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="step-00000030: no such directory"):
         resolve(three / "latest")
+    (three / "file").touch()
+    with pytest.raises(CheckpointError, match="not a directory"):
+        resolve(three / "file")
     (three / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint here; give a step-"):
         resolve(three / "empty")

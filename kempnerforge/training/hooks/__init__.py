@@ -36,6 +36,6 @@ def default_hooks(assembly: Assembly, run_dir: Path, ends_process: bool = False)
         evaluation,
         *(registry.hooks.get(table.type)(table, run_dir) for table in job.hooks),
         checkpoints,
-        Report(run_dir, evaluation),
+        Report(run_dir, evaluation, checkpoints),
     ]
     return hooks, checkpoints

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from kempnerforge.checkpoint.state import load_training, save_training
+from kempnerforge.checkpoint.store import name_best
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.config.plugins import plugin_files, plugins_of
 from kempnerforge.training.hooks.metrics import metrics_digest
-from kempnerforge.training.run_state import RunState, SavedRun
+from kempnerforge.training.run_state import Best, RunState, SavedRun
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.errors import InputError
 
 
 class Checkpoints(Hook):
@@ -20,6 +23,8 @@ class Checkpoints(Hook):
     def __init__(self, cfg: CheckpointConfig, run_dir: Path) -> None:
         self.cfg, self.run_dir = cfg, run_dir
         self._saved_step, self._due = -1, False
+        self.best: Best | None = None
+        self._better: Best | None = None
         self._files: dict[str, bytes] = {}
         self._data: dict[str, str] = {}
 
@@ -33,6 +38,8 @@ class Checkpoints(Hook):
         trainer.samples_seen, trainer.samples_bad = state.samples_seen, state.samples_bad
         trainer.samples_of.update(state.samples_of)
         trainer.unevaluated, trainer.recorded = state.unevaluated, state.metrics
+        if state.best is not None and (state.best.key, state.best.best_is) == (self.cfg.keep_best, self.cfg.best_is):
+            self.best = state.best
 
     def start(self, trainer: Trainer) -> None:
         tokenizer = self.run_dir / "tokenizer"
@@ -45,9 +52,30 @@ class Checkpoints(Hook):
     def step(self, trainer: Trainer, result: StepResult) -> None:
         """After a skipped step the weights may be bad: a save that is due waits for the next good step."""
         self._due |= self.cfg.interval > 0 and trainer.step % self.cfg.interval == 0
+        if self._better is not None and not result.skipped:
+            self.best, self._due = self._better, True
+        self._better = None
         if (self._due and not result.skipped) or trainer.done or trainer.stopping:
             self._save(trainer)
             self._due = False
+
+    def record(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Notes a better score: its step is saved next, unless it is saved already (after the last step, or at the start)."""
+        key = self.cfg.keep_best
+        if not key or not any(name.startswith("eval/") for name in values):
+            return
+        if key not in values:
+            raise InputError(f"checkpoint.keep_best = {key!r}: is no score of this evaluation; there are {', '.join(values)}")
+        score, sign = values[key], 1 if self.cfg.best_is == "highest" else -1
+        if not math.isfinite(score) or (self.best is not None and sign * score <= sign * self.best.score):
+            return
+        found = Best(key, self.cfg.best_is, trainer.step, score)
+        if trainer.step != self._saved_step:
+            self._better = found
+            return
+        self.best = found
+        if trainer.world.is_main:
+            name_best(self.run_dir / "checkpoints", found.step)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.step == self._saved_step:
@@ -61,6 +89,7 @@ class Checkpoints(Hook):
             frozen=trainer.frozen,
             unevaluated=trainer.unevaluated,
             metrics=metrics_digest(self.run_dir) if trainer.world.is_main else "",
+            best=self.best,
             data=self._data,
             asked=self._asked,
             history=trainer.history,
@@ -68,5 +97,6 @@ class Checkpoints(Hook):
         root = self.run_dir / "checkpoints"
         optimizers = trainer.optimizers
         averages = optimizers.averages()
-        save_training(root, trainer.step, trainer.model, optimizers.all, state.to_json(), self._files, self.cfg.keep_last_n, averages)
+        kept = self.best.step if self.best is not None else None
+        save_training(root, trainer.step, trainer.model, optimizers.all, state.to_json(), self._files, self.cfg.keep_last_n, averages, kept)
         self._saved_step = trainer.step

@@ -16,6 +16,7 @@ from kempnerforge.eval.task import Score
 from kempnerforge.report.charts import Band
 from kempnerforge.training.complete import SUMMARY, write_complete
 from kempnerforge.training.history import changed_on_the_way
+from kempnerforge.training.hooks.checkpoints import Checkpoints
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.report import Example, write_report
 from kempnerforge.training.trainer import Hook, Trainer
@@ -30,8 +31,8 @@ EXAMPLES = 24
 class Report(Hook):
     """Writes both files from the recorded metrics and the final evaluation."""
 
-    def __init__(self, run_dir: Path, evaluation: Evaluation) -> None:
-        self.run_dir, self.evaluation = run_dir, evaluation
+    def __init__(self, run_dir: Path, evaluation: Evaluation, checkpoints: Checkpoints) -> None:
+        self.run_dir, self.evaluation, self.checkpoints = run_dir, evaluation, checkpoints
 
     def finish(self, trainer: Trainer) -> None:
         if not trainer.world.is_main:
@@ -49,6 +50,8 @@ class Report(Hook):
         }
         if self.evaluation.prior is not None:
             summary["question_only_prior"] = self.evaluation.prior
+        if (best := self.checkpoints.best) is not None:
+            summary["best_checkpoint"] = f"step {best.step}: {best.key} = {best.score:.4g}"
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
         seeing, blind = final.first.seeing, final.first.blind
         path = write_report(
