@@ -141,7 +141,7 @@ class TrackerConfig:
     Subclasses register with ``@registry.register_tracker_config``.
 
     Attributes:
-        type: "tensorboard", or a plugin's name.
+        type: "tensorboard", "wandb", "mlflow", "trackio", or a plugin's name.
     """
 
     type: str = ""
@@ -168,14 +168,21 @@ class MetricsConfig:
         interval: steps between lines.
         tensorboard: write the same numbers to ``events/``.
         trackers: others that get the same numbers: names, or tables with a ``type`` and its keys.
+        diagnosis: also record gradients, updates and gates of each part of the model, seconds of each phase of a step, FLOPs a second
+            and memory.
+        peak_tflops: of one device, in 1e12 FLOPs a second, to record what share of it is used; 0: not known.
     """
 
     interval: int = 10
     tensorboard: bool = True
     trackers: list[TrackerConfig] = field(default_factory=list)
+    diagnosis: bool = False
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "interval")
+        at_least(self, 0, "peak_tflops")
+        only_if(self, self.diagnosis, "diagnosis = true", "peak_tflops")
         if not self.tensorboard and any(each.type == "tensorboard" for each in self.trackers):
             raise InputError("trackers: 'tensorboard' is there, with tensorboard = false; leave one of them out")
 

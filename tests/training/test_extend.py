@@ -175,7 +175,10 @@ def test_trackers_by_name_and_by_table(tmp_path: Path) -> None:
     assert types("--metrics.trackers=['csv']", "--metrics.tensorboard=false") == ["csv"]
     assert types("--metrics.trackers=[]") == ["tensorboard"]
     for wrong, message in (
-        ("--metrics.trackers=['cvs']", "type = 'cvs': Unknown metrics.trackers.type; registered: csv, tensorboard (did you mean 'csv'?)"),
+        (
+            "--metrics.trackers=['cvs']",
+            "type = 'cvs': Unknown metrics.trackers.type; registered: csv, mlflow, tensorboard, trackio, wandb (did you mean 'csv'?)",
+        ),
         ("--metrics.trackers=[{file='a'}]", "type = ''"),
         ("--metrics.trackers=[{type='csv', fil='a'}]", "unknown key; did you mean 'file'?"),
         ("--metrics.trackers=[3]", "must be a table"),

@@ -14,7 +14,7 @@ from kempnerforge.eval.codecs import Box, decode_boxes
 from kempnerforge.eval.questions import Question
 from kempnerforge.eval.task import QuestionTask, Score
 
-OVERLAPS = np.linspace(0.5, 0.95, 10)
+OVERLAPS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
 RECALLS = np.linspace(0, 1, 101)
 MOST = 100
 """Boxes of one label in one answer that count, the first ones."""
@@ -51,8 +51,8 @@ def average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box
     for boxes, truths in zip(said, true, strict=True):
         free = list(range(len(truths)))
         for rank, box in enumerate(boxes[:MOST]):
-            best = max(free, key=lambda k: (iou(box, truths[k]), k), default=None)
-            right = best is not None and iou(box, truths[best]) >= overlap - 1e-10
+            score, best = max(((iou(box, truths[k]), k) for k in free), default=(0.0, -1))
+            right = score >= overlap - 1e-10
             ranked.append((rank, right))
             if right:
                 free.remove(best)

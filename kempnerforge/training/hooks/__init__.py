@@ -8,6 +8,7 @@ from kempnerforge.config import registry
 from kempnerforge.training.hooks.bad_samples import BadSamples
 from kempnerforge.training.hooks.checkpoints import Checkpoints
 from kempnerforge.training.hooks.console import ConsoleProgress
+from kempnerforge.training.hooks.diagnosis import Diagnosis
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.hooks.metrics import Metrics
 from kempnerforge.training.hooks.report import Report
@@ -33,6 +34,7 @@ def default_hooks(assembly: Assembly, run_dir: Path, ends_process: bool = False)
         Metrics(job.metrics, run_dir),
         BadSamples(run_dir),
         Tracking(job.metrics, run_dir),
+        *([Diagnosis(job.metrics)] if job.metrics.diagnosis else []),
         evaluation,
         *(registry.hooks.get(table.type)(table, run_dir) for table in job.hooks),
         checkpoints,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import HookConfig, registry
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.training.accounting import TrainingFlops
+from kempnerforge.training.hooks.diagnosis import peak_memory_gib
 from kempnerforge.training.hooks.evaluation import Evaluation
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.util.files import write_text
@@ -66,7 +66,7 @@ class StudyHook(Hook):
         )
 
     def finish(self, trainer: Trainer) -> None:
-        trainer.record({"study/peak_memory_gib": max(trainer.world.gather(_peak_memory(trainer.world.device)))})
+        trainer.record({"study/peak_memory_gib": max(trainer.world.gather(peak_memory_gib(trainer.world.device)))})
         final, held_out = next(hook for hook in trainer.hooks if isinstance(hook, Evaluation)).final, trainer.assembly.data.examined
         if trainer.world.is_main and final.tasks and held_out is not None:
             write_predictions(self.run_dir / PREDICTIONS, final, held_out.skipped)
@@ -82,10 +82,3 @@ def _digest(tensor: torch.Tensor) -> str:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     values = whole.detach().cpu().contiguous().reshape(-1)
     return f"{tuple(whole.shape)} {hashlib.blake2b(values.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()}"
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kempnerforge.config import JobConfig
+from kempnerforge.util.files import write_text
 
 
 class Tracker(ABC):
@@ -34,4 +36,16 @@ class Tracker(ABC):
         """The numbers of a line of ``metrics.jsonl``; here they may be NaN."""
 
     def finish(self) -> None:  # noqa: B027
-        """At the very end, also after an error."""
+        """At the very end, also after an error. ``report.html`` is there if the run is complete."""
+
+
+def kept_id(path: Path, new: str = "") -> str:
+    """What the file ``path`` in a run directory holds, so that a run that continues has the same name elsewhere.
+
+    Args:
+        new: what is written where there is no such file; empty: something that no other run has.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, new or uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
