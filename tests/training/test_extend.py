@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tomli_w
 
-from kempnerforge.config import ConfigError, load_config, registry
+from kempnerforge.config import ConfigError, load_config
 from kempnerforge.config.files import read_toml
 from tests.dist import ROOT
 from tests.training.tiny import assert_same_tensors, call, make_job, metrics, tensors
@@ -18,13 +16,7 @@ from tests.training.tiny import assert_same_tensors, call, make_job, metrics, te
 PAGES = ROOT / "docs" / "extend"
 
 
-@pytest.fixture(autouse=True)
-def plugins_are_forgotten(tmp_path: Path) -> Iterator[None]:
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            registry.forget(name)
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("plugins_are_forgotten")
 
 
 def merged(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:

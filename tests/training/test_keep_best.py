@@ -10,6 +10,7 @@ import pytest
 from kempnerforge.checkpoint import CheckpointError, resolve, verify
 from tests.training.tiny import call, checkpoint_steps, make_job
 
+pytestmark = pytest.mark.usefixtures("plugins_are_forgotten")
 PLUGIN = """
 from dataclasses import dataclass
 
