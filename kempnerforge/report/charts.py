@@ -261,8 +261,9 @@ def _legend(entries: list[tuple[str, str]]) -> list[str]:
     parts = []
     for number, (name, value) in reversed(list(enumerate(entries))):
         y = 15 + 19 * number if len(entries) <= 2 else 15 + 19 * (number % 2)
-        x = RIGHT if number + 2 >= len(entries) or len(entries) <= 2 else RIGHT - 150
-        shown = f'<tspan class="kf-name">{text(_cut(name, 130, 11))}</tspan> <tspan>{text(value)}</tspan>'
+        x = RIGHT if number + 2 >= len(entries) or len(entries) <= 2 else RIGHT - 138
+        alone = len(entries) <= 2 or (number == 2 and len(entries) == 3)  # in its line
+        shown = f'<tspan class="kf-name">{text(_cut(name, 130 if alone else 84, 11))}</tspan> <tspan>{text(value)}</tspan>'
         parts.append(
             f'<text x="{x - 14:g}" y="{y}" text-anchor="end">{shown}</text>'
             f'<rect x="{x - 9:g}" y="{y - 6}" width="9" height="4" rx="2" fill="var(--kf-{number % 4 + 1})"/>'

@@ -12,8 +12,8 @@ from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, STYLE, TOP, WIDTH, A
 from kempnerforge.report.html import text
 from kempnerforge.util.numbers import format_number
 
-LINE, NAMES = 24.0, 150.0
-"""Height of one line of an interval chart, and the room for names."""
+LINE, LETTER, LONGEST = 24.0, 6.2, 32
+"""Height of one line of an interval chart, width of a letter, and letters of a name at most."""
 CLOSE = 1.2
 """Costs whose ratio is at most this are shown side by side, not spread over the whole axis."""
 
@@ -47,8 +47,9 @@ def interval_chart(
         zero: mark 0, which the axis holds then.
     """
     ends = [v for one in entries for v in (one.value, one.low, one.high, *one.points) if math.isfinite(v)] + ([0.0] if zero else [])
-    ticks = nice_ticks(min(ends, default=0.0), max(ends, default=1.0))
-    left, top = NAMES + 8, 34.0
+    ticks = nice_ticks(min(ends, default=0.0), max(ends, default=1.0), 4)
+    room = LETTER * min(LONGEST, max((len(one.name) for one in entries), default=0)) + 4
+    left, top = room + 12, 34.0
     axis, bottom = Axis(ticks[0], ticks[-1], left, RIGHT), top + LINE * len(entries)
     about = "; ".join(f"{one.name}: {x_format(one.value)}" for one in entries)
     parts = [
@@ -65,9 +66,9 @@ def interval_chart(
     parts.append(f'<text x="{(left + RIGHT) / 2:g}" y="{bottom + 34:g}" text-anchor="middle">{text(x_label)}</text>')
     for number, one in enumerate(entries):
         y = top + LINE * (number + 0.5)
-        name = one.name if len(one.name) <= 26 else f"{one.name[:25]}…"
+        name = one.name if len(one.name) <= LONGEST else f"{one.name[: LONGEST - 1]}…"
         parts.append(
-            f'<text class="kf-name" x="{NAMES:g}" y="{y + 4:.1f}" text-anchor="end">{text(name)}<title>{text(one.name)}</title></text>'
+            f'<text class="kf-name" x="{room:g}" y="{y + 4:.1f}" text-anchor="end">{text(name)}<title>{text(one.name)}</title></text>'
         )
         parts += [
             f'<circle cx="{axis(v):.1f}" cy="{y:.1f}" r="2.2" fill="var(--kf-muted)" opacity=".55"/>'
@@ -113,6 +114,7 @@ def scatter(
     x_axis, y_axis = Axis(x_ticks[0], x_ticks[-1], LEFT + 12, RIGHT - 12, wide), Axis(y_ticks[0], y_ticks[-1], BOTTOM, TOP)
     about = "; ".join(f"{dot.name}: {y_format(dot.y)} at {format_number(dot.x)}" for dot in seen)
     parts = [head(title, y_label, x_label, about), *grid(x_axis, x_ticks, y_axis, y_ticks, x_label, y_format)]
+    labels: list[tuple[float, float]] = []
     for dot in seen:
         beaten = any(other.x <= dot.x and (other.y > dot.y if higher else other.y < dot.y) for other in seen)
         x, y, shade = x_axis(dot.x), y_axis(dot.y), 0.5 if beaten else 1.0
@@ -124,5 +126,9 @@ def scatter(
             f'<circle class="kf-dot" cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var(--kf-1)" opacity="{shade}"><title>{said}</title></circle>'
         )
         side, shift = ("end", -8) if x > (LEFT + RIGHT) / 2 else ("start", 8)
-        parts.append(f'<text class="kf-over" x="{x + shift:.1f}" y="{y - 6:.1f}" text-anchor="{side}">{text(dot.name)}</text>')
+        at = y - 6
+        while any(abs(x - other) < 90 and abs(at - height) < 13 for other, height in labels):
+            at += 13  # below a name that is there
+        labels.append((x, at))
+        parts.append(f'<text class="kf-over" x="{x + shift:.1f}" y="{at:.1f}" text-anchor="{side}">{text(dot.name)}</text>')
     return "".join([*parts, "</svg>"])

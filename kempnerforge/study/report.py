@@ -209,11 +209,15 @@ def _pictures(findings: Findings) -> list[str]:
     means = [(name, findings.mean(name, key), list(values.values())) for name, values in findings.values(key).items()]
     spreads = [Spread(name, mean.value, mean.low, mean.high, values) for name, mean, values in means if mean is not None]
     charts = [interval_chart(spreads, "Score", f"{key}; mean, 95 % interval, single seeds", findings.shown)] if spreads else []
-    pairs = [Spread(f"{one.b} − {one.a}", one.mean, one.low, one.high, list(one.values.values())) for one in findings.pairs]
-    if pairs:
-        charts.append(
-            interval_chart(pairs, "Paired differences", "difference; paired t interval, single seeds", findings.points, zero=True)
+    factor, unit = (100, "difference in points") if findings.is_share else (1, "difference")
+    pairs = [
+        Spread(
+            f"{one.b} − {one.a}", factor * one.mean, factor * one.low, factor * one.high, [factor * value for value in one.values.values()]
         )
+        for one in findings.pairs
+    ]
+    if pairs:
+        charts.append(interval_chart(pairs, "Paired differences", f"{unit}; paired t interval, single seeds", zero=True))
     return charts
 
 
@@ -233,8 +237,8 @@ def _curves(findings: Findings) -> list[str]:
     for axis in AXES:
         lines = [line for row, cells in findings.by_row.items() if (line := series_over(cells, row, findings.score.key, axis.field)).x]
         for part in batched_lines(lines):
-            title = f"{findings.score.key.removeprefix('eval/')} over {axis.label}"
-            charts.append(line_chart(part, title, "mean over seeds", axis.label, y_format=findings.shown))
+            label = f"{findings.score.key.removeprefix('eval/')}, mean"
+            charts.append(line_chart(part, f"Over {axis.label}", label, axis.label, y_format=findings.shown))
     return charts
 
 
