@@ -24,7 +24,9 @@ from kempnerforge.util.reading import read_object
 from kempnerforge.util.version import __version__
 
 MEASURED_STEPS = 128
-"""Steps of each stage at most whose batches are read to learn what a step costs: four windows that were sorted by length."""
+"""Steps of each stage at most whose batches are read to learn what a step costs: four windows that were
+sorted by length.
+"""
 TOLERANCE = 0.01
 """Share by which a budget may be missed without a warning."""
 
@@ -105,7 +107,8 @@ class Planned:
 
 
 def measure(job: JobConfig, steps: int = MEASURED_STEPS) -> Budget:
-    """Counts ``job``: reads the data of the first ``steps`` steps of each stage, and runs their shapes on the meta device.
+    """Counts ``job``: reads the data of the first ``steps`` steps of each stage, and runs their shapes on the
+    meta device.
 
     Raises:
         InputError: it could not be trained.
@@ -161,7 +164,8 @@ def plan_rows(study: Study, rows: Sequence[Row]) -> list[Planned]:
 
 
 def plan_row(study: Study, row: Row, asked: float | None, more: Sequence[str] = ()) -> Planned:
-    """``row`` with the budget ``asked``; None: that of the study, or else what the row costs as it is written.
+    """``row`` with the budget ``asked``; None: that of the study, or else what the row costs as it is
+    written.
 
     Args:
         more: overrides, of tuning.

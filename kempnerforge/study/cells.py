@@ -1,4 +1,6 @@
-"""Rows and cells of a study. A row is one combination of the levels of all axes; a cell is a row with one seed: an ordinary job."""
+"""Rows and cells of a study. A row is one combination of the levels of all axes; a cell is a row with one
+seed: an ordinary job.
+"""
 
 from __future__ import annotations
 

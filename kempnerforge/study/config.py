@@ -23,8 +23,10 @@ class MatchConfig:
     """Which budget all cells get, and what is moved so that they do.
 
     Attributes:
-        quantity: "samples", "trained_tokens", "train_flops" (forward and backward, vision tower included) or "params".
-        by: what is moved in each row: "steps", "batch_size", or a whole-number key that makes the model wider, as "model.dim".
+        quantity: "samples", "trained_tokens", "train_flops" (forward and backward, vision tower included) or
+            "params".
+        by: what is moved in each row: "steps", "batch_size", or a whole-number key that makes the model
+            wider, as "model.dim".
         amount: the budget; 0: that of the first row as it is written.
         multiple_of: of a key in ``by``: its values are multiples of this number.
     """
@@ -88,15 +90,16 @@ class RangeConfig:
 class TuneConfig:
     """The same number of trials for each row, before its cells are run with what was found.
 
-    A trial trains with a part of the training data held out and is scored on that part; the test split is not read. Its seed
-    is one that no cell has.
+    A trial trains with a part of the training data held out and is scored on that part; the test split is not
+    read. Its seed is one that no cell has.
 
     Attributes:
         trials: of each row.
         keys: the keys that are tuned, as "optimizer.lr" = { low = 1e-4, high = 1e-2, log = true }.
         validation: share of the training samples that is held out in trials.
         seed: of all trials and of the sampler.
-        sampler: "qmc" spreads the trials evenly, the same points for each row; "tpe" proposes the next from those before it.
+        sampler: "qmc" spreads the trials evenly, the same points for each row; "tpe" proposes the next from
+            those before it.
     """
 
     trials: int = 8
@@ -125,8 +128,8 @@ class StudyConfig:
         name: of the study.
         dir: everything that it leaves is there.
         seeds: one cell of each row for each: ``train.seed``.
-        axes: rows are all combinations. An axis is ``"key.path" = [values]``, or a table of named pieces of a config:
-            ``[study.axes.NAME.LEVEL]``.
+        axes: rows are all combinations. An axis is ``"key.path" = [values]``, or a table of named pieces of a
+            config: ``[study.axes.NAME.LEVEL]``.
         match, scores, tune: see their tables. Of several scores the first one is what rows are compared by.
         keep: of the checkpoints of a finished cell: "last" or "none".
         ranks: processes of each cell.

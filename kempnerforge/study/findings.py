@@ -200,8 +200,8 @@ def _at_an_end(tuned: Tuned) -> list[str]:
 
 
 def late_gain(cells: Sequence[Result], key: str) -> float:
-    """The share of the gain of ``key`` since the first evaluation, on average over ``cells``, that came in the last fifth of the steps; 0 where the
-    evaluations do not tell.
+    """The share of the gain of ``key`` since the first evaluation, on average over ``cells``, that came in
+    the last fifth of the steps; 0 where the evaluations do not tell.
     """
     gains = []
     for one in cells:

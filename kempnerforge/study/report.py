@@ -140,7 +140,9 @@ def pair_table(findings: Findings) -> Table:
 
 
 def budget_table(findings: Findings) -> Table:
-    """What was asked for and what was used: the mean over the finished cells of a row, and the largest miss of one of them."""
+    """What was asked for and what was used: the mean over the finished cells of a row, and the largest miss
+    of one of them.
+    """
     rows = []
     for one in findings.rows:
         cells = findings.by_row[one.row.name]

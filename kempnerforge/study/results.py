@@ -126,7 +126,9 @@ class SameSamples(NamedTuple):
 
 
 def same_samples(results: Sequence[Result]) -> SameSamples:
-    """Compares the streams of ``results``, which have one seed, wherever all have seen the same number of samples."""
+    """Compares the streams of ``results``, which have one seed, wherever all have seen the same number of
+    samples.
+    """
     streams = {one.row: dict(one.stream) for one in results if one.stream}
     common = sorted(set.intersection(*(set(stream) for stream in streams.values()))) if streams else []
     return SameSamples(common[-1] if common else 0, {row: digest([(n, stream[n]) for n in common]) for row, stream in streams.items()})
@@ -160,8 +162,8 @@ def same_weights(results: Sequence[Result]) -> SameWeights:
 
 
 def question_error(results: Sequence[Result], key: str) -> float:
-    """Standard error of the mean score of a row over the questions that were asked, those about one image together; the points of a question are
-    its mean over seeds. NaN where no predictions are kept.
+    """Standard error of the mean score of a row over the questions that were asked, those about one image
+    together; the points of a question are its mean over seeds. NaN where no predictions are kept.
     """
     task = key.removeprefix("eval/")
     points: dict[tuple[str, str, str], list[float]] = defaultdict(list)

@@ -1,4 +1,6 @@
-"""Runs cells as processes of their own. What is known of a cell is what its directory says: a killed study goes on where it was."""
+"""Runs cells as processes of their own. What is known of a cell is what its directory says: a killed study
+goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def state_of(cell: Cell) -> State:
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run is complete and was trained and evaluated as the cell says. Its checkpoints may be gone."""
+    """Whether the run is complete and was trained and evaluated as the cell says. Its checkpoints may be
+    gone.
+    """
     try:
         record = read_object(cell.dir / COMPLETE)
     except (OSError, InputError):
@@ -86,7 +90,8 @@ def is_finished(cell: Cell) -> bool:
 
 
 def execute(cells: Sequence[Cell], cfg: StudyConfig, jobs: int) -> None:
-    """Runs all of ``cells`` that are not finished, ``jobs`` at a time, in their order. One that fails does not stop the others.
+    """Runs all of ``cells`` that are not finished, ``jobs`` at a time, in their order. One that fails does
+    not stop the others.
 
     Raises:
         InputError: the directory of a cell holds another one.
@@ -127,7 +132,9 @@ class Begun(NamedTuple):
 
 
 def _is_free(cell: Cell, told: set[str]) -> bool:
-    """Whether no process runs ``cell``: one of a study that was killed may still save, or somebody runs the cell by itself."""
+    """Whether no process runs ``cell``: one of a study that was killed may still save, or somebody runs the
+    cell by itself.
+    """
     pid = holder(cell.dir)
     if pid and cell.name not in told:
         told.add(cell.name)
@@ -148,7 +155,9 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _start(cell: Cell, cfg: StudyConfig) -> subprocess.Popen[bytes]:
-    """``kempnerforge train`` on the config of ``cell``. It is asked to stop when this process ends in whatever way."""
+    """``kempnerforge train`` on the config of ``cell``. It is asked to stop when this process ends in
+    whatever way.
+    """
     argv = ["train", str(cell.config)]
     argv += ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
     argv += ["--trust-plugins"] if cell.job.plugins else []  # the study's own file names them

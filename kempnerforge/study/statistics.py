@@ -1,11 +1,13 @@
-"""What can be said of rows that were run with the same seeds: intervals, paired differences, and how small a difference could have been seen.
+"""What can be said of rows that were run with the same seeds: intervals, paired differences, and how small a
+difference could have been seen.
 
-The test of a difference is the sign-flip permutation test: under the null hypothesis that two rows are alike, each seed's difference is as
-likely to be positive as negative, so all 2^n signs of n differences are equally likely. It assumes nothing else, but with n seeds its p is at
-least 2 / 2^n: with five seeds 0.0625, so that by itself it shows nothing at 5 %. Beside it is the paired t test, which assumes that
-differences are normal, and has power with five seeds. Two rows are called different only if there are ``ENOUGH`` seeds and both agree: the
-t test at 5 % after Holm's correction for the number of pairs, and the sign-flip test at 5 % or at the smallest p that so many seeds can
-reach, which says that all of them point the same way.
+The test of a difference is the sign-flip permutation test: under the null hypothesis that two rows are alike,
+each seed's difference is as likely to be positive as negative, so all 2^n signs of n differences are equally
+likely. It assumes nothing else, but with n seeds its p is at least 2 / 2^n: with five seeds 0.0625, so that
+by itself it shows nothing at 5 %. Beside it is the paired t test, which assumes that differences are normal,
+and has power with five seeds. Two rows are called different only if there are ``ENOUGH`` seeds and both
+agree: the t test at 5 % after Holm's correction for the number of pairs, and the sign-flip test at 5 % or at
+the smallest p that so many seeds can reach, which says that all of them point the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Mean:
 
     Attributes:
         value: of the values that are there.
-        low, high: 95 % interval, BCa bootstrap (Efron 1987); NaN with fewer than three values, or if all are the same.
+        low, high: 95 % interval, BCa bootstrap (Efron 1987); NaN with fewer than three values, or if all are
+            the same.
         count: values.
     """
 
@@ -57,8 +60,8 @@ class Difference:
         p_sign: exact two-sided sign-flip test.
         p_t: two-sided paired t test.
         p_holm: ``p_t`` after Holm's correction for all pairs (Holm 1979).
-        visible: the smallest true difference that a t test with so many seeds and this spread finds in four of five cases, at the level
-            that Bonferroni's correction for all pairs leaves.
+        visible: the smallest true difference that a t test with so many seeds and this spread finds in four
+            of five cases, at the level that Bonferroni's correction for all pairs leaves.
     """
 
     a: str
@@ -97,7 +100,9 @@ def mean_of(values: Sequence[float], seed: int = 0) -> Mean:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p: the share of all sign patterns whose mean is at least as far from 0; beyond ``EXACT`` seeds of random patterns."""
+    """Two-sided p: the share of all sign patterns whose mean is at least as far from 0; beyond ``EXACT``
+    seeds of random patterns.
+    """
     found = np.asarray(differences, dtype=np.float64)
     if len(found) < 2 or not found.any():
         return 1.0
@@ -141,7 +146,9 @@ def _difference(a: str, b: str, values: dict[int, float], p: float, corrected: f
 
 
 def _t_p(values: Sequence[float]) -> float:
-    """Two-sided p of the paired t test. Differences that are all the same have no spread: p is 1 if they are 0, else 0."""
+    """Two-sided p of the paired t test. Differences that are all the same have no spread: p is 1 if they are
+    0, else 0.
+    """
     if np.ptp(values) == 0:
         return 0.0 if values[0] else 1.0
     t = np.mean(values) / np.std(values, ddof=1) * math.sqrt(len(values))
@@ -184,8 +191,9 @@ def _visible_shift(seeds: int, level: float) -> float:
 
 
 def clustered_error(points: Sequence[float], clusters: Sequence[str]) -> float:
-    """Standard error of the mean of ``points`` where those of one cluster (the questions about one image) go together: the cluster-robust
-    sandwich, with the factor C / (C - 1) for C clusters (Cameron and Miller 2015, section II). NaN with one cluster.
+    """Standard error of the mean of ``points`` where those of one cluster (the questions about one image) go
+    together: the cluster-robust sandwich, with the factor C / (C - 1) for C clusters (Cameron and Miller
+    2015, section II). NaN with one cluster.
     """
     values = np.asarray(points, dtype=np.float64)
     names, index = np.unique(np.asarray(clusters), return_inverse=True)

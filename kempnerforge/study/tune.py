@@ -1,4 +1,6 @@
-"""``[study.tune]``: the same number of trials for each row, scored on a validation split; their results are what their directories say."""
+"""``[study.tune]``: the same number of trials for each row, scored on a validation split; their results are
+what their directories say.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ class Trial:
 
     @property
     def is_over(self) -> bool:
-        """Whether its result is known. What a signal has ended may end otherwise the next time; what has diverged does not."""
+        """Whether its result is known. What a signal has ended may end otherwise the next time; what has
+        diverged does not.
+        """
         return self.score is not None
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The trials of a row, as far as they are known: those whose values depend on no trial that is still to end."""
+    """The trials of a row, as far as they are known: those whose values depend on no trial that is still to
+    end.
+    """
 
     row: Row
     trials: list[Trial]
@@ -99,7 +105,8 @@ def _best(trials: Sequence[Trial], better: str) -> Trial | None:
 
 
 class Proposer:
-    """optuna's sampler, from the first trial on each time: what it proposes depends on the seed and the scores alone.
+    """optuna's sampler, from the first trial on each time: what it proposes depends on the seed and the
+    scores alone.
 
     NOTE: ``optuna`` is imported here, as only studies that tune need it.
     """

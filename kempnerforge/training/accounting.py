@@ -1,4 +1,6 @@
-"""What a stage costs: parameters, FLOPs and bytes, counted on the meta device by running the model there, not by a formula per arch."""
+"""What a stage costs: parameters, FLOPs and bytes, counted on the meta device by running the model there, not
+by a formula per arch.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ class Cost:
 
     Attributes:
         modules: the parts; they cover the model.
-        state_bytes: fp32 weights and gradients, optimizer state, and the weights once more in the compute dtype.
+        state_bytes: fp32 weights and gradients, optimizer state, and the weights once more in the compute
+            dtype.
         activation_bytes: kept for the backward pass of one micro-batch.
     """
 
@@ -89,7 +92,9 @@ class GenerationCost:
 
 
 def _counter() -> FlopCounterMode:
-    """NOTE: torch counts the gradient of the weights of a grouped convolution as if there were no groups, a depthwise one as C times what it is."""
+    """NOTE: torch counts the gradient of the weights of a grouped convolution as if there were no groups, a
+    depthwise one as C times what it is.
+    """
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
@@ -100,12 +105,14 @@ def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Seq
 
 
 class Meter:
-    """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product counted once.
+    """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product
+    counted once.
 
-    A product belongs to the innermost module that is running. In the backward pass that is the one that was running when its autograd node
-    was made, which the node's sequence number tells.
+    A product belongs to the innermost module that is running. In the backward pass that is the one that was
+    running when its autograd node was made, which the node's sequence number tells.
 
-    NOTE: ``FlopCounterMode`` can tell modules apart as well, but in a backward pass it leaves a module when the gradient of its input is
+    NOTE: ``FlopCounterMode`` can tell modules apart as well, but in a backward pass it leaves a module when
+        the gradient of its input is
     there: a module whose input needs none gets the FLOPs of all that follows.
     """
 
@@ -225,8 +232,10 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
 
 
 class TrainingFlops:
-    """FLOPs of training on a micro-batch, forward and backward, the vision tower included. A batch whose shapes were met before is not counted
-    again: of batches that differ in the number of their targets alone, the head's FLOPs are the only difference, and they are linear in it.
+    """FLOPs of training on a micro-batch, forward and backward, the vision tower included. A batch whose
+    shapes were met before is not counted
+    again: of batches that differ in the number of their targets alone, the head's FLOPs are the only
+        difference, and they are linear in it.
 
     NOTE: features that ``train.feature_cache`` has are counted as if they were computed.
 

@@ -1,4 +1,6 @@
-"""What a study reads of a run besides its scores: what each step cost, which samples it saw, the weights it began with, each answer."""
+"""What a study reads of a run besides its scores: what each step cost, which samples it saw, the weights it
+began with, each answer.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ INITIAL, PREDICTIONS = "initial.json", "predictions.jsonl"
 class StudyHookConfig(HookConfig):
     """Records what a comparison of runs needs. ``kempnerforge study`` puts it into the config of each cell.
 
-    In each step's line of ``metrics.jsonl``: ``study/samples``, ``study/trained_tokens``, ``study/flops`` (forward and backward, counted by
-    torch on the meta device, vision tower included) and ``study/sample_ids`` (the sum of 32-bit hashes of the ids of the step's samples).
-    In the last one ``study/peak_memory_gib``. Beside it ``initial.json``: a digest of each parameter before the first step; and
-    ``predictions.jsonl``, as ``kempnerforge eval --predictions`` writes it, of the evaluation at the end.
+    In each step's line of ``metrics.jsonl``: ``study/samples``, ``study/trained_tokens``, ``study/flops``
+    (forward and backward, counted by torch on the meta device, vision tower included) and
+    ``study/sample_ids`` (the sum of 32-bit hashes of the ids of the step's samples). In the last one
+    ``study/peak_memory_gib``. Beside it ``initial.json``: a digest of each parameter before the first step;
+    and ``predictions.jsonl``, as ``kempnerforge eval --predictions`` writes it, of the evaluation at the end.
     """
 
     type: str = "study"
