@@ -202,7 +202,8 @@ def convert_fields(
             value = value.value if isinstance(value, Argument) else value
             problems.add((*key, name), f" = {show(value)}: unknown key; {_hint(cls, name, known, names)}")
         else:
-            problems.add((name,), f": unknown section; {_hint(cls, name, known, names)}")
+            study = "this is a study: kempnerforge study plan FILE" if name == "study" else ""
+            problems.add((name,), f": unknown section; {study or _hint(cls, name, known, names)}")
     return values
 
 

@@ -120,6 +120,11 @@ def test_a_cell_is_a_config_that_can_be_trained_alone(tmp_path: Path):
         write_config(cell_of(study, row, job_of(study, row), 8, tmp_path / "cell", "x"))
 
 
+def test_a_study_is_no_job(tmp_path: Path):
+    ended = call("train", make_study(tmp_path))
+    assert ended.code == 2 and "[study]: unknown section; this is a study: kempnerforge study plan FILE" in ended.err
+
+
 # ---- budgets -----------------------------------------------------------------------------------------------------------
 
 
