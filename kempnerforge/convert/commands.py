@@ -310,8 +310,8 @@ def _export_as_it_is(assembly: Assembly, out: Path, architecture: str, how: How)
 
 
 class ImageToken(NamedTuple):
-    """The token at the positions of an image, the rows that the embedding lacks for it, and a line that says
-    so.
+    """The token at the positions of an image, how many rows the embedding lacks for it, and a line that
+    describes it.
     """
 
     id: int

@@ -95,7 +95,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
         template = chat_template(cfg, words, encoder.asking, processor=attempt.name, **adds)
         (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
         try:
-            fine = compare_processors(out, assembly, cfg, bool(kind))
+            fine = compare_processors(out, assembly, bool(kind))
         except Different as error:
             reasons.append(f"{attempt.name or 'the tokenizer'} {error}")
             continue
@@ -139,7 +139,7 @@ def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     return f"an answer ends with `{end}`"
 
 
-def compare_processors(out: Path, assembly: Assembly, cfg: DataConfig, images: bool) -> str:
+def compare_processors(out: Path, assembly: Assembly, images: bool) -> str:
     """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and
     through the chat template in ``out``.
 

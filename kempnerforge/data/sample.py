@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -61,14 +61,6 @@ class Text:
     references: tuple[str, ...] = field(default=(), repr=False, compare=False)
     listed: bool = field(default=False, repr=False, compare=False)
     unused: tuple[str, ...] = field(default=(), repr=False, compare=False)
-
-    @classmethod
-    def asking(cls, prompt: str, history: Sequence[tuple[str, str]] = (), system: str = "") -> Text:
-        """A conversation that ends with a question, for ``Encoder.encode_prompt``: ``history`` holds (prompt,
-        answer) of the turns before.
-        """
-        (first, answer), *more = [*history, (prompt, "")]
-        return cls(first, answer, tuple(more), system)
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:

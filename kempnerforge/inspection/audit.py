@@ -25,28 +25,22 @@ def row_name(row: AuditRow, number: int) -> str:
 # ---- as text ------------------------------------------------------------------------------------------------------------
 
 
-def render_rows(batch: Batch, tokenizer: Decoder, color: bool, names: Mapping[int, str] | None = None) -> list[str]:
-    """Each row as text with its trained tokens marked.
+def render_row(row: AuditRow, number: int, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
+    """A row as text with its trained tokens marked.
 
     Args:
+        number: of the row in the batch.
         color: mark trained tokens by a green background and print the rest dim; otherwise put trained tokens
             in [brackets], and write a bracket or the name of a special token that the text itself holds after
             a backslash.
-        names: special tokens by id, which are spelled out; None knows BOS and EOS alone.
+        names: special tokens by id, which are spelled out.
 
     Returns:
-        One string per row: a line of counts, then a line for each text (and for what a sample's texts share,
-        and for the padding), numbered as in ``text_ids``. An image is ``[image x16]`` with its positions, or
-        ``[image]`` where it takes none. In a row of several samples each begins with a line that names it,
-        and texts are numbered "sample.text".
+        A line of counts, then a line for each text (and for what a sample's texts share, and for the
+        padding), numbered as in ``text_ids``. An image is ``[image x16]`` with its positions, or ``[image]``
+        where it takes none. In a row of several samples each begins with a line that names it, and texts are
+        numbered "sample.text".
     """
-    if names is None:
-        names = {tokenizer.eos_id: "<eos>"} | ({} if tokenizer.bos_id is None else {tokenizer.bos_id: "<bos>"})
-    return [render_row(row, number, tokenizer, color, names) for number, row in enumerate(rows_of(batch))]
-
-
-def render_row(row: AuditRow, number: int, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
-    """As ``render_rows``, one of them."""
     trained = sum(label != IGNORE for label in row.labels)
     useful = sum(kind != Kind.PAD for kind in row.kinds)
     several = row.num_samples > 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,27 +73,34 @@ class Documents:
         return torch.cat(read).index_select(0, self.back).unflatten(0, (q.shape[0], q.shape[2]))
 
 
-def in_buckets(rows: RowDocuments, masked: bool, window: int = 0) -> list[tuple[bool, list[tuple[int, int, int]]]]:
-    """The samples as (row, first position in it, positions), longest first, and whether a bucket needs more
-    than a causal mask.
+class Span(NamedTuple):
+    """A sample in a batch: its row, its first position in the row, and how many positions it has."""
+
+    row: int
+    begin: int
+    length: int
+
+
+def in_buckets(rows: RowDocuments, masked: bool, window: int = 0) -> list[tuple[bool, list[Span]]]:
+    """For each bucket, whether it needs more than a causal mask, and its samples, longest first.
 
     Args:
         rows: what each row holds.
         masked: all of them do; otherwise those with several texts.
         window: those that are longer do as well; 0: there is none.
     """
-    found: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+    found: dict[bool, list[Span]] = {False: [], True: []}
     for row, samples in enumerate(rows):
         begin = 0
         for length, texts in samples:
-            found[masked or texts > 1 or 0 < window < length].append((row, begin, length))
+            found[masked or texts > 1 or 0 < window < length].append(Span(row, begin, length))
             begin += length
-    buckets: list[tuple[bool, list[tuple[int, int, int]]]] = []
+    buckets: list[tuple[bool, list[Span]]] = []
     for needs_mask, spans in found.items():
         longest = 0
-        for span in sorted(spans, key=lambda span: -span[2]):
-            if not longest or span[2] < SHORTEST * longest:
-                longest = span[2]
+        for span in sorted(spans, key=lambda span: -span.length):
+            if not longest or span.length < SHORTEST * longest:
+                longest = span.length
                 buckets.append((needs_mask, []))
             buckets[-1][1].append(span)
     return buckets
@@ -107,19 +115,19 @@ def take_apart(
         stored: (B, T) int64, where each position of the stream is stored, ``b * S + s``; T is at least what
             the fullest row holds.
         positions: B * S.
-        mask: makes that of a bucket, (n, 1, L, L) additive, of ``places`` (n, L) and which of them (n, L) are
-            no repetition.
+        mask: makes the mask of a bucket, (n, 1, L, L) additive, from ``places`` (n, L) and a boolean (n, L),
+            False where a place repeats the last one of a shorter sample.
         masked: all samples need one; otherwise those with several texts and those longer than ``window``.
         window: 0: there is none.
     """
-    buckets, places, own = [], [], []
+    buckets, places, in_sample = [], [], []
     for needs_mask, spans in in_buckets(rows, masked, window):
         row, begin, length = torch.tensor(spans, device=stored.device).T[..., None]  # (n, 1) each
-        step = torch.arange(spans[0][2], device=stored.device)
+        step = torch.arange(spans[0].length, device=stored.device)
         places.append(stored[row, begin + step.minimum(length - 1)])  # (n, L)
-        own.append(step < length)
-        buckets.append(Bucket(places[-1], mask(places[-1], own[-1]) if needs_mask else None))
-    flat, kept = (torch.cat([part.flatten() for part in parts]) for parts in (places, own))
+        in_sample.append(step < length)
+        buckets.append(Bucket(places[-1], mask(places[-1], in_sample[-1]) if needs_mask else None))
+    flat, kept = (torch.cat([part.flatten() for part in parts]) for parts in (places, in_sample))
     target = torch.where(kept, flat, positions)
     back = torch.zeros(positions + 1, dtype=torch.int64, device=stored.device)
     return Documents(tuple(buckets), back.scatter(0, target, torch.arange(len(flat), device=stored.device))[:positions])

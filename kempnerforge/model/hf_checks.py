@@ -105,24 +105,24 @@ def names_keys(config: Mapping[str, Any], start: str = "") -> Iterator[None]:
         raise InputError(f"{start}{error}{_about(config, str(error))}") from error
 
 
-def _about(config: Mapping[str, Any], said: str) -> str:
+def _about(config: Mapping[str, Any], message: str) -> str:
     """The keys whose value an error quotes, or that it can be about; empty if it names a key itself."""
-    said = re.sub(r"\S*/\S*", " ", said)  # a path may hold the name of a key, or a number
+    message = re.sub(r"\S*/\S*", " ", message)  # a path may hold the name of a key, or a number
     found = [
         entry
         for entry in entries(dict(config))
-        if entry[1].isidentifier() and entry[1] not in BOOKKEEPING and not isinstance(entry[2], bool)
+        if entry.key.isidentifier() and entry.key not in BOOKKEEPING and not isinstance(entry.value, bool)
     ]
-    if HINT in said or any(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", said) for _, key, _ in found):
+    if HINT in message or any(re.search(rf"(?<!\w){re.escape(entry.key)}(?!\w)", message) for entry in found):
         return ""
-    numbers = {*re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", said)}
+    numbers = {*re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", message)}
     picks: list[Callable[[str, Any], bool]] = [
-        lambda key, value: value is None and "NoneType" in said and key.endswith("_config"),
-        lambda key, value: value is None and "NoneType" in said and bool(POSITIVE.fullmatch(key) or key.endswith("dropout")),
-        lambda key, value: value in ([], {}) and bool(re.search("list|dict|IndexError", said)),
-        lambda key, value: str(value) in numbers if isinstance(value, int | float) else isinstance(value, str) and value[:99] in said,
+        lambda key, value: value is None and "NoneType" in message and key.endswith("_config"),
+        lambda key, value: value is None and "NoneType" in message and bool(POSITIVE.fullmatch(key) or key.endswith("dropout")),
+        lambda key, value: value in ([], {}) and bool(re.search("list|dict|IndexError", message)),
+        lambda key, value: str(value) in numbers if isinstance(value, int | float) else isinstance(value, str) and value[:99] in message,
     ]
-    picked = next((kept for pick in picks if (kept := [e for e in found if e[2] != "" and pick(*e[1:])])), [])
+    picked = next((kept for pick in picks if (kept := [e for e in found if e.value != "" and pick(e.key, e.value)])), [])
     named = [f"{name} = {'null' if value is None else show(value)}" for name, _, value in picked]
     return f"{HINT}{', '.join(named[:4])}" if named else ""
 

@@ -3,8 +3,8 @@
 
 ::
 
-    figure = curves([Series("mot", steps, losses), Series("joint", steps, others)], "Loss", "nats per token",
-    log=True) save(figure, Path("loss.pdf"))
+    figure = curves([Series("mot", steps, losses), Series("joint", steps, others)], "Loss", "nats", log=True)
+    save(figure, Path("loss.pdf"))
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a share (Wilson 1927): stays inside [0, 1], also near its ends."""
+def wilson_interval(right: float, total: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson 1927): stays inside [0, 1], also near its ends."""
     assert total > 0
+    z = 1.96  # the 97.5 % quantile of a normal distribution
     share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)

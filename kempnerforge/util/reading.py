@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kempnerforge.util.errors import InputError
 
@@ -111,9 +111,9 @@ def read_json(path: Path | str, most: int = MAX_JSON) -> Any:
     return parse_json(read_text(path, most), str(path))
 
 
-def read_object(path: Path | str, most: int = MAX_JSON) -> dict[str, Any]:
-    """As ``read_json``, if the file holds an object."""
-    found = read_json(path, most)
+def read_object(path: Path | str) -> dict[str, Any]:
+    """As ``read_json``; a file that holds no object is an InputError."""
+    found = read_json(path)
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds no JSON object")
     return found
@@ -160,9 +160,17 @@ def deeper_than(value: Any, levels: int) -> bool:
     return bool(here)
 
 
-def entries(table: dict[str, Any], at: str = "") -> Iterator[tuple[str, str, Any]]:
-    """The keys of nested tables: where each is ("text_config.hidden_size"), its last part, its value."""
+class Entry(NamedTuple):
+    """A key of a nested table: its dotted name ("text_config.hidden_size"), the last part of it, its value."""
+
+    name: str
+    key: str
+    value: Any
+
+
+def entries(table: dict[str, Any], at: str = "") -> Iterator[Entry]:
+    """The keys of ``table`` and of all tables in it; ``at`` is put before their names."""
     for key, value in table.items():
-        yield f"{at}{key}", str(key), value
+        yield Entry(f"{at}{key}", str(key), value)
         if isinstance(value, dict):
             yield from entries(value, f"{at}{key}.")

@@ -15,9 +15,10 @@ from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.pack import join
-from kempnerforge.inspection.audit import audit, render_rows
+from kempnerforge.inspection.audit import audit
 from kempnerforge.inspection.contact_sheet import contact_sheet
 from tests.data.samples import png
+from tests.inspection.rendered import render_rows
 
 PAD, BOS, EOS = 0, 1, 2
 

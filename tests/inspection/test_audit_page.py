@@ -17,12 +17,12 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.data import Encoder, Layout, Sample, Text, Tokenizer, collate
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.pack import join
-from kempnerforge.inspection.audit import render_rows
 from kempnerforge.inspection.audit_page import row_card, row_facts
 from kempnerforge.inspection.audit_rows import rows_of
 from kempnerforge.report.html import picture, text
 from kempnerforge.report.page import TEMPLATES
 from tests.data.samples import png
+from tests.inspection.rendered import render_rows
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e&amp;</div>'
 TOKENIZER = Tokenizer.train(["is it so? yes no maybe été 日本"] * 4, 320)

@@ -5,7 +5,7 @@ together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kempnerforge.util.errors import InputError, cut, show
@@ -78,12 +78,12 @@ def _alike(one: Any, other: Any) -> bool:
     return one == other or any(check(one) and check(other) for check in _kinds())
 
 
-def _kinds() -> Iterable[Any]:
+def _kinds() -> list[Any]:
     import pyarrow.types as is_
 
     texts = lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)
     data = lambda kind: is_.is_binary(kind) or is_.is_large_binary(kind) or is_.is_binary_view(kind) or is_.is_fixed_size_binary(kind)
-    return texts, data, is_.is_integer, is_.is_floating
+    return [texts, data, is_.is_integer, is_.is_floating]
 
 
 class Labels:

@@ -125,7 +125,7 @@ def observe(source: Source, cfg: DataConfig) -> ObservedLayouts:
     samples = [sample for sample in _some(source) if not sample.part]
     texts = [(text, len(sample.images)) for sample in samples for text in sample.texts if text.turns]
     with_images = [(text, count) for text, count in texts if count]
-    found = Counter(form for text, count in with_images if (form := form_of(text, count, cfg.image_placeholder)))
+    found = Counter(form for text, count in with_images if (form := form_of(text, cfg.image_placeholder)))
     forms = Counter({str(form): count for form, count in found.items()})
     usual = _most_frequent(found)
     systems = Counter(text.system for text, _ in texts)
@@ -135,8 +135,8 @@ def observe(source: Source, cfg: DataConfig) -> ObservedLayouts:
     return ObservedLayouts(Asking(usual.place, usual.between or "", usual.gap, system, together if together > 1 else 0), forms)
 
 
-def form_of(text: Text, images: int, placeholder: str) -> ImageForm | None:
-    """The form of a text about ``images``; None for images elsewhere."""
+def form_of(text: Text, placeholder: str) -> ImageForm | None:
+    """How ``text`` places its images; None if they are anywhere but before or after the prompt."""
     if text.leading is not None:
         return ImageForm("head", "", "") if text.leading else IN_FRONT
     everything = "".join([text.system, *text.strings])

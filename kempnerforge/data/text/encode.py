@@ -219,13 +219,13 @@ class Encoder:
         asking = self.asking if texts.cfg.template in WITH_SYSTEM else replace(self.asking, system="")
         return self.encode_question(asking.text(prompt, shown, texts.cfg.image_placeholder, history), images)
 
-    def count_placeholders(self, prompt: str | Text, part: int = 0) -> int:
-        """As ``TextEncoder.count_placeholders``."""
-        return self.texts[part].count_placeholders(prompt)
+    def count_placeholders(self, prompt: str | Text) -> int:
+        """As ``TextEncoder.count_placeholders``, for the first part of a mixture."""
+        return self.texts[0].count_placeholders(prompt)
 
-    def end_id(self, part: int = 0) -> int:
-        """As ``TextEncoder.end_id``."""
-        return self.texts[part].end_id
+    def end_id(self) -> int:
+        """As ``TextEncoder.end_id``, for the first part of a mixture."""
+        return self.texts[0].end_id
 
     def stops(self, part: int = 0) -> frozenset[int]:
         """As ``TextEncoder.stops``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.eval.answers import Answer
@@ -15,15 +15,23 @@ from kempnerforge.eval.task import QuestionTask, Score
 from kempnerforge.util.errors import InputError
 
 
-def hits(said: Sequence[Point], true: Sequence[Point], within: float) -> int:
+class PointCounts(NamedTuple):
+    """Points of an answer, or of all: those that are right, those that are given, the true ones."""
+
+    right: int
+    given: int
+    true: int
+
+
+def hits(given: Sequence[Point], true: Sequence[Point], within: float) -> int:
     """Points that are matched in the assignment with most pairs not further apart than ``within`` (Kuhn 1955,
     the Hungarian method).
     """
     from scipy.optimize import linear_sum_assignment
 
-    if not said or not true:
+    if not given or not true:
         return 0
-    near = [[math.hypot(a.x - b.x, a.y - b.y) <= within for b in true] for a in said]
+    near = [[math.hypot(a.x - b.x, a.y - b.y) <= within for b in true] for a in given]
     rows, columns = linear_sum_assignment(near, maximize=True)
     return sum(near[row][column] for row, column in zip(rows, columns, strict=True))
 
@@ -55,14 +63,14 @@ class Points(QuestionTask):
         return question if decode_points(question.truth) or question.truth.strip() == NO_POINTS else None
 
     def points(self, answer: Answer) -> float:
-        right, said, true = self._counted(answer)
-        return 2 * right / (said + true) if said + true else 1.0
+        found = self._counted(answer)
+        both = found.given + found.true
+        return 2 * found.right / both if both else 1.0
 
     def further(self, score: Score) -> dict[str, float]:
-        right, said, true = (sum(column) for column in zip(*map(self._counted, score.answers), strict=True))
-        return super().further(score) | {"_precision": right / max(1, said), "_recall": right / max(1, true)}
+        found = PointCounts(*(sum(column) for column in zip(*map(self._counted, score.answers), strict=True)))
+        return super().further(score) | {"_precision": found.right / max(1, found.given), "_recall": found.right / max(1, found.true)}
 
-    def _counted(self, answer: Answer) -> tuple[int, int, int]:
-        """Points that are right, of how many in the answer, of how many true ones."""
-        said, true = decode_points(answer.text), decode_points(answer.question.truth)
-        return hits(said, true, self.within), len(said), len(true)
+    def _counted(self, answer: Answer) -> PointCounts:
+        given, true = decode_points(answer.text), decode_points(answer.question.truth)
+        return PointCounts(hits(given, true, self.within), len(given), len(true))

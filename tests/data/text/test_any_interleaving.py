@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data import Encoder, Kind, Layout, Sample, SampleError, Text, Tokenizer, collate, prompt_batch
-from kempnerforge.inspection.audit import audit, render_rows
+from kempnerforge.inspection.audit import audit
 from tests.data.text.test_interleave import ANSWER, BARE, IMAGE, NO, PICTURES, PROMPT, columns, placements
+from tests.inspection.rendered import render_rows
 
 
 @dataclass

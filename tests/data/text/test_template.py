@@ -369,7 +369,7 @@ def test_prompt_turns_alternate(tokenizer: Tokenizer, make_encoder: Callable[...
     parts = [[1, *e("Q:a A:")], [*e(" b."), 2], e("Q:c A:"), [*e(" d."), 2], e("Q: A:"), [*e(" b."), 2]]
     assert table[INPUT_IDS].tolist() == list(chain(*parts))
     assert table[KINDS].tolist() == list(chain(*([2 + k % 2] * len(part) for k, part in enumerate(parts))))
-    prompt = encoder.texts[0].encode_prompt(Text.asking("c", history=[("a", "b")]), 0).ids
+    prompt = encoder.texts[0].encode_prompt(Text("a", "b", (("c", ""),)), 0).ids
     assert prompt == list(chain(*parts[:3]))
 
 
