@@ -79,7 +79,7 @@ def test_numbers_on_the_command_line_have_a_range():
     for words, action in tried:
         (option, *_), needed = action.option_strings, ["a"] * 3
         for value in ("9223372036854775808", "-9223372036854775809", "1e999", "nan", "-inf", "many"):
-            ended = call(*words, *needed, f"{option}={value}" if option.startswith("--") else f"{option}{value}")
+            ended = call(*words, f"{option}={value}" if option.startswith("--") else f"{option}{value}", *needed)
             assert ended.code == 2 and f"argument {option}: " in ended.err and "Traceback" not in ended.err, (words, ended)
     found = {option for _, action in tried for option in action.option_strings}
     assert {"--nproc", "--limit", "--workers", "-n", "--step", "--port", "--tolerance", "--top-k", "--temperature", "--seed"} <= found

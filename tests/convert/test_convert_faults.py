@@ -23,6 +23,7 @@ from kempnerforge.config.vision import ClipConfig
 from kempnerforge.convert import commands as convert
 from kempnerforge.convert.commands import export_model, import_model
 from kempnerforge.inference import model as restoring
+from kempnerforge.inference.model import TrainedModel
 from kempnerforge.interop import write
 from kempnerforge.interop.write import fresh
 from tests.convert.test_convert import llava_like, ours
@@ -76,8 +77,8 @@ def test_an_import_that_is_interrupted_can_be_done_again(llava: Path, tmp_path: 
 def test_where_nothing_can_be_written_is_found_first(
     command: str, llava: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convert, "open_external", lambda path: pytest.fail("read all the same"))
-    monkeypatch.setattr(convert, "restore", lambda *args, **more: pytest.fail("read all the same"))
+    monkeypatch.setattr(convert, "load_external", lambda *args, **more: pytest.fail("read all the same"))
+    monkeypatch.setattr(TrainedModel, "restore", lambda *args, **more: pytest.fail("read all the same"))
     assert run([command, str(llava if command == "import" else run_dir), "/proc/nothing/out"]) == 2
     assert "/proc/nothing" in capsys.readouterr().err
 

@@ -121,7 +121,7 @@ def test_questions_are_those_of_evaluate_without_the_template(tmp_path: Path) ->
     assert written.questions == len(rows)
     reasons = dict(written.left_out)
     assert reasons.keys() == {"10", "conversation", "system", "text of a mark", "text of ours", "broken"}
-    assert "conversation before it" in reasons["conversation"] and "where no image stands" in reasons["text of ours"]
+    assert "conversation before it" in reasons["conversation"] and "where there is no image" in reasons["text of ours"]
 
 
 def test_limit_spreads_as_it_does_in_evaluation(tmp_path: Path) -> None:

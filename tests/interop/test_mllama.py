@@ -132,7 +132,7 @@ def batch_of(it: Assembly, *rows: str) -> tuple[Batch, dict[str, Tensor]]:
     counts = [row.count("i") for row in rows]
     pixels = torch.randint(256, (sum(counts), 3, 28, 28), generator=rng, dtype=torch.uint8)
     numbers = [range(sum(counts[:k]), sum(counts[: k + 1])) for k in range(len(rows))]
-    batch = prompt_batch(prompts, pixels, numbers, it.layout, 0)
+    batch = prompt_batch(prompts, pixels, numbers, it.data.layout, 0)
     inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.kinds > 0).long()}
     if sum(counts):
         inputs["pixel_values"] = it.model.normalise(pixels)

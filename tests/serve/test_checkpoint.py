@@ -71,7 +71,7 @@ def test_earlier_turns_stand_before_the_question(trained: Path, monkeypatch: pyt
     forward = type(talks.assembly.model).forward
 
     def spy(self: object, batch: Batch, cache: object) -> object:
-        prompts.append(talks.encoder.tokenizer.decode(batch.input_ids[0][batch.kinds[0] > Kind.IMAGE].tolist()))
+        prompts.append(talks.processor.tokenizer.decode(batch.input_ids[0][batch.kinds[0] > Kind.IMAGE].tolist()))
         return forward(self, batch, cache)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(talks.assembly.model), "forward", spy)
