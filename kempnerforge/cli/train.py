@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if train(job, fresh=args.fresh, allow=args.allow_change, ends_process=True):
             return 0
-        said = f"interrupted: step {newest_step(Path(job.run.dir) / 'checkpoints')} is saved"
+        message = f"interrupted: step {newest_step(Path(job.run.dir) / 'checkpoints')} is saved"
     except KeyboardInterrupt as error:
-        said = str(error) or "interrupted before the first step"
-    said = f"{said}; the same command continues" if os.environ.get("RANK", "0") == "0" else ""  # one of the ranks says it
+        message = str(error) or "interrupted before the first step"
+    message = f"{message}; the same command continues" if os.environ.get("RANK", "0") == "0" else ""  # one of the ranks says it
     if signal.SIGINT in asked_by or not asked_by:
-        raise KeyboardInterrupt(said)
-    if said:
-        print(said, file=sys.stderr)
+        raise KeyboardInterrupt(message)
+    if message:
+        print(message, file=sys.stderr)
     return INTERRUPTED

@@ -194,10 +194,10 @@ def extensions_are_whole(job: Job) -> Found:
     named += [(("metrics", "trackers", index), "type", each, registry.trackers) for index, each in enumerate(job.metrics.trackers)]
     named += [(("hooks", index), "type", each, registry.hooks) for index, each in enumerate(job.hooks)]
     for key, discriminator, cfg, classes in named:
-        name, own = getattr(cfg, discriminator), type(cfg)
-        if not own.__module__.startswith("kempnerforge.") and name not in classes:
+        name, cls = getattr(cfg, discriminator), type(cfg)
+        if not cls.__module__.startswith("kempnerforge.") and name not in classes:
             advice = f"put @registry.register_{classes.kind}({name!r}) before the class of the {classes.kind}"
-            yield key, f"{discriminator} = {name!r}: {own.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
+            yield key, f"{discriminator} = {name!r}: {cls.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
 
 
 @_reads("checkpoint", "eval")

@@ -45,8 +45,8 @@ def _section(name: str, cls: type) -> Iterator[str]:
     yield from (f"## `{name}`", "", *_about(cls), "", *known.values(), "")
     yield from _tables(name, cls)
     for value, form in forms.items():
-        own = [line for key, line in _keys(form).items() if key not in known]
-        yield from (f'### `{name}` with `{union.key if union else ""} = "{value}"`', "", *_about(form), "", *own, "")
+        further = [line for key, line in _keys(form).items() if key not in known]
+        yield from (f'### `{name}` with `{union.key if union else ""} = "{value}"`', "", *_about(form), "", *further, "")
         yield from _tables(name, form, known)
 
 
@@ -56,10 +56,10 @@ def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
         types = (wanted, *get_args(wanted), *chain(*map(get_args, get_args(wanted))))
         inner = next((each for each in types if is_dataclass(each)), None)
         if key not in known and isinstance(inner, type) and inner not in UNIONS:
-            own = f"{name.strip('[]')}.{key}"
-            title = f"[[{own}]]" if any(get_origin(each) is list for each in types) else f"[{own}]"
+            path = f"{name.strip('[]')}.{key}"
+            title = f"[[{path}]]" if any(get_origin(each) is list for each in types) else f"[{path}]"
             yield from (f"### `{title}`", "", *_about(inner), "", *_keys(inner).values(), "")
-            yield from _tables(own, inner)
+            yield from _tables(path, inner)
 
 
 def _about(cls: type) -> list[str]:

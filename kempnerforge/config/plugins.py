@@ -310,11 +310,11 @@ def plugin_changes(before: Sequence[PluginRecord], now: Sequence[Plugin], copies
 def _difference(before: PluginRecord, now: Plugin, copies: Path) -> list[str]:
     """Unified, of the files whose old content is kept."""
     lines: list[str] = []
-    own = next(iter(now.source))
+    main_file = next(iter(now.source))
     for index, name in enumerate(before.files):
         copy = copies / _kept(before.sha256, name)
         if copy.is_file():
-            old, new = copy.read_bytes(), now.source.get(own if index == 0 else name, b"")
+            old, new = copy.read_bytes(), now.source.get(main_file if index == 0 else name, b"")
             a, b = (content.decode(errors="replace").splitlines() for content in (old, new))
             lines += difflib.unified_diff(a, b, name, name, n=1, lineterm="")
     return lines if len(lines) <= DIFF_LINES else [*lines[:DIFF_LINES], f"... {len(lines) - DIFF_LINES} more lines"]

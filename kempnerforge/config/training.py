@@ -188,8 +188,8 @@ class MetricsConfig:
 
     def all_trackers(self) -> list[TrackerConfig]:
         """``trackers``, and before them "tensorboard" unless it is among them or not wanted."""
-        own = self.tensorboard and all(each.type != "tensorboard" for each in self.trackers)
-        return [*([registry.tracker_configs.get("tensorboard")()] if own else []), *self.trackers]
+        adds_tensorboard = self.tensorboard and all(each.type != "tensorboard" for each in self.trackers)
+        return [*([registry.tracker_configs.get("tensorboard")()] if adds_tensorboard else []), *self.trackers]
 
 
 @dataclass

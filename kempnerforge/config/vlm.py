@@ -346,8 +346,10 @@ class MoTConfig(VLMConfig):
         text = (job.model.n_heads, job.model.kv_heads)
         image = self.resolved_image_heads(*text)
         if image != text:
-            own = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
-            raise InputError(f"{own}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
+            given = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
+            raise InputError(
+                f"{given}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
+            )
 
     def warnings(self, job: JobSections) -> list[str]:
         path, asked = self.mot_warm_start_path, self.mot_warm_start_from_text

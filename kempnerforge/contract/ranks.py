@@ -131,10 +131,10 @@ def with_loss(kind: type) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = kind.forward(self, *args, **kwargs)
-        own = self.aux_loss  # None, or what the class wants by itself
+        class_loss = self.aux_loss  # None, or what the class wants by itself
         tensor: Tensor = value if isinstance(value, Tensor) else value[0]
         loss = weight * tensor.float().square().mean()
-        self.aux_loss = None if not self.training else loss if own is None else own + loss
+        self.aux_loss = None if not self.training else loss if class_loss is None else class_loss + loss
         return value
 
     return type(f"{kind.__name__}WithLoss", (kind,), {"forward": forward})

@@ -136,5 +136,5 @@ def why(report: pytest.TestReport) -> str:
     """
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash is not None else report.longreprtext).splitlines()
-    said = list(takewhile(lambda line: not line.startswith("assert "), lines)) or lines
-    return " ".join(line.strip() for line in said if line.strip())
+    message = list(takewhile(lambda line: not line.startswith("assert "), lines)) or lines
+    return " ".join(line.strip() for line in message if line.strip())

@@ -293,9 +293,9 @@ def compare_models(assembly: Assembly, image_id: int | None, hf_model: Any) -> A
 def _covered(bounds: ModelLimits, batches: Sequence[Batch]) -> str:
     rows, longest = sum(len(batch.input_ids) for batch in batches), max(batch.input_ids.shape[1] for batch in batches)
     farthest = max(int(batch.positions.max()) for batch in batches)
-    said = f"{rows} rows, the longest of {longest:,} positions, up to position {farthest:,}"
+    sentence = f"{rows} rows, the longest of {longest:,} positions, up to position {farthest:,}"
     if images := max(batch.row_images for batch in batches):
-        said += f", 0 to {images} images in a row"
+        sentence += f", 0 to {images} images in a row"
     short = [f"a window of {window:,}" for window in bounds.windows if longest <= window]
     short += [f"a rope scaling's original length of {length:,}" for length in bounds.rope if farthest < length]
-    return said + (f"; NOT compared: what lies beyond {' and '.join(short)}" if short else "")
+    return sentence + (f"; NOT compared: what lies beyond {' and '.join(short)}" if short else "")

@@ -209,8 +209,8 @@ def _generate(
         sampling=Sampling(),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
-    said = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}
-    return {key: Cut(text) if tokens == most else text for key, (tokens, text) in said.items()}
+    texts = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}
+    return {key: Cut(text) if tokens == most else text for key, (tokens, text) in texts.items()}
 
 
 class _Pictures:

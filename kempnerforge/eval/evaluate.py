@@ -49,11 +49,11 @@ class Measured:
         seeing, blind = self.first.seeing, self.first.blind
         if seeing is None or blind is None or len(seeing.by_truth) < 2:
             return []
-        said = {answer.text for score in (seeing, blind) for answer in score.answers}
-        if len(said) > 1:
+        answers = {answer.text for score in (seeing, blind) for answer in score.answers}
+        if len(answers) > 1:
             return []
         return [
-            f"the model gives one answer, {said.pop()!r}, to all {seeing.total} questions, with the images and without: it has not learned"
+            f"the model gives one answer, {answers.pop()!r}, to all {seeing.total} questions, with the images and without: it has not learned"
             f" to tell them apart. Try another optimizer.lr (it was {lr:g}), more steps, or thaw frozen parts with random weights (vlm.freeze)"
         ]
 

@@ -161,8 +161,8 @@ def encoded(image: ImageSource) -> bytes:
         ours = picture.pixels(picture.size)
     content = image if isinstance(image, bytes) else image.read_bytes()
     with Image.open(io.BytesIO(content)) as plain:
-        theirs = plain.convert("RGB")
-    if theirs.size == ours.size and theirs.tobytes() == ours.tobytes():
+        as_rgb = plain.convert("RGB")
+    if as_rgb.size == ours.size and as_rgb.tobytes() == ours.tobytes():
         return content
     ours.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()

@@ -70,10 +70,10 @@ def _rows(task: str, found: Found) -> Iterator[dict[str, Any]]:
     if (seeing := found.seeing) is None:
         return
     scores = ((seeing, ""), (found.blind, "_blind"), (found.shuffled, "_shuffled"))
-    told = [(score, suffix) for score, suffix in scores if score is not None]
-    said = {
+    asked_scores = [(score, suffix) for score, suffix in scores if score is not None]
+    answers = {
         (answer.number, suffix): (answer, points)
-        for score, suffix in told
+        for score, suffix in asked_scores
         for answer, points in zip(score.answers, score.points, strict=True)
     }
     for number, question in seeing.asked.items():
@@ -81,9 +81,9 @@ def _rows(task: str, found: Found) -> Iterator[dict[str, Any]]:
         row |= {"cut": None} | ({"answer_shuffled": None, "right_shuffled": None} if found.shuffled is not None else {})
         if task:
             row |= {"task": task, "points": None, "points_blind": None}
-        for _, suffix in told:
-            if (number, suffix) in said:
-                answer, points = said[number, suffix]
+        for _, suffix in asked_scores:
+            if (number, suffix) in answers:
+                answer, points = answers[number, suffix]
                 row |= {"compared": answer.truth.text, "truth_tokens": answer.truth.tokens, "too_long": answer.too_long}
                 row |= {"also_right": list(answer.truth.others), f"answer{suffix}": answer.text, f"right{suffix}": answer.right}
                 row |= {f"points{suffix}": float(points)} if task else {}

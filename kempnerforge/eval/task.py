@@ -249,8 +249,8 @@ class QuestionTask(Task):
         return {key: self.value(score), **{key + more: value for more, value in self.further(score).items()}}
 
     def _score(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Score:
-        said = self.answers(exam, asked, blind)
-        return Score(said.asked, said.answers, said.unreadable, self.all_points(said.answers))
+        found = self.answers(exam, asked, blind)
+        return Score(found.asked, found.answers, found.unreadable, self.all_points(found.answers))
 
 
 def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:
@@ -266,7 +266,7 @@ def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:
     found = dict[int, Question]()
     for groups in by_count.values():
         images, half = list(groups), len(groups) // 2
-        for own, other in zip(images, images[half:] + images[:half], strict=True):
-            if own != other and len(own):
-                found |= {number: replace(asked[number], images=other) for number in groups[own]}
+        for images_of_group, other in zip(images, images[half:] + images[:half], strict=True):
+            if images_of_group != other and len(images_of_group):
+                found |= {number: replace(asked[number], images=other) for number in groups[images_of_group]}
     return dict(sorted(found.items()))

@@ -310,9 +310,9 @@ def _exported(path: Path, overrides: Sequence[str]) -> TrainedModel:
     assembly = assemble(load_config(path / JOB_FILE, overrides), Tokenizer.from_pretrained((path / TOKENIZER).resolve()), data=False)
     files = tensor_files(path)
     tensors = dict(read_tensors(files, files))
-    own = dict(assembly.model.named_parameters())
-    if own.keys() != tensors.keys():
-        different = sorted(own.keys() ^ tensors.keys())
+    parameters = dict(assembly.model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        different = sorted(parameters.keys() ^ tensors.keys())
         raise InputError(f"{path}: the names of its weights are not the names that {path / JOB_FILE} makes: {', '.join(different[:4])}")
     assembly.model.load_state_dict(tensors, strict=False)
     if (path / ASKED_FILE).is_file():

@@ -294,8 +294,8 @@ def processing(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``Processor`` for a model with this ``origin``; of one that was trained here it is empty."""
     architecture = kept.get("architecture", "")
     family = _family(architecture)
-    own = family.processors[0] if family and family.processors and family.processors[0] not in FRAMED else ""
-    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", own)
+    default = family.processors[0] if family and family.processors and family.processors[0] not in FRAMED else ""
+    follows = AS_IT_IS if architecture.endswith("ForCausalLM") else kept.get("processor", default)
     return {"follows": follows, "image_id": kept.get("image_id"), "by_row": bool(family and follows and family.images_by_row)}
 
 

@@ -129,12 +129,12 @@ class AuditRow:
 
     def shares(self, sample: int | None = None) -> dict[str, int]:
         """Positions of the row, or of one of its samples, by what is there; ``trained`` are labels."""
-        own = [at for at, (owner, _) in enumerate(self.owners) if sample is None or owner == sample]
+        positions = [at for at, (owner, _) in enumerate(self.owners) if sample is None or owner == sample]
         counts = {
-            "positions": len(own),
-            "padding": sum(self.kinds[at] == Kind.PAD for at in own),
-            "image": sum(self.kinds[at] == Kind.IMAGE for at in own),
-            "trained": sum(self.labels[at] != IGNORE for at in own),
+            "positions": len(positions),
+            "padding": sum(self.kinds[at] == Kind.PAD for at in positions),
+            "image": sum(self.kinds[at] == Kind.IMAGE for at in positions),
+            "trained": sum(self.labels[at] != IGNORE for at in positions),
         }
         return counts | {"prompt": counts["positions"] - counts["padding"] - counts["image"] - counts["trained"]}
 
@@ -149,9 +149,9 @@ def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[AuditRow]:
     rows = []
     known = dict(zip(_named_samples(batch), zip(batch.sample_names, _parts(batch), strict=True), strict=False))
     for number, (ids, labels, kinds, positions, samples, texts) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        own = [known[number, sample] for sample in range(max([*samples, -1]) + 1) if (number, sample) in known]
+        known_samples = [known[number, sample] for sample in range(max([*samples, -1]) + 1) if (number, sample) in known]
         owners = list(zip(samples, texts, strict=True))
-        names, parts = [name for name, _ in own], [part for _, part in own]
+        names, parts = [name for name, _ in known_samples], [part for _, part in known_samples]
         rows.append(AuditRow(ids, labels, kinds, positions, owners, images[number], names, parts, frozenset(markers)))
     return rows
 

@@ -214,9 +214,9 @@ def _parts(source: Source, cfg: DataConfig, found: Found) -> list[CheckedPart]:
     is_bad = np.array([index in bad for index in found.indices.tolist()], dtype=bool)
     parts = []
     for number, name in enumerate(source_names(cfg)):
-        own = part_of == number
-        totals = {column: int(found.column(column)[own].sum()) for column in SIZES}
-        parts.append(CheckedPart(name, int(own.sum()), int((is_bad & own).sum()), totals))
+        in_part = part_of == number
+        totals = {column: int(found.column(column)[in_part].sum()) for column in SIZES}
+        parts.append(CheckedPart(name, int(in_part.sum()), int((is_bad & in_part).sum()), totals))
     return parts
 
 

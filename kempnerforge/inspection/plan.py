@@ -79,13 +79,13 @@ def check_patterns(assembly: Assembly) -> None:
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
     job, model, freeze = assembly.job, assembly.model, assembly.freeze
     trainable = freeze.trainable(stage.start)
-    own = settings(freeze.names, stage.optimizer, freeze.patterns)
+    settings_of = settings(freeze.names, stage.optimizer, freeze.patterns)
     rules = rules_of(model, stage.optimizer)
     batch = next(assembly.data.batches(stage, stage.start))
     counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
     by_part: dict[str, set[float]] = {}
     for name in freeze.names:
-        by_part.setdefault(part_of(name), set()).add(getattr(own[name], rules[name].lr_key))
+        by_part.setdefault(part_of(name), set()).add(getattr(settings_of[name], rules[name].lr_key))
     return StagePlan(
         stage,
         counted,

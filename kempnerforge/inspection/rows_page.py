@@ -140,9 +140,9 @@ def _some(batches: Iterator[Batch], parts: Sequence[Counter[str]], samples: int)
 def _count(found: Inspection, row: AuditRow, shown: bool) -> None:
     found.shares.update(row.shares())
     for sample, part in enumerate(row.parts):
-        own = {segment.text for segment in row.segments if segment.sample == sample and segment.text}
+        texts = {segment.text for segment in row.segments if segment.sample == sample and segment.text}
         found.parts[part].update(row.shares(sample))
-        found.parts[part].update(samples=1, texts=len(own), shown=int(shown))
+        found.parts[part].update(samples=1, texts=len(texts), shown=int(shown))
 
 
 def _views(batch: Batch, row: AuditRow) -> tuple[list[np.ndarray], list[str]]:

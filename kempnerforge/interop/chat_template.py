@@ -154,8 +154,8 @@ def chat_template(
 
 def _placement(cfg: DataConfig, tokenizer: Tokenizer, asking: Asking) -> str:
     """The place of images that come before a question: "template", or the one of ``Asking``."""
-    own = build_template(cfg, tokenizer).pieces(Text("", ""), "") if cfg.template != "chat" else []
-    return "template" if any(cfg.image_placeholder in piece.text for piece in own) else asking.place
+    pieces = build_template(cfg, tokenizer).pieces(Text("", ""), "") if cfg.template != "chat" else []
+    return "template" if any(cfg.image_placeholder in piece.text for piece in pieces) else asking.place
 
 
 def _parts(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, str | bool | None]:

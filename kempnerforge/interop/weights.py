@@ -169,27 +169,27 @@ def take_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | st
     Raises:
         ValueError: no name matches, or a shape differs; nothing is copied then.
     """
-    own = dict(model.named_parameters())
-    shared = own.keys() & weights.keys()
-    other_shape = {name for name in shared if own[name].shape != weights[name].shape}
+    parameters = dict(model.named_parameters())
+    shared = parameters.keys() & weights.keys()
+    other_shape = {name for name in shared if parameters[name].shape != weights[name].shape}
     passed_over = {name for name in other_shape if name.startswith(optional)} if optional else set()
     if wrong := sorted(other_shape - passed_over):
-        shapes = [f"{name} has shape {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here" for name in wrong[:3]]
+        shapes = [f"{name} has shape {tuple(weights[name].shape)} there, {tuple(parameters[name].shape)} here" for name in wrong[:3]]
         rows = "; model.vocab_size must be the number of rows of the embedding" if any("token_embedding" in name for name in wrong) else ""
         raise InputError(f"{source}: {'; '.join(shapes)}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}{rows}")
     taken = shared - passed_over
     if not taken:
         raise InputError(f"{source}: none of its {len(weights)} tensors has a place in the model; it has {', '.join(sorted(weights)[:3])}")
     for name in taken:
-        own[name].copy_(weights[name])
-    fresh = sorted(own.keys() - taken)
+        parameters[name].copy_(weights[name])
+    fresh = sorted(parameters.keys() - taken)
     log.info(
         "%s: %d tensors taken, %d have no place here; %d of the model's %d stay as they are%s",
         source,
         len(taken),
         len(weights.keys() - taken),
         len(fresh),
-        len(own),
+        len(parameters),
         f": {_groups(fresh)}" if fresh else "",
     )
     return taken

@@ -148,14 +148,14 @@ class Segments:
 
         def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             text = texts[row, key]
-            own = (samples[row, query] == samples[row, key]) & ((text == 0) | (text == texts[row, query]))
+            same_text = (samples[row, query] == samples[row, key]) & ((text == 0) | (text == texts[row, query]))
             reached = query >= key if order is None else order[row, query] >= order[row, key]
             if window and positions is not None:
                 reached = reached & (positions[row, query] - positions[row, key] < window)
             if groups is not None:
                 group = groups[row, query]
                 reached = reached | ((group == groups[row, key]) & (group > 0))
-            return own & reached
+            return same_text & reached
 
         return may_look
 
@@ -220,10 +220,10 @@ class Segments:
             place = torch.where(self.sample_ids < 0, end, self.order)
             stored = stored.new_zeros(batch, end + 1).scatter(1, place, stored)
 
-        def mask(places: Tensor, own: Tensor) -> Tensor:
+        def mask(places: Tensor, in_sample: Tensor) -> Tensor:
             samples, texts = self.sample_ids.flatten()[places], self.text_ids.flatten()[places]  # (n, L)
             groups, positions = (None if ids is None else ids.flatten()[places] for ids in (self.groups, self.positions))
-            bucket = Segments(samples.masked_fill(~own, -1), texts, groups, positions=positions)
+            bucket = Segments(samples.masked_fill(~in_sample, -1), texts, groups, positions=positions)
             return additive(bucket.visible(window=window), dtype)
 
         return take_apart(rows, stored, batch * keys, mask, self.groups is not None, window)

@@ -199,8 +199,8 @@ def load_whole(model_class: Any, path: Path | str, where: str, what: str, *, mor
 
 def _listed(keys: Iterable[Any]) -> str:
     """Names, or (name, shape in the file, shape here)."""
-    said = sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, not {tuple(key[2])}" for key in keys)
-    return ", ".join(said[:3])
+    listed = sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, not {tuple(key[2])}" for key in keys)
+    return ", ".join(listed[:3])
 
 
 def some(names: Iterable[str]) -> str:

@@ -77,9 +77,9 @@ class MllamaTower(VisionEncoder):
         pixels = self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # transformers cannot run on nothing
         tiles = pixels.new_zeros(len(pixels), 1, self.tiles, *pixels.shape[1:])  # (N, 1, T, 3, H, H)
         tiles[:, 0, 0] = pixels
-        there = torch.zeros(len(pixels), 1, self.tiles, dtype=torch.long, device=pixels.device)
-        there[..., 0] = 1
-        found = self.tower(pixel_values=tiles, aspect_ratio_ids=there[..., 0], aspect_ratio_mask=there)  # grid 1: one tile
+        tile_mask = torch.zeros(len(pixels), 1, self.tiles, dtype=torch.long, device=pixels.device)
+        tile_mask[..., 0] = 1
+        found = self.tower(pixel_values=tiles, aspect_ratio_ids=tile_mask[..., 0], aspect_ratio_mask=tile_mask)  # grid 1: one tile
         return found.last_hidden_state[: len(images)].flatten(1, 3).clone()  # (N, T * P, D); FSDP's hooks do not want a view
 
     def _load(self, cfg: MllamaTowerConfig) -> Any:

@@ -80,9 +80,9 @@ def interval_chart(
                 f'<line x1="{axis(one.low):.1f}" x2="{axis(one.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--kf-1)" stroke-width="2"/>'
             )
         if math.isfinite(one.value):
-            said = text(f"{one.name}: {x_format(one.value)}")
+            label = text(f"{one.name}: {x_format(one.value)}")
             parts.append(
-                f'<circle class="kf-dot" cx="{axis(one.value):.1f}" cy="{y:.1f}" r="4.5" fill="var(--kf-1)"><title>{said}</title></circle>'
+                f'<circle class="kf-dot" cx="{axis(one.value):.1f}" cy="{y:.1f}" r="4.5" fill="var(--kf-1)"><title>{label}</title></circle>'
             )
     return "".join([*parts, "</svg>"])
 
@@ -121,9 +121,9 @@ def scatter(
         if math.isfinite(dot.low) and math.isfinite(dot.high):
             ends = f'y1="{y_axis(dot.low):.1f}" y2="{y_axis(dot.high):.1f}"'
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="var(--kf-1)" stroke-width="1.5" opacity="{shade}"/>')
-        said = text(f"{dot.name}: {y_format(dot.y)} at {format_number(dot.x)}")
+        label = text(f"{dot.name}: {y_format(dot.y)} at {format_number(dot.x)}")
         parts.append(
-            f'<circle class="kf-dot" cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var(--kf-1)" opacity="{shade}"><title>{said}</title></circle>'
+            f'<circle class="kf-dot" cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var(--kf-1)" opacity="{shade}"><title>{label}</title></circle>'
         )
         side, shift = ("end", -8) if x > (LEFT + RIGHT) / 2 else ("start", 8)
         at = y - 6

@@ -201,17 +201,17 @@ class Server(uvicorn.Server):
     async def _relay(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """What happens to ``ticket``, as it happens; the end of the iteration (a client goes) cancels it."""
         try:
-            told = self.desk.ahead(ticket)
-            yield _line({"waiting": told})
+            last_ahead = self.desk.ahead(ticket)
+            yield _line({"waiting": last_ahead})
             while True:
                 event = await run_in_threadpool(ticket.next, POLL_S)
                 if event is not None:
                     yield _line(_message(event))
                     if event.last:
                         return
-                elif (ahead := self.desk.ahead(ticket)) < told:
-                    told = ahead
-                    yield _line({"waiting": told})
+                elif (ahead := self.desk.ahead(ticket)) < last_ahead:
+                    last_ahead = ahead
+                    yield _line({"waiting": last_ahead})
         finally:
             ticket.cancel()
 

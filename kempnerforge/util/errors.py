@@ -74,10 +74,10 @@ def library_call(where: str, what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What ``error`` says, as one line of limited length."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if not isinstance(error, OSError | ImportError | RuntimeError) and type(error) is not ValueError:
-        said = f"{type(error).__name__}: {said}"
-    return said if len(said) <= 300 else f"{said[:200]} ... {said[-80:]}"
+        message = f"{type(error).__name__}: {message}"
+    return message if len(message) <= 300 else f"{message[:200]} ... {message[-80:]}"
 
 
 class ConfigError(InputError):

@@ -89,9 +89,9 @@ def sync_files(folder: Path) -> None:
 
 def move_aside(path: Path) -> Path:
     """Gives what is at ``path`` a name with the time beside it, which is free, and returns that."""
-    aside = _aside(path)
-    path.rename(aside)
-    return aside
+    new_name = _aside(path)
+    path.rename(new_name)
+    return new_name
 
 
 def _aside(path: Path) -> Path:
@@ -112,10 +112,10 @@ def why_not_writable(directory: Path) -> str:
     """Why nothing can be written below ``directory``, which need not be there; empty: as far as can be seen
     without writing, it can.
     """
-    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        return f"{there} is not a directory"
-    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
+    nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        return f"{nearest} is not a directory"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
 
 
 # ---- one JSON object a line ---------------------------------------------------------------------------------------------------

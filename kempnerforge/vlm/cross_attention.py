@@ -69,7 +69,7 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, cfg: ModelConfig, n_heads: int, n_kv_heads: int, *, qk_norm: bool = False, media_norm: bool = True) -> None:
         super().__init__()
         self.head_dim = cfg.head_width
-        norm = lambda dim, there=True: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one) if there else nn.Identity()
+        norm = lambda dim, used=True: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one) if used else nn.Identity()
         self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(cfg.dim, media_norm), norm(cfg.dim)
         self.q_norm, self.k_norm = norm(self.head_dim, qk_norm), norm(self.head_dim, qk_norm)
         self.q_proj = nn.Linear(cfg.dim, n_heads * self.head_dim, bias=False)
@@ -262,7 +262,7 @@ def sight(seen: Tensor, tokens: int, dtype: torch.dtype, blind: Tensor | None = 
         return Sight(None, any_read.to(dtype))
     keys = reads.repeat_interleave(tokens, -1)  # (B, S, K * F)
     if first:
-        there = torch.arange(tokens, device=seen.device) < first  # (F,)
-        keys = (seen[..., None] & there).flatten(2) | (blind.repeat_interleave(tokens, -1) if blind is not None else False)
+        in_first = torch.arange(tokens, device=seen.device) < first  # (F,)
+        keys = (seen[..., None] & in_first).flatten(2) | (blind.repeat_interleave(tokens, -1) if blind is not None else False)
     mask = additive((keys | ~any_read)[:, None], dtype)  # (B, 1, S, K * F)
     return Sight(mask, any_read.to(dtype))

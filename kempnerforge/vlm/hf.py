@@ -170,15 +170,15 @@ class HF(VLM):
         cfg = self.config
         if not cfg.pretrained or self.job.run.init_from:
             return
-        own = {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in LORA_PARAMETERS}
-        for parameter in own.values():
+        parameters = {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in LORA_PARAMETERS}
+        for parameter in parameters.values():
             parameter.data = parameter.data.new_empty(0)  # room for those that are read
         what = "its weights cannot be loaded (pretrained = false begins without)"
         loaded = dict(load_whole(type(self.hf_model), cfg.path, f"path = {cfg.path!r}", what).named_parameters())
-        assert loaded.keys() == own.keys(), "one class, one config, one set of names"
-        for name, parameter in own.items():
+        assert loaded.keys() == parameters.keys(), "one class, one config, one set of names"
+        for name, parameter in parameters.items():
             parameter.data = loaded[name].data
-        self.loaded |= own.keys()
+        self.loaded |= parameters.keys()
 
     def shard_units(self) -> Iterator[nn.Module]:
         """The layers of the language model and of the vision encoder: whatever transformers itself would

@@ -105,9 +105,9 @@ class MoTBlock(Block):
 
     def _parts(self, modality: str) -> TowerParts:
         """The parts of ``modality``: the block's, where it has none for itself."""
-        own = {} if modality == TEXT else dict(self.get_submodule(modality).named_children())
+        separate = {} if modality == TEXT else dict(self.get_submodule(modality).named_children())
         shared = dict(self.named_children())
-        return TowerParts._make(own.get(name, shared[name]) for name in TowerParts._fields)
+        return TowerParts._make(separate.get(name, shared[name]) for name in TowerParts._fields)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, K, D) -> (B, K, D), sections as ``ctx.sizes`` has them."""
@@ -240,14 +240,14 @@ class MoT(VLM):
         """Copies the text tower's tensors into those of other towers that are not in ``keep``; returns how
         many.
         """
-        own, copied = {name: p for name, p in self.named_parameters() if not is_adapter(name)}, 0
+        parameters, copied = {name: p for name, p in self.named_parameters() if not is_adapter(name)}, 0
         for number in range(len(self.transformer.layers)):
             layer = f"transformer.layers.{number}."
             for name in self.modalities[:-1]:
                 tower = f"{layer}{name}."
-                for target in [n for n in own if n.startswith(tower) and n not in keep]:
+                for target in [n for n in parameters if n.startswith(tower) and n not in keep]:
                     source = layer + target.removeprefix(tower)
-                    own[target].copy_(own[source])
+                    parameters[target].copy_(parameters[source])
                     self.loaded |= {target} if source in self.loaded else set()
                     copied += 1
         return copied

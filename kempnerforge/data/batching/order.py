@@ -241,8 +241,8 @@ class Mixed(Order):
             piece = found[at - begin : upto - begin]
             for part in np.unique(parts):
                 mine = parts == part
-                own = visits[mine]  # consecutive
-                piece[mine] = self.offsets[part] + self.orders[part].indices(int(own[0]), int(own[-1]) + 1)
+                visits_of_part = visits[mine]  # consecutive
+                piece[mine] = self.offsets[part] + self.orders[part].indices(int(visits_of_part[0]), int(visits_of_part[-1]) + 1)
             at = upto
         return found
 

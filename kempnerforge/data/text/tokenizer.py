@@ -284,13 +284,13 @@ class Tokenizer:
         with class_call(where, "cannot be loaded", settings):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
             backend = getattr(loaded, "backend_tokenizer", None)
-            own = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own
-        if own is None:
+            copied = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own
+        if copied is None:
             raise InputError(f"{where}: has no fast implementation (tokenizer.json)")
         if loaded.eos_token is None:
             raise InputError(f"{where}: has no EOS token, so answers could not end")
         return cls(
-            own,
+            copied,
             eos=loaded.eos_token,
             bos=loaded.bos_token,
             pad=loaded.pad_token,
@@ -361,8 +361,8 @@ def _read_plain(path: Path) -> Tokenizer | None:
         return None
     try:
         config: Any = read_object(files[1])
-        own = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
-        if not own or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
+        is_plain = config.keys() <= OWN_KEYS and config.get("clean_up_tokenization_spaces") is False
+        if not is_plain or config.get("tokenizer_class") != PLAIN_CLASS or not isinstance(config.get("eos_token"), str):
             return None
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
         chat = path / CHAT_TEMPLATE

@@ -44,7 +44,7 @@ class ANLS(QuestionTask):
             raise InputError(f"threshold = {self.threshold}: must lie in (0, 1]")
 
     def points(self, answer: Answer) -> float:
-        said = plain(answer.text.lower())
+        predicted = plain(answer.text.lower())
         truths = [plain(given.lower()) for given in answer.question.given]
-        shares = [distance(said, truth) / max(len(said), len(truth)) for truth in truths if truth]
+        shares = [distance(predicted, truth) / max(len(predicted), len(truth)) for truth in truths if truth]
         return max((1 - share for share in shares if share < self.threshold), default=0.0)

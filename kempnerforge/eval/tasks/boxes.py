@@ -28,19 +28,19 @@ def iou(a: Box, b: Box) -> float:
     return both / union if union else 0.0
 
 
-def all_found(said: Sequence[Box], true: Sequence[Box], overlap: float) -> bool:
+def all_found(predicted: Sequence[Box], true: Sequence[Box], overlap: float) -> bool:
     """Whether there are as many boxes as true ones, and each can be matched to one of its own by an overlap
     of at least ``overlap``.
     """
     from scipy.optimize import linear_sum_assignment
 
-    if len(said) != len(true):
+    if len(predicted) != len(true):
         return False
-    near = [[iou(a, b) >= overlap for b in true] for a in said]
-    return not said or all(near[row][column] for row, column in zip(*linear_sum_assignment(near, maximize=True), strict=True))
+    near = [[iou(a, b) >= overlap for b in true] for a in predicted]
+    return not predicted or all(near[row][column] for row, column in zip(*linear_sum_assignment(near, maximize=True), strict=True))
 
 
-def average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box]], overlap: float) -> float:
+def average_precision(predicted: Sequence[Sequence[Box]], true: Sequence[Sequence[Box]], overlap: float) -> float:
     """Area below the curve of precision over recall at 101 recalls, of one label. At least one true box is
     needed.
 
@@ -48,7 +48,7 @@ def average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box
     by their order in it, as there are no confidences: all first ones, then all second ones.
     """
     ranked: list[tuple[int, bool]] = []
-    for boxes, truths in zip(said, true, strict=True):
+    for boxes, truths in zip(predicted, true, strict=True):
         free = list(range(len(truths)))
         for rank, box in enumerate(boxes[:MOST]):
             score, best = max(((iou(box, truths[k]), k) for k in free), default=(0.0, -1))
@@ -63,11 +63,11 @@ def average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box
     return float(np.append(precision, 0.0)[at].mean())
 
 
-def mean_average_precision(said: Sequence[Sequence[Box]], true: Sequence[Sequence[Box]], overlaps: Sequence[float]) -> float:
+def mean_average_precision(predicted: Sequence[Sequence[Box]], true: Sequence[Sequence[Box]], overlaps: Sequence[float]) -> float:
     """Mean of ``average_precision`` over ``overlaps`` and the labels of the true boxes."""
     labels = {box.label for boxes in true for box in boxes}
     of = lambda all_boxes, label: [[box for box in boxes if box.label == label] for boxes in all_boxes]
-    scores = [average_precision(of(said, label), of(true, label), overlap) for label in sorted(labels) for overlap in overlaps]
+    scores = [average_precision(of(predicted, label), of(true, label), overlap) for label in sorted(labels) for overlap in overlaps]
     return sum(scores) / max(1, len(scores))
 
 
@@ -93,7 +93,10 @@ class Boxes(QuestionTask):
         return all_found(decode_boxes(answer.text), decode_boxes(answer.question.truth), OVERLAPS[0])
 
     def further(self, score: Score) -> dict[str, float]:
-        said = [decode_boxes(answer.text) for answer in score.answers]
+        predicted = [decode_boxes(answer.text) for answer in score.answers]
         true = [decode_boxes(answer.question.truth) for answer in score.answers]
-        precisions = {"_map": mean_average_precision(said, true, OVERLAPS), "_map50": mean_average_precision(said, true, OVERLAPS[:1])}
+        precisions = {
+            "_map": mean_average_precision(predicted, true, OVERLAPS),
+            "_map50": mean_average_precision(predicted, true, OVERLAPS[:1]),
+        }
         return super().further(score) | precisions

@@ -25,15 +25,15 @@ def ngrams(words: Sequence[str]) -> Counts:
     return [Counter(zip(*(words[k:] for k in range(n)), strict=False)) for n in range(1, MOST + 1)]
 
 
-def cider_d(said: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+def cider_d(answers: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[str]]]) -> list[float]:
     """CIDEr-D of each answer, from 0 to 10.
 
     Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", equations 1 to 3, with the
     clipping and the length penalty of section 6 (CIDEr-D), which the COCO evaluation uses.
 
     Args:
-        said: the words of each answer.
-        given: of each, the words of its references. How rare an n-gram is, is counted over all of them.
+        answers: the words of each answer.
+        given: for each answer, the words of its references. How rare an n-gram is, is counted over all of them.
     """
     references = [[ngrams(words) for words in each] for each in given]
     seen = Counter(gram for each in references for gram in {gram for counts in each for of_n in counts for gram in of_n})
@@ -47,14 +47,14 @@ def cider_d(said: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[str
     def similar(one: Counts, other: Counts) -> float:
         """Mean over n of the clipped cosine, less the further apart the lengths are."""
         total = 0.0
-        for own, theirs in zip(one, other, strict=True):
-            (a, length_a), (b, length_b) = vector(own), vector(theirs)
+        for counts, other_counts in zip(one, other, strict=True):
+            (a, length_a), (b, length_b) = vector(counts), vector(other_counts)
             if length_a and length_b:
                 total += sum(min(weight, b[gram]) * b[gram] for gram, weight in a.items() if gram in b) / (length_a * length_b)
         apart = sum(one[0].values()) - sum(other[0].values())
         return total / MOST * math.exp(-(apart**2) / (2 * SIGMA**2))
 
-    candidates = [ngrams(words) for words in said]
+    candidates = [ngrams(words) for words in answers]
     pairs = zip(candidates, references, strict=True)
     return [10 * sum(similar(one, other) for other in each) / len(each) for one, each in pairs]
 

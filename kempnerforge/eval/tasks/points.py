@@ -16,22 +16,22 @@ from kempnerforge.util.errors import InputError
 
 
 class PointCounts(NamedTuple):
-    """Points of an answer, or of all: those that are right, those that are given, the true ones."""
+    """Points of an answer, or of all: those that are right, those that the model wrote, the true ones."""
 
     right: int
-    given: int
+    predicted: int
     true: int
 
 
-def hits(given: Sequence[Point], true: Sequence[Point], within: float) -> int:
+def hits(predicted: Sequence[Point], true: Sequence[Point], within: float) -> int:
     """Points that are matched in the assignment with most pairs not further apart than ``within`` (Kuhn 1955,
     the Hungarian method).
     """
     from scipy.optimize import linear_sum_assignment
 
-    if not given or not true:
+    if not predicted or not true:
         return 0
-    near = [[math.hypot(a.x - b.x, a.y - b.y) <= within for b in true] for a in given]
+    near = [[math.hypot(a.x - b.x, a.y - b.y) <= within for b in true] for a in predicted]
     rows, columns = linear_sum_assignment(near, maximize=True)
     return sum(near[row][column] for row, column in zip(rows, columns, strict=True))
 
@@ -64,13 +64,13 @@ class Points(QuestionTask):
 
     def points(self, answer: Answer) -> float:
         found = self._counted(answer)
-        both = found.given + found.true
+        both = found.predicted + found.true
         return 2 * found.right / both if both else 1.0
 
     def further(self, score: Score) -> dict[str, float]:
         found = PointCounts(*(sum(column) for column in zip(*map(self._counted, score.answers), strict=True)))
-        return super().further(score) | {"_precision": found.right / max(1, found.given), "_recall": found.right / max(1, found.true)}
+        return super().further(score) | {"_precision": found.right / max(1, found.predicted), "_recall": found.right / max(1, found.true)}
 
     def _counted(self, answer: Answer) -> PointCounts:
-        given, true = decode_points(answer.text), decode_points(answer.question.truth)
-        return PointCounts(hits(given, true, self.within), len(given), len(true))
+        predicted, true = decode_points(answer.text), decode_points(answer.question.truth)
+        return PointCounts(hits(predicted, true, self.within), len(predicted), len(true))

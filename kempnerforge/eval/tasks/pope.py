@@ -45,10 +45,10 @@ class POPE(QuestionTask):
 
 def _counts(score: Score) -> dict[str, float]:
     pairs = [(says_yes(answer.text), says_yes(answer.question.truth)) for answer in score.answers]
-    said, true, both = sum(yes for yes, _ in pairs), sum(yes for _, yes in pairs), sum(yes and right for yes, right in pairs)
+    answered_yes, true, both = sum(yes for yes, _ in pairs), sum(yes for _, yes in pairs), sum(yes and right for yes, right in pairs)
     return {
-        "precision": both / max(1, said),
+        "precision": both / max(1, answered_yes),
         "recall": both / max(1, true),
-        "f1": 2 * both / max(1, said + true),
-        "yes_ratio": said / max(1, len(pairs)),
+        "f1": 2 * both / max(1, answered_yes + true),
+        "yes_ratio": answered_yes / max(1, len(pairs)),
     }

@@ -45,8 +45,8 @@ class RelaxedAccuracy(QuestionTask):
     def points(self, answer: Answer) -> bool:
         return any(self._near(answer.text.strip(), given.strip()) for given in answer.question.given)
 
-    def _near(self, said: str, truth: str) -> bool:
-        claimed, true = number(said), number(truth)
+    def _near(self, predicted: str, truth: str) -> bool:
+        claimed, true = number(predicted), number(truth)
         if claimed is not None and true:
             return abs(claimed - true) / abs(true) <= self.tolerance
-        return said.lower() == truth.lower()
+        return predicted.lower() == truth.lower()

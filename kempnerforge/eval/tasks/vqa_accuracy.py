@@ -62,8 +62,8 @@ class VQAAccuracy(QuestionTask):
     title: ClassVar[str] = "VQA accuracy"
 
     def points(self, answer: Answer) -> float:
-        said = normalised(answer.text)
-        agree = [normalised(given) == said for given in answer.question.given]
+        predicted = normalised(answer.text)
+        agree = [normalised(given) == predicted for given in answer.question.given]
         if len(agree) == 1:
             return float(agree[0])
         return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)

@@ -111,11 +111,11 @@ class Diagnosis(Hook):
         if total := math.sqrt(sum(gradient for gradient, _, _ in by_part.values())):  # after clipping; a skipped step has none
             values |= {f"grad_norm/{part}": math.sqrt(g) * result.grad_norm / total for part, (g, _, weight) in by_part.items() if weight}
             values |= {f"update_ratio/{part}": math.sqrt(moved / weight) for part, (_, moved, weight) in by_part.items() if weight}
-        own = self._seconds
-        own["data"] = own["step"] - own["forward"] - own["backward"] - own["optimizer"]
+        seconds = self._seconds
+        seconds["data"] = seconds["step"] - seconds["forward"] - seconds["backward"] - seconds["optimizer"]
         phases = ("data", "forward", "backward", "optimizer", "hooks")
-        values |= {f"time/{phase}_s": max(0.0, own[phase]) / self._steps for phase in phases}
-        speed = flops / own["step"] / 1e12
+        values |= {f"time/{phase}_s": max(0.0, seconds[phase]) / self._steps for phase in phases}
+        speed = flops / seconds["step"] / 1e12
         values["train/tflops_per_s"] = speed
         if self.cfg.peak_tflops:
             values["train/mfu"] = speed / self.cfg.peak_tflops / trainer.world.size

@@ -68,9 +68,9 @@ def relation(s: Setting) -> Draft:
     one, other = (Thing(s.colour_for(shape), shape) for shape in s.rng.choice(s.known.partners[s.unseen]))
     answer = s.rng.choice(list(RELATIONS))
     far = s.rng.uniform(1.5 * s.cfg.max_size, 0.95 - s.cfg.max_size)
-    aside = s.rng.uniform(-far / 2, far / 2)
+    off_axis = s.rng.uniform(-far / 2, far / 2)
     _, dx, dy = RELATIONS[answer]
-    dx, dy = (dx * far, aside) if dx else (aside, dy * far)
+    dx, dy = (dx * far, off_axis) if dx else (off_axis, dy * far)
     margin = s.cfg.max_size / 2
     x, y = (s.rng.uniform(margin - min(d, 0), 1 - margin - max(d, 0)) for d in (dx, dy))
     texts = []
