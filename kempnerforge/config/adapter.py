@@ -13,7 +13,7 @@ from kempnerforge.util.errors import InputError
 
 @dataclass
 class AdapterConfig:
-    """What every adapter has. Subclasses register with ``@registry.register_adapter_config``.
+    """The keys of every adapter. Subclasses register with ``@registry.register_adapter_config``.
 
     Attributes:
         type: which adapter.
@@ -105,9 +105,9 @@ class PerceiverConfig(AdapterConfig):
     of tokens.
 
     Attributes:
-        latents: learned queries, and tokens that leave.
+        latents: learned queries, which is also the number of tokens that come out.
         depth: layers of attention and feed-forward, at the width of the vision features.
-        heads, head_dim: of its attention; their product is free of the width.
+        heads, head_dim: of its attention; their product may differ from the width.
         ff_mult: hidden width of the feed-forward, in widths of the vision features.
     """
 

@@ -27,15 +27,15 @@ from kempnerforge.util.errors import InputError, Key, Problems, UnreadError, key
 from kempnerforge.util.paths import expand
 
 INVALID: Any = type("Invalid", (), {"__repr__": lambda self: "INVALID"})()
-"""Stands for a value that has a problem, which is in the list already."""
+"""Replaces a value that has a problem; the problem is already in the list."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-    """A section whose class is selected by one of its own keys, the discriminator.
+    """A section whose class is selected by one of its keys, the discriminator.
 
     Attributes:
-        by_name: the value of that key may be in place of a table.
+        by_name: the value of that key alone may be written instead of a table.
     """
 
     key: str

@@ -202,7 +202,7 @@ def extensions_are_whole(job: Job) -> Found:
 
 @_reads("checkpoint", "eval")
 def best_is_measured(job: Job) -> Found:
-    """The score of ``checkpoint.keep_best`` is that of a task, and there are evaluations."""
+    """``checkpoint.keep_best`` names a score of a task that the job evaluates."""
     best, known = job.checkpoint.keep_best, [f"eval/{name}" for name in (*job.eval.BUILT_IN, *job.eval.tasks)]
     if best and not any(best.startswith(key) for key in known):
         yield ("checkpoint",), f"keep_best = {best!r}: must begin with the name of a score: {', '.join(known)}"

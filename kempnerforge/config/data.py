@@ -31,7 +31,7 @@ JOB_KEYS = (
 
 @dataclass
 class DataConfig:
-    """What every source has. Subclasses register with ``@registry.register_data_config``.
+    """The keys of every source. Subclasses register with ``@registry.register_data_config``.
 
     Attributes:
         source: which source.
@@ -44,9 +44,8 @@ class DataConfig:
             answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
         prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and
             "{answer}" are replaced by the sample's. BOS goes before the first prompt.
-        system: what conversations begin with that bring no system prompt of their own, for templates that
-            have a place for it.
-        turns: of template "turns".
+        system: the system prompt of conversations that have none, for templates that have a place for it.
+        turns: settings of template "turns".
         truncate: a text that is longer than ``vlm.max_text_len`` is skipped; true cuts it: the last turns are
             left out, then the end of the answer, but never an image or the end token.
         image_placeholder: marks the place of an image in prompts, answers and templates: the k-th of a text

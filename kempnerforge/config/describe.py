@@ -38,7 +38,7 @@ def describe(section: str = "") -> str:
 def _section(name: str, cls: type) -> Iterator[str]:
     union = UNIONS.get(cls)
     forms = {value: union.class_for(value) for value in union.entries.names()} if union is not None else {}
-    forms = {value: form for value, form in forms.items() if form.__module__.startswith("kempnerforge.")}  # not those of a plugin
+    forms = {value: form for value, form in forms.items() if form.__module__.startswith("kempnerforge.")}  # no plugins
     lines = [_keys(form) for form in forms.values()]
     shared = {key: line for key, line in (lines[0] if lines else {}).items() if all(each.get(key) == line for each in lines)}
     known = {**_keys(cls), **shared}
@@ -51,7 +51,7 @@ def _section(name: str, cls: type) -> Iterator[str]:
 
 
 def _tables(name: str, cls: type, known: Collection[str] = ()) -> Iterator[str]:
-    """The tables inside a section: keys whose value, or each entry of it, has keys of its own."""
+    """The tables inside a section: keys whose value is a table or a list of tables."""
     for key, wanted in fields_of(cls).items():
         types = (wanted, *get_args(wanted), *chain(*map(get_args, get_args(wanted))))
         inner = next((each for each in types if is_dataclass(each)), None)

@@ -11,7 +11,7 @@ from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
 
 GLOBAL_MARKER = "<|global_image|>"
-"""Stands before the view of a whole image (nanoVLM's name)."""
+"""The token before the view of a whole image (nanoVLM's name)."""
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers")
@@ -125,7 +125,7 @@ class ImagesConfig:
 
     @property
     def has_markers(self) -> bool:
-        """Whether every image ends with a view that has a token of its own before it."""
+        """Whether every image ends with a view that has a marker token before it."""
         return self.fit == "tiles" and self.markers
 
     @property

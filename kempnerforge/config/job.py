@@ -56,7 +56,7 @@ class JobConfig:
     plugins: list[PathText] = field(default_factory=list)
 
     def total_steps(self) -> int:
-        """Optimizer steps of the run: those of the stages, capped by ``train.max_steps``."""
+        """Optimizer steps of the run: the sum over the stages, capped by ``train.max_steps``."""
         planned, cap = sum(stage.steps for stage in self.stages), self.train.max_steps
         return min(planned, cap or planned) if self.stages else cap
 
@@ -82,11 +82,11 @@ class JobConfig:
         return found
 
     def module_patterns(self) -> dict[str, list[str]]:
-        """Aliases over parameter names: those of ``[vlm]``, and ``lora`` where there are adapters."""
+        """Aliases over parameter names: the ones of ``[vlm]``, and ``lora`` if there are LoRA adapters."""
         return {**(LORA_ALIAS if self.lora else {}), **(self.vlm.module_patterns if self.vlm is not None else {})}
 
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
-        """The freeze specs in force at optimizer step ``step``: a pure function of it. Of specs that match a
+        """The freeze specs that apply at optimizer step ``step``. Of specs that match a
         parameter the last one counts.
 
         The ``freeze`` of a stage replaces ``[vlm].freeze``; ``[vlm].freeze_schedule`` adds to it (see

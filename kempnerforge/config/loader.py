@@ -85,7 +85,7 @@ def _overrides_alone(stages: Any) -> list[StageConfig]:
 
 def _load_plugins(layers: Sequence[Layer], given: Sequence[tuple[Key, Argument]]) -> list[str]:
     """Imports the plugins of the topmost layer that names any; ``.py`` files are relative to that layer.
-    Those of a record have to be trusted.
+    Plugins that the config of a run or an export names have to be trusted.
     """
     layer = next((layer for layer in reversed(layers) if "plugins" in layer.table), None)
     value, folder = (layer.table["plugins"], layer.path.parent) if layer is not None else ([], Path())

@@ -51,13 +51,13 @@ class ModelConfig:
         vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, unless there are ``new_tokens``;
             a smaller one is an error.
         new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a
-            module of their own, ``transformer.new_tokens``, so that they can train while the rest of the
+            separate module, ``transformer.new_tokens``, so that they can train while the rest of the
             embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.
         norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight``
             (Gemma).
-        post_norms: RMSNorm on what attention and feed-forward add to the stream, besides the one before them
-            (Gemma 2).
+        post_norms: RMSNorm on the outputs of attention and feed-forward, in addition to the one on their
+            inputs (Gemma 2).
         qkv_bias, qk_norm: biases on the q, k, v projections (Qwen2); RMSNorm on each head's q and k (Qwen3).
         rope_theta, rope_scaling: rotary positions (Su et al. 2021).
         rope_local_theta, rope_global_interval: every ``rope_global_interval``-th layer has the two above, all

@@ -31,7 +31,9 @@ from kempnerforge.util.reading import regular
 ENTRY_POINTS = "kempnerforge.plugins"
 LOG = logging.getLogger("kempnerforge")
 DIFF_LINES = 30
-"""Of a source that changed, in a message."""
+"""Lines of the difference of a changed source that a message shows at most."""
+MAX_KEPT = 1 << 18
+"""Bytes of the source of a plugin that a checkpoint keeps at most."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Plugin:
 
     Attributes:
         name: as a config has it, or "entry point NAME".
-        source: its own file's name and content; of a package all ``.py`` files in it; then those of the
-            modules of its package or folder that it imports, by dotted name.
+        source: name and content of the plugin's file, or of all ``.py`` files of a package; then of the
+            modules in its package or folder that it imports, by dotted name.
     """
 
     name: str
@@ -275,11 +277,11 @@ def record_plugins(plugins: Sequence[Plugin]) -> list[PluginRecord]:
     return [PluginRecord(plugin.name, plugin.sha256, list(plugin.source)) for plugin in plugins]
 
 
-def plugin_files(plugins: Sequence[Plugin], limit: int = 1 << 18) -> dict[str, bytes]:
-    """Their sources, for a checkpoint to keep, by path in it; of a plugin with more than ``limit`` bytes
-    none.
+def plugin_files(plugins: Sequence[Plugin]) -> dict[str, bytes]:
+    """The sources of ``plugins`` by their path in a checkpoint, which keeps them. Plugins of more than
+    ``MAX_KEPT`` bytes are left out.
     """
-    small = [plugin for plugin in plugins if sum(map(len, plugin.source.values())) <= limit]
+    small = [plugin for plugin in plugins if sum(map(len, plugin.source.values())) <= MAX_KEPT]
     return {_kept(plugin.sha256, name): content for plugin in small for name, content in plugin.source.items()}
 
 

@@ -21,5 +21,5 @@ class JobSections(Protocol):
     train: TrainConfig
 
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
-        """The freeze specs in force at ``step``."""
+        """The freeze specs that apply at ``step``."""
         ...

@@ -90,7 +90,7 @@ def override(stage: StageConfig, sections: Mapping[str, Any], key: Key, problems
 
     Args:
         stage: with overrides as written.
-        sections: those of ``STAGED`` that could be built, by name.
+        sections: the sections of ``STAGED`` that could be built, by name.
         key: where the stage is.
         problems: collects what is wrong with the overrides.
         broken: names of sections that could not be built and are there with defaults: only keys and types of

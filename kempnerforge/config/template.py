@@ -17,7 +17,7 @@ WITH_SYSTEM = ("chat", "turns")
 
 @dataclass
 class TurnsConfig:
-    """``[data.turns]``: a template of one's own, for ``data.template = "turns"``. A conversation is ``system
+    """``[data.turns]``: the user's template, for ``data.template = "turns"``. A conversation is ``system
     (user assistant answer end separator) (user assistant answer end separator) ...``; ``answer`` and ``end``
     are trained.
 

@@ -116,7 +116,7 @@ class CheckpointConfig:
     Attributes:
         interval: steps between checkpoints; 0: only at the end and when interrupted.
         keep_last_n: the newest ones stay, older ones are deleted.
-        keep_best: a score, such as "eval/exact_match": the step with the best one is saved and stays besides these, and
+        keep_best: a score, such as "eval/exact_match": the checkpoint with the best one is also kept, and
             ``checkpoints/best`` names it. Empty keeps none.
         best_is: whether the "highest" or the "lowest" score is the best.
     """
@@ -135,8 +135,8 @@ class CheckpointConfig:
 
 @dataclass
 class TrackerConfig:
-    """One of ``metrics.trackers``: where numbers go besides ``metrics.jsonl``. A name is a table with that
-    ``type``.
+    """One of ``metrics.trackers``, which get the numbers of ``metrics.jsonl`` as well. A name alone is the
+    same as a table with that ``type``.
 
     Subclasses register with ``@registry.register_tracker_config``.
 
@@ -210,8 +210,8 @@ class EvalConfig:
         loss: mean cross-entropy of the held-out answers, for instance of captions. Where the data have no
             questions it is always measured.
         text_path: a UTF-8 file of plain text. Each evaluation reads it without any image and reports the
-            perplexity: what is left of the language model, or has become of it.
-        text_window: tokens of it that are read together, each after those before it.
+            perplexity, which shows how much of the language model is kept.
+        text_window: tokens of the text that are read together, each after the ones before it.
         tasks: further metrics by name: docs/tasks.md, or of plugins.
         options: of a task in ``tasks``, by its name: ``[eval.options.NAME]``.
     """

@@ -19,7 +19,7 @@ LARGEST_SIDE = 1 << 14
 
 @dataclass
 class VisionEncoderConfig:
-    """What every encoder has. Subclasses register with ``@registry.register_vision_config``.
+    """The keys of every encoder. Subclasses register with ``@registry.register_vision_config``.
 
     Attributes:
         type: which encoder.
@@ -39,7 +39,7 @@ class VisionEncoderConfig:
         return None
 
     def without_weights(self) -> VisionEncoderConfig:
-        """The same encoder, for weights that come from elsewhere: it reads none of its own."""
+        """The same encoder without reading pretrained weights, for weights that come from elsewhere."""
         return self
 
     @property
@@ -179,8 +179,8 @@ class HFTowerConfig(VisionEncoderConfig):
         pretrained: load the weights at ``path``; false builds the same tower with fresh ones.
         settings: instead of ``path``: keys of the tower's ``config.json``. Its weights are fresh, or come
             from a checkpoint.
-        mean, std: normalisation of RGB values in [0, 1]; empty takes that of the image processor at ``path``,
-            or the family's.
+        mean, std: normalisation of RGB values in [0, 1]; empty takes the values of the image processor at
+            ``path``, or else of the family.
     """
 
     path: PathText = ""
@@ -240,8 +240,8 @@ class Dinov2Config(HFTowerConfig):
 @dataclass
 class MllamaTowerConfig(HFTowerConfig):
     """The tower of Llama 3.2 Vision (Llama Team 2024, section 7): each patch has the last layer's features
-    and, beside them, those of some earlier ones. An image is one tile; the empty tiles after it are encoded
-    as well, as patches of the first see them.
+    and, beside them, the features of some earlier layers. An image is one tile; the empty tiles after it are
+    encoded as well, as patches of the first tile see them.
 
     Attributes:
         intermediate_layers: those earlier layers, from 0. Read with ``settings``; at ``path`` they are in

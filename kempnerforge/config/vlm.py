@@ -42,7 +42,7 @@ _RESERVED_ARCHS: frozenset[str] = frozenset()
 
 @dataclass
 class VLMConfig:
-    """What every architecture has. Subclasses register with ``@registry.register_vlm_config``.
+    """The keys of every architecture. Subclasses register with ``@registry.register_vlm_config``.
 
     Attributes:
         arch: the discriminator.
@@ -147,7 +147,7 @@ class VLMConfig:
         return []
 
     def freeze_at(self, step: int) -> list[FreezeSpec]:
-        """The freeze specs in force at optimizer step ``step``: ``freeze``, then those of every stage of
+        """The freeze specs that apply at optimizer step ``step``: ``freeze``, then those of every stage of
         ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
         """
         return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
@@ -282,8 +282,8 @@ class MoTConfig(VLMConfig):
         mot_warm_start_path: what to load before that: a checkpoint or run directory of ours, or a Hugging
             Face directory. A job may have the weights from ``run.init_from`` instead; a config that is made
             alone needs it.
-        untie: what every tower has for itself: "attn" (projections, q and k norms), "ffn", "norm" (two a
-            block). The rest is shared.
+        untie: the parts that are separate in each tower: "attn" (projections, q and k norms), "ffn", "norm"
+            (two a block). All other parts are shared.
         norm_placement: "pre" (before attention and feed-forward, as pretrained models have it) or "paper" (on
             what they give).
     """
@@ -346,10 +346,8 @@ class MoTConfig(VLMConfig):
         text = (job.model.n_heads, job.model.kv_heads)
         image = self.resolved_image_heads(*text)
         if image != text:
-            given = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
-            raise InputError(
-                f"{given}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}"
-            )
+            keys = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
+            raise InputError(f"{keys}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
 
     def warnings(self, job: JobSections) -> list[str]:
         path, asked = self.mot_warm_start_path, self.mot_warm_start_from_text

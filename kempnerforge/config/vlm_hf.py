@@ -16,10 +16,10 @@ from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
 
 OWN_MASK = "model"
-"""The value of ``attention_mask`` that is what the class has learned with."""
+"""The value of ``attention_mask`` that selects the mask of the class, with which it was trained."""
 KEPT_KEYS = ("max_seq_len", "vocab_size", "new_tokens")
-"""Of ``[model]``: those that hold for a model of transformers, too. (The tokenizer sets the second, and may
-set the third.)
+"""Keys of ``[model]`` that apply to a model of transformers, too. (The tokenizer sets the second, and may set
+the third.)
 """
 
 

@@ -17,7 +17,7 @@ FIRST_MASKED = [(arch, accepted_masks(arch)[0]) for arch in ARCHS]
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
 each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
 ours = pytest.mark.parametrize("arch", [a for a in ARCHS if a not in FOREIGN], ids=str)
-"""Those with our text backbone. A model of transformers has names and first weights of its own."""
+"""The archs with our text backbone. A model of transformers has other names and initial weights."""
 with_images = pytest.mark.parametrize("arch", [a for a in ARCHS if arch_class(tiny_job(a)).has_images], ids=str)
 
 

@@ -1,4 +1,4 @@
-"""Runs the checks on the archs of a plugin through pytest, and tells what each of them found."""
+"""Runs the checks on the archs of a plugin through pytest, and reports the result of each check."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Check:
 
     Attributes:
         cases: how many there were: masks, samples, sizes.
-        seconds: they took together.
-        failures: why, by the name of a case that failed.
+        seconds: their total time.
+        failures: the error of each failed case, by its name.
     """
 
     name: str

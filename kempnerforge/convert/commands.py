@@ -184,7 +184,7 @@ def export_model(
 
 
 def _rounded(assembly: Assembly, how: How) -> str:
-    """Rounds the weights, which stay in fp32, to those of ``how.dtype``, and says so.
+    """Rounds the weights, which stay in fp32, to values of ``how.dtype``; returns a line that says so.
 
     Raises:
         ValueError: one of them is too large.
@@ -285,7 +285,7 @@ def class_of(assembly: Assembly, text_family: str | None = None) -> HFClass:
 
 
 def _verified(assembly: Assembly, out: Path, architecture: str, image_id: int | None, lines: list[str], how: How) -> Converted:
-    """Loads what was written and compares, if that is wanted."""
+    """Loads the written files and compares the models, unless ``how.verify`` is false."""
     if not how.verify:
         return Converted(out, lines, None)
     how.progress(f"running {architecture}", 0, 1)

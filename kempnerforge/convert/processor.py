@@ -64,7 +64,7 @@ _ENDS = {True: ((True, ""), (False, ""), (False, " ")), False: ((True, ""), (Tru
 
 
 class Different(Exception):
-    """Ids or pixels are not those of training."""
+    """Ids or pixels differ from the ones that training reads."""
 
 
 def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = False) -> list[str]:
@@ -100,7 +100,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
             reasons.append(f"{attempt.name or 'the tokenizer'} {error}")
             continue
         others = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if not reason.startswith(attempt.name))
-        origin = "that of the source" if given and not attempt.files else "written here"
+        origin = "copied from the source" if given and not attempt.files else "written here"
         what = f"processor: {attempt.name} ({origin}), with a chat template" if kind else "chat template"
         lines.append(f"{what}; {fine}{others}")
         return lines if attempt.keeps else [*lines, f"the tokenizer no longer adds `{words.bos}`: the chat template writes it"]
@@ -110,8 +110,8 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
         (out / name).write_bytes(content)
     what = "no files of a processor are written" if kind else "no chat template is written"
     if given:
-        what = "the processor is that of the source, which does otherwise than training"
-    return [*lines, f"{what}: {'; '.join(dict.fromkeys(reasons))}. The processor of kempnerforge.load_pretrained is that of the training"]
+        what = "the processor is copied from the source, which does otherwise than training"
+    return [*lines, f"{what}: {'; '.join(dict.fromkeys(reasons))}. The processor of kempnerforge.load_pretrained does what training does"]
 
 
 def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:

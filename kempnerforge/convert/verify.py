@@ -26,16 +26,16 @@ from kempnerforge.util.errors import InputError, library_call
 from kempnerforge.vlm.base import VLM
 
 TOLERANCE = 1e-4
-"""Of the largest difference between two logits, in units of the largest logit, both computed in fp32."""
+"""Limit of the difference between two logits, in units of the largest logit, both computed in fp32."""
 ANGLE = 2.0**-22
-"""What is allowed besides, for each position: how exactly fp32 holds an angle of one radian per position, in
-two formulas."""
+"""Further difference that is allowed for each position: the rounding error of fp32 for an angle of one radian
+per position, in two formulas."""
 WORDS, BEFORE, ANSWER = 11, 3, 4
-"""Of a short row: tokens, how many of them are before its image, how many are the answer."""
+"""A short row: its tokens, the tokens before its image, the tokens of its answer."""
 LONG_WORDS = 48
 """Tokens of a long row at least, and of one whose positions are far apart."""
 TIMES = 4
-"""Windows that a long row is long."""
+"""Length of a long row, in windows."""
 SCORED = 256
 """Positions of a row at most whose logits are compared."""
 COST, SCORES = 7e13, 2**30
@@ -209,13 +209,12 @@ def agreement(logits: Tensor, others: Tensor, farthest: int = 0) -> Agreement:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Positions from which a model computes something else, by its own settings or those of the class.
+    """Positions from which a model computes otherwise, by its settings or by the settings of the class.
 
     Attributes:
         windows: sizes of attention windows, each once.
         rope: the original lengths of scaled rotary positions.
-        room: positions of a row at most: those of the model, or as many as can be computed in reasonable
-            time.
+        room: positions of a row at most: the model's limit, or as many as can be computed in reasonable time.
     """
 
     windows: tuple[int, ...]

@@ -39,7 +39,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
     before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOPS}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in map(str, range(processes)):  # in sessions of their own: Ctrl-C reaches this process alone
+        for rank in map(str, range(processes)):  # in separate sessions: Ctrl-C reaches this process alone
             command = [sys.executable, "-m", "kempnerforge", *argv]
             ranks.append(subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, start_new_session=True))
         code = _wait(ranks, asked)

@@ -59,7 +59,7 @@ class Measured:
 
 
 def tasks_of(cfg: EvalConfig) -> list[Task]:
-    """The tasks of ``[eval]``: those that have keys of their own there, then ``eval.tasks``."""
+    """The tasks of ``[eval]``: the built-in ones, which have keys in ``[eval]``, then ``eval.tasks``."""
     return [
         build_record(registry.tasks.get(name), f"eval.options.{name}", cfg.options.get(name, {}), "")
         for name in (*cfg.BUILT_IN, *cfg.tasks)

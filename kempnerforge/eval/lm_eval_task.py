@@ -141,7 +141,7 @@ def _asked(question: Question, placeholder: str, images: int) -> str:
     """
     text = question.conversation
     if text is not None and (text.more or text.system):
-        raise SampleError("a question with a conversation before it, or a system prompt of its own")
+        raise SampleError("a question with a conversation before it, or a system prompt")
     literal = text is not None and text.leading is not None
     marked = not literal and placeholder in question.prompt
     prompt = question.prompt.replace(placeholder, MARK) if marked else MARK * images + question.prompt

@@ -47,10 +47,10 @@ def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, 
     * ``also_right``: further right answers;
     * ``answer``, ``right``, ``cut``: with the images, and whether the model did not end it;
     * ``answer_blind``, ``right_blind``: with blank images; with ``eval.shuffled`` the same of images of other questions;
-    * ``unreadable``: why it could not be asked, else null. All that is not known is null.
+    * ``unreadable``: why it could not be asked, else null. Other values that are not known are null, too.
 
-    The questions of a task other than exact match follow in lines of their own, with its name as ``task``,
-    and the worth of the answers as ``points``, ``points_blind`` and ``points_shuffled``.
+    The questions of a task other than exact match follow in further lines, with its name as ``task`` and the
+    scores of the answers as ``points``, ``points_blind`` and ``points_shuffled``.
 
     Args:
         skipped: (sample id, reason) of what no question could be made of.

@@ -56,7 +56,7 @@ class Score(Answers):
 
 @dataclass(frozen=True)
 class Found:
-    """What a task has measured.
+    """The results of a task.
 
     Attributes:
         values: numbers by the key under which they are recorded.
@@ -184,8 +184,8 @@ class QuestionTask(Task):
         return ask(exam, asked, blind=blind, max_new_tokens=self.max_new_tokens)
 
     def further(self, score: Score) -> dict[str, float]:
-        """Values besides the score, by what follows NAME in their keys: by default the score of each kind of
-        question.
+        """Values to record in addition to the score, by the end of their key, which follows ``eval/NAME``: by
+        default the score of each kind of question.
         """
         return {f"/{kind}": self.value(part) for kind, part in score.kinds().items()}
 
@@ -254,8 +254,8 @@ class QuestionTask(Task):
 
 
 def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:
-    """Each question with the images of another one that has as many: a score that does not fall says that
-    images are not used.
+    """Each question with the images of another question that has as many: if the score does not fall, the
+    model does not use the images.
 
     The other one is half of the list away, as questions about one picture are often neighbours. Questions
     whose images are the only ones of their number are left out.

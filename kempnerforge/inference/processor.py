@@ -1,4 +1,4 @@
-"""From images and texts to what a model reads: the inputs that ``load_pretrained`` comes with.
+"""From images and texts to the inputs of a model: the processor that ``load_pretrained`` returns.
 
 Shapes: B rows, S positions, N views, H and W pixels.
 """
@@ -246,7 +246,7 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
 
 
 def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any], str]:
-    """Where a model comes from, as it is kept in a run that is made of it; and what a person should know of
+    """The origin of a model, as it is kept in a run that is made of it; and what a person should know of
     its processor, or nothing.
     """
     kept: dict[str, Any] = {"source": str(external.path), "architecture": external.architecture, "image_id": external.image_id}
@@ -270,7 +270,7 @@ def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any],
 def other_pixels(ours: Processor, files: ImageSettings | None) -> list[str]:
     """What the source's own image processor makes of images that ours does not; empty: the same pixels."""
     if files is None:
-        return ["it has no files of an image processor; mean and std are those of its family"]
+        return ["it has no files of an image processor; mean and std are the family's"]
     if files.processor is None:
         return [f"it cannot be run: {files.problem}"]
     furthest, side = 0.0, ours.layout.image_size

@@ -191,7 +191,7 @@ def _misplaced(row: AuditRow, image_positions: int) -> Iterator[tuple[str, int]]
 
 
 def _leads(row: AuditRow, image: PlacedImage) -> bool:
-    """Whether an image without positions of its own is right before the texts that share it."""
+    """Whether an image that takes no positions is directly before the texts that share it."""
     before = row.owners[image.start - 1] if image.start else (-1, 0)
     of_sample = image.start < len(row.owners) and row.owners[image.start][0] == image.sample
     return not row.images_take_positions and not image.text and of_sample and (before[0] != image.sample or before[1] == 0)

@@ -111,13 +111,13 @@ class AuditRow:
         return self.owners[position] == self.owners[position - 1] or position not in self.windows
 
     def is_image(self, position: int) -> bool:
-        """Whether ``position`` is one of an image, or of a token that belongs to one: a marker, or what
-        stands for an image without any.
+        """Whether ``position`` is one of an image, or of a token that belongs to one: a marker, or the token
+        in the place of an image that takes no positions.
         """
         if self.kinds[position] == Kind.IMAGE or (self.kinds[position] == Kind.PROMPT and self.ids[position] in self.markers):
             return True
-        stands_for_one = any(image.start == position and image.text > 0 for image in self.images)
-        return not self.images_take_positions and stands_for_one and self.kinds[position] == Kind.PROMPT
+        is_placeholder = any(image.start == position and image.text > 0 for image in self.images)
+        return not self.images_take_positions and is_placeholder and self.kinds[position] == Kind.PROMPT
 
     def floating(self, sample: int) -> list[ShownPiece]:
         """Images of ``sample`` that all its texts share and that take no position."""
@@ -128,7 +128,7 @@ class AuditRow:
         ]
 
     def shares(self, sample: int | None = None) -> dict[str, int]:
-        """Positions of the row, or of one of its samples, by what is there; ``trained`` are labels."""
+        """Number of positions of the row, or of one of its samples, by kind; ``trained`` counts labels."""
         positions = [at for at, (owner, _) in enumerate(self.owners) if sample is None or owner == sample]
         counts = {
             "positions": len(positions),
@@ -236,9 +236,9 @@ def _token(id_: int, at: int, trained: bool, names: Mapping[int, str]) -> ShownP
 
 
 def _texts(run: Sequence[ShownPiece], decode: Callable[[Sequence[int]], str]) -> Iterator[ShownPiece]:
-    """Tokens of one run decoded one by one; joined, the texts are those of the run decoded at once. A token
-    may depend on the one before, and a character may take several: each is decoded after the last one that
-    was shown, and those that say nothing by themselves wait.
+    """The text of each token of a run. Joined, the texts are the text of the whole run. A token may depend on
+    the one before it, and a character may take several tokens: each token is decoded after the last one that
+    was shown, and tokens without text are joined to the next one.
     """
     ids = [id_ for piece in run for id_ in piece.ids]
     context, begin = 0, 0  # tokens that are decoded along, tokens that are shown

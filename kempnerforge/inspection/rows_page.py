@@ -35,8 +35,8 @@ class Inspection:
     """What was seen of one stage.
 
     Attributes:
-        shares: positions of all rows read, by what is there.
-        parts: of each section: samples and texts read, texts shown, and positions by what is there.
+        shares: positions of all rows read, by kind.
+        parts: of each section: samples and texts read, texts shown, and positions by kind.
         facts: the same as plain values, see ``row_facts``.
         findings: what is wrong, over all rows read.
         skipped: (sample, reason) of those that could not be used, each once.

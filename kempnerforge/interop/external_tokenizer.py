@@ -51,8 +51,10 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
 
 
 def _with_tokens(words: Tokenizer, external: ExternalModel) -> Tokenizer:
-    """NOTE: not as new tokens, which have an embedding of their own: the checkpoint has them in its
-    embedding.
+    """Adds the tokens of ``external`` to the tokenizer.
+
+    NOTE: not as ``new_tokens``, whose rows are in a separate embedding: the checkpoint has these rows in its
+    main embedding.
     """
     names, rows = external.added_tokens, external.job.model.vocab_size
     words.backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names if words.token_id(name) is None])

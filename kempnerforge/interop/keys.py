@@ -3,7 +3,7 @@ value of it can be read.
 
 Keys that are not listed here pass only where they cannot matter: they have the class's default, or do not
 occur in the class's own files. ``tests/interop/test_keys.py`` changes every key of every family and compares
-logits with those of transformers.
+logits with the logits of transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kempnerforge.interop.families import FAMILIES, SETTINGS
 from kempnerforge.util.errors import InputError, show
 
 FOLLOWED = frozenset({"max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size"})
-"""By every family, besides ``SETTINGS`` and the keys that its entry in ``FAMILIES`` names."""
+"""Keys that every family follows, in addition to ``SETTINGS`` and the keys of its entry in ``FAMILIES``."""
 
 BOOKKEEPING = frozenset({
     *("architectures", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label"),

@@ -38,8 +38,8 @@ _TURNS = TurnsConfig(
     bos=False,
 )
 _QUESTIONS = TurnsConfig(user="Question: {prompt} ", assistant="Answer:", bos=False)
-"""The first generation, which has neither a chat template nor tokens of its own: the image is in front of
-all."""
+"""The template of the first generation, which has no chat template and no added tokens: the image comes
+first."""
 IMAGE_TOKEN, GRID = "<|image|>", 8
 """The token at positions of an image, and how many rows and columns of tiles have a token before them."""
 
@@ -115,7 +115,7 @@ def job_of(config: dict[str, Any]) -> JobConfig:
         if isinstance(value, bool) or not isinstance(value, int if key in SIZES + MAY_LACK else int | float) or not value > 0:
             raise InputError(f"{key} = {show(value)}: must be a {'whole ' if key not in NUMBERS else ''}number above 0")
     if config.get("vit_cls_flag"):
-        raise InputError("vit_cls_flag = true: the CLS token alone stands for an image; only patches are read")
+        raise InputError("vit_cls_flag = true: an image is its CLS token alone; only patches are read")
     if not config.get("lm_tie_weights", True):
         raise InputError("lm_tie_weights = false: cannot be read")
     model = ModelConfig(
@@ -201,9 +201,9 @@ def texts_of(config: dict[str, Any]) -> Texts:
             number_images=True,
         )
         if tokens[1:] != tuple(images.new_tokens()):
-            raise InputError(f"vlm_extra_tokens: {len(tokens)} names, not {IMAGE_TOKEN!r} and those of {GRID} x {GRID} tiles")
+            raise InputError(f"vlm_extra_tokens: {len(tokens)} names, not {IMAGE_TOKEN!r} and the names of {GRID} x {GRID} tiles")
         notes.append("the view of a whole image is bicubic here and bilinear, of the stretched image, there: pixels up to about 0.04 apart")
-        notes.append("a prompt with several images has them where <image> stands, there all in front of the first turn")
+        notes.append("a prompt with several images has them where <image> is written; nanoVLM puts all in front of the first turn")
         data["images"] = images
     return Texts(data, tokens, tuple(notes), views)
 

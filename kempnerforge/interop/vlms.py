@@ -39,8 +39,8 @@ from kempnerforge.interop.vlm_family import (
 from kempnerforge.util.errors import InputError
 
 UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
-"""Tensors of a tower that ours may lack, besides layers after the one that is read: a norm that no patch
-passes, pooling."""
+"""Tensors of a checkpoint's tower that our tower does not use, in addition to layers after ``feature_layer``:
+a norm that is not applied to patches, and pooling."""
 
 NORM_OF_CLS = ("post_layernorm.weight", "post_layernorm.bias")
 """In CLIP this norm is for the CLS token alone: our tower does not have it, and the class wants its

@@ -30,7 +30,7 @@ NEW_EMBEDDING, NEW_HEAD = "new_tokens.embedding.weight", "new_tokens.output_head
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the work, how much of it is done, and how much there is."""
+"""Called with the name of the work, the number of units done, and the number of all units."""
 
 
 def nothing(what: str, done: int, total: int) -> None:
@@ -112,7 +112,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], shard_bytes: int = S
     replaced.
 
     Args:
-        shard_bytes: the size of a file at most; a larger tensor gets a file of its own.
+        shard_bytes: the size of a file at most; a larger tensor gets a separate file.
     """
     path.mkdir(parents=True, exist_ok=True)
     for old in [path / INDEX, *path.glob("model*.safetensors")]:

@@ -71,8 +71,8 @@ class Segments:
     shared part (text 0) or to its own text, if the key does not come later in the stream or both are of one
     bidirectional group. With a window the key is fewer than so many positions back, too, unless both are of
     one group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its images within
-    the window, so that it sees the same.) Positions are those of RoPE, as a distance between places in the
-    row would count the other texts about the same image, which a text does not see.
+    the window, so that it sees the same.) The distance is counted in positions of RoPE: places in the row
+    would also count the other texts about the same image, which a text does not see.
 
     Attributes:
         sample_ids: (B, K) int64; -1 is padding.

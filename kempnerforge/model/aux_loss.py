@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class HasAuxLoss(Protocol):
-    """A module, anywhere in a model, with a loss of its own.
+    """A module, anywhere in a model, that adds an auxiliary loss.
 
     The attribute is there from ``__init__`` on (``self.aux_loss: Tensor | None = None``). In training
     ``forward`` sets it to a scalar, its weight applied and its graph attached: a mean over tokens, as it is
@@ -23,7 +23,7 @@ class HasAuxLoss(Protocol):
 
 
 def with_aux_loss(model: nn.Module) -> list[HasAuxLoss]:
-    """The modules of ``model`` that may have a loss of their own."""
+    """The modules of ``model`` that may add an auxiliary loss."""
     return [module for module in model.modules() if isinstance(module, HasAuxLoss)]
 
 
@@ -36,12 +36,12 @@ def take_losses(modules: Sequence[HasAuxLoss]) -> list[Tensor | None]:
 
 
 def return_losses(unit: nn.Module, modules: Sequence[HasAuxLoss]) -> None:
-    """Has ``unit.forward`` return the losses of ``modules``, which are in it, beside its value: (value,
-    losses).
+    """Changes ``unit.forward`` to return (value, losses): its value, and the losses of ``modules``, which are
+    children of ``unit``.
 
-    Sharding gathers weights for a backward pass when a gradient arrives at something that the unit has
-    *returned*. A loss that leaves it as an attribute is differentiated before that, with weights that are not
-    there. Recomputation leaves no graph behind in the attributes, either.
+    FSDP2 gathers the weights of a unit for its backward pass when a gradient arrives at an output that the
+    unit has *returned*. A loss that leaves the unit as an attribute would be differentiated before that, when
+    the weights are not gathered. Recomputation would not keep a graph in an attribute, either.
     """
     forward = unit.forward
 

@@ -9,10 +9,10 @@ from torch import nn
 
 
 class ExactBuffers(nn.Module):
-    """A module whose buffers, and those of all modules in it, are never rounded: ``to(torch.bfloat16)`` is
-    for the parameters alone.
+    """A module that never rounds its buffers or the buffers of its children: ``to(torch.bfloat16)`` casts the
+    parameters alone.
 
-    NOTE: a mean of 0.481 would be 0.480, and frequencies of rotary positions would be other positions.
+    NOTE: rounded, a mean of 0.481 would become 0.480, and rotary frequencies would encode other positions.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -31,8 +31,8 @@ class ImageSettings:
 
     Attributes:
         settings: all keys, with the defaults of the class if it is known.
-        normalisation: mean and std with which our pixels are equal to those of the processor, its rescaling
-            folded in; None: the files do not say.
+        normalisation: mean and std that give the same pixels as the processor, with its rescaling folded in;
+            None: the files do not say.
         processor: the class of transformers with these settings; None: it cannot be built, because of
             ``problem``.
     """

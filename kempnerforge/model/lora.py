@@ -1,10 +1,10 @@
 """Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024).
 
-Written out and not taken from ``peft``: that puts a wrapper around each layer, which turns ``q_proj.weight``
-into ``q_proj.base_layer.weight``. Freeze patterns, learning-rate scales and text checkpoints, which all go by
-name, would not fit any more. Here a layer stays the object that it is and gets a subclass of ``nn.Linear`` as
-its class: no name moves, whoever holds the layer holds the adapted one, and sharding, recomputation and
-compilation see a linear layer with two or three more parameters.
+``peft`` is not used: it puts a wrapper around each layer, which renames ``q_proj.weight`` to
+``q_proj.base_layer.weight``. Freeze patterns, learning-rate scales and text checkpoints select parameters by
+name and would no longer match. Here the layer object stays and its class becomes a subclass of ``nn.Linear``:
+no parameter is renamed, references to the layer stay valid, and sharding, recomputation and compilation see a
+linear layer with two or three more parameters.
 
 Shapes: I input, O output features of a layer, R rank.
 """
@@ -127,14 +127,14 @@ def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str,
 
 
 def adapted_layers(model: nn.Module) -> list[LoRALinear]:
-    """Those with an adapter."""
+    """The layers of ``model`` that have an adapter."""
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 @contextmanager
 def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
-    """For code that replaces weights of ``model``: magnitudes that it does not set follow the weights behind
-    them.
+    """Wrap this around code that replaces weights of ``model``: a magnitude (DoRA) that the code does not set
+    is computed again from the new weight.
     """
     before = [(layer, layer.magnitude.detach().clone()) for layer in adapted_layers(model) if layer.magnitude is not None]
     yield
@@ -144,8 +144,8 @@ def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Folds all adapters of ``model``, which is not sharded, into the weights. Layers and names are then
-    those of a model without any.
+    """Folds all adapters of ``model``, which is not sharded, into the weights. Afterwards layers and names
+    are the same as in a model without adapters.
     """
     for layer in adapted_layers(model):
         layer.merge()

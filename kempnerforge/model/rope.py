@@ -42,8 +42,8 @@ def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
 
 
 def rope_of_layer(rope: Rope, cfg: ModelConfig, layer: int) -> Rope:
-    """The tables of ``layer``, (B, 1, S, E / 2), from those of all layers. Without rotary positions every
-    angle is 0.
+    """The tables of ``layer``, (B, 1, S, E / 2), selected from the tables of all layers. A layer without
+    rotary positions gets angles of 0.
     """
     cos, sin = rope
     if cfg.nope_interval and (layer + 1) % cfg.nope_interval == 0:

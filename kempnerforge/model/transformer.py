@@ -26,7 +26,7 @@ class Cache:
 
     Attributes:
         segments: that structure.
-        kept: what an arch computes once, with the prompt, under names of its own.
+        kept: tensors that an arch computes once, with the prompt, under names that the arch chooses.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Context:
-    """What a block may read besides the residual stream. An arch subclasses it to say more.
+    """Inputs of a block in addition to the residual stream. An arch subclasses it to add fields.
 
     Attributes:
         rope: tables of the stream's positions, for all layers; a block takes its own.

@@ -51,7 +51,7 @@ class VisionEncoder(ExactBuffers):
 
     @property
     def signature(self) -> str:
-        """The settings that decide the features, besides weights and buffers; for ``train.feature_cache``."""
+        """The settings that decide the features, without weights and buffers; for ``train.feature_cache``."""
         return repr(self)
 
     def standing_alone(self, cfg: Any) -> VisionEncoderConfig:

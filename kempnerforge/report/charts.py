@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no font and no file besides the text itself, readable on light and
+"""Line charts as inline SVG: no script, no font and no other file is needed. They are readable on light and
 dark pages.
 
 Pages have these and not the figures of matplotlib (``figures.py``): CSS variables follow the reader's light

@@ -101,8 +101,8 @@ class Ticket:
 
 
 class Desk:
-    """Answers questions in the order they came in, in one thread of its own: the math library starts a thread
-    pool for each thread that computes, and a new one for each question would cost more than a short answer.
+    """Answers questions in the order they came in, all in one thread: the math library starts a thread pool
+    for each thread that computes, and a new thread for each question would cost more than a short answer.
     """
 
     def __init__(self, model: Model) -> None:

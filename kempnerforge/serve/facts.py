@@ -11,7 +11,7 @@ from kempnerforge.util.numbers import format_number
 
 
 def facts_of(model: TrainedModel) -> dict[str, object]:
-    """Plain values: ``name``, ``about`` (what is shown beside it), and what the page goes by."""
+    """Plain values for the page: ``name``, ``about`` (rows that are shown), and what the model takes."""
     job = model.assembly.job
     count = sum(parameter.numel() for parameter in model.assembly.model.parameters())
     about = {

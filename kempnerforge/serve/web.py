@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
             return
         response.headers.update(HEADERS)
         if request.method == "POST" or response.status_code == HTTPStatus.FORBIDDEN:
-            response.headers["Connection"] = "close"  # what was refused has not been read
+            response.headers["Connection"] = "close"  # the body of a refused request is not read
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:

@@ -105,15 +105,14 @@ def _convolution_backward(gradient: Sequence[int], x: Sequence[int], weight: Seq
 
 
 class Meter:
-    """Counts the FLOPs of passes through ``model`` by part; together the parts are all there is, each product
-    counted once.
+    """Counts the FLOPs of passes through ``model`` by part. Every product is counted in exactly one part.
 
     A product belongs to the innermost module that is running. In the backward pass that is the one that was
     running when its autograd node was made, which the node's sequence number tells.
 
-    NOTE: ``FlopCounterMode`` can tell modules apart as well, but in a backward pass it leaves a module when
-        the gradient of its input is
-    there: a module whose input needs none gets the FLOPs of all that follows.
+    NOTE: ``FlopCounterMode`` counts by module as well, but in a backward pass it leaves a module when the
+    gradient of its input is computed: a module whose input needs no gradient gets the FLOPs of all modules
+    that follow.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,7 +182,7 @@ class Meter:
 
 
 def _nodes(total: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """The autograd graph behind ``total``, without the leaves."""
+    """The nodes of the autograd graph of ``total``, without the leaves."""
     waiting = [total.grad_fn]
     seen = set()
     while waiting:
@@ -192,7 +191,7 @@ def _nodes(total: Tensor) -> Iterator[torch.autograd.graph.Node]:
             continue
         seen.add(node)
         yield node
-        waiting += [behind for behind, _ in node.next_functions]
+        waiting += [following for following, _ in node.next_functions]
 
 
 def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute_bytes: int) -> Cost:
@@ -271,7 +270,7 @@ class TrainingFlops:
 
 
 class _Metered(nn.Module):
-    """Stands in for a model on the meta device where one is asked for tokens; keeps the FLOPs of each call."""
+    """Replaces a model in ``generate`` on the meta device, and keeps the FLOPs of each call."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()

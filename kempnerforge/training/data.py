@@ -22,8 +22,8 @@ from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 SPLIT_TURNS = (
-    "the chat template writes earlier answers otherwise than the last one: each turn of a conversation is trained in a text of its own,"
-    " after what it is asked with"
+    "the chat template writes earlier answers otherwise than the last one: each turn of a conversation is trained in a separate text,"
+    " after the turns before"
 )
 
 

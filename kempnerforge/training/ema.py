@@ -52,7 +52,7 @@ class Ema:
         return dict(self._averages)
 
     def load(self, averages: Mapping[Tensor, Tensor]) -> None:
-        """Replaces all averages by those of an earlier part of the run."""
+        """Replaces all averages by the saved averages of an earlier part of the run."""
         self._averages = dict(averages)
 
 

@@ -1,6 +1,6 @@
 """What trains at which step: from freeze specs to sets of parameter names, and how FSDP2 learns it.
 
-A training loop of your own needs two functions: at each step where something changes
+If you write your own training loop, you need two functions: at each step where something changes
 ``apply_freeze_specs(model, effective_freeze(cfg, step), cfg.module_patterns)``.
 """
 

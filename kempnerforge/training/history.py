@@ -22,7 +22,7 @@ from kempnerforge.training.data import JobData
 from kempnerforge.util.version import __version__
 
 LIBRARIES = ("numpy", "pillow", "tokenizers", "transformers", "safetensors")
-"""Besides torch: the libraries that read data and weights."""
+"""The libraries, in addition to torch, whose versions are recorded: they read data and weights."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The weights of a fresh run: those of ``run.init_from``, by name, and embedding rows by token."""
+"""The weights of a fresh run, read from ``run.init_from`` by name, and embedding rows by token."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def check_copies(config: FlatConfig, run: SavedRun, run_dir: Path, allow: Sequen
         if edits:
             listed = "\n  ".join(edits)
             raise InputError(
-                f"{run_dir / name}: is not that of the run, by its checkpoint {run.path.name}:\n  {listed}\n"
+                f"{run_dir / name}: is not the one of the run, by its checkpoint {run.path.name}:\n  {listed}\n"
                 "an edit here changes nothing; put it back, or delete it: it is written again"
             )
 

@@ -23,7 +23,7 @@ def saved_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def tokenizer_of_weights(path: Path) -> Tokenizer | None:
-    """The tokenizer beside the weights at ``path``: those of a run, or of a directory of transformers."""
+    """The tokenizer of the weights at ``path``, a checkpoint of a run or a directory of transformers."""
     for folder in (path / TOKENIZER, path.parent.parent / TOKENIZER, path):
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_pretrained(folder.absolute())
@@ -52,8 +52,8 @@ def new_tokenizer(cfg: DataConfig, sources: Iterable[Source]) -> Tokenizer:
 def fit_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, image_tokens: Iterable[str]) -> ModelConfig:
     """``cfg`` with ``new_tokens`` and ``vocab_size`` resolved. New tokens are added to ``tokenizer``.
 
-    New tokens have an embedding of their own, whose ids follow the tokenizer's without a gap. So an embedding
-    with new tokens is not padded.
+    New tokens have a separate embedding, whose ids follow the tokenizer's without a gap. So the embedding of
+    a model with new tokens is not padded.
 
     Args:
         image_tokens: names that the images of the data need. Missing ones become new tokens.

@@ -28,7 +28,7 @@ from kempnerforge.util.errors import InputError
 
 
 class TrainingFault(RuntimeError):
-    """The run cannot go on by itself; a restart continues from the last checkpoint."""
+    """The run has to end; a restart continues from the last checkpoint."""
 
 
 class Counts(NamedTuple):
@@ -217,7 +217,7 @@ class Trainer:
         targets = data.counts.targets
 
         # A function of seed, step of the stage and rank: there is no random state to save, and a stage trains
-        # the same in a run of its own.
+        # the same when it is a separate run.
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         rates = self.optimizers.set_step(self.stage, self.step)
 

@@ -1,6 +1,4 @@
-"""Results that are kept on disk, each in a file of its own that is found by its key: views of images,
-features of encoders.
-"""
+"""Results that are kept on disk, one file each, found by its key: views of images, features of encoders."""
 
 from __future__ import annotations
 

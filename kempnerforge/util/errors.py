@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 Key = tuple[str | int, ...]
-"""Where a value stands: ``("model", "dim")``, ``("stages", 0, "steps")``."""
+"""The place of a value in a config: ``("model", "dim")``, ``("stages", 0, "steps")``."""
 
 
 MOST_QUOTED = 300
@@ -51,14 +51,14 @@ class UnreadError(InputError):
 
 
 class NotBuiltError(InputError, NotImplementedError):
-    """What was asked for has a name or a config and no implementation."""
+    """A name or a config class is registered, but no implementation for it."""
 
 
 @contextmanager
 def library_call(where: str, what: str) -> Iterator[None]:
-    """Around one call of a library that is given the user's files: any error of it becomes an ``InputError``.
+    """Wraps one call of a library that is given the user's files: any error in it becomes an ``InputError``.
 
-    NOTE: nothing but that call belongs inside, as a defect of ours would be told as the user's.
+    NOTE: nothing but that call belongs inside, as a defect of our code would be reported as the user's.
 
     Args:
         where: whose file or key it is.
@@ -128,7 +128,7 @@ class Problems:
             self.lines.append(line)
 
     def origin_of(self, key: Key) -> str:
-        """The file that ``key`` stands in, or "command line"."""
+        """The file that sets ``key``, or "command line"."""
         return next((self.origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.origins), self.origin)
 
     def is_recorded(self, key: Key) -> bool:

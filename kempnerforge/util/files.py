@@ -23,8 +23,8 @@ LOG = logging.getLogger("kempnerforge")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Makes ``path``, in one move and whoever else makes it at the same time, and its directory; ``write``
-    fills the file it is given.
+    """Makes the file ``path``, and its directory. ``write`` fills a temporary file, which is then renamed:
+    there is never half a file, also when several processes write it at the same time.
     """
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -41,14 +41,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """As ``write_whole``, a text as it is."""
+    """Writes ``text`` as UTF-8 without changing line ends; see ``write_whole``."""
     return write_whole(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
 
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A new directory beside ``path``, to make it in. It is gone afterwards, with all that is left in it, and
-    so are those of processes that were killed, and parents of ``path`` that were made for it if it was not.
+    """A new directory beside ``path``, in which ``path`` can be prepared. It is removed afterwards with its
+    content. So are directories that killed processes left, and new parents of ``path`` if it was not made.
     """
     path = path.resolve()
     made = [folder for folder in path.parents if not folder.exists()]
@@ -88,7 +88,7 @@ def sync_files(folder: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Gives what is at ``path`` a name with the time beside it, which is free, and returns that."""
+    """Renames ``path`` to an unused name beside it that ends with the time; returns the new path."""
     new_name = _aside(path)
     path.rename(new_name)
     return new_name
@@ -109,8 +109,8 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 def why_not_writable(directory: Path) -> str:
-    """Why nothing can be written below ``directory``, which need not be there; empty: as far as can be seen
-    without writing, it can.
+    """Why nothing can be written below ``directory``, which need not exist; empty if writing seems possible,
+    as far as can be seen without trying.
     """
     nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not nearest.is_dir():

@@ -1,5 +1,5 @@
-"""Paths as a user of a shell writes them. A relative one starts at the working directory; those of
-``extends`` and ``plugins`` in a file start at the folder of that file.
+"""Paths as a user of a shell writes them. A relative path starts at the working directory; in ``extends`` and
+``plugins`` of a file it starts at the folder of that file.
 """
 
 from __future__ import annotations

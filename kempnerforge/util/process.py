@@ -59,8 +59,8 @@ def end_with(parent: int, number: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """A rank whose launcher has ended is asked to stop: it saves and leaves, as nothing would tell it of a
-    rank that was lost.
+    """Sends this rank SIGTERM when its launcher ends, so that it saves and leaves: without a launcher it
+    would not learn of a lost rank.
     """
     launcher = os.environ.pop(LAUNCHER, None)  # not for processes that this one starts
     if launcher is not None or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -68,7 +68,7 @@ def end_with_launcher() -> None:
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor whose errors are not those of the program: what cannot be written is lost."""
+    """A file descriptor whose write errors are ignored: text that cannot be written is lost."""
 
     def write(self, data) -> int:
         with suppress(OSError):

@@ -2,9 +2,9 @@
 only this class.
 
 An arch overrides ``block`` (which block makes layer i) and ``place`` (what enters the residual stream, and
-what a block may read besides it), seldom more. It *adds* modules and never renames: a text checkpoint fits
-every arch with only new keys missing. What it adds is made within ``separate_draws``, so that the text
-weights of a fresh model are the same in every arch.
+which other inputs blocks get), and seldom more. It *adds* modules and never renames any: when a text
+checkpoint is loaded, only the new names are missing. New modules are made within ``separate_draws``, so that
+the text weights of a fresh model are the same in every arch.
 
 Shapes: B rows, S positions, D ``model.dim``, N images, M placements of them, F tokens of one image, T trained
 positions, V vocabulary.
@@ -44,7 +44,8 @@ class Output(NamedTuple):
         loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
             ranks and micro-batches.
         logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
-        aux_loss: what the model's parts want minimised besides, times the number of targets; None: nothing.
+        aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
+            there are none.
     """
 
     loss: Tensor
@@ -109,17 +110,17 @@ class VLM(ExactBuffers):
 
         Args:
             words: (B, S, D) embedded ``batch.input_ids``.
-            features: (N, F, D) adapted images; one that is nowhere if the batch has none; None if this pass
-                has none to encode.
+            features: (N, F, D) adapted images. If the batch has no image, this is one dummy image that is
+                placed nowhere; None if this pass encodes no images.
 
         Returns:
-            The stream, (B, S, D), and what blocks may read besides it.
+            The stream, (B, S, D), and the other inputs of the blocks.
         """
         raise NotImplementedError
 
     def build(self) -> None:
-        """Makes all children and sets ``num_image_tokens``. Whoever has other children overrides ``forward``,
-        ``encode``, ``image_size``, ``normalisation``, ``normalise`` and ``shard_units`` as well.
+        """Makes all children and sets ``num_image_tokens``. An arch with other children overrides
+        ``forward``, ``encode``, ``image_size``, ``normalisation``, ``normalise`` and ``shard_units`` as well.
         """
         self.transformer = Transformer(self.job.model, self.block)
         if self.has_images:
@@ -212,11 +213,11 @@ class VLM(ExactBuffers):
 
     @cached_property
     def with_aux_loss(self) -> list[HasAuxLoss]:
-        """The modules that may have a loss of their own."""
+        """The modules that may add an auxiliary loss."""
         return with_aux_loss(self)
 
     def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
-        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder leaves nothing behind for a backward pass.
+        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder saves nothing for a backward pass.
 
         Args:
             known: features of images that are known already.

@@ -29,7 +29,7 @@ class Sight(NamedTuple):
     """What the words of a stream see of its media.
 
     Attributes:
-        mask: (B, 1, S, K * F) additive; None: whoever sees anything sees all.
+        mask: (B, 1, S, K * F) additive; None: a word that sees any token of its media sees all of them.
         seeing: (B, S, 1), 1 where a word reads of at least one image, else 0.
         acting: (B, S, 1), 1 where the feed-forward acts, else 0; None: on every word.
 
@@ -89,8 +89,8 @@ class GatedCrossAttention(nn.Module):
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K * F, D) -> k and v (B, G, K * F, E).
 
-        NOTE: the view makes one gradient of what flows back from this layer, before it is added to that of
-        others. Otherwise the order of the sum, and with it the last bit, depends on how layers are sharded.
+        NOTE: with the view, the gradients of this layer are summed before they are added to the gradients of
+        other layers. Otherwise the order of the sum, and so its last bit, would depend on the sharding.
         """
         media = self.media_norm(media.view_as(media))
         return self.k_norm(self.heads(self.k_proj(media))), self.heads(self.v_proj(media))
@@ -138,8 +138,8 @@ class CrossAttentionBlock(Block):
 
 @registry.register_arch("cross_attention")
 class CrossAttention(VLM):
-    """A gated block before every n-th layer. The stream holds words alone, so text and its positions are
-    those of a text-only model.
+    """A gated block before every n-th layer. The stream holds words alone, so text and its positions are the
+    same as in a text-only model.
     """
 
     @property
@@ -182,7 +182,7 @@ class CrossAttention(VLM):
         if cfg.cross_attention_blind == "feed_forward":
             return sight(seen, tokens, dtype, first=cfg.cross_attention_seen_tokens)
         acting = seen.any(-1, keepdim=True)  # (B, S, 1)
-        blind = own(batch)[:, -last:] & ~acting if cfg.cross_attention_blind == "attention" else None
+        blind = images_of_text(batch)[:, -last:] & ~acting if cfg.cross_attention_blind == "attention" else None
         return sight(seen, tokens, dtype, blind, cfg.cross_attention_seen_tokens)._replace(acting=acting.to(dtype))
 
 
@@ -210,9 +210,9 @@ def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
     return table.index_put((batch.image_rows, batch.image_slots), values)[:, None]
 
 
-def own(batch: Batch) -> Tensor:
-    """(B, S, K) bool: the images of each position's own sample that are shared or belong to its own text,
-    wherever they stand.
+def images_of_text(batch: Batch) -> Tensor:
+    """(B, S, K) bool: the images that belong to the text of each position, or are shared by all texts of its
+    sample, before the position or after it.
     """
     texts = by_slot(batch, batch.image_text_ids, 0)
     same_sample = by_slot(batch, batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]
@@ -220,7 +220,7 @@ def own(batch: Batch) -> Tensor:
 
 
 def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
-    """Which images each position sees: its ``own`` ones, as far as they are before it.
+    """Which images each position sees: its ``images_of_text`` that are before it.
 
     Args:
         latest: only the last of them (Flamingo, Alayrac et al. 2022, section 2.3), instead of all.
@@ -231,7 +231,7 @@ def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
     """
     steps = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[:, None]  # (S, 1)
     starts = by_slot(batch, batch.image_starts, 0)  # (B, 1, K)
-    seen = own(batch) & (starts <= steps)  # (B, S, K)
+    seen = images_of_text(batch) & (starts <= steps)  # (B, S, K)
     if latest:
         begins = torch.ones_like(starts)
         if group:
@@ -250,11 +250,11 @@ def following(batch: Batch) -> Batch:
 
 
 def sight(seen: Tensor, tokens: int, dtype: torch.dtype, blind: Tensor | None = None, first: int = 0) -> Sight:
-    """What blocks need of ``seen`` (B, S, K), for images of ``tokens`` tokens each.
+    """The masks of blocks, from ``seen`` (B, S, K), for images of ``tokens`` tokens each.
 
     Args:
         blind: (B, S, K) bool, images that words read without seeing them.
-        first: of an image that is seen so many tokens are, the first; 0: all.
+        first: how many tokens of a seen image are seen, from its first one on; 0: all.
     """
     reads = seen if blind is None else seen | blind
     any_read = reads.any(-1, keepdim=True)  # (B, S, 1)

@@ -252,7 +252,7 @@ def _build(path: str) -> Any:
     read, where = read_named_config(path), f"path = {path!r}"
     kind = cut(repr(read.get("model_type")))
     if "auto_map" in read and read.get("model_type") not in CONFIG_MAPPING:
-        raise InputError(f"{where}: model_type {kind} is code of its own (auto_map in its config.json), which is not run")
+        raise InputError(f"{where}: model_type {kind} is code in the directory (auto_map in its config.json), which is not run")
     with class_call(where, f"its config.json, of model_type {kind}, cannot be used", read):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in AutoModelForImageTextToText._model_mapping:

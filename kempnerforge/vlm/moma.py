@@ -1,5 +1,5 @@
-"""Experts per modality (MoMa: Lin et al. 2024): one attention over image tokens and words, feed-forward
-layers of their own for each.
+"""Experts per modality (MoMa: Lin et al. 2024): one attention over image tokens and words, and separate
+feed-forward layers for each of the two.
 
 Shapes: B rows, S positions, D ``model.dim``, E experts of a modality, C tokens that an expert takes of a row.
 """
@@ -139,8 +139,8 @@ class MoMaBlock(Block):
 
         Returns:
             (B, E, C) weights, 0 where there is no token to take; (B, E, C) positions, different ones for each
-            expert; and in training what the auxiliary router has missed: binary cross-entropy, a mean over
-            tokens and experts.
+            expert; and in training the loss of the auxiliary router: binary cross-entropy, a mean over tokens
+            and experts.
         """
         logits = self.routers[modality](h).transpose(1, 2).masked_fill(~tokens.here[:, None], -math.inf)  # (B, E, S)
         auxiliary = dict(self.auxiliary_routers.items()).get(modality)

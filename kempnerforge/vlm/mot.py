@@ -104,7 +104,7 @@ class MoTBlock(Block):
         self.towers = tuple(self._parts(name) for name in self.modalities)
 
     def _parts(self, modality: str) -> TowerParts:
-        """The parts of ``modality``: the block's, where it has none for itself."""
+        """The parts of ``modality``: its separate ones, and the block's for all others."""
         separate = {} if modality == TEXT else dict(self.get_submodule(modality).named_children())
         shared = dict(self.named_children())
         return TowerParts._make(separate.get(name, shared[name]) for name in TowerParts._fields)
@@ -237,8 +237,8 @@ class MoT(VLM):
 
     @torch.no_grad()
     def _copy_text(self, keep: set[str]) -> int:
-        """Copies the text tower's tensors into those of other towers that are not in ``keep``; returns how
-        many.
+        """Copies the tensors of the text tower into the other towers, except into those in ``keep``; returns
+        how many were copied.
         """
         parameters, copied = {name: p for name, p in self.named_parameters() if not is_adapter(name)}, 0
         for number in range(len(self.transformer.layers)):

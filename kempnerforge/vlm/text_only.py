@@ -10,7 +10,7 @@ from kempnerforge.vlm.base import VLM
 
 
 class TextOnly(VLM):
-    """The text backbone behind the contract that the trainer knows."""
+    """The text backbone with the interface of every arch."""
 
     has_images = False
 

@@ -445,7 +445,7 @@ def test_an_edited_copy_is_shown_and_refused(file: str, old: str, new: str, told
     argv = ("train", begun / "job.toml", f"--run.dir={run}", "--train.max_steps=5", "--eval.at_end=false", "--allow-change=train.max_steps")
     ended = call(*argv)
     assert ended.code == 2 and everything(run) == before, ended
-    assert f"{run / Path(file).parts[0]}: is not that of the run, by its checkpoint step-00000004" in ended.err and told in ended.err
+    assert f"{run / Path(file).parts[0]}: is not the one of the run, by its checkpoint step-00000004" in ended.err and told in ended.err
     shutil.rmtree(run / "tokenizer")
     (run / "config.toml").unlink()
     assert call(*argv).code == 0 and plan((run / file).read_text()) == plan(text), "written again"

@@ -408,7 +408,7 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
         edited(
             saved["paligemma2"], tmp_path / "chunks", text_config={"layer_types": ["chunked_attention", "full_attention"]}
         ): "has layers with chunked_attention, for which there is no mask here",
-        own: "model_type 'mine' is code of its own",
+        own: "model_type 'mine' is code in the directory",
         edited(llava, tmp_path / "few", text_config={"vocab_size": 120}): "its embedding has 120 rows, and the tokenizer 173 tokens",
     }
     for path, words in cases.items():

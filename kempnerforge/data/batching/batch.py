@@ -38,7 +38,7 @@ class Batch:
             its sample; 0 on padding.
         sample_ids: (B, S) int64; which sample of the row, from 0 in the order of the stream; -1 is padding.
         text_ids: (B, S) int64; 0 is the shared part (images) and padding, k the k-th text of the sample. A
-            token sees its own text and the shared part of its own sample.
+            token sees its text and the shared part of its sample.
         kinds: (B, S) uint8, ``Kind``.
         targets: (T,) int64, flat positions ``b * S + s`` that have a label.
         images: (N, 3, H, W) uint8, or None where the job has no images; N may be 0.

@@ -48,8 +48,8 @@ class Order(ABC):
         """
 
     def at(self, step: int, position: int) -> Order:
-        """This order when phases that begin at optimizer step ``step`` or earlier, and have not begun yet,
-        begin at ``position``.
+        """This order, where the phases that are due at optimizer step ``step`` and did not begin yet begin at
+        ``position``.
         """
         return self
 

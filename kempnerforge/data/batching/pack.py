@@ -106,11 +106,11 @@ def _before(counts: list[int]) -> list[int]:
 def knapsack(sizes: np.ndarray, capacity: int, max_images: int = 0) -> list[list[int]]:
     """Puts samples into as few rows as it can, with about as many images in each.
 
-    Vector bin packing by the dot product of what a sample needs and what a row has left (Panigrahy et al.
-    2011, "Heuristics for vector bin packing"), large samples first. A row's fair share of the images takes
-    the part of a capacity, so that the time that the vision encoder takes for a row is even; going past it is
-    only unattractive, going past ``max_images`` is impossible. Rows that are needed for sure are open from
-    the start. The same sizes give the same rows.
+    Vector bin packing by the dot product of a sample's size and a row's free space (Panigrahy et al. 2011,
+    "Heuristics for vector bin packing"), large samples first. The capacity for images is the mean number of
+    images in a row, so that the vision encoder takes about the same time for each row; a row may exceed it at
+    a cost, but never exceeds ``max_images``. As many rows as are certainly needed are open from the start.
+    The same sizes give the same rows.
 
     Args:
         sizes: (n, 2) positions and images of each sample.

@@ -126,7 +126,7 @@ class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
 
 
 class _Room:
-    """What a row has left."""
+    """The free positions and views of a row."""
 
     def __init__(self, positions: int, views: int) -> None:
         self.positions, self.views = positions, views

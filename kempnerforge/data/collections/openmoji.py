@@ -118,8 +118,8 @@ class OpenMoji(Source):
 
 
 def emoji_names(folder: Path) -> dict[int, str]:
-    """Code point -> name in small letters, of the files ``1F600.svg`` in ``folder``. Those of several code
-    points have no name of their own and are left out, and so is what Unicode has no name for.
+    """Code point -> name in small letters, of the files ``1F600.svg`` in ``folder``. Emoji of several code
+    points have no name and are left out, and so are code points without a name in Unicode.
 
     Raises:
         ValueError: no such folder, or no emoji in it.

@@ -34,8 +34,8 @@ class StampsConfig(DataConfig):
     Attributes:
         path: the folder that ``kempnerforge data fetch stamps`` made, or ``/usr/share/tuxpaint/stamps`` where
             the package is installed.
-        languages: as the files name them, "en", "de", "pt_BR", "zh_CN". With several, each caption is a text
-            of its own, whose prompt is the name of its language.
+        languages: as the files name them, "en", "de", "pt_BR", "zh_CN". With several, each caption is a
+            separate text, whose prompt is the name of its language.
         held_out_every: one stamp in so many is held out, by its name.
         form: "captions"; or "questions" about the group that a stamp is sorted into, the outermost of its
             folders: which one it is, and of one or another group whether it belongs to it.

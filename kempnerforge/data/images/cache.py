@@ -33,7 +33,7 @@ class KnownFiles:
         self._known: OrderedDict[Path, tuple[Signature, str]] = OrderedDict()
 
     def key(self, path: Path) -> str | None:
-        """The key of what ``path`` holds now, if it was read and has not been written since."""
+        """The key of the content of ``path``, if the file was read and was not written since."""
         known = self._known.get(path)
         return known[1] if known is not None and known[0] == signature(path) else None
 
@@ -55,7 +55,7 @@ class KnownFiles:
 
 
 class ImageCache:
-    """Views in the memory of one process; those of the least recently used image are dropped first.
+    """Views in the memory of one process; the views of the least recently used image are dropped first.
 
     Args:
         mib: memory for pixels; 0 keeps none.
@@ -89,12 +89,12 @@ class ImageCache:
 
 
 class DiskCache:
-    """Views on disk, uncompressed, for each image. It goes by what an image holds, so an image that is copied
-    or moved is found again, and one that is written anew is another one.
+    """Views on disk, uncompressed, for each image. The key is the content of the image: a copied or moved
+    image is found again, and a file with new content is another image.
 
     Args:
-        directory: of the entries.
-        transform: everything besides the image that decides what its views are.
+        directory: where the entries are.
+        transform: all settings that, with the image, decide its views.
         side: of a view, in pixels.
 
     Raises:

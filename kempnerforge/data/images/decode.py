@@ -34,11 +34,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = MAX_NOTE  # Pillow's own bound refuses a whole i
 
 
 class ImageError(SampleError):
-    """This image cannot be used, and why."""
+    """An image that cannot be used; the message says why."""
 
 
 class Picture:
-    """An image whose header has been read and judged; its pixels have not been decoded.
+    """An image whose header is read and checked, and whose pixels are not decoded yet.
 
     Attributes:
         size: (width, height) in pixels, upright.
@@ -192,7 +192,7 @@ def _orientation(image: Image.Image, data: BinaryIO) -> int:
         data.seek(here)
         if any(mark.encode() in content for mark in ORIENTATION_MARKS):
             image.load()
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of a PNG would always decode
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # of a PNG the attribute decodes
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -118,8 +118,8 @@ class Parquet(Files):
     """Parquet files. Their footers say how many rows each row group has, so that reading may begin with any
     of them.
 
-    NOTE: read by Arrow itself. Through ``datasets`` the memory of a process grows with what it has read of a
-    file, until the end of the file.
+    NOTE: read by Arrow directly. With ``datasets`` the memory of a process grows while it reads a file, until
+    the end of the file.
     """
 
     by_column = True
@@ -179,7 +179,7 @@ class Lines(Files):
     """
 
     def names(self) -> Collection[str]:
-        """Those of the first good lines."""
+        """The names of the first lines that can be read."""
         for file in self.files:
             refuse_array(file)
         found, reason, first = set[str](), "no lines", next(self._read(), None)
@@ -292,7 +292,7 @@ class HFStream(TableSource):
             if cfg.eval_split and (split == "test" or not cfg.eval_path):
                 raise InputError(f"data.eval_split = {cfg.eval_split!r}: files have no splits; name held-out files in eval_path")
             if cfg.split != "train" and (split == "train" or not cfg.eval_split):
-                raise InputError(f"data.split = {cfg.split!r}: files have no splits; name those of one by a pattern in data.path")
+                raise InputError(f"data.split = {cfg.split!r}: files have no splits; name the files of one by a pattern in data.path")
         self.require_columns(self.path, names)
         columns = [column for column in self.columns if column in names]
         tables.judge(self, columns)
@@ -320,7 +320,7 @@ class HFStream(TableSource):
         return Windowed(len(self), seed, self.cfg.shuffle_buffer)
 
     def peers(self, index: int) -> range:
-        """Those of its shuffle window, which are in memory."""
+        """The samples of its shuffle window, which are in memory."""
         begin = index // self.cfg.shuffle_buffer * self.cfg.shuffle_buffer
         return range(begin, min(begin + self.cfg.shuffle_buffer, len(self)))
 

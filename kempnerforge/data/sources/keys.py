@@ -117,7 +117,7 @@ def _hint(key: str, known: Collection[str]) -> str:
 
 
 def filled_keys(row: Mapping[str, Any], names: Sequence[str], ignored: Ignoring, above: str = "") -> list[str]:
-    """Those of ``names`` that ``row`` has a value for."""
+    """The ``names`` for which ``row`` has a value, without ignored ones."""
     return [name for name in names if row.get(name) is not None and not ignored.takes_out(f"{above}{name}")]
 
 

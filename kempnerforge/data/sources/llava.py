@@ -25,7 +25,7 @@ METADATA = (
     *(ID, "image_id", "question_id", "model", "source", "data_source", "dataset", "split", "url"),
     *("width", "height", "width_list", "height_list"),
 )
-"""What LLaVA's files and those of its descendants have beside images and conversations."""
+"""Keys beside images and conversations in the files of LLaVA and of its descendants."""
 KNOWN: Keys = {"image": None, "images": None, "conversations": TURN, "messages": TURN, SYSTEM: None, **dict.fromkeys(METADATA)}
 ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer", "system": "system"}
 

@@ -1,5 +1,5 @@
-"""A mixture: several sources, each with templates of its own, drawn from by weight. Weights may change with
-the steps of a stage.
+"""A mixture: samples are drawn from several sources by weight, and each source has its templates. Weights may
+change with the steps of a stage.
 """
 
 from __future__ import annotations

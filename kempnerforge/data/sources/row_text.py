@@ -83,7 +83,8 @@ def is_content(value: Any) -> bool:
 
 
 def read_content(value: Any, where: str, placeholder: str, open_image: OpenImage) -> Content:
-    """What a row has in the place of a text; its images go to ``images_of_row``.
+    """Reads the value of a text column, which may be a list of content parts; ``images_of_row`` reads the
+    images of such a list.
 
     Raises:
         SampleError: a part of a content list that is neither text nor image.

@@ -133,7 +133,7 @@ class WebDataset(TableSource):
 
     def _known_fields(self) -> Keys:
         """The known fields of JSON members: the columns, and what tools write beside a text and an image."""
-        known: dict[str, Any] = dict.fromkeys(("caption", *METADATA))  # the caption is that of the .txt member
+        known: dict[str, Any] = dict.fromkeys(("caption", *METADATA))  # the caption comes from the .txt member
         for column in (name for name in self.text_columns if name.startswith("json.")):
             *path, last = column.split(".")[1:]
             table = known

@@ -1,13 +1,13 @@
 """``data.template = "chat"``: the tokenizer's own chat template, taken apart.
 
-The template is rendered (in a process of its own, within limits) with a marker in place of each message.
+The template is rendered (in a separate process, within limits) with a marker in place of each message.
 Between the markers lies what the template itself writes; a message never passes through it, so nothing in a
 message can be taken for the template's writing. The rendering is split at the markers, and the same split
 serves all conversations of as many turns.
 
 An answer is trained after what it is asked with. Where a template writes earlier answers in another way than
 the last (Qwen3 puts an empty think block in front of the last), one row cannot hold that for all turns, and
-each is trained in a row of its own.
+each is trained in a separate row.
 """
 
 from __future__ import annotations

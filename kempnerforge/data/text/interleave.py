@@ -23,7 +23,7 @@ INPUT_IDS, LABELS, POSITIONS, TEXT_IDS, KINDS = range(5)
 # rows of a table of placements
 IMAGES, STARTS, TEXTS = range(3)
 VIEW = -1
-"""Stands for a token at the positions of a view."""
+"""The value in place of a token id at the positions of a view."""
 NO_POSITIONS = np.zeros(0, dtype=np.int64)
 
 

@@ -1,5 +1,5 @@
-"""Chat templates of others are rendered in a process of their own, with limits on time, memory and output:
-see ``render_process``.
+"""Renders chat templates of others in a separate process, with limits on time, memory and output: see
+``render_process``.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class Tokenizer:
 
     @property
     def _named(self) -> dict[str, Any]:
-        """What the constructor is given besides the backend."""
+        """The arguments of the constructor after the backend."""
         names = {"eos": self.eos, "bos": self.bos, "pad": self.pad, "appended": self.appended, "chat_template": self.chat_template}
         return names | {"adds_bos": self.start_id is not None, "stops": self.stop_ids}
 

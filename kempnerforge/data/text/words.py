@@ -55,7 +55,7 @@ class TextEncoder:
         layout: what the model needs.
 
     Attributes:
-        end_id: the token that ends an answer: EOS, or what the template has in its place.
+        end_id: the token that ends an answer: EOS, or the template's end token.
         ends: tokens that a trained span may end in.
         stops: tokens at which generation stops: ``end_id``, and those that the tokenizer has.
 

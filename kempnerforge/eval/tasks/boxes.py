@@ -29,8 +29,8 @@ def iou(a: Box, b: Box) -> float:
 
 
 def all_found(predicted: Sequence[Box], true: Sequence[Box], overlap: float) -> bool:
-    """Whether there are as many boxes as true ones, and each can be matched to one of its own by an overlap
-    of at least ``overlap``.
+    """Whether there are as many boxes as true ones, and each can be matched to another true box with an
+    overlap of at least ``overlap``.
     """
     from scipy.optimize import linear_sum_assignment
 

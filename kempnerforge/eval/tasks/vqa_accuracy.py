@@ -11,7 +11,7 @@ from kempnerforge.eval.answers import Answer
 from kempnerforge.eval.task import QuestionTask
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # as in the official code, where `<=` was meant to look behind
+PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # as in the official code, where `<=` was meant to be a lookbehind
 DIGITS_COMMA = re.compile(r"\d,\d")
 ARTICLES = ("a", "an", "the")
 NUMBERS = {"none": "0"} | {

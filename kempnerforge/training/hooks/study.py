@@ -1,5 +1,5 @@
-"""What a study reads of a run besides its scores: what each step cost, which samples it saw, the weights it
-began with, each answer.
+"""Records what a study reads of a run in addition to its scores: the cost and the samples of each step, the
+initial weights, and each answer.
 """
 
 from __future__ import annotations

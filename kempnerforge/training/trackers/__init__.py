@@ -1,1 +1,1 @@
-"""Where numbers go besides `metrics.jsonl`, one file each; `docs/extend/tracker.md` says how to write one."""
+"""Trackers: services that get the numbers of `metrics.jsonl`, one file each; see `docs/extend/tracker.md`."""

@@ -27,7 +27,7 @@ class MLflowConfig(TrackerConfig):
     Attributes:
         uri: of the tracking server or database; empty: ``mlflow.db`` in the run directory.
         experiment: that the run is in.
-        name: of the run; empty: that of its directory.
+        name: of the run; empty: the name of its directory.
     """
 
     type: str = "mlflow"

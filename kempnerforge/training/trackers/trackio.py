@@ -23,7 +23,7 @@ class TrackioConfig(TrackerConfig):
 
     Attributes:
         project: that the run is in.
-        name: of the run; empty: that of its directory. A few letters that no other run has are added.
+        name: of the run; empty: the name of its directory. A few letters are added to make it unique.
     """
 
     type: str = "trackio"

@@ -23,7 +23,7 @@ class WandbConfig(TrackerConfig):
     Attributes:
         project: that the run is in.
         entity: user or team; empty: the default of the account.
-        name: of the run; empty: that of its directory.
+        name: of the run; empty: the name of its directory.
         mode: "online", or "offline": files in ``wandb/`` of the run directory, for ``wandb sync``.
     """
 

@@ -1,5 +1,4 @@
-"""Which combinations training never sees, so that what has been understood can be told from what has been
-memorised.
+"""Which combinations training never sees: a model that only memorises cannot answer questions about them.
 
 Combination (i, j, ...) of the i-th colour with the j-th shape, and so on, is held out if ``i + j + ... +
 seed`` is a multiple of ``held_out_every``: a Latin square, in which every colour and every shape is seen in

@@ -78,7 +78,7 @@ def arrange(things: Sequence[Thing], rng: Random, low: float, high: float) -> li
     seen whole.
 
     Where that does not work out after some tries, all become a tenth smaller: a picture that is too full has
-    small things. Things with a position of their own keep it.
+    small things. Things that already have a position keep it.
     """
     scale = 1.0
     while True:

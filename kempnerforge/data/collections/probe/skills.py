@@ -49,8 +49,8 @@ def plural(shape: str) -> str:
 
 
 def counting(s: Setting) -> Draft:
-    """Each asked shape has a number of its own, and so has one that is not asked about: the number of all
-    things says nothing.
+    """Each shape occurs a different number of times, also one that is not asked about, so the number of all
+    things does not give an answer.
     """
     numbers = s.known.counts[s.unseen]
     asked = s.rng.sample(list(numbers), min(s.cfg.texts, len(numbers)))
@@ -107,7 +107,7 @@ def binding(s: Setting) -> Draft:
 
 
 def reading(s: Setting) -> Draft:
-    """Strings, each in a colour of its own."""
+    """Strings, each in a different colour."""
     colours = s.rng.sample(list(s.known.colours), min(1 + s.distractors(), MOST_STRINGS, len(s.known.colours)))
     asked = colours[: s.cfg.texts]
     written = {colour: s.write(s.unseen and colour in asked) for colour in colours}
