@@ -309,6 +309,8 @@ def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems)
         result = convert(option, value, key, trial := Problems())
         if not trial.lines:
             return result
+    if isinstance(value, float) and float in options:
+        return convert(float, value, key, problems)  # of the right type: what is wrong is the number itself
     problems.add(key, f" = {show(value)}: must be {' or '.join(type_name(option) for option in options)}, not {kind(value)}")
     return INVALID
 

@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from kempnerforge.config import JobConfig, to_toml
-from kempnerforge.config.build import build_record, known_key
+from kempnerforge.config.build import MAX_INT, build_record, known_key
 from kempnerforge.config.training import CheckpointConfig, EvalConfig, MetricsConfig, RunConfig
+from kempnerforge.data.batching.sampler import check_cut
 from kempnerforge.inspection.plan import check_patterns
 from kempnerforge.study.cells import Row, job_of, override
 from kempnerforge.study.config import MatchConfig, Study
@@ -178,6 +179,7 @@ def plan_row(study: Study, row: Row, asked: float | None, more: Sequence[str] = 
     except InputError as error:
         raise InputError(f"row {row.name!r}: {error}") from None
     if match is None:
+        _check_ranks(row, job, study.cfg.ranks)
         return Planned(row, job, budget)
     asked = asked or match.amount or budget.of(match.quantity)
     if budget.of(match.quantity) != asked:
@@ -186,7 +188,19 @@ def plan_row(study: Study, row: Row, asked: float | None, more: Sequence[str] = 
         except InputError as error:
             raise InputError(f"row {row.name!r}: {match.quantity} = {format_number(asked)} by {match.by}: {error}") from None
         budget = measured(job, folder)
+    _check_ranks(row, job, study.cfg.ranks)
     return Planned(row, job, budget, match.quantity, asked)
+
+
+def _check_ranks(row: Row, job: JobConfig, ranks: int) -> None:
+    """Raises:
+    InputError: the batches of ``job`` cannot be cut evenly for ``ranks`` processes.
+    """
+    for stage in job.resolved_stages():
+        try:
+            check_cut(stage.train.batch_size, ranks, stage.train.grad_accum_steps)
+        except InputError as error:
+            raise InputError(f"row {row.name!r}: [study] ranks = {ranks}: {error}") from None
 
 
 def _moved(study: Study, row: Row, job: JobConfig, budget: Budget, match: MatchConfig, asked: float, more: Sequence[str]) -> JobConfig:
@@ -219,6 +233,8 @@ def _with_steps(job: JobConfig, budget: Budget, quantity: str, asked: float) -> 
     if min(steps) < 1:
         short = budget.stages[steps.index(min(steps))].name
         raise InputError(f"too little: stage {short!r} would have no step")
+    if max(steps) > MAX_INT:
+        raise InputError(f"too much: it needs {max(steps):.3g} steps; a stage has at most {MAX_INT:,}")
     if not job.stages:
         made = replace(job, train=replace(job.train, max_steps=steps[0]))
     else:
@@ -255,6 +271,9 @@ def nearest_multiple(cost: Callable[[int], float], start: int, unit: int, asked:
 
     Args:
         start: where to begin.
+
+    Raises:
+        InputError: the smallest multiple costs more than twice as much; or the cost does not grow.
     """
     known: dict[int, float] = {}
 
@@ -271,4 +290,6 @@ def nearest_multiple(cost: Callable[[int], float], start: int, unit: int, asked:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if at(middle) < asked else (low, middle)
+    if not low and at(high) > 2 * asked:
+        raise InputError(f"too little: the smallest value, {unit}, has {format_number(at(high))}")
     return min((k for k in (low, high) if k), key=lambda k: abs(at(k) - asked)) * unit

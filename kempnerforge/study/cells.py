@@ -15,7 +15,7 @@ from typing import Any
 from kempnerforge.config import JobConfig, diff, registry, to_toml
 from kempnerforge.config.files import Layer, dotted, read_toml
 from kempnerforge.config.loader import load_layers
-from kempnerforge.study.config import TABLE, Study
+from kempnerforge.study.config import OWN_KEYS, TABLE, Study, check_free
 from kempnerforge.util.errors import ConfigError, InputError, show
 from kempnerforge.util.files import write_text
 
@@ -115,7 +115,12 @@ def _level(where: str, name: str, table: Mapping[str, Any]) -> Level:
         here = found
         for part in parts[:-1]:
             here = here.setdefault(str(part), {})
-        here[str(parts[-1])] = value
+            if not isinstance(here, dict):
+                raise ConfigError([f"{where}: level {name!r}: {key!r} is inside {part!r}, which has the value {show(here)} there"])
+        here[str(parts[-1])] = _copy(value)
+    for section, key in (own.split(".") for own in OWN_KEYS):
+        if isinstance(inside := found.get(section), dict) and key in inside:
+            check_free(f"{where}: level {name!r}", f"{section}.{key}")
     return Level(shown, found, tuple(overrides))
 
 

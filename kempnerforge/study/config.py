@@ -16,6 +16,16 @@ from kempnerforge.util.paths import PathText, place_of
 QUANTITIES = ("samples", "trained_tokens", "train_flops", "params")
 """What can be matched."""
 TABLE = "study"
+OWN_KEYS = {"train.seed": "seeds", "run.dir": "dir"}
+"""Keys that a study sets in each cell, and the key of ``[study]`` that says how."""
+
+
+def check_free(what: str, key: str) -> None:
+    """Raises:
+    InputError: ``key`` is one that the study itself sets in each cell.
+    """
+    if key in OWN_KEYS:
+        raise InputError(f"{what}: {key} is set in each cell by [{TABLE}] {OWN_KEYS[key]}")
 
 
 @dataclass
@@ -44,6 +54,7 @@ class MatchConfig:
             raise InputError(f"by = {self.by!r}: does not change quantity = 'params'; name a key such as model.dim")
         if self.by not in ("steps", "batch_size") and "." not in self.by:
             raise InputError(f"by = {self.by!r}: allowed are 'steps', 'batch_size', or a key such as 'model.dim'")
+        check_free(f"by = {self.by!r}", self.by)
         if self.quantity in ("samples", "trained_tokens") and "." in self.by:
             raise InputError(f"by = {self.by!r}: does not change quantity = {self.quantity!r}; use 'steps' or 'batch_size'")
 
@@ -62,8 +73,8 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "better", ("higher", "lower"))
-        if not self.key.startswith("eval/"):
-            raise InputError(f"key = {self.key!r}: must begin with eval/")
+        if not self.key.removeprefix("eval/") or not self.key.startswith("eval/"):
+            raise InputError(f"key = {self.key!r}: must be eval/ and the name of a score, such as 'eval/exact_match'")
 
 
 @dataclass
@@ -118,6 +129,8 @@ class TuneConfig:
             raise InputError("keys = {}: name at least one key to tune")
         if wrong := next((key for key in self.keys if "." not in key), None):
             raise InputError(f'keys: {wrong!r}: must be a whole key, in quotes, such as "optimizer.lr"')
+        for key in self.keys:
+            check_free(f"keys: {key!r}", key)
 
 
 @dataclass
@@ -204,7 +217,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise InputError(f"{wrong}: must be written as {wrong}=VALUE")
     for key, value in parse_overrides(own, problems):
         assign(table, key[1:], value, problems)
+    common = [word for word in overrides if word not in own]
+    for word in common:
+        check_free(word, word.removeprefix("--").partition("=")[0])
     cfg = build(StudyConfig, table, (TABLE,), problems)
     problems.raise_if_any()
     assert cfg is not INVALID
-    return Study(place_of(path), cfg, list(layers), [word for word in overrides if word not in own])
+    return Study(place_of(path), cfg, list(layers), common)

@@ -97,6 +97,21 @@ def test_keys_of_another_arch_are_left_behind(tmp_path: Path):
         (("[study.axes.arch]", "[study.axes]\n'vlm.arch' = ['mot', 'mot']\n[study.axes.arch]"), "two rows are called 'mot-joint'"),
         (('joint.vlm.arch = "joint_decoder"', 'joint.vlm.arch = "joint"'), "row 'joint': "),
         (("[study]\nname", "[other]\nname"), "[study] name: missing, it has no default"),
+        (
+            ('joint.vlm.arch = "joint_decoder"', 'joint = { vlm = 3, "vlm.arch" = "mot" }'),
+            "axes.arch: level 'joint': 'vlm.arch' is inside 'vlm', which has the value 3 there",
+        ),
+        (('joint.vlm.arch = "joint_decoder"', "joint.train.seed = 3"), "level 'joint': train.seed is set in each cell by [study] seeds"),
+        (("[study.axes.arch]", "[study.axes]\n'run.dir' = ['a']\n[study.axes.arch]"), "run.dir is set in each cell by [study] dir"),
+        (
+            ("[study.axes.arch]", "[study.tune]\nkeys = { 'train.seed' = { low = 1, high = 3 } }\n[study.axes.arch]"),
+            "tune.keys: 'train.seed': train.seed is set in each cell by [study] seeds",
+        ),
+        (
+            ("[study.axes.arch]", "[study.tune]\nkeys = { 'optimizer.lr' = { low = 1e-4, high = inf } }\n[study.axes.arch]"),
+            "tune.keys.optimizer.lr.high = inf: must be a finite number",
+        ),
+        (("seeds = [0, 1]", "seeds = [0]\nscores = [{ key = 'eval/' }]"), "scores[0].key = 'eval/': must be eval/ and the name of a score"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], said: str):
@@ -197,6 +212,11 @@ def test_the_nearest_multiple():
     ("match", "said"),
     [
         ('quantity = "samples"\namount = 1', "row 'joint': samples = 1 by steps: too little: stage 'train' would have no step"),
+        (
+            'quantity = "samples"\namount = 1e300',
+            "samples = 1e300 by steps: too much: it needs 2.5e+299 steps; a stage has at most 2,147,483,647",
+        ),
+        ('quantity = "params"\nby = "model.dim"\namount = 10', "too little: the smallest value, 16, has 43.2k"),
         ('quantity = "params"\nby = "model.dmi"', "by model.dmi: no such key"),
         ('quantity = "params"\nby = "optimizer.lr"\namount = 9e9', "optimizer.lr = 0.002: is no whole number"),
     ],
@@ -204,6 +224,16 @@ def test_the_nearest_multiple():
 def test_a_budget_that_cannot_be_had_is_refused(tmp_path: Path, match: str, said: str):
     ended = call("study", "plan", make_study(tmp_path, f"{STUDY}[study.match]\n{match}\n"))
     assert ended.code == 2 and said in ended.err
+
+
+def test_batches_that_cannot_be_cut_for_the_ranks_are_refused(tmp_path: Path):
+    ended = call("study", "plan", make_study(tmp_path), "--study.ranks=3")
+    assert ended.code == 2 and "row 'joint': [study] ranks = 3: train.batch_size = 4: must be a multiple of processes" in ended.err
+
+
+def test_an_override_of_what_the_study_sets_is_refused(tmp_path: Path):
+    ended = call("study", "plan", make_study(tmp_path), "--train.seed=5")
+    assert ended.code == 2 and "--train.seed=5: train.seed is set in each cell by [study] seeds" in ended.err
 
 
 def test_plan_prints_a_table_and_says_what_is_off(tmp_path: Path):

@@ -29,6 +29,14 @@ Lengths = Callable[[np.ndarray], np.ndarray]
 """(k,) sample numbers -> (k,) sizes."""
 
 
+def check_cut(size: int, world: int, accum: int) -> None:
+    """Raises:
+    InputError: the ``size`` items of a step cannot be cut evenly into ``world * accum`` micro-batches.
+    """
+    if size % (world * accum):
+        raise InputError(f"train.batch_size = {size}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
+
+
 class RankSampler(ABC, Generic[T]):
     """Yields one rank's share of every optimizer step, micro-batch by micro-batch, without end.
 
@@ -46,8 +54,7 @@ class RankSampler(ABC, Generic[T]):
 
     def __init__(self, size: int, rank: int, world: int, accum: int, seed: int, start_step: int) -> None:
         assert 0 <= rank < world and start_step >= 0
-        if size % (world * accum):
-            raise InputError(f"train.batch_size = {size}: must be a multiple of processes x train.grad_accum_steps = {world} x {accum}")
+        check_cut(size, world, accum)
         self.size, self.rank, self.world, self.accum, self.seed, self.start_step = size, rank, world, accum, seed, start_step
 
     def __iter__(self) -> Iterator[list[T]]:
