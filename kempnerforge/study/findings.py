@@ -130,6 +130,10 @@ class Findings:
             if lack := [seed for seed in cfg.seeds if seed not in {result.seed for result in self.by_row[one.row.name]}]:
                 lines.append(f"{one.row.name}: the cells of seeds {', '.join(map(str, lack))} are missing.")
         lines += [f"{one.cell.name} has failed: {one.state.why}" for one in self.results if one.state.name == "failed"]
+        lines += [
+            f"{one.cell.name}: {counted(one.unreadable, 'line')} of its metrics cannot be read." for one in self.results if one.unreadable
+        ]
+        lines += [line for score in cfg.scores for line in self._without(score.key)]
         if cfg.tune is None:
             lines.append("Nothing was tuned: all rows have the learning rate of the common config, which may suit one better than another.")
         for tuned in self.progress.tuned:
@@ -138,6 +142,15 @@ class Findings:
                 lines.append(f"{tuned.row.name}: {len(scored)} of its trials have a score; the rows are not tuned alike.")
             lines += [f"{tuned.row.name}: the chosen {value} of all that were tried." for value in _at_an_end(tuned)]
         return lines
+
+    def _without(self, key: str) -> list[str]:
+        """A warning if finished cells do not have the score ``key``: the others alone are compared."""
+        done = [one for cells in self.by_row.values() for one in cells]
+        lacking = [one.cell.name for one in done if key not in one.scores]
+        if len(lacking) < len(done):
+            return [f"{key}: has no finite value in {', '.join(lacking)}."] if lacking else []
+        known = sorted({known for one in done for known in one.scores})
+        return [f"{key}: has no finite value in any finished cell; there are {', '.join(known) or 'no scores'}."] if done else []
 
     def _budgets(self) -> list[str]:
         lines = []

@@ -292,7 +292,16 @@ def write_csv(findings: Findings, path: Path) -> Path:
     writer.writerow(["row", "seed", "state", *_SPENT, "memory_gib", *keys])
     for one in sorted(findings.results, key=lambda one: (one.row, one.seed)):
         spent = [getattr(one.spent, name) for name in _SPENT]
-        writer.writerow([one.row, one.seed, one.state.name, *spent, one.memory_gib, *(one.scores.get(key, "") for key in keys)])
+        writer.writerow(
+            [
+                one.row,
+                one.seed,
+                one.state.name,
+                *spent,
+                "" if math.isnan(one.memory_gib) else one.memory_gib,
+                *(one.scores.get(key, "") for key in keys),
+            ]
+        )
     return write_text(path, out.getvalue())
 
 

@@ -38,11 +38,12 @@ class Result:
     """A cell.
 
     Attributes:
-        scores: of the evaluation at the end, by key; empty where it is not finished.
+        scores: finite ones of the evaluation after the last step, by key; empty where it is not finished.
         curve: the evaluations on the way: what was spent, and scores by key.
         stream: (samples so far, sum of the hashes of their ids) after each step.
         initial: shape and digest of each parameter at step 0.
         memory_gib: at most; NaN where it is not known.
+        unreadable: lines of its ``metrics.jsonl`` that are left out.
     """
 
     cell: Cell
@@ -54,6 +55,7 @@ class Result:
     stream: list[tuple[int, int]] = field(default_factory=list)
     initial: dict[str, str] = field(default_factory=dict)
     memory_gib: float = math.nan
+    unreadable: int = 0
 
     @property
     def row(self) -> str:
@@ -69,20 +71,25 @@ def read_result(cell: Cell) -> Result:
     seed, state = cell.job.train.seed, state_of(cell)
     metrics = read_metrics(cell.dir / "metrics.jsonl")
     if not metrics.rows:
-        return Result(cell, seed, state)
+        return Result(cell, seed, state, unreadable=metrics.unreadable)
     curve = _curve(metrics)
     sums = [list(accumulate(metrics.points(f"study/{key}").y)) for key in ("samples", "sample_ids")]
     return Result(
         cell,
         seed,
         state,
-        scores=metrics.last_evaluation() if state.name == "finished" else {},
+        scores=_finite(metrics.evaluation_at(cell.job.total_steps())) if state.name == "finished" else {},
         spent=curve[-1][0],
         curve=[(spent, found) for spent, found in curve if found],
         stream=[(int(count), int(ids)) for count, ids in zip(*sums, strict=False)],
         initial=_initial(cell.dir),
         memory_gib=max(metrics.values("study/peak_memory_gib"), default=math.nan),
+        unreadable=metrics.unreadable,
     )
+
+
+def _finite(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in scores.items() if math.isfinite(value)}
 
 
 def _curve(metrics: Metrics) -> list[tuple[Spent, dict[str, float]]]:
@@ -94,8 +101,7 @@ def _curve(metrics: Metrics) -> list[tuple[Spent, dict[str, float]]]:
         tokens += row.get("study/trained_tokens", 0)
         flops += row.get("study/flops", 0)
         seconds = row.get("train/elapsed_s", seconds)
-        scores = {key: value for key, value in row.items() if key.startswith("eval/") and math.isfinite(value)}
-        found.append((Spent(step, samples, tokens, flops, seconds), scores))
+        found.append((Spent(step, samples, tokens, flops, seconds), _finite(metrics.evaluation_at(step))))
     return found
 
 

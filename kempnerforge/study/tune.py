@@ -91,10 +91,19 @@ def _trial(study: Study, row: Row, number: int, values: Mapping[str, Any], asked
     state = state_of(cell)
     if state.name != "finished":
         return Trial(number, dict(values), cell, state, math.nan if state.is_final else None)
-    found = read_metrics(cell.dir / "metrics.jsonl").last_evaluation()
+    return Trial(number, dict(values), cell, state, score_of(cell, key))
+
+
+def score_of(cell: Cell, key: str) -> float:
+    """What the evaluation at the end of a finished trial has found; NaN: no finite number.
+
+    Raises:
+        InputError: it has no ``key``.
+    """
+    found = read_metrics(cell.dir / "metrics.jsonl").evaluation_at(cell.job.total_steps())
     if key not in found:
         raise InputError(f"{cell.dir}: has no {key}, which [study] scores names; it has {', '.join(sorted(found)) or 'no score'}")
-    return Trial(number, dict(values), cell, state, found[key])
+    return found[key]
 
 
 def _best(trials: Sequence[Trial], better: str) -> Trial | None:

@@ -10,14 +10,54 @@ from typing import Any
 
 import pytest
 
-from kempnerforge.study.findings import late_gain
-from kempnerforge.study.results import Result, Spent, question_error, same_samples, same_weights
+from kempnerforge.study import results
+from kempnerforge.study.config import ScoreConfig
+from kempnerforge.study.findings import Findings, late_gain
+from kempnerforge.study.results import Result, Spent, question_error, read_result, same_samples, same_weights
 from kempnerforge.study.run import State
+from kempnerforge.study.tune import score_of
+from kempnerforge.util.errors import InputError
 
 
 def result(row: str = "a", directory: Path = Path(), **fields: Any) -> Result:
     cell: Any = SimpleNamespace(row=SimpleNamespace(name=row), dir=directory, name=f"{row}/seed-0")
     return Result(cell, 0, State("finished"), **fields)
+
+
+def cell_with(directory: Path, *lines: str, steps: int = 6) -> Any:
+    """A cell of ``steps`` steps whose ``metrics.jsonl`` has these lines."""
+    (directory / "metrics.jsonl").write_text("\n".join(lines))
+    job = SimpleNamespace(train=SimpleNamespace(seed=0), total_steps=lambda: steps)
+    return SimpleNamespace(row=SimpleNamespace(name="a"), dir=directory, name="a/seed-0", job=job)
+
+
+def test_only_the_evaluation_after_the_last_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last line was cut: the evaluation on the way is not taken for the one at the end."""
+    monkeypatch.setattr(results, "state_of", lambda cell: State("finished"))
+    found = read_result(cell_with(tmp_path, '{"step": 2, "eval/x": 0.75}', '{"step": 6, "eval/', '{"step": 6, "train/loss": 1.0}'))
+    assert (found.scores, found.unreadable) == ({}, 1)
+    found = read_result(cell_with(tmp_path, '{"step": 2, "eval/x": 0.75}', '{"step": 6, "eval/x": 0.5, "eval/y": null}'))
+    assert (found.scores, found.unreadable) == ({"eval/x": 0.5}, 0)
+
+
+def test_a_trial_without_a_finite_score_is_none_that_lacks_it(tmp_path: Path):
+    """JSON has no NaN: it is written as null. One trial that has diverged does not stop the study."""
+    cell = cell_with(tmp_path, '{"step": 6, "eval/loss": null, "eval/x": 0.5}')
+    assert math.isnan(score_of(cell, "eval/loss")) and score_of(cell, "eval/x") == 0.5
+    with pytest.raises(InputError, match="has no eval/y, which .* names; it has eval/loss, eval/x"):
+        score_of(cell, "eval/y")
+
+
+def test_scores_that_cells_lack_are_named():
+    cfg: Any = SimpleNamespace(seeds=[0], tune=None, scores=[ScoreConfig("eval/x"), ScoreConfig("eval/typo")])
+    progress: Any = SimpleNamespace(planned=[SimpleNamespace(row=SimpleNamespace(name=name)) for name in "ab"], tuned=[])
+    study: Any = SimpleNamespace(cfg=cfg)
+    cells = [result("a", scores={"eval/x": 1.0}), result("b", scores={"eval/z": 1.0}, unreadable=2)]
+    lines = Findings(study, progress, cells)._incomplete()
+    assert "b/seed-0: 2 lines of its metrics cannot be read." in lines
+    assert "eval/x: has no finite value in b/seed-0." in lines
+    assert "eval/typo: has no finite value in any finished cell; there are eval/x, eval/z." in lines
+    assert not [line for line in Findings(study, progress, [])._incomplete() if "finite" in line]
 
 
 def test_streams_are_compared_wherever_both_have_seen_as_many_samples():
