@@ -98,6 +98,17 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+def rows_are_independent(transformer: nn.Module, shape: torch.Size, sizes: Sequence[int]) -> bool:
+    """Whether the linear layers give each section of ``sizes`` positions the same bits alone as in the whole stream of ``shape``."""
+    linears = [layer for layer in transformer.modules() if isinstance(layer, nn.Linear)]
+    streams = [torch.randn(*shape[:2], layer.in_features, generator=torch.Generator().manual_seed(0)) for layer in linears]
+    with torch.no_grad():
+        return all(
+            torch.equal(torch.cat([layer(part) for part in x.split(list(sizes), 1)], 1), layer(x))
+            for layer, x in zip(linears, streams, strict=True)
+        )
+
+
 # ---- equal towers are the dense model -------------------------------------------------------------------------------
 
 
@@ -105,11 +116,20 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("model", [MODEL, QUICKSTART], ids=["tiny", "quickstart"])
 def test_equal_towers_are_joint_decoder_bitwise(model: ModelConfig, mask: str, samples: Sequence[Sample]) -> None:
+    """Bitwise where this machine gives the rows of a matrix product the same bits alone and among others; the kernel
+    that it takes for few rows may differ, and then the logits are equal within rounding.
+    """
     joint, it = tiny("joint_decoder", mask, model=model), mot(mask, warm=True, model=model)
     batch = joint.batch(*samples)
-    assert context(it, batch)[1].index is None
-    assert torch.equal(all_logits(it.model, batch), all_logits(joint.model, batch))
-    assert it.model(batch).loss.item() == joint.model(batch).loss.item()
+    x, ctx = context(it, batch)
+    assert ctx.index is None
+    logits, want = all_logits(it.model, batch), all_logits(joint.model, batch)
+    if rows_are_independent(joint.model.transformer, x.shape, ctx.sizes):
+        assert torch.equal(logits, want)
+        assert it.model(batch).loss.item() == joint.model(batch).loss.item()
+    else:
+        assert relative(logits, want) < 1e-6
+        assert it.model(batch).loss.item() == pytest.approx(joint.model(batch).loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("samples", MIXED.values(), ids=MIXED)
