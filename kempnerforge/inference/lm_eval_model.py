@@ -1,10 +1,13 @@
-"""A checkpoint of any arch as a model of lm-eval (EleutherAI's lm-evaluation-harness); needs the extra ``lm-eval``.
+"""A checkpoint of any arch as a model of lm-eval (EleutherAI's lm-evaluation-harness); needs the extra
+``lm-eval``.
 
 ::
 
-    python -m kempnerforge.inference.lm_eval_model run --model kempnerforge --model_args path=runs/quickstart --tasks lambada_openai
+    python -m kempnerforge.inference.lm_eval_model run --model kempnerforge --model_args path=runs/quickstart
+    --tasks lambada_openai
 
-The arguments are those of ``lm-eval``. From Python: ``lm_eval.simple_evaluate(model=LMEvalModel("runs/quickstart"), tasks=[...])``.
+The arguments are those of ``lm-eval``. From Python:
+``lm_eval.simple_evaluate(model=LMEvalModel("runs/quickstart"), tasks=[...])``.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ MAX_NEW_TOKENS = 256
 
 @registry.register_model("kempnerforge")
 class LMEvalModel(harness.TemplateLM):
-    """Likelihoods are of plain text as it is, without images. Prompts that are answered are written by the template of the model's training,
-    with images at each "<image>" or in front.
+    """Likelihoods are of plain text as it is, without images. Prompts that are answered are written by the
+    template of the model's training, with images at each "<image>" or in front.
 
     Args:
         path: as ``kempnerforge.load_pretrained``.
@@ -60,8 +63,8 @@ class LMEvalModel(harness.TemplateLM):
         return self.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
-        """Of each continuation its log-likelihood, in nats, and whether greedy generation writes it. Of a context that is too long the
-        beginning is left out.
+        """Of each continuation its log-likelihood, in nats, and whether greedy generation writes it. Of a
+        context that is too long the beginning is left out.
         """
         rows = [((context + continuation)[-self.window - 1 :], len(continuation)) for _, context, continuation in requests]
         chunks = (rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size))

@@ -159,7 +159,9 @@ def series_of(metrics: Metrics, key: str, name: str, over: str = "") -> Series:
 
 
 def axis_of(curve: ReportCurve, *runs: Metrics) -> dict[str, Any]:
-    """Options of the y axis of ``line_chart`` and ``figures.curves``: percent for shares, logarithmic if the values of ``runs`` span much."""
+    """Options of the y axis of ``line_chart`` and ``figures.curves``: percent for shares, logarithmic if the
+    values of ``runs`` span much.
+    """
     if curve.share:
         return {"y_range": (0.0, 1.0), "y_format": format_percent}
     values = [value for metrics in runs for key in curve.lines if key in WIDE for value in metrics.values(key)]

@@ -45,7 +45,8 @@ class RunState:
         frozen: names of the parameters that do not train at ``step``.
         unevaluated: the evaluation of this step was interrupted.
         metrics: digest of ``metrics.jsonl`` so far; empty where an older version saved.
-        best: with ``checkpoint.keep_best``, the checkpoint that is kept; None where nothing was evaluated yet.
+        best: with ``checkpoint.keep_best``, the checkpoint that is kept; None where nothing was evaluated
+            yet.
         data: fingerprints of the data at the start, by what the data are for.
         asked: how the data place their images; None in an imported model.
         history: what each span of steps was trained with.

@@ -33,7 +33,8 @@ def cider_d(answers: Sequence[Sequence[str]], given: Sequence[Sequence[Sequence[
 
     Args:
         answers: the words of each answer.
-        given: for each answer, the words of its references. How rare an n-gram is, is counted over all of them.
+        given: for each answer, the words of its references. How rare an n-gram is, is counted over all of
+            them.
     """
     references = [[ngrams(words) for words in each] for each in given]
     seen = Counter(gram for each in references for gram in {gram for counts in each for of_n in counts for gram in of_n})

@@ -60,7 +60,9 @@ class Checkpoints(Hook):
             self._due = False
 
     def record(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Notes a better score: its step is saved next, unless it is saved already (after the last step, or at the start)."""
+        """Notes a better score: its step is saved next, unless it is saved already (after the last step, or
+        at the start).
+        """
         key = self.cfg.keep_best
         if not key or not any(name.startswith("eval/") for name in values):
             return

@@ -1,4 +1,6 @@
-"""With ``metrics.diagnosis``: how each part of the model learns, and what a step spends its time on. Nothing that is trained changes."""
+"""With ``metrics.diagnosis``: how each part of the model learns, and what a step spends its time on. Nothing
+that is trained changes.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,16 @@ class Diagnosis(Hook):
     """Records, in the steps of ``metrics.interval``:
 
     * ``grad_norm/PART``: of the gradient before clipping; ``update_ratio/PART``: norm of the update over norm of the weights, of the parameters
-      that train; ``gate/NAME``: each parameter of one element, as the gates of ``cross_attention`` are before their tanh;
+      that train; ``gate/NAME``: each parameter of one element, as the gates of ``cross_attention`` are before
+      their tanh;
     * ``time/data_s``, ``forward_s``, ``backward_s`` (gradient norm included), ``optimizer_s`` and ``hooks_s``: seconds a step, means since the
       last record; data is what the others leave of a step;
     * ``train/tflops_per_s``: FLOPs of forward and backward over the time of the steps, all ranks together, the vision tower included;
       ``train/mfu``: that as a share of ``metrics.peak_tflops`` (Chowdhery et al. 2022, "PaLM", appendix B);
     * ``train/peak_memory_gib``: of the rank with most.
 
-    It listens to the model and the optimizers by torch's own hooks. On a GPU it waits for the device between phases, which costs a little time.
+    It listens to the model and the optimizers by torch's own hooks. On a GPU it waits for the device between
+    phases, which costs a little time.
     """
 
     def __init__(self, cfg: MetricsConfig) -> None:

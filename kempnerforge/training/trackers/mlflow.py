@@ -42,7 +42,9 @@ class MLflowConfig(TrackerConfig):
 
 @registry.register_tracker("mlflow")
 class MLflow(Tracker):
-    """A run that continues is the same one there: its id is kept in ``mlflow-id``. Steps that come again are logged again."""
+    """A run that continues is the same one there: its id is kept in ``mlflow-id``. Steps that come again are
+    logged again.
+    """
 
     def start(self, job: JobConfig, run_dir: Path, step: int) -> None:
         mlflow: Any = importlib.import_module("mlflow")

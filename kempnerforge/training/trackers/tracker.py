@@ -40,7 +40,8 @@ class Tracker(ABC):
 
 
 def kept_id(path: Path, new: str = "") -> str:
-    """What the file ``path`` in a run directory holds, so that a run that continues has the same name elsewhere.
+    """What the file ``path`` in a run directory holds, so that a run that continues has the same name
+    elsewhere.
 
     Args:
         new: what is written where there is no such file; empty: something that no other run has.

@@ -19,7 +19,8 @@ from kempnerforge.util.errors import InputError
 @registry.register_tracker_config
 @dataclass
 class TrackioConfig(TrackerConfig):
-    """trackio, in its own directory (``TRACKIO_DIR``), shown by ``trackio show``; needs the package ``trackio``.
+    """trackio, in its own directory (``TRACKIO_DIR``), shown by ``trackio show``; needs the package
+    ``trackio``.
 
     Attributes:
         project: that the run is in.
@@ -37,7 +38,9 @@ class TrackioConfig(TrackerConfig):
 
 @registry.register_tracker("trackio")
 class Trackio(Tracker):
-    """A run that continues is the same one there: an id in its name is kept in ``trackio-id``. Steps that come again are logged again."""
+    """A run that continues is the same one there: an id in its name is kept in ``trackio-id``. Steps that
+    come again are logged again.
+    """
 
     def start(self, job: JobConfig, run_dir: Path, step: int) -> None:
         self._trackio: Any = importlib.import_module("trackio")

@@ -41,7 +41,9 @@ class WandbConfig(TrackerConfig):
 
 @registry.register_tracker("wandb")
 class Wandb(Tracker):
-    """A run that continues is the same one there: its id is kept in ``wandb/id``. Steps that come again are left out by W&B."""
+    """A run that continues is the same one there: its id is kept in ``wandb/id``. Steps that come again are
+    left out by W&B.
+    """
 
     def start(self, job: JobConfig, run_dir: Path, step: int) -> None:
         cfg: WandbConfig = self.cfg
