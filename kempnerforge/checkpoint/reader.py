@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ _ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in _METADAT
 }
 
 
+def _member(cls: Any, name: Any) -> Enum:
+    """What ``getattr`` is in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as ``getattr(cls, name)``."""
+    if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
+        raise CheckpointError("refusing to unpickle builtins.getattr")
+    return cls[name]
+
+
 class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _member
         if (module_name, global_name) in _ALLOWED:
             return super().find_class(module_name, global_name)
         if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):

@@ -203,9 +203,9 @@ def extensions_are_whole(job: Job) -> Found:
 @_reads("checkpoint", "eval")
 def best_is_measured(job: Job) -> Found:
     """``checkpoint.keep_best`` names a score of a task that the job evaluates."""
-    best, known = job.checkpoint.keep_best, [f"eval/{name}" for name in (*job.eval.BUILT_IN, *job.eval.tasks)]
-    if best and not any(best.startswith(key) for key in known):
-        yield ("checkpoint",), f"keep_best = {best!r}: must begin with the name of a score: {', '.join(known)}"
+    best = job.checkpoint.keep_best
+    if best and not job.eval.measures(best):
+        yield ("checkpoint",), f"keep_best = {best!r}: must begin with the name of a score: {', '.join(job.eval.scores)}"
     if best and not (job.eval.interval or job.eval.at_end):
         yield ("checkpoint",), f"keep_best = {best!r}: nothing is evaluated; set eval.interval"
 

@@ -232,6 +232,15 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def scores(self) -> list[str]:
+        """What the keys of the scores in ``metrics.jsonl`` begin with, one for each task."""
+        return [f"eval/{name}" for name in (*self.BUILT_IN, *self.tasks)]
+
+    def measures(self, key: str) -> bool:
+        """Whether ``key`` can be a score of one of the tasks: "eval/NAME", "eval/NAME_blind" or "eval/NAME/KIND"."""
+        return any(key == name or key.startswith((f"{name}_", f"{name}/")) for name in self.scores)
+
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")
         at_least(self, 1, "batch_size", "max_new_tokens", "text_window")

@@ -154,6 +154,11 @@ def job_of(study: Study, row: Row, more: Sequence[str] = ()) -> JobConfig:
         raise ConfigError([f"row {row.name!r}: {study.path}: [train] max_steps = 0: a cell needs a number of steps, or [[stages]]"])
     if not job.eval.at_end:
         raise ConfigError([f"row {row.name!r}: {study.path}: [eval] at_end = false: a study compares what the evaluation at the end finds"])
+    for score in study.cfg.scores:
+        if not job.eval.measures(score.key):
+            known = ", ".join(job.eval.scores)
+            where = f"row {row.name!r}: {study.path}: [{TABLE}] scores"
+            raise ConfigError([f"{where}: key = {score.key!r}: must begin with the name of a score: {known}"])
     return job
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
 from kempnerforge.checkpoint import CheckpointError, load, save, tensor_info, verify
 from tests.checkpoint.helpers import blank, reseal, some_tensors
@@ -72,6 +73,28 @@ def test_modules_of_allowed_classes_are_not_open(tmp_path: Path, name: str) -> N
     path = save(tmp_path, 1, some_tensors(), {}, {}, keep=1)
     (path / ".metadata").write_bytes(f"c{name}\nload\n.".encode())
     with pytest.raises(CheckpointError, match="refusing to unpickle"):
+        tensor_info(path)
+
+
+def test_enums_as_python_3_11_0_to_3_11_3_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a member of an enum is ``getattr(cls, name)`` in a pickle; so it is in what they save, and in what is read there."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    path = save(tmp_path, 1, some_tensors(), {}, {}, keep=1)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    found = blank(some_tensors())
+    load(path, found)
+    assert all(torch.equal(found[key], value) for key, value in some_tensors().items())
+
+
+@pytest.mark.parametrize(("holder", "name"), [(TensorProperties, "create_from_tensor"), (_MEM_FORMAT_ENCODING, "__subclasses__")])
+def test_getattr_reaches_enum_members_alone(holder: type, name: str, tmp_path: Path) -> None:
+    class Reach:
+        def __reduce__(self):
+            return (getattr, (holder, name))
+
+    path = save(tmp_path, 1, some_tensors(), {}, {}, keep=1)
+    (path / ".metadata").write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(CheckpointError, match=r"refusing to unpickle builtins\.getattr"):
         tensor_info(path)
 
 

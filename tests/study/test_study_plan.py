@@ -111,6 +111,10 @@ def test_keys_of_another_arch_are_left_behind(tmp_path: Path):
             ("[study.axes.arch]", "[study.tune]\nkeys = { 'optimizer.lr' = { low = 1e-4, high = inf } }\n[study.axes.arch]"),
             "tune.keys.optimizer.lr.high = inf: must be a finite number",
         ),
+        (
+            ("seeds = [0, 1]", "seeds = [0]\nscores = [{ key = 'eval/exactmatch' }]"),
+            "scores: key = 'eval/exactmatch': must begin with the name of a score: eval/exact_match, eval/loss",
+        ),
         (("seeds = [0, 1]", "seeds = [0]\nscores = [{ key = 'eval/' }]"), "scores[0].key = 'eval/': must be eval/ and the name of a score"),
     ],
 )

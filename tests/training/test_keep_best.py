@@ -120,6 +120,7 @@ def test_the_last_evaluation_counts(tmp_path: Path) -> None:
             ["--checkpoint.keep_best=eval/scriptd"],
             "keep_best = 'eval/scriptd': must begin with the name of a score: eval/exact_match, eval/loss",
         ),
+        (["--checkpoint.keep_best=eval/scriptedx"], "keep_best = 'eval/scriptedx': must begin with the name of a score"),
         (["--eval.interval=0", "--eval.at_end=false"], "keep_best = 'eval/scripted': nothing is evaluated; set eval.interval"),
         (["--checkpoint.keep_best=", "--checkpoint.best_is=lowest"], "best_is = 'lowest': only keep_best reads it"),
         (["--checkpoint.best_is=largest"], "best_is = 'largest': allowed are 'highest', 'lowest'"),
