@@ -47,6 +47,9 @@ def table(path: Path, *more: str) -> list[dict[str, str]]:
         return [{key: value for key, value in row.items() if key not in NOISY} for row in csv.DictReader(file)]
 
 
+pytestmark = pytest.mark.slow  # whole studies, cell after cell; .ci/run runs the one from plan to page
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned study that ran undisturbed."""

@@ -89,6 +89,7 @@ def test_the_visible_difference_has_the_power_that_it_claims():
     assert visible_difference(0.02, 10) < size / 1.5 and visible_difference(0.0, 5) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("seeds", [5, 8])
 def test_false_alarms_of_a_thousand_null_studies(rows: int, seeds: int):
