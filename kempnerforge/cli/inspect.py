@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HELP = """Look at what the model would really be trained on.
 
 Takes real training batches of each stage, prints them as text with every trained token marked (from the labels, not from the template),
-and names whatever is wrong with them. The page index.html shows the same with the images as the model gets them, each token with its
+and names all that is wrong with them. The page index.html shows the same with the images as the model gets them, each token with its
 column and id, positions and samples of each row, what was left out and why. Exit code 2 says that something is wrong."""
 
 

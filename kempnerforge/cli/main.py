@@ -121,7 +121,7 @@ def _run(argv: Sequence[str]) -> int:
     except (RuntimeError, OSError) as error:
         from kempnerforge.data.batching.loader import lost_worker
 
-        if isinstance(error, BrokenPipeError) and _nobody_reads():  # who did has seen enough
+        if isinstance(error, BrokenPipeError) and _output_is_closed():  # who did has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
@@ -134,7 +134,7 @@ def _run(argv: Sequence[str]) -> int:
         return code
 
 
-def _nobody_reads() -> bool:
+def _output_is_closed() -> bool:
     """Whether stdout is a pipe that has no reader any more."""
     watched = select.poll()
     watched.register(1, 0)  # without an event that is asked for, what is wrong is told alone

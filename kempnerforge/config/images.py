@@ -67,7 +67,7 @@ class ImagesConfig:
     one.
 
     Attributes:
-        fit: "squash" (the image becomes one square, whatever its shape), "crop" (the short side fits, the
+        fit: "squash" (the image becomes one square, its shape is not kept), "crop" (the short side fits, the
             middle is taken), "letterbox" (the long side fits, the rest is filled with the mean colour of the
             encoder's normalisation; LLaVA's pad-to-square), or "tiles" (several views: one of the whole image
             and a grid of tiles from an enlarged one).

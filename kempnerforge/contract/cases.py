@@ -173,6 +173,13 @@ class Tiny:
         """One row a sample, as in training."""
         return collate([self.encode(sample) for sample in samples], self.encoder.tokenizer.pad_id, pad_to)
 
+    def each_word_changed(self, sample: Sample) -> tuple[Tensor, Batch]:
+        """The columns of its words, and rows of ``sample``: row j has its j-th word changed, the last row none."""
+        words = (self.batch(sample).kinds[0] >= Kind.PROMPT).nonzero().flatten()
+        batch, rows = self.batch(*[sample] * (len(words) + 1)), torch.arange(len(words))
+        batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % self.encoder.tokenizer.base_vocab_size
+        return words, batch
+
     def pack(self, *rows: Sequence[Sample], pad_to: int | None = None) -> Batch:
         """Rows of several samples."""
         packed = [join([self.encode(sample) for sample in samples]) for samples in rows]

@@ -144,10 +144,7 @@ def test_no_word_leaks(arch: str | None, mask: str, sample: Sample) -> None:
     """
     it = watched(arch, mask)
     one = it.batch(sample)
-    words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
-    batch = it.batch(*[sample] * (len(words) + 1))  # row j has its j-th word changed, the last row none
-    rows = torch.arange(len(words))
-    batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % it.encoder.tokenizer.base_vocab_size
+    words, batch = it.each_word_changed(sample)
     logits = all_logits(it.model, batch)
     moved = changes(logits[:-1], logits[-1:]) > 1e-5  # (words, S)
     assert torch.equal(moved, may_see(one, mask)[:, words].T), (

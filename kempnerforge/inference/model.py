@@ -247,7 +247,7 @@ def load_pretrained(
         plugins: modules or files in place of the plugins that the run names, which may have moved; relative
             to the working directory.
         trust_plugins: run the plugins that the run or export names. They are code; see docs/security.md.
-        dtype: of the weights, and what it computes in; None: fp32, whatever it was trained or stored in.
+        dtype: of the weights, and what it computes in; None: fp32.
         verify: compare a model from elsewhere with its class in transformers, as ``kempnerforge import``
             does; it takes the memory of both in fp32. False: a warning says that it is not compared. Runs and
             our own exports need no comparison.

@@ -86,7 +86,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        window_pattern="S",  # in all layers, whatever ``layer_types`` says
+        window_pattern="S",  # in all layers; ``layer_types`` is not read for it
         constants={"sliding_window": None},
         unread=("layer_types",),
     ),

@@ -3,7 +3,7 @@
 
 ::
 
-    figure = curves([Series("mot", steps, losses), Series("joint", steps, others)], "Loss", "nats", log=True)
+    figure = curves([Series("run a", steps, losses), Series("run b", steps, others)], "Loss", "nats", log=True)
     save(figure, Path("loss.pdf"))
 """
 

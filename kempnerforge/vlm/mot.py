@@ -146,7 +146,7 @@ class MoT(VLM):
 
     @property
     def modalities(self) -> list[str]:
-        """In the order of the stream's sections: by name, whatever the order in the config, and text last."""
+        """In the order of the stream's sections: by name, not in the order of the config, and text last."""
         return [*sorted(set(self.cfg.mot_modalities) - {TEXT}), TEXT]
 
     def block(self, cfg: ModelConfig, layer: int) -> Block:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import DataConfig, DistributedConfig, EvalConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
-from kempnerforge.data.sample import Sample, SampleError, Text
-from kempnerforge.data.source import Source
+from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.distributed.world import start, stop
@@ -29,6 +28,7 @@ from kempnerforge.eval.task import Score
 from kempnerforge.eval.tasks.exact_match import ExactMatch
 from kempnerforge.model.transformer import Cache
 from kempnerforge.vlm.base import Output
+from tests.data.samples import ListSource
 
 TOKENIZER = Tokenizer.train(["what colour?\n", "red", "blue", "yes", "no"] * 4, 300)
 ENCODER = Encoder(TOKENIZER, DataConfig(), Layout(image_tokens=4, image_size=8, max_text_len=32, seq_len=64, pad_to=36), seed=0)
@@ -45,23 +45,6 @@ def evaluate(
     """Exact match of ``asked``."""
     exam = Exam(model, encoder, cfg, DEVICE, ranks or Ranks())
     return ExactMatch()._score(exam, dict(enumerate(asked)), blind)
-
-
-class ListSource(Source):
-    """Samples of a list; None stands for one that cannot be used."""
-
-    def __init__(self, samples: Sequence[Sample | None]) -> None:
-        super().__init__(DataConfig(source="list"), "test")
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        if sample is None:
-            raise SampleError(f"row {index} is broken")
-        return sample
 
 
 def grey(level: int) -> bytes:

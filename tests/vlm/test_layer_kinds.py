@@ -104,10 +104,7 @@ def test_a_word_is_seen_within_the_window_alone(arch: str | None, mask: str) -> 
     it.model.eval()
     for sample in (ONE, THREE, INTERLEAVED, TWICE):
         one = it.batch(sample)
-        words = (one.kinds[0] >= Kind.PROMPT).nonzero().flatten()
-        batch = it.batch(*[sample] * (len(words) + 1))  # row j has its j-th word changed, the last row none
-        rows = torch.arange(len(words))
-        batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % it.encoder.tokenizer.base_vocab_size
+        words, batch = it.each_word_changed(sample)
         logits = all_logits(it.model, batch)
         moved = (logits[:-1] - logits[-1:]).abs().amax(-1) > 1e-6  # (words, S)
         far = one.positions[0][:, None] - one.positions[0]

@@ -22,7 +22,7 @@ REMEMBERED = 2**16
 
 
 def content_key(data: bytes) -> str:
-    """Identifies an encoded image by its content, whatever its path."""
+    """Identifies an encoded image by its content; its path does not count."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

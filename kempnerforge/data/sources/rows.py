@@ -32,7 +32,7 @@ SHOWN_ROWS = 5
 FIELD_BYTES = 2**26
 """A field of a CSV file is not longer: a quote that is never closed would take the rest of the file."""
 Measure = Callable[[Mapping[str, Any]], tuple[int, int]]
-"""Of a row: characters of its texts, and images. Must take whatever a row may hold."""
+"""Of a row: characters of its texts, and images. Must take all that a row may hold."""
 Problems = Callable[[Mapping[str, Any]], Iterable[str]]
 """What is wrong with the keys of a row."""
 

@@ -128,7 +128,7 @@ class TextEncoder:
 
         Args:
             prompt: with a placeholder for each image, or with none: the images are in front then. A
-                conversation: its last answer is asked for, whatever it says.
+                conversation: its last answer is asked for; what it says is not read.
             num_images: how many the question has.
 
         Raises:
