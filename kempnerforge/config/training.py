@@ -25,17 +25,28 @@ class RunConfig:
             that lies beside them is taken, too.
         init_allow: fnmatch patterns of parameter names that may be missing there, be there in excess, or have
             another shape there: such ones stay fresh. All others must match.
+        init_parts: a part of the model, such as ``vision_encoder`` -> the checkpoint or run directory whose
+            part of that name a fresh run starts with. It may be of another model; the section of the part
+            must be the same there. The text model comes from ``init_from``, with its tokenizer.
     """
 
     dir: PathText = "runs/default"
     init_from: PathText = ""
     init_allow: list[str] = field(default_factory=list)
+    init_parts: dict[str, PathText] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise InputError("dir = '': a run needs a directory")
         if self.init_allow and not self.init_from:
             raise InputError(f"init_allow = {self.init_allow}: is only read with init_from")
+        if "transformer" in self.init_parts:
+            raise InputError("init_parts: transformer: the text model comes from init_from, with its tokenizer")
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Whether a fresh run reads weights."""
+        return bool(self.init_from or self.init_parts)
 
 
 @dataclass

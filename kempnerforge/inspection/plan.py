@@ -69,7 +69,7 @@ def check_patterns(assembly: Assembly) -> None:
     """
     job, freeze = assembly.job, assembly.freeze
     freeze.check()
-    reads = job.run.init_from or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
+    reads = job.run.begins_with_weights or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
     if not reads:
         freeze.refuse_random(assembly.model)
     for stage in assembly.stages:

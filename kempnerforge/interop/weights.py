@@ -109,18 +109,49 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
 # ---- our checkpoints --------------------------------------------------------------------------------------------------
 
 
+def read_part(path: Path | str, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of the module ``part`` of a model of ours. Call it on all ranks; each has all of them, on the
+    CPU.
+
+    Args:
+        path: a checkpoint, a folder of them (the newest is taken) or a run directory.
+        part: a top-level module, such as ``vision_encoder``.
+
+    Returns:
+        Our parameter names -> tensor, and the section of that name in the config there; None without one.
+
+    Raises:
+        InputError: nothing usable is there, or the model there has no such part.
+    """
+    try:
+        return reading(Path(path), lambda checkpoint: _part_of_checkpoint(checkpoint, part))
+    except CheckpointError as error:
+        raise InputError(f"{error}; parts are read from checkpoints and run directories") from None
+
+
+def _part_of_checkpoint(checkpoint: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    tensors = _tensors(checkpoint, f"{part}.")
+    if not tensors:
+        raise InputError(f"{checkpoint}: its model has no {part}")
+    file = checkpoint / "config.toml"
+    return tensors, read_toml(file).get(part) if file.is_file() else None
+
+
 def _of_checkpoint(checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
-    info = tensor_info(checkpoint)
-    tensors, averaged = (
-        {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
-        for prefix in (MODEL, AVERAGED)
-    )
     _check_config(checkpoint, cfg)
-    load(checkpoint, tensors, prefix=MODEL)
-    if averaged:
-        load(checkpoint, averaged, prefix=AVERAGED)
-        tensors |= {MODEL + name.removeprefix(AVERAGED): t for name, t in averaged.items()}
-    return _with_head({name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}, checkpoint, cfg)
+    return _with_head(_tensors(checkpoint, ""), checkpoint, cfg)
+
+
+def _tensors(checkpoint: Path, begin: str) -> dict[str, Tensor]:
+    """The parameters in ``checkpoint`` whose names begin with ``begin``; of a run with an average, its."""
+    found: dict[str, Tensor] = {}
+    for kind in (MODEL, AVERAGED):
+        prefix, info = kind + begin, tensor_info(checkpoint)
+        wanted = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
+        if wanted:
+            load(checkpoint, wanted, prefix=prefix)
+        found |= {name.removeprefix(kind): tensor for name, tensor in wanted.items()}
+    return found
 
 
 def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:

@@ -1,16 +1,19 @@
-"""The weights of a fresh run, read from ``run.init_from`` by name, and embedding rows by token."""
+"""The weights of a fresh run, read from ``run.init_from`` and ``run.init_parts`` by name, and embedding rows by
+token.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kempnerforge.config import to_dict
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.interop import read_weights, take_weights
+from kempnerforge.interop import read_part, read_weights, take_weights
 from kempnerforge.interop.families import EMBEDDING, HEAD
 from kempnerforge.interop.write import NEW_EMBEDDING, NEW_HEAD
 from kempnerforge.model.lora import fitting_magnitudes
@@ -26,15 +29,15 @@ TABLES = ((f"transformer.{EMBEDDING}", f"transformer.{NEW_EMBEDDING}"), (f"trans
 
 
 def initialise(model: VLM, tokenizer: Tokenizer | None = None) -> None:
-    """Loads ``run.init_from`` of the model's job into ``model``, then what the architecture derives from it.
-    Call it before the model is sharded, on all ranks.
+    """Loads ``run.init_from`` and ``run.init_parts`` of the model's job into ``model``, then what the
+    architecture derives from them. Call it before the model is sharded, on all ranks.
 
     Args:
         tokenizer: of the model: rows of embedding and head are taken token by token.
 
     Raises:
-        InputError: the weights cannot be used, or names or shapes differ that ``run.init_allow`` does not
-            list.
+        InputError: the weights cannot be used, names or shapes differ that ``run.init_allow`` does not list,
+            or a part of ``run.init_parts`` is another one there.
     """
     run = model.job.run
     with fitting_magnitudes(model):
@@ -42,7 +45,8 @@ def initialise(model: VLM, tokenizer: Tokenizer | None = None) -> None:
             weights = read_weights(run.init_from, model.job.model)
             if tokenizer is not None:
                 weights = rows_by_token(weights, model, tokenizer, tokenizer_of_weights(Path(run.init_from)))
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters() if not _part_of(name, run.init_parts)}
+            weights = {name: tensor for name, tensor in weights.items() if not _part_of(name, run.init_parts)}
             other_shape = {name for name in shapes.keys() & weights.keys() if shapes[name] != weights[name].shape}
             differences = {
                 "lacks": shapes.keys() - weights.keys(),
@@ -60,7 +64,31 @@ def initialise(model: VLM, tokenizer: Tokenizer | None = None) -> None:
                     " List patterns of what may differ in run.init_allow"
                 )
             model.loaded |= take_weights(model, {name: weights[name] for name in weights.keys() - other_shape}, run.init_from)
+        for part, path in run.init_parts.items():
+            model.loaded |= _take_part(model, part, path)
         model.warm_start()
+
+
+def _part_of(name: str, parts: Iterable[str]) -> bool:
+    """Whether the parameter ``name`` lies in one of ``parts``."""
+    return any(name.startswith(f"{part}.") for part in parts)
+
+
+def _take_part(model: VLM, part: str, path: str) -> set[str]:
+    """Loads the module ``part`` of the checkpoint at ``path``. Returns the names of its parameters."""
+    where = f"run.init_parts: {part} = {path!r}"
+    names = {name for name, _ in model.named_parameters()}
+    wanted = {name for name in names if _part_of(name, [part])}
+    if not wanted:
+        raise InputError(f"{where}: the model has no such part; it has {', '.join(sorted({name.partition('.')[0] for name in names}))}")
+    weights, section = read_part(path, part)
+    here = to_dict(model.job).get(part)
+    if section is not None and section != here:
+        changed = sorted(key for key in section.keys() | here.keys() if section.get(key) != here.get(key)) if here else [part]
+        raise InputError(f"{where}: is another one there: {', '.join(f'{part}.{key}' for key in changed)} differ")
+    if differing := sorted(weights.keys() ^ wanted):
+        raise InputError(f"{where}: {len(differing)} parameters are only there or only here: {', '.join(differing[:4])}")
+    return take_weights(model, weights, path)
 
 
 @torch.no_grad()

@@ -154,3 +154,39 @@ def test_a_run_that_has_begun_needs_its_origin_no_more(tmp_path: Path) -> None:
     ended = call(*argv, f"--run.dir={tmp_path}/cut")
     assert ended.code == 0, ended
     assert_same_tensors(tensors(tmp_path / "cut"), tensors(tmp_path / "reference"))
+
+
+def test_a_part_comes_from_another_model(tmp_path: Path) -> None:
+    """The encoder of a model of another width, beside a text model from elsewhere; the part must be built alike."""
+    _, one, two_ = two_configs(tmp_path)
+    short = ("train", one, "--train.max_steps=1", "--eval.at_end=false")
+    assert call(*short, f"--run.dir={tmp_path}/text").code == 0
+    assert call(*short, "--model.dim=48", "--train.seed=7", f"--run.dir={tmp_path}/seeing").code == 0
+    part = f'--run.init_parts={{ vision_encoder = "{tmp_path}/seeing" }}'
+    argv = (
+        "train",
+        two_,
+        "--train.max_steps=1",
+        "--eval.at_end=false",
+        "--checkpoint.interval=1",
+        f"--run.init_from={tmp_path}/text",
+        part,
+    )
+    assert call(*argv, f"--run.dir={tmp_path}/both").code == 0  # its encoder is frozen
+    seeing, text, both = (hashes(tensors(tmp_path / name)) for name in ("seeing", "text", "both"))
+    encoder = [name for name in both if name.startswith("vision_encoder.")]
+    assert len(encoder) > 20 and all(both[name] == seeing[name] for name in encoder)
+    assert any(both[name] != text[name] for name in encoder)
+
+    for extra, said in (
+        (("--vision_encoder.mean=[0.4, 0.5, 0.5]",), "is another one there: vision_encoder.mean differ"),
+        (("--vision_encoder.n_heads=4",), "is another one there: vision_encoder.n_heads differ"),
+        (
+            (f'--run.init_parts={{ vision = "{tmp_path}/seeing" }}',),
+            "the model has no such part; it has adapter, transformer, vision_encoder",
+        ),
+        ((f'--run.init_parts={{ transformer = "{tmp_path}/seeing" }}',), "transformer: the text model comes from init_from"),
+        ((f'--run.init_parts={{ vision_encoder = "{tmp_path}/nowhere" }}',), "nowhere: no such directory"),
+    ):
+        ended = call(*argv, *extra, f"--run.dir={tmp_path}/other")
+        assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, (extra, ended)
