@@ -34,7 +34,9 @@ __all__ = [
     "named",
 ]
 
-MASKS = ("causal", "image_bidirectional", "prefix")
+MASKS = ("causal", "image_bidirectional", "prefix", "image_sees_prompt")
+SEES_PROMPT = ("prefix", "image_sees_prompt")
+"""Masks under which an image knows the prompt."""
 
 _RESERVED_ARCHS: frozenset[str] = frozenset()
 """Names kept for planned architectures: asking for one is a ``NotImplementedError``."""
@@ -53,7 +55,9 @@ class VLMConfig:
             ``freeze_at``.
         module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
-            (image and prompt see each other: PaliGemma, Beyer et al. 2024; of several texts of one image it sees none).
+            (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (as causal, but
+            image tokens see the whole prompt: modality-mutual attention, Wang et al. 2025, arXiv 2503.02597).
+            Under the last two an image that several texts share sees none of them.
         masks: no key: the values that ``attention_mask`` takes.
         stands_for: no key either: ``model_type`` in transformers of models with the blocks of this arch.
 
@@ -214,7 +218,7 @@ class CrossAttentionConfig(VLMConfig):
         at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads", "cross_attention_seen_tokens", "unwritten_tokens")
         one_of(self, "cross_attention_media", ("all", "latest", "latest_group"))
         one_of(self, "cross_attention_blind", ("feed_forward", "nothing", "attention"))
-        if self.attention_mask == "image_bidirectional":
+        if self.attention_mask.startswith("image_"):
             raise InputError(f"attention_mask = {self.attention_mask!r}: {self.arch} has no image tokens in the stream")
         if self.cross_attention_n_heads and self.cross_attention_n_kv_heads:
             divides(self, "cross_attention_n_kv_heads", "cross_attention_n_heads")

@@ -27,7 +27,7 @@ from kempnerforge.config.data import TextConfig
 from kempnerforge.config.files import assign, parse_overrides
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.config.vlm import MASKS
+from kempnerforge.config.vlm import MASKS, SEES_PROMPT
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate, prompt_batch
 from kempnerforge.data.batching.pack import join
@@ -272,11 +272,17 @@ def may_see(batch: Batch, mask: str) -> Tensor:
     """
     kinds, texts, length = batch.kinds[0].tolist(), batch.text_ids[0].tolist(), batch.kinds.shape[1]
     answered = [any(kinds[j] == Kind.ANSWER and texts[j] == texts[q] for j in range(q)) for q in range(length)]
+    informed = [  # "image_sees_prompt": an image that knows the prompt was there already
+        any(kinds[j] == Kind.IMAGE and (texts[j] == texts[q] or max(texts) == 1) and not answered[j] for j in range(q + 1))
+        for q in range(length)
+    ]
     allowed = torch.zeros(length, length, dtype=torch.bool)
     for q in range(length):
         for k in range(length):
-            in_prefix = mask == "prefix" and kinds[k] == Kind.PROMPT and not answered[k]
+            in_prefix = mask in SEES_PROMPT and kinds[k] == Kind.PROMPT and not answered[k]
             ahead = in_prefix and kinds[q] in (Kind.PROMPT, Kind.IMAGE) and not answered[q]
+            if mask == "image_sees_prompt":
+                ahead = in_prefix and informed[q]
             allowed[q, k] = texts[q] == texts[k] and (k <= q or ahead)
             if in_prefix and kinds[q] == Kind.IMAGE and texts[q] == 0:
                 allowed[q, k] = max(texts) == 1  # several texts must not see each other through the image

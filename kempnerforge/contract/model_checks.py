@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kempnerforge.config import ModelConfig, load_config, to_toml
+from kempnerforge.config.vlm import SEES_PROMPT
 from kempnerforge.contract.cases import (
     ANSWERED,
     GQA,
@@ -167,19 +168,20 @@ def test_no_image_leaks(arch: str, sample: Sample) -> None:
             images[image] = 255 - images[image]
             moved = changes(all_logits(it.model, replace(batch, images=images)), want)[0] > 1e-5
             allowed = torch.zeros_like(moved)
-            prompt = may_see(batch, mask)  # under "prefix" whatever sees a word of the prompt after the image may know of the image
+            prompt = may_see(batch, mask)  # what sees a word of the prompt that knows the image may know it, too
             for m in (batch.image_index == image).nonzero().flatten().tolist():
                 start, text = int(batch.image_starts[m]), int(batch.image_text_ids[m])
                 later = (torch.arange(len(moved)) >= start) & ((texts == text) | (text == 0))
                 inside_answer = (kinds[:start][texts[:start] == text] == Kind.ANSWER).any()
-                if mask == "prefix" and not inside_answer:
+                if mask in SEES_PROMPT and not inside_answer:
                     own = (kinds == Kind.PROMPT) & ((texts == text) | (text == 0))
+                    own &= later | (mask == "prefix")
                     later |= own | prompt[:, own].any(1)
                 allowed |= later
             words = kinds >= Kind.PROMPT
             assert torch.equal(moved[words], allowed[words]), f"under mask {mask!r} image {image} changes words that do not come after it"
             before = moved[: int(batch.image_starts[batch.image_index == image].min())]
-            assert mask == "prefix" or not before.any(), f"under mask {mask!r} positions before image {image} know it"
+            assert mask in SEES_PROMPT or not before.any(), f"under mask {mask!r} positions before image {image} know it"
 
 
 @each_mask
@@ -201,7 +203,7 @@ def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str, 
     compared with the row of all.
     """
     it = watched(arch, mask)
-    size = 2 if mask == "prefix" and sample is THREE else 1
+    size = 2 if mask in SEES_PROMPT and sample is THREE else 1
     together = it.batch(sample)
     apart = it.batch(*(replace(sample, texts=texts) for texts in combinations(sample.texts, size)))
     assert together.num_targets * size == apart.num_targets

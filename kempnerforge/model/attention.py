@@ -68,17 +68,18 @@ class Segments:
     """The structure that attention follows, one number per key in storage order.
 
     A query sees a key of its own sample (padding, sample -1, sees padding) that belongs to the sample's
-    shared part (text 0) or to its own text, if the key does not come later in the stream or both are of one
-    bidirectional group. With a window the key is fewer than so many positions back, too, unless both are of
-    one group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its images within
-    the window, so that it sees the same.) The distance is counted in positions of RoPE: places in the row
-    would also count the other texts about the same image, which a text does not see.
+    shared part (text 0) or to its own text, if the key does not come later in the stream or is of the group
+    that the query looks ahead at. With a window the key is fewer than so many positions back, too, unless it
+    is of that group: PaliGemma 2 is trained so, and an image is whole in every layer. (Gemma 3 has its images
+    within the window, so that it sees the same.) The distance is counted in positions of RoPE: places in the
+    row would also count the other texts about the same image, which a text does not see.
 
     Attributes:
         sample_ids: (B, K) int64; -1 is padding.
         text_ids: (B, K) int64; 0 is the shared part of a sample.
-        groups: (B, K) int64; tokens with the same number above 0 see each other in both directions. None:
-            there are no such groups.
+        groups: (B, K) int64; a number above 0: the group of the key. None: there are no groups.
+        ahead: (B, K) int64; a number above 0: the group that the query looks ahead at. None: its own, so that
+            the tokens of a group see each other in both directions.
         order: (B, K) int64, the place of each key in the stream. None: the order of storage.
         has_documents: False promises that without groups a causal mask alone is right: one text a row, padded
             on the right.
@@ -97,6 +98,7 @@ class Segments:
     documents: RowDocuments | None = None
     positions: Tensor | None = None
     windows: tuple[int, ...] = (0,)
+    ahead: Tensor | None = None
 
     @property
     def num_keys(self) -> int:
@@ -115,23 +117,29 @@ class Segments:
             return ids.gather(1, place).masked_fill(padding, nothing)
 
         order = index if self.order is None else taken(self.order, -1)
-        groups = None if self.groups is None else taken(self.groups, 0)
-        positions = None if self.positions is None else taken(self.positions, 0)
+        groups, positions, ahead = (None if ids is None else taken(ids, 0) for ids in (self.groups, self.positions, self.ahead))
         ids = taken(self.sample_ids, -1), taken(self.text_ids, 0)
-        return Segments(*ids, groups, order, documents=self.documents, positions=positions, windows=self.windows)
+        return Segments(*ids, groups, order, documents=self.documents, positions=positions, windows=self.windows, ahead=ahead)
 
     def extend(self, later: Segments) -> Segments:
         """These keys followed by ``later`` ones, which come after all of these in the stream."""
-        groups = order = positions = None
+        groups = order = positions = ahead = None
         if self.groups is not None or later.groups is not None:
             groups = torch.cat([s.groups if s.groups is not None else torch.zeros_like(s.text_ids) for s in (self, later)], dim=1)
+        if self.ahead is not None or later.ahead is not None:
+            ahead = torch.cat([s._ahead() for s in (self, later)], dim=1)
         if self.order is not None or later.order is not None:
             earlier = self._order()
             order = torch.cat([earlier, later._order() + earlier.amax(dim=1, keepdim=True) + 1], dim=1)
         ids = [torch.cat(pair, dim=1) for pair in ((self.sample_ids, later.sample_ids), (self.text_ids, later.text_ids))]
         if self.positions is not None and later.positions is not None:
             positions = torch.cat([self.positions, later.positions], dim=1)
-        return Segments(ids[0], ids[1], groups, order, positions=positions, windows=self.windows)
+        return Segments(ids[0], ids[1], groups, order, positions=positions, windows=self.windows, ahead=ahead)
+
+    def _ahead(self) -> Tensor:
+        """(B, K)."""
+        found = self.groups if self.ahead is None else self.ahead
+        return torch.zeros_like(self.text_ids) if found is None else found
 
     def _order(self) -> Tensor:
         """(B, K)."""
@@ -144,6 +152,7 @@ class Segments:
         FlexAttention takes.
         """
         samples, texts, groups, order, positions = self.sample_ids, self.text_ids, self.groups, self.order, self.positions
+        ahead = self._ahead()
         assert not window or positions is not None, "a window is counted in positions"
 
         def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -153,7 +162,7 @@ class Segments:
             if window and positions is not None:
                 reached = reached & (positions[row, query] - positions[row, key] < window)
             if groups is not None:
-                group = groups[row, query]
+                group = ahead[row, query]
                 reached = reached | ((group == groups[row, key]) & (group > 0))
             return same_text & reached
 
@@ -222,8 +231,8 @@ class Segments:
 
         def mask(places: Tensor, in_sample: Tensor) -> Tensor:
             samples, texts = self.sample_ids.flatten()[places], self.text_ids.flatten()[places]  # (n, L)
-            groups, positions = (None if ids is None else ids.flatten()[places] for ids in (self.groups, self.positions))
-            bucket = Segments(samples.masked_fill(~in_sample, -1), texts, groups, positions=positions)
+            groups, positions, ahead = (None if ids is None else ids.flatten()[places] for ids in (self.groups, self.positions, self.ahead))
+            bucket = Segments(samples.masked_fill(~in_sample, -1), texts, groups, positions=positions, ahead=ahead)
             return additive(bucket.visible(window=window), dtype)
 
         return take_apart(rows, stored, batch * keys, mask, self.groups is not None, window)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
+from kempnerforge.config.vlm import SEES_PROMPT
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.eval.generate import Sampling, generate
@@ -183,9 +184,9 @@ class VLM(ExactBuffers):
         """Who sees whom in a stream that is laid out as ``batch`` says."""
         kind = self.attention_mask
         text_ids = batch.text_ids
-        if kind == "prefix":  # PaliGemma: the image sees the prompt too, unless there are several that must not see each other
+        if kind in SEES_PROMPT:  # unless there are several texts, which must not see each other through the image
             text_ids = text_ids * (_texts_of_sample(batch) > 1)
-        groups = _bidirectional_groups(kind, batch, text_ids)
+        groups, ahead = _groups(kind, batch, text_ids)
         return Segments(
             batch.sample_ids,
             text_ids,
@@ -194,6 +195,7 @@ class VLM(ExactBuffers):
             documents=batch.documents or None,
             positions=batch.positions if any(self.job.model.windows) else None,
             windows=self.job.model.windows,
+            ahead=ahead,
         )
 
     def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | ByWindow | None:
@@ -283,16 +285,17 @@ def _texts_of_sample(batch: Batch) -> Tensor:
     return torch.zeros_like(batch.text_ids).scatter_reduce(1, samples, batch.text_ids, "amax").gather(1, samples)
 
 
-def _bidirectional_groups(kind: str, batch: Batch, text_ids: Tensor) -> Tensor | None:
-    """(B, S): positions with the same number above 0 see each other in both directions."""
+def _groups(kind: str, batch: Batch, text_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``Segments.groups`` and ``Segments.ahead``, (B, S) each, of a mask."""
     if kind == "causal":
-        return None
+        return None, None
     image = batch.kinds == Kind.IMAGE
-    if kind == "prefix":
-        return ((image | (batch.kinds == Kind.PROMPT)) & ~_after_an_answer(batch)) * (1 + text_ids)
+    if kind in SEES_PROMPT:
+        prompt, texts = batch.kinds == Kind.PROMPT, ~_after_an_answer(batch) * (1 + text_ids)
+        return ((image | prompt) * texts, None) if kind == "prefix" else (prompt * texts, image * texts)
     starts = torch.zeros_like(text_ids)
     starts[batch.image_rows, batch.image_starts] = 1
-    return starts.cumsum(1) * image  # the n-th image of a row is group n
+    return starts.cumsum(1) * image, None  # the n-th image of a row is group n
 
 
 def _after_an_answer(batch: Batch) -> Tensor:

@@ -173,6 +173,7 @@ def test_resolved_image_heads_needs_no_kv_heads() -> None:
         ("mot", {"mot_image_n_kv_heads": -1}, "mot_image_n_kv_heads = -1: .*non-negative"),
         ("cross_attention", {"cross_attention_n_heads": 6, "cross_attention_n_kv_heads": 4}, "must divide"),
         ("cross_attention", {"attention_mask": "image_bidirectional"}, "no image tokens in the stream"),
+        ("cross_attention", {"attention_mask": "image_sees_prompt"}, "no image tokens in the stream"),
         ("mot", {"mot_modalities": ("text",)}, "at least 2 entries"),
         ("mot", {"mot_modalities": ("text", "audio")}, "must include 'image'"),
         ("mot", {"mot_modalities": ("image", "audio")}, "must include 'text'"),
