@@ -3,24 +3,22 @@
 Answers are balanced: a model that knows the question and not the picture is at chance, for each question
 alone.
 
-=============  ==================================================  ================================  =========================
-skill          question                                            answer                            held out
-=============  ==================================================  ================================  =========================
-counting       how many circles are there?                         4                                 shape x
-number relation       where is the red circle, seen from the blue star?   left, right, above or below
-shape x shape
-               is the red circle left of the blue star?            yes or no binding        what colour is the
-circle?                          red                               colour x shape
-               which shape is red?                                 circle
-               is there a red circle?                              yes or no
-reading        what is written in red?                             407                               the
-string comparison     which picture shows more circles?                   first or second
-shape x number
-               do all pictures show the same?                      yes or no                         colour x
-shape pointing       point to the red circle                             see ``point``
-colour x shape description    describe                                            red circle, blue star
-colour x shape
-=============  ==================================================  ================================  =========================
+=============  ========================================  =========================  ===============
+skill          question                                  answer                     held out
+=============  ========================================  =========================  ===============
+counting       how many circles are there?               4                          shape x number
+relation       where is the red circle, seen from the    left, right, above, below  shape x shape
+               blue star?
+               is the red circle left of the blue star?  yes, no
+binding        what colour is the circle?                red                        colour x shape
+               which shape is red?                       circle
+               is there a red circle?                    yes, no
+reading        what is written in red?                   407                        the string
+comparison     which picture shows more circles?         first, second              shape x number
+               do all pictures show the same?            yes, no                    colour x shape
+pointing       point to the red circle                   see ``point``              colour x shape
+description    describe                                  red circle, blue star      colour x shape
+=============  ========================================  =========================  ===============
 
 Where something is there to be left out, there is a lure: if it is asked whether there is a red circle and
 there is none, something else is red and some circle has another colour. ``description`` is a caption, from
