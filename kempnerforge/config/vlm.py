@@ -1,5 +1,4 @@
-"""``[vlm]``: which architecture joins the vision encoder to the language model, how long its texts are, what
-is frozen when.
+"""``[vlm]``: which architecture joins vision encoder and language model, and what is frozen when.
 
 The loader selects the subclass by ``arch``, programs call ``VLMConfig.for_arch("mot", max_text_len=1024)``.
 Without ``[vlm]`` the job is a pure text run.
@@ -35,8 +34,6 @@ __all__ = [
 ]
 
 MASKS = ("causal", "image_bidirectional", "prefix", "image_sees_prompt")
-SEES_PROMPT = ("prefix", "image_sees_prompt")
-"""Masks under which an image knows the prompt."""
 
 _RESERVED_ARCHS: frozenset[str] = frozenset()
 """Names kept for planned architectures: asking for one is a ``NotImplementedError``."""
@@ -55,11 +52,10 @@ class VLMConfig:
             ``freeze_at``.
         module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
-            (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (as causal, but
-            image tokens see the whole prompt: modality-mutual attention, Wang et al. 2025, arXiv 2503.02597).
-            Under the last two an image that several texts share sees none of them.
+            (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (causal, but an
+            image sees all of the prompt: Wang et al. 2025, arXiv 2503.02597). One of several texts sees none.
         masks: no key: the values that ``attention_mask`` takes.
-        stands_for: no key either: ``model_type`` in transformers of models with the blocks of this arch.
+        stands_for: no key either: ``model_type`` in transformers of models with its blocks.
 
     Raises:
         ValueError: a value is out of range, or ``arch`` has another class.

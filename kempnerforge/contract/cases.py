@@ -27,7 +27,7 @@ from kempnerforge.config.data import TextConfig
 from kempnerforge.config.files import assign, parse_overrides
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.config.vlm import MASKS, SEES_PROMPT
+from kempnerforge.config.vlm import MASKS
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate, prompt_batch
 from kempnerforge.data.batching.pack import join
@@ -40,7 +40,7 @@ from kempnerforge.distributed.world import World
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import Problems
 from kempnerforge.util.name_rules import match_names
-from kempnerforge.vlm.base import VLM
+from kempnerforge.vlm.base import SEES_PROMPT, VLM
 
 SIZE = 16
 """Pixels of an image's side."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,28 @@ ARCHS: list[str | None] = [*CHOSEN] or [None, *registry.archs]
 MASKED = [(arch, mask) for arch in ARCHS for mask in accepted_masks(arch)]
 FIRST_MASKED = [(arch, accepted_masks(arch)[0]) for arch in ARCHS]
 
+
+def _between(arch: str | None, mask: str) -> bool:
+    """Whether ``mask`` is neither the first nor the last of ``arch``, and no user checks this arch."""
+    masks = accepted_masks(arch)
+    return not CHOSEN and mask not in (masks[0], masks[-1])
+
+
+def masked(*further: Any) -> list[Any]:
+    """A case for each arch and mask, and each of ``further``; what is neither the first nor the last mask of an
+    arch is slow, unless a user checks that arch.
+    """
+    return [
+        pytest.param(arch, mask, *more, marks=pytest.mark.slow if _between(arch, mask) else [], id="-".join(map(str, (arch, mask, *more))))
+        for arch, mask in MASKED
+        for more in ([(one,) for one in further] or [()])
+    ]
+
+
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
 each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
+most_masks = pytest.mark.parametrize(("arch", "mask"), masked())
+"""The first and the last mask of each arch, and slow ones between them. For what does not depend on the mask alone."""
 ours = pytest.mark.parametrize("arch", [a for a in ARCHS if a not in FOREIGN], ids=str)
 """The archs with our text backbone. A model of transformers has other names and initial weights."""
 with_images = pytest.mark.parametrize("arch", [a for a in ARCHS if arch_class(tiny_job(a)).has_images], ids=str)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kempnerforge.config import ModelConfig, load_config, to_toml
-from kempnerforge.config.vlm import SEES_PROMPT
 from kempnerforge.contract.cases import (
     ANSWERED,
     GQA,
@@ -41,13 +40,14 @@ from kempnerforge.contract.cases import (
     tiny_job,
     with_answer,
 )
-from kempnerforge.contract.marks import each_arch, each_mask, ours, with_images
+from kempnerforge.contract.marks import each_arch, each_mask, most_masks, ours, with_images
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.eval.generate import generate
 from kempnerforge.model import attention
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.name_rules import match_names
+from kempnerforge.vlm.base import SEES_PROMPT
 from kempnerforge.vlm.build import build_model
 
 
@@ -122,7 +122,7 @@ def test_every_alias_hits(arch: str) -> None:
     assert set(names) == {name for found in hits.values() for name in found}
 
 
-@each_mask
+@most_masks
 def test_toml_round_trip(arch: str | None, mask: str, tmp_path: Path) -> None:
     job = tiny(arch, mask).job
     (tmp_path / "job.toml").write_text(to_toml(job), encoding="utf-8")
@@ -184,7 +184,7 @@ def test_no_image_leaks(arch: str, sample: Sample) -> None:
             assert mask in SEES_PROMPT or not before.any(), f"under mask {mask!r} positions before image {image} know it"
 
 
-@each_mask
+@most_masks
 def test_a_row_is_alone(arch: str | None, mask: str) -> None:
     """Other rows, padding and the order of rows make no difference: every image goes into its own row."""
     it = watched(arch, mask)
@@ -196,7 +196,7 @@ def test_a_row_is_alone(arch: str | None, mask: str) -> None:
         torch.testing.assert_close(together[row, : alone.shape[1]], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@each_mask
+@most_masks
 @pytest.mark.parametrize("sample", [THREE, TWICE], ids=lambda s: s.id)
 def test_several_texts_have_the_loss_of_each_alone(arch: str | None, mask: str, sample: Sample) -> None:
     """A prefix mask lets a shared image see the prompt where there is one alone, so there rows of two are
@@ -285,7 +285,7 @@ def in_form(batch: Batch, apart: bool, monkeypatch: pytest.MonkeyPatch) -> Batch
     return batch if apart else replace(batch, documents=())
 
 
-@each_mask
+@most_masks
 @each_form
 def test_a_sample_in_a_pack_learns_as_it_does_alone(arch: str | None, mask: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits, its loss and what that sends back."""
@@ -341,7 +341,7 @@ def some_rows(it: Tiny) -> list[tuple[str, list[int]]]:
     return ROWS if it.model.has_images else [(prompt, []) for prompt, _ in ROWS]
 
 
-@each_mask
+@most_masks
 @pytest.mark.parametrize("model", [MODEL, GQA], ids=["default", "gqa"])
 def test_the_cache_is_the_full_forward_pass(arch: str | None, mask: str, model: ModelConfig) -> None:
     """Token for token, and in the logits."""
@@ -359,7 +359,7 @@ def test_the_cache_is_the_full_forward_pass(arch: str | None, mask: str, model: 
         )
 
 
-@each_mask
+@most_masks
 def test_prompts_together_are_prompts_one_by_one(arch: str | None, mask: str) -> None:
     it = tiny(arch, mask, noise=0.3)
     it.model.eval()
@@ -373,7 +373,7 @@ def test_prompts_together_are_prompts_one_by_one(arch: str | None, mask: str) ->
             assert generate(it.model, alone, max_new_tokens=5, eos_id=-1) == [made[row]]
 
 
-@each_mask
+@most_masks
 @pytest.mark.parametrize("sample", [ONE, INTERLEAVED, LATE], ids=lambda s: s.id)
 def test_generation_reads_what_training_reads(arch: str | None, mask: str, sample: Sample) -> None:
     """The prompt of a training row and the same prompt to generate from give the same next token."""

@@ -36,7 +36,7 @@ from kempnerforge.contract.cases import (
     tiny,
     tiny_job,
 )
-from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, MASKED, each_arch, each_mask, ranked, with_images
+from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, each_arch, masked, most_masks, ranked, with_images
 from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, RECOMPUTED, TRACED, freeze_some, prepared, shares
 from kempnerforge.distributed.world import World
 from kempnerforge.model import attention
@@ -78,7 +78,7 @@ def test_a_loss_of_a_part_is_declared_and_taken_once(arch: str | None) -> None:
     assert [type(module).__name__ for module in set_now if module.aux_loss is not None] == []
 
 
-@each_mask
+@most_masks
 def test_bf16_is_near_fp32(arch: str | None, mask: str, world: World) -> None:
     it = tiny(arch, mask)
     batch = it.batch(*SAMPLES)
@@ -90,14 +90,7 @@ def test_bf16_is_near_fp32(arch: str | None, mask: str, world: World) -> None:
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in full(grads).values())
 
 
-@pytest.mark.parametrize(
-    ("arch", "mask", "packed"),
-    [
-        pytest.param(arch, mask, packed, marks=pytest.mark.slow if packed and mask != accepted_masks(arch)[-1] else [])
-        for arch, mask in MASKED
-        for packed in (False, True)
-    ],
-)
+@pytest.mark.parametrize(("arch", "mask", "packed"), masked(False, True))
 def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "DOCUMENTS_FROM", 1)
     counts = []

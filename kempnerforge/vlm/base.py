@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
-from kempnerforge.config.vlm import SEES_PROMPT
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.eval.generate import Sampling, generate
@@ -33,6 +32,9 @@ from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
+
+SEES_PROMPT = ("prefix", "image_sees_prompt")
+"""Masks under which an image knows the prompt."""
 
 
 class Output(NamedTuple):

@@ -16,6 +16,7 @@ import pytest
 from kempnerforge.inference.answer import Answer
 from kempnerforge.util.errors import visible
 from kempnerforge.util.process import HARMLESS
+from tests.params import quick
 from tests.processes import Forked, run_module
 from tests.training.tiny import CONFIG, Ended, end_of, environment, rows_of, spawn, write_rows
 
@@ -43,7 +44,7 @@ class Place:
         return found
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=quick(NAMES, "controls"))
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     name = NAMES[request.param]
     folder = tmp_path_factory.mktemp("names") / name

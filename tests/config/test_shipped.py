@@ -13,7 +13,7 @@ from kempnerforge.study.cells import job_of, rows_of
 from kempnerforge.study.config import load_study
 from tests.dist import ROOT
 
-STUDIES = sorted(ROOT.glob("recipes/studies/**/*.toml"))
+STUDIES = sorted(path for path in ROOT.glob("recipes/studies/*.toml") if "[study]" in path.read_text(encoding="utf-8"))
 SHIPPED = sorted({*ROOT.glob("configs/**/*.toml"), *ROOT.glob("recipes/**/*.toml")} - {*STUDIES})
 
 

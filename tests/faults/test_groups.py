@@ -46,6 +46,7 @@ def gone(pids: list[int]) -> bool:
     return all(not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX" for stat in stats)
 
 
+@pytest.mark.slow
 def test_a_group_is_asked_to_stop_then_a_worker_and_then_the_run_are_killed(tmp_path: Path) -> None:
     """As ``timeout`` sends it: to the command, and to all of the group. As a terminal that closes does."""
     run = tmp_path / "run"
@@ -102,6 +103,7 @@ def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
     assert checkpoint_steps(run) == [len(losses(run))]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_said_and_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     """And a launcher that is asked to stop has its ranks save."""
     run = tmp_path / "run"

@@ -44,6 +44,7 @@ def killed(job: Job, run: Path, faults: Faults) -> None:
     assert codes(ended) == [KILLED if rank in faults else FAULT for rank in (0, 1)], ranks.err()
 
 
+@pytest.mark.slow
 def test_at_every_point_of_a_save(job: Job, tmp_path: Path, observe: Observe):
     """One run, killed ten times; what is found afterwards is the step that was complete."""
     run = tmp_path / "run"
@@ -62,6 +63,7 @@ def test_at_every_point_of_a_save(job: Job, tmp_path: Path, observe: Observe):
     )
 
 
+@pytest.mark.slow
 def test_in_a_step_and_around_the_line_of_metrics(job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     for ranks, step in (((0,), 3), ((1,), 7), ((0, 1), 13)):

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from kempnerforge.checkpoint import resolve
 from tests.training.tiny import environment, losses, make_job
 
@@ -23,6 +25,7 @@ def begin(folder: Path, name: str, **streams: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment(), start_new_session=True, **streams)
 
 
+@pytest.mark.slow
 def test_nothing_reads_it(tmp_path: Path) -> None:
     """A full disk; a pipe without a reader, as after ``| head``; streams that are closed; a terminal that is gone, with a progress bar on it."""
     make_job(tmp_path)

@@ -29,6 +29,7 @@ def test_two_jobs(job: Job, tmp_path: Path, observe: Observe):
     )
 
 
+@pytest.mark.slow
 def test_another_config(job: Job, tmp_path: Path, observe: Observe):
     """Arch, schedule and data, all at once; the difference is shown, key by key. What is meant to change may."""
     run = job.until(8, tmp_path / "run")

@@ -63,6 +63,7 @@ def test_a_full_disk(job: Job, tmp_path: Path, observe: Observe):
     )
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_in_the_tensors_or_in_the_manifest_and_a_file_limit(job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     troubles = [

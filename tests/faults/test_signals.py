@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.conftest import Job, Observe
 from tests.faults.ranks import STEPS, Faults, codes, last_line, newest
+from tests.params import quick
 from tests.training.tiny import metrics
 
 pytestmark = pytest.mark.dist
@@ -27,6 +28,7 @@ def interrupted(job: Job, run: Path, faults: Faults) -> tuple[int, str]:
     return newest(run), ended[0].err
 
 
+@pytest.mark.slow
 def test_skew(job: Job, tmp_path: Path, observe: Observe):
     run, found = tmp_path / "run", []
     for first, skew_ms in ((0, 0), (1, 30), (0, 100), (1, 100)):
@@ -42,6 +44,7 @@ def test_skew(job: Job, tmp_path: Path, observe: Observe):
     )
 
 
+@pytest.mark.slow
 def test_one_rank_alone_and_both_kinds(job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     assert interrupted(job, run, {1: [("signals", 3, TERM)]})[0] == 4
@@ -63,7 +66,7 @@ def test_what_batch_systems_and_terminals_send(job: Job, tmp_path: Path, observe
     observe("SIGUSR1, SIGUSR2, SIGHUP", "as SIGTERM: the step is finished and saved, exit 130", job.finish(run))
 
 
-@pytest.mark.parametrize("where", ["signals", "signal_in_save"])
+@pytest.mark.parametrize("where", quick(["signals", "signal_in_save"], "signals"))
 def test_a_second_interrupt(where: str, job: Job, tmp_path: Path, observe: Observe):
     """Leaves at once: in a step, and in the middle of a save, which is then as a kill leaves it."""
     run = tmp_path / "run"
@@ -82,6 +85,7 @@ def test_a_second_interrupt(where: str, job: Job, tmp_path: Path, observe: Obser
     )
 
 
+@pytest.mark.slow
 def test_one_rank_alone_in_a_save(job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     assert interrupted(job, run, {1: [("signal_in_save", 4, TERM)]})[0] == 5
@@ -91,7 +95,8 @@ def test_one_rank_alone_in_a_save(job: Job, tmp_path: Path, observe: Observe):
     observe("SIGTERM to one rank alone in a save, in the last one too", "the save is whole; both exit 130", job.finish(run))
 
 
-@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", quick([TERM, INT], INT))
 def test_in_an_evaluation(number: signal.Signals, job: Job, tmp_path: Path, observe: Observe):
     """Of step 6, of step 12, and that one again as it is repeated: broken off at a token, saved, made on resume."""
     run = tmp_path / "run"
@@ -110,6 +115,7 @@ def test_in_an_evaluation(number: signal.Signals, job: Job, tmp_path: Path, obse
     )
 
 
+@pytest.mark.slow
 def test_behind_the_last_step(job: Job, tmp_path: Path, observe: Observe):
     """In the last save, then in the last evaluation, of both ranks and of one: all is saved by then, and what was left
     out is done by the same command. While the report is written it is finished.

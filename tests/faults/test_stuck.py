@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.conftest import Job, Observe
 from tests.faults.ranks import codes, newest
+from tests.params import quick
 from tests.training.tiny import spawn
 
 pytestmark = pytest.mark.dist
@@ -34,6 +35,7 @@ def test_a_hung_rank_under_the_launcher(job: Job, tmp_path: Path, observe: Obser
     )
 
 
+@pytest.mark.slow
 def test_the_rank_that_keeps_the_store_hangs(job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     with job.ranks(run, SHORT, faults={0: [("hang", 5)]}) as ranks:
@@ -62,7 +64,8 @@ def test_a_rank_that_holds_the_interpreter(job: Job, tmp_path: Path, observe: Ob
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", quick([0, 1], 1))
 def test_a_rank_that_never_comes(rank: int, job: Job, tmp_path: Path, observe: Observe):
     run = tmp_path / "run"
     with job.ranks(run, SHORT, faults={rank: [("never_come",)]}) as ranks:

@@ -80,6 +80,7 @@ def test_an_exception_that_would_end_training_is_listed(make_encoder: Callable[.
     assert [(bad.index, bad.kind, bad.reason) for bad in found.bad] == [(1, "crash", "KeyError: 'caption'")]
 
 
+@pytest.mark.slow
 def test_a_pool_finds_the_same(pictures: list[Sample], mixed: list[Sample | None], make_encoder: Callable[..., Encoder]) -> None:
     source = ListSource([*pictures, *mixed] * 10)
     encoder = make_encoder()

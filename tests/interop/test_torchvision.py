@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.dist import ROOT
 from tests.interop.tiny_vlms import save
 
@@ -32,6 +34,7 @@ def with_stand_ins(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_stand_ins_are_taken(tmp_path: Path) -> None:
     save("llava", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
@@ -39,6 +42,7 @@ def test_the_stand_ins_are_taken(tmp_path: Path) -> None:
     assert done.stdout.split() == ["True", "True", "CLIPImageProcessor"], done.stderr[-3000:]  # without torchvision the name ends in Pil
 
 
+@pytest.mark.slow
 def test_processors_are_those_of_training_with_torchvision_too() -> None:
     """Imports, exports, and what lm-eval asks."""
     files, parts = [*CASES], [f"({Path(file).stem} and ({words or 'test'}))" for file, words in CASES.items()]

@@ -15,6 +15,7 @@ from kempnerforge.study.config import load_study
 from kempnerforge.training.accounting import TrainingFlops, cost
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
+from tests.params import quick
 from tests.study.tiny import STUDY, make_study
 from tests.training.tiny import call, make_job, write_rows
 
@@ -147,8 +148,8 @@ def test_a_study_is_no_job(tmp_path: Path):
 # ---- budgets -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["joint_decoder", "cross_attention", "mot"])
-@pytest.mark.parametrize("batching", ["group", "pack"])
+@pytest.mark.parametrize("arch", quick(["joint_decoder", "cross_attention", "mot"], "cross_attention"))
+@pytest.mark.parametrize("batching", quick(["group", "pack"], "pack"))
 def test_flops_are_those_of_torch_for_every_batch(tmp_path: Path, arch: str, batching: str):
     """Batches whose shapes are known are not run again; the number is that of a run all the same."""
     path = make_job(tmp_path)
@@ -174,7 +175,7 @@ def test_a_budget_is_counted_over_stages(tmp_path: Path):
     assert budget.trained_tokens == pytest.approx(20 * one.trained_tokens + 60 * two.trained_tokens)
 
 
-@pytest.mark.parametrize("quantity", ["samples", "trained_tokens", "train_flops"])
+@pytest.mark.parametrize("quantity", quick(["samples", "trained_tokens", "train_flops"], "train_flops"))
 def test_rows_are_matched_by_steps(tmp_path: Path, quantity: str):
     path = make_study(tmp_path, f'{STUDY}[study.axes]\n"train.batch_size" = [4, 8]\n[study.match]\nquantity = "{quantity}"\n')
     rows = planned(path, "--train.max_steps=400")
@@ -187,6 +188,7 @@ def test_rows_are_matched_by_steps(tmp_path: Path, quantity: str):
         assert rows["cross-batch_size=4"].budget.steps != 400
 
 
+@pytest.mark.slow
 def test_stages_keep_their_proportions(tmp_path: Path):
     path = make_study(tmp_path, STAGES + STUDY + '[study.match]\nquantity = "train_flops"\namount = 1e9\n')
     for one in planned(path, "--train.max_steps=0").values():
@@ -194,6 +196,7 @@ def test_stages_keep_their_proportions(tmp_path: Path):
         assert abs(one.miss) < 0.01 and second / first == pytest.approx(3, rel=0.1)
 
 
+@pytest.mark.slow
 def test_matched_by_batches_and_by_width(tmp_path: Path):
     path = make_study(tmp_path, STUDY + '[study.match]\nquantity = "train_flops"\nby = "batch_size"\n')
     found = planned(path, "--train.batch_size=64")

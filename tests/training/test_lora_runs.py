@@ -13,6 +13,7 @@ from kempnerforge.model.lora import LoRALinear
 from kempnerforge.training.freeze import trainable_names
 from kempnerforge.training.initial_weights import initialise
 from kempnerforge.training.setup import assemble
+from tests.params import quick
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors, two_ranks, write_config
 
 pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
@@ -127,7 +128,7 @@ optimizer.lr_scale = { lora = 2.0 }
 """
 
 
-@pytest.mark.parametrize(("optimizer", "cuts"), [("adamw", (2, 3, 5)), ("muon", (4,))])
+@pytest.mark.parametrize(("optimizer", "cuts"), quick([("adamw", (2, 3, 5)), ("muon", (4,))], ("muon", (4,))))
 def test_stages_and_resume(optimizer: str, cuts: tuple[int, ...], tmp_path: Path) -> None:
     """Cut at, before and after the change of stage."""
     argv = ("train", make_job(tmp_path, extra=LORA + STAGES), f"--optimizer.name={optimizer}", "--checkpoint.interval=3")
@@ -144,6 +145,7 @@ def test_stages_and_resume(optimizer: str, cuts: tuple[int, ...], tmp_path: Path
         assert shared[0] == shared[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", [("--train.activation_checkpointing=true",), ("--train.mixed_precision=bf16",)], ids=["recompute", "bf16"]
 )
@@ -157,6 +159,7 @@ def test_recomputed_and_in_half_precision(extra: tuple[str, ...], folder: Path, 
         assert_same_tensors(tensors(tmp_path / "run"), tensors(folder / "all"))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_equal_one_process_that_accumulates(folder: Path, tmp_path: Path) -> None:
     """Adapters of rank 3 and 2 lie unevenly on two ranks, beside frozen weights. Without dropout, which each rank draws for itself."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kempnerforge.training.optimizer import Optimizers
 from kempnerforge.training.optimizers.lion import Lion
 from kempnerforge.training.optimizers.schedule_free_adamw import ScheduleFreeAdamW
+from tests.params import quick
 from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, plain, random_tensors, tensors, two_ranks, weights_of
 
 SHAPES = [(8, 24), (5, 3), (7,), (1, 1)]
@@ -176,7 +177,7 @@ NAMES = ["adamw", "muon", "lion", "schedule_free_adamw"]
 COMMON = ("--train.max_steps=0", "--checkpoint.interval=0", "--eval.at_end=false")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "muon", "schedule_free_adamw"))
 def test_resumed_in_and_between_stages_is_bitwise_the_same(name: str, tmp_path: Path):
     argv = ("train", make_job(tmp_path, extra=STAGED), *COMMON, f"--optimizer.name={name}")
     assert call(*argv, f"--run.dir={tmp_path}/whole").code == 0
@@ -186,8 +187,9 @@ def test_resumed_in_and_between_stages_is_bitwise_the_same(name: str, tmp_path: 
     assert_same_tensors(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "ema"), [("lion", 0.6), ("schedule_free_adamw", 0)])
+@pytest.mark.parametrize(("name", "ema"), quick([("lion", 0.6), ("schedule_free_adamw", 0)], ("schedule_free_adamw", 0)))
 def test_two_ranks_equal_one_process_that_accumulates_also_when_they_take_over(name: str, ema: float, tmp_path: Path):
     """One process, two ranks that evaluate after every step, one process again, with the same micro-batches. (Clipping would add the
     rounding of a norm that is summed by shards.)
@@ -224,6 +226,7 @@ def test_schedule_free_reset_goes_on_from_the_average(tmp_path: Path):
         assert not trainer.optimizers.averages() and not any(o.state for o in trainer.optimizers.all)
 
 
+@pytest.mark.slow
 def test_schedule_free_reset_where_parts_freeze_is_a_second_run(tmp_path: Path):
     """The adapter, which the second stage freezes, stays at its average from the boundary on, as it does in a run that begins with the first."""
     cfg = make_job(tmp_path, extra=STAGED)

@@ -16,6 +16,7 @@ import pytest
 from kempnerforge.config import load_config
 from kempnerforge.data.batching.sampler import StepSampler
 from tests.dist import free_port
+from tests.params import quick
 from tests.processes import Forked
 from tests.training.tiny import (
     Ended,
@@ -71,6 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_the_curve_of_one_process(runs: Path):
     """fp32 AdamW. Another split of the same batch sums in another order: the last bits differ. The norms are compared because AdamW would
     hide gradients that are all too small by the same factor.
@@ -114,7 +116,7 @@ def test_checkpoints_change_hands(runs: Path):
         assert_same_tensors(tensors(six), tensors(runs / same / "checkpoints" / "step-00000006"))
 
 
-@pytest.mark.parametrize("arch", ["joint_decoder", "cross_attention", "mot"])
+@pytest.mark.parametrize("arch", quick(["joint_decoder", "cross_attention", "mot"], "cross_attention"))
 def test_a_rank_that_sees_only_text_stays_in_step(arch: str, tmp_path: Path):
     """Rank 1 never gets a picture. The job ends, and gradients and weights are those of one process that accumulates the micro-batches."""
     steps, size = 4, 4
@@ -136,6 +138,7 @@ def test_a_rank_that_sees_only_text_stays_in_step(arch: str, tmp_path: Path):
     assert_same_tensors(tensors(tmp_path / "two"), tensors(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_two_ranks_with_muon_and_freezing(runs: Path):
     extra = '\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "vision_encoder" }]\n'
     path = make_job(runs / "muon", extra=STAGES + extra)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kempnerforge.training.hooks.metrics import keep_until
+from tests.params import quick
 from tests.processes import Forked
 from tests.training.tiny import (
     assert_same_tensors,
@@ -82,7 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cut", [cut if cut in (3, 4, 5) else pytest.param(cut, marks=pytest.mark.slow) for cut in range(1, 8)])
+@pytest.mark.parametrize("cut", quick(range(1, 8), 4))
 def test_cut_short_and_continued_equals_never_cut(cut: int, whole: Path):
     """Before, at and after the change of stage; at a step with a checkpoint and between."""
     argv = ("train", whole / "job.toml", "--optimizer.name=muon", "--eval.interval=3", f"--run.dir={whole}/cut{cut}")
@@ -116,6 +117,7 @@ def test_a_complete_run_is_left_alone(whole: Path):
 # ---- signals and kills -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_signals_save_and_the_same_command_continues(tmp_path: Path):
     argv = ("train", staged(tmp_path, 40, 40), "--train.max_steps=0", "--checkpoint.interval=0", "--eval.interval=50")
     assert call(*argv, f"--run.dir={tmp_path}/reference").code == 0
@@ -154,6 +156,7 @@ def kill_at_random(folder: Path, kills: int, seed: int) -> None:
     assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path: Path):
     kill_at_random(tmp_path, 3, seed=0)
 
@@ -240,7 +243,7 @@ def test_edited_data_behind_the_same_path_are_noticed(tmp_path: Path):
     assert "--allow-change=data" in call("train", config, constant).err, "the newest checkpoint counts"
 
 
-@pytest.mark.parametrize("meant", ["data", "eval.text_path"])
+@pytest.mark.parametrize("meant", quick(["data", "eval.text_path"], "eval.text_path"))
 def test_an_edited_text_of_the_evaluation_is_noticed(meant: str, tmp_path: Path):
     """As edited data are. Another path is a change of the config, and one that may be made."""
     (text := tmp_path / "plain.txt").write_text(before := "which colour is it? it is red. " * 8)

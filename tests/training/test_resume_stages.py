@@ -23,6 +23,7 @@ from kempnerforge.training.tokenizer import saved_tokenizer
 from kempnerforge.training.trainer import StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
+from tests.params import quick
 from tests.training.tiny import (
     assert_same_tensors,
     call,
@@ -108,7 +109,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cut", range(1, STEPS))
+@pytest.mark.parametrize("cut", quick(range(1, STEPS), 2, 3, 8))
 def test_cut_at_every_step(cut: int, whole: Path) -> None:
     """Weights, optimizer state and logged numbers are those of the run that was not cut, at the end and at every step after the cut."""
     run = whole / f"cut-{cut}"
@@ -125,6 +126,7 @@ def test_cut_at_every_step(cut: int, whole: Path) -> None:
         assert_same_tensors(tensors(run / name), tensors(whole / "run" / name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -200,6 +202,7 @@ def one_two_one(folder: Path, name: str, accumulation: int, more: tuple[str, ...
     return folder / name
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_two_one_with_the_same_micro_batches(changing: Path) -> None:
     """Accumulation 2 on one rank, 1 on two: bitwise the same at every step."""
@@ -219,6 +222,7 @@ def test_one_two_one_in_bf16(changing: Path) -> None:
     assert_same_tensors(tensors(run), tensors(changing / "micro-bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_two_one_with_another_split(changing: Path, record_property: Callable[[str, object], None]) -> None:
     """Other sums: what is left is rounding. AdamW divides it by the size of a gradient, so weights differ by more than losses do."""
@@ -262,6 +266,7 @@ def pass_on(config: Path, run: Path, out: Path, world: World) -> None:
         world.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_what_is_loaded_is_what_was_saved(changing: Path, world: World) -> None:
     """Bitwise, within every stage and between them: from one process to two ranks, and from them to one process."""

@@ -29,6 +29,7 @@ from kempnerforge.training.optimizers.adamw import AdamWRule
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from tests.dist import run_ranks
 from tests.distributed.workers import in_world
+from tests.params import quick
 from tests.training.schedules import ARCHS, CUTS, Schedule, built, facts, run_plainly, schedule, scripted
 from tests.training.tiny import plain
 from tests.vlm.tiny import full
@@ -178,7 +179,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # ---- one process -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 6))])
+@pytest.mark.parametrize("part", quick(range(6), 0))
 def test_random_schedules(part: int, world: World, record_property: Callable[[str, object], None]) -> None:
     """What moves, what has gradients and state, modes, reductions; and with AdamW the weights of a plain loop, bit by bit."""
     tried, flips, evaluations, compared = 0, 0, 0, 0
@@ -266,8 +267,9 @@ def compare_ranks(numbers: Sequence[int], world: World, folder: Path, *, compile
     )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("count", [len(ARCHS), pytest.param(max(2 * len(ARCHS), COUNT // 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", quick([3, len(ARCHS), max(2 * len(ARCHS), COUNT // 3)], 3))
 def test_two_ranks_equal_one_process(count: int, world: World, tmp_path: Path) -> None:
     """Many schedules in one start of the ranks, every arch; all that is watched on one process is watched on each rank, too."""
     print(compare_ranks(range(count), world, tmp_path, timeout=120 + 10 * COUNT))

@@ -225,6 +225,7 @@ def agreement(it: Tiny, *samples: Any) -> float:
     return float(torch.cat([s.flatten() for s in same]).float().mean())
 
 
+@pytest.mark.slow
 def test_auxiliary_routers_learn_and_answers_are_generated_with_them() -> None:
     it = moma(noise=0.0)
     asked = (ONE, TWO_IMAGES, INTERLEAVED)

@@ -144,6 +144,7 @@ def test_slow_libraries_are_not_imported() -> None:
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [{"batching": "pack"}, {"group_by": "positions"}])
 def test_sizes_are_kept_once(
     list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample], monkeypatch: pytest.MonkeyPatch, cfg: dict[str, Any]

@@ -32,6 +32,7 @@ from kempnerforge.eval.questions import Question
 from kempnerforge.eval.tasks.exact_match import question_only_prior
 from kempnerforge.inspection.audit import audit
 from tests.eval.scripted import TEXT_ENCODER
+from tests.params import quick
 
 EOS = "<eos>"
 ASKED = [name for name in SKILLS if name != "description"]
@@ -300,7 +301,7 @@ def combinations(text: Text, every: int, seed: int) -> set[bool]:
     return {(sum(indices) + seed) % every == 0}
 
 
-@pytest.mark.parametrize(("every", "seed"), [(4, 0), (3, 5)])
+@pytest.mark.parametrize(("every", "seed"), quick([(4, 0), (3, 5)], (3, 5)))
 @pytest.mark.parametrize("skill", ASKED)
 def test_no_question_of_training_is_about_what_is_held_out(skill: str, every: int, seed: int) -> None:
     cfg: dict[str, Any] = {"skills": [skill], "held_out_every": every, "seed": seed, "samples": 400, "eval_samples": 400}
@@ -342,7 +343,7 @@ CHANCE = {"counting": 0.29, "relation": 0.375, "binding": 0.3, "reading": 0.02, 
 """With the default knobs: 1/4 or 1/3, by shape; the mean of 1/4 and 1/2; of 1/6, 1/5 or so and 1/2; 1/750; 1/2; 1/25."""
 
 
-@pytest.mark.parametrize("skill", ASKED)
+@pytest.mark.parametrize("skill", quick(ASKED, "binding", "pointing"))
 def test_blind_guessing_is_at_chance(skill: str) -> None:
     train, same, heldout = (
         probe(split, skills=[skill], eval_on=on, samples=3000, eval_samples=1000)

@@ -18,6 +18,7 @@ from kempnerforge.data.sources.mixture import MixtureConfig
 from kempnerforge.util.errors import InputError
 from tests.data.samples import built, png
 from tests.data.sources.test_data_keys import ROWS, WRITERS, lines, parquet
+from tests.params import quick
 from tests.training.tiny import call, make_job, rows_of, write_rows
 
 pa = pytest.importorskip("pyarrow")
@@ -232,7 +233,7 @@ def longest_common(message: str, text: str) -> int:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("webdataset")])
+@pytest.mark.parametrize("name", quick([name for name in ROWS if not name.startswith("webdataset")], *list(ROWS)[:4]))
 def test_errors_show_no_long_values(name: str, tmp_path: Path) -> None:
     make, keys, kind, row, _ = ROWS[name]
     path, refused = tmp_path / f"rows.{kind}", 0

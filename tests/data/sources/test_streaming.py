@@ -263,6 +263,7 @@ def hundred_mib(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_parquet(tmp_path_factory.mktemp("large") / "rows", [2500] * 4, b"", row_group=100, junk=10_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ten_thousand_samples_stay_flat_in_memory(hundred_mib: str, make_encoder: Callable[..., Encoder], workers: int) -> None:
     """100 MB of pictures are read by each process; they are not decoded."""

@@ -449,6 +449,7 @@ def test_truncation_cuts_turns_then_the_answer(tokenizer: Tokenizer) -> None:
         assert (len(kept) == room) == (room > at), "an image is never cut out, the text is too long then"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "by_turn"), [("smollm2", False), ("qwen3", True)])
 def test_a_long_conversation_is_tokenised_a_few_times_not_once_a_turn(name: str, by_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     talk, calls, line = Text("a", "b", (("c", "d"),) * 300), [], TextEncoder._line
