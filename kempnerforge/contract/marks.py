@@ -34,6 +34,10 @@ def masked(*further: Any) -> list[Any]:
 
 
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=str)
+most_archs = pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[] if CHOSEN or a in ARCHS[1:4] else pytest.mark.slow) for a in ARCHS], ids=str
+)
+"""Three archs, and slow further ones, unless a user checks one. For checks that train."""
 each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
 most_masks = pytest.mark.parametrize(("arch", "mask"), masked())
 """The first and the last mask of each arch, and slow ones between them. For what does not depend on the mask alone."""

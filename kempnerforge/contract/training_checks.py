@@ -36,7 +36,7 @@ from kempnerforge.contract.cases import (
     tiny,
     tiny_job,
 )
-from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, each_arch, masked, most_masks, ranked, with_images
+from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, each_arch, masked, most_archs, most_masks, ranked, with_images
 from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, RECOMPUTED, TRACED, freeze_some, prepared, shares
 from kempnerforge.distributed.world import World
 from kempnerforge.model import attention
@@ -201,7 +201,7 @@ def train_steps(it: Tiny, optimizers: Optimizers, start: int, end: int) -> None:
         optimizers.zero_grad()
 
 
-@each_arch
+@most_archs
 def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path: Path) -> None:
     """Bitwise, from every step, with parts frozen and thawed on the way; one step on it is where the next
     checkpoint is, and so on to the end.
@@ -229,7 +229,7 @@ def test_resume_is_never_having_stopped(arch: str | None, world: World, tmp_path
         assert differing(later[step], everything(other, its)) == [], f"resumed at step {step}"
 
 
-@each_arch
+@most_archs
 def test_a_frozen_stage_moves_exactly_what_it_says(arch: str | None, world: World) -> None:
     """Also when an evaluation ran right before the change, and when the momentum of what is frozen now would
     go on.

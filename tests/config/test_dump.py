@@ -29,6 +29,7 @@ from kempnerforge.config.data import DataConfig, EasyVQAConfig, JsonlConfig, Tex
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TEMPLATES, TurnsConfig
 from kempnerforge.util.errors import ConfigError
+from tests.params import quick
 
 registry.vlm_configs.import_all()
 registry.data_configs.import_all()
@@ -181,7 +182,7 @@ NEEDED = ("missing", "needs one", "path", "parts = []")
 
 
 @pytest.mark.parametrize("data", CHOSEN["data"], ids=lambda data: f"{data.source}-{data.template}-{data.batching}")
-@pytest.mark.parametrize("key", OTHERS)
+@pytest.mark.parametrize("key", quick(OTHERS, *list(OTHERS)[::3]))
 def test_nothing_in_a_resolved_job_stands_against_another_choice(key: str, data: DataConfig, tmp_path: Path) -> None:
     """By an argument and by a file that extends it: refused is the new choice itself, or for the lack of what it needs."""
     (tmp_path / "a.jsonl").write_text("{}\n")

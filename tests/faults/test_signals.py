@@ -66,7 +66,7 @@ def test_what_batch_systems_and_terminals_send(job: Job, tmp_path: Path, observe
     observe("SIGUSR1, SIGUSR2, SIGHUP", "as SIGTERM: the step is finished and saved, exit 130", job.finish(run))
 
 
-@pytest.mark.parametrize("where", quick(["signals", "signal_in_save"], "signals"))
+@pytest.mark.parametrize("where", quick(["signals", "signal_in_save"]))
 def test_a_second_interrupt(where: str, job: Job, tmp_path: Path, observe: Observe):
     """Leaves at once: in a step, and in the middle of a save, which is then as a kill leaves it."""
     run = tmp_path / "run"

@@ -360,6 +360,7 @@ def forms(length: int, prefix: int) -> list[Mask | None]:
     return [dense, Prefix(prefix, additive(structure.visible(length - prefix), torch.float32)), Prefix(prefix), None]
 
 
+@pytest.mark.slow
 def test_compiled_without_breaks_and_checkpointed() -> None:
     torch.manual_seed(0)
     layer = Layer()

@@ -13,6 +13,7 @@ import torch
 from kempnerforge.checkpoint.state import MODEL
 from kempnerforge.config import load_config
 from kempnerforge.training.setup import assemble
+from tests.params import quick
 from tests.training.test_resume_stages import EVERY_STEP, four_stages
 from tests.training.tiny import assert_same_tensors, call, losses, tensors, write_config
 
@@ -68,9 +69,7 @@ def two_configs(folder: Path, aligned: Sequence[str] = ("adapter",)) -> tuple[Pa
     )
 
 
-@pytest.mark.parametrize(
-    "arch", [arch if arch in ("joint_decoder", "cross_attention") else pytest.param(arch, marks=pytest.mark.slow) for arch in WITH_ENCODER]
-)
+@pytest.mark.parametrize("arch", quick(WITH_ENCODER, "joint_decoder"))
 def test_two_stages_equal_two_runs(arch: str, tmp_path: Path) -> None:
     """LLaVA's two stages, with dropout: weights, optimizer state and losses of both ways are the same, bitwise; and only what should changes.
 

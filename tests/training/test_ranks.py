@@ -116,7 +116,7 @@ def test_checkpoints_change_hands(runs: Path):
         assert_same_tensors(tensors(six), tensors(runs / same / "checkpoints" / "step-00000006"))
 
 
-@pytest.mark.parametrize("arch", quick(["joint_decoder", "cross_attention", "mot"], "cross_attention"))
+@pytest.mark.parametrize("arch", quick(["joint_decoder", "cross_attention", "mot"]))
 def test_a_rank_that_sees_only_text_stays_in_step(arch: str, tmp_path: Path):
     """Rank 1 never gets a picture. The job ends, and gradients and weights are those of one process that accumulates the micro-batches."""
     steps, size = 4, 4
@@ -176,7 +176,7 @@ def test_nproc_ends_with_0_and_2(tmp_path: Path):
     assert ended.code == 2 and "no rows" in ended.err and "Traceback" not in ended.err, ended
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "code"), quick([(signal.SIGTERM, 130), (signal.SIGINT, -signal.SIGINT)]))
 def test_nproc_interrupted_saves_and_ends_with_130(number: signal.Signals, code: int, tmp_path: Path):
     """Of SIGINT it dies, which a shell calls 130, too."""
     argv = ("train", make_job(tmp_path), "--nproc", 2, "--train.max_steps=500", "--checkpoint.interval=0", "--eval.at_end=false")

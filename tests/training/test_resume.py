@@ -349,7 +349,9 @@ def test_keep_until(tmp_path: Path):
     assert path.read_text() == ""
 
 
-@pytest.mark.parametrize(("held_out", "named"), [(False, "images of train"), (True, "images of held-out data")])
+@pytest.mark.parametrize(
+    ("held_out", "named"), quick([(False, "images of train"), (True, "images of held-out data")], (True, "images of held-out data"))
+)
 def test_pictures_replaced_behind_an_unchanged_list_are_refused(held_out: bool, named: str, tmp_path: Path):
     """Those of the training data and those of the held-out ones; a copy of the data with other times is the same data."""
     job = make_job(tmp_path)
