@@ -78,8 +78,9 @@ def _run(study: Study, args: argparse.Namespace) -> int:
 def _report(study: Study, args: argparse.Namespace) -> int:
     if importlib.util.find_spec("scipy") is None:
         raise InputError('study report needs the package scipy: pip install "kempnerforge[study]"')
+    from kempnerforge.study.export import write_csv, write_figures, write_markdown
     from kempnerforge.study.findings import find
-    from kempnerforge.study.report import write_csv, write_figures, write_markdown, write_report
+    from kempnerforge.study.report import write_report
 
     findings = find(study)
     written = [write_report(findings)]

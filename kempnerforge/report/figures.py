@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kempnerforge.report.charts import MAX_MARKERS, MIN_SMOOTHED, Point, Series, log_ticks, moving_average
+from kempnerforge.report.dots import Dot, Spread
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import write_whole
 from kempnerforge.util.numbers import format_number
@@ -91,6 +93,67 @@ def curves(
         axes.yaxis.set_major_formatter(lambda value, _: y_format(value))
         if len(series) > 1:
             axes.legend()
+    return figure
+
+
+def intervals(
+    entries: Sequence[Spread], title: str, x_label: str, *, zero: bool = False, x_format: Callable[[float], str] = format_number
+) -> Figure:
+    """A line for each of ``entries``, the first on top: its value, interval and single values.
+
+    Args:
+        zero: mark 0.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, min(max(height, 0.28 * len(entries) + 0.9), 3 * height))
+        axes = figure.subplots()
+        for place, one in enumerate(entries):
+            axes.plot(list(one.points), [place] * len(one.points), linestyle="", marker="o", color="0.6", markersize=2.5)
+            if math.isfinite(one.low) and math.isfinite(one.high):
+                axes.plot([one.low, one.high], [place, place], color="C0", linestyle="-", marker="")
+            axes.plot([one.value], [place], color="C0", linestyle="", marker="s")
+        if zero:
+            axes.axvline(0, color="0.3", linewidth=0.8, linestyle="-")
+        axes.set_yticks(range(len(entries)), [_literal(one.name) for one in entries])
+        axes.invert_yaxis()
+        axes.set_title(_literal(title))
+        axes.set_xlabel(_literal(x_label))
+        axes.xaxis.set_major_formatter(lambda value, _: x_format(value))
+    return figure
+
+
+def scatter(dots: Sequence[Dot], title: str, y_label: str, x_label: str, *, y_format: Callable[[float], str] = format_number) -> Figure:
+    """Values with their intervals over a cost, whose axis is logarithmic.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        for one in dots:
+            (mark,) = axes.plot([one.x], [one.y], linestyle="", marker="o", label=_literal(one.name))
+            if math.isfinite(one.low) and math.isfinite(one.high):
+                axes.plot([one.x, one.x], [one.low, one.high], color=mark.get_color(), linestyle="-", marker="")
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in log_ticks(low, high) if low <= tick <= high])
+        axes.minorticks_off()
+        axes.set_title(_literal(title))
+        axes.set_xlabel(_literal(x_label))
+        axes.set_ylabel(_literal(y_label))
+        axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
+        axes.yaxis.set_major_formatter(lambda value, _: y_format(value))
+        axes.legend()
     return figure
 
 

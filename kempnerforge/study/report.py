@@ -1,13 +1,11 @@
-"""The comparison as a page in one file, as CSV and Markdown, and as figures for a paper."""
+"""The comparison as a page in one file."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +13,10 @@ from kempnerforge.config import diff
 from kempnerforge.report.charts import Series, line_chart
 from kempnerforge.report.dots import Dot, Spread, interval_chart, scatter
 from kempnerforge.report.page import write_page
+from kempnerforge.study.disputes import disputes
 from kempnerforge.study.findings import Findings, skills
 from kempnerforge.study.results import Result, question_error, same_weights
 from kempnerforge.study.statistics import ENOUGH, RESAMPLES, smallest_p
-from kempnerforge.util.files import write_text
 from kempnerforge.util.numbers import format_duration, format_number
 
 PAGE = "report.html"
@@ -69,6 +67,7 @@ def write_report(findings: Findings) -> Path:
         curves=_curves(findings),
         pareto=_pareto(findings),
         kinds=_kind_table(findings),
+        disputes=disputes(findings.by_row, score.key),
         budgets=budget_table(findings),
         trials=_trial_table(findings),
         starts=_starts(findings),
@@ -148,7 +147,7 @@ def budget_table(findings: Findings) -> Table:
         cells = findings.by_row[one.row.name]
         asked = "–" if one.asked is None else format_number(one.asked)
         miss = max((abs(findings.realised(one, cell) / one.asked - 1) for cell in cells), default=math.nan) if one.asked else math.nan
-        spent = [float(np.mean([getattr(cell.spent, name) for cell in cells])) if cells else math.nan for name in _SPENT]
+        spent = [float(np.mean([getattr(cell.spent, name) for cell in cells])) if cells else math.nan for name in SPENT]
         seconds = format_duration(spent[-1]) if cells else "–"
         memory = max((cell.memory_gib for cell in cells), default=math.nan)
         missed = "–" if math.isnan(miss) else f"{100 * miss:.2f} %"
@@ -157,7 +156,7 @@ def budget_table(findings: Findings) -> Table:
     return Table(["row", "asked", "largest miss", "steps", "samples", "trained tokens", "training FLOPs", "time", "memory"], rows)
 
 
-_SPENT = ("steps", "samples", "trained_tokens", "train_flops", "seconds")
+SPENT = ("steps", "samples", "trained_tokens", "train_flops", "seconds")
 
 
 def _kind_table(findings: Findings) -> Table:
@@ -206,11 +205,24 @@ def _starts(findings: Findings) -> Table:
 # ---- charts ------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(findings: Findings) -> list[str]:
+class Drawing(NamedTuple):
+    """A chart: what is in it, and its words."""
+
+    entries: Sequence[Any]
+    title: str
+    label: str
+
+
+def scores_drawing(findings: Findings) -> Drawing:
+    """Each row's mean, interval and single seeds."""
     key = findings.score.key
     means = [(name, findings.mean(name, key), list(values.values())) for name, values in findings.values(key).items()]
     spreads = [Spread(name, mean.value, mean.low, mean.high, values) for name, mean, values in means if mean is not None]
-    charts = [interval_chart(spreads, "Score", f"{key}; mean, 95 % interval, single seeds", findings.shown)] if spreads else []
+    return Drawing(spreads, "Score", f"{key}; mean, 95 % interval, single seeds")
+
+
+def pairs_drawing(findings: Findings) -> Drawing:
+    """Each pair's difference."""
     factor, unit = (100, "difference in points") if findings.is_share else (1, "difference")
     pairs = [
         Spread(
@@ -218,9 +230,13 @@ def _pictures(findings: Findings) -> list[str]:
         )
         for one in findings.pairs
     ]
-    if pairs:
-        charts.append(interval_chart(pairs, "Paired differences", f"{unit}; paired t interval, single seeds", zero=True))
-    return charts
+    return Drawing(pairs, "Paired differences", f"{unit}; paired t interval, single seeds")
+
+
+def _pictures(findings: Findings) -> list[str]:
+    scores, pairs = scores_drawing(findings), pairs_drawing(findings)
+    charts = [interval_chart(*scores, findings.shown)] if scores.entries else []
+    return [*charts, interval_chart(*pairs, zero=True)] if pairs.entries else charts
 
 
 def series_over(cells: Sequence[Result], name: str, key: str, axis: str) -> Series:
@@ -250,20 +266,29 @@ def batched_lines(lines: Iterable[Series]) -> Iterable[list[Series]]:
     return [found[at : at + COLOURS] for at in range(0, len(found), COLOURS)]
 
 
-def _pareto(findings: Findings) -> list[str]:
-    key, charts = findings.score.key, []
-    costs: list[tuple[str, Callable[[str], float]]] = [
-        ("training FLOPs", lambda row: float(np.mean([one.spent.train_flops for one in findings.by_row[row]]))),
-        ("parameters", lambda row: float(next(one.budget.params for one in findings.rows if one.row.name == row))),
-        ("peak memory, GiB", lambda row: max(one.memory_gib for one in findings.by_row[row])),
-    ]
+def cost_drawings(findings: Findings) -> dict[str, Drawing]:
+    """By the name of a figure: each row's score over a cost."""
+    key = findings.score.key
+    costs: dict[str, tuple[str, Callable[[str], float]]] = {
+        "train_flops": ("training FLOPs", lambda row: float(np.mean([one.spent.train_flops for one in findings.by_row[row]]))),
+        "params": ("parameters", lambda row: float(next(one.budget.params for one in findings.rows if one.row.name == row))),
+        "memory": ("peak memory, GiB", lambda row: max(one.memory_gib for one in findings.by_row[row])),
+        "latency": ("seconds to answer one question", lambda row: float(np.median([one.latency_s for one in findings.by_row[row]]))),
+    }
     means = {row: mean for row in findings.by_row if (mean := findings.mean(row, key)) is not None}
-    for label, cost in costs:
-        dots = [Dot(row, cost(row), mean.value, mean.low, mean.high) for row, mean in means.items()]
+    found = {}
+    for name, (label, cost) in costs.items():
+        dots = [Dot(row, x, mean.value, mean.low, mean.high) for row, mean in means.items() if not math.isnan(x := cost(row))]
         if dots:
-            higher = findings.score.better == "higher"
-            charts.append(scatter(dots, f"Score against {label}", key, label, findings.shown, log=True, higher=higher))
-    return charts
+            found[name] = Drawing(dots, f"Score against {label}", label)
+    return found
+
+
+def _pareto(findings: Findings) -> list[str]:
+    key, higher = findings.score.key, findings.score.better == "higher"
+    return [
+        scatter(one.entries, one.title, key, one.label, findings.shown, log=True, higher=higher) for one in cost_drawings(findings).values()
+    ]
 
 
 def _method(findings: Findings) -> list[str]:
@@ -279,71 +304,3 @@ def _method(findings: Findings) -> list[str]:
         "“± questions”: the standard error of the score for another draw of held-out questions, those about one image together; it is the same draw"
         " for all rows, so it matters less for their differences.",
     ]
-
-
-# ---- other forms -------------------------------------------------------------------------------------------------------
-
-
-def write_csv(findings: Findings, path: Path) -> Path:
-    """One line a cell: its state, its scores and what it used. Numbers are as they were recorded."""
-    keys = sorted({key for one in findings.results for key in one.scores})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "seed", "state", *_SPENT, "memory_gib", *keys])
-    for one in sorted(findings.results, key=lambda one: (one.row, one.seed)):
-        spent = [getattr(one.spent, name) for name in _SPENT]
-        writer.writerow(
-            [
-                one.row,
-                one.seed,
-                one.state.name,
-                *spent,
-                "" if math.isnan(one.memory_gib) else one.memory_gib,
-                *(one.scores.get(key, "") for key in keys),
-            ]
-        )
-    return write_text(path, out.getvalue())
-
-
-def write_markdown(findings: Findings, path: Path) -> Path:
-    """The verdict, the warnings and the tables."""
-    parts = [f"# {findings.study.cfg.name}", *findings.verdict]
-    parts += ["## Warnings", *(f"* {line}" for line in findings.warnings)] if findings.warnings else []
-    for title, table in (("Scores", score_table(findings)), ("Pairs", pair_table(findings)), ("Budgets", budget_table(findings))):
-        parts += [f"## {title}", _markdown(table)]
-    return write_text(path, "\n\n".join(parts) + "\n")
-
-
-def _markdown(table: Table) -> str:
-    line = lambda cells: f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
-    return "\n".join([line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)])
-
-
-def write_figures(findings: Findings, folder: Path) -> list[Path]:
-    """The curves as PDF files, each row with the range of its seeds.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    from kempnerforge.report.figures import Interval, curves, save
-
-    key, written = findings.score.key, []
-    for axis in AXES:
-        lines = {row: series_over(cells, row, key, axis.field) for row, cells in findings.by_row.items()}
-        present = {row: line for row, line in lines.items() if line.x}
-        ranges = {row: Interval(*_range(findings.by_row[row], key)) for row in present}
-        if present:
-            figure = curves(list(present.values()), key, "mean over seeds", axis.label, y_format=findings.shown, intervals=ranges)
-            written.append(save(figure, folder / f"{key.removeprefix('eval/').replace('/', '-')}-over-{axis.field}.pdf"))
-    return written
-
-
-def _range(cells: Sequence[Result], key: str) -> tuple[list[float], list[float]]:
-    """The lowest and highest value of ``key`` at each step at which all ``cells`` have one."""
-    by_step: dict[int, list[float]] = {}
-    for one in cells:
-        for spent, scores in one.curve:
-            if key in scores:
-                by_step.setdefault(spent.steps, []).append(scores[key])
-    full = [values for _, values in sorted(by_step.items()) if len(values) == len(cells)]
-    return [min(values) for values in full], [max(values) for values in full]

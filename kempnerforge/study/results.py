@@ -43,6 +43,7 @@ class Result:
         stream: (samples so far, sum of the hashes of their ids) after each step.
         initial: shape and digest of each parameter at step 0.
         memory_gib: at most; NaN where it is not known.
+        latency_s: the median time to answer one question alone; NaN where it is not known.
         unreadable: lines of its ``metrics.jsonl`` that are left out.
     """
 
@@ -55,6 +56,7 @@ class Result:
     stream: list[tuple[int, int]] = field(default_factory=list)
     initial: dict[str, str] = field(default_factory=dict)
     memory_gib: float = math.nan
+    latency_s: float = math.nan
     unreadable: int = 0
 
     @property
@@ -84,6 +86,7 @@ def read_result(cell: Cell) -> Result:
         stream=[(int(count), int(ids)) for count, ids in zip(*sums, strict=False)],
         initial=_initial(cell.dir),
         memory_gib=max(metrics.values("study/peak_memory_gib"), default=math.nan),
+        latency_s=next(reversed(metrics.values("study/latency_s")), math.nan),
         unreadable=metrics.unreadable,
     )
 
@@ -171,22 +174,33 @@ def question_error(results: Sequence[Result], key: str) -> float:
     """Standard error of the mean score of a row over the questions that were asked, those about one image
     together; the points of a question are its mean over seeds. NaN where no predictions are kept.
     """
-    task = key.removeprefix("eval/")
     points: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for one in results:
-        for question, value in _points(one.cell.dir / PREDICTIONS, task).items():
-            points[question].append(value)
+        for given in answered(one, key):
+            points[given.question].append(given.points)
     if not points:
         return math.nan
     return clustered_error([float(np.mean(values)) for values in points.values()], [sample for sample, _, _ in points])
 
 
-def _points(path: Path, task: str) -> Mapping[tuple[str, str, str], float]:
-    """(sample, prompt, truth) -> points of each answer that counts for ``task``."""
+class Answered(NamedTuple):
+    """A question (sample, prompt, truth), a cell's answer to it and its points."""
+
+    question: tuple[str, str, str]
+    answer: str
+    points: float
+
+
+def answered(result: Result, key: str) -> list[Answered]:
+    """The answers of a cell that count for the score ``key``; none where they are not kept."""
+    path, task = result.cell.dir / PREDICTIONS, key.removeprefix("eval/")
     if not path.is_file():
-        return {}
+        return []
     rows, _ = read_objects(path, "id", str)
     worth = "right" if task == "exact_match" else "points"
     mine = [row for row in rows if row.get("task", "exact_match") == task]
-    values = {(row["id"], str(row.get("prompt")), str(row.get("truth"))): row.get(worth) for row in mine}
-    return {question: float(value) for question, value in values.items() if isinstance(value, bool | int | float)}
+    return [
+        Answered((row["id"], str(row.get("prompt")), str(row.get("truth"))), str(row.get("answer")), float(points))
+        for row in mine
+        if isinstance(points := row.get(worth), bool | int | float)
+    ]

@@ -42,19 +42,24 @@ class Assembly:
         """What is allowed but may not be meant, of the config and of the names of the model's parameters."""
         return [*self.job.warnings(), *self.freeze.lora_remarks()]
 
-    def evaluate(self, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> Measured:
-        """Measures the tasks of ``[eval]`` on the model as it is.
+    def exam(self, ranks: Ranks, device: torch.device, *, rows: int = 1, limit: int = 0) -> Exam:
+        """The model as it is, with the held-out data.
 
         Args:
             rows: samples that a rank takes at once for a loss.
             limit: questions, samples and windows at most; 0: all.
+        """
+        data = self.data
+        encoder = data.encoder(data.stages[-1])
+        return Exam(self.model, encoder, data.eval, device, ranks, data.examined, data.plain_text, rows, limit)
+
+    def evaluate(self, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> Measured:
+        """Measures the tasks of ``[eval]``. For the arguments see ``exam``.
 
         Raises:
             InputError: none of the held-out data can be read.
         """
-        data = self.data
-        encoder = data.encoder(data.stages[-1])
-        return evaluate(Exam(self.model, encoder, data.eval, device, ranks, data.examined, data.plain_text, rows, limit))
+        return evaluate(self.exam(ranks, device, rows=rows, limit=limit))
 
 
 def assemble(

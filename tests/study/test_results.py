@@ -9,9 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from kempnerforge.config.data import JsonlConfig
 from kempnerforge.study import results
 from kempnerforge.study.config import ScoreConfig
+from kempnerforge.study.disputes import disputes
 from kempnerforge.study.findings import Findings, late_gain
 from kempnerforge.study.results import Result, Spent, question_error, read_result, same_samples, same_weights
 from kempnerforge.study.run import State
@@ -100,3 +103,40 @@ def test_the_error_over_questions_keeps_those_of_an_image_together(tmp_path: Pat
     expected = math.sqrt(2 * ((a - 2 * mean) ** 2 + (b - 2 * mean) ** 2)) / 4
     assert question_error(cells, "eval/exact_match") == pytest.approx(expected)
     assert math.isnan(question_error(cells, "eval/loss"))
+
+
+def test_the_questions_on_which_rows_disagree_most(tmp_path: Path):
+    """One question of a sample; those on which all agree are left out; the most frequent answer of each row is shown."""
+
+    first = "test.jsonl:1 (one)"
+
+    def cell(row: str, seed: int, *answers: tuple[str, str, str, bool]) -> Result:
+        folder = tmp_path / f"{row}{seed}"
+        folder.mkdir()
+        lines = [{"id": id_, "prompt": prompt, "truth": "yes", "answer": answer, "right": right} for id_, prompt, answer, right in answers]
+        (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        found = result(row, folder)
+        found.cell.job = SimpleNamespace(resolved_stages=lambda: [SimpleNamespace(data=data)])
+        return found
+
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "x.png")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"image": "x.png", "prompt": "p", "answer": "yes", "id": "one"}) + "\n")
+    data = JsonlConfig(path=str(tmp_path / "test.jsonl"), eval_path=str(tmp_path / "test.jsonl"), prompt_column="prompt")
+    by_row = {
+        "a": [cell("a", 0, (first, "p", "yes", True), (first, "q", "yes", True), ("two", "p", "no", False), ("three", "p", "yes", True))],
+        "b": [
+            cell(
+                "b",
+                seed,
+                (first, "p", "no", False),
+                (first, "q", "yes", seed > 0),
+                ("two", "p", "no", False),
+                ("three", "p", "yes", seed > 0),
+            )
+            for seed in range(3)
+        ],
+    }
+    found = disputes(by_row, "eval/exact_match")
+    assert [(one.prompt, one.truth, round(one.spread, 3)) for one in found] == [("p", "yes", 1.0), ("p", "yes", 0.333)]
+    assert found[0].answers == [("a", "yes", 1.0), ("b", "no", 0.0)] and found[1].answers[1] == ("b", "yes", 2 / 3)
+    assert ["<img" in str(one.pictures) for one in found] == [True, False]

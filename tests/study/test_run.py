@@ -26,7 +26,7 @@ trials = 2
 validation = 0.25
 keys = { "optimizer.lr" = { low = 1e-3, high = 1e-1, log = true } }
 """
-NOISY = ("seconds", "memory_gib")
+NOISY = ("seconds", "memory_gib", "latency_s")
 """Columns that two runs of one cell do not share."""
 
 

@@ -6,22 +6,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import HookConfig, registry
+from kempnerforge.eval.answers import ask
 from kempnerforge.eval.predictions import write_predictions
 from kempnerforge.training.accounting import TrainingFlops
 from kempnerforge.training.hooks.diagnosis import peak_memory_gib
-from kempnerforge.training.hooks.evaluation import Evaluation
+from kempnerforge.training.hooks.evaluation import Evaluation, Interrupted, Voting
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
+from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import write_text
 
 INITIAL, PREDICTIONS = "initial.json", "predictions.jsonl"
+TIMED = 16
+"""Questions that are asked one by one."""
 
 
 @registry.register_hook_config
@@ -32,8 +38,9 @@ class StudyHookConfig(HookConfig):
     In each step's line of ``metrics.jsonl``: ``study/samples``, ``study/trained_tokens``, ``study/flops``
     (forward and backward, counted by torch on the meta device, vision tower included) and
     ``study/sample_ids`` (the sum of 32-bit hashes of the ids of the step's samples). In the last one
-    ``study/peak_memory_gib``. Beside it ``initial.json``: a digest of each parameter before the first step;
-    and ``predictions.jsonl``, as ``kempnerforge eval --predictions`` writes it, of the evaluation at the end.
+    ``study/peak_memory_gib`` and ``study/latency_s``, the median time to answer one question alone. Beside it
+    ``initial.json``: a digest of each parameter before the first step; and ``predictions.jsonl``, as
+    ``kempnerforge eval --predictions`` writes it, of the evaluation at the end.
     """
 
     type: str = "study"
@@ -70,9 +77,26 @@ class StudyHook(Hook):
 
     def finish(self, trainer: Trainer) -> None:
         trainer.record({"study/peak_memory_gib": max(trainer.world.gather(peak_memory_gib(trainer.world.device)))})
+        if seconds := _latencies(trainer):
+            trainer.record({"study/latency_s": median(seconds)})
         final, held_out = next(hook for hook in trainer.hooks if isinstance(hook, Evaluation)).final, trainer.assembly.data.examined
         if trainer.world.is_main and final.tasks and held_out is not None:
             write_predictions(self.run_dir / PREDICTIONS, final, held_out.skipped)
+
+
+def _latencies(trainer: Trainer) -> list[float]:
+    """Seconds to answer each of a few held-out questions, one after another; the first one warms up."""
+    exam = trainer.assembly.exam(Voting(trainer), trainer.world.device)
+    asked = exam.held_out.draw(1 + TIMED, exam.encoder.seed) if exam.held_out is not None and exam.cfg.at_end else {}
+    seconds = []
+    try:
+        for number, question in asked.items():
+            begin = time.perf_counter()
+            ask(exam, {number: question})
+            seconds.append(time.perf_counter() - begin)
+    except (Interrupted, InputError):  # asked to stop; or an image cannot be read, which the evaluation has said
+        return []
+    return seconds[1:]
 
 
 def hash_of(sample: str) -> int:
