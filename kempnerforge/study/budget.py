@@ -15,6 +15,7 @@ from kempnerforge.data.batching.sampler import check_cut
 from kempnerforge.inspection.plan import check_patterns
 from kempnerforge.study.cells import Row, job_of, override
 from kempnerforge.study.config import MatchConfig, Study
+from kempnerforge.study.timing import step_seconds
 from kempnerforge.training.accounting import TrainingFlops
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.digest import digest
@@ -40,6 +41,7 @@ class StageCost:
         name: of the stage.
         steps: optimizer steps.
         samples, trained_tokens, flops: of one step, on average over its first ``MEASURED_STEPS``.
+        seconds: of one step; 0 unless it was timed.
     """
 
     name: str
@@ -47,6 +49,7 @@ class StageCost:
     samples: float
     trained_tokens: float
     flops: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,14 @@ class Budget:
     @property
     def train_flops(self) -> float:
         return sum(stage.steps * stage.flops for stage in self.stages)
+
+    @property
+    def wall_clock(self) -> float:
+        return sum(stage.steps * stage.seconds for stage in self.stages)
+
+    def timed(self, seconds: Sequence[float]) -> Budget:
+        """The same with the ``seconds`` of a step of each stage."""
+        return replace(self, stages=[replace(stage, seconds=s) for stage, s in zip(self.stages, seconds, strict=True)]) if seconds else self
 
     def of(self, quantity: str) -> float:
         """The amount of one of ``QUANTITIES``."""
@@ -181,13 +192,15 @@ def plan_row(study: Study, row: Row, asked: float | None, more: Sequence[str] = 
     if match is None:
         _check_ranks(row, job, study.cfg.ranks)
         return Planned(row, job, budget)
+    seconds = step_seconds(job, study.cfg, folder) if match.quantity == "wall_clock" else []
+    budget = budget.timed(seconds)
     asked = asked or match.amount or budget.of(match.quantity)
     if budget.of(match.quantity) != asked:
         try:
             job = _moved(study, row, job, budget, match, asked, more)
         except InputError as error:
             raise InputError(f"row {row.name!r}: {match.quantity} = {format_number(asked)} by {match.by}: {error}") from None
-        budget = measured(job, folder)
+        budget = measured(job, folder).timed(seconds)
     _check_ranks(row, job, study.cfg.ranks)
     return Planned(row, job, budget, match.quantity, asked)
 
@@ -224,7 +237,7 @@ def _with_steps(job: JobConfig, budget: Budget, quantity: str, asked: float) -> 
     """``job`` with as many steps as ``asked`` costs. Stages keep their proportions, but for rounding."""
     if job.stages and job.train.max_steps:
         raise InputError(f"train.max_steps = {job.train.max_steps}: cuts the stages short; leave it out")
-    cost = lambda stage: stage.flops if quantity == "train_flops" else getattr(stage, quantity)
+    cost = lambda stage: getattr(stage, {"train_flops": "flops", "wall_clock": "seconds"}.get(quantity, quantity))
     factor = asked / budget.of(quantity)
     steps = [round(stage.steps * factor) for stage in budget.stages]
     longest = max(range(len(steps)), key=lambda k: steps[k])

@@ -13,7 +13,7 @@ from kempnerforge.config.files import Layer, assign, parse_overrides, read_layer
 from kempnerforge.util.errors import ConfigError, InputError, Problems
 from kempnerforge.util.paths import PathText, place_of
 
-QUANTITIES = ("samples", "trained_tokens", "train_flops", "params")
+QUANTITIES = ("samples", "trained_tokens", "train_flops", "params", "wall_clock")
 """What can be matched."""
 TABLE = "study"
 OWN_KEYS = {"train.seed": "seeds", "run.dir": "dir"}
@@ -33,8 +33,8 @@ class MatchConfig:
     """Which budget all cells get, and what is moved so that they do.
 
     Attributes:
-        quantity: "samples", "trained_tokens", "train_flops" (forward and backward, vision tower included) or
-            "params".
+        quantity: "samples", "trained_tokens", "train_flops" (forward and backward, vision tower included),
+            "params" or "wall_clock" (seconds of training on this machine, without evaluation and saving).
         by: what is moved in each row: "steps", "batch_size", or a whole-number key that makes the model
             wider, as "model.dim".
         amount: the budget; 0: that of the first row as it is written.
@@ -55,6 +55,8 @@ class MatchConfig:
         if self.by not in ("steps", "batch_size") and "." not in self.by:
             raise InputError(f"by = {self.by!r}: allowed are 'steps', 'batch_size', or a key such as 'model.dim'")
         check_free(f"by = {self.by!r}", self.by)
+        if self.quantity == "wall_clock" and self.by != "steps":
+            raise InputError(f"by = {self.by!r}: quantity = 'wall_clock' is matched by 'steps'")
         if self.quantity in ("samples", "trained_tokens") and "." in self.by:
             raise InputError(f"by = {self.by!r}: does not change quantity = {self.quantity!r}; use 'steps' or 'batch_size'")
 

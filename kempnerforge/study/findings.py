@@ -166,7 +166,9 @@ class Findings:
 
     def realised(self, planned: Planned, result: Result) -> float:
         """How much of what is matched a cell has used."""
-        return float(planned.budget.params) if planned.quantity == "params" else float(getattr(result.spent, planned.quantity or "samples"))
+        if planned.quantity == "params":
+            return float(planned.budget.params)
+        return float(getattr(result.spent, "seconds" if planned.quantity == "wall_clock" else planned.quantity or "samples"))
 
     def _starts(self) -> list[str]:
         lines = []

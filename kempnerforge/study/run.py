@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from kempnerforge.checkpoint.lock import holder
-from kempnerforge.config import diff
+from kempnerforge.config import JobConfig, diff
 from kempnerforge.study.cells import Cell, write_config
 from kempnerforge.study.config import StudyConfig
 from kempnerforge.training.complete import NAME as COMPLETE
@@ -158,14 +158,22 @@ def _start(cell: Cell, cfg: StudyConfig) -> subprocess.Popen[bytes]:
     """``kempnerforge train`` on the config of ``cell``. It is asked to stop when this process ends in
     whatever way.
     """
-    argv = ["train", str(cell.config)]
-    argv += ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
-    argv += ["--trust-plugins"] if cell.job.plugins else []  # the study's own file names them
-    threads = {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {}
+    argv = ["train", str(cell.config), *cell_options(cell.job, cfg)]
     (cell.dir / FAILURE).unlink(missing_ok=True)
     LOG.info("%s: %s", cell.name, "goes on" if (cell.dir / "checkpoints").is_dir() else "starts")
     with (cell.dir / OUTPUT).open("ab") as output:
-        return spawn(argv, os.environ | threads | {LAUNCHER: str(os.getpid())}, output)
+        return spawn(argv, os.environ | cell_threads(cfg) | {LAUNCHER: str(os.getpid())}, output)
+
+
+def cell_options(job: JobConfig, cfg: StudyConfig) -> list[str]:
+    """Of ``kempnerforge train`` on the config of a cell."""
+    options = ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
+    return [*options, "--trust-plugins"] if job.plugins else options  # the study's own file names them
+
+
+def cell_threads(cfg: StudyConfig) -> dict[str, str]:
+    """What the environment of a cell says of its threads."""
+    return {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {}
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

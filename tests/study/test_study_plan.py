@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from kempnerforge.config import load_config
+from kempnerforge.study import budget as budgets
 from kempnerforge.study.budget import Planned, measure, nearest_multiple, plan_rows
 from kempnerforge.study.cells import cell_of, job_of, rows_of, write_config
 from kempnerforge.study.config import load_study
+from kempnerforge.study.timing import step_seconds
 from kempnerforge.training.accounting import TrainingFlops, cost
 from kempnerforge.training.setup import assemble
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import ConfigError, InputError
 from tests.params import quick
 from tests.study.tiny import STUDY, make_study
 from tests.training.tiny import call, make_job, write_rows
@@ -186,6 +188,28 @@ def test_rows_are_matched_by_steps(tmp_path: Path, quantity: str):
     assert half.steps == pytest.approx(200, rel=0.03)
     if quantity == "train_flops":
         assert rows["cross-batch_size=4"].budget.steps != 400
+
+
+def test_rows_are_matched_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step of the second row takes four times as long. Time is matched by steps alone."""
+    monkeypatch.setattr(budgets, "step_seconds", lambda job, cfg, folder: [0.01 if job.vlm.arch == "joint_decoder" else 0.04])
+    path = make_study(tmp_path, f'{STUDY}[study.match]\nquantity = "wall_clock"\n')
+    rows = planned(path, "--train.max_steps=400")
+    assert {name: (one.budget.steps, one.budget.wall_clock) for name, one in rows.items()} == {"joint": (400, 4.0), "cross": (100, 4.0)}
+    with pytest.raises(ConfigError, match="'wall_clock' is matched by 'steps'"):
+        planned(path, '--study.match.by="batch_size"')
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_once(tmp_path: Path):
+    path = make_job(tmp_path, extra=STAGES)
+    cfg = load_study(make_study(tmp_path / "s", STUDY)).cfg
+    job = load_config(path, ["--train.max_steps=0"])
+    seconds = step_seconds(job, cfg, tmp_path)
+    assert len(seconds) == 2 and all(0.001 < value < 5 for value in seconds)
+    assert step_seconds(job, cfg, tmp_path) == seconds
+    with pytest.raises(InputError, match="25 steps could not be timed: .*freeze"):
+        step_seconds(load_config(path, ["--train.max_steps=0", '--vlm.freeze=[{ module = "*" }]']), cfg, tmp_path)
 
 
 @pytest.mark.slow
