@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from kempnerforge.report.charts import MIN_SMOOTHED, Series, moving_average
-from kempnerforge.report.figures import Interval, curves, save
+from kempnerforge.report.dots import Dot, Spread
+from kempnerforge.report.figures import Interval, curves, intervals, save, scatter
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.numbers import format_percent
 
@@ -42,6 +43,21 @@ def test_a_logarithmic_axis_has_round_numbers_and_gaps_where_there_is_no_logarit
     assert list(axes.get_yticks()) == [1, 2, 5, 10] and axes.get_legend() is None
     (axes,) = curves([FEW], "t", "y", y_range=(0, 1), y_format=format_percent).axes
     assert axes.get_ylim() == (0, 1) and axes.yaxis.get_major_formatter()(0.5) == "50\u00a0%"
+
+
+def test_intervals_and_costs_show_each_entry(tmp_path: Path) -> None:
+    """Names from top to bottom; an interval that is not known is left out."""
+    entries = [Spread("b − a", 3.0, 1.0, 5.0, [2.0, 4.0]), Spread("c − a", -1.0, float("nan"), float("nan"))]
+    figure = intervals(entries, "Differences", "points", zero=True)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b − a", "c − a"] and axes.yaxis_inverted()
+    drawn = [([float(x) for x in line.get_xdata()], line.get_linestyle()) for line in axes.lines]
+    assert drawn == [([2.0, 4.0], "None"), ([1.0, 5.0], "-"), ([3.0], "None"), ([], "None"), ([-1.0], "None"), ([0.0, 0.0], "-")]
+    save(figure, tmp_path / "differences.pdf")
+
+    (axes,) = scatter([Dot("a", 1e9, 0.5, 0.4, 0.6), Dot("b", 4e10, 0.7)], "Score", "score", "FLOPs", y_format=format_percent).axes
+    assert axes.get_xscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert [[float(y) for y in line.get_ydata()] for line in axes.lines] == [[0.5], [0.4, 0.6], [0.7]]
 
 
 def test_a_pdf_holds_its_fonts_and_is_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
