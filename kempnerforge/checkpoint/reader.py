@@ -41,7 +41,9 @@ _ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in _METADAT
 
 
 def _member(cls: Any, name: Any) -> Enum:
-    """What ``getattr`` is in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as ``getattr(cls, name)``."""
+    """What ``getattr`` is in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as ``getattr(cls,
+    name)``.
+    """
     if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
         raise CheckpointError("refusing to unpickle builtins.getattr")
     return cls[name]

@@ -218,7 +218,7 @@ def _module_name(content: bytes) -> str:
     return f"kempnerforge_plugin_{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-# ---- the source of a module ------------------------------------------------------------------------------------------
+# ---- the source of a module ----------------------------------------------------------------------
 
 
 def _source(module: ModuleType) -> dict[str, bytes]:
@@ -270,7 +270,7 @@ def _imported(module: ModuleType) -> Iterator[ModuleType]:
     yield from (sys.modules[name] for name in names if name in sys.modules)
 
 
-# ---- the same plugins? -----------------------------------------------------------------------------------------------
+# ---- the same plugins? ---------------------------------------------------------------------------
 
 
 def record_plugins(plugins: Sequence[Plugin]) -> list[PluginRecord]:

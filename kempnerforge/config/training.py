@@ -249,7 +249,9 @@ class EvalConfig:
         return [f"eval/{name}" for name in (*self.BUILT_IN, *self.tasks)]
 
     def measures(self, key: str) -> bool:
-        """Whether ``key`` can be a score of one of the tasks: "eval/NAME", "eval/NAME_blind" or "eval/NAME/KIND"."""
+        """Whether ``key`` can be a score of one of the tasks: "eval/NAME", "eval/NAME_blind" or
+        "eval/NAME/KIND".
+        """
         return any(key == name or key.startswith((f"{name}_", f"{name}/")) for name in self.scores)
 
     def __post_init__(self) -> None:

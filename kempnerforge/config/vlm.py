@@ -127,7 +127,7 @@ class VLMConfig:
 
     @property
     def files(self) -> str:
-        """Directory or hub id of the model's own processor, whose tokenizer is the default; empty if it has none."""
+        """Directory or hub id of the model's processor, whose tokenizer is the default; empty without one."""
         return ""
 
     @property

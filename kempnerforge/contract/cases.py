@@ -82,7 +82,7 @@ WINDOW = Sample("running text", (), (Text("", (11, 12, 13, 14, 15, 16)),))
 SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE, INTERLEAVED, LATE, TWICE, ANSWERED)
 
 
-# ---- the archs that are tried -----------------------------------------------------------------------------------------
+# ---- the archs that are tried --------------------------------------------------------------------
 
 
 class Plugin(NamedTuple):
@@ -174,7 +174,9 @@ class Tiny:
         return collate([self.encode(sample) for sample in samples], self.encoder.tokenizer.pad_id, pad_to)
 
     def each_word_changed(self, sample: Sample) -> tuple[Tensor, Batch]:
-        """The columns of its words, and rows of ``sample``: row j has its j-th word changed, the last row none."""
+        """The columns of its words, and rows of ``sample``: row j has its j-th word changed, the last row
+        none.
+        """
         words = (self.batch(sample).kinds[0] >= Kind.PROMPT).nonzero().flatten()
         batch, rows = self.batch(*[sample] * (len(words) + 1)), torch.arange(len(words))
         batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % self.encoder.tokenizer.base_vocab_size

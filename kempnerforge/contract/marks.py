@@ -40,7 +40,9 @@ most_archs = pytest.mark.parametrize(
 """Three archs, and slow further ones, unless a user checks one. For checks that train."""
 each_mask = pytest.mark.parametrize(("arch", "mask"), MASKED, ids=[f"{arch}-{mask}" for arch, mask in MASKED])
 most_masks = pytest.mark.parametrize(("arch", "mask"), masked())
-"""The first and the last mask of each arch, and slow ones between them. For what does not depend on the mask alone."""
+"""The first and the last mask of each arch, and slow ones between them. For what does not depend on the mask
+alone.
+"""
 ours = pytest.mark.parametrize("arch", [a for a in ARCHS if a not in FOREIGN], ids=str)
 """The archs with our text backbone. A model of transformers has other names and initial weights."""
 with_images = pytest.mark.parametrize("arch", [a for a in ARCHS if arch_class(tiny_job(a)).has_images], ids=str)

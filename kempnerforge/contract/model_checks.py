@@ -58,7 +58,7 @@ def watched(arch: str | None, *args: Any, **kwargs: Any) -> Tiny:
     return it
 
 
-# ---- names and parts ----------------------------------------------------------------------------------------------------
+# ---- names and parts -----------------------------------------------------------------------------
 
 
 @ours
@@ -129,7 +129,7 @@ def test_toml_round_trip(arch: str | None, mask: str, tmp_path: Path) -> None:
     assert load_config(tmp_path / "job.toml") == job
 
 
-# ---- what sees what -----------------------------------------------------------------------------------------------------
+# ---- what sees what ------------------------------------------------------------------------------
 
 
 def changes(a: Tensor, b: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def test_the_loss_is_a_sum_over_targets(arch: str | None) -> None:
     torch.testing.assert_close(output.loss, want, rtol=1e-5, atol=0)
 
 
-# ---- several samples in a row ------------------------------------------------------------------------------------------
+# ---- several samples in a row --------------------------------------------------------------------
 
 
 PACKS = ((THREE, ONE, WINDOW, LATE), (NO_IMAGE, TWO_IMAGES, TWICE), (ANSWERED, INTERLEAVED, ONE, TWICE, WINDOW), (ONE,))
@@ -322,7 +322,7 @@ def test_nothing_leaks_from_sample_to_sample(arch: str | None, mask: str, apart:
     assert torch.equal(moved, ids[:-1] == numbers[:-1, None]), "a sample changes the logits of another sample of its row"
 
 
-# ---- generation ---------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 IMAGES = [picture(k) for k in range(4)]

@@ -98,7 +98,7 @@ def shares(it: Tiny) -> list[Batch]:
     return [it.batch(*samples) for samples in SHARES]
 
 
-# ---- auxiliary losses wherever a plugin may have them ------------------------------------------------------------------------
+# ---- auxiliary losses wherever a plugin may have them --------------------------------------------
 
 
 def add_losses(model: Any) -> None:

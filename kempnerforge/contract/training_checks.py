@@ -43,7 +43,7 @@ from kempnerforge.model import attention
 from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import Optimizers
 
-# ---- how it is run changes nothing --------------------------------------------------------------------------------------
+# ---- how it is run changes nothing ---------------------------------------------------------------
 
 
 @each_arch
@@ -171,7 +171,7 @@ def same_as_one_process(case: str, found: list[dict[str, Tensor]]) -> None:
         optimizer.zero_grad()
 
 
-# ---- what learns, and what is saved -------------------------------------------------------------------------------------
+# ---- what learns, and what is saved --------------------------------------------------------------
 
 
 @with_images

@@ -84,7 +84,7 @@ class How(NamedTuple):
     progress: Progress
 
 
-# ---- import ---------------------------------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
 def import_model(
@@ -135,7 +135,7 @@ def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, An
     save_training(part / "checkpoints", 0, assembly.model, [], RunState(step=0, imported=imported).to_json(), files, 1)
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def export_model(

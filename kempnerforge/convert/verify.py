@@ -204,7 +204,7 @@ def agreement(logits: Tensor, others: Tensor, farthest: int = 0) -> Agreement:
     return Agreement(difference.item(), logits[..., :size].abs().max().item(), farthest)
 
 
-# ---- how far --------------------------------------------------------------------------------------------------------
+# ---- how far -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

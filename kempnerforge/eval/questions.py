@@ -133,7 +133,7 @@ def _up_to(text: Text, turn: int) -> Text | None:
     return replace(text, more=(*text.more[: turn - 1], (text.more[turn - 1][0], "")), kind="")
 
 
-# ---- true answers ---------------------------------------------------------------------------------------
+# ---- true answers --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---- before anything is asked -----------------------------------------------------------------------------
+# ---- before anything is asked --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def load_pretrained(
     return found.model, found.processor
 
 
-# ---- where a model may be -------------------------------------------------------------------------------------------
+# ---- where a model may be ------------------------------------------------------------------------
 
 
 def _loaded(path: Path, given: Sequence[str], verify: bool) -> TrainedModel:

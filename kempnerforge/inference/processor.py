@@ -242,7 +242,7 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
     return buffer.getvalue()
 
 
-# ---- models of transformers -----------------------------------------------------------------------------------------
+# ---- models of transformers ----------------------------------------------------------------------
 
 
 def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any], str]:

@@ -22,7 +22,7 @@ def row_name(row: AuditRow, number: int) -> str:
     return f"row {number}{named}"
 
 
-# ---- as text ------------------------------------------------------------------------------------------------------------
+# ---- as text -------------------------------------------------------------------------------------
 
 
 def render_row(row: AuditRow, number: int, tokenizer: Decoder, color: bool, names: Mapping[int, str]) -> str:
@@ -93,7 +93,7 @@ def _paint(text: str, paint: str, color: bool) -> str:
     return f"[{text}]" if paint == TRAINED else text
 
 
-# ---- what looks wrong ---------------------------------------------------------------------------------------------------
+# ---- what looks wrong ----------------------------------------------------------------------------
 
 
 def audit(

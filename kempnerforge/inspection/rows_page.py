@@ -153,7 +153,7 @@ def _views(batch: Batch, row: AuditRow) -> tuple[list[np.ndarray], list[str]]:
     return views, [owners[picture] for picture in sorted(owners)]
 
 
-# ---- the page --------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def write_inspection(path: Path, title: str, stages: Sequence[Inspection]) -> Path:

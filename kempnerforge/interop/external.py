@@ -109,7 +109,7 @@ class ExternalModel:
         return {name: tensors[name] for name in self.parameters}
 
 
-# ---- names and shapes -----------------------------------------------------------------------------------------------
+# ---- names and shapes ----------------------------------------------------------------------------
 
 
 def backbone_parameters(cfg: ModelConfig) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def tied_head(tensors: Mapping[str, FileTensor], files: Mapping[str, Path], head
     return TiedHead(head, tensors[f"transformer.{EMBEDDING}"].name) if head in files and head not in used else None
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def check_tensor(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
@@ -189,7 +189,7 @@ def check_tied(path: Path, files: Mapping[str, Path], tied: TiedHead) -> None:
         raise InputError(f"{path}: {tied.head} is not {tied.embedding}, but its {CONFIG} says that they are tied")
 
 
-# ---- the rest of a job ----------------------------------------------------------------------------------------------
+# ---- the rest of a job ---------------------------------------------------------------------------
 
 
 def text_job(model: ModelConfig) -> JobConfig:

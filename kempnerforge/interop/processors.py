@@ -84,7 +84,7 @@ def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict
     }
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def followed_processor(path: Path, kind: str) -> str | None:

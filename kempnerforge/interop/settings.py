@@ -176,7 +176,7 @@ def _number(table: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-# ---- both directions ------------------------------------------------------------------------------------------------
+# ---- both directions -----------------------------------------------------------------------------
 
 
 def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:

@@ -56,7 +56,7 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
         raise InputError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
 
 
-# ---- Hugging Face directories -----------------------------------------------------------------------------------------
+# ---- Hugging Face directories --------------------------------------------------------------------
 
 
 def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     return {name: tensors[source] for name, source in names.items()}
 
 
-# ---- our checkpoints --------------------------------------------------------------------------------------------------
+# ---- our checkpoints -----------------------------------------------------------------------------
 
 
 def read_part(path: Path | str, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -30,7 +30,7 @@ ADAPTER = "adapter_config.json"
 """Of the package peft: transformers adds the adapter to the weights that it loads."""
 
 
-# ---- configs --------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def stop_ids(path: Path) -> tuple[int, ...]:
     return ()
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -115,7 +115,7 @@ class Planned:
         return self.budget.of(self.quantity) / self.asked - 1 if self.asked else 0.0
 
 
-# ---- what a job costs ------------------------------------------------------------------------------------------------
+# ---- what a job costs ----------------------------------------------------------------------------
 
 
 def measure(job: JobConfig, steps: int = MEASURED_STEPS) -> Budget:
@@ -159,7 +159,7 @@ def measured(job: JobConfig, folder: Path) -> Budget:
     return found
 
 
-# ---- rows that cost the same -----------------------------------------------------------------------------------------
+# ---- rows that cost the same ---------------------------------------------------------------------
 
 
 def plan_rows(study: Study, rows: Sequence[Row]) -> list[Planned]:

@@ -115,7 +115,7 @@ def _initial(directory: Path) -> dict[str, str]:
         return {}
 
 
-# ---- comparisons of cells that share a seed --------------------------------------------------------------------------
+# ---- comparisons of cells that share a seed ------------------------------------------------------
 
 
 class SameSamples(NamedTuple):
@@ -167,7 +167,7 @@ def same_weights(results: Sequence[Result]) -> SameWeights:
     return SameWeights(len(shared) - len(different), different)
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 
 def question_error(results: Sequence[Result], key: str) -> float:

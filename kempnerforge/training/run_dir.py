@@ -93,7 +93,7 @@ def saved_run(run_dir: Path) -> SavedRun | None:
     return SavedRun.of(*found) if found is not None else None
 
 
-# ---- the copies of config and tokenizer beside the checkpoints ----------------------------------------------------------
+# ---- the copies of config and tokenizer beside the checkpoints -----------------------------------
 
 
 def check_copies(config: FlatConfig, run: SavedRun, run_dir: Path, allow: Sequence[str]) -> None:
@@ -140,7 +140,7 @@ def _tokenizer_edits(run: SavedRun, run_dir: Path) -> list[str]:
     return edits[:SHOWN]
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def move_old_run(run_dir: Path) -> bool:

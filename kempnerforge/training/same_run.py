@@ -125,7 +125,7 @@ def _plugin_changes(job: JobConfig, old: Mapping[str, Any], run: SavedRun) -> li
     return [f"plugins: {before} -> {job.plugins}"] if before != job.plugins else []
 
 
-# ---- the plan of the learning rate -----------------------------------------------------------------------------------
+# ---- the plan of the learning rate ---------------------------------------------------------------
 
 
 def _changed_plan(job: JobConfig, old: Mapping[str, Any], step: int) -> list[str]:

@@ -291,7 +291,7 @@ class Trainer:
         found = next((name for name, p in self.model.named_parameters() if not local(p.detach()).isfinite().all()), "")
         return next(filter(None, self.world.gather(found)), "")
 
-    # ---- data ----------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the current step."""
@@ -341,7 +341,7 @@ class Trainer:
             raise InputError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
         return StepData(batches, counts)
 
-    # ---- for hooks -----------------------------------------------------------------------------------------
+    # ---- for hooks -------------------------------------------------------------------------------
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """As ``World.sum``; afterwards ``stopping`` tells all ranks whether one of them was asked to stop."""

@@ -118,7 +118,7 @@ def why_not_writable(directory: Path) -> str:
     return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
 
 
-# ---- one JSON object a line ---------------------------------------------------------------------------------------------------
+# ---- one JSON object a line ----------------------------------------------------------------------
 
 
 def read_objects(path: Path, key: str, kind: type) -> tuple[list[dict[str, Any]], list[int]]:

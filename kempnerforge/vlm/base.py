@@ -102,7 +102,7 @@ class VLM(ExactBuffers):
         if self.has_images:
             job.check_sequence(self.num_image_tokens)
 
-    # ---- what an arch overrides ------------------------------------------------------------------------------------
+    # ---- what an arch overrides ------------------------------------------------------------------
 
     def block(self, cfg: ModelConfig, layer: int) -> Block:
         """Makes layer ``layer``."""
@@ -153,7 +153,7 @@ class VLM(ExactBuffers):
             ValueError: what the config names cannot be used.
         """
 
-    # ---- what it may use -------------------------------------------------------------------------------------------
+    # ---- what it may use -------------------------------------------------------------------------
 
     def insert(self, words: Tensor, features: Tensor | None, batch: Batch) -> Tensor:
         """``words`` (B, S, D) with the tokens of each image at its places."""
@@ -213,7 +213,7 @@ class VLM(ExactBuffers):
         """Positions and mask of a stream that is laid out as ``batch`` says."""
         return Context(rope_tables(batch.positions, self.job.model), self.mask(self.segments(batch), batch, cache, dtype), cache)
 
-    # ---- the same for every arch -----------------------------------------------------------------------------------
+    # ---- the same for every arch -----------------------------------------------------------------
 
     @cached_property
     def with_aux_loss(self) -> list[HasAuxLoss]:

@@ -152,7 +152,7 @@ class MoT(VLM):
     def block(self, cfg: ModelConfig, layer: int) -> Block:
         return MoTBlock(cfg, layer, self.modalities, self.cfg.untie, self.cfg.norm_placement)
 
-    # ---- the sorted stream -----------------------------------------------------------------------------------------
+    # ---- the sorted stream -----------------------------------------------------------------------
 
     def modality_ids(self, batch: Batch) -> Tensor:
         """(B, S) int64: the place in ``modalities`` of what is at each position; -1 is padding."""
@@ -211,7 +211,7 @@ class MoT(VLM):
             return super().last(x, ctx)
         return x[torch.arange(len(x), device=x.device), ctx.index.argmax(1)]  # (B, D)
 
-    # ---- weights to start from -------------------------------------------------------------------------------------
+    # ---- weights to start from -------------------------------------------------------------------
 
     def warm_start(self) -> None:
         """Loads ``mot_warm_start_path``, if there is one, and copies the text tower into every other one.

@@ -64,7 +64,7 @@ def grid_tiles(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> Frame:
     return frame._replace(corners=corners)
 
 
-# ---- one view --------------------------------------------------------------------------------------------------------------
+# ---- one view ------------------------------------------------------------------------------------
 
 
 def cropped(size: Size, side: int) -> Frame:
@@ -85,7 +85,7 @@ def letterboxed(size: Size, canvas: Size) -> Frame:
     return Frame(content, canvas, ((canvas[0] - content[0]) // 2, (canvas[1] - content[1]) // 2))
 
 
-# ---- grids -----------------------------------------------------------------------------------------------------------------
+# ---- grids ---------------------------------------------------------------------------------------
 
 
 def stretched_grid(size: Size, side: int, max_side: int, resize_to_max_side: bool) -> Grid:

@@ -64,7 +64,7 @@ class Views:
         """Tokens that are before views."""
         return frozenset(self._markers.values())
 
-    # ---- positions ---------------------------------------------------------------------------------------------------------
+    # ---- positions -------------------------------------------------------------------------------
 
     def blocks(self, images: Sequence[ImageSource]) -> list[ImageBlock]:
         """What the images of a sample are in its row. Their pixels are not decoded, and if views do not
@@ -100,7 +100,7 @@ class Views:
             names += [tile_marker(row + 1, column + 1) for row in range(grid[0]) for column in range(grid[1])]
         return [(self._markers[name],) if self.cfg.markers else () for name in names]
 
-    # ---- pixels ------------------------------------------------------------------------------------------------------------
+    # ---- pixels ----------------------------------------------------------------------------------
 
     def load(self, image: ImageSource, expected: int | None = None, rng: np.random.Generator | None = None) -> list[np.ndarray]:
         """The views of an image, in the order of its block; read-only.

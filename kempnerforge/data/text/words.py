@@ -167,7 +167,7 @@ class TextEncoder:
         """
         return len(self._open(prompt, check=False).at) if self.layout.image_size else 0
 
-    # ---- pieces -> tokens ------------------------------------------------------------------------------------------------
+    # ---- pieces -> tokens ------------------------------------------------------------------------
 
     @property
     def _mark(self) -> int | None:
@@ -260,7 +260,7 @@ class TextEncoder:
         assert found is not None, name
         return found
 
-    # ---- whole texts -----------------------------------------------------------------------------------------------------
+    # ---- whole texts -----------------------------------------------------------------------------
 
     def _pieces(self, text: Text) -> list[Piece]:
         pieces = self.template.pieces(text, text.system or self.cfg.system)
