@@ -67,10 +67,9 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     try:
         done = run_study(study, args.jobs or study.cfg.jobs)
     except Stopped as stopped:
-        said = "stopped: the cells are saved; the same command goes on"
         if stopped.number == signal.SIGINT:
-            raise KeyboardInterrupt(said) from None
-        print(said, file=sys.stderr)
+            raise KeyboardInterrupt(stopped.said) from None
+        print(stopped.said, file=sys.stderr)
         return INTERRUPTED
     return 0 if done else 3
 

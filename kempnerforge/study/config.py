@@ -18,6 +18,11 @@ QUANTITIES = ("samples", "trained_tokens", "train_flops", "params", "wall_clock"
 TABLE = "study"
 OWN_KEYS = {"train.seed": "seeds", "run.dir": "dir"}
 """Keys that a study sets in each cell, and the key of ``[study]`` that says how."""
+SET_OPTIONS = (
+    *("account", "cpus-per-task", "gpus-per-node", "mem", "partition", "time"),
+    *("array", "chdir", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "signal"),
+)
+"""Options of sbatch that are not free."""
 
 
 def check_free(what: str, key: str) -> None:
@@ -136,6 +141,44 @@ class TuneConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """Each trial and each cell is a job of SLURM. Keys are called as the options of ``sbatch``; empty or 0:
+    what the cluster sets.
+
+    Attributes:
+        executor: "slurm"; or "local": the jobs run on this machine, to try a study. They get ``time`` and
+            ``gpus_per_node`` alone.
+        partition, account: see sbatch.
+        time: minutes of a job. A cell that has more to do saves, and its job is queued again, three times at most.
+        gpus_per_node: of a job; 0: none.
+        cpus_per_task: of a job.
+        mem_gb: of a job.
+        setup: lines of shell that a job runs first, such as "module load cuda".
+        options: further ones of sbatch, as { qos = "long", constraint = "a100" }.
+    """
+
+    executor: str = "slurm"
+    partition: str = ""
+    account: str = ""
+    time: int = 60
+    gpus_per_node: int = 0
+    cpus_per_task: int = 0
+    mem_gb: float = 0.0
+    setup: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of(self, "executor", ("slurm", "local"))
+        at_least(self, 1, "time")
+        at_least(self, 0, "gpus_per_node", "cpus_per_task", "mem_gb")
+        for key, value in self.options.items():
+            if (key := key.replace("_", "-")) in SET_OPTIONS:
+                raise InputError(f"options: {key!r}: has a key of its own in [{TABLE}.slurm], or is set by the study")
+            if value is False or not isinstance(value, str | int | float):
+                raise InputError(f"options: {key} = {value!r}: must be a text, a number, or true for an option without a value")
+
+
+@dataclass
 class StudyConfig:
     """``[study]``.
 
@@ -145,7 +188,7 @@ class StudyConfig:
         seeds: one cell of each row for each: ``train.seed``.
         axes: rows are all combinations. An axis is ``"key.path" = [values]``, or a table of named pieces of a
             config: ``[study.axes.NAME.LEVEL]``.
-        match, scores, tune: see their tables. Of several scores the first one is what rows are compared by.
+        match, scores, tune, slurm: see their tables. Of several scores the first one is what rows are compared by.
         keep: of the checkpoints of a finished cell: "last" or "none".
         ranks: processes of each cell.
         threads: of each process; 0: torch's own choice. The last bits of a result depend on it.
@@ -159,6 +202,7 @@ class StudyConfig:
     match: MatchConfig | None = None
     scores: list[ScoreConfig] = field(default_factory=lambda: [ScoreConfig()])
     tune: TuneConfig | None = None
+    slurm: SlurmConfig | None = None
     keep: str = "last"
     ranks: int = 1
     threads: int = 0

@@ -8,7 +8,8 @@ from kempnerforge.checkpoint.lock import RunLock
 from kempnerforge.study.budget import Planned, plan_row, plan_rows
 from kempnerforge.study.cells import Cell, cell_of, rows_of
 from kempnerforge.study.config import Study
-from kempnerforge.study.run import execute, is_finished
+from kempnerforge.study.run import Here, execute, is_finished
+from kempnerforge.study.slurm import Cluster
 from kempnerforge.study.tune import Tuned, trials_of
 
 
@@ -69,6 +70,8 @@ def run_study(study: Study, jobs: int) -> bool:
         CheckpointError: another process runs it.
         Stopped: a signal asked for it.
     """
+    cfg = study.cfg
+    executor = Here(cfg, jobs) if cfg.slurm is None else Cluster(cfg.slurm, cfg, jobs)
     with RunLock(study.dir):
         tried: set[str] = set()
         while True:
@@ -77,7 +80,7 @@ def run_study(study: Study, jobs: int) -> bool:
             if not due:
                 break
             tried |= {cell.name for cell in due}
-            execute(due, study.cfg, jobs)
-        execute(progress.cells, study.cfg, jobs)
-        wanted = len(progress.planned) * len(study.cfg.seeds)
+            execute(due, cfg.keep, executor)
+        execute(progress.cells, cfg.keep, executor)
+        wanted = len(progress.planned) * len(cfg.seeds)
         return len(progress.cells) == wanted and all(map(is_finished, progress.cells))

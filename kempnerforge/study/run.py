@@ -1,4 +1,4 @@
-"""Runs cells as processes of their own. What is known of a cell is what its directory says: a killed study
+"""Runs cells, here as processes of their own. What is known of a cell is what its directory says: a killed study
 goes on where it was.
 """
 
@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol
 
 from kempnerforge.checkpoint.lock import holder
 from kempnerforge.config import JobConfig, diff
@@ -33,14 +34,20 @@ from kempnerforge.util.reading import read_object
 LOG = logging.getLogger("kempnerforge")
 LOOK_S = 0.1
 FAILURE, OUTPUT = "failure.json", "log.txt"
+SAVED = "stopped: the cells are saved; the same command goes on"
 
 
 class Stopped(Exception):
-    """A signal has asked the study to stop; its cells are saved."""
+    """A signal has asked the study to stop.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    Attributes:
+        number: of the signal.
+        said: what has become of the cells that ran.
+    """
+
+    def __init__(self, number: int, said: str) -> None:
+        super().__init__(said)
+        self.number, self.said = number, said
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,59 @@ def is_finished(cell: Cell) -> bool:
     return isinstance(config, dict) and not [line for line in diff(config, cell.job) if not line.startswith(WITHOUT_EFFECT)]
 
 
-def execute(cells: Sequence[Cell], cfg: StudyConfig, jobs: int) -> None:
-    """Runs all of ``cells`` that are not finished, ``jobs`` at a time, in their order. One that fails does
-    not stop the others.
+class Process(Protocol):
+    """What runs a cell: ``subprocess.Popen``, say."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it has not ended."""
+        ...
+
+    def terminate(self) -> None:
+        """Asks it to save and end, where it ends with this process."""
+        ...
+
+    def wait(self) -> object:
+        """Until that is done."""
+        ...
+
+
+class Begun(NamedTuple):
+    """A cell that runs, and since when; None: unknown, or it may have waited."""
+
+    process: Process
+    cell: Cell
+    since: float | None
+
+
+class Executor(Protocol):
+    """Where cells run.
+
+    Attributes:
+        room: cells that it takes at the same time.
+        look_s: seconds between two looks at them.
+    """
+
+    room: int
+    look_s: float
+
+    def left(self, cells: Sequence[Cell]) -> list[Begun]:
+        """Those that it still runs for a study that was stopped or killed."""
+        ...
+
+    def start(self, cells: Sequence[Cell]) -> Iterator[Begun]:
+        """Begins them all."""
+        ...
+
+    def stopped(self, running: Sequence[Begun]) -> str:
+        """What has become of them, after a stop."""
+        ...
+
+
+def execute(cells: Sequence[Cell], keep: str, executor: Executor) -> None:
+    """Runs all of ``cells`` that are not finished, in their order. One that fails does not stop the others.
+
+    Args:
+        keep: as of ``StudyConfig``.
 
     Raises:
         InputError: the directory of a cell holds another one.
@@ -102,33 +159,29 @@ def execute(cells: Sequence[Cell], cfg: StudyConfig, jobs: int) -> None:
     waiting = [cell for cell in cells if not is_finished(cell)]
     for cell in cells:
         if cell not in waiting:
-            _tidy(cell, cfg.keep)
-    running: dict[subprocess.Popen[bytes], Begun] = {}
+            _tidy(cell, keep)
+    running = executor.left(waiting)
+    waiting = [cell for cell in waiting if all(cell is not begun.cell for begun in running)]
     told: set[str] = set()
     with _signals() as asked:
         try:
             while (waiting or running) and not asked:
-                for process in [process for process in running if process.poll() is not None]:
-                    _ended(running.pop(process), process.returncode, cfg.keep)
-                for cell in list(waiting):
-                    if len(running) < jobs and _is_free(cell, told):
-                        waiting.remove(cell)
-                        running[_start(cell, cfg)] = Begun(cell, time.monotonic())
-                time.sleep(LOOK_S)
+                for begun in list(running):
+                    if (code := begun.process.poll()) is not None:
+                        running.remove(begun)
+                        _ended(begun, code, keep)
+                free = (cell for cell in waiting if _is_free(cell, told))
+                if ready := list(islice(free, max(0, executor.room - len(running)))):
+                    waiting = [cell for cell in waiting if cell not in ready]
+                    running.extend(executor.start(ready))
+                time.sleep(executor.look_s)
         finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+            for begun in running:
+                begun.process.terminate()
+            for begun in running:
+                begun.process.wait()
     if asked:
-        raise Stopped(asked[0])
-
-
-class Begun(NamedTuple):
-    """A cell that runs, and since when."""
-
-    cell: Cell
-    since: float
+        raise Stopped(asked[0], executor.stopped(running))
 
 
 def _is_free(cell: Cell, told: set[str]) -> bool:
@@ -154,26 +207,54 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(cell: Cell, cfg: StudyConfig) -> subprocess.Popen[bytes]:
-    """``kempnerforge train`` on the config of ``cell``. It is asked to stop when this process ends in
-    whatever way.
+class Here:
+    """Cells as processes of this machine, which are asked to stop when this one ends in whatever way.
+
+    Args:
+        jobs: at the same time.
     """
-    argv = ["train", str(cell.config), *cell_options(cell.job, cfg)]
-    (cell.dir / FAILURE).unlink(missing_ok=True)
-    LOG.info("%s: %s", cell.name, "goes on" if (cell.dir / "checkpoints").is_dir() else "starts")
-    with (cell.dir / OUTPUT).open("ab") as output:
-        return spawn(argv, os.environ | cell_threads(cfg) | {LAUNCHER: str(os.getpid())}, output)
+
+    look_s = LOOK_S
+
+    def __init__(self, cfg: StudyConfig, jobs: int) -> None:
+        self.cfg, self.room = cfg, jobs
+
+    def left(self, cells: Sequence[Cell]) -> list[Begun]:
+        return []
+
+    def start(self, cells: Sequence[Cell]) -> Iterator[Begun]:
+        for cell in cells:
+            command = command_of(cell, self.cfg)
+            (cell.dir / FAILURE).unlink(missing_ok=True)
+            LOG.info("%s: %s", cell.name, "goes on" if (cell.dir / "checkpoints").is_dir() else "starts")
+            yield Begun(start(cell.dir, command), cell, time.monotonic())
+
+    def stopped(self, running: Sequence[Begun]) -> str:
+        return SAVED
 
 
-def cell_options(job: JobConfig, cfg: StudyConfig) -> list[str]:
-    """Of ``kempnerforge train`` on the config of a cell."""
-    options = ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
-    return [*options, "--trust-plugins"] if job.plugins else options  # the study's own file names them
+@dataclass(frozen=True)
+class Command:
+    """``kempnerforge ARGV``, with variables of the environment."""
+
+    argv: list[str]
+    env: dict[str, str]
 
 
-def cell_threads(cfg: StudyConfig) -> dict[str, str]:
-    """What the environment of a cell says of its threads."""
-    return {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {}
+def command_of(cell: Cell, cfg: StudyConfig) -> Command:
+    """``kempnerforge train`` on the config of ``cell``."""
+    argv = ["train", str(cell.config)]
+    argv += ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
+    argv += ["--trust-plugins"] if cell.job.plugins else []  # the study's own file names them
+    return Command(argv, {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {})
+
+
+def start(directory: Path, command: Command) -> subprocess.Popen[bytes]:
+    """``command`` in a process that is asked to stop when this one ends in whatever way; what it says goes
+    to the log of ``directory``.
+    """
+    with (directory / OUTPUT).open("ab") as output:
+        return spawn(command.argv, os.environ | command.env | {LAUNCHER: str(os.getpid())}, output)
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -190,15 +271,21 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> sub
 
 def _ended(begun: Begun, code: int, keep: str) -> None:
     """Says how a cell has ended, and writes down a failure."""
-    cell, seconds = begun.cell, time.monotonic() - begun.since
+    cell = begun.cell
     if code == 0 and is_finished(cell):
-        LOG.info("%s: finished in %s", cell.name, format_duration(seconds))
+        took = "" if begun.since is None else f" in {format_duration(time.monotonic() - begun.since)}"
+        LOG.info("%s: finished%s", cell.name, took)
         _tidy(cell, keep)
         return
-    lines = (cell.dir / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    what = f"ended by {signal.Signals(-code).name}" if code < 0 else lines[-1] if lines else "said nothing"
-    write_text(cell.dir / FAILURE, json.dumps({"code": code, "said": what[:500]}) + "\n")
-    LOG.warning("%s: failed with exit code %s: %s; see %s", cell.name, code, what[:500], cell.dir / OUTPUT)
+    LOG.warning("%s: failed with exit code %s: %s; see %s", cell.name, code, write_failure(cell.dir, code), cell.dir / OUTPUT)
+
+
+def write_failure(directory: Path, code: int) -> str:
+    """Writes down that the cell in ``directory`` has failed; returns why: what its log says at the end."""
+    lines = (directory / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    what = f"ended by {signal.Signals(-code).name}" if code < 0 else lines[-1][:500] if lines else "said nothing"
+    write_text(directory / FAILURE, json.dumps({"code": code, "said": what}) + "\n")
+    return what
 
 
 def _tidy(cell: Cell, keep: str) -> None:
