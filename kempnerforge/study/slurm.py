@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from kempnerforge.util.reading import read_object
 
 LOG = logging.getLogger("kempnerforge")
 RECORD = "job.json"
+QUEUE_S = 30.0
+"""Seconds between two looks at the queue of SLURM. That a cell has finished or failed is seen at once, in its directory."""
 
 
 @dataclass
@@ -74,48 +77,74 @@ class Work:
         return DelayedSubmission(Work(self.directory, self.command))
 
 
+class Queue:
+    """The jobs of this user that wait or run, as ``squeue`` says. (submitit asks ``sacct``, which not every
+    cluster has.)
+    """
+
+    def __init__(self) -> None:
+        self.asked = -math.inf
+        self._ids: set[str] | None = None
+
+    def holds(self, job: str) -> bool:
+        """Whether ``job`` is one of them, or SLURM does not answer."""
+        if time.monotonic() - self.asked > QUEUE_S:
+            self.asked = time.monotonic()
+            said = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+            self._ids = None if said.returncode else set(said.stdout.split())
+            if said.returncode:
+                LOG.warning("squeue: %s", said.stderr.strip())
+        return self._ids is None or job in self._ids
+
+
 class Job:
     """A job that was submitted.
 
     Args:
         job: submitit's.
-        is_local: it runs on this machine, without SLURM.
+        queue: of SLURM; None: it runs on this machine.
         earlier: another process has submitted it.
     """
 
-    def __init__(self, job: Any, cell: Cell, is_local: bool, earlier: bool = False) -> None:
-        self.job, self.cell, self.is_local, self.earlier = job, cell, is_local, earlier
+    def __init__(self, job: Any, cell: Cell, queue: Queue | None, earlier: bool = False) -> None:
+        self.job, self.cell, self.queue, self.earlier = job, cell, queue, earlier
 
-    def is_over(self) -> bool:
-        if not self.is_local or not self.earlier:
-            return self.job.done()
-        try:  # submitit knows local jobs of this process alone
-            return os.fsencode(self.job.paths.folder) not in Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
+    def lives(self) -> bool:
+        """Whether it waits or runs."""
+        if self.queue is not None:
+            return self.queue.holds(self.job.job_id)
+        if not self.earlier:
+            return not self.job.done()
+        try:  # submitit knows local jobs of its own process alone
+            return os.fsencode(self.job.paths.folder) in Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
         except OSError:
-            return True
+            return False
 
     def poll(self) -> int | None:
         """The exit code of its cell. A job that was lost has none: 1, and the log says why."""
-        if not self.is_over() or holder(self.cell.dir):  # a job that was killed leaves a cell that still saves
-            return None
+        lives = self.lives()  # asked first: a job that is over has written what it has to say
         directory = self.cell.dir
         directory.chmod(directory.stat().st_mode)  # NFS then asks for what other machines have written
-        (directory / RECORD).unlink(missing_ok=True)
         state = state_of(self.cell)
+        if state.name == "running" or (lives and state.name not in ("finished", "failed")):
+            return None
+        (directory / RECORD).unlink(missing_ok=True)
         if state.name in ("finished", "failed"):
             return state.code
+        errors: Path = self.job.paths.stderr
+        lines = errors.read_text(encoding="utf-8", errors="replace").split("\n") if errors.is_file() else []
         with (directory / OUTPUT).open("a", encoding="utf-8") as log:
-            log.write(f"job {self.job.job_id} ({self.job.state}) has ended before its cell; see {self.job.paths.stderr}\n")
+            why = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {errors}")
+            log.write(f"job {self.job.job_id} has ended before its cell: {why}\n")
         return 1
 
     def terminate(self) -> None:
         """Ends a local job; one of SLURM goes on."""
-        if self.is_local:
-            with suppress(ProcessLookupError):
-                os.kill(int(self.job.job_id), signal.SIGINT)
+        if self.queue is None and self.lives():
+            os.kill(int(self.job.job_id), signal.SIGINT)
 
     def wait(self) -> None:
-        while self.is_local and (not self.is_over() or holder(self.cell.dir)):
+        while self.queue is None and (self.lives() or holder(self.cell.dir)):
             time.sleep(LOOK_S)
 
 
@@ -144,6 +173,7 @@ class Cluster:
             raise InputError(f"[study.slurm] executor = {cfg.executor!r}: {error} 'local' runs the jobs on this machine") from None
         self._executor.update_parameters(**parameters(cfg, study.name, jobs))
         self._kinds: dict[str, Any] = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
+        self._queue = Queue()
 
     def left(self, cells: Sequence[Cell]) -> list[Begun]:
         jobs = []
@@ -151,8 +181,8 @@ class Cluster:
             with suppress(OSError, InputError, KeyError):
                 record = read_object(cell.dir / RECORD)
                 job = self._kinds[record["executor"]](self.folder, str(record["job"]))
-                jobs.append(Job(job, cell, record["executor"] == "local", earlier=True))
-        found = [job for job in jobs if not job.is_over()]
+                jobs.append(Job(job, cell, self._queue if record["executor"] == "slurm" else None, earlier=True))
+        found = [job for job in jobs if job.lives()]
         for job in found:
             LOG.info("%s: waits for job %s, which was submitted before (%s)", job.cell.name, job.job.job_id, job.cell.dir / RECORD)
         return [Begun(job, job.cell, None) for job in found]
@@ -166,12 +196,13 @@ class Cluster:
             raise InputError(f"[study.slurm]: the jobs could not be submitted: {error}") from None
         for cell, job in zip(cells, jobs, strict=True):
             write_text(cell.dir / RECORD, json.dumps({"executor": self.cfg.executor, "job": job.job_id}) + "\n")
+        self._queue.asked = -math.inf
         for cell, job in zip(cells, jobs, strict=True):
             LOG.info("%s: job %s", cell.name, job.job_id)
-            yield Begun(Job(job, cell, self.cfg.executor == "local"), cell, None)
+            yield Begun(Job(job, cell, self._queue if self.cfg.executor == "slurm" else None), cell, None)
 
     def stopped(self, running: Sequence[Begun]) -> str:
-        left = [begun.process.job.job_id for begun in running if isinstance(begun.process, Job) and not begun.process.is_local]
+        left = [begun.process.job.job_id for begun in running if isinstance(begun.process, Job) and begun.process.queue]
         if not left:
             return SAVED
         return f"stopped; SLURM goes on with jobs {', '.join(left)}: the same command waits for them, scancel ends them"

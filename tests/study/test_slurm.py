@@ -54,28 +54,23 @@ SRUN = """#!/bin/sh
 while [ "${1#*python}" = "$1" ]; do shift; done
 exec "$@"
 """
-SACCT = """#!/bin/sh
-cat "$FAKE/states" 2> /dev/null
+SQUEUE = """#!/bin/sh
+[ -e "$FAKE/works" ] && exit 1
+cat "$FAKE/queue"
 """
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with commands of SLURM in it. Files there say what they do and what they were asked."""
     folder = tmp_path / "fake"
     folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("squeue", SQUEUE)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(folder))
-    yield folder
-    submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=600)
-
-
-def say_states(fake: Path, **states: str) -> None:
-    lines = ["JobID|State|NodeList", *(f"{name.replace('job', '')}|{state}|n1" for name, state in states.items())]
-    (fake / "states").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def cells_of(path: Path) -> list[Cell]:
@@ -159,6 +154,7 @@ def test_what_sbatch_is_handed(tmp_path: Path, fake: Path):
     ]  # fmt: skip
     work = pickle.loads((tmp_path / "study" / "slurm" / "41_1_submitted.pkl").read_bytes()).function
     assert work == Work(cells[1].dir, Command(["train", str(cells[1].config)], {}))
+    (fake / "queue").write_text("41_0\n41_1\n")
     assert [one.process.poll() for one in begun] == [None, None]
 
 
@@ -174,27 +170,30 @@ def test_not_submitted_twice(tmp_path: Path, fake: Path, monkeypatch: pytest.Mon
     caplog.set_level("INFO")
     path = make_study(tmp_path, STUDY + SLURM)
     cells = cells_of(path)
-    say_states(fake, job41_0="RUNNING", job41_1="PENDING")
+    (fake / "queue").write_text("7\n41_0\n41_1\n")
     said = stopped_at_once(monkeypatch, cells, cluster(path))
     assert said == "stopped; SLURM goes on with jobs 41_0, 41_1: the same command waits for them, scancel ends them"
     assert stopped_at_once(monkeypatch, cells, cluster(path)) == said
     assert "joint/seed-0: waits for job 41_0, which was submitted before" in caplog.text
     assert len((fake / "calls").read_text().splitlines()) == 1
 
-    say_states(fake, job41_0="RUNNING", job41_1="CANCELLED by 7")
+    (fake / "queue").write_text("7\n41_0\n")
     said = stopped_at_once(monkeypatch, cells, cluster(path))
     assert "jobs 41_0, 42:" in said, "the second one alone was submitted again"
 
 
 def test_a_lost_job_is_a_failed_cell(tmp_path: Path, fake: Path):
     path = make_study(tmp_path, STUDY + SLURM)
-    say_states(fake, job41_0="NODE_FAIL", job41_1="OUT_OF_MEMORY")
+    (fake / "queue").write_text("7\n")
     cells, executor = cells_of(path), cluster(path)
     executor.look_s = 0.01
+    (tmp_path / "study" / "slurm").mkdir(parents=True)
+    (tmp_path / "study" / "slurm" / "41_1_0_log.err").write_text("slurmstepd: error: *** CANCELLED DUE TO TIME LIMIT ***\n")
     execute(cells, "last", executor)
     states = [state_of(cell) for cell in cells]
     assert [(state.name, state.code) for state in states] == [("failed", 1)] * 2
-    assert states[1].why == f"job 41_1 (OUT_OF_MEMORY) has ended before its cell; see {tmp_path}/study/slurm/41_1_0_log.err"
+    assert "job 41_0 has ended before its cell: it said nothing in" in states[0].why
+    assert states[1].why == "job 41_1 has ended before its cell: slurmstepd: error: *** CANCELLED DUE TO TIME LIMIT ***"
     assert not any((cell.dir / "job.json").exists() for cell in cells), "the next run submits them again"
 
 
