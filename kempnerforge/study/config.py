@@ -149,7 +149,8 @@ class SlurmConfig:
         executor: "slurm"; or "local": the jobs run on this machine, to try a study. They get ``time`` and
             ``gpus_per_node`` alone.
         partition, account: see sbatch.
-        time: minutes of a job. A cell that has more to do saves, and its job is queued again, three times at most.
+        time: minutes of a job. A cell that has more to do saves, and its job is queued again, three times at
+            most.
         gpus_per_node: of a job; 0: none.
         cpus_per_task: of a job.
         mem_gb: of a job.
@@ -188,7 +189,8 @@ class StudyConfig:
         seeds: one cell of each row for each: ``train.seed``.
         axes: rows are all combinations. An axis is ``"key.path" = [values]``, or a table of named pieces of a
             config: ``[study.axes.NAME.LEVEL]``.
-        match, scores, tune, slurm: see their tables. Of several scores the first one is what rows are compared by.
+        match, scores, tune, slurm: see their tables. Of several scores the first one is what rows are
+            compared by.
         keep: of the checkpoints of a finished cell: "last" or "none".
         ranks: processes of each cell.
         threads: of each process; 0: torch's own choice. The last bits of a result depend on it.

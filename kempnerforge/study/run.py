@@ -1,5 +1,5 @@
-"""Runs cells, here as processes of their own. What is known of a cell is what its directory says: a killed study
-goes on where it was.
+"""Runs cells, here as processes of their own. What is known of a cell is what its directory says: a killed
+study goes on where it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Cells as jobs of SLURM, or of this machine to try that, through submitit (https://github.com/facebookincubator/submitit).
+"""Cells as jobs of SLURM, or of this machine to try that, through submitit
+(https://github.com/facebookincubator/submitit).
 
 A job runs what a cell is otherwise run with, in the same directory. Its id is in a file there: a study that
 was stopped or killed finds its jobs again.
@@ -32,7 +33,7 @@ from kempnerforge.util.reading import read_object
 LOG = logging.getLogger("kempnerforge")
 RECORD = "job.json"
 QUEUE_S = 30.0
-"""Seconds between two looks at the queue of SLURM. That a cell has finished or failed is seen at once, in its directory."""
+"""Seconds between two looks at the queue of SLURM. How a cell has ended is seen earlier, in its directory."""
 
 
 @dataclass
@@ -158,15 +159,13 @@ class Cluster:
         InputError: submitit is not installed, or there is no SLURM.
     """
 
-    look_s = 1.0
-
     def __init__(self, cfg: SlurmConfig, study: StudyConfig, jobs: int) -> None:
         try:
             import submitit
         except ImportError:
             raise InputError("[study.slurm] needs the package submitit: pip install 'kempnerforge[slurm]'") from None
         self.cfg, self.study, self.folder = cfg, study, place_of(study.dir) / "slurm"
-        self.room = jobs if cfg.executor == "local" else sys.maxsize
+        self.room, self.look_s = (jobs, 1.0) if cfg.executor == "local" else (sys.maxsize, 5.0)
         try:
             self._executor = submitit.AutoExecutor(self.folder, cluster=cfg.executor)
         except RuntimeError as error:
