@@ -224,7 +224,7 @@ class Here:
 
     def start(self, cells: Sequence[Cell]) -> Iterator[Begun]:
         for cell in cells:
-            command = command_of(cell, self.cfg)
+            command = command_of(cell.config, cell.job, self.cfg)
             (cell.dir / FAILURE).unlink(missing_ok=True)
             LOG.info("%s: %s", cell.name, "goes on" if (cell.dir / "checkpoints").is_dir() else "starts")
             yield Begun(start(cell.dir, command), cell, time.monotonic())
@@ -241,11 +241,11 @@ class Command:
     env: dict[str, str]
 
 
-def command_of(cell: Cell, cfg: StudyConfig) -> Command:
-    """``kempnerforge train`` on the config of ``cell``."""
-    argv = ["train", str(cell.config)]
+def command_of(config: Path, job: JobConfig, cfg: StudyConfig) -> Command:
+    """``kempnerforge train`` on the file ``config`` of ``job``, as a cell."""
+    argv = ["train", str(config)]
     argv += ["--nproc", str(cfg.ranks)] if cfg.ranks > 1 else []
-    argv += ["--trust-plugins"] if cell.job.plugins else []  # the study's own file names them
+    argv += ["--trust-plugins"] if job.plugins else []  # the study's own file names them
     return Command(argv, {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {})
 
 

@@ -190,7 +190,7 @@ class Cluster:
         for cell in cells:
             (cell.dir / FAILURE).unlink(missing_ok=True)
         try:
-            jobs = self._executor.submit_array([Work(cell.dir, command_of(cell, self.study)) for cell in cells])
+            jobs = self._executor.submit_array([Work(cell.dir, command_of(cell.config, cell.job, self.study)) for cell in cells])
         except (RuntimeError, OSError) as error:
             raise InputError(f"[study.slurm]: the jobs could not be submitted: {error}") from None
         for cell, job in zip(cells, jobs, strict=True):

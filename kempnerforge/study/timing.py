@@ -12,7 +12,7 @@ from statistics import median
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.training import CheckpointConfig, EvalConfig, MetricsConfig
 from kempnerforge.study.config import StudyConfig
-from kempnerforge.study.run import cell_options, cell_threads, spawn
+from kempnerforge.study.run import command_of, spawn
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import write_text
@@ -50,8 +50,9 @@ def _time(job: JobConfig, cfg: StudyConfig, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as name:
         config, output = Path(name) / "config.toml", Path(name) / "log.txt"
         write_text(config, to_toml(replace(job, run=replace(job.run, dir=f"{name}/run"))))
+        command = command_of(config, job, cfg)
         with output.open("wb") as file:
-            code = spawn(["train", str(config), *cell_options(job, cfg)], os.environ | cell_threads(cfg), file).wait()
+            code = spawn(command.argv, os.environ | command.env, file).wait()
         rows = list(read_metrics(Path(name) / "run" / "metrics.jsonl").rows.values())
         if code or len(rows) < steps:
             lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
