@@ -38,8 +38,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.dir:
             raise InputError("dir = '': a run needs a directory")
-        if self.init_allow and not self.init_from:
-            raise InputError(f"init_allow = {self.init_allow}: is only read with init_from")
+        if self.init_allow and not self.begins_with_weights:
+            raise InputError(f"init_allow = {self.init_allow}: is only read with init_from or init_parts")
         if "transformer" in self.init_parts:
             raise InputError("init_parts: transformer: the text model comes from init_from, with its tokenizer")
 

@@ -86,7 +86,7 @@ def _take_part(model: VLM, part: str, path: str) -> set[str]:
     if section is not None and section != here:
         changed = sorted(key for key in section.keys() | here.keys() if section.get(key) != here.get(key)) if here else [part]
         raise InputError(f"{where}: is another one there: {', '.join(f'{part}.{key}' for key in changed)} differ")
-    if differing := sorted(weights.keys() ^ wanted):
+    if differing := sorted(name for name in weights.keys() ^ wanted if not matches_any(name, model.job.run.init_allow)):
         raise InputError(f"{where}: {len(differing)} parameters are only there or only here: {', '.join(differing[:4])}")
     return take_weights(model, weights, path)
 

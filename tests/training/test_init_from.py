@@ -176,6 +176,14 @@ def test_a_part_comes_from_another_model(tmp_path: Path) -> None:
     encoder = [name for name in both if name.startswith("vision_encoder.")]
     assert len(encoder) > 20 and all(both[name] == seeing[name] for name in encoder)
     assert any(both[name] != text[name] for name in encoder)
+    lora = (
+        '--lora=[{ module = "vision_encoder.layers.*" }]',
+        '--vlm.freeze=[{ module = "vision_encoder" }, { module = "lora", frozen = false }]',
+    )
+    ended = call(*argv, *lora, f"--run.dir={tmp_path}/lora")
+    assert ended.code == 2 and "lora_a" in ended.err and "only there or only here" in ended.err, ended
+    allowed = '--run.init_allow=["*.lora_a", "*.lora_b"]'
+    assert call(*argv, *lora, allowed, f"--run.dir={tmp_path}/lora").code == 0
 
     for extra, said in (
         (("--vision_encoder.mean=[0.4, 0.5, 0.5]",), "is another one there: vision_encoder.mean differ"),
