@@ -12,7 +12,7 @@ from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, STYLE, TOP, WIDTH, A
 from kempnerforge.report.html import text
 from kempnerforge.util.numbers import format_number
 
-LINE, LETTER, LONGEST = 24.0, 6.2, 32
+LINE, LETTER, LONGEST = 24.0, 6.9, 32
 """Height of one line of an interval chart, width of a letter, and letters of a name at most."""
 CLOSE = 1.2
 """Costs whose ratio is at most this are shown side by side, not spread over the whole axis."""
