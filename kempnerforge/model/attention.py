@@ -152,7 +152,7 @@ class Segments:
         FlexAttention takes.
         """
         samples, texts, groups, order, positions = self.sample_ids, self.text_ids, self.groups, self.order, self.positions
-        ahead = self._ahead()
+        ahead = groups if self.ahead is None else self.ahead
         assert not window or positions is not None, "a window is counted in positions"
 
         def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Segments:
             reached = query >= key if order is None else order[row, query] >= order[row, key]
             if window and positions is not None:
                 reached = reached & (positions[row, query] - positions[row, key] < window)
-            if groups is not None:
+            if groups is not None and ahead is not None:
                 group = ahead[row, query]
                 reached = reached | ((group == groups[row, key]) & (group > 0))
             return same_text & reached

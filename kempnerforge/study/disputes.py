@@ -66,8 +66,10 @@ def disputes(by_row: dict[str, list[Result]], key: str) -> list[Dispute]:
         if len(of) > 1
     }
     ranked = sorted((item for item in asked.items() if item[1].spread), key=lambda item: (-item[1].spread, item[0]))
-    chosen = dict(list({question[0]: (question, one) for question, one in reversed(ranked)}.values())[::-1])
-    first = sorted(chosen.items(), key=lambda item: (-item[1].spread, item[0]))[:MOST]
+    chosen: dict[str, tuple[tuple[str, str, str], Dispute]] = {}
+    for question, one in ranked:
+        chosen.setdefault(question[0], (question, one))
+    first = list(chosen.values())[:MOST]
     if first:
         _add_pictures(dict(first), next(cells[0] for cells in by_row.values() if cells).cell.job)
     return [one for _, one in first]

@@ -100,7 +100,7 @@ class Process(Protocol):
     """What runs a cell: ``subprocess.Popen``, say."""
 
     def poll(self) -> int | None:
-        """Its exit code; None: it has not ended."""
+        """The exit code; None while it runs."""
         ...
 
     def terminate(self) -> None:
@@ -208,7 +208,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 class Here:
-    """Cells as processes of this machine, which are asked to stop when this one ends in whatever way.
+    """Cells as processes of this machine. When this process ends, killed or not, they save and end.
 
     Args:
         jobs: at the same time.
@@ -250,8 +250,8 @@ def command_of(config: Path, job: JobConfig, cfg: StudyConfig) -> Command:
 
 
 def start(directory: Path, command: Command) -> subprocess.Popen[bytes]:
-    """``command`` in a process that is asked to stop when this one ends in whatever way; what it says goes
-    to the log of ``directory``.
+    """Starts ``command``, with its output in the log of ``directory``. When this process ends, killed or not,
+    it saves and ends.
     """
     with (directory / OUTPUT).open("ab") as output:
         return spawn(command.argv, os.environ | command.env | {LAUNCHER: str(os.getpid())}, output)
