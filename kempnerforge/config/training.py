@@ -179,8 +179,8 @@ class MetricsConfig:
         interval: steps between lines.
         tensorboard: write the same numbers to ``events/``.
         trackers: others that get the same numbers: names, or tables with a ``type`` and its keys.
-        diagnosis: also record gradients, updates and gates of each part of the model, seconds of each phase
-            of a step, FLOPs a second and memory.
+        diagnosis: also record gradients, updates and gates of each part of the model, the share of attention
+            on images, seconds of each phase of a step, FLOPs a second and memory.
         peak_tflops: of one device, in 1e12 FLOPs a second, to record what share of it is used; 0: not known.
     """
 

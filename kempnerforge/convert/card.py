@@ -33,7 +33,7 @@ def model_card(restored: TrainedModel, name: str, form: str, lines: list[str]) -
         f"# {name}",
         use,
         "\n".join(f"* {line}" for line in lines),
-        "**Licence: not stated.** Whoever publishes this chooses one that the licences of its parts and data allow.",
+        "**Licence: not stated.** Choose one that the licences of the parts and the data allow.",
         "## Data",
         f"Weights of {imported['source']}, not trained here."
         if imported and not step

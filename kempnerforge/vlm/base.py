@@ -141,6 +141,10 @@ class VLM(ExactBuffers):
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""
         return x.flatten(0, 1)[batch.targets]
 
+    def stored(self, values: Tensor, ctx: Context) -> Tensor:
+        """``values`` (B, S) of the batch's positions in the order in which the stream has them, (B, K)."""
+        return values
+
     def last(self, x: Tensor, ctx: Context) -> Tensor:
         """The stream at the last token of each row, when generating: (B, S, D) -> (B, D)."""
         return x[:, -1]

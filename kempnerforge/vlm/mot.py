@@ -205,6 +205,12 @@ class MoT(VLM):
         rows = batch.targets // ctx.columns.shape[1]
         return x[rows, ctx.columns.flatten()[batch.targets].clamp(max=x.shape[1] - 1)]  # (T, D)
 
+    def stored(self, values: Tensor, ctx: Context) -> Tensor:
+        assert isinstance(ctx, SortedContext)
+        if ctx.index is None:
+            return values
+        return values.gather(1, ctx.index.clamp(min=0)).masked_fill(ctx.index < 0, 0)
+
     def last(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, SortedContext)
         if ctx.index is None:

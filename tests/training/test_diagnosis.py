@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.config import load_config
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.model.transformer import Block, Context
+from kempnerforge.training.hooks.attention_share import AttentionShare
 from kempnerforge.training.hooks.diagnosis import Diagnosis
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.vlm.parts import parts
-from tests.training.tiny import a_trainer, assert_same_tensors, call, make_job, metrics, tensors, two_ranks, weights_of
+from tests.training.tiny import (
+    Recorder,
+    a_trainer,
+    assert_same_tensors,
+    call,
+    make_job,
+    metrics,
+    rows_of,
+    tensors,
+    two_ranks,
+    weights_of,
+    write_rows,
+)
 
 ON = ("--metrics.diagnosis=true", "--metrics.peak_tflops=0.5", "--vlm.arch=cross_attention", "--vlm.cross_attention_every_n_layers=1")
 TIMES = ("time/", "train/tflops_per_s", "train/mfu", "train/peak_memory_gib")
@@ -75,6 +91,63 @@ def test_speed_is_flops_over_time(tmp_path: Path) -> None:
     phases = [row[f"time/{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")]
     assert sum(phases) == pytest.approx(seconds[0]) and all(phase > 0 for phase in phases) and row["time/hooks_s"] == 0
     assert 0.05 < row["train/peak_memory_gib"] < 100
+
+
+def shares(folder: Path, *words: str) -> dict[str, float]:
+    """What the first step of a run with packed rows records of attention; in some rows the image is among the words."""
+    path = make_job(folder)
+    rows = [{**row, "prompt": f"here <image> {row['prompt']}"} if k % 3 else row for k, row in enumerate(rows_of(folder))]
+    write_rows(folder / "train.jsonl", rows)
+    job = load_config(
+        path,
+        [
+            "--metrics.diagnosis=true",
+            "--train.max_steps=1",
+            "--data.batching=pack",
+            "--train.seq_len=128",
+            "--model.max_seq_len=128",
+            *words,
+        ],
+    )
+    told = Told()
+    with a_trainer(job, [Recorder(lambda trainer: trainer.model.warm_start()), Diagnosis(job.metrics), told]) as trainer:
+        trainer.fit()
+    return {key: value for key, value in told.rows[0].items() if key.startswith("attention_on_images/")}
+
+
+@pytest.mark.parametrize("mask", ["causal", "prefix"])
+def test_the_share_of_attention_on_images_is_the_sum_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
+    """Of the first layer, written out; ``mot`` with towers that are copies, whose stream is sorted by modality, says the same."""
+    by_hand: list[float] = []
+
+    def look(block: Block, inputs: tuple[torch.Tensor, Context]) -> None:
+        model, batch = now
+        q, k, _ = block.pre(inputs[0], block.rope(inputs[1]))
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~model.segments(batch).visible(), float("-inf"))
+        on_images = (scores.softmax(-1) * (batch.kinds == Kind.IMAGE)[:, None, None]).sum(-1).mean(1)  # (B, S)
+        by_hand.append(float(on_images.detach().flatten()[batch.targets].mean()))
+
+    watch = AttentionShare.watch
+
+    def watched(self: AttentionShare, batch: Batch | None) -> None:
+        if batch is not None:
+            now[:] = [self._model, batch]
+            self._model.transformer.layers[0].register_forward_pre_hook(look)
+        watch(self, batch)
+
+    now: list[Any] = []
+    heads = (f"--vlm.attention_mask={mask}", "--model.n_kv_heads=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(AttentionShare, "watch", watched)
+        joint = shares(tmp_path / "joint", *heads)
+    assert list(joint) == ["attention_on_images/0", "attention_on_images/1"] and 0.02 < joint["attention_on_images/0"] < 0.9
+    assert joint["attention_on_images/0"] == pytest.approx(by_hand[0], rel=1e-5)
+    mot = shares(tmp_path / "mot", *heads, "--vlm.arch=mot", "--vlm.mot_warm_start_from_text=true")
+    assert mot == pytest.approx(joint, rel=1e-4)
+
+
+def test_a_stream_of_words_alone_has_no_share(tmp_path: Path) -> None:
+    assert shares(tmp_path, *ON[2:]) == {}
 
 
 def test_nothing_that_is_trained_changes(tmp_path: Path) -> None:

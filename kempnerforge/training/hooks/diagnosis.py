@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from kempnerforge.config import MetricsConfig
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.training.accounting import TrainingFlops
+from kempnerforge.training.hooks.attention_share import AttentionShare
 from kempnerforge.training.optimizer import squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
@@ -27,7 +28,7 @@ class Diagnosis(Hook):
 
     * ``grad_norm/PART``: of the gradient before clipping; ``update_ratio/PART``: norm of the update over norm of the weights, of the parameters
       that train; ``gate/NAME``: each parameter of one element, as the gates of ``cross_attention`` are before
-      their tanh;
+      their tanh; ``attention_on_images/LAYER``: of the first micro-batch, see ``AttentionShare``;
     * ``time/data_s``, ``forward_s``, ``backward_s`` (gradient norm included), ``optimizer_s`` and ``hooks_s``: seconds a step, means since the
       last record; data is what the others leave of a step;
     * ``train/tflops_per_s``: FLOPs of forward and backward over the time of the steps, all ranks together, the vision tower included;
@@ -52,10 +53,11 @@ class Diagnosis(Hook):
         self._parts = parts(trainer.names)
         self._gates = [name for name, parameter in trainer.model.named_parameters() if parameter.numel() == 1]
         self._running = _Stopwatch(trainer.world.device, self._seconds)
+        self._shares, self._watched = AttentionShare(trainer.model), -1
         model, first, last = trainer.model, trainer.optimizers.all[0], trainer.optimizers.all[-1]
         self._handles = [
-            model.register_forward_pre_hook(lambda *_: self._phase(model, "forward")),
-            model.register_forward_hook(lambda *_: self._phase(model, "backward")),
+            model.register_forward_pre_hook(lambda _, inputs: self._forward_begins(*inputs)),
+            model.register_forward_hook(lambda *_: self._forward_ends()),
             first.register_step_pre_hook(lambda *_: self._update_begins()),
             last.register_step_post_hook(lambda *_: self._update_ends()),
         ]
@@ -82,9 +84,18 @@ class Diagnosis(Hook):
     def _due(self, step: int) -> bool:
         return step % self.cfg.interval == 0 or step >= self._trainer.total_steps
 
-    def _phase(self, model: nn.Module, name: str) -> None:
-        if model.training:  # not in an evaluation
-            self._running.start(name)
+    def _forward_begins(self, batch: Batch, cache: object = None) -> None:
+        step = self._trainer.step
+        if self._trainer.model.training:  # not in an evaluation
+            if self._due(step + 1) and self._watched != step:
+                self._watched = step
+                self._shares.watch(batch)
+            self._running.start("forward")
+
+    def _forward_ends(self) -> None:
+        self._shares.watch(None)
+        if self._trainer.model.training:
+            self._running.start("backward")
 
     def _update_begins(self) -> None:
         if self._due(self._trainer.step + 1):
@@ -108,10 +119,13 @@ class Diagnosis(Hook):
         """What is recorded, the same on all ranks."""
         squares, self._squares = self._squares or {part: [0.0] * 3 for part in self._parts}, {}
         gates = [float(local(trainer.model.get_parameter(name).detach()).sum()) for name in self._gates]
-        flops, *rest = trainer.sum([self._flops, *gates, *(value for part in self._parts for value in squares[part])])
-        gates, rest = rest[: len(gates)], rest[len(gates) :]
+        shares = self._shares.take()
+        flops, *rest = trainer.sum([self._flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
+        gates, shares, rest = rest[: len(gates)], rest[len(gates) :][: len(shares)], rest[len(gates) + len(shares) :]
         by_part = dict(zip(self._parts, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True))
         values = {f"gate/{name}": value for name, value in zip(self._gates, gates, strict=True)}
+        by_layer = zip(self._shares.layers, shares[::2], shares[1::2], strict=True)
+        values |= {f"attention_on_images/{layer}": share / words for layer, share, words in by_layer if words}
         if total := math.sqrt(sum(gradient for gradient, _, _ in by_part.values())):  # after clipping; a skipped step has none
             values |= {f"grad_norm/{part}": math.sqrt(g) * result.grad_norm / total for part, (g, _, weight) in by_part.items() if weight}
             values |= {f"update_ratio/{part}": math.sqrt(moved / weight) for part, (_, moved, weight) in by_part.items() if weight}
