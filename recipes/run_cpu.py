@@ -1,6 +1,6 @@
 """Runs the CPU variants of recipes and fills the tables in their READMEs: ``python recipes/run_cpu.py llava flamingo``, without names all.
 
-The rows are those of the README's table that begin with a TOML file; what they start from (``run.init_from``) is run before them. A run that
+The rows are the ones of the README's table that begin with a TOML file; what they start from (``run.init_from``) is run before them. A run that
 is complete is not run again, one that was interrupted goes on. Run directories are relative to the working directory, as always.
 """
 

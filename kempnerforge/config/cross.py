@@ -134,7 +134,7 @@ def one_average(job: Job) -> Found:
     """Only one average of the weights is kept."""
     if job.train.ema_decay and job.optimizer.keeps_average:
         name = f"optimizer.name = {job.optimizer.name!r}"
-        yield ("train",), f"ema_decay = {job.train.ema_decay}: {name} keeps an average of its own; use 0"
+        yield ("train",), f"ema_decay = {job.train.ema_decay}: {name} keeps an average itself; use 0"
 
 
 @_reads("vlm", "stages")
@@ -142,7 +142,7 @@ def one_way_to_freeze(job: Job) -> Found:
     """Freezing over time is said in one place."""
     frozen = [stage.name for stage in job.stages if stage.freeze is not None]
     if job.vlm is not None and job.vlm.freeze_schedule and frozen:
-        yield ("vlm",), f"freeze_schedule: stage {frozen[0]!r} has a freeze of its own; use one of the two forms"
+        yield ("vlm",), f"freeze_schedule: stage {frozen[0]!r} has its own freeze; use one of the two forms"
 
 
 @_reads("vlm", "train", "stages")

@@ -74,7 +74,7 @@ class VLMConfig:
     def __post_init__(self) -> None:
         cls = self.class_for(self.arch)
         if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
-            raise InputError(f"arch = {self.arch!r}: has a class of its own; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
+            raise InputError(f"arch = {self.arch!r}: has its own class; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
         self.module_patterns = {**defaults(type(self))["module_patterns"], **self.module_patterns}
         if self.max_text_len < 2:
             raise InputError(f"max_text_len = {self.max_text_len}: must be >= 2, room for a token and the one that ends the text")
@@ -147,7 +147,7 @@ class VLMConfig:
         return []
 
     def freeze_at(self, step: int) -> list[FreezeSpec]:
-        """The freeze specs that apply at optimizer step ``step``: ``freeze``, then those of every stage of
+        """The freeze specs that apply at optimizer step ``step``: ``freeze``, then the specs of every stage of
         ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
         """
         return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]

@@ -184,7 +184,7 @@ def compare_processors(out: Path, assembly: Assembly, images: bool) -> str:
     what = "ids and pixels" if images else "ids"
     counts = f" with {', '.join(map(str, sorted(equal)))} images" if images else ""
     rest = f"; it refuses {', '.join(map(str, sorted(refused)))} images" if refused else ""
-    return f"{what} of {len(QUESTIONS)} questions{counts} are those of training{rest}"
+    return f"{what} of {len(QUESTIONS)} questions{counts} are written as in training{rest}"
 
 
 def bounded(processor: Any, count: int, question: str) -> None:

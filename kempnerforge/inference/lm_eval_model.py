@@ -6,7 +6,7 @@
     python -m kempnerforge.inference.lm_eval_model run --model kempnerforge --model_args path=runs/quickstart
     --tasks lambada_openai
 
-The arguments are those of ``lm-eval``. From Python:
+It takes the arguments of ``lm-eval``. From Python:
 ``lm_eval.simple_evaluate(model=LMEvalModel("runs/quickstart"), tasks=[...])``.
 """
 

@@ -176,7 +176,7 @@ def plan_rows(study: Study, rows: Sequence[Row]) -> list[Planned]:
 
 
 def plan_row(study: Study, row: Row, asked: float | None, more: Sequence[str] = ()) -> Planned:
-    """``row`` with the budget ``asked``; None: that of the study, or else what the row costs as it is
+    """``row`` with the budget ``asked``; None: the budget of the study, or else what the row costs as it is
     written.
 
     Args:

@@ -170,7 +170,7 @@ def _copy(value: Any) -> Any:
 
 
 def cell_of(study: Study, row: Row, job: JobConfig, seed: int, directory: Path, name: str) -> Cell:
-    """A cell of ``row``; ``job`` is that of the row."""
+    """A cell of ``row``; ``job`` is the config of the row."""
     hook = registry.hook_configs.get("study")()
     hooks = [*(each for each in job.hooks if each.type != hook.type), hook]
     return Cell(name, row, directory, replace(

@@ -42,7 +42,7 @@ class MatchConfig:
             "params" or "wall_clock" (seconds of training on this machine, without evaluation and saving).
         by: what is moved in each row: "steps", "batch_size", or a whole-number key that makes the model
             wider, as "model.dim".
-        amount: the budget; 0: that of the first row as it is written.
+        amount: the budget; 0: what the first row costs as it is written.
         multiple_of: of a key in ``by``: its values are multiples of this number.
     """
 
@@ -174,7 +174,7 @@ class SlurmConfig:
         at_least(self, 0, "gpus_per_node", "cpus_per_task", "mem_gb")
         for key, value in self.options.items():
             if (key := key.replace("_", "-")) in SET_OPTIONS:
-                raise InputError(f"options: {key!r}: has a key of its own in [{TABLE}.slurm], or is set by the study")
+                raise InputError(f"options: {key!r}: has its own key in [{TABLE}.slurm], or is set by the study")
             if value is False or not isinstance(value, str | int | float):
                 raise InputError(f"options: {key} = {value!r}: must be a text, a number, or true for an option without a value")
 

@@ -185,8 +185,8 @@ def execute(cells: Sequence[Cell], keep: str, executor: Executor) -> None:
 
 
 def _is_free(cell: Cell, told: set[str]) -> bool:
-    """Whether no process runs ``cell``: one of a study that was killed may still save, or somebody runs the
-    cell by itself.
+    """Whether no process runs ``cell``: one of a study that was killed may still save, or another command runs
+    the cell.
     """
     pid = holder(cell.dir)
     if pid and cell.name not in told:
@@ -258,7 +258,7 @@ def start(directory: Path, command: Command) -> subprocess.Popen[bytes]:
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """``kempnerforge ARGV`` in a process of its own."""
+    """``kempnerforge ARGV`` in a new process."""
     return subprocess.Popen(
         [sys.executable, "-m", "kempnerforge", *argv],
         env=env,

@@ -53,7 +53,7 @@ class Work:
 
     def __call__(self) -> None:
         """Runs the cell; writes down a failure, as the study may be gone by then."""
-        while holder(self.directory):  # somebody runs it by itself
+        while holder(self.directory):  # another process runs it
             time.sleep(LOOK_S)
         self.process = process = start(self.directory, self.command)
         signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))  # scancel
@@ -116,7 +116,7 @@ class Job:
             return self.queue.holds(self.job.job_id)
         if not self.earlier:
             return not self.job.done()
-        try:  # submitit knows local jobs of its own process alone
+        try:  # submitit knows local jobs of this process alone
             return os.fsencode(self.job.paths.folder) in Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
         except OSError:
             return False

@@ -21,7 +21,7 @@ QUOTED = re.compile(
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: config, data, arguments, somebody's files. Commands print it and end
+    """What the user gave cannot be used: config, data, arguments, files from elsewhere. Commands print it and end
     with exit code 2.
 
     NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own

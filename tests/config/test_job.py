@@ -226,7 +226,7 @@ def test_freeze_of_stages_replaces() -> None:
 def test_one_form_of_freezing_at_a_time() -> None:
     schedule = [FreezeStage(1, (WORDS,))]
     cfg = job(vlm=JointDecoderConfig(freeze_schedule=schedule), stages=[StageConfig("a", 2), StageConfig("b", 2, freeze=[])])
-    assert complaints(cfg) == ["[vlm] freeze_schedule: stage 'b' has a freeze of its own; use one of the two forms"]
+    assert complaints(cfg) == ["[vlm] freeze_schedule: stage 'b' has its own freeze; use one of the two forms"]
 
 
 @pytest.mark.parametrize(("start", "ok"), [(9, True), (10, False), (99, False)])

@@ -163,7 +163,7 @@ def test_generation_stops_where_answers_end(tmp_path: Path) -> None:
     words = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
     stops = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert words.convert_ids_to_tokens(stops) == ["<|im_end|>", "<eos>"]
-    assert any(line.startswith("chat template; ids of 3 questions are those of training") for line in done.lines)
+    assert any(line.startswith("chat template; ids of 3 questions are written as in training") for line in done.lines)
 
 
 # ---- chat templates -------------------------------------------------------------------------------------------------

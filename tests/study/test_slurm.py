@@ -102,8 +102,8 @@ def stopped_at_once(monkeypatch: pytest.MonkeyPatch, cells: list[Cell], executor
         ("time = 0", "slurm.time = 0: must be >= 1"),
         ("mem_gb = -1", "slurm.mem_gb = -1"),
         ('partitoin = "gpu"', "slurm.partitoin = \"gpu\": unknown key; did you mean 'partition'?"),
-        ("options = { array = '0-9' }", "options: 'array': has a key of its own in [study.slurm], or is set by the study"),
-        ("options = { job_name = 'x' }", "options: 'job-name': has a key of its own"),
+        ("options = { array = '0-9' }", "options: 'array': has its own key in [study.slurm], or is set by the study"),
+        ("options = { job_name = 'x' }", "options: 'job-name': has its own key"),
         ("options = { qos = ['a'] }", "options: qos = ['a']: must be a text, a number, or true"),
     ],
 )

@@ -74,7 +74,7 @@ def test_a_decay_that_is_none_is_refused(value: float, tmp_path: Path):
 
 def test_two_averages_are_refused(tmp_path: Path):
     ended = call("train", make_job(tmp_path, extra=STAGED), *COMMON, EMA, SCHEDULE_FREE)
-    assert ended.code == 2 and "'schedule_free_adamw' keeps an average of its own" in ended.err, ended
+    assert ended.code == 2 and "'schedule_free_adamw' keeps an average itself" in ended.err, ended
 
 
 def test_averages_of_a_run(tmp_path: Path):
