@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 
 from kempnerforge.checkpoint.lock import RunLock
 from kempnerforge.cli.main import run as command
+from tests.dist import ROOT
 from tests.processes import Forked
 from tests.study.quick import drive
 from tests.study.tiny import STUDY, make_study
-from tests.training.tiny import Ended, call, end_of, environment
+from tests.training.tiny import CONFIG, Ended, call, end_of, environment
 
 TUNE = """
 [study.match]
@@ -26,6 +28,7 @@ trials = 2
 validation = 0.25
 keys = { "optimizer.lr" = { low = 1e-3, high = 1e-1, log = true } }
 """
+EXTEND = ROOT / "docs" / "extend"
 NOISY = ("seconds", "memory_gib", "latency_s")
 """Columns that two runs of one cell do not share."""
 
@@ -181,3 +184,39 @@ def test_a_study_that_was_changed_is_refused(tmp_path: Path):
     assert study("run", path, "--train.max_steps=1").code == 0
     ended = call("study", "run", path)
     assert ended.code == 2 and f"{cell}: is there already, of another study:\n  train.max_steps: 1 -> 6" in ended.err
+
+
+WITH_PLUGINS = """
+plugins = ["metric.py", "tracker.py", "schedule.py"]
+
+[study]
+name = "plugged"
+dir = "{folder}/study"
+seeds = [0, 1]
+scores = [{ key = "eval/token_f1" }]
+
+[study.axes]
+"scheduler.power" = [1.0, 3.0]
+"""
+
+
+def test_plugins_bring_a_metric_a_tracker_and_an_axis(tmp_path: Path):
+    """The examples of docs/extend in one study: the rows differ in a key of the schedule, the score is the metric."""
+    for kind, page in (("metric", "task"), ("tracker", "tracker"), ("schedule", "schedule")):
+        (tmp_path / f"{kind}.py").write_text(re.findall(r"^```python\n(.*?)^```$", (EXTEND / f"{page}.md").read_text(), re.M | re.S)[0])
+    head, _, tables = WITH_PLUGINS.partition("\n[study]")
+    config = CONFIG.replace("interval = 1\n", "interval = 1\ntrackers = [{ type = 'csv' }]\n")
+    config += "[scheduler]\nname = 'power'\nwarmup_steps = 1\n[eval]\ntasks = ['token_f1']\n"
+    path = make_study(tmp_path, "\n[study]" + tables, config=head + config)
+    ended = study("run", path)
+    assert ended.code == 0, ended.err
+    rows = table(path)
+    assert [(row["row"], row["seed"], row["state"]) for row in rows] == [
+        (f"power={p}", s, "finished") for p in ("1.0", "3.0") for s in "01"
+    ]
+    for cell in (tmp_path / "study" / "cells").glob("*/*"):
+        numbers = dict(line.split(",")[1:] for line in (cell / "metrics.csv").read_text().splitlines() if line.startswith("6,"))
+        assert float(numbers["eval/token_f1"]) == pytest.approx(float(next(
+            row["eval/token_f1"] for row in rows if (row["row"], f"seed-{row['seed']}") == (cell.parent.name, cell.name)
+        )))  # fmt: skip
+    assert study("report", path).code == 0 and "token_f1" in (tmp_path / "study" / "report.html").read_text()
