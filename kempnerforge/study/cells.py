@@ -67,13 +67,15 @@ def rows_of(study: Study) -> list[Row]:
     """All combinations of levels, the last axis changing fastest.
 
     Raises:
-        ConfigError: an axis cannot be understood, or two rows have the same name.
+        ConfigError: an axis cannot be understood, two rows have the same name, or a pair names no row.
     """
     axes = [_levels(study, name, axis) for name, axis in study.cfg.axes.items()]
     rows = [Row("-".join(level.name for level in levels), levels) for levels in product(*axes)]
     names = [row.name for row in rows]
     if twice := next((name for at, name in enumerate(names) if name in names[:at]), None):
         raise ConfigError([f"{study.path}: [{TABLE}] axes: two rows are called {twice!r}; give their levels names"])
+    if wrong := next((name for pair in study.cfg.pairs for name in pair if name not in names), None):
+        raise ConfigError([f"{study.path}: [{TABLE}] pairs: {wrong!r}: is no row; there are {', '.join(names)}"])
     return rows
 
 

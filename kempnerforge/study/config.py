@@ -189,6 +189,8 @@ class StudyConfig:
         seeds: one cell of each row for each: ``train.seed``.
         axes: rows are all combinations. An axis is ``"key.path" = [values]``, or a table of named pieces of a
             config: ``[study.axes.NAME.LEVEL]``.
+        pairs: of rows, [["A", "B"], ...], whose differences the study asks about; empty: all. The fewer, the
+            smaller a difference it can show.
         match, scores, tune, slurm: see their tables. Of several scores the first one is what rows are
             compared by.
         keep: of the checkpoints of a finished cell: "last" or "none".
@@ -201,6 +203,7 @@ class StudyConfig:
     axes: dict[str, Any]
     dir: PathText = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    pairs: list[list[str]] = field(default_factory=list)
     match: MatchConfig | None = None
     scores: list[ScoreConfig] = field(default_factory=lambda: [ScoreConfig()])
     tune: TuneConfig | None = None
@@ -220,6 +223,10 @@ class StudyConfig:
             raise InputError("axes = {}: name at least one axis")
         if not self.scores or len({score.key for score in self.scores}) < len(self.scores):
             raise InputError("scores: name at least one, each once")
+        if wrong := next((pair for pair in self.pairs if len(set(pair)) != 2 or len(pair) != 2), None):
+            raise InputError(f"pairs: {wrong}: must be the names of two rows")
+        if len({frozenset(pair) for pair in self.pairs}) < len(self.pairs):
+            raise InputError(f"pairs = {self.pairs}: must have each pair once")
         one_of(self, "keep", ("last", "none"))
         at_least(self, 1, "ranks", "jobs")
         at_least(self, 0, "threads")

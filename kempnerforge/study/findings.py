@@ -12,7 +12,7 @@ import numpy as np
 
 from kempnerforge.study.budget import TOLERANCE, Planned
 from kempnerforge.study.config import ScoreConfig, Study
-from kempnerforge.study.progress import Progress, look
+from kempnerforge.study.progress import Progress, asked_first, look
 from kempnerforge.study.results import Result, SameSamples, read_result, same_samples, same_weights
 from kempnerforge.study.statistics import Difference, Mean, differences, mean_of, smallest_p
 from kempnerforge.study.tune import Tuned
@@ -65,8 +65,8 @@ class Findings:
 
     @cached_property
     def pairs(self) -> list[Difference]:
-        """All pairs of rows, by the first score."""
-        return differences(self.values(self.score.key))
+        """The pairs of rows that the study asks about, by the first score."""
+        return differences(self.values(self.score.key), self.study.cfg.pairs)
 
     @cached_property
     def samples(self) -> dict[int, SameSamples]:
@@ -102,7 +102,8 @@ class Findings:
             )
         rest = len(self.pairs) - len(shown)
         if rest:
-            about = f"in the other {counted(rest, 'pair')}" if shown else "between any two rows"
+            asked = f"in any of the {counted(rest, 'pair')} that the study asks about" if self.study.cfg.pairs else "between any two rows"
+            about = f"in the other {counted(rest, 'pair')}" if shown else asked
             said.append(f"No difference is shown {about}: the order of their means says nothing.")
         return said
 
@@ -133,6 +134,8 @@ class Findings:
         lines += [
             f"{one.cell.name}: {counted(one.unreadable, 'line')} of its metrics cannot be read." for one in self.results if one.unreadable
         ]
+        if (first := asked_first(self.study)) is not None and first != cfg.pairs:
+            lines.append(f"When the first cell was run, the study asked about {_pairs(first)}; now it asks about {_pairs(cfg.pairs)}.")
         lines += [line for score in cfg.scores for line in self._without(score.key)]
         if cfg.tune is None:
             lines.append("Nothing was tuned: all rows have the learning rate of the common config, which may suit one better than another.")
@@ -202,6 +205,10 @@ class Findings:
             f"With {counted(count, 'seed')} the smallest p that the sign-flip test can give is {smallest_p(count):.4g}: by itself it can show nothing at"
             " 5 %. Six seeds or more can."
         ]
+
+
+def _pairs(pairs: list[list[str]]) -> str:
+    return ", ".join(" and ".join(pair) for pair in pairs) or "all pairs"
 
 
 def _at_an_end(tuned: Tuned) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from kempnerforge.checkpoint.lock import RunLock
@@ -11,6 +12,10 @@ from kempnerforge.study.config import Study
 from kempnerforge.study.run import Here, execute, is_finished
 from kempnerforge.study.slurm import Cluster
 from kempnerforge.study.tune import Tuned, trials_of
+from kempnerforge.util.files import write_text
+from kempnerforge.util.reading import read_object
+
+PAIRS = "pairs.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,16 @@ def _cells(study: Study, planned: list[Planned]) -> list[Cell]:
     ]
 
 
+def asked_first(study: Study) -> list[list[str]] | None:
+    """``study.pairs`` as it was before the first cell was run; None: no cell was run.
+
+    NOTE: pairs that are chosen when the scores are known show differences that are none.
+    """
+    if not (study.dir / PAIRS).exists():
+        return [] if (study.dir / "cells").exists() else None
+    return read_object(study.dir / PAIRS).get("pairs")
+
+
 def run_study(study: Study, jobs: int) -> bool:
     """Runs what is not finished yet: trials, then cells.
 
@@ -81,6 +96,8 @@ def run_study(study: Study, jobs: int) -> bool:
                 break
             tried |= {cell.name for cell in due}
             execute(due, cfg.keep, executor)
+        if asked_first(study) is None and not (study.dir / "cells").exists():
+            write_text(study.dir / PAIRS, json.dumps({"pairs": cfg.pairs}) + "\n")
         execute(progress.cells, cfg.keep, executor)
         wanted = len(progress.planned) * len(cfg.seeds)
         return len(progress.cells) == wanted and all(map(is_finished, progress.cells))

@@ -17,7 +17,7 @@ from kempnerforge.study.disputes import disputes
 from kempnerforge.study.findings import Findings, skills
 from kempnerforge.study.results import Result, question_error, same_weights
 from kempnerforge.study.statistics import ENOUGH, RESAMPLES, smallest_p
-from kempnerforge.util.numbers import format_duration, format_number
+from kempnerforge.util.numbers import counted, format_duration, format_number
 
 PAGE = "report.html"
 COLOURS = 4
@@ -292,12 +292,12 @@ def _pareto(findings: Findings) -> list[str]:
 
 
 def _method(findings: Findings) -> list[str]:
-    count, pairs = len(findings.study.cfg.seeds), len(findings.pairs)
+    count, pairs = len(findings.study.cfg.seeds), counted(len(findings.pairs), "pair")
     return [
         f"Means over seeds; their intervals are BCa bootstrap intervals ({RESAMPLES:,} resamples). Few seeds give intervals that are too narrow: with"
         " five, about 81 % of them hold the true mean. Differences are what to look at.",
         "Differences are paired: two cells of one seed begin with the same shared weights and see the same samples. Two rows are called different if"
-        f" there are {ENOUGH} seeds or more, the paired t test says so at 5 % after Holm's correction for all pairs ({pairs}), and the exact sign-flip"
+        f" there are {ENOUGH} seeds or more, the paired t test says so at 5 % after Holm's correction for {pairs}, and the exact sign-flip"
         " test, which assumes nothing of the distribution, is below 5 % or at the smallest value that"
         f" {count} seeds can give ({smallest_p(count):.4g}).",
         "“Could have shown”: the smallest true difference that the t test finds in four of five studies with so many seeds and this spread.",

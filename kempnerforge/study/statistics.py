@@ -13,7 +13,7 @@ the smallest p that so many seeds can reach, which says that all of them point t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -119,14 +119,15 @@ def _signs(count: int) -> np.ndarray:
     return 1.0 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
 
 
-def differences(rows: Mapping[str, Mapping[int, float]]) -> list[Difference]:
-    """All pairs of rows, in their order.
+def differences(rows: Mapping[str, Mapping[int, float]], asked: Iterable[Sequence[str]] = ()) -> list[Difference]:
+    """Pairs of rows.
 
     Args:
         rows: name -> seed -> score. Pairs with fewer than two seeds in common are left out.
+        asked: the pairs; none: all, in the order of ``rows``.
     """
     pairs = []
-    for a, b in combinations(rows, 2):
+    for a, b in tuple(asked) or combinations(rows, 2):
         common = sorted(rows[a].keys() & rows[b].keys())
         if len(common) >= 2:
             pairs.append((a, b, {seed: rows[b][seed] - rows[a][seed] for seed in common}))

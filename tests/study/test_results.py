@@ -52,15 +52,31 @@ def test_a_trial_without_a_finite_score_is_none_that_lacks_it(tmp_path: Path):
 
 
 def test_scores_that_cells_lack_are_named():
-    cfg: Any = SimpleNamespace(seeds=[0], tune=None, scores=[ScoreConfig("eval/x"), ScoreConfig("eval/typo")])
+    cfg: Any = SimpleNamespace(seeds=[0], tune=None, scores=[ScoreConfig("eval/x"), ScoreConfig("eval/typo")], pairs=[])
     progress: Any = SimpleNamespace(planned=[SimpleNamespace(row=SimpleNamespace(name=name)) for name in "ab"], tuned=[])
-    study: Any = SimpleNamespace(cfg=cfg)
+    study: Any = SimpleNamespace(cfg=cfg, dir=Path("nowhere"))
     cells = [result("a", scores={"eval/x": 1.0}), result("b", scores={"eval/z": 1.0}, unreadable=2)]
     lines = Findings(study, progress, cells)._incomplete()
     assert "b/seed-0: 2 lines of its metrics cannot be read." in lines
     assert "eval/x: has no finite value in b/seed-0." in lines
     assert "eval/typo: has no finite value in any finished cell; there are eval/x, eval/z." in lines
     assert not [line for line in Findings(study, progress, [])._incomplete() if "finite" in line]
+
+
+def test_pairs_that_were_named_late_are_told(tmp_path: Path):
+    """The page warns if the pairs are not the ones that were asked about when the first cell was run."""
+    cfg: Any = SimpleNamespace(seeds=[0], tune=None, scores=[ScoreConfig("eval/x")], pairs=[["a", "b"]])
+    progress: Any = SimpleNamespace(planned=[SimpleNamespace(row=SimpleNamespace(name=name)) for name in "ab"], tuned=[])
+    study: Any = SimpleNamespace(cfg=cfg, dir=tmp_path)
+    lines = lambda: [line for line in Findings(study, progress, [])._incomplete() if "asked about" in line]
+    assert lines() == [], "no cell was run"
+    (tmp_path / "cells").mkdir()
+    told = "When the first cell was run, the study asked about all pairs; now it asks about a and b."
+    assert lines() == [told], "by a version that knew no pairs"
+    (tmp_path / "pairs.json").write_text('{"pairs": [["a", "b"]]}')
+    assert lines() == []
+    cfg.pairs = []
+    assert lines() == [told.replace("all pairs", "a and b", 1).replace("now it asks about a and b", "now it asks about all pairs")]
 
 
 def test_streams_are_compared_wherever_both_have_seen_as_many_samples():

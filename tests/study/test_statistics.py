@@ -67,6 +67,16 @@ def test_pairs_use_the_seeds_that_both_rows_have():
     assert [(one.a, one.b, one.values) for one in found] == [("a", "b", {1: 1.0, 2: 0.5})]
 
 
+def test_pairs_that_were_not_asked_about_cost_nothing():
+    """Holm's correction is for the pairs that are asked about; b - a is another sign than a - b."""
+    rows = {
+        name: by_seed(values) for name, values in (("a", [0.0, 0.1, 0.0, 0.2, 0.1]), ("b", [0.3, 0.6, 0.4, 0.4, 0.5]), ("c", [0.0] * 5))
+    }
+    of_all, (alone,) = {(one.a, one.b): one for one in differences(rows)}, differences(rows, [["b", "a"]])
+    assert len(of_all) == 3 and alone.p_holm == alone.p_t == of_all["a", "b"].p_t < of_all["a", "b"].p_holm
+    assert alone.mean == -of_all["a", "b"].mean < 0 and alone.visible < of_all["a", "b"].visible
+
+
 def test_fewer_than_five_seeds_show_nothing():
     low, high = [0.50, 0.52, 0.48, 0.51, 0.49], [0.90, 0.92, 0.885, 0.91, 0.89]
     shown = [differences({"a": by_seed(low[:n]), "b": by_seed(high[:n])})[0].is_shown for n in (2, 3, 4, 5)]

@@ -96,6 +96,12 @@ def test_keys_of_another_arch_are_left_behind(tmp_path: Path):
             ("[study.axes.arch]", "[study.axes]\nvlm.arch = ['mot']\n[study.axes.arch]"),
             'for an axis of values quote its key: "vlm.arch" = ...',
         ),
+        (("[study.axes.arch]", "pairs = [['joint', 'corss']]\n[study.axes.arch]"), "pairs: 'corss': is no row; there are joint, cross"),
+        (("[study.axes.arch]", "pairs = [['joint']]\n[study.axes.arch]"), "pairs: ['joint']: must be the names of two rows"),
+        (
+            ("[study.axes.arch]", "pairs = [['joint', 'cross'], ['cross', 'joint']]\n[study.axes.arch]"),
+            "must have each pair once",
+        ),
         (("[study.axes.arch]", "[study.axes]\nlr = [1]\n[study.axes.arch]"), "is called by a whole key, in quotes"),
         (("[study.axes.arch]", "[study.axes]\n'vlm.arch' = ['mot', 'mot']\n[study.axes.arch]"), "two rows are called 'mot-joint'"),
         (('joint.vlm.arch = "joint_decoder"', 'joint.vlm.arch = "joint"'), "row 'joint': "),
