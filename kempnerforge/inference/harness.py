@@ -13,6 +13,7 @@ from kempnerforge.eval.generate import Sampling
 from kempnerforge.eval.lm_eval_task import MARK
 from kempnerforge.eval.loss import Likelihood, likelihoods
 from kempnerforge.inference.processor import Picture, Processor
+from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
 LOG = logging.getLogger("kempnerforge")
@@ -33,6 +34,13 @@ class Ask(NamedTuple):
     temperature: float = 0.0
     top_p: float = 1.0
     until: tuple[str, ...] = ()
+
+
+def rows_at_once(batch_size: int | str) -> int:
+    """``batch_size`` of a harness; raises InputError if it is no number, as "auto"."""
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise InputError(f"batch_size = {batch_size!r}: must be a whole number, at least 1")
+    return int(batch_size)
 
 
 def stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -70,14 +78,18 @@ def answers(model: VLM, processor: Processor, asked: Iterable[Ask], batch_size: 
 def _answers(model: VLM, processor: Processor, asked: Sequence[Ask], seed: int) -> list[str]:
     _, _, most, temperature, top_p, until = asked[0]
     inputs = processor(images=[list(ask.images) for ask in asked], text=[marked(ask.prompt, processor) for ask in asked])
-    room = processor.assembly.job.model.max_seq_len - inputs.batch.input_ids.shape[1]
-    if room < most and len(asked) > 1:  # a long prompt does not shorten the answers to others
-        return [answer for k, ask in enumerate(asked) for answer in _answers(model, processor, [ask], seed + k)]
-    if room < 1:
-        LOG.warning("no room for an answer, so it is empty: %r", asked[0].prompt)
-        return [""]
-    made = model.generate(inputs, max_new_tokens=min(most, room), sampling=Sampling(temperature, top_p=top_p, seed=seed))
-    return [_up_to(processor.decode(ids), until) for ids in made]
+    rooms = (processor.assembly.job.model.max_seq_len - inputs.attention_mask.sum(1)).tolist()
+    limit = max(0, min(most, *rooms))
+    made = model.generate(inputs, max_new_tokens=limit, sampling=Sampling(temperature, top_p=top_p, seed=seed))
+    found = list[str]()
+    for ask, room, ids in zip(asked, rooms, made, strict=True):
+        if len(ids) == limit < min(most, room):  # a longer prompt beside it has cut the answer
+            found += _answers(model, processor, [ask], seed)
+            continue
+        if room < 1:
+            LOG.warning("no room for an answer, so it is empty: %r", ask.prompt)
+        found.append(_up_to(processor.decode(ids), until))
+    return found
 
 
 def _up_to(text: str, until: Sequence[str]) -> str:

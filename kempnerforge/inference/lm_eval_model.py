@@ -22,7 +22,7 @@ from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import Layout
-from kempnerforge.inference.harness import Ask, answers, scored, stops
+from kempnerforge.inference.harness import Ask, answers, rows_at_once, scored, stops
 
 harness: Any = importlib.import_module("lm_eval.api.model")
 registry: Any = importlib.import_module("lm_eval.api.registry")
@@ -48,7 +48,7 @@ class LMEvalModel(harness.TemplateLM):
         super().__init__()
         self.model, self.processor = kempnerforge.load_pretrained(path, device=device)
         self.tokenizer, self.window = self.processor.tokenizer, self.processor.assembly.job.model.max_seq_len
-        self.batch_size = int(batch_size)
+        self.batch_size = rows_at_once(batch_size)
         self.encoder = Encoder(self.tokenizer, TextConfig(path="-"), Layout(0, 0, self.window, self.window, self.window), seed=0)
 
     @property

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from kempnerforge.data.text.encode import Encoded
-from kempnerforge.inference.harness import Ask, answers, marked, scored, stops
+from kempnerforge.inference.harness import Ask, answers, marked, rows_at_once, scored, stops
 from kempnerforge.inference.model import TrainedModel
 from kempnerforge.inference.processor import Picture, Processor
 from kempnerforge.util.errors import InputError
@@ -46,7 +46,7 @@ class LMMSEvalModel(harness.lmms):
             raise InputError(f"--model_args {', '.join(sorted(unknown))}: unknown; allowed are path, batch_size, device")
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         found = TrainedModel.load(path, device=device or gpu)
-        self.device, self.batch_size, self._found = found.device, int(batch_size), found
+        self.device, self.batch_size, self._found = found.device, rows_at_once(batch_size), found
         self.processor = Processor(found.assembly)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

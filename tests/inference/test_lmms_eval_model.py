@@ -156,9 +156,13 @@ def test_rounds_and_options(run: Path) -> None:
     assert rounds.text == alone
     assert all(alone)
     assert lm.generate_until([request("generate_until", first, options | {"until": alone[0][1:]}, visual, 0)]) == [alone[0][:1]]
-    long = request("generate_until", "what? " * 30, options, visual, 0)
-    assert lm.generate_until([both[0], long]) == [alone[0], ""]
+    for words in (*range(5, 16), 40):  # with room for sixteen tokens, for fewer, for none
+        long = request("generate_until", "what? " * words, options, visual, 0)
+        assert lm.generate_until([both[0], long]) == [alone[0], *lm.generate_until([long])]
+    assert lm.generate_until([long]) == [""]
     with pytest.raises(InputError, match="num_beams = 4"):
         lm.generate_until([request("generate_until", "what?", {"num_beams": 4}, visual, 0)])
     with pytest.raises(InputError, match="--model_args pretrained: unknown; allowed are path"):
         type(lm)(str(run), pretrained="x")
+    with pytest.raises(InputError, match="batch_size = 'auto': must be a whole number"):
+        type(lm)(str(run), batch_size="auto")
