@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.sample import SampleError
@@ -37,6 +38,21 @@ class HeldOutLoss:
     samples: int
     skipped: list[tuple[str, str]]
     left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of an answer.
+
+    Attributes:
+        nats: its log-likelihood, summed.
+        tokens: that it has.
+        greedy: each of them is the likeliest one, so that greedy generation writes it.
+    """
+
+    nats: float
+    tokens: int
+    greedy: bool
 
 
 def perplexity(nats: float) -> float:
@@ -95,10 +111,18 @@ def log_likelihoods(exam: Exam, samples: Sequence[Encoded], *, blind: bool = Fal
     batch = collate(rows, exam.encoder.tokenizer.pad_id, None).to(exam.device)
     if blind and batch.images is not None:
         batch.images.fill_(BLANK)
+    return [one.nats for one in likelihoods(exam.model, batch)[: len(samples)]]
+
+
+@torch.no_grad()
+def likelihoods(model: torch.nn.Module, batch: Batch) -> list[Likelihood]:
+    """Of the labels of each row."""
     labels = batch.labels.flatten()[batch.targets]  # (T,)
-    nats = cross_entropy(exam.model(batch).logits.float(), labels, reduction="none")  # (T,)
-    sums = nats.new_zeros(len(rows)).index_add(0, batch.targets // batch.labels.shape[1], -nats)
-    return sums[: len(samples)].tolist()
+    logits = model(batch).logits.float()  # (T, V)
+    nats = -cross_entropy(logits, labels, reduction="none").double().cpu()  # (T,)
+    greedy, of_row = (logits.argmax(-1) == labels).cpu(), (batch.targets // batch.labels.shape[1]).cpu()  # (T,)
+    rows = [of_row == row for row in range(len(batch.labels))]
+    return [Likelihood(float(nats[row].sum()), int(row.sum()), bool(greedy[row].all())) for row in rows]
 
 
 def _any_sample(source: Source, encoder: Encoder) -> Encoded:

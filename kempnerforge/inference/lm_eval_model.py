@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
-
-import torch
 
 import kempnerforge
 from kempnerforge.config.data import TextConfig
 from kempnerforge.data.batching.batch import IGNORE
-from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.data.text.encode import Encoder
+from kempnerforge.data.text.encode import Encoded, Encoder
 from kempnerforge.data.text.interleave import Layout
-from kempnerforge.eval.generate import Sampling
+from kempnerforge.inference.harness import Ask, answers, rows_at_once, scored, stops
 
 harness: Any = importlib.import_module("lm_eval.api.model")
 registry: Any = importlib.import_module("lm_eval.api.registry")
@@ -52,7 +48,7 @@ class LMEvalModel(harness.TemplateLM):
         super().__init__()
         self.model, self.processor = kempnerforge.load_pretrained(path, device=device)
         self.tokenizer, self.window = self.processor.tokenizer, self.processor.assembly.job.model.max_seq_len
-        self.batch_size = int(batch_size)
+        self.batch_size = rows_at_once(batch_size)
         self.encoder = Encoder(self.tokenizer, TextConfig(path="-"), Layout(0, 0, self.window, self.window, self.window), seed=0)
 
     @property
@@ -66,20 +62,14 @@ class LMEvalModel(harness.TemplateLM):
         """Of each continuation its log-likelihood, in nats, and whether greedy generation writes it. Of a
         context that is too long the beginning is left out.
         """
-        rows = [((context + continuation)[-self.window - 1 :], len(continuation)) for _, context, continuation in requests]
-        chunks = (rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size))
-        return [found for chunk in chunks for found in self._scored(chunk)]
+        rows = (self._row((context + continuation)[-self.window - 1 :], len(continuation)) for _, context, continuation in requests)
+        return [(one.nats, one.greedy) for one in scored(self.model, rows, self.tokenizer.pad_id, self.batch_size)]
 
-    @torch.inference_mode()
-    def _scored(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        encoded = [self.encoder.encode(Sample("", (), (Text("", tuple(ids)),)), seed=0) for ids, _ in rows]
-        for row, (ids, scored) in zip(encoded, rows, strict=True):
-            row.table[1, : len(ids) - 1 - scored] = IGNORE  # labels of the context
-        batch = collate(encoded, self.tokenizer.pad_id, None).to(next(self.model.parameters()).device)
-        logs = self.model(batch).logits.float().log_softmax(-1)  # (T, V)
-        labels, of_row = batch.labels.flatten()[batch.targets], batch.targets // batch.labels.shape[1]  # (T,)
-        nats, greedy = logs.gather(-1, labels[:, None])[:, 0].double(), logs.argmax(-1) == labels  # (T,)
-        return [(float(nats[of_row == k].sum()), bool(greedy[of_row == k].all())) for k in range(len(rows))]
+    def _row(self, ids: list[int], tail: int) -> Encoded:
+        """A row whose labels are the last ``tail`` tokens."""
+        row = self.encoder.encode(Sample("", (), (Text("", tuple(ids)),)), seed=0)
+        row.table[1, : len(ids) - 1 - tail] = IGNORE  # labels of the context
+        return row
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: each token is predicted once, in windows of the model's length."""
@@ -92,30 +82,13 @@ class LMEvalModel(harness.TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each request, up to the first of its stops."""
-        asked = [(prompt, options, more[0] if more else {}) for prompt, options, *more in (request.args for request in requests)]
-        found = []
-        for _, group in groupby(asked, key=lambda one: repr(sorted(one[1].items()))):
-            same = list(group)
-            for at in range(0, len(same), self.batch_size):
-                found += self._answers(same[at : at + self.batch_size])
-        return found
-
-    def _answers(self, asked: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
-        """Of requests with the same options."""
-        prompts, options = [prompt for prompt, _, _ in asked], asked[0][1]
-        inputs = self.processor(images=[list(more.get("visual", ())) for _, _, more in asked], text=prompts)
-        room = self.window - inputs.batch.input_ids.shape[1]
-        temperature = float(options.get("temperature", 0)) if options.get("do_sample") else 0.0
-        most = max(0, min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), room))
-        made = self.model.generate(inputs, max_new_tokens=most, sampling=Sampling(temperature))
-        until = options.get("until") or []
-        return [_up_to(self.processor.decode(ids), [until] if isinstance(until, str) else until) for ids in made]
+        return answers(self.model, self.processor, (_ask(*request.args) for request in requests), self.batch_size)
 
 
-def _up_to(text: str, stops: Sequence[str]) -> str:
-    for stop in filter(None, stops):
-        text = text.split(stop)[0]
-    return text
+def _ask(prompt: str, options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Ask:
+    temperature = float(options.get("temperature", 0)) if options.get("do_sample") else 0.0
+    most = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+    return Ask(prompt, (more or {}).get("visual", ()), most, temperature, until=stops(options.get("until")))
 
 
 if __name__ == "__main__":

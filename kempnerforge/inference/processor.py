@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.collate import prompt_batch, stack_views
 from kempnerforge.data.images.decode import opened
-from kempnerforge.data.sample import ImageSource
+from kempnerforge.data.sample import ImageSource, Sample
+from kempnerforge.data.text.encode import Encoded
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.interop.external import ExternalModel
 from kempnerforge.interop.processors import differing_settings, followed_processor
@@ -126,9 +127,7 @@ class Processor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         literally = self.follows not in ("", AS_IT_IS)
-        sources = [[_encoded(image, literally) for image in group] for group in _grouped(images, len(texts))]
-        if any(sources) and not self.assembly.model.has_images:
-            raise InputError("this model was trained on text alone and takes no image")
+        sources = [self._sources(group, literally) for group in _grouped(images, len(texts))]
         prompts = [self.prompt(words, group) for words, group in zip(texts, sources, strict=True)]
         batch = self.batch(prompts, sources)
         ids = batch.input_ids
@@ -138,6 +137,17 @@ class Processor:
         if batch.images is not None and len(batch.images):
             normalised = self._normalised(batch.images, batch.image_rows.bincount(minlength=len(texts)).tolist())
         return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
+
+    def answered(self, images: Sequence[Picture], text: str, answer: str) -> Encoded:
+        """One row of a prompt and its answer, by the template: its labels are the answer and the token that
+        ends it.
+
+        Raises:
+            ValueError: images and prompt do not fit together, an image cannot be used, or it is too long.
+        """
+        sources = self._sources(images, literally=False)
+        row = replace(self.encoder.asked(text, len(sources)), answer=answer)
+        return self.encoder.encode(Sample(repr(text), tuple(sources), (row,)), seed=0)
 
     def batch(self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageSource]]) -> Batch:
         """Rows to generate from: each prompt with its own images."""
@@ -194,6 +204,11 @@ class Processor:
         """The views of ``images``, (H, W, 3) uint8 each."""
         blocks = zip(images, prompt.blocks_of(self.layout.image_tokens), strict=True)
         return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
+
+    def _sources(self, images: Sequence[Picture], literally: bool) -> list[ImageSource]:
+        if images and not self.assembly.model.has_images:
+            raise InputError("this model was trained on text alone and takes no image")
+        return [_encoded(image, literally) for image in images]
 
     def _normalised(self, pixels: Tensor, counts: Sequence[int]) -> Tensor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.assembly.model.normalisation)

@@ -202,22 +202,30 @@ class Encoder:
         return asked._replace(blocks=tuple(self.images[part].blocks(images))) if self.layout.image_size else asked
 
     def ask(self, prompt: str, images: Sequence[ImageSource], history: Sequence[tuple[str, str]] = ()) -> Prompt:
-        """The row of a question of a user: if the question does not place its images, they are placed as in
-        training. All tools that ask a model go through here; ``encode_question`` is for questions of the data
-        themselves.
+        """The row of a question of a user, ``asked``. All tools that ask a model go through here;
+        ``encode_question`` is for questions of the data themselves.
+
+        Raises:
+            ValueError: as ``encode_question`` and ``asked``.
+        """
+        return self.encode_question(self.asked(prompt, len(images), history), images)
+
+    def asked(self, prompt: str, num_images: int, history: Sequence[tuple[str, str]] = ()) -> Text:
+        """The conversation up to a question of a user, without its answer: if it does not place its images,
+        they are placed as in training.
 
         Args:
             history: (prompt, answer) of the turns before. The images are the whole conversation's.
 
         Raises:
-            ValueError: as ``encode_question``; or the template takes no earlier turns.
+            ValueError: the template takes no earlier turns.
         """
         texts = self.texts[0]
         if history and not texts.has_turns:
             raise InputError("the template of this model writes one turn and takes no earlier ones")
-        shown = 0 if self.count_placeholders("") else len(images)  # the template places them itself
+        shown = 0 if self.count_placeholders("") else num_images  # the template places them itself
         asking = self.asking if texts.cfg.template in WITH_SYSTEM else replace(self.asking, system="")
-        return self.encode_question(asking.text(prompt, shown, texts.cfg.image_placeholder, history), images)
+        return asking.text(prompt, shown, texts.cfg.image_placeholder, history)
 
     def count_placeholders(self, prompt: str | Text) -> int:
         """As ``TextEncoder.count_placeholders``, for the first part of a mixture."""
