@@ -121,6 +121,14 @@ def load(plugin: Plugin) -> list[str]:
     return archs
 
 
+def plugins() -> list[Plugin]:
+    """``PLUGINS``, and the modules of registered archs that were imported in another way."""
+    classes = [registry.archs.get(name) for name in registry.archs]
+    elsewhere = [cls for cls in classes if not cls.__module__.startswith("kempnerforge.")]
+    others = {cls.__module__ for cls in elsewhere if not any(_is_from(cls, plugin.name) for plugin in PLUGINS)}
+    return [*PLUGINS, *map(Plugin, sorted(others))]
+
+
 def _is_from(cls: type, name: str) -> bool:
     """Whether ``cls`` is in the file or module ``name``, which this process may have imported before."""
     file = getattr(sys.modules[cls.__module__], "__file__", None) or ""

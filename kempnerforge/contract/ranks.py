@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
-from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, PLUGINS, THREE, Plugin, Tiny, full, install, load, tiny
+from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
@@ -31,7 +31,7 @@ SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
     """Runs ``cases`` on two new processes; see ``_rank``. What stopped them early; empty if nothing did."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of the system's choice that is ours from now on
-    ranks = start_processes(_rank, (store.port, str(folder), PLUGINS, list(cases)), nprocs=2, join=False, start_method="forkserver")
+    ranks = start_processes(_rank, (store.port, str(folder), plugins(), list(cases)), nprocs=2, join=False, start_method="forkserver")
     assert ranks is not None
     deadline = time.monotonic() + timeout_s
     try:
@@ -47,12 +47,12 @@ def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
     return ""
 
 
-def _rank(rank: int, port: int, folder: str, plugins: Sequence[Plugin], cases: Sequence[str]) -> None:
+def _rank(rank: int, port: int, folder: str, others: Sequence[Plugin], cases: Sequence[str]) -> None:
     """Two optimizer steps of every case "arch:mask:how+how"; rank 0 writes loss and whole gradients of each."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     torch.set_num_threads(1)
-    for plugin in plugins:
+    for plugin in others:
         load(plugin)
     waits_for_compiler = any(COMPILED in case or TRACED in case for case in cases)  # of the other rank
     world = start(DistributedConfig(timeout_s=900 if waits_for_compiler else 60))

@@ -9,7 +9,10 @@ from collections import defaultdict
 
 import pytest
 
+from kempnerforge.config import registry
+from kempnerforge.contract import cases
 from tests.dist import ROOT
+from tests.vlm import tiny  # noqa: F401  registers an arch of recipes/
 
 EXPECTED = {
     "renames": "a_text_checkpoint_loads_with_only_new_names_missing",
@@ -52,3 +55,9 @@ def test_every_broken_arch_is_caught() -> None:
     assert found["sound"]["FAILED"] == set()
     assert set(EXPECTED.values()) <= found["sound"]["PASSED"], result.stdout[-2000:]
     assert {arch: test for arch, test in EXPECTED.items() if test not in found[arch]["FAILED"]} == {}
+
+
+def test_processes_import_archs_however_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``pytest -p my_arch``, say: two processes know only what they are told to import."""
+    monkeypatch.setattr(cases, "PLUGINS", [])
+    assert cases.Plugin(registry.archs.get("early_fusion").__module__) in cases.plugins()
