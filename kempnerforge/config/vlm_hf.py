@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import MLPAdapterConfig
+from kempnerforge.config.checks import at_least
 from kempnerforge.config.freeze import named
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.sections import JobSections
@@ -35,6 +36,8 @@ class HFConfig(VLMConfig):
             "image_bidirectional" for Gemma 3, else "causal".
         path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or
             a hub id where there is a network.
+        image_size: pixels along a side, for a model that takes images of any size (Qwen2-VL and later); 0: the
+            one of the model.
         pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false:
             with random ones.
     """
@@ -55,7 +58,12 @@ class HFConfig(VLMConfig):
     )
     attention_mask: str = field(default=OWN_MASK, kw_only=True)
     path: PathText = field(default="", kw_only=True)
+    image_size: int = field(default=0, kw_only=True)
     pretrained: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "image_size")
 
     def image_tokens(self, job: JobSections) -> None:
         """None: the built model knows."""

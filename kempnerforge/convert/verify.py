@@ -152,13 +152,17 @@ def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spre
     if batch.images is not None and image_id is not None:
         ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
         if len(batch.images):
-            inputs["pixel_values"] = model.normalise(batch.images)
+            pixels, grid = model.normalise(batch.images), getattr(model, "grid", None)
+            inputs |= (
+                {"pixel_values": pixels} if grid is None else grid.arguments(pixels) | {"mm_token_type_ids": (kinds == Kind.IMAGE).int()}
+            )
         if model.attention_mask != "causal":  # the classes make their masks of it
             inputs["token_type_ids"] = (kinds == (Kind.ANSWER if model.attention_mask == "prefix" else Kind.IMAGE)).long()
     if len(scored) < ids.shape[1]:
         inputs["logits_to_keep"] = scored
     if spread:
-        inputs["position_ids"] = batch.positions
+        grid = getattr(model, "grid", None)
+        inputs["position_ids"] = batch.positions if grid is None else grid.positions(batch, None)
     return inputs | {"input_ids": ids}
 
 

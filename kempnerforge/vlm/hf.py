@@ -1,5 +1,5 @@
 """A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square
-images as ``pixel_values`` alone.
+images as ``pixel_values`` alone, or as a grid of patches (``hf_grids``).
 
 Its own ``forward`` runs, after its own embedding, from a stream that is laid out as ours are: words, image
 features in their places, a position and a row of the mask for each. So a mask is never left to the class
@@ -13,7 +13,7 @@ vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from kempnerforge.model.image_processor import read_image_settings
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.vlm.base import VLM, Output
+from kempnerforge.vlm.hf_grids import GRID_KINDS, Grid
 
 OWN_MASKS = {"paligemma": "prefix", "gemma3": "image_bidirectional"}
 """``model_type`` -> its mask; all others are causal."""
@@ -58,6 +59,9 @@ class HF(VLM):
         ValueError: no such model, it takes more than square images, or does not fit the job.
     """
 
+    grid: Grid | None
+    """How images become patches, of a class that takes any size."""
+
     def build(self) -> None:
         cfg = self.config
         model = _build(cfg.path)
@@ -69,7 +73,8 @@ class HF(VLM):
         if {id(p) for p in self.parameters()} != {id(p) for p in model.parameters()}:
             raise InputError(f"path = {cfg.path!r}: {type(model).__name__} has parameters outside of its parts and cannot be used")
         self.kind: str = model.config.model_type
-        self._image_size, self._normalisation = _image_geometry(cfg.path, model)
+        self.grid = Grid("vlm.image_size", model, cfg.image_size) if self.kind in GRID_KINDS else None
+        self._image_size, self._normalisation = _image_geometry(cfg, model)
         self.num_image_tokens = self._count_image_tokens()
         self._check_room()
 
@@ -102,7 +107,9 @@ class HF(VLM):
         return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D)."""
+        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D), and for a class with a grid what follows D."""
+        if self.grid is not None:
+            return self.grid.features(pixels)
         if self.kind in FRAMED_KINDS:
             return _idefics_features(self.hf_model.model, pixels)
         found = self.hf_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
@@ -114,15 +121,21 @@ class HF(VLM):
         if batch.images is not None:
             images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
             features = self.encode(images)  # (N, F, D)
+        deeper: list[Tensor] = []
+        if features is not None:
+            features, *deeper = features.split(words.shape[-1], dim=-1)
         stream = self.insert(words, features, batch)
         if cache is None:
-            return self.score(self._logits(stream, batch, None), batch)
-        logits = self._logits(stream, batch, cache)  # (B, V)
+            return self.score(self._logits(stream, batch, None, deeper), batch)
+        logits = self._logits(stream, batch, cache, deeper)  # (B, V)
         return Output(logits.new_zeros(()), logits)
 
-    def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None, deeper: Sequence[Tensor]) -> Tensor:
         """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no
         others.
+
+        Args:
+            deeper: (N, F, D) each, what is added to the image tokens after the first layers.
         """
         segments, past = replace(self.segments(batch), positions=batch.positions), None
         self.hf_model.training = self.training  # it is outside of the module tree
@@ -135,20 +148,27 @@ class HF(VLM):
 
         masks = self._masks(segments, stream)
         mask = next(iter(masks.values()))
+        first = FIRST_POSITION.get(self.kind, 0)
 
         def masked(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, named | {"attention_mask": masks if len(masks) > 1 else mask}
 
+        def deepened(features: Tensor) -> Callable[..., Tensor]:
+            added = self.insert(torch.zeros_like(stream), features, batch)  # (B, S, D)
+            return lambda _, args, out: out + added
+
         # NOTE: not every class with images hands several masks down
+        decoder = self.hf_model.get_decoder()
         handles = [
             self.hf_model.get_output_embeddings().register_forward_pre_hook(chosen),
-            self.hf_model.get_decoder().register_forward_pre_hook(masked, with_kwargs=True),
+            decoder.register_forward_pre_hook(masked, with_kwargs=True),
+            *(layer.register_forward_hook(deepened(each)) for layer, each in zip(decoder.layers, deeper, strict=False)),
         ]
         try:
             found = self.hf_model(
                 inputs_embeds=stream,
                 attention_mask=mask,
-                position_ids=batch.positions + FIRST_POSITION.get(self.kind, 0),
+                position_ids=batch.positions + first if self.grid is None else self.grid.positions(batch, cache),
                 past_key_values=past,
                 use_cache=past is not None,
             )
@@ -201,7 +221,7 @@ class HF(VLM):
         where = f"path = {self.config.path!r}"
         takes, name = inspect.signature(self.hf_model.get_image_features).parameters.values(), type(self.hf_model).__name__
         needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
-        if needed:
+        if needed and self.grid is None:
             raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
         blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
@@ -216,7 +236,7 @@ class HF(VLM):
             said = f"{where}: {what}" if "NoneType" in str(error) else error  # then it lacks what it is not given
             raise InputError(f"{said}: it reads {', '.join(also)} as well, which arch = 'hf' does not give it") from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
-        if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
+        if features.ndim != 3 or len(features) != 1 or features.shape[2] % width or (features.shape[2] > width and self.grid is None):
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
         config = self.hf_model.config
         for part, key in ((config, "image_seq_length"), (config, "mm_tokens_per_image"), (config.get_text_config(), "num_image_tokens")):
@@ -274,19 +294,23 @@ def _build(path: str) -> Any:
     return model.float()
 
 
-def _image_geometry(path: str, model: Any) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
+def _image_geometry(cfg: HFConfig, model: Any) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
     """Pixels along a side, and the normalisation."""
-    vision = getattr(model.config, "vision_config", None)
-    size = getattr(vision, "image_size", None)
+    path, vision = cfg.path, getattr(model.config, "vision_config", None)
+    size = getattr(vision, "image_size", None) if model.config.model_type not in GRID_KINDS else cfg.image_size
     if vision is None or size is None:
         raise InputError(f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size)")
     files = read_image_settings(path)
-    found = files.normalisation if files and files.normalisation else NORMALISATIONS.get(vision.model_type)
+    known = GRID_KINDS.get(model.config.model_type) or NORMALISATIONS.get(vision.model_type)
+    found = files.normalisation if files and files.normalisation else known
     if found is None:
         raise InputError(
             f"path = {path!r}: has no image processor's config (preprocessor_config.json), so how to normalise images is not known"
         )
-    return square_side(f"path = {path!r}: vision_config.image_size", size), (tuple(found[0]), tuple(found[1]))
+    side = square_side(f"path = {path!r}: vision_config.image_size", size)
+    if cfg.image_size not in (0, side):
+        raise InputError(f"image_size = {cfg.image_size}: the images of path = {path!r} have {side} pixels along a side; leave it out")
+    return side, (tuple(found[0]), tuple(found[1]))
 
 
 # ---- parts ---------------------------------------------------------------------------------------

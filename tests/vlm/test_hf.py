@@ -24,6 +24,7 @@ from kempnerforge.config.vlm import MASKS
 from kempnerforge.convert.verify import agreement, class_logits, load_class, make_probe, our_logits
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
+from kempnerforge.data.batching.pack import join
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.inference.processor import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
@@ -47,8 +48,36 @@ def _gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-MAKERS: dict[str, Callable[[], Any]] = {**MODELS, "gemma3": _gemma3}
-IMAGE_TOKENS = dict.fromkeys(MAKERS, 16) | dict.fromkeys(("idefics3", "smolvlm", "gemma3"), 4)
+GRID: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+QWEN2 = {key: value for key, value in TEXT.items() if key != "head_dim"} | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+}
+"""Its heads are as wide as hidden_size says."""
+
+
+def _qwen2_vl() -> Any:
+    vision = GRID | {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl() -> Any:
+    vision = GRID | {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "window_size": 14, "fullatt_block_indexes": [1]}
+    config = transformers.Qwen2_5_VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl() -> Any:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
+    sizes = {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "num_position_embeddings": 16}
+    vision = GRID | sizes | {"deepstack_visual_indexes": [0, 1]}
+    config = transformers.Qwen3VLConfig(text_config=TEXT | rope, vision_config=vision, image_token_id=IMAGE)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+GRIDS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+MAKERS: dict[str, Callable[[], Any]] = {**MODELS, "gemma3": _gemma3, **GRIDS}
+IMAGE_TOKENS = dict.fromkeys(MAKERS, 16) | dict.fromkeys(("idefics3", "smolvlm", "gemma3", *GRIDS), 4)
 by_model = pytest.mark.parametrize("name", MAKERS)
 
 
@@ -56,7 +85,8 @@ by_model = pytest.mark.parametrize("name", MAKERS)
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {name: tmp_path_factory.mktemp(name) for name in MAKERS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "gemma3", _gemma3)
+        for name, make in MAKERS.items():
+            patch.setitem(MODELS, name, make)
         for name, path in paths.items():
             save(name, path)
     return paths
@@ -64,7 +94,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def job_of(path: Path, **sections: Any) -> JobConfig:
     """A job that trains the model at ``path``."""
-    own = sections.pop("own", {})
+    any_size = any(f'"model_type": "{kind}"' in (path / "config.json").read_text() for kind in GRIDS) if path.is_dir() else False
+    sized = {"image_size": 28} if any_size else {}
+    own = sized | sections.pop("own", {})
     job = JobConfig(
         **{
             "model": ModelConfig(max_seq_len=128),
@@ -124,6 +156,10 @@ def test_greedy_tokens_are_those_of_generate(name: str, saved: dict[str, Path]) 
     assert asked.attention_mask[1, 0] == 0 and asked.pixel_values is not None
     if name in ("idefics3", "smolvlm"):
         inputs["pixel_values"] = asked.pixel_values[:, None]
+    if name in GRIDS:
+        is_image = (asked.batch.kinds == Kind.IMAGE).int()
+        grid: Any = model.grid
+        inputs |= grid.arguments(inputs["pixel_values"]) | {"mm_token_type_ids": is_image}
     if name in OWN_MASKS or name == "paligemma2":
         inputs["token_type_ids"] = (asked.batch.kinds == Kind.IMAGE).long() * (name == "gemma3")
     made = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -174,6 +210,26 @@ def test_nothing_of_an_answer_is_seen_before_it(name: str, mask: str, saved: dic
         assert torch.equal(moved, torch.arange(len(kinds)) >= (0 if ahead else place)), place
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_positions_of_packs_are_those_of_each_sample_alone(name: str, saved: dict[str, Path]) -> None:
+    """Where an image takes fewer positions than it has tokens: after an image, between two, and in texts that share one."""
+    assembly = built(saved[name])
+    model, encoder = assembly.model.eval(), assembly.data.encoder(assembly.stages[0])
+    shared = Sample("shared", (picture(2),), (Text("what is", "a cat"), Text("where is the cat", "user")))
+    inside = Sample("inside", (picture(5),), (Text("what <image> is", "a cat"), Text("where is <image> the cat", "user")))
+    between = Sample("between", (picture(3), picture(4)), (Text("<image>what is<image>where", "caption en"),))
+    rows = [encoder.encode(sample, seed=0) for sample in (ONE, shared, between, BLIND, inside)]
+    alone = [collate([row], assembly.tokenizer.pad_id, None) for row in rows]
+    together = collate([join(rows)], assembly.tokenizer.pad_id, None)
+    with torch.no_grad():
+        want = sum(float(model(batch).loss) for batch in alone)
+        assert float(model(together).loss) == pytest.approx(want, rel=1e-5)
+    for sample, batch in ((shared, alone[1]), (inside, alone[4])):
+        with torch.no_grad():
+            each = sum(float(model(batch_of(assembly, replace(sample, texts=(text,)))).loss) for text in sample.texts)
+            assert float(model(batch).loss) == pytest.approx(each, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
 def test_rows_without_an_image_run_the_tower_all_the_same(name: str, saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """On one that is all 0 after normalisation as well, which Idefics 3 by itself drops."""
@@ -199,18 +255,6 @@ def test_aliases_are_the_parts(name: str, saved: dict[str, Path]) -> None:
     found = [n for alias in ALIASES for n in match_names(names, alias, assembly.job.module_patterns(), "")]
     assert sorted(found) == sorted(names)
     assert "lm_head.weight" not in MuonRule().takes(assembly.model)
-
-
-def test_aliases_are_the_parts_of_qwen() -> None:
-    """Whose parts are elsewhere. (Its images are no squares, so it is not trained here.)"""
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
-    with torch.device("meta"):
-        model = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(text_config=TEXT, vision_config=vision))
-    names = [n for n, _ in model.named_parameters()]
-    patterns = VLMConfig.for_arch("hf").module_patterns
-    found = {alias: match_names(names, alias, patterns, "") for alias in ALIASES}
-    assert sorted(n for hits in found.values() for n in hits) == sorted(names)
-    assert all(n.startswith("model.visual.merger.") for n in found["adapter"])
 
 
 @pytest.mark.parametrize("name", ["paligemma", "llava", "smolvlm"])
@@ -385,6 +429,17 @@ def test_what_it_would_not_read_is_refused(section: dict[str, Any], words: str, 
         job.validate()
 
 
+def test_images_have_a_size_that_the_model_can_take(saved: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="image_size = -1: must be >= 0"):
+        job_of(saved["llava"], own={"image_size": -1})
+    with pytest.raises(ValueError, match="image_size = 14: the images of path = .* have 28 pixels along a side; leave it out"):
+        built(saved["llava"], own={"image_size": 14})
+    with pytest.raises(
+        ValueError, match="image_size = 15: Qwen3VLForConditionalGeneration takes images of any size; choose a multiple of 14"
+    ):
+        built(saved["qwen3_vl"], own={"image_size": 15})
+
+
 def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     llava = saved["llava"]
     text = tmp_path / "text"
@@ -401,7 +456,7 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
     cases = {
         tmp_path / "none": "no such directory",
         text: "model_type 'llama' is no model of transformers that reads images and words .*`kempnerforge import`",
-        qwen: "Qwen2VLForConditionalGeneration does not take square images .*: it reads image_grid_thw as well, .*give it$",
+        qwen: "vlm.image_size = 0: Qwen2VLForConditionalGeneration takes images of any size; choose a multiple of 28, such as 448",
         unknown: "preprocessor_config.json",
         edited(llava, tmp_path / "count", image_seq_length=9): "an image gives 16 tokens, but image_seq_length = 9",
         edited(llava, tmp_path / "short", text_config={"max_position_embeddings": 100}): "sees 100 positions .*model.max_seq_len = 128",
@@ -412,7 +467,7 @@ def test_models_that_do_not_fit_are_refused(saved: dict[str, Path], tmp_path: Pa
         edited(llava, tmp_path / "few", text_config={"vocab_size": 120}): "its embedding has 120 rows, and the tokenizer 173 tokens",
     }
     for path, words in cases.items():
-        job = job_of(path)
+        job = job_of(path, **({"own": {"image_size": 0}} if path == qwen else {}))
         with pytest.raises(ValueError, match=words):
             assemble(job, read(saved["llava"]), data=False)
 

@@ -1,0 +1,116 @@
+"""Models of transformers that cut an image into a grid of patches and place its tokens by time, row and
+column: Qwen2-VL (Wang et al. 2024, arXiv 2409.12191, section 2.1), Qwen2.5-VL and Qwen3-VL, whose features of
+inner layers are added in the first layers of the decoder (DeepStack: Meng et al. 2024, arXiv 2406.04334).
+
+Shapes: B rows, S positions, K placements of a row with the most, N images, F tokens of one image, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.model.transformer import Cache
+from kempnerforge.util.errors import InputError
+from kempnerforge.vlm.cross_attention import by_slot, visible_images
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+GRID_KINDS = {
+    "qwen2_vl": (CLIP_MEAN, CLIP_STD),
+    "qwen2_5_vl": (CLIP_MEAN, CLIP_STD),
+    "qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
+}
+"""``model_type`` -> mean and std of its images, where its files do not say."""
+IMAGES = "images_before"
+"""Name in the cache: (B, 1), images that each row has."""
+
+
+class Grid:
+    """How a class with grids takes square images.
+
+    Args:
+        where: the key, for messages.
+        model: of transformers.
+        image_size: pixels along a side.
+
+    Attributes:
+        side: tokens along a side of an image.
+
+    Raises:
+        ValueError: no image of this size is a whole number of tokens.
+    """
+
+    def __init__(self, where: str, model: Any, image_size: int) -> None:
+        vision = model.config.vision_config
+        self.model, self.patch, self.merge = model, vision.patch_size, vision.spatial_merge_size
+        self.frames: int = vision.temporal_patch_size
+        pixels = self.patch * self.merge
+        if not image_size or image_size % pixels:
+            name = type(model).__name__
+            raise InputError(
+                f"{where} = {image_size}: {name} takes images of any size; choose a multiple of {pixels}, such as {16 * pixels}"
+            )
+        self.side = image_size // pixels
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (N, 3, H, H) -> (N, F, D + L * D): the tokens, and the features that are added to
+        them after each of the first L layers.
+        """
+        arguments = self.arguments(pixels)
+        if pixels.is_meta:
+            arguments |= self._known_without_values(arguments["image_grid_thw"])
+        found = self.model.get_image_features(**arguments, return_dict=True)
+        deeper = getattr(found, "deepstack_features", None) or []
+        return torch.cat([torch.stack(list(each)) for each in (found.pooler_output, *deeper)], dim=-1)
+
+    def arguments(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the class calls the normalised ``pixels`` (N, 3, H, H)."""
+        cells, device = self.side * self.merge, "cpu" if pixels.is_meta else pixels.device  # the class reads the values of the grid
+        return {"pixel_values": self._patches(pixels), "image_grid_thw": torch.tensor([[1, cells, cells]] * len(pixels), device=device)}
+
+    def _known_without_values(self, grid: Tensor) -> dict[str, Tensor]:
+        """What the class would compute on the device of the pixels, which has no values here."""
+        from transformers import vision_utils as known
+
+        tower = self.model.model.visual
+        with torch.device("cpu"):  # whatever the default is
+            found = {"position_ids": known.get_vision_position_ids(grid, self.merge)}
+            lengths = {"cu_seqlens": known.get_vision_cu_seqlens(grid)}
+            if hasattr(tower, "window_size"):
+                index, lengths["cu_window_seqlens"] = known.get_vision_window_index(grid, self.merge, tower.window_size, self.patch)
+                found["window_index"] = index
+            if hasattr(tower, "num_grid_per_side"):
+                taps = known.get_vision_interpolation_indices_and_weights(grid, tower.num_grid_per_side, spatial_merge_size=self.merge)
+                found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+        return {name: value.to("meta") for name, value in found.items()} | lengths
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, H) -> (N * patches, 3 * frames * patch * patch), the patches that are merged into one token
+        next to each other. A still image is ``frames`` equal frames.
+        """
+        blocks = pixels.unflatten(3, (self.side, self.merge, self.patch)).unflatten(2, (self.side, self.merge, self.patch))
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, row, column, row in token, column in token, 3, patch, patch)
+        return blocks.unsqueeze(6).expand(*[-1] * 6, self.frames, -1, -1).flatten(5).flatten(0, 4)
+
+    def positions(self, batch: Batch, cache: Cache | None) -> Tensor:
+        """(3, B, S): time, row and column of each position. An image counts as many positions as it has tokens
+        along a side; the words after it go on from there.
+        """
+        if cache is not None and IMAGES in cache.kept:
+            before = cache.kept[IMAGES]  # words made after the prompt
+        else:
+            before = visible_images(batch, latest=False).sum(-1)  # (B, S), an image token counts its own
+            if cache is not None:
+                cache.kept[IMAGES] = before[:, -1:]
+        skipped = self.side**2 - self.side
+        words = batch.positions - before * skipped
+        image = batch.kinds == Kind.IMAGE
+        step = torch.arange(image.shape[1], device=image.device)[:, None]  # (S, 1)
+        starts = by_slot(batch, batch.image_starts, -1)  # (B, 1, K)
+        own = torch.where(starts <= step, starts, -1).amax(-1)  # (B, S): where the image of a token begins
+        place = step[:, 0] - own
+        begin = words + skipped - place
+        return torch.stack([torch.where(image, begin + part, words) for part in (0, place // self.side, place % self.side)])
