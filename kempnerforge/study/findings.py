@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,7 +103,8 @@ class Findings:
         rest = len(self.pairs) - len(shown)
         if rest:
             asked = f"in any of the {counted(rest, 'pair')} that the study asks about" if self.study.cfg.pairs else "between any two rows"
-            about = f"in the other {counted(rest, 'pair')}" if shown else asked
+            others = f"in the other {counted(rest, 'pair')}" if rest > 1 else "in the other pair"
+            about = others if shown else asked
             said.append(f"No difference is shown {about}: the order of their means says nothing.")
         return said
 
@@ -174,15 +175,23 @@ class Findings:
         return float(getattr(result.spent, "seconds" if planned.quantity == "wall_clock" else planned.quantity or "samples"))
 
     def _starts(self) -> list[str]:
+        """About rows that are compared."""
         lines = []
-        for seed, found in self.samples.items():
-            if not found.same:
-                lines.append(f"Seed {seed}: the rows did not see the same samples in the same order.")
-        for seed, cells in self._by_seed().items():
-            if different := same_weights(cells).different:
-                lines.append(
-                    f"Seed {seed}: {counted(len(different), 'parameter')} of the same name and shape began differently, as {different[0]}."
-                )
+        for pair in self.study.cfg.pairs or [list(self.by_row)]:
+            rows = " and ".join(pair) if self.study.cfg.pairs else "the rows"
+            other: list[int] = []
+            different: dict[int, list[str]] = {}
+            for seed, cells in self._by_seed().items():
+                compared = [one for one in cells if one.row in pair]
+                other += [] if same_samples(compared).same else [seed]
+                if names := same_weights(compared).different:
+                    different[seed] = names
+            if other:
+                lines.append(f"{_seeds(other)}: {rows} did not see the same samples in the same order.")
+            if different:
+                names = next(iter(different.values()))
+                count = counted(len(names), "parameter")
+                lines.append(f"{_seeds(different)}: {rows}: {count} of the same name and shape began differently, as {names[0]}.")
         return lines
 
     def _scores(self) -> list[str]:
@@ -205,6 +214,11 @@ class Findings:
             f"With {counted(count, 'seed')} the smallest p that the sign-flip test can give is {smallest_p(count):.4g}: by itself it can show nothing at"
             " 5 %. Six seeds or more can."
         ]
+
+
+def _seeds(seeds: Iterable[int]) -> str:
+    *before, last = map(str, seeds)
+    return f"Seeds {', '.join(before)} and {last}" if before else f"Seed {last}"
 
 
 def _pairs(pairs: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,27 @@ def test_weights_are_compared_by_name_and_shape():
     b = result("b", initial={"w": "(2,) 00", "v": "(4,) 33", "other": "(1,) 44"})
     assert same_weights([a, b]) == (1, [])
     assert same_weights([a, b, result("c", initial={"w": "(2,) 99"})]) == (0, ["w"])
+
+
+def test_rows_that_are_not_compared_may_begin_otherwise(tmp_path: Path):
+    """With named pairs the warnings are about these; one line for all seeds."""
+    cfg: Any = SimpleNamespace(pairs=[])
+    progress: Any = SimpleNamespace(planned=[SimpleNamespace(row=SimpleNamespace(name=name)) for name in "abc"])
+    study: Any = SimpleNamespace(cfg=cfg)
+    cells = [
+        replace(result(row, initial={"w": f"(2,) {weight}"}, stream=[(4, data)]), seed=seed)
+        for seed in (0, 3)
+        for row, weight, data in (("a", "00", 7), ("b", "00", 8), ("c", "99", 7))
+    ]
+    lines = lambda: Findings(study, progress, cells)._starts()
+    assert lines() == [
+        "Seeds 0 and 3: the rows did not see the same samples in the same order.",
+        "Seeds 0 and 3: the rows: 1 parameter of the same name and shape began differently, as w.",
+    ]
+    cfg.pairs = [["a", "b"]]
+    assert lines() == ["Seeds 0 and 3: a and b did not see the same samples in the same order."]
+    cfg.pairs = [["a", "c"]]
+    assert lines() == ["Seeds 0 and 3: a and c: 1 parameter of the same name and shape began differently, as w."]
 
 
 def test_a_row_that_still_rises():
