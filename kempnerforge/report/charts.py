@@ -21,6 +21,7 @@ WIDTH, HEIGHT = 480.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 468.0, 58.0, 232.0  # the plot area
 MAX_COLUMNS = 420  # points of one line are thinned to a minimum and a maximum per column
 MAX_MARKERS = 30  # a series with at most this many points shows each of them
+SHORT = 13  # letters of a name that fit beside the title; longer ones are below the chart
 MIN_SMOOTHED = 12  # fewer points than this are not smoothed
 
 Point = tuple[float, float]
@@ -181,9 +182,11 @@ def line_chart(
     ]
     last = [next((y for _, y in reversed(avg or line) if math.isfinite(y)), None) for avg, line in zip(smooth, lines, strict=True)]
     about = "; ".join(f"{one.name}: {'no values' if y is None else f'last {y_format(y)}'}" for one, y in zip(series, last, strict=True))
+    legend = [(one.name, "" if y is None else y_format(y)) for one, y in zip(series, last, strict=True)]
+    below = len(legend) > 2 and max(len(name) for name, _ in legend) > SHORT
     parts = [
-        head(title, y_label, x_label, about),
-        *_legend([(one.name, "" if y is None else y_format(y)) for one, y in zip(series, last, strict=True)]),
+        head(title, y_label, x_label, about, HEIGHT + 20 * math.ceil(len(legend) / 2) * below),
+        *(_legend_below(legend) if below else _legend(legend)),
         *_bands(bands, x_axis),
         *grid(x_axis, x_ticks, y_axis, y_ticks, x_label, y_format),
         _CLIP,
@@ -203,10 +206,10 @@ _CLIP = (
 )
 
 
-def head(title: str, y_label: str, x_label: str, about: str) -> str:
+def head(title: str, y_label: str, x_label: str, about: str, height: float = HEIGHT) -> str:
     """How the element of a chart begins; ``about`` says what it shows."""
     return (
-        f'<svg class="kf-chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"'
+        f'<svg class="kf-chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {height:g}" role="img"'
         f' aria-label="{text(f"{title}. {about}")}"><title>{text(title)}</title>'
         f"<desc>{text(f'{y_label} over {x_label}. {about}')}</desc><style>{STYLE}</style>"
         f'<text class="kf-title" x="2" y="15">{text(title)}</text><text x="2" y="34">{text(y_label)}</text>'
@@ -267,6 +270,19 @@ def _legend(entries: list[tuple[str, str]]) -> list[str]:
         parts.append(
             f'<text x="{x - 14:g}" y="{y}" text-anchor="end">{shown}</text>'
             f'<rect x="{x - 9:g}" y="{y - 6}" width="9" height="4" rx="2" fill="var(--kf-{number % 4 + 1})"/>'
+        )
+    return parts
+
+
+def _legend_below(entries: list[tuple[str, str]]) -> list[str]:
+    """Two in a line, below the label of the x axis."""
+    parts = []
+    for number, (name, value) in enumerate(entries):
+        x, y = 2 + WIDTH / 2 * (number % 2), HEIGHT + 13 + 20 * (number // 2)
+        shown = f'<tspan class="kf-name">{text(_cut(name, WIDTH / 2 - 70, 14))}</tspan> <tspan>{text(value)}</tspan>'
+        parts.append(
+            f'<rect x="{x:g}" y="{y - 6:g}" width="9" height="4" rx="2" fill="var(--kf-{number % 4 + 1})"/>'
+            f'<text x="{x + 14:g}" y="{y:g}">{shown}</text>'
         )
     return parts
 

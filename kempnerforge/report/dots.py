@@ -12,8 +12,8 @@ from kempnerforge.report.charts import BOTTOM, LEFT, RIGHT, STYLE, TOP, WIDTH, A
 from kempnerforge.report.html import text
 from kempnerforge.util.numbers import format_number
 
-LINE, LETTER, LONGEST = 24.0, 6.9, 32
-"""Height of one line of an interval chart, width of a letter, and letters of a name at most."""
+LINE, LETTER, LONGEST = 24.0, 7.4, 30
+"""Height of one line of an interval chart, width of a letter on a narrow screen, and letters of a name at most."""
 CLOSE = 1.2
 """Costs whose ratio is at most this are shown side by side, not spread over the whole axis."""
 
@@ -48,9 +48,11 @@ def interval_chart(
     """
     ends = [v for one in entries for v in (one.value, one.low, one.high, *one.points) if math.isfinite(v)] + ([0.0] if zero else [])
     ticks = nice_ticks(min(ends, default=0.0), max(ends, default=1.0), 4)
-    room = LETTER * min(LONGEST, max((len(one.name) for one in entries), default=0)) + 4
+    names = [_lines(one.name) for one in entries]
+    line = LINE + 14 * (max(map(len, names), default=1) - 1)
+    room = LETTER * max((len(part) for parts in names for part in parts), default=0) + 4
     left, top = room + 12, 34.0
-    axis, bottom = Axis(ticks[0], ticks[-1], left, RIGHT), top + LINE * len(entries)
+    axis, bottom = Axis(ticks[0], ticks[-1], left, RIGHT), top + line * len(entries)
     about = "; ".join(f"{one.name}: {x_format(one.value)}" for one in entries)
     parts = [
         f'<svg class="kf-chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {bottom + 42:g}" role="img"'
@@ -63,13 +65,15 @@ def interval_chart(
         parts.append(
             f'<text x="{x:.1f}" y="{bottom + 16:g}" text-anchor="{"end" if x > RIGHT - 12 else "middle"}">{text(x_format(tick))}</text>'
         )
-    parts.append(f'<text x="{(left + RIGHT) / 2:g}" y="{bottom + 34:g}" text-anchor="middle">{text(x_label)}</text>')
-    for number, one in enumerate(entries):
-        y = top + LINE * (number + 0.5)
-        name = one.name if len(one.name) <= LONGEST else f"{one.name[: LONGEST - 1]}…"
-        parts.append(
-            f'<text class="kf-name" x="{room:g}" y="{y + 4:.1f}" text-anchor="end">{text(name)}<title>{text(one.name)}</title></text>'
-        )
+    fits = LETTER * len(x_label) < RIGHT - left
+    at, anchor = ((left + RIGHT) / 2, "middle") if fits else (RIGHT, "end")
+    parts.append(f'<text x="{at:g}" y="{bottom + 34:g}" text-anchor="{anchor}">{text(x_label)}</text>')
+    for number, (one, lines) in enumerate(zip(entries, names, strict=True)):
+        y = top + line * (number + 0.5)
+        first = y + 4 - 7 * (len(lines) - 1)
+        for row, name in enumerate(lines):
+            shown = f"{text(name)}<title>{text(one.name)}</title>"
+            parts.append(f'<text class="kf-name" x="{room:g}" y="{first + 14 * row:.1f}" text-anchor="end">{shown}</text>')
         parts += [
             f'<circle cx="{axis(v):.1f}" cy="{y:.1f}" r="2.2" fill="var(--kf-muted)" opacity=".55"/>'
             for v in one.points
@@ -85,6 +89,13 @@ def interval_chart(
                 f'<circle class="kf-dot" cx="{axis(one.value):.1f}" cy="{y:.1f}" r="4.5" fill="var(--kf-1)"><title>{label}</title></circle>'
             )
     return "".join([*parts, "</svg>"])
+
+
+def _lines(name: str) -> list[str]:
+    """``name`` as it is written: a long difference of two in two lines."""
+    parts = name.partition(" − ")
+    lines = [parts[0], f"− {parts[2]}"] if len(name) > LONGEST and parts[2] else [name]
+    return [line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…" for line in lines]
 
 
 def scatter(
