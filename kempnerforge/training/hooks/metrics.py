@@ -44,7 +44,7 @@ class Metrics(Hook):
         trainer.record(
             {
                 "train/loss": result.loss,
-                **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
+                **{f"train/{key}": value for key in ("pair_loss", "aux_loss") if (value := getattr(result, key))},
                 "train/grad_norm": result.grad_norm,
                 **{f"train/{key}": rate for key, rate in result.rates.items()},
                 "train/tokens_per_s": sum(r.counts.tokens for r in self._window) / seconds,
