@@ -95,12 +95,12 @@ class DualEncoder(CrossAttention):
             InputError: it learns embeddings alone, and the micro-batch has fewer than two pairs on all ranks.
         """
         weight = self.dual.caption_weight
-        if cache is not None:
+        if cache is not None or batch.images is None:  # there are words alone
             if not weight:
                 raise NotBuiltError("vlm.caption_weight = 0: this model gives embeddings and writes no text")
             return super().forward(batch, cache)
         features = self.features(batch)
-        assert features is not None, "without a cache every pass has its images"
+        assert features is not None
         x, ctx = self.place(self.transformer.embed(batch.input_ids), features, batch, None)
         x = self.transformer.run(x, ctx, slice(self.text_layers))
         embeddings = self.embed(features, x, batch)  # (P, 2, E)
@@ -149,8 +149,8 @@ class DualEncoder(CrossAttention):
         every, before = gather_rows(embeddings.flatten(1)) if self.training else (embeddings.flatten(1), 0)  # (A, 2 * E)
         if self.training and not self.dual.caption_weight and len(every) < 2 and not every.is_meta:
             raise InputError(
-                f"vlm.arch = {self.dual.arch!r}: a micro-batch has {len(every)} texts with exactly one image, on all ranks together, and needs"
-                " two. Raise train.batch_size, or see what the data hold: kempnerforge inspect"
+                f"vlm.arch = {self.dual.arch!r}: texts with exactly one image in a micro-batch of all ranks together: {len(every)}; two are"
+                " needed. Raise train.batch_size, or see what the data hold: kempnerforge inspect"
             )
         own = before + torch.arange(len(embeddings), device=embeddings.device)  # (P,) which of the A are these
         other = F.pad(images[:, None] == images, (before, len(every) - before - len(images)))  # (P, A)

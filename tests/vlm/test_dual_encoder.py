@@ -192,6 +192,8 @@ def test_captions_and_contrast_together(loss: str) -> None:
     torch.testing.assert_close(output.loss, 0.5 * plain.loss)
     torch.testing.assert_close(output.mean(batch.num_targets, 4), 0.5 * plain.loss / batch.num_targets + plain.pair_loss / 4)
     assert it.model.gives == {"words", "embeddings"}
+    plain = replace(it.batch(NO_IMAGE), images=None)  # as in a job without images
+    torch.testing.assert_close(it.model(plain).loss, it.model(it.batch(NO_IMAGE)).loss)
 
 
 def test_embeddings_alone_write_nothing() -> None:
@@ -199,13 +201,15 @@ def test_embeddings_alone_write_nothing() -> None:
     assert it.model.gives == {"embeddings"}
     assert not [name for name, _ in it.model.named_parameters() if "cross_attention" in name]
     with pytest.raises(InputError, match=r"vlm\.caption_weight = 0: .*writes no text"):
+        it.model(replace(it.batch(NO_IMAGE), images=None))
+    with pytest.raises(InputError, match=r"vlm\.caption_weight = 0: .*writes no text"):
         generate(it.model, it.prompts([("what?", [0])], [picture(0)]), max_new_tokens=2, eos_id=1)
 
 
 @pytest.mark.parametrize("samples", [(NO_IMAGE,), (ONE, TWO_IMAGES), (INTERLEAVED,)])
 def test_too_few_pairs_are_an_error_in_training(samples: tuple[Any, ...]) -> None:
     it = dual()
-    with pytest.raises(InputError, match=rf"a micro-batch has {len(samples) - 1 if ONE in samples else 0} texts with exactly one image"):
+    with pytest.raises(InputError, match=rf"exactly one image in a micro-batch of all ranks together: {int(ONE in samples)}; two"):
         it.model(it.batch(*samples))
     it.model.eval()
     assert it.model(it.batch(*samples)).pair_loss == 0

@@ -44,7 +44,8 @@ class Metrics(Hook):
         trainer.record(
             {
                 "train/loss": result.loss,
-                **{f"train/{key}": value for key in ("pair_loss", "aux_loss") if (value := getattr(result, key))},
+                **({"train/pair_loss": result.pair_loss} if result.pair_loss not in (0, result.loss) else {}),
+                **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,
                 **{f"train/{key}": rate for key, rate in result.rates.items()},
                 "train/tokens_per_s": sum(r.counts.tokens for r in self._window) / seconds,
