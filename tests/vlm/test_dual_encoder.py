@@ -164,7 +164,7 @@ def test_a_text_does_not_know_its_image(pooling: str, weight: float) -> None:
 
 
 def test_pooling_takes_the_last_word_or_all() -> None:
-    """With layers that add nothing, an embedding is of the words themselves."""
+    """With layers that add nothing, an embedding is of the words themselves; of an image it is of all its tokens."""
     for pooling in ("last", "mean"):
         it = dual(pooling=pooling)
         model = arch(it)
@@ -179,6 +179,10 @@ def test_pooling_takes_the_last_word_or_all() -> None:
             pooled = row[-1] if pooling == "last" else row.mean(0)
             want = F.normalize(model.text_projection(model.transformer.norm(pooled)), dim=-1)
             torch.testing.assert_close(model(batch).embeddings[pair, 1], want, rtol=1e-5, atol=1e-6)
+        features = model.features(batch)
+        assert features is not None and features.shape[:2] == (2, 4)
+        want = F.normalize(model.image_projection(features.sum(1)[batch.pair_images]), dim=-1)
+        torch.testing.assert_close(model(batch).embeddings[:, 0], want, rtol=1e-5, atol=1e-6)
 
 
 @both
