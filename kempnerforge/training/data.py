@@ -102,7 +102,10 @@ class JobData:
     @cached_property
     def examined(self) -> HeldOut | None:
         """The held-out data, read as far as possible without pixels; None where there are none."""
-        return examine(self.held_out, self.encoder(self.stages[-1]), self.eval) if self.held_out is not None else None
+        if self.held_out is None:
+            return None
+        found = examine(self.held_out, self.encoder(self.stages[-1]), self.eval)
+        return found if "words" in self.gives else replace(found, too_long=0)  # nothing is written that could be cut
 
     def check_held_out(self) -> None:
         """Raises InputError if this job evaluates and ``require_held_out`` raises it."""

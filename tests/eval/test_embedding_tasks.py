@@ -133,6 +133,7 @@ def test_classes_are_the_answers_unless_named() -> None:
     exam = exam_of([about(12, "red"), about(48, "red"), about(48, "yes"), about(85, "blue")], zero_shot={})
     values = evaluate(exam).values
     assert (values["eval/zero_shot"], values["eval/zero_shot_classes"]) == (3 / 4, 3)
+    assert len(exam.model.asked) == 2 + 2 + 2, "classes once, images and blank ones"  # type: ignore[arg-type]
     assert sorted(text for call in exam.model.asked[:2] for text in call) == ["blue", "red", "yes"]  # type: ignore[union-attr, operator]
 
 

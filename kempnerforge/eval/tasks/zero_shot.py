@@ -59,8 +59,11 @@ class ZeroShot(QuestionTask):
 
     def answers(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Answers:
         names = self._all_classes(exam)
+        classes: dict[Hashable, Tensor] = exam.answered.setdefault((self.name, *names), {})  # the same blind
         with mode(exam.model, training=False):  # prompts come in the same order on all ranks
-            classes = {key: self._embed_classes(exam, like, names) for key, like in {_prompt(q): q for q in asked.values()}.items()}
+            for key, like in {_prompt(question): question for question in asked.values()}.items():
+                if key not in classes:
+                    classes[key] = self._embed_classes(exam, like, names)
 
         def nearest(chunk: Sequence[tuple[Hashable, Question]], failed: dict[Hashable, str]) -> dict[Hashable, str]:
             prompts = {key: _prompt(question) for key, question in chunk}
