@@ -27,6 +27,7 @@ from kempnerforge.config.training import (
 )
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.config.vlm import CrossAttentionConfig, FreezeSpec, FreezeStage, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
+from kempnerforge.config.vlm_dual_encoder import DualEncoderConfig
 from kempnerforge.config.vlm_hf import HFConfig
 from kempnerforge.util.errors import ConfigError, InputError
 
@@ -37,6 +38,7 @@ __all__ = [
     "CrossAttentionConfig",
     "DataConfig",
     "DistributedConfig",
+    "DualEncoderConfig",
     "EvalConfig",
     "FreezeSpec",
     "FreezeStage",

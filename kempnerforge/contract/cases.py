@@ -48,7 +48,8 @@ VISION = ViTConfig(image_size=SIZE, patch_size=8, dim=16, n_layers=2, n_heads=2)
 MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128, new_tokens=["<image>"])
 GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False, init_std=0.05, new_tokens=[])
 KEYS: dict[str | None, dict[str, Any]] = {}
-"""Keys of ``[vlm]`` by arch, for those whose defaults do not fit a job of this size, or that need some."""
+"""Keys of ``[vlm]`` by arch, for those whose defaults do not fit a job of this size, or that need some. Most
+checks are of words: an arch that may write none is tried with the keys with which it writes."""
 FOREIGN: dict[str | None, Callable[[], dict[str, Any]]] = {}
 """Archs that are built from files: what makes their keys of ``[vlm]``. All sizes are in the files, and the
 text backbone is not ours."""
@@ -243,13 +244,13 @@ def all_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss over all trained tokens of ``batches``, and what it sends back to each parameter that it
-    reaches.
+    """The loss over all trained tokens and pairs of ``batches``, and what it sends back to each parameter that
+    it reaches.
     """
-    targets = max(1, sum(batch.num_targets for batch in batches))
+    targets, pairs = sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)
     loss = torch.zeros(())
     for batch in batches:
-        part = model(batch).total / targets
+        part = model(batch).mean(targets, pairs)
         part.backward()
         loss += part.detach()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -73,8 +73,8 @@ def two_steps(case: str, world: World, out: Path) -> None:
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
     batch = it.batch(*SHARES[world.rank])
     for step in range(2):
-        (targets,) = world.sum([batch.num_targets])
-        loss = it.model(batch).total / targets
+        targets, pairs = map(int, world.sum([batch.num_targets, batch.num_pairs]))
+        loss = it.model(batch).mean(targets, pairs)
         loss.backward()
         result = full({name: p.grad for name, p in it.model.named_parameters() if p.grad is not None})
         (result["loss"],) = map(torch.tensor, world.sum([loss.item()]))

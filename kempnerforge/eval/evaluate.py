@@ -66,20 +66,33 @@ def tasks_of(cfg: EvalConfig) -> list[Task]:
     ]
 
 
-def require_tasks(cfg: EvalConfig, held_out: HeldOut | None) -> None:
-    """Raises InputError if a task of ``eval.tasks`` would have nothing to measure."""
+def require_tasks(cfg: EvalConfig, held_out: HeldOut | None, gives: frozenset[str]) -> None:
+    """Raises InputError if something that ``[eval]`` asks for could not be measured.
+
+    Args:
+        gives: as in ``Exam``.
+    """
+    if "words" not in gives and (key := next((key for key in ("loss", "text_path") if getattr(cfg, key)), "")):
+        raise InputError(f"eval.{key} = {getattr(cfg, key)!r}: this model predicts no words, it gives {', '.join(gives)}")
     for task in tasks_of(cfg)[len(cfg.BUILT_IN) :]:
+        if task.needs not in gives:
+            raise InputError(f"eval.tasks: {task.name!r} needs {task.needs} of the model, which gives {', '.join(sorted(gives))}")
         if task.reads_held_out and held_out is None:
             raise InputError(f"eval.tasks: {task.name!r} needs held-out data, and there are none")
-        if isinstance(task, QuestionTask) and held_out is not None and not held_out.draw(1, 0, task.question):
+        if (
+            (isinstance(task, QuestionTask) or task.needs == "embeddings")
+            and held_out is not None
+            and not held_out.draw(1, 0, task.question)
+        ):
             raise InputError(f"eval.tasks: {task.name!r} asks none of the {len(held_out.questions)} held-out questions")
 
 
 def evaluate(exam: Exam) -> Measured:
-    """Measures what ``exam.cfg`` asks for, those first that read no held-out data.
+    """Measures what ``exam.cfg`` asks for and the model gives, those first that read no held-out data.
 
     Raises:
         InputError: none of the held-out data can be read.
     """
-    found = {task.name: task.measure(exam) for task in sorted(tasks_of(exam.cfg), key=lambda task: task.reads_held_out)}
+    tasks = [task for task in tasks_of(exam.cfg) if task.needs in exam.gives]
+    found = {task.name: task.measure(exam) for task in sorted(tasks, key=lambda task: task.reads_held_out)}
     return Measured({name: one for name, one in found.items() if one is not None})

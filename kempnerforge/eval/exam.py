@@ -45,6 +45,7 @@ class Exam:
         plain_text: read without any image; None: there is none.
         rows: samples that a rank takes at once for a loss.
         limit: questions, samples and windows at most, drawn by the seed of ``encoder``; 0: all.
+        gives: what tasks may read of the model, see ``Task.needs``.
         answered: what has been asked so far (see ``answers.ask``): tasks that ask the same share the answers.
     """
 
@@ -58,3 +59,4 @@ class Exam:
     rows: int = 1
     limit: int = 0
     answered: dict[Hashable, Any] = field(default_factory=dict)
+    gives: frozenset[str] = frozenset({"words"})

@@ -83,7 +83,7 @@ def held_out_loss(exam: Exam, source: Source, encoder: Encoder, rows: int) -> He
                     encoded.append(encoder.encode(source[index], seed=index))
                 except SampleError as error:
                     skipped.append((str(index), str(error)))
-            fill = [] if encoded else [_any_sample(source, encoder)]  # every rank calls the model equally often
+            fill = [] if encoded else [any_sample(source, encoder)]  # every rank calls the model equally often
             batch = collate(encoded or fill, encoder.tokenizer.pad_id, None).to(exam.device)
             batch_loss = float(exam.model(batch).loss)
             if encoded:
@@ -107,7 +107,7 @@ def log_likelihoods(exam: Exam, samples: Sequence[Encoded], *, blind: bool = Fal
         blind: all images are the same grey.
     """
     assert exam.held_out is not None
-    rows = samples or [_any_sample(exam.held_out.source, exam.encoder)]
+    rows = samples or [any_sample(exam.held_out.source, exam.encoder)]
     batch = collate(rows, exam.encoder.tokenizer.pad_id, None).to(exam.device)
     if blind and batch.images is not None:
         batch.images.fill_(BLANK)
@@ -125,7 +125,8 @@ def likelihoods(model: torch.nn.Module, batch: Batch) -> list[Likelihood]:
     return [Likelihood(float(nats[row].sum()), int(row.sum()), bool(greedy[row].all())) for row in rows]
 
 
-def _any_sample(source: Source, encoder: Encoder) -> Encoded:
+def any_sample(source: Source, encoder: Encoder) -> Encoded:
+    """The first sample of ``source`` that can be encoded."""
     for index in range(len(source)):
         try:
             return encoder.encode(source[index], seed=index)

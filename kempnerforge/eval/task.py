@@ -119,10 +119,13 @@ class Task:
     Attributes:
         title: in the report.
         reads_held_out: False: it reads plain text alone, and is measured before the others.
+        needs: what it reads of the model: its "words", which it writes and scores, or its "embeddings" of images
+            and texts. Few models give both.
     """
 
     title: ClassVar[str] = ""
     reads_held_out: ClassVar[bool] = True
+    needs: ClassVar[str] = "words"
 
     @property
     def name(self) -> str:
@@ -132,6 +135,10 @@ class Task:
     def measure(self, exam: Exam) -> Found | None:
         """What is found, the same on all ranks; None: there is nothing to measure."""
         raise NotImplementedError
+
+    def question(self, question: Question) -> Question | None:
+        """A held-out question as this task asks it; None: it does not."""
+        return question
 
     def rows(self, facts: Facts) -> list[ReportRow]:
         """Its scores in the report."""
@@ -174,10 +181,6 @@ class QuestionTask(Task):
     def value(self, score: Score) -> float:
         """The score of some answers. By default the mean of their points."""
         return score.mean
-
-    def question(self, question: Question) -> Question | None:
-        """A held-out question as this task asks it; None: it does not."""
-        return question
 
     def answers(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Answers:
         """The model's answers. By default it generates them, once for all tasks that ask the same."""

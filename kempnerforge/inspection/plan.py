@@ -140,7 +140,7 @@ def dry_run(job: JobConfig) -> list[str]:
     for stage in assembly.stages:
         batch = next(assembly.data.batches(stage, stage.start))
         with torch.no_grad():
-            loss = float(assembly.model(batch).loss) / max(1, batch.num_targets)
+            loss = float(assembly.model(batch)._replace(aux_loss=None).mean(batch.num_targets, batch.num_pairs))
         rows, length = batch.input_ids.shape
         lines.append(
             f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, fresh weights)"

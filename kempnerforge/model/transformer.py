@@ -259,9 +259,9 @@ class Transformer(nn.Module):
         x = self.token_embedding(ids) if self.new_tokens is None else self.new_tokens.embed(ids, self.token_embedding)
         return x * torch.tensor(self.cfg.dim**0.5, dtype=x.dtype, device=x.device) if self.cfg.embed_scale else x
 
-    def run(self, x: Tensor, ctx: Context) -> Tensor:
-        """All layers: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
-        for layer in self.layers:
+    def run(self, x: Tensor, ctx: Context, layers: slice = slice(None)) -> Tensor:
+        """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
+        for layer in self.layers[layers]:
             x = layer(x, ctx)
         return x
 

@@ -132,7 +132,7 @@ class Meter:
                 handles.append(module.register_forward_hook(self._leave))
         try:
             with self._counter:
-                total = self.model(batch, cache).total
+                total = self.model(batch, cache).mean(1, 1)
         finally:
             for handle in handles:
                 handle.remove()
@@ -251,7 +251,7 @@ class TrainingFlops:
         """FLOPs of ``batch`` where the parameters named ``trainable`` train."""
         images = None if batch.images is None else batch.images.shape
         layout = (batch.row_images, batch.row_words, batch.leading_images, batch.has_documents, batch.documents)
-        shapes = (trainable, batch.input_ids.shape, images, batch.image_index.shape, *layout)
+        shapes = (trainable, batch.input_ids.shape, images, batch.image_index.shape, batch.num_pairs, *layout)
         if shapes not in self._known:
             self._known[shapes] = batch.num_targets, self._run(batch, trainable)
         targets, flops = self._known[shapes]
@@ -264,7 +264,7 @@ class TrainingFlops:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trainable)
         with torch.random.fork_rng(devices=[]), mode(self.model, training=True), _counter() as counter:
-            self.model(batch.to("meta")).total.backward()
+            self.model(batch.to("meta")).mean(1, 1).backward()
         self.model.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 

@@ -41,6 +41,7 @@ class JobData:
         held_out: the last stage's held-out data, or None.
         plain_text: the text of ``eval.text_path``, or None.
         asking: how the data of a trained model place their images; None: as usual with the source.
+        gives: what tasks may read of the model, see ``Task.needs``.
     """
 
     stages: list[Stage]
@@ -53,6 +54,7 @@ class JobData:
     held_out: Source | None = None
     plain_text: PlainText | None = None
     asking: Asking | None = None
+    gives: frozenset[str] = frozenset({"words"})
 
     @property
     def layout(self) -> Layout:
@@ -100,7 +102,10 @@ class JobData:
     @cached_property
     def examined(self) -> HeldOut | None:
         """The held-out data, read as far as possible without pixels; None where there are none."""
-        return examine(self.held_out, self.encoder(self.stages[-1]), self.eval) if self.held_out is not None else None
+        if self.held_out is None:
+            return None
+        found = examine(self.held_out, self.encoder(self.stages[-1]), self.eval)
+        return found if "words" in self.gives else replace(found, too_long=0)  # nothing is written that could be cut
 
     def check_held_out(self) -> None:
         """Raises InputError if this job evaluates and ``require_held_out`` raises it."""
@@ -113,7 +118,7 @@ class JobData:
         """
         if self.examined is not None:
             self.examined.require(self.stages[-1].data.max_bad_fraction)
-        require_tasks(self.eval, self.examined)
+        require_tasks(self.eval, self.examined, self.gives)
 
     @cached_property
     def observed(self) -> ObservedLayouts:

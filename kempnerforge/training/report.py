@@ -135,14 +135,18 @@ def _curves(metrics: Metrics, facts: Facts, stages: Sequence[Band], tasks: Seque
     return charts
 
 
-LOSS = ReportCurve("Loss", "nats per trained token", {"train/loss": "training", "eval/loss": "held out"})
+LOSS = ReportCurve(
+    "Loss",
+    "nats per trained token, or per pair of an image and its text",
+    {"train/loss": "training", "eval/loss": "held out", "train/pair_loss": "training, of pairs"},
+)
 SPEED = [ReportCurve("Throughput", "useful tokens per second", {"train/tokens_per_s": "tokens/s"})]
 IMAGES = ReportCurve("Images", "images per second", {"train/images_per_s": "images/s"})
 STEPS = [
     ReportCurve("Learning rate", "of the step", {"train/lr": "rate"}),
     ReportCurve("Gradient norm", "before clipping", {"train/grad_norm": "norm"}),
 ]
-SMOOTH = ("train/loss", "train/tokens_per_s", "train/images_per_s", "train/grad_norm")
+SMOOTH = ("train/loss", "train/pair_loss", "train/tokens_per_s", "train/images_per_s", "train/grad_norm")
 """Values that are shown with their moving average."""
 WIDE = ("train/loss", "train/grad_norm")
 """Values that get a logarithmic axis when they span much."""

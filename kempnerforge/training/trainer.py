@@ -36,6 +36,7 @@ class Counts(NamedTuple):
 
     Attributes:
         targets: trained tokens.
+        pairs: texts with exactly one image.
         tokens: useful tokens, padding not counted.
         images: images that the model reads.
         samples: rows.
@@ -44,6 +45,7 @@ class Counts(NamedTuple):
     """
 
     targets: int
+    pairs: int
     tokens: int
     images: int
     samples: int
@@ -55,6 +57,7 @@ class Counts(NamedTuple):
         """The counts of one batch of this rank."""
         return cls(
             targets=batch.num_targets,
+            pairs=batch.num_pairs,
             tokens=batch.useful_tokens,
             images=batch.num_images,
             samples=len(batch.sample_names),
@@ -76,7 +79,8 @@ class StepResult:
 
     Attributes:
         stage: of the step; ``trainer.stage`` is the stage of the next step.
-        loss: mean over trained tokens.
+        loss: mean over trained tokens, and ``pair_loss``.
+        pair_loss: mean over pairs of a text and its image; 0 if the model has no such loss.
         aux_loss: the model's auxiliary losses, as added to the loss; 0 if there are none.
         grad_norm: before clipping.
         rates: learning rates at scale 1, by the keys of the section: "lr", and "muon_lr" where Muon trains.
@@ -86,6 +90,7 @@ class StepResult:
 
     stage: Stage
     loss: float
+    pair_loss: float
     aux_loss: float
     grad_norm: float
     rates: dict[str, float]
@@ -213,30 +218,33 @@ class Trainer:
         begin = time.perf_counter()
         self.data = data = self._ahead or self._count(self.next_batches())
         self._ahead = None
-        # the loss is a mean over the trained tokens of all ranks and micro-batches
-        targets = data.counts.targets
+        # losses are means over the trained tokens and the pairs of all ranks and micro-batches
+        targets, pairs = data.counts.targets, data.counts.pairs
 
         # A function of seed, step of the stage and rank: there is no random state to save, and a stage trains
         # the same when it is a separate run.
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         rates = self.optimizers.set_step(self.stage, self.step)
 
-        loss_sum, aux_sum = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
+        loss_sum, aux_sum, pair_sum = (torch.zeros((), device=self.world.device) for _ in range(3))
         for index, batch in enumerate(data.batches):
             sync_gradients(self.model, index == len(data.batches) - 1)  # ranks exchange gradients once a step
             batch = batch if self.features is None else self.features.attach(batch)
             output = self.model(batch.to(self.world.device))
             if self.features is not None:
                 self.features.keep(batch)
-            (output.total / targets).backward()
+            output.mean(targets, pairs).backward()
             loss_sum += output.loss.detach()
             if output.aux_loss is not None:
                 aux_sum += output.aux_loss.detach()
+            if output.pair_loss is not None:
+                pair_sum += output.pair_loss.detach()
 
         grads = local_gradients(self.model)
-        total, aux, squared = self.sum([loss_sum.item(), aux_sum.item(), squared_norm(grads)])
-        loss, aux_loss, norm = total / targets, aux / targets, math.sqrt(squared)
-        finite = all(map(math.isfinite, (total, aux, norm)))  # equal on all ranks: all step, or none
+        total, aux, paired, squared = self.sum([loss_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)])
+        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / targets, math.sqrt(squared)
+        loss = total / targets + pair_loss
+        finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
         if finite:
             clip(grads, norm, self.job.train.grad_clip_norm)
             self.optimizers.step()
@@ -248,6 +256,7 @@ class Trainer:
         return StepResult(
             stage=self.stage,
             loss=loss,
+            pair_loss=pair_loss,
             aux_loss=aux_loss,
             grad_norm=norm,
             rates=rates,

@@ -49,16 +49,27 @@ class Output(NamedTuple):
         logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
         aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
             there are none.
+        pair_loss: a loss SUMMED over the batch's pairs of a text and its image, fp32; the trainer divides it
+            by their count over all ranks and micro-batches. None: the arch has none.
+        embeddings: (P, 2, E) of image and text of each pair, of length 1 and without a graph; None: the arch
+            makes none.
     """
 
     loss: Tensor
     logits: Tensor
     aux_loss: Tensor | None = None
+    pair_loss: Tensor | None = None
+    embeddings: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
-        """What is sent backward."""
+        """All losses that are sums over targets."""
         return self.loss if self.aux_loss is None else self.loss + self.aux_loss
+
+    def mean(self, targets: int, pairs: int) -> Tensor:
+        """What is sent backward: the losses over so many targets and pairs."""
+        mean = self.total / max(1, targets)
+        return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
 
 
 class Prompts(Protocol):
@@ -168,6 +179,11 @@ class VLM(ExactBuffers):
         return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))
 
     @property
+    def gives(self) -> frozenset[str]:
+        """What a task may read of it: "words", which it writes and scores; "embeddings" of images and texts."""
+        return frozenset({"words"})
+
+    @property
     def attention_mask(self) -> str:
         """Who sees whom: one of ``MASKS``."""
         return self.job.vlm.attention_mask if self.job.vlm is not None else "causal"
@@ -238,19 +254,22 @@ class VLM(ExactBuffers):
             features = encoder(images)
         return self.adapter(features if known is None else known.merge(features))
 
-    def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
-        """Training and evaluation without ``cache``; one step of generation with it.
+    def features(self, batch: Batch) -> Tensor | None:
+        """The adapted images of ``batch``, (N, F, D), for ``place``.
 
         NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which is
         nowhere: every rank must call the same modules, forward and backward, or sharded ones wait for each
         other forever.
         """
+        if not self.has_images or batch.images is None:
+            return None
+        images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
+        return self.encode(images, batch.known_features)
+
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
+        """Training and evaluation without ``cache``; one step of generation with it."""
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
-        features = None
-        if self.has_images and batch.images is not None:
-            images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-            features = self.encode(images, batch.known_features)  # (N, F, D)
-        x, ctx = self.place(words, features, batch, cache)
+        x, ctx = self.place(words, self.features(batch), batch, cache)
         x = self.transformer.run(x, ctx)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
@@ -261,8 +280,12 @@ class VLM(ExactBuffers):
         """The loss of ``logits`` (T, V) at ``batch.targets``."""
         labels = batch.labels.flatten()[batch.targets]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return Output(loss, logits, self.extra_loss(batch))
+
+    def extra_loss(self, batch: Batch) -> Tensor | None:
+        """``Output.aux_loss`` of the pass that has just run."""
         extra = [loss for loss in take_losses(self.with_aux_loss) if loss is not None]
-        return Output(loss, logits, torch.stack(extra).sum() * batch.num_targets if extra else None)
+        return torch.stack(extra).sum() * batch.num_targets if extra else None
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:
         """Continues prompts, greedily unless ``sampling`` says otherwise.

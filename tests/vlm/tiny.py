@@ -11,7 +11,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.plugins import load_plugins
 from kempnerforge.contract.cases import *  # noqa: F403
-from kempnerforge.contract.cases import FOREIGN, MODEL, PLUGINS, SIZE, Plugin, tokenizer
+from kempnerforge.contract.cases import FOREIGN, KEYS, MODEL, PLUGINS, SIZE, Plugin, tokenizer
 from tests.dist import ROOT
 
 load_plugins(sorted(str(path) for path in ROOT.glob("recipes/*/*.py")), ROOT, "recipes")
@@ -44,4 +44,5 @@ def paligemma() -> dict[str, Any]:
 
 
 FOREIGN["hf"] = paligemma
+KEYS["dual_encoder"] = {"caption_weight": 1.0, "embed_dim": 24}
 PLUGINS.append(Plugin(__name__))

@@ -1,6 +1,6 @@
 """The one batch that every arch and every batching mode uses.
 
-Shapes: B rows, S positions, N images, M placements of an image in a row, T trained positions.
+Shapes: B rows, S positions, N images, M placements of an image in a row, T trained positions, P pairs.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class Batch:
         parts: which section of ``[data]`` each of them is from (``Sample.part``).
         documents: where a row holds several samples: for each row the (positions, texts) of its samples from
             the first column on. Else ().
+        pair_images: (P,) int64, the image of each pair: a text with exactly one image in it or shared by its
+            sample, in the order of the stream.
+        pair_ids: (B, S) int64, the pair that each word belongs to; -1: none.
     """
 
     input_ids: Tensor
@@ -89,11 +92,18 @@ class Batch:
     known_features: KnownFeatures | None = None
     parts: list[int] = field(default_factory=list)
     documents: tuple[tuple[tuple[int, int], ...], ...] = ()
+    pair_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    pair_ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     @property
     def num_targets(self) -> int:
         """Trained positions, T."""
         return len(self.targets)
+
+    @property
+    def num_pairs(self) -> int:
+        """Texts with exactly one image, P."""
+        return len(self.pair_images)
 
     @property
     def useful_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """Encoded rows -> one batch, padded on the right to train, on the left to generate.
 
-B rows, S positions, N images, M placements.
+B rows, S positions, N images, M placements, P pairs.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def _batch(
     counts = [placed.shape[1] for _, placed in rows]
     placements = np.concatenate([placed for _, placed in rows], axis=1)  # (4, M)
     columns = torch.from_numpy(table)
+    image_index, image_rows = np.concatenate(indices), np.repeat(np.arange(len(rows)), counts)
+    pair_images, pair_ids = _pairs(table, placements, image_rows, image_index)
     return Batch(
         input_ids=columns[INPUT_IDS],
         labels=columns[LABELS],
@@ -118,15 +120,40 @@ def _batch(
         text_ids=columns[TEXT_IDS],
         kinds=columns[KINDS].to(torch.uint8),
         targets=torch.from_numpy(np.flatnonzero(table[LABELS] != IGNORE)),
-        image_index=torch.from_numpy(np.concatenate(indices)),
-        image_rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        image_index=torch.from_numpy(image_index),
+        image_rows=torch.from_numpy(image_rows),
         image_starts=torch.from_numpy(placements[STARTS] + np.repeat(np.asarray(begins), counts)),
         image_text_ids=torch.from_numpy(placements[TEXTS]),
         image_sample_ids=torch.from_numpy(placements[SAMPLES]),
         image_slots=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
+        pair_images=torch.from_numpy(pair_images),
+        pair_ids=torch.from_numpy(pair_ids),
         **_row_facts(table[KINDS], counts),
         **others,
     )
+
+
+def _pairs(table: np.ndarray, placements: np.ndarray, rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``pair_images`` (P,) and ``pair_ids`` (B, S) of a ``Batch``.
+
+    Args:
+        table: (6, B, S).
+        placements: (4, M) as in ``PackedRow``; ``rows`` and ``images``, (M,): which row and image each is.
+    """
+    samples, texts = table[SAMPLE_IDS], table[TEXT_IDS]
+    per_row, per_sample = 1 + max(0, int(samples.max(initial=0))), 1 + int(texts.max(initial=0))
+    owner = (np.arange(len(samples))[:, None] * per_row + samples) * per_sample + texts  # (B, S), a number for each text
+    placed = (rows * per_row + placements[SAMPLES]) * per_sample  # (M,), the number of the sample's shared part
+    shape = len(samples) * per_row, per_sample
+    size = shape[0] * shape[1]
+    found = [np.bincount(placed + placements[TEXTS], weight, size).reshape(shape) for weight in (None, images)]
+    count, total = (each + np.where(np.arange(per_sample) > 0, each[:, :1], 0) for each in found)  # shared images belong to all texts
+    words = (table[KINDS] > Kind.IMAGE) & (texts > 0)
+    alone = np.zeros(size, dtype=bool)
+    alone[owner[words]] = True
+    alone &= count.flatten() == 1
+    numbers = np.where(alone, np.cumsum(alone) - 1, -1)  # of one image alone the sum of the numbers is its number
+    return total.flatten()[alone].astype(np.int64), np.where(words, numbers[np.where(words, owner, 0)], -1)
 
 
 def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:

@@ -44,6 +44,7 @@ class Metrics(Hook):
         trainer.record(
             {
                 "train/loss": result.loss,
+                **({"train/pair_loss": result.pair_loss} if result.pair_loss not in (0, result.loss) else {}),
                 **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,
                 **{f"train/{key}": rate for key, rate in result.rates.items()},
