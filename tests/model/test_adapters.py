@@ -23,9 +23,10 @@ from kempnerforge.config.adapter import (
     PixelShuffleConfig,
 )
 from kempnerforge.model.adapters import Adapter, AvgPoolAdapter, PerceiverAdapter, PixelShuffleAdapter, build_adapter
+from kempnerforge.model.fused_mlp import FusedMLPConfig
 
 PERCEIVER = PerceiverConfig(latents=5, depth=2, heads=3, head_dim=4)
-ALL = [LinearAdapterConfig(), MLPAdapterConfig(), PixelShuffleConfig(), AvgPoolConfig(), PERCEIVER]
+ALL = [LinearAdapterConfig(), MLPAdapterConfig(), PixelShuffleConfig(), AvgPoolConfig(), PERCEIVER, FusedMLPConfig()]
 by_type = pytest.mark.parametrize("cfg", ALL, ids=lambda c: c.type)
 
 
