@@ -24,7 +24,7 @@ from kempnerforge.model.adapters import GridAdapter
 @dataclass
 class AttentionPoolConfig(GridAdapterConfig):
     """Each window of features becomes one token, by multi-head attention whose query is their mean; a gated
-    MLP follows (Molmo). A grid whose side is no multiple of ``factor`` is filled up with zeros at the right
+    MLP follows, and a learned embedding of image tokens is added (Molmo). A grid whose side is no multiple of ``factor`` is filled up with zeros at the right
     and at the bottom.
 
     Attributes:
@@ -65,7 +65,8 @@ class GatedMLP(nn.Module):
 
 @registry.register_adapter("attention_pool")
 class AttentionPoolAdapter(GridAdapter):
-    """Attention over windows with their mean as query, then ``proj``, a gated MLP.
+    """Attention over windows with their mean as query, then ``proj``, a gated MLP; the result is added to
+    ``image_token``, the embedding of the token at the positions of images, which is learned.
 
     NOTE: a window has one query and s^2 keys, so the products are written out: fused kernels on GPUs
     take at most 65,535 sequences, and a batch of tiles has more windows.
@@ -79,6 +80,7 @@ class AttentionPoolAdapter(GridAdapter):
         self.v_proj = nn.Linear(in_dim, width, bias=cfg.bias)
         self.o_proj = nn.Linear(width, width, bias=cfg.bias)
         self.proj = GatedMLP(width, cfg.hidden_dim or 4 * out_dim, out_dim)
+        self.image_token = nn.Parameter(0.02 * torch.randn(out_dim))
 
     def prepare(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, T, H * E)."""
@@ -90,3 +92,6 @@ class AttentionPoolAdapter(GridAdapter):
         k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.k_proj, self.v_proj))  # (N, T, s^2, H, E)
         scores = torch.einsum("nthe,ntshe->nths", q, k).float() / math.sqrt(q.shape[-1])
         return self.o_proj(torch.einsum("nths,ntshe->nthe", scores.softmax(dim=-1).to(v.dtype), v).flatten(2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.image_token + super().forward(features)

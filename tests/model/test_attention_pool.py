@@ -35,10 +35,11 @@ def test_a_window_by_hand() -> None:
             layer.weight.copy_(torch.eye(2))
             if layer.bias is not None:
                 layer.bias.zero_()
+        adapter.image_token.copy_(torch.tensor([10.0, -10.0]))
     patches = [(1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (0.0, 2.0)]  # their mean is (1, 1)
     weights = [math.exp((x + y) / math.sqrt(2)) for x, y in patches]
     pooled = [sum(w * p[i] for w, p in zip(weights, patches, strict=True)) / sum(weights) for i in (0, 1)]
-    want = [value * value / (1 + math.exp(-value)) for value in pooled]  # silu(x) * x
+    want = [token + value * value / (1 + math.exp(-value)) for value, token in zip(pooled, (10, -10), strict=True)]  # silu(x) * x
     assert adapter(torch.tensor([patches]))[0, 0].tolist() == pytest.approx(want, rel=1e-6)
 
 
@@ -82,7 +83,7 @@ def test_sizes_of_molmo_7b_d() -> None:
     with torch.device("meta"):
         adapter = build_adapter(AttentionPoolConfig(hidden_dim=18944), 2 * 1024, 3584, 576)
     attention = 3 * (2 * 1024 + 1) * 1024 + (1024 + 1) * 1024
-    assert sum(p.numel() for p in adapter.parameters()) == attention + 2 * 1024 * 18944 + 18944 * 3584
+    assert sum(p.numel() for p in adapter.parameters()) == attention + 2 * 1024 * 18944 + 18944 * 3584 + 3584
     assert adapter(torch.empty(2, 576, 2048, device="meta")).shape == (2, 144, 3584)
 
 
