@@ -15,7 +15,11 @@ GLOBAL_MARKER = "<|global_image|>"
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers")
-_OF_TILING = {"grid": ("max_side", "resize_to_max_side", "marker_grid"), "anyres": ("pinpoints",), "overlap": ("max_tiles", "overlap")}
+_OF_TILING = {
+    "grid": ("max_side", "resize_to_max_side", "marker_grid"),
+    "anyres": ("pinpoints",),
+    "overlap": ("max_tiles", "overlap", "single_tile"),
+}
 """Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
 
 
@@ -83,6 +87,8 @@ class ImagesConfig:
         max_tiles: of "overlap": tiles of an image at most, without the global view.
         overlap: of "overlap": the share of a tile's side that it has in common with the next one (Molmo: 112
             of 336 pixels).
+        single_tile: of "overlap", with ``global_view``: an image of a single tile has this tile as well
+            (Molmo).
         global_view: of "tiles": the whole image comes first, as one view.
         markers: of "tiles": a token before each view says which one it is; these tokens are added to the
             tokenizer. Without them the views follow one another.
@@ -102,6 +108,7 @@ class ImagesConfig:
     pinpoints: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)])
     max_tiles: int = 12
     overlap: float = 1 / 3
+    single_tile: bool = False
     global_view: bool = True
     markers: bool = True
     number_images: bool = False
@@ -122,6 +129,7 @@ class ImagesConfig:
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
         only_if(self, self.markers, "markers = true", "marker_grid")
+        only_if(self, self.global_view, "global_view = true", "single_tile")
 
     @property
     def has_markers(self) -> bool:
@@ -132,6 +140,10 @@ class ImagesConfig:
     def tiled(self) -> bool:
         """Whether the views of an image depend on its size."""
         return self.fit == "tiles"
+
+    def shows_tiles(self, grid: tuple[int, int]) -> bool:
+        """Whether an image with this grid of tiles has views of them; otherwise it is the global view alone."""
+        return grid != (1, 1) or self.single_tile or not self.global_view
 
     def new_tokens(self) -> list[str]:
         """The tokens that the tokenizer must have for this section: first the token of the global view, then

@@ -123,15 +123,15 @@ def _full_name(cls: type) -> str:
 _SOURCES = ("kempnerforge.data.sources", "kempnerforge.data.collections")
 
 vlm_configs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
-vision_configs = Registry("vision encoder", "vision_encoder.type")
-adapter_configs = Registry("adapter", "adapter.type")
+vision_configs = Registry("vision encoder", "vision_encoder.type", "kempnerforge.model")
+adapter_configs = Registry("adapter", "adapter.type", "kempnerforge.model")
 data_configs = Registry("data source", "data.source", *_SOURCES)
 
 optimizer_configs = Registry("optimizer", "optimizer.name")
 
 archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
-vision_encoders = Registry("vision encoder", "vision_encoder.type")
-adapters = Registry("adapter", "adapter.type")
+vision_encoders = Registry("vision encoder", "vision_encoder.type", "kempnerforge.model")
+adapters = Registry("adapter", "adapter.type", "kempnerforge.model")
 sources = Registry("data source", "data.source", *_SOURCES)
 optimizers = Registry(
     "optimizer", "optimizer.name", "kempnerforge.training.optimizers", base="kempnerforge.training.optimizers.rule.UpdateRule"

@@ -24,15 +24,43 @@ class VisionEncoderConfig:
     Attributes:
         type: which encoder.
         feature_layer: whose output is used: -1 the last layer's with the final norm, -2 the one before it
-            without a norm (LLaVA), and so on.
+            without a norm (LLaVA), and so on. An array joins the outputs of several layers channel by
+            channel, in its order: [-2, -9] (Molmo).
     """
 
     type: str = "vit"
-    feature_layer: int = -1
+    feature_layer: int | list[int] = -1
 
     def __post_init__(self) -> None:
-        if self.feature_layer >= 0:
+        layers = self.feature_layers
+        if not layers or max(layers) >= 0:
             raise InputError(f"feature_layer = {self.feature_layer}: count from the end, -1 is the last layer")
+        if len({*layers}) < len(layers):
+            raise InputError(f"feature_layer = {self.feature_layer}: names a layer twice")
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """The layers whose outputs are used, in the order of their channels."""
+        return [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer
+
+    @property
+    def layers_used(self) -> list[int]:
+        """``feature_layers`` counted from the last layer that is built."""
+        return [layer + self.unused_layers for layer in self.feature_layers]
+
+    @property
+    def unused_layers(self) -> int:
+        """Layers after the last one that is used; they are not built."""
+        return -1 - max(self.feature_layers)
+
+    def check_depth(self, layers: int, of: str) -> None:
+        """Refuses a ``feature_layer`` beyond the first of ``layers``.
+
+        Args:
+            of: says how many there are, for the message.
+        """
+        if -min(self.feature_layers) > layers:
+            raise InputError(f"feature_layer = {self.feature_layer}: {of}")
 
     def num_tokens(self) -> int | None:
         """Tokens for one image, or None when only the built encoder knows."""
@@ -118,8 +146,7 @@ class ViTConfig(VisionEncoderConfig):
             raise InputError(f"stride = {step}: must be at most patch_size = {self.patch_size} and differ from it by an even number")
         if self.image_size % step:
             raise InputError(f"image_size = {self.image_size}: must be a multiple of {'stride' if self.stride else 'patch_size'} = {step}")
-        if -self.feature_layer > self.n_layers:
-            raise InputError(f"feature_layer = {self.feature_layer}: there are only n_layers = {self.n_layers} layers")
+        self.check_depth(self.n_layers, f"there are only n_layers = {self.n_layers} layers")
         check_normalisation(self.mean, self.std)
 
     @property
@@ -231,9 +258,20 @@ class ClipConfig(HFTowerConfig):
 @registry.register_vision_config
 @dataclass
 class Dinov2Config(HFTowerConfig):
-    """DINOv2 (Oquab et al. 2023), with or without registers; CLS and register tokens are dropped."""
+    """DINOv2 (Oquab et al. 2023), with or without registers; CLS and register tokens are dropped.
+
+    Attributes:
+        image_size: pixels of a side; 0 means the tower's own. For another size its positions are
+            interpolated: 224 makes a grid like a SigLIP's of 224 out of a tower of 518.
+    """
 
     type: str = "dinov2"
+    image_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "image_size")
+        at_most(self, LARGEST_SIDE, "image_size")
 
 
 @registry.register_vision_config

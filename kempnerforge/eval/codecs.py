@@ -135,14 +135,14 @@ _TAG = re.compile(r"<points?\s(?P<attributes>[^<>]*)(?:>(?P<inner>[^<]*))?")
 _ALT = re.compile(r'\balt\s*=\s*"([^"]*)"')
 _PLACE = re.compile(
     rf'x[0-9]*="\s*{_N}\s*"\s+y[0-9]*="\s*{_N}\s*"'
-    r"|\(\s*([0-9]+\.[0-9]+)\s*,\s*([0-9]+\.[0-9]+)\s*\)"  # also Click(a, b); whole numbers in brackets are more often something else
+    r"|\(\s*([0-9]+\.[0-9]+)(?:\s*,\s*|\s+)([0-9]+\.[0-9]+)\s*\)"  # also Click(a, b); whole numbers in brackets are more often something else
     r"|\b(?:p|[0-9]+)\s*=\s*([0-9]{3})\s*,\s*([0-9]{3})(?![0-9])"  # tenths of a percent
 )
 
 
 def decode_points(text: str) -> list[Point]:
-    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)", "Click(63.5, 44.5)",
-    "p=635,445". Coordinates above 100 are no point and skipped. A label is what a tag says; the other forms
+    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)" with or without a comma,
+    "Click(63.5, 44.5)", "p=635,445". Coordinates above 100 are no point and skipped. A label is what a tag says; the other forms
     have none.
     """
     tags = [(tag.start(), tag.end("attributes"), _label(tag)) for tag in _TAG.finditer(text)]

@@ -136,8 +136,9 @@ class StreamVLM(VLMFamily):
             raise InputError(f"vlm.attention_mask = {job.vlm.attention_mask!r}, not {self.mask!r}")
         if not isinstance(job.vision_encoder, self.tower):
             raise InputError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {self.tower.type!r}")
-        if self.tower is SiglipConfig and job.vision_encoder.feature_layer != -1:
-            raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not -1")
+        if (layers := job.vision_encoder.feature_layers) != [-1] and (self.tower is SiglipConfig or len(layers) > 1):
+            allowed = "-1" if self.tower is SiglipConfig else "one layer"
+            raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not {allowed}")
         wanted = self.adapter({"text_config": {"hidden_size": job.model.dim}, "scale_factor": getattr(job.adapter, "factor", 1)})
         given = job.adapter
         if isinstance(given, MLPAdapterConfig):

@@ -100,7 +100,7 @@ class GridAdapter(ProjectingAdapter):
 
     def __init__(self, cfg: GridAdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
-        self.factor, self.side = cfg.factor, math.isqrt(num_features) // cfg.factor
+        self.factor, self.side = cfg.factor, math.isqrt(self.num_tokens)
 
     def windows(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, rows of windows, s rows in one, columns of windows, s columns in one, Di)."""

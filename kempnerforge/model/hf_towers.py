@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.vision import HFTowerConfig, square_side
+from kempnerforge.config.vision import Dinov2Config, HFTowerConfig, square_side
 from kempnerforge.model.hf_checks import check_config, check_room, class_call
 from kempnerforge.model.hf_files import load_whole, read_named_config
 from kempnerforge.model.image_processor import Normalisation, read_image_settings
@@ -30,8 +30,9 @@ class HFTower(VisionEncoder):
 
     ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (after the
     final norm of SigLIP and DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k +
-    1. Layers after it, norms that the patches do not pass, pooling heads and mask tokens are left out, so
-    every parameter gets a gradient. Parameter names are those in transformers.
+    1. Of several layers, D is the sum of their widths, in their order. Layers after the last of them, norms
+    that the patches do not pass, pooling heads and mask tokens are left out, so every parameter gets a
+    gradient. Parameter names are those in transformers.
 
     The weights are fp32, whatever the file holds; on the meta device they are not read. Code beside a
     checkpoint is never run.
@@ -53,12 +54,11 @@ class HFTower(VisionEncoder):
     def __init__(self, cfg: HFTowerConfig) -> None:
         tower = self._load(cfg)
         mean, std = chosen_normalisation(cfg, self.normalisation)
-        side = self.grid(tower.config)
-        pixels = getattr(
-            tower.config, "image_size", side * tower.config.patch_size
-        )  # may be more than the patches cover: 384 = 27 * 14 + 6
-        super().__init__(num_tokens=side**2, dim=tower.config.hidden_size, image_size=pixels, mean=mean, std=std)
-        if cfg.feature_layer < -1 or not self.patches_pass_norm:
+        side, pixels = self.sides(cfg, tower.config)
+        self.layers_used = cfg.layers_used
+        width = tower.config.hidden_size * len(self.layers_used)
+        super().__init__(num_tokens=side**2, dim=width, image_size=pixels, mean=mean, std=std)
+        if cfg.unused_layers or not self.patches_pass_norm:
             setattr(tower, self.final_norm, nn.Identity())
         # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward
         # runs, with its own names.
@@ -82,15 +82,19 @@ class HFTower(VisionEncoder):
         model_class = getattr(transformers, self.models[tower_kind(cfg, self.models)])
         config = tower_config(model_class.config_class, cfg)
         layers = config.num_hidden_layers
-        if -cfg.feature_layer > layers:
-            raise InputError(f"feature_layer = {cfg.feature_layer}: the tower in {cfg.path or 'settings'!r} has only {layers} layers")
-        config.num_hidden_layers = layers + 1 + cfg.feature_layer
+        cfg.check_depth(layers, f"the tower in {cfg.path or 'settings'!r} has only {layers} layers")
+        config.num_hidden_layers = layers - cfg.unused_layers
         config.vision_use_head = False
         return build_tower(model_class, config, cfg)
 
-    def grid(self, config: Any) -> int:
-        """Patches along one side of an image."""
-        return config.image_size // config.patch_size
+    def sides(self, cfg: Any, config: Any) -> tuple[int, int]:
+        """Patches along one side of an image, and pixels, which may be more than they cover: 384 = 27 * 14 +
+        6.
+
+        Args:
+            config: the tower's.
+        """
+        return config.image_size // config.patch_size, config.image_size
 
     @property
     def units(self) -> list[nn.Module]:
@@ -99,13 +103,16 @@ class HFTower(VisionEncoder):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, H) uint8 -> (N, F, D)."""
         # transformers cannot run on nothing; one image, thrown away, gives every parameter a gradient of zero
-        features = self.features(self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:])))
-        first = features.shape[1] - self.num_tokens  # after CLS and registers
-        return features[: len(images), first:].clone()  # (N, F, D); FSDP's hooks do not want a view
+        pixels = self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:]))
+        earlier = [layer for layer in self.layers_used if layer != -1]
+        found = self.run(pixels, output_hidden_states=earlier or False)
+        states = [found.last_hidden_state if layer == -1 else found.hidden_states[layer] for layer in self.layers_used]
+        first = states[0].shape[1] - self.num_tokens  # after CLS and registers
+        return torch.cat([state[: len(images), first:] for state in states], dim=-1)  # (N, F, D); FSDP's hooks do not want a view
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (N, 3, H, H) -> all tokens of the tower, the patches last."""
-        return self.tower(pixel_values=pixels).last_hidden_state
+    def run(self, pixels: Tensor, **how: Any) -> Any:
+        """The tower on normalised pixels (N, 3, H, H); the patches come last among its tokens."""
+        return self.tower(pixel_values=pixels, **how)
 
 
 @registry.register_vision_encoder("siglip")
@@ -125,18 +132,21 @@ class Siglip2(Siglip):
 
     models: ClassVar = Siglip.models | {"siglip2": "Siglip2VisionModel", "siglip2_vision_model": "Siglip2VisionModel"}
 
-    def grid(self, config: Any) -> int:
-        return math.isqrt(config.num_patches) if hasattr(config, "num_patches") else super().grid(config)
+    def sides(self, cfg: Any, config: Any) -> tuple[int, int]:
+        if config.model_type != "siglip2_vision_model":
+            return super().sides(cfg, config)
+        side = math.isqrt(config.num_patches)
+        return side, side * config.patch_size
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def run(self, pixels: Tensor, **how: Any) -> Any:
         if self.tower.config.model_type != "siglip2_vision_model":
-            return super().features(pixels)
+            return super().run(pixels, **how)
         n, channels = pixels.shape[:2]
-        side, patch = self.grid(self.tower.config), self.tower.config.patch_size
+        side, patch = math.isqrt(self.num_tokens), self.tower.config.patch_size
         x = pixels.view(n, channels, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1)  # (N, side, side, patch, patch, 3)
         x = x.reshape(n, self.num_tokens, patch * patch * channels)
         shapes = torch.full((n, 2), side, device="cpu")  # read as Python numbers: on the CPU nothing waits for them
-        return self.tower(pixel_values=x, pixel_attention_mask=None, spatial_shapes=shapes).last_hidden_state
+        return self.tower(pixel_values=x, pixel_attention_mask=None, spatial_shapes=shapes, **how)
 
 
 @registry.register_vision_encoder("clip")
@@ -156,6 +166,12 @@ class Dinov2(HFTower):
     models: ClassVar = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
     final_norm = "layernorm"
     normalisation = Normalisation([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    def sides(self, cfg: Dinov2Config, config: Any) -> tuple[int, int]:
+        pixels = cfg.image_size or config.image_size
+        if pixels < config.patch_size:
+            raise InputError(f"image_size = {pixels}: must be at least one patch, {config.patch_size} pixels")
+        return pixels // config.patch_size, pixels
 
     def _load(self, cfg: HFTowerConfig) -> Any:
         tower = super()._load(cfg)
@@ -219,7 +235,7 @@ def with_settings(cfg: HFTowerConfig, config: Any, normalisation: Sequence[Seque
     """``cfg`` with the settings of a tower's ``config`` in place of its files, and ``more``."""
     given = config.to_dict()
     settings = plain_settings(type(config)(), given)
-    settings |= {"model_type": config.model_type, "num_hidden_layers": given["num_hidden_layers"] - 1 - cfg.feature_layer}
+    settings |= {"model_type": config.model_type, "num_hidden_layers": given["num_hidden_layers"] + cfg.unused_layers}
     mean, std = normalisation
     return replace(cfg, path="", pretrained=True, settings=settings, mean=list(mean), std=list(std), **more)
 

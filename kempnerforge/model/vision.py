@@ -6,7 +6,7 @@ Shapes: N images, H x H pixels, F features (tokens) of one image, D ``dim``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ class VisionEncoder(ExactBuffers):
         from a checkpoint.
         """
         return cfg.without_weights()
+
+    def pretrained(self, cfg: Any) -> Iterable[str]:
+        """Names of the parameters whose weights were read when it was built from ``cfg``."""
+        return [name for name, _ in self.named_parameters()] if cfg.has_weights else []
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images``.

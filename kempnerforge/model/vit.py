@@ -68,20 +68,23 @@ class ViT(VisionEncoder):
     CLS token unless asked for.
 
     Only what ``feature_layer`` needs is built: the layers up to it, and the final norm for -1 alone. So every
-    parameter gets a gradient.
+    parameter gets a gradient. Of several layers the features are joined channel by channel (Molmo, Deitke et
+    al. 2024, arXiv 2409.17146, section 2).
 
     Linear and convolution layers keep PyTorch's default init, which learns faster at small widths than a std
     of 0.02 everywhere does; the positions and the CLS token start with a std of 0.02.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
-        super().__init__(num_tokens=cfg.num_tokens(), dim=cfg.dim, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std)
+        self.layers_used = cfg.layers_used
+        width = cfg.dim * len(self.layers_used)
+        super().__init__(num_tokens=cfg.num_tokens(), dim=width, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std)
         stride = cfg.stride or cfg.patch_size
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride, padding=(cfg.patch_size - stride) // 2)
         self.position_embedding = nn.Parameter(torch.empty(self.num_tokens, cfg.dim))
         self.cls_token = nn.Parameter(torch.empty(cfg.dim)) if cfg.cls_token else None
-        self.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layers + 1 + cfg.feature_layer))
-        self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.feature_layer == -1 else nn.Identity()
+        self.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.n_layers - cfg.unused_layers))
+        self.norm = nn.Identity() if cfg.unused_layers else nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         nn.init.normal_(self.position_embedding, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -91,12 +94,16 @@ class ViT(VisionEncoder):
         return list(self.layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, H) uint8 -> (N, F, D); with a CLS token, it is the first of the F."""
+        """(N, 3, H, H) uint8 -> (N, F, D times the layers used); a CLS token is the first of the F."""
         x = self.patch_embedding(self.normalise(images))  # (N, D, grid, grid)
         x = x.flatten(2).transpose(1, 2)  # (N, grid * grid, D), row by row
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  # (N, 1 + grid * grid, D)
         x = x + self.position_embedding
-        for layer in self.layers:
+        states: dict[int, Tensor] = {}
+        for number, layer in enumerate(self.layers, -len(self.layers)):
             x = layer(x)
-        return self.norm(x)
+            if number in self.layers_used:
+                states[number] = x
+        states[-1] = self.norm(x)
+        return torch.cat([states[number] for number in self.layers_used], dim=-1)

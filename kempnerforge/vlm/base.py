@@ -144,8 +144,7 @@ class VLM(ExactBuffers):
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
         self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
-        if self.job.vision_encoder.has_weights:
-            self.loaded |= {f"vision_encoder.{name}" for name, _ in self.vision_encoder.named_parameters()}
+        self.loaded |= {f"vision_encoder.{name}" for name in self.vision_encoder.pretrained(self.job.vision_encoder)}
         self.adapter: Adapter = build_adapter(self.job.adapter, self.vision_encoder.dim, self.job.model.dim, self.vision_encoder.num_tokens)
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:

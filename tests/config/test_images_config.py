@@ -25,6 +25,11 @@ from kempnerforge.config.images import AugmentConfig, ImagesConfig
         ({"fit": "tiles", "tiling": "anyres", "pinpoints": []}, "pinpoints = "),
         ({"fit": "tiles", "tiling": "anyres", "pinpoints": [(0, 2)]}, "pinpoints = "),
         ({"fit": "tiles", "tiling": "overlap", "overlap": 0.6}, "overlap = 0.6: must be between 0 and 0.5"),
+        ({"fit": "tiles", "single_tile": True}, "single_tile = True: only tiling = 'overlap' reads it"),
+        (
+            {"fit": "tiles", "tiling": "overlap", "global_view": False, "single_tile": True},
+            "single_tile = True: only global_view = true reads it",
+        ),
         ({"fit": "tiles", "max_side": 0}, "max_side = 0: must be >= 1"),
     ],
 )

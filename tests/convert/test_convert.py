@@ -240,6 +240,7 @@ OTHER = replace(JobConfig().train, max_steps=7, seq_len=128)
 AS: dict[str, tuple[dict[str, Any], str]] = {
     "llava": (llava_like(), "LlavaForConditionalGeneration"),
     "llava with lora": (llava_like(lora=[LoRAConfig(module="transformer.layers.*.attention.*", rank=2)]), "LlavaForConditionalGeneration"),
+    "two layers of the tower": (llava_like(vision_encoder=ClipConfig(feature_layer=[-1, -2], settings=dict(SETTINGS))), ""),
     "another adapter": (llava_like(adapter=LinearAdapterConfig()), ""),
     "own tower": (llava_like(vision_encoder=ViTConfig(image_size=16, patch_size=8, dim=24, n_layers=1, n_heads=2)), ""),
     "paligemma": (siglip_like(), "PaliGemmaForConditionalGeneration"),

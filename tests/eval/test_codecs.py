@@ -153,6 +153,8 @@ def test_any_point_comes_back_rounded(x: float, y: float) -> None:
         ("Click(63.5, 44.5)", [(63.5, 44.5)]),
         ("Click(63.5,44.5) then (1.0, 2.0)", [(63.5, 44.5), (1, 2)]),
         ("it is at (63.5, 44.5)", [(63.5, 44.5)]),
+        ("(50.0 70.1) and (63.5  44.5 )", [(50, 70.1), (63.5, 44.5)]),
+        ("(50.070.1) (50.0 , 70.1 9.9)", []),
         ("p=635,445", [(63.5, 44.5)]),
         ("1 = 635, 445 2 = 010,020", [(63.5, 44.5), (1, 2)]),
         ('<points x1="1.0" y1="2.0" x2="3.0" y2="4', [(1, 2)]),  # still being written
@@ -200,7 +202,8 @@ def test_nothing_raises(text: str) -> None:
 
 
 def test_long_texts_take_no_time() -> None:
-    for piece in ("<loc0001>", "<seg001>", "<point ", "((((", 'x="1', "p=", "1 = ", "<points x1=", ' y1="1.0" ', "9", " "):
+    for piece in ("<loc0001>", "<seg001>", "<point ", "((((", 'x="1', "p=", "1 = ", "<points x1=", ' y1="1.0" ', "9", " ", "(1.0 "):
         decode(piece * (200_000 // len(piece)))
     decode("<loc0001><loc0002><loc0003><loc0004>" + " " * 200_000 + "<")
+    decode("(1.0" + " " * 200_000 + "<")
     assert len(decode("<points " + 'x="1" y="2" ' * 10_000 + 'alt="mugs">').points) == 10_000

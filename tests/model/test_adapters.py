@@ -23,9 +23,19 @@ from kempnerforge.config.adapter import (
     PixelShuffleConfig,
 )
 from kempnerforge.model.adapters import Adapter, AvgPoolAdapter, PerceiverAdapter, PixelShuffleAdapter, build_adapter
+from kempnerforge.model.attention_pool import AttentionPoolConfig
+from kempnerforge.model.fused_mlp import FusedMLPConfig
 
 PERCEIVER = PerceiverConfig(latents=5, depth=2, heads=3, head_dim=4)
-ALL = [LinearAdapterConfig(), MLPAdapterConfig(), PixelShuffleConfig(), AvgPoolConfig(), PERCEIVER]
+ALL = [
+    LinearAdapterConfig(),
+    MLPAdapterConfig(),
+    PixelShuffleConfig(),
+    AvgPoolConfig(),
+    PERCEIVER,
+    FusedMLPConfig(),
+    AttentionPoolConfig(heads=3, head_dim=4),
+]
 by_type = pytest.mark.parametrize("cfg", ALL, ids=lambda c: c.type)
 
 
@@ -179,7 +189,9 @@ def test_a_config_without_a_model_says_so() -> None:
     class Config(AdapterConfig):
         type: str = "resampler"
 
-    with pytest.raises(NotImplementedError, match=r"^adapter.type = 'resampler': has a config but no model; registered: avg_pool"):
+    with pytest.raises(
+        NotImplementedError, match=r"^adapter.type = 'resampler': has a config but no model; registered: attention_pool, avg_pool"
+    ):
         build_adapter(Config(), 6, 10, 16)
 
 

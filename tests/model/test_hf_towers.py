@@ -132,6 +132,23 @@ def test_features_and_names_are_the_originals(case: Case, feature_layer: int, tm
 
 
 @by_case
+@pytest.mark.parametrize("layers", [[-1, -3], [-2, -3], [-3, -2]], ids=str)
+def test_several_layers_are_joined_in_their_order(case: Case, layers: list[int], tmp_path: Path) -> None:
+    theirs = saved(case.model, tmp_path)
+    cfg = case.config(path=str(tmp_path), feature_layer=layers)
+    ours = build_vision_encoder(cfg)
+    assert (ours.dim, len(ours.units)) == (64, 4 + max(layers))
+    x = images(2)
+    want = torch.cat([reference(theirs, ours.normalise(x), layer)[:, case.skip :] for layer in layers], dim=-1)
+    with torch.no_grad():
+        assert (ours(x) - want).abs().max() < 1e-6
+        twin = build_vision_encoder(ours.standing_alone(cfg.without_weights()))
+        twin.load_state_dict(ours.state_dict())
+        assert torch.equal(twin(x), ours(x))
+    assert ours(images(0)).shape == (0, 9, 64)
+
+
+@by_case
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_every_parameter_gets_a_gradient(case: Case, feature_layer: int, tmp_path: Path) -> None:
     saved(case.model, tmp_path)

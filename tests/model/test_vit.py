@@ -75,16 +75,30 @@ def test_equals_siglip(feature_layer: int) -> None:
     assert (got - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layers", [[-2, -3], [-3, -2], [-1, -3]], ids=str)
+def test_several_layers_are_joined_in_their_order(layers: list[int]) -> None:
+    whole = ViT(ViTConfig(**SMALL))
+    several = ViT(ViTConfig(**SMALL, feature_layer=layers))
+    several.load_state_dict({name: value for name, value in whole.state_dict().items() if name in several.state_dict()})
+    assert several.dim == 64 and len(several.units) == 4 + max(layers)
+    features = []
+    for layer in layers:
+        single = ViT(ViTConfig(**SMALL, feature_layer=layer))
+        single.load_state_dict({name: whole.state_dict()[name] for name in single.state_dict()})
+        features.append(single(images(2)))
+    assert torch.equal(several(images(2)), torch.cat(features, dim=-1))
+
+
 @pytest.mark.parametrize(
     "change",
-    [{}, {"feature_layer": -2}, {"feature_layer": -3}, {"cls_token": True}, {"patch_size": 8, "stride": 4}],
-    ids=["plain", "second to last", "first", "cls", "overlap"],
+    [{}, {"feature_layer": -2}, {"feature_layer": -3}, {"feature_layer": [-2, -3]}, {"cls_token": True}, {"patch_size": 8, "stride": 4}],
+    ids=["plain", "second to last", "first", "two", "cls", "overlap"],
 )
-def test_every_parameter_gets_a_gradient(change: dict[str, int]) -> None:
+def test_every_parameter_gets_a_gradient(change: dict[str, Any]) -> None:
     cfg = ViTConfig(**SMALL | change)
     model = ViT(cfg)
     features = model(images(2))
-    assert features.shape == (2, cfg.num_tokens(), 32) == (2, model.num_tokens, model.dim)
+    assert features.shape == (2, cfg.num_tokens(), 32 * len(cfg.feature_layers)) == (2, model.num_tokens, model.dim)
     (features * torch.randn_like(features)).sum().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or (not p.grad.any() and "k_proj.bias" not in name)]
     assert dead == []  # a key bias shifts all scores of a query alike: its gradient is nothing but rounding

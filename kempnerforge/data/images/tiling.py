@@ -50,9 +50,8 @@ def frames_of(cfg: ImagesConfig, side: int, size: Size) -> list[Frame]:
         return [letterboxed(size, (side, side))]
     grid = grid_of(cfg, side, size)
     overview = letterboxed(size, (side, side)) if cfg.tiling == "overlap" else Frame((side, side), (side, side))
-    if cfg.global_view and grid == (1, 1):
-        return [overview]
-    return [*([overview] if cfg.global_view else []), grid_tiles(cfg, side, size, grid)]
+    tiles = [grid_tiles(cfg, side, size, grid)] if cfg.shows_tiles(grid) else []
+    return [overview, *tiles] if cfg.global_view else tiles
 
 
 def grid_tiles(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> Frame:

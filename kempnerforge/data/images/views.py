@@ -96,7 +96,7 @@ class Views:
         if not self.cfg.tiled:
             return [()]
         names = [GLOBAL_MARKER] if self.cfg.global_view else []
-        if not names or grid != (1, 1):
+        if self.cfg.shows_tiles(grid):
             names += [tile_marker(row + 1, column + 1) for row in range(grid[0]) for column in range(grid[1])]
         return [(self._markers[name],) if self.cfg.markers else () for name in names]
 

@@ -202,6 +202,17 @@ def test_overlapping_tiles_share_pixels() -> None:
     assert np.array_equal(overview, views_of(image, 24, fit="letterbox")[0])
 
 
+def test_a_single_tile_beside_the_global_view() -> None:
+    """In Molmo a small image is a low-resolution crop and one crop; both are the same pixels."""
+    small = picture(20, 20)
+    assert len(views_of(small, 24, fit="tiles", tiling="overlap")) == 1
+    overview, tile = views_of(small, 24, fit="tiles", tiling="overlap", single_tile=True)
+    assert np.array_equal(overview, tile)
+    assert len(views_of(picture(64, 48), 24, fit="tiles", tiling="overlap", single_tile=True)) == len(
+        views_of(picture(64, 48), 24, fit="tiles", tiling="overlap")
+    )
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.integers(1, 120),

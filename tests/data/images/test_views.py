@@ -194,6 +194,7 @@ FITS: dict[str, dict[str, Any]] = {
     "no overview": {"fit": "tiles", "max_side": 24, "marker_grid": 3, "global_view": False},
     "anyres": {"fit": "tiles", "tiling": "anyres"},
     "overlap": {"fit": "tiles", "tiling": "overlap", "max_tiles": 4},
+    "a tile even alone": {"fit": "tiles", "tiling": "overlap", "max_tiles": 4, "single_tile": True},
     "no markers": {"fit": "tiles", "max_side": 24, "markers": False},
     "letterbox": {"fit": "letterbox", "number_images": True},
 }
