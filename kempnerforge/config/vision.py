@@ -231,9 +231,26 @@ class HFTowerConfig(VisionEncoderConfig):
         return self.pretrained and bool(self.path)
 
 
+@dataclass
+class ResizedTowerConfig(HFTowerConfig):
+    """A tower with learned positions on one grid.
+
+    Attributes:
+        image_size: pixels of a side; 0 means the tower's own. For another size its positions are
+            interpolated: PaliGemma's tower of 224 sees 448 pixels, DINOv2's of 518 sees 224.
+    """
+
+    image_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "image_size")
+        at_most(self, LARGEST_SIDE, "image_size")
+
+
 @registry.register_vision_config
 @dataclass
-class SiglipConfig(HFTowerConfig):
+class SiglipConfig(ResizedTowerConfig):
     """SigLIP (Zhai et al. 2023): all patches, no CLS token."""
 
     type: str = "siglip"
@@ -241,7 +258,7 @@ class SiglipConfig(HFTowerConfig):
 
 @registry.register_vision_config
 @dataclass
-class Siglip2Config(HFTowerConfig):
+class Siglip2Config(ResizedTowerConfig):
     """SigLIP 2 at a fixed resolution (Tschannen et al. 2025)."""
 
     type: str = "siglip2"
@@ -249,7 +266,7 @@ class Siglip2Config(HFTowerConfig):
 
 @registry.register_vision_config
 @dataclass
-class ClipConfig(HFTowerConfig):
+class ClipConfig(ResizedTowerConfig):
     """CLIP (Radford et al. 2021); the CLS token is dropped."""
 
     type: str = "clip"
@@ -257,21 +274,10 @@ class ClipConfig(HFTowerConfig):
 
 @registry.register_vision_config
 @dataclass
-class Dinov2Config(HFTowerConfig):
-    """DINOv2 (Oquab et al. 2023), with or without registers; CLS and register tokens are dropped.
-
-    Attributes:
-        image_size: pixels of a side; 0 means the tower's own. For another size its positions are
-            interpolated: 224 makes a grid like a SigLIP's of 224 out of a tower of 518.
-    """
+class Dinov2Config(ResizedTowerConfig):
+    """DINOv2 (Oquab et al. 2023), with or without registers; CLS and register tokens are dropped."""
 
     type: str = "dinov2"
-    image_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 0, "image_size")
-        at_most(self, LARGEST_SIDE, "image_size")
 
 
 @registry.register_vision_config

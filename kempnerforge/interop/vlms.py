@@ -139,6 +139,9 @@ class StreamVLM(VLMFamily):
         if (layers := job.vision_encoder.feature_layers) != [-1] and (self.tower is SiglipConfig or len(layers) > 1):
             allowed = "-1" if self.tower is SiglipConfig else "one layer"
             raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not {allowed}")
+        tower = job.vision_encoder
+        if (size := getattr(tower, "image_size", 0)) not in (0, tower.settings.get("image_size")):
+            raise InputError(f"vision_encoder.image_size = {size}: its class does not interpolate positions when it is called")
         wanted = self.adapter({"text_config": {"hidden_size": job.model.dim}, "scale_factor": getattr(job.adapter, "factor", 1)})
         given = job.adapter
         if isinstance(given, MLPAdapterConfig):

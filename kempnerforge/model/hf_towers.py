@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
-from kempnerforge.config.vision import Dinov2Config, HFTowerConfig, square_side
+from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.hf_checks import check_config, check_room, class_call
 from kempnerforge.model.hf_files import load_whole, read_named_config
 from kempnerforge.model.image_processor import Normalisation, read_image_settings
@@ -94,7 +94,16 @@ class HFTower(VisionEncoder):
         Args:
             config: the tower's.
         """
-        return config.image_size // config.patch_size, config.image_size
+        own = self.own_size(config)
+        pixels = getattr(cfg, "image_size", 0) or own
+        if pixels < config.patch_size:
+            raise InputError(f"image_size = {pixels}: must be at least one patch, {config.patch_size} pixels")
+        self.is_resized = pixels != own
+        return pixels // config.patch_size, pixels
+
+    def own_size(self, config: Any) -> int:
+        """Pixels along a side, for which the tower has positions."""
+        return config.image_size
 
     @property
     def units(self) -> list[nn.Module]:
@@ -112,7 +121,7 @@ class HFTower(VisionEncoder):
 
     def run(self, pixels: Tensor, **how: Any) -> Any:
         """The tower on normalised pixels (N, 3, H, H); the patches come last among its tokens."""
-        return self.tower(pixel_values=pixels, **how)
+        return self.tower(pixel_values=pixels, **({"interpolate_pos_encoding": True} if self.is_resized else {}), **how)
 
 
 @registry.register_vision_encoder("siglip")
@@ -133,10 +142,14 @@ class Siglip2(Siglip):
     models: ClassVar = Siglip.models | {"siglip2": "Siglip2VisionModel", "siglip2_vision_model": "Siglip2VisionModel"}
 
     def sides(self, cfg: Any, config: Any) -> tuple[int, int]:
-        if config.model_type != "siglip2_vision_model":
-            return super().sides(cfg, config)
-        side = math.isqrt(config.num_patches)
-        return side, side * config.patch_size
+        side, pixels = super().sides(cfg, config)
+        if config.model_type == "siglip2_vision_model" and pixels % config.patch_size:
+            raise InputError(f"image_size = {pixels}: must be a multiple of {config.patch_size}, the pixels of a patch")
+        return side, pixels
+
+    def own_size(self, config: Any) -> int:
+        naflex = config.model_type == "siglip2_vision_model"
+        return math.isqrt(config.num_patches) * config.patch_size if naflex else config.image_size
 
     def run(self, pixels: Tensor, **how: Any) -> Any:
         if self.tower.config.model_type != "siglip2_vision_model":
@@ -167,16 +180,13 @@ class Dinov2(HFTower):
     final_norm = "layernorm"
     normalisation = Normalisation([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
-    def sides(self, cfg: Dinov2Config, config: Any) -> tuple[int, int]:
-        pixels = cfg.image_size or config.image_size
-        if pixels < config.patch_size:
-            raise InputError(f"image_size = {pixels}: must be at least one patch, {config.patch_size} pixels")
-        return pixels // config.patch_size, pixels
-
     def _load(self, cfg: HFTowerConfig) -> Any:
         tower = super()._load(cfg)
         tower.embeddings.mask_token = None  # only its pre-training reads it
         return tower
+
+    def run(self, pixels: Tensor, **how: Any) -> Any:
+        return self.tower(pixel_values=pixels, **how)  # it interpolates without being asked
 
 
 def where(cfg: HFTowerConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,13 @@ def test_a_model_that_is_no_class_says_why() -> None:
         ValueError, match=r"no class of transformers .*paligemma, llava, idefics3, smolvlm: vlm.arch is not 'joint_decoder'"
     ):
         fitting(JobConfig())
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava", "idefics3"])
+def test_interpolated_positions_are_not_written(name: str, saved: dict[str, Path]) -> None:
+    """The class at the other end does not interpolate by itself; the run goes on with them, in our own form."""
+    job = open_external(saved[name]).job
+    tower: Any = job.vision_encoder
+    job = replace(job, vision_encoder=replace(tower, image_size=2 * int(tower.settings["image_size"])))
+    with pytest.raises(ValueError, match=r"vision_encoder.image_size = \d+: its class does not interpolate"):
+        fitting(job)

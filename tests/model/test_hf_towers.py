@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from kempnerforge.config.vision import ClipConfig, Dinov2Config, HFTowerConfig, Siglip2Config, SiglipConfig
+from kempnerforge.config.vision import ClipConfig, Dinov2Config, ResizedTowerConfig, Siglip2Config, SiglipConfig
 from kempnerforge.model.hf_towers import HFTower
 from kempnerforge.model.vision import build_vision_encoder
 
@@ -29,7 +29,7 @@ DINO: Kwargs = WIDTHS | {"image_size": 24, "patch_size": 8, "mlp_ratio": 2}
 
 @dataclass
 class Case:
-    config: type[HFTowerConfig]
+    config: type[ResizedTowerConfig]
     model: Any
     skip: int  # tokens before the patches
     mean: float
@@ -92,13 +92,12 @@ def saved(make: Any, path: Path) -> Any:
 
 def patchified(pixels: Tensor) -> dict[str, Tensor]:
     """The input of SigLIP 2, by loops: a patch is a row of pixels, row by row, channels last."""
-    rows = [
-        torch.stack([image[:, y : y + 8, x : x + 8].permute(1, 2, 0).flatten() for y in (0, 8, 16) for x in (0, 8, 16)]) for image in pixels
-    ]
+    steps = range(0, pixels.shape[-1], 8)
+    rows = [torch.stack([image[:, y : y + 8, x : x + 8].permute(1, 2, 0).flatten() for y in steps for x in steps]) for image in pixels]
     return {
         "pixel_values": torch.stack(rows),
-        "pixel_attention_mask": torch.ones(len(pixels), 9, dtype=torch.int64),
-        "spatial_shapes": torch.full((len(pixels), 2), 3),
+        "pixel_attention_mask": torch.ones(len(pixels), len(steps) ** 2, dtype=torch.int64),
+        "spatial_shapes": torch.full((len(pixels), 2), len(steps)),
     }
 
 
@@ -107,6 +106,25 @@ def reference(model: Any, pixels: Tensor, feature_layer: int) -> Tensor:
     inputs = patchified(pixels) if isinstance(model, hf.Siglip2VisionModel) else {"pixel_values": pixels}
     out = model(**inputs, output_hidden_states=True)
     return out.last_hidden_state if feature_layer == -1 else out.hidden_states[feature_layer]
+
+
+@by_case
+def test_positions_are_interpolated_for_another_size(case: Case, tmp_path: Path) -> None:
+    """Under the same names and with the same shapes, so that weights of one size are weights of any."""
+    theirs = saved(case.model, tmp_path)
+    own, ours = (build_vision_encoder(case.config(path=str(tmp_path), image_size=size)) for size in (0, 40))
+    assert (ours.image_size, ours.num_tokens) == (40, 25)
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in own.state_dict().items())
+    pixels = ours.normalise(torch.nn.functional.interpolate(images(2), 40))
+    inputs = patchified(pixels) if isinstance(theirs, hf.Siglip2VisionModel) else {"pixel_values": pixels}
+    how = {"interpolate_pos_encoding": True} if isinstance(theirs, hf.SiglipVisionModel | hf.CLIPVisionModel) else {}
+    with torch.no_grad():
+        want = theirs(**inputs, **how, output_hidden_states=True).hidden_states[-2][:, case.skip :]
+        deep = build_vision_encoder(case.config(path=str(tmp_path), image_size=40, feature_layer=-2))
+        got = deep(torch.nn.functional.interpolate(images(2), 40))
+    assert (got - want).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=r"image_size = 7: must be (at least one|a multiple of 8)"):
+        build_vision_encoder(case.config(path=str(tmp_path), image_size=7))
 
 
 @by_case
