@@ -52,7 +52,7 @@ class VLMConfig:
             ``freeze_at``.
         module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
-            (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (causal, but an
+            (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (causal, an
             image sees all of the prompt: Wang et al. 2025, arXiv 2503.02597). One of several texts sees none.
         masks: no key: the values that ``attention_mask`` takes.
         stands_for: no key either: ``model_type`` in transformers of models with its blocks.
@@ -147,8 +147,8 @@ class VLMConfig:
         return []
 
     def freeze_at(self, step: int) -> list[FreezeSpec]:
-        """The freeze specs that apply at optimizer step ``step``: ``freeze``, then the specs of every stage of
-        ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
+        """The freeze specs that apply at optimizer step ``step``: ``freeze``, then the specs of every stage
+        of ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
         """
         return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
 

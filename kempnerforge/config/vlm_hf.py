@@ -36,8 +36,8 @@ class HFConfig(VLMConfig):
             "image_bidirectional" for Gemma 3, else "causal".
         path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or
             a hub id where there is a network.
-        image_size: pixels along a side, for a model that takes images of any size (Qwen2-VL and later); 0: the
-            one of the model.
+        image_size: pixels along a side, for a model that takes images of any size (Qwen2-VL and later); 0:
+            the one of the model.
         pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false:
             with random ones.
     """

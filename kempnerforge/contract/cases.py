@@ -244,8 +244,8 @@ def all_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss over all trained tokens and pairs of ``batches``, and what it sends back to each parameter that
-    it reaches.
+    """The loss over all trained tokens and pairs of ``batches``, and what it sends back to each parameter
+    that it reaches.
     """
     targets, pairs = sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)
     loss = torch.zeros(())

@@ -23,8 +23,8 @@ def _between(arch: str | None, mask: str) -> bool:
 
 
 def masked(*further: Any) -> list[Any]:
-    """A case for each arch and mask, and each of ``further``; what is neither the first nor the last mask of an
-    arch is slow, unless a user checks that arch.
+    """A case for each arch and mask, and each of ``further``; what is neither the first nor the last mask of
+    an arch is slow, unless a user checks that arch.
     """
     return [
         pytest.param(arch, mask, *more, marks=pytest.mark.slow if _between(arch, mask) else [], id="-".join(map(str, (arch, mask, *more))))

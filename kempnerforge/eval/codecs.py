@@ -141,9 +141,9 @@ _PLACE = re.compile(
 
 
 def decode_points(text: str) -> list[Point]:
-    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)" with or without a comma,
-    "Click(63.5, 44.5)", "p=635,445". Coordinates above 100 are no point and skipped. A label is what a tag says; the other forms
-    have none.
+    """The points in ``text``, in order, in any of Molmo's forms: tags, "(63.5, 44.5)" with or without a
+    comma, "Click(63.5, 44.5)", "p=635,445". Coordinates above 100 are no point and skipped. A label is what a
+    tag says; the other forms have none.
     """
     tags = [(tag.start(), tag.end("attributes"), _label(tag)) for tag in _TAG.finditer(text)]
     points = []

@@ -46,7 +46,8 @@ def write_predictions(path: Path, found: Measured, skipped: Sequence[tuple[str, 
     * ``truth_tokens``, ``too_long``: its tokens, the end included; whether the model may not write as many;
     * ``also_right``: further right answers;
     * ``answer``, ``right``, ``cut``: with the images, and whether the model did not end it;
-    * ``answer_blind``, ``right_blind``: with blank images; with ``eval.shuffled`` the same of images of other questions;
+    * ``answer_blind``, ``right_blind``: with blank images; with ``eval.shuffled`` the same of images of other
+      questions;
     * ``unreadable``: why it could not be asked, else null. Other values that are not known are null, too.
 
     The questions of a task other than exact match follow in further lines, with its name as ``task`` and the

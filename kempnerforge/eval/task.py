@@ -119,8 +119,8 @@ class Task:
     Attributes:
         title: in the report.
         reads_held_out: False: it reads plain text alone, and is measured before the others.
-        needs: what it reads of the model: its "words", which it writes and scores, or its "embeddings" of images
-            and texts. Few models give both.
+        needs: what it reads of the model: its "words", which it writes and scores, or its "embeddings" of
+            images and texts. Few models give both.
     """
 
     title: ClassVar[str] = ""

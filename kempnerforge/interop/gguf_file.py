@@ -3,10 +3,12 @@
 Of the package ``gguf`` are used: ``GGUFReader`` (parses the file), ``quants.dequantize``, and
 ``get_tensor_name_map`` with ``MODEL_ARCH`` (names of tensors). Ours are:
 
-* the settings: transformers' reader of GGUF ignores keys that it does not know (such as ``llama.attention.clamp_kqv``), and the model
-  would compute something else;
-* the order of rows in queries and keys: ``gguf`` does not undo the permutation that llama.cpp's converter makes;
-* the tokenizer: ``gguf`` has none, and transformers' converter does not know the rule ``smollm``, which splits numbers into digits.
+* the settings: transformers' reader of GGUF ignores keys that it does not know (such as
+  ``llama.attention.clamp_kqv``), and the model would compute something else;
+* the order of rows in queries and keys: ``gguf`` does not undo the permutation that llama.cpp's converter
+  makes;
+* the tokenizer: ``gguf`` has none, and transformers' converter does not know the rule ``smollm``, which
+  splits numbers into digits.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def read_part(path: Path | str, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of the module ``part`` of a model of ours. Call it on all ranks; each has all of them, on the
-    CPU.
+    """The tensors of the module ``part`` of a model of ours. Call it on all ranks; each has all of them, on
+    the CPU.
 
     Args:
         path: a checkpoint, a folder of them (the newest is taken) or a run directory.

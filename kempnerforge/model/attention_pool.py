@@ -1,5 +1,5 @@
-"""Molmo's way from vision features to words: attention over each window of patches, then a gated MLP (Deitke et
-al. 2024, arXiv 2409.17146, section 2; ``attention-meanq`` and the image projector in their code).
+"""Molmo's way from vision features to words: attention over each window of patches, then a gated MLP (Deitke
+et al. 2024, arXiv 2409.17146, section 2; ``attention-meanq`` and the image projector in their code).
 
 Shapes: N images, F features of one image, s ``factor``, T windows, Di ``in_dim``, Do ``out_dim``, H heads, E
 head width.
@@ -24,8 +24,8 @@ from kempnerforge.model.adapters import GridAdapter
 @dataclass
 class AttentionPoolConfig(GridAdapterConfig):
     """Each window of features becomes one token, by multi-head attention whose query is their mean; a gated
-    MLP follows, and a learned embedding of image tokens is added (Molmo). A grid whose side is no multiple of ``factor`` is filled up with zeros at the right
-    and at the bottom.
+    MLP follows, and a learned embedding of image tokens is added (Molmo). A grid whose side is no multiple of
+    ``factor`` is filled up with zeros at the right and at the bottom.
 
     Attributes:
         hidden_dim: of the gated MLP; 0 means 4 times the language model's width. Molmo has the hidden width

@@ -13,7 +13,9 @@ from kempnerforge.report.html import text
 from kempnerforge.util.numbers import format_number
 
 LINE, LETTER, LONGEST = 24.0, 7.4, 30
-"""Height of one line of an interval chart, width of a letter on a narrow screen, and letters of a name at most."""
+"""Height of one line of an interval chart, width of a letter on a narrow screen, and letters of a name at
+most.
+"""
 CLOSE = 1.2
 """Costs whose ratio is at most this are shown side by side, not spread over the whole axis."""
 

@@ -185,8 +185,8 @@ def execute(cells: Sequence[Cell], keep: str, executor: Executor) -> None:
 
 
 def _is_free(cell: Cell, told: set[str]) -> bool:
-    """Whether no process runs ``cell``: one of a study that was killed may still save, or another command runs
-    the cell.
+    """Whether no process runs ``cell``: one of a study that was killed may still save, or another command
+    runs the cell.
     """
     pid = holder(cell.dir)
     if pid and cell.name not in told:

@@ -192,9 +192,9 @@ def _visible_shift(seeds: int, level: float) -> float:
 
 
 def clustered_error(points: Sequence[float], clusters: Sequence[str]) -> float:
-    """Standard error of the mean of ``points`` where the points of one cluster (the questions about one image) go
-    together: the cluster-robust sandwich, with the factor C / (C - 1) for C clusters (Cameron and Miller
-    2015, section II). NaN with one cluster.
+    """Standard error of the mean of ``points`` where the points of one cluster (the questions about one
+    image) go together: the cluster-robust sandwich, with the factor C / (C - 1) for C clusters (Cameron and
+    Miller 2015, section II). NaN with one cluster.
     """
     values = np.asarray(points, dtype=np.float64)
     names, index = np.unique(np.asarray(clusters), return_inverse=True)

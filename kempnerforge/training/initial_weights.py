@@ -1,5 +1,5 @@
-"""The weights of a fresh run, read from ``run.init_from`` and ``run.init_parts`` by name, and embedding rows by
-token.
+"""The weights of a fresh run, read from ``run.init_from`` and ``run.init_parts`` by name, and embedding rows
+by token.
 """
 
 from __future__ import annotations

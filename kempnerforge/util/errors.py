@@ -21,8 +21,8 @@ QUOTED = re.compile(
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: config, data, arguments, files from elsewhere. Commands print it and end
-    with exit code 2.
+    """What the user gave cannot be used: config, data, arguments, files from elsewhere. Commands print it and
+    end with exit code 2.
 
     NOTE: only this package's own checks raise it. A plain ``ValueError`` of a library, a plugin or our own
     code is a defect and keeps its traceback; where a library rejects the user's input, the call is wrapped

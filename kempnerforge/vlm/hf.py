@@ -107,7 +107,9 @@ class HF(VLM):
         return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D), and for a class with a grid what follows D."""
+        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D), and for a class with a grid what follows
+        D.
+        """
         if self.grid is not None:
             return self.grid.features(pixels)
         if self.kind in FRAMED_KINDS:

@@ -88,16 +88,16 @@ class Grid:
         return {name: value.to("meta") for name, value in found.items()} | lengths
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, H) -> (N * patches, 3 * frames * patch * patch), the patches that are merged into one token
-        next to each other. A still image is ``frames`` equal frames.
+        """(N, 3, H, H) -> (N * patches, 3 * frames * patch * patch), the patches that are merged into one
+        token next to each other. A still image is ``frames`` equal frames.
         """
         blocks = pixels.unflatten(3, (self.side, self.merge, self.patch)).unflatten(2, (self.side, self.merge, self.patch))
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, row, column, row in token, column in token, 3, patch, patch)
         return blocks.unsqueeze(6).expand(*[-1] * 6, self.frames, -1, -1).flatten(5).flatten(0, 4)
 
     def positions(self, batch: Batch, cache: Cache | None) -> Tensor:
-        """(3, B, S): time, row and column of each position. An image counts as many positions as it has tokens
-        along a side; the words after it go on from there.
+        """(3, B, S): time, row and column of each position. An image counts as many positions as it has
+        tokens along a side; the words after it go on from there.
         """
         if cache is not None and IMAGES in cache.kept:
             before = cache.kept[IMAGES]  # words made after the prompt

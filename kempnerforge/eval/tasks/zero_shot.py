@@ -27,14 +27,14 @@ from kempnerforge.util.errors import InputError
 class ZeroShot(QuestionTask):
     """The share of images whose true class has the nearest text.
 
-    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 3.1.4:
-    a class is the mean of the embeddings of its texts, one for each template, each of length 1. A text takes
-    the place of the answer to the question that is asked. Questions with several images are not asked.
+    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section
+    3.1.4: a class is the mean of the embeddings of its texts, one for each template, each of length 1. A text
+    takes the place of the answer to the question that is asked. Questions with several images are not asked.
     ``_classes`` is how many classes there are.
 
     Attributes:
-        classes: their names; empty: all different answers of the held-out questions. A question is asked if its
-            true answer is one of them, or one of the texts that the templates make of it.
+        classes: their names; empty: all different answers of the held-out questions. A question is asked if
+            its true answer is one of them, or one of the texts that the templates make of it.
         templates: texts about a class, "{}" is its name.
     """
 

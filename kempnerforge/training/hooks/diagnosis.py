@@ -26,13 +26,15 @@ from kempnerforge.vlm.parts import parts
 class Diagnosis(Hook):
     """Records, in the steps of ``metrics.interval``:
 
-    * ``grad_norm/PART``: of the gradient before clipping; ``update_ratio/PART``: norm of the update over norm of the weights, of the parameters
-      that train; ``gate/NAME``: each parameter of one element, as the gates of ``cross_attention`` are before
-      their tanh; ``attention_on_images/LAYER``: of the first micro-batch, see ``AttentionShare``;
-    * ``time/data_s``, ``forward_s``, ``backward_s`` (gradient norm included), ``optimizer_s`` and ``hooks_s``: seconds a step, means since the
-      last record; data is what the others leave of a step;
-    * ``train/tflops_per_s``: FLOPs of forward and backward over the time of the steps, all ranks together, the vision tower included;
-      ``train/mfu``: that as a share of ``metrics.peak_tflops`` (Chowdhery et al. 2022, "PaLM", appendix B);
+    * ``grad_norm/PART``: of the gradient before clipping; ``update_ratio/PART``: norm of the update over norm
+      of the weights, of the parameters that train; ``gate/NAME``: each parameter of one element, as the gates
+      of ``cross_attention`` are before their tanh; ``attention_on_images/LAYER``: of the first micro-batch,
+      see ``AttentionShare``;
+    * ``time/data_s``, ``forward_s``, ``backward_s`` (gradient norm included), ``optimizer_s`` and
+      ``hooks_s``: seconds a step, means since the last record; data is what the others leave of a step;
+    * ``train/tflops_per_s``: FLOPs of forward and backward over the time of the steps, all ranks together,
+      the vision tower included; ``train/mfu``: that as a share of ``metrics.peak_tflops`` (Chowdhery et al.
+      2022, "PaLM", appendix B);
     * ``train/peak_memory_gib``: of the rank with most.
 
     It listens to the model and the optimizers by torch's own hooks. On a GPU it waits for the device between
