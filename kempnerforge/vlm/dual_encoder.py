@@ -29,12 +29,12 @@ LARGEST_SCALE = 100.0
 
 @registry.register_arch("dual_encoder")
 class DualEncoder(CrossAttention):
-    """A text with exactly one image is a pair; the two get embeddings of length 1 that are alike. Texts of
-    other kinds are no pairs, and an image of several views (``data.images.fit = "tiles"``) is not one image.
+    """A text with exactly one image is a pair; the two get embeddings of length 1 that are alike. Other texts
+    are in no pair, and an image of several views (``data.images.fit = "tiles"``) is not one image.
 
     The text tower is the text backbone, the same as in all archs, and no layer of it knows images: they are
     not in the stream. Of an image's tokens after the adapter the mean is projected (so ``adapter.type =
-    "resampler"`` is attention pooling), of a text the last token or the mean, after the final norm.
+    "perceiver"`` is attention pooling), of a text the last token or the mean, after the final norm.
 
     With ``caption_weight`` the lower half of the layers is that tower, as in CoCa; in the upper half every
     layer has a gated cross-attention block of ``CrossAttention`` in front of it, and the next token is
