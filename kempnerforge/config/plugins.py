@@ -29,6 +29,8 @@ from kempnerforge.util.errors import ConfigError
 from kempnerforge.util.reading import regular
 
 ENTRY_POINTS = "kempnerforge.plugins"
+FILE_PREFIX = "kempnerforge_plugin_"
+"""Of the names of modules that are loaded from files; only this process knows them."""
 LOG = logging.getLogger("kempnerforge")
 DIFF_LINES = 30
 """Lines of the difference of a changed source that a message shows at most."""
@@ -215,7 +217,7 @@ class _Content(SourceFileLoader):
 
 
 def _module_name(content: bytes) -> str:
-    return f"kempnerforge_plugin_{hashlib.sha256(content).hexdigest()[:12]}"
+    return f"{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 # ---- the source of a module ----------------------------------------------------------------------

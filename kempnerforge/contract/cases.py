@@ -25,7 +25,7 @@ from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.build import build
 from kempnerforge.config.data import TextConfig
 from kempnerforge.config.files import assign, parse_overrides
-from kempnerforge.config.plugins import load_plugins
+from kempnerforge.config.plugins import FILE_PREFIX, load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
@@ -126,8 +126,14 @@ def plugins() -> list[Plugin]:
     """``PLUGINS``, and the modules of registered archs that were imported in another way."""
     classes = [registry.archs.get(name) for name in registry.archs]
     elsewhere = [cls for cls in classes if not cls.__module__.startswith("kempnerforge.")]
-    others = {cls.__module__ for cls in elsewhere if not any(_is_from(cls, plugin.name) for plugin in PLUGINS)}
+    others = {_source(cls) for cls in elsewhere if not any(_is_from(cls, plugin.name) for plugin in PLUGINS)}
     return [*PLUGINS, *map(Plugin, sorted(others))]
+
+
+def _source(cls: type) -> str:
+    """The module of ``cls``, or its file where that was loaded as a plugin."""
+    module = sys.modules[cls.__module__]
+    return module.__name__ if not module.__name__.startswith(FILE_PREFIX) else str(module.__file__)
 
 
 def _is_from(cls: type, name: str) -> bool:
