@@ -233,7 +233,7 @@ class HF(VLM):
                 features = self._features(blank)
         except InputError as error:
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
-            if not also:
+            if not also or self.grid is not None:
                 raise
             said = f"{where}: {what}" if "NoneType" in str(error) else error  # then it lacks what it is not given
             raise InputError(f"{said}: it reads {', '.join(also)} as well, which arch = 'hf' does not give it") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.model.transformer import Cache
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, show
 from kempnerforge.vlm.cross_attention import by_slot, visible_images
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,6 +44,7 @@ class Grid:
     """
 
     def __init__(self, where: str, model: Any, image_size: int) -> None:
+        _check(model.config)
         vision = model.config.vision_config
         self.model, self.patch, self.merge = model, vision.patch_size, vision.spatial_merge_size
         self.frames: int = vision.temporal_patch_size
@@ -114,3 +115,21 @@ class Grid:
         place = step[:, 0] - own
         begin = words + skipped - place
         return torch.stack([torch.where(image, begin + part, words) for part in (0, place // self.side, place % self.side)])
+
+
+def _check(config: Any) -> None:
+    """Refuses sizes with which the class can be built, but not run."""
+    where, vision, text = f"path = {config.name_or_path!r}", config.vision_config, config.get_text_config()
+    for key in ("patch_size", "spatial_merge_size", "temporal_patch_size"):
+        if not isinstance(value := getattr(vision, key), int) or value < 1:
+            raise InputError(f"{where}: vision_config.{key} = {show(value)}: must be a whole number above 0")
+    for key in ("in_channels", "in_chans"):
+        if (value := getattr(vision, key, 3)) != 3:
+            raise InputError(f"{where}: vision_config.{key} = {show(value)}: only images with 3 channels can be used")
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    parts = (text.rope_parameters or {}).get("mrope_section")
+    if parts is not None and (not isinstance(parts, list) or [type(part) for part in parts] != [int] * 3 or 2 * sum(parts) != width):
+        raise InputError(
+            f"{where}: text_config.rope_parameters.mrope_section = {show(parts)}: must be three whole numbers whose sum is {width // 2},"
+            " half the width of a head"
+        )

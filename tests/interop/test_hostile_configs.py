@@ -100,7 +100,7 @@ def _tower(case: towers.Case) -> Open:
 
 TEXTS: dict[str, Open] = {name: _text(name) for name in families.FAMILIES}
 VLMS: dict[str, Open] = {name: _vlm(name) for name in tiny_vlms.MODELS} | {"mllama": test_mllama.save, "nanovlm": _nanovlm}
-WHOLE: dict[str, Open] = {name: _vlm(name) for name in tiny_vlms.MODELS} | {"internvl": _internvl}
+WHOLE: dict[str, Open] = {name: _vlm(name) for name in (*tiny_vlms.MODELS, *tiny_vlms.GRIDS)} | {"internvl": _internvl}
 TOWERS: dict[str, Open] = {name: _tower(case) for name, case in towers.CASES.items()} | {"mllama": test_mllama.save}
 MAKERS = {"import": TEXTS | VLMS, "init": TEXTS | {name: VLMS[name] for name in tiny_vlms.MODELS}, "hf": WHOLE, "tower": TOWERS}
 EVERY = [(door, name) for door, names in MAKERS.items() for name in names]
@@ -119,7 +119,7 @@ def opener(door: str, name: str, path: Path, whole: bool) -> Open:
         model = open_external(path).job.model
         return lambda p: read_weights(p, model)
     if door == "hf":
-        return lambda p: _start(p, whole)
+        return lambda p: _start(p, whole, image_size=28 if name in tiny_vlms.GRIDS else 0)
     config = MllamaTowerConfig if name == "mllama" else towers.CASES[name].config
     return lambda p: _build(config(path=str(p), pretrained=whole), whole)
 
@@ -129,8 +129,8 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def _start(path: Path, whole: bool) -> None:
-    vlm = VLMConfig.for_arch("hf", path=str(path), max_text_len=64, pretrained=whole)
+def _start(path: Path, whole: bool, image_size: int = 0) -> None:
+    vlm = VLMConfig.for_arch("hf", path=str(path), max_text_len=64, pretrained=whole, image_size=image_size)
     job = JobConfig(
         model=ModelConfig(max_seq_len=128), vlm=vlm, data=JsonlConfig(path="unread"), train=TrainConfig(max_steps=4, seq_len=96)
     )

@@ -78,6 +78,37 @@ def _smolvlm() -> Any:
 MODELS = {"paligemma": _paligemma, "paligemma2": _paligemma2, "llava": _llava, "idefics3": _idefics3, "smolvlm": _smolvlm}
 
 
+GRID: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+QWEN2 = {key: value for key, value in TEXT.items() if key != "head_dim"} | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+}
+"""Its heads are as wide as hidden_size says."""
+
+
+def _qwen2_vl() -> Any:
+    vision = GRID | {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+    config = hf.Qwen2VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl() -> Any:
+    vision = GRID | {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "window_size": 14, "fullatt_block_indexes": [1]}
+    config = hf.Qwen2_5_VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl() -> Any:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
+    sizes = {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "num_position_embeddings": 16}
+    vision = GRID | sizes | {"deepstack_visual_indexes": [0, 1]}
+    config = hf.Qwen3VLConfig(text_config=TEXT | rope, vision_config=vision, image_token_id=IMAGE)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+GRIDS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+"""Models of transformers that take images of any size, by their ``model_type``."""
+
+
 def write_tokenizer(path: Path, prefix: bool, more: Sequence[str] = ()) -> None:
     """A small BPE, with ``more`` special tokens. With ``prefix`` it is of Llama's kind: a space in front, BOS before every text."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<pad>"))
@@ -93,7 +124,7 @@ def write_tokenizer(path: Path, prefix: bool, more: Sequence[str] = ()) -> None:
 
 def save(name: str, path: Path) -> Any:
     """Writes a random model to ``path``; every tensor of it is away from its usual start."""
-    model = MODELS[name]().eval()
+    model = (MODELS | GRIDS)[name]().eval()
     draws = torch.Generator().manual_seed(0)
     for key, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in key and "pali" not in name), std=0.1, generator=draws)

@@ -33,7 +33,7 @@ from kempnerforge.training.optimizers.muon import MuonRule
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.dist import ROOT
-from tests.interop.tiny_vlms import IMAGE, MODELS, TEXT, TOWER, VOCAB, save
+from tests.interop.tiny_vlms import GRIDS, IMAGE, MODELS, TEXT, TOWER, VOCAB, save
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
 from tests.vlm.tiny import all_logits, copies, differing, picture
 
@@ -48,34 +48,6 @@ def _gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-GRID: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
-QWEN2 = {key: value for key, value in TEXT.items() if key != "head_dim"} | {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-}
-"""Its heads are as wide as hidden_size says."""
-
-
-def _qwen2_vl() -> Any:
-    vision = GRID | {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
-    config = transformers.Qwen2VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
-    return transformers.Qwen2VLForConditionalGeneration(config)
-
-
-def _qwen2_5_vl() -> Any:
-    vision = GRID | {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "window_size": 14, "fullatt_block_indexes": [1]}
-    config = transformers.Qwen2_5_VLConfig(text_config=QWEN2, vision_config=vision, image_token_id=IMAGE)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _qwen3_vl() -> Any:
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
-    sizes = {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "num_position_embeddings": 16}
-    vision = GRID | sizes | {"deepstack_visual_indexes": [0, 1]}
-    config = transformers.Qwen3VLConfig(text_config=TEXT | rope, vision_config=vision, image_token_id=IMAGE)
-    return transformers.Qwen3VLForConditionalGeneration(config)
-
-
-GRIDS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
 MAKERS: dict[str, Callable[[], Any]] = {**MODELS, "gemma3": _gemma3, **GRIDS}
 IMAGE_TOKENS = dict.fromkeys(MAKERS, 16) | dict.fromkeys(("idefics3", "smolvlm", "gemma3", *GRIDS), 4)
 by_model = pytest.mark.parametrize("name", MAKERS)
