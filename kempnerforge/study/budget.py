@@ -147,14 +147,14 @@ def _measure_stage(assembly: Assembly, position: int, trainable: frozenset[str],
     return StageCost(stage.name, stage.steps, samples / steps, tokens / steps, total / steps)
 
 
-def measured(job: JobConfig, folder: Path) -> Budget:
+def measured(job: JobConfig, folder: Path, steps: int = MEASURED_STEPS) -> Budget:
     """As ``measure``; what was counted is kept in ``folder`` and read from there the next time."""
     plain = replace(job, run=RunConfig(init_from=job.run.init_from), metrics=MetricsConfig(), checkpoint=CheckpointConfig(), hooks=[])
     stages = [replace(stage, optimizer={}, scheduler={}) for stage in job.stages]
     plain = replace(plain, stages=stages, eval=EvalConfig(), optimizer=type(job.optimizer)(), scheduler=type(job.scheduler)())
-    path = folder / f"{digest(to_toml(plain), __version__)}.json"
+    path = folder / f"{digest(to_toml(plain), __version__)}{'' if steps == MEASURED_STEPS else f'-{steps}'}.json"
     if not path.is_file():
-        write_text(path, json.dumps(asdict(measure(job)), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(measure(job, steps)), indent=1) + "\n")
     found: Budget = build_record(Budget, "budget", read_object(path), str(path))
     return found
 
@@ -229,8 +229,8 @@ def _moved(study: Study, row: Row, job: JobConfig, budget: Budget, match: MatchC
     now = getattr(getattr(job, section), key, None)
     if type(now) is not int:
         raise InputError(f"{match.by} = {now!r}: is no whole number")
-    value = nearest_multiple(lambda value: measure(made(value), steps=4).of(match.quantity), now, match.multiple_of, asked)
-    return made(value)
+    cost = lambda value: measured(made(value), study.dir / "budgets", steps=4).of(match.quantity)
+    return made(nearest_multiple(cost, now, match.multiple_of, asked))
 
 
 def _with_steps(job: JobConfig, budget: Budget, quantity: str, asked: float) -> JobConfig:
