@@ -120,8 +120,8 @@ class Grid:
 def _check(config: Any) -> None:
     """Refuses sizes with which the class can be built, but not run."""
     where, vision, text = f"path = {config.name_or_path!r}", config.vision_config, config.get_text_config()
-    for key in ("patch_size", "spatial_merge_size", "temporal_patch_size"):
-        if not isinstance(value := getattr(vision, key), int) or value < 1:
+    for key in ("patch_size", "spatial_merge_size", "temporal_patch_size", "window_size"):
+        if not isinstance(value := getattr(vision, key, 1), int) or value < 1:
             raise InputError(f"{where}: vision_config.{key} = {show(value)}: must be a whole number above 0")
     for key in ("in_channels", "in_chans"):
         if (value := getattr(vision, key, 3)) != 3:
