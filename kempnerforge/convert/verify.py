@@ -149,10 +149,11 @@ def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spre
     """Arguments of the class in transformers; ``scored`` columns (K,) have logits."""
     ids, kinds = batch.input_ids, batch.kinds
     inputs = {"attention_mask": torch.ones_like(ids)}
+    grid = getattr(model, "grid", None)  # of a class that takes images of any size
     if batch.images is not None and image_id is not None:
         ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
         if len(batch.images):
-            pixels, grid = model.normalise(batch.images), getattr(model, "grid", None)
+            pixels = model.normalise(batch.images)
             inputs |= (
                 {"pixel_values": pixels} if grid is None else grid.arguments(pixels) | {"mm_token_type_ids": (kinds == Kind.IMAGE).int()}
             )
@@ -161,7 +162,6 @@ def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spre
     if len(scored) < ids.shape[1]:
         inputs["logits_to_keep"] = scored
     if spread:
-        grid = getattr(model, "grid", None)
         inputs["position_ids"] = batch.positions if grid is None else grid.positions(batch, None)
     return inputs | {"input_ids": ids}
 

@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 
 from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.model.hf_towers import Clip, Siglip
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, show
 from kempnerforge.vlm.cross_attention import by_slot, visible_images
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-GRID_KINDS = {
-    "qwen2_vl": (CLIP_MEAN, CLIP_STD),
-    "qwen2_5_vl": (CLIP_MEAN, CLIP_STD),
-    "qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
-}
+GRID_KINDS = {"qwen2_vl": Clip.normalisation, "qwen2_5_vl": Clip.normalisation, "qwen3_vl": Siglip.normalisation}
 """``model_type`` -> mean and std of its images, where its files do not say."""
 IMAGES = "images_before"
 """Name in the cache: (B, 1), images that each row has."""
@@ -68,7 +64,7 @@ class Grid:
         return torch.cat([torch.stack(list(each)) for each in (found.pooler_output, *deeper)], dim=-1)
 
     def arguments(self, pixels: Tensor) -> dict[str, Tensor]:
-        """What the class calls the normalised ``pixels`` (N, 3, H, H)."""
+        """The arguments of the class that hold the normalised ``pixels`` (N, 3, H, H)."""
         cells, device = self.side * self.merge, "cpu" if pixels.is_meta else pixels.device  # the class reads the values of the grid
         return {"pixel_values": self._patches(pixels), "image_grid_thw": torch.tensor([[1, cells, cells]] * len(pixels), device=device)}
 
@@ -77,7 +73,7 @@ class Grid:
         from transformers import vision_utils as known
 
         tower = self.model.model.visual
-        with torch.device("cpu"):  # whatever the default is
+        with torch.device("cpu"):  # the default may be meta
             found = {"position_ids": known.get_vision_position_ids(grid, self.merge)}
             lengths = {"cu_seqlens": known.get_vision_cu_seqlens(grid)}
             if hasattr(tower, "window_size"):

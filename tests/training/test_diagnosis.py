@@ -112,6 +112,7 @@ def shares(folder: Path, *words: str) -> dict[str, float]:
     told = Told()
     with a_trainer(job, [Recorder(lambda trainer: trainer.model.warm_start()), Diagnosis(job.metrics), told]) as trainer:
         trainer.fit()
+        assert not any("attend" in vars(layer) for layer in trainer.model.transformer.layers), "layers are as they were"
     return {key: value for key, value in told.rows[0].items() if key.startswith("attention_on_images/")}
 
 

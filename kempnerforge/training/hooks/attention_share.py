@@ -17,8 +17,8 @@ class AttentionShare:
     """The share of attention that is on images, for each layer of a stream that holds image tokens.
 
     Attention is linear in its values. With 1 as the value of an image token and 0 as the value of a word, its
-    output is the share that a query spends on images, whatever form the mask has. So a layer under watch
-    attends twice, the second time without gradients.
+    output is the share that a query spends on images, with every form of mask. A layer that is watched
+    attends once more, without gradients. ``remove`` gives the layers their own method back.
 
     Attributes:
         layers: numbers of the layers; empty for an arch whose stream holds words alone.
@@ -29,7 +29,7 @@ class AttentionShare:
         in_stream = vlm is not None and model.has_images and vlm.residual_stream_image_tokens(model.num_image_tokens)
         blocks = [module for module in model.modules() if isinstance(module, Block)] if in_stream else []
         self.layers = [block.layer for block in blocks]
-        self._model, self._batch = model, None
+        self._model, self._blocks, self._batch = model, blocks, None
         self._found: dict[int, Tensor] = {}
         for block in blocks:
             block.attend = partial(self._attend, block.layer, block.attend)
@@ -44,6 +44,11 @@ class AttentionShare:
         """
         found, self._found = self._found, {}
         return [value for layer in self.layers for value in (found[layer].tolist() if layer in found else (0.0, 0.0))]
+
+    def remove(self) -> None:
+        """Ends it, as the handles of torch's hooks do."""
+        for block in self._blocks:
+            del block.attend  # of the instance
 
     def _attend(self, layer: int, attend: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         if self._batch is not None and layer not in self._found:

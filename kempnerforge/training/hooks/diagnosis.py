@@ -62,6 +62,7 @@ class Diagnosis(Hook):
             model.register_forward_hook(lambda *_: self._forward_ends()),
             first.register_step_pre_hook(lambda *_: self._update_begins()),
             last.register_step_post_hook(lambda *_: self._update_ends()),
+            self._shares,
         ]
 
     def step(self, trainer: Trainer, result: StepResult) -> None:
