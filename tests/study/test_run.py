@@ -114,19 +114,27 @@ def test_trials_do_not_read_the_test_split(done: Path):
 
 
 def test_killed_at_random_moments_it_finds_the_same(done: Path, tmp_path: Path):
-    """kill -9 of the study and, in half of the cases, of nothing else: its cells are asked to save and leave."""
+    """kill -9 of the study, its cells are asked to save and leave; ten times, among its trials and among its cells, and while it reports."""
     path = make_study(tmp_path, STUDY + TUNE)
-    rng = random.Random(7)
-    kills = 0
-    while kills < 3:
+    rng, cells = random.Random(7), tmp_path / "study" / "cells"
+    for kill in range(10):
         process = start("study", "run", path)
         process.listen()
-        time.sleep(rng.uniform(1.5, 6))
+        while kill >= 4 and process.returncode is None and not cells.exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.3, 1.5))
+        assert process.returncode is None, "it was not over yet"
         process.kill()
         process.wait(30)
-        kills += 1
+        assert cells.exists() == (kill >= 4), "four kills are among the trials, six among the cells"
     ended = study("run", path)
     assert ended.code == 0, ended.err
+    for _ in range(3):
+        process = start("study", "report", path, f"--csv={tmp_path / 'cut.csv'}")
+        process.listen()
+        time.sleep(rng.uniform(0.1, 1.0))
+        process.kill()
+        process.wait(30)
     assert table(path) == table(done)
     chosen = [json.loads(call("study", "status", each, "--json").out)["chosen"] for each in (path, done)]
     assert chosen[0] == chosen[1]
