@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most
@@ -20,7 +21,10 @@ class AdapterConfig:
         hidden_dim: 0 makes the projection one linear layer, more makes it linear, GELU, linear with this
             width in between.
         bias: whether the projection's layers have biases.
+        keeps_grid: no key: whether tokens are in the order of the features, row by row.
     """
+
+    keeps_grid: ClassVar[bool] = True
 
     type: str = "mlp_2layer"
     hidden_dim: int = 0
@@ -110,6 +114,8 @@ class PerceiverConfig(AdapterConfig):
         heads, head_dim: of its attention; their product may differ from the width.
         ff_mult: hidden width of the feed-forward, in widths of the vision features.
     """
+
+    keeps_grid: ClassVar[bool] = False
 
     type: str = "perceiver"
     latents: int = 64

@@ -129,6 +129,16 @@ def arch_fits(job: Job) -> Found:
             yield ("vlm",), str(error)
 
 
+@_reads("model", "vlm", "vision_encoder")
+def deepstack_fits(job: Job) -> Found:
+    """Features of inner layers are added to image tokens in the stream, each after a layer of its own."""
+    layers, vlm = job.vision_encoder.deepstack_layers, job.vlm
+    if vlm is not None and layers and not vlm.residual_stream_image_tokens(1):
+        yield ("vision_encoder",), f"deepstack_layers = {layers}: vlm.arch = {vlm.arch!r} has no image tokens in the stream to add them to"
+    if vlm is not None and len(layers) > job.model.n_layers:
+        yield ("vision_encoder",), f"deepstack_layers = {layers}: one each is added after a layer, model.n_layers = {job.model.n_layers}"
+
+
 @_reads("train", "optimizer")
 def one_average(job: Job) -> Found:
     """Only one average of the weights is kept."""

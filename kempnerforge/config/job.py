@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +124,11 @@ class JobConfig:
         if self.vlm is None:
             return
         image, text = self.vlm.residual_stream_image_tokens(num_image_tokens), self.vlm.max_text_len
+        if self.model.rope_sections and image and not (self.adapter.keeps_grid and math.isqrt(image) ** 2 == image):
+            given = f"adapter.type = {self.adapter.type!r} gives {image}"
+            raise InputError(
+                f"model.rope_sections = {self.model.rope_sections}: needs a square grid of image tokens (no CLS token), {given}"
+            )
         rows = [stage.train.get("seq_len", self.train.seq_len) for stage in self.stages] or [self.train.seq_len]
         row = min(length for length in rows if isinstance(length, int))
         model = self.model.max_seq_len

@@ -63,6 +63,13 @@ class ModelConfig:
         rope_local_theta, rope_global_interval: every ``rope_global_interval``-th layer has the two above, all
             others have this base and no scaling (Gemma 3); 0: all layers are alike.
         nope_interval: every n-th layer has no rotary positions (SmolLM3); 0: none is without.
+        rope_sections: M-RoPE (Wang et al. 2024, arXiv 2409.12191, section 2.1): how many of the pairs of
+            channels of a head are turned by time, by row and by column, [16, 24, 24] in Qwen2-VL. An image
+            token has its row and column in the image; an image counts as many positions as it has tokens
+            along a side, and the words after it go on from there. Words are turned as without it, and so is
+            all where images take no position. Empty: every pair is turned by the position in the stream.
+        rope_interleaved: the three take turns from pair to pair (Qwen3-VL); otherwise pairs of one kind
+            follow one another.
         sliding_window: a token sees this many positions of its text at most, itself the last of them
             (Mistral: Jiang et al. 2023); positions that see each other in both directions do so however far
             apart they are (PaliGemma 2). 0: all the way.
@@ -96,6 +103,8 @@ class ModelConfig:
     rope_local_theta: float = 0.0
     rope_global_interval: int = 6
     nope_interval: int = 0
+    rope_sections: list[int] = field(default_factory=list)
+    rope_interleaved: bool = False
     sliding_window: int = 0
     window_pattern: str = "S"
     tie_embeddings: bool = True
@@ -129,6 +138,22 @@ class ModelConfig:
             raise InputError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
         if self.head_width % 2:
             raise InputError(f"head_dim = {self.head_width}: rotary positions need an even one")
+        only_if(self, self.rope_sections, "rope_sections", "rope_interleaved")
+        if self.rope_sections and [self.rope_axes.count(axis) for axis in range(len(self.rope_sections))] != self.rope_sections:
+            alike = ", of which interleaved ones can be no more than a third" if self.rope_interleaved else ""
+            raise InputError(
+                f"rope_sections = {self.rope_sections}: must be three counts of at least 1, for time, row and column{alike},"
+                f" whose sum is {self.head_width // 2}, half the width of a head"
+            )
+
+    @property
+    def rope_axes(self) -> list[int]:
+        """What turns each pair of channels: 0 the time, 1 the row, 2 the column. Empty: the position, all of them."""
+        if len(self.rope_sections) != 3 or min(self.rope_sections) < 1 or 2 * sum(self.rope_sections) != self.head_width:
+            return []
+        if self.rope_interleaved:
+            return [pair % 3 if pair < 3 * self.rope_sections[pair % 3] else 0 for pair in range(self.head_width // 2)]
+        return [axis for axis, pairs in enumerate(self.rope_sections) for _ in range(pairs)]
 
     def window(self, layer: int) -> int:
         """How many positions a token sees in ``layer`` at most; 0: all of them."""

@@ -26,22 +26,28 @@ class VisionEncoderConfig:
         feature_layer: whose output is used: -1 the last layer's with the final norm, -2 the one before it
             without a norm (LLaVA), and so on. An array joins the outputs of several layers channel by
             channel, in its order: [-2, -9] (Molmo).
+        deepstack_layers: further layers, counted in the same way (DeepStack: Meng et al. 2024, arXiv
+            2406.04334; Qwen3-VL). Each has an adapter like ``[adapter]``, a part of it, whose tokens are
+            added to the residual stream, at the positions of the image: the first ones after the first
+            layer of the language model, the next after the second.
     """
 
     type: str = "vit"
     feature_layer: int | list[int] = -1
+    deepstack_layers: list[int] = field(default_factory=list, kw_only=True)
 
     def __post_init__(self) -> None:
-        layers = self.feature_layers
-        if not layers or max(layers) >= 0:
-            raise InputError(f"feature_layer = {self.feature_layer}: count from the end, -1 is the last layer")
-        if len({*layers}) < len(layers):
-            raise InputError(f"feature_layer = {self.feature_layer}: names a layer twice")
+        main = [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer
+        for key, layers in (("feature_layer", main), ("deepstack_layers", self.deepstack_layers)):
+            if (not layers and layers is main) or max(layers, default=-1) >= 0:
+                raise InputError(f"{key} = {getattr(self, key)}: count from the end, -1 is the last layer")
+            if len({*layers}) < len(layers):
+                raise InputError(f"{key} = {getattr(self, key)}: names a layer twice")
 
     @property
     def feature_layers(self) -> list[int]:
-        """The layers whose outputs are used, in the order of their channels."""
-        return [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer
+        """The layers whose outputs are used, in the order of their channels; ``deepstack_layers`` come last."""
+        return [*([self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer), *self.deepstack_layers]
 
     @property
     def layers_used(self) -> list[int]:
@@ -54,13 +60,14 @@ class VisionEncoderConfig:
         return -1 - max(self.feature_layers)
 
     def check_depth(self, layers: int, of: str) -> None:
-        """Refuses a ``feature_layer`` beyond the first of ``layers``.
+        """Refuses a layer beyond the first of ``layers``.
 
         Args:
             of: says how many there are, for the message.
         """
         if -min(self.feature_layers) > layers:
-            raise InputError(f"feature_layer = {self.feature_layer}: {of}")
+            key = "feature_layer" if min(self.feature_layers) not in self.deepstack_layers else "deepstack_layers"
+            raise InputError(f"{key} = {getattr(self, key)}: {of}")
 
     def num_tokens(self) -> int | None:
         """Tokens for one image, or None when only the built encoder knows."""

@@ -231,6 +231,23 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
     return Tiny(assembly.job, assembly.model, assembly.stages, assembly.data.encoder(assembly.stages[0]))
 
 
+def with_grids(arch: str, **sections: Any) -> dict[str, Any]:
+    """``sections`` of a small job of an arch with image tokens in the stream, with positions by row and column,
+    and features of inner layers where its encoder has them.
+    """
+    model = sections.pop("model", MODEL)
+    pairs = model.head_width // 2
+    model = replace(model, rope_sections=[pairs // 2, pairs // 4, pairs // 4], rope_interleaved=True)
+    layers = [-2, -1] if gives_layers(arch) else []
+    return {"model": model, "vision_encoder": replace(VISION, deepstack_layers=layers), **sections}
+
+
+@cache
+def gives_layers(arch: str) -> bool:
+    """Whether the arch's encoder gives features of inner layers."""
+    return tiny(arch, device="meta").model.vision_encoder.layer_dim > 0
+
+
 @torch.no_grad()
 def shake(model: nn.Module, noise: float) -> None:
     """Adds noise that depends on a parameter's name and shape alone."""

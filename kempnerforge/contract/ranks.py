@@ -16,12 +16,12 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
-from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny
+from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
-AUX, FROZEN, RECOMPUTED, COMPILED, TRACED = "aux", "frozen", "recomputed", "compiled", "traced"
+AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS = "aux", "frozen", "recomputed", "compiled", "traced", "grids"
 """``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
 is made of them, which takes minutes."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
@@ -87,7 +87,7 @@ def two_steps(case: str, world: World, out: Path) -> None:
 def prepared(case: str) -> tuple[Tiny, set[str]]:
     """The model of a case, and how it is run."""
     arch, mask, how = case.split(":")
-    it = tiny(arch or None, mask)
+    it = tiny(arch or None, mask, **(with_grids(arch) if GRIDS in how.split("+") else {}))
     if AUX in how.split("+"):
         add_losses(it.model)
     return it, set(how.split("+"))

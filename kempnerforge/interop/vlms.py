@@ -136,6 +136,8 @@ class StreamVLM(VLMFamily):
             raise InputError(f"vlm.attention_mask = {job.vlm.attention_mask!r}, not {self.mask!r}")
         if not isinstance(job.vision_encoder, self.tower):
             raise InputError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {self.tower.type!r}")
+        if job.model.rope_sections or job.vision_encoder.deepstack_layers:
+            raise InputError("model.rope_sections and vision_encoder.deepstack_layers: its class has neither")
         if (layers := job.vision_encoder.feature_layers) != [-1] and (self.tower is SiglipConfig or len(layers) > 1):
             allowed = "-1" if self.tower is SiglipConfig else "one layer"
             raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not {allowed}")

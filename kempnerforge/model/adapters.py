@@ -47,6 +47,9 @@ class Adapter(nn.Module):
         out_dim: width of the language model.
         num_features: features per image.
 
+    Attributes:
+        deepstack: adapters of ``vision_encoder.deepstack_layers``.
+
     Raises:
         ValueError: the adapter cannot take ``num_features``.
     """
@@ -54,6 +57,7 @@ class Adapter(nn.Module):
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__()
         self.num_tokens = cfg.num_tokens(num_features)
+        self.deepstack = nn.ModuleList()
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, T, Do)."""

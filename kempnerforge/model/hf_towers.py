@@ -55,8 +55,9 @@ class HFTower(VisionEncoder):
         tower = self._load(cfg)
         mean, std = chosen_normalisation(cfg, self.normalisation)
         side, pixels = self.sides(cfg, tower.config)
-        width = tower.config.hidden_size * len(cfg.feature_layers)
-        super().__init__(num_tokens=side**2, dim=width, image_size=pixels, mean=mean, std=std)
+        layer_dim = tower.config.hidden_size
+        width = layer_dim * len(cfg.feature_layers)
+        super().__init__(num_tokens=side**2, dim=width, image_size=pixels, mean=mean, std=std, layer_dim=layer_dim)
         self.layers_used = cfg.layers_used
         if cfg.unused_layers or not self.patches_pass_norm:
             setattr(tower, self.final_norm, nn.Identity())

@@ -36,8 +36,12 @@ def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
-    """Tables for ``positions`` (B, S)."""
-    angles = positions[:, None, :, None].float() * inverse_frequencies(cfg, positions.device)  # (B, 1, S, E / 2)
+    """Tables for ``positions``: (B, S), or (3, B, S) with ``rope_sections``, time, row and column."""
+    if positions.ndim == 3:
+        turns = torch.stack([positions[axis] for axis in cfg.rope_axes * (2 if cfg.rope_local_theta else 1)], dim=-1)[:, None]
+    else:
+        turns = positions[:, None, :, None]
+    angles = turns.float() * inverse_frequencies(cfg, positions.device)  # (B, 1, S, E / 2)
     return angles.cos(), angles.sin()
 
 

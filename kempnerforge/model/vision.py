@@ -30,14 +30,18 @@ class VisionEncoder(ExactBuffers):
         image_size: pixels along each side of the images that it takes.
         mean, std: normalisation of RGB values in [0, 1], three numbers each; ``normalisation`` are both, as
             plain numbers.
+        layer_dim: channels of each of ``deepstack_layers``, which are the last ones of ``dim``; 0: it gives
+            the features of no other layers.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, *, num_tokens: int, dim: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, *, num_tokens: int, dim: int, image_size: int, mean: Sequence[float], std: Sequence[float], layer_dim: int = 0
+    ) -> None:
         super().__init__()
-        self.num_tokens, self.dim, self.image_size = num_tokens, dim, image_size
+        self.num_tokens, self.dim, self.image_size, self.layer_dim = num_tokens, dim, image_size, layer_dim
         self.normalisation = (tuple(mean), tuple(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)

@@ -77,7 +77,7 @@ class ViT(VisionEncoder):
 
     def __init__(self, cfg: ViTConfig) -> None:
         width = cfg.dim * len(cfg.feature_layers)
-        super().__init__(num_tokens=cfg.num_tokens(), dim=width, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std)
+        super().__init__(num_tokens=cfg.num_tokens(), dim=width, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std, layer_dim=cfg.dim)
         self.layers_used = cfg.layers_used
         stride = cfg.stride or cfg.patch_size
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride, padding=(cfg.patch_size - stride) // 2)

@@ -12,7 +12,8 @@ positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -30,8 +31,10 @@ from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
-from kempnerforge.model.transformer import Block, Cache, Context, Transformer
+from kempnerforge.model.transformer import Block, Cache, Context, Transformer, separate_draws
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
+from kempnerforge.util.errors import InputError
+from kempnerforge.vlm.placements import grid_positions
 
 SEES_PROMPT = ("prefix", "image_sees_prompt")
 """Masks under which an image knows the prompt."""
@@ -139,13 +142,24 @@ class VLM(ExactBuffers):
         self.transformer = Transformer(self.job.model, self.block)
         if self.has_images:
             self.build_vision()
+            self.build_deepstack()
             self.num_image_tokens = self.adapter.num_tokens
 
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
         self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
         self.loaded |= {f"vision_encoder.{name}" for name in self.vision_encoder.pretrained(self.job.vision_encoder)}
-        self.adapter: Adapter = build_adapter(self.job.adapter, self.vision_encoder.dim, self.job.model.dim, self.vision_encoder.num_tokens)
+        encoder, deeper = self.vision_encoder, len(self.job.vision_encoder.deepstack_layers) * self.vision_encoder.layer_dim
+        self.adapter: Adapter = build_adapter(self.job.adapter, encoder.dim - deeper, self.job.model.dim, encoder.num_tokens)
+
+    def build_deepstack(self) -> None:
+        """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``."""
+        cfg, encoder = self.job.vision_encoder, self.vision_encoder
+        if cfg.deepstack_layers and not encoder.layer_dim:
+            raise InputError(f"vision_encoder.deepstack_layers = {cfg.deepstack_layers}: {type(encoder).__name__} gives no inner layers")
+        with separate_draws("deepstack"):
+            for _ in cfg.deepstack_layers:
+                self.adapter.deepstack.append(build_adapter(self.job.adapter, encoder.layer_dim, self.job.model.dim, encoder.num_tokens))
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""
@@ -228,9 +242,16 @@ class VLM(ExactBuffers):
         one_group = self.attention_mask == "image_bidirectional" and batch.leading_images == 1
         return segments.mask(queries, dtype, self.num_image_tokens if one_group else 0)
 
+    def rope_positions(self, batch: Batch, cache: Cache | None) -> Tensor:
+        """Positions that turn queries and keys: (B, S), or (3, B, S) with ``model.rope_sections``."""
+        side = math.isqrt(self.job.vlm.residual_stream_image_tokens(self.num_image_tokens)) if self.job.vlm is not None else 0
+        return grid_positions(batch, cache, side) if side and self.job.model.rope_sections else batch.positions
+
     def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
         """Positions and mask of a stream that is laid out as ``batch`` says."""
-        return Context(rope_tables(batch.positions, self.job.model), self.mask(self.segments(batch), batch, cache, dtype), cache)
+        return Context(
+            rope_tables(self.rope_positions(batch, cache), self.job.model), self.mask(self.segments(batch), batch, cache, dtype), cache
+        )
 
     # ---- the same for every arch -----------------------------------------------------------------
 
@@ -240,21 +261,32 @@ class VLM(ExactBuffers):
         return with_aux_loss(self)
 
     def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
-        """Images (N, 3, H, W) uint8 -> (N, F, D). A frozen encoder saves nothing for a backward pass.
+        """Images (N, 3, H, W) uint8 -> (N, F, D + L * D): the tokens, and with L ``deepstack_layers`` the
+        features of each. A frozen encoder saves nothing for a backward pass.
 
         Args:
             known: features of images that are known already.
         """
         encoder = self.vision_encoder
         if known is not None and known.complete:
-            return self.adapter(known.all(encoder.num_tokens, encoder.dim, images.device))
+            return self.adapt(known.all(encoder.num_tokens, encoder.dim, images.device))
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features = encoder(images)
-        return self.adapter(features if known is None else known.merge(features))
+        return self.adapt(features if known is None else known.merge(features))
+
+    def adapt(self, features: Tensor) -> Tensor:
+        """All features of the encoder, (N, F, E), through their adapters -> as of ``encode``."""
+        if not self.adapter.deepstack:
+            return self.adapter(features)
+        width, count = self.vision_encoder.layer_dim, len(self.adapter.deepstack)
+        own, *deeper = features.split([features.shape[-1] - width * count, *[width] * count], dim=-1)
+        return torch.cat(
+            [self.adapter(own), *(adapter(part) for adapter, part in zip(self.adapter.deepstack, deeper, strict=True))], dim=-1
+        )
 
     def features(self, batch: Batch) -> Tensor | None:
-        """The adapted images of ``batch``, (N, F, D), for ``place``.
+        """The adapted images of ``batch``, as of ``encode``; the first D channels are for ``place``.
 
         NOTE: a batch whose ``images`` is empty (not None) encodes one blank image all the same, which is
         nowhere: every rank must call the same modules, forward and backward, or sharded ones wait for each
@@ -268,12 +300,29 @@ class VLM(ExactBuffers):
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it."""
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
-        x, ctx = self.place(words, self.features(batch), batch, cache)
-        x = self.transformer.run(x, ctx)
+        features, deeper = self.features(batch), ()
+        if features is not None:
+            features, *deeper = features.split(words.shape[-1], dim=-1)  # (N, F, D) each
+        x, ctx = self.place(words, features, batch, cache)
+        x = self.run(x, ctx, batch, deeper)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
         return self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)  # the head runs on trained positions only
+
+    def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
+        """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
+        the tokens of their images (DeepStack: Meng et al. 2024, arXiv 2406.04334).
+        """
+        if not deeper:
+            return self.transformer.run(x, ctx)
+        n, f, _ = deeper[0].shape
+        numbers = torch.arange(1, n * f + 1, device=x.device).view(n, f, 1)
+        at = self.stored(self.insert(torch.zeros_like(batch.input_ids)[..., None], numbers, batch)[..., 0], ctx)  # (B, K), 0 elsewhere
+        for layer, features in enumerate(deeper):
+            x = self.transformer.run(x, ctx, slice(layer, layer + 1))
+            x = x + F.embedding(at, F.pad(features.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0).to(x.dtype)
+        return self.transformer.run(x, ctx, slice(len(deeper), None))
 
     def score(self, logits: Tensor, batch: Batch) -> Output:
         """The loss of ``logits`` (T, V) at ``batch.targets``."""

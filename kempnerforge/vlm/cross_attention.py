@@ -20,9 +20,7 @@ from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
-
-NOTHING = -2
-"""Sample id of a slot that holds no image; no position has it."""
+from kempnerforge.vlm.placements import images_of_text, visible_images
 
 
 class Sight(NamedTuple):
@@ -202,43 +200,6 @@ def gather_images(features: Tensor | None, words: Tensor, batch: Batch) -> Tenso
         return words.new_zeros(*slots, 1, words.shape[-1])
     media = words.new_zeros(*slots, *features.shape[1:])
     return media.index_put((batch.image_rows, batch.image_slots), features[batch.image_index].to(words.dtype))
-
-
-def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
-    """``values`` (M,) of placements -> (B, 1, K), ``nothing`` where a row has fewer."""
-    table = values.new_full((len(batch.input_ids), max(1, batch.row_images)), nothing)
-    return table.index_put((batch.image_rows, batch.image_slots), values)[:, None]
-
-
-def images_of_text(batch: Batch) -> Tensor:
-    """(B, S, K) bool: the images that belong to the text of each position, or are shared by all texts of its
-    sample, before the position or after it.
-    """
-    texts = by_slot(batch, batch.image_text_ids, 0)
-    same_sample = by_slot(batch, batch.image_sample_ids, NOTHING) == batch.sample_ids[..., None]
-    return same_sample & ((texts == 0) | (texts == batch.text_ids[..., None]))
-
-
-def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
-    """Which images each position sees: its ``images_of_text`` that are before it.
-
-    Args:
-        latest: only the last of them (Flamingo, Alayrac et al. 2022, section 2.3), instead of all.
-        group: and those before that one that follow one another within a token each.
-
-    Returns:
-        (B, S, K) bool; False everywhere on padding.
-    """
-    steps = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[:, None]  # (S, 1)
-    starts = by_slot(batch, batch.image_starts, 0)  # (B, 1, K)
-    seen = images_of_text(batch) & (starts <= steps)  # (B, S, K)
-    if latest:
-        begins = torch.ones_like(starts)
-        if group:
-            begins[..., 1:] = starts.diff() > 1
-        number = begins.cumsum(-1)  # (B, 1, K), from 1
-        seen = seen & (number == (number * seen).amax(-1, keepdim=True))
-    return seen
 
 
 def following(batch: Batch) -> Batch:

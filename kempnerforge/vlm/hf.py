@@ -37,6 +37,7 @@ from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.vlm.base import VLM, Output
 from kempnerforge.vlm.hf_grids import GRID_KINDS, Grid
+from kempnerforge.vlm.placements import grid_positions
 
 OWN_MASKS = {"paligemma": "prefix", "gemma3": "image_bidirectional"}
 """``model_type`` -> its mask; all others are causal."""
@@ -170,7 +171,7 @@ class HF(VLM):
             found = self.hf_model(
                 inputs_embeds=stream,
                 attention_mask=mask,
-                position_ids=batch.positions + first if self.grid is None else self.grid.positions(batch, cache),
+                position_ids=batch.positions + first if self.grid is None else grid_positions(batch, cache, self.grid.side),
                 past_key_values=past,
                 use_cache=past is not None,
             )

@@ -2,7 +2,7 @@
 column: Qwen2-VL (Wang et al. 2024, arXiv 2409.12191, section 2.1), Qwen2.5-VL and Qwen3-VL, whose features of
 inner layers are added in the first layers of the decoder (DeepStack: Meng et al. 2024, arXiv 2406.04334).
 
-Shapes: B rows, S positions, K placements of a row with the most, N images, F tokens of one image, D width.
+Shapes: N images, F tokens of one image, D width.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.model.hf_towers import Clip, Siglip
-from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, show
-from kempnerforge.vlm.cross_attention import by_slot, visible_images
 
 GRID_KINDS = {"qwen2_vl": Clip.normalisation, "qwen2_5_vl": Clip.normalisation, "qwen3_vl": Siglip.normalisation}
 """``model_type`` -> mean and std of its images, where its files do not say."""
-IMAGES = "images_before"
-"""Name in the cache: (B, 1), images that each row has."""
 
 
 class Grid:
@@ -91,26 +86,6 @@ class Grid:
         blocks = pixels.unflatten(3, (self.side, self.merge, self.patch)).unflatten(2, (self.side, self.merge, self.patch))
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, row, column, row in token, column in token, 3, patch, patch)
         return blocks.unsqueeze(6).expand(*[-1] * 6, self.frames, -1, -1).flatten(5).flatten(0, 4)
-
-    def positions(self, batch: Batch, cache: Cache | None) -> Tensor:
-        """(3, B, S): time, row and column of each position. An image counts as many positions as it has
-        tokens along a side; the words after it go on from there.
-        """
-        if cache is not None and IMAGES in cache.kept:
-            before = cache.kept[IMAGES]  # words made after the prompt
-        else:
-            before = visible_images(batch, latest=False).sum(-1)  # (B, S), an image token counts its own
-            if cache is not None:
-                cache.kept[IMAGES] = before[:, -1:]
-        skipped = self.side**2 - self.side
-        words = batch.positions - before * skipped
-        image = batch.kinds == Kind.IMAGE
-        step = torch.arange(image.shape[1], device=image.device)[:, None]  # (S, 1)
-        starts = by_slot(batch, batch.image_starts, -1)  # (B, 1, K)
-        own = torch.where(starts <= step, starts, -1).amax(-1)  # (B, S): where the image of a token begins
-        place = step[:, 0] - own
-        begin = words + skipped - place
-        return torch.stack([torch.where(image, begin + part, words) for part in (0, place // self.side, place % self.side)])
 
 
 def _check(config: Any) -> None:

@@ -183,7 +183,9 @@ class MoT(VLM):
         x = x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
         segments = self.segments(batch).take(index)
         mask = self.mask(segments, batch, cache, x.dtype) if cache is not None else segments.mask(segments.num_keys, x.dtype)
-        return x, SortedContext(rope_tables(batch.positions.gather(1, place), self.job.model), mask, cache, sizes, index, columns)
+        positions = self.rope_positions(batch, cache)
+        rope = rope_tables(positions.gather(-1, place.expand(*positions.shape[:-1], -1)), self.job.model)
+        return x, SortedContext(rope, mask, cache, sizes, index, columns)
 
     def _sort(self, batch: Batch, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is

@@ -22,7 +22,8 @@ from kempnerforge.eval.generate import generate
 from kempnerforge.model.transformer import Cache
 from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import Optimizers
-from kempnerforge.vlm.cross_attention import NOTHING, CrossAttentionBlock, GatedCrossAttention, Sight, gather_images, sight, visible_images
+from kempnerforge.vlm.cross_attention import CrossAttentionBlock, GatedCrossAttention, Sight, gather_images, sight
+from kempnerforge.vlm.placements import NOTHING, visible_images
 from tests.dist import ROOT
 from tests.vlm.tiny import (
     ANSWERED,
