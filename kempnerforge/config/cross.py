@@ -168,9 +168,12 @@ def schedule_is_reached(job: Job) -> Found:
 
 @_reads("vlm", "data", "stages")
 def images_fit(job: Job) -> Found:
-    """An arch whose words see the latest image alone would see one tile of it."""
-    if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.tiled for section in _image_sections(job)):
-        yield ("vlm",), f"{job.vlm.latest_image_alone}: with data.images.fit = 'tiles' a word would see the last tile alone"
+    """An arch whose words see the latest image alone would see one view of it."""
+    if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.several for section in _image_sections(job)):
+        yield (
+            ("vlm",),
+            f"{job.vlm.latest_image_alone}: with data.images.fit = 'tiles', or several frames, a word would see the last view alone",
+        )
 
 
 @_reads("train", "data", "stages")

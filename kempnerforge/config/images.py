@@ -92,6 +92,10 @@ class ImagesConfig:
         global_view: of "tiles": the whole image comes first, as one view.
         markers: of "tiles": a token before each view says which one it is; these tokens are added to the
             tokenizer. Without them the views follow one another.
+        frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
+            in the middle of as many equal parts. Each is a view like an image. 0: videos are refused. Not
+            with "tiles".
+        frame_times: before each frame its time as text, "<1.5 seconds>" (Qwen3-VL).
         number_images: with several images in a sample, each begins with its number from 0 as text, "<image:
             0>" (nanoVLM).
         augment: random changes in training.
@@ -111,6 +115,8 @@ class ImagesConfig:
     single_tile: bool = False
     global_view: bool = True
     markers: bool = True
+    frames: int = 0
+    frame_times: bool = False
     number_images: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     cache_dir: PathText = ""
@@ -119,6 +125,8 @@ class ImagesConfig:
         one_of(self, "fit", ("squash", "crop", "letterbox", "tiles"))
         one_of(self, "tiling", ("grid", "anyres", "overlap"))
         at_least(self, 1, "max_side", "marker_grid", "max_tiles")
+        at_least(self, 0, "frames")
+        at_most(self, MOST_TILES, "frames")
         at_most(self, 1 << 16, "max_side")
         at_most(self, MOST_TILES, "marker_grid", "max_tiles")
         if not 0 <= self.overlap <= 0.5:
@@ -128,6 +136,8 @@ class ImagesConfig:
         only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
+        only_if(self, self.fit != "tiles", "fit other than 'tiles'", "frames")
+        only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")
         only_if(self, self.global_view, "global_view = true", "single_tile")
 
@@ -140,6 +150,11 @@ class ImagesConfig:
     def tiled(self) -> bool:
         """Whether the views of an image depend on its size."""
         return self.fit == "tiles"
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may be several views."""
+        return self.tiled or self.frames > 1
 
     def shows_tiles(self, grid: tuple[int, int]) -> bool:
         """Whether an image with this grid of tiles has views of them; otherwise it is the global view alone."""

@@ -13,14 +13,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from kempnerforge.data.sample import ImageSource, SampleError
+from kempnerforge.data.images.limits import MAX_PIXELS, ImageError, check_size, decoding
+from kempnerforge.data.images.video import HEAD, Video, video_kind
+from kempnerforge.data.sample import ImageSource
 from kempnerforge.util.errors import cut, visible
 from kempnerforge.util.reading import irregular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is opened. EPS would start Ghostscript; TIFF and the rest are rare in training data and wide open."""
-MAX_PIXELS = 64_000_000
-MAX_ASPECT = 200
 MAX_BYTES = 256 * 2**20
 TURNED = (5, 6, 7, 8)
 """EXIF orientations in which width and height are exchanged."""
@@ -31,10 +31,6 @@ MAX_NOTE = 16 * 2**20
 refused as bombs.
 """
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_NOTE  # Pillow's own bound refuses a whole image for a note of 1 MiB
-
-
-class ImageError(SampleError):
-    """An image that cannot be used; the message says why."""
 
 
 class Picture:
@@ -57,13 +53,17 @@ class Picture:
         except Exception as error:
             raise ImageError(f"not an image of {', '.join(FORMATS)} that can be read ({type(error).__name__}: {cut(str(error))})") from None
         width, height = self._image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{width}x{height} exceeds {MAX_PIXELS} pixels")
-        if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-            raise ImageError(f"degenerate size {width}x{height}")
-        with _decoding():
+        check_size(width, height)
+        with decoding():
             self._turned = _orientation(self._image, data) in TURNED
         self.size = (height, width) if self._turned else (width, height)
+
+    def allow(self, frames: int) -> None:
+        """Nothing: a still image is used with any number of frames."""
+
+    def frames(self, count: int, least: tuple[int, int]) -> list[Image.Image]:
+        """As ``pixels``, alone: only of a video there are ``count``."""
+        return [self.pixels(least)]
 
     def pixels(self, least: tuple[int, int]) -> Image.Image:
         """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least``
@@ -71,7 +71,7 @@ class Picture:
         """
         image = self._image
         width, height = least[::-1] if self._turned else least
-        with _decoding():
+        with decoding():
             if image.format == "JPEG":
                 image.draft("RGB", (2 * width, 2 * height))
             image.load()
@@ -95,7 +95,7 @@ def load_image(source: ImageSource, size: int) -> np.ndarray:
     """
     with opened(source) as picture:
         image = picture.pixels((size, size))
-        with _decoding():
+        with decoding():
             return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))  # (H, W, 3)
 
 
@@ -111,8 +111,8 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 
 
 @contextmanager
-def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True) -> Iterator[Picture]:
-    """The image, and its name in front of what is wrong with it.
+def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True) -> Iterator[Picture | Video]:
+    """The image or video, and its name in front of what is wrong with it.
 
     Args:
         source: a file, or the encoded image.
@@ -128,7 +128,9 @@ def opened(source: ImageSource, data: bytes | None = None, *, whole: bool = True
         # Pillow warns of large images between its two bounds; the bound here is lower than both
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield Picture(file)
+            kind = video_kind(file.read(HEAD))
+            file.seek(0)
+            yield Video(file, kind) if kind else Picture(file)
     except ImageError as error:
         raise ImageError(f"image {image_name(source)}: {error}") from None
 
@@ -172,15 +174,6 @@ def _file(path: Path, whole: bool) -> BinaryIO:
             return io.BytesIO(file.read(MAX_BYTES))
     except OSError as error:
         raise ImageError(str(error.strerror or error)) from None
-
-
-@contextmanager
-def _decoding() -> Iterator[None]:
-    """Whatever a decoder raises says that the image is damaged."""
-    try:
-        yield
-    except Exception as error:
-        raise ImageError(f"cannot be decoded ({type(error).__name__}: {cut(str(error))})") from None
 
 
 def _orientation(image: Image.Image, data: BinaryIO) -> int:

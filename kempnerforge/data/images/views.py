@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -19,6 +20,7 @@ from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
 from kempnerforge.data.images.decode import ImageError, image_name, image_size, opened
 from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of
+from kempnerforge.data.images.video import MISSING, Video, can_read_videos, moments
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import ImageBlock, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
@@ -26,6 +28,16 @@ from kempnerforge.util.errors import InputError
 
 VERSION = 1
 """Of what is done to pixels, for the cache on disk."""
+
+
+class FrameTexts(NamedTuple):
+    """A video: the text before each of its frames."""
+
+    texts: tuple[str, ...]
+
+
+Shape = Grid | FrameTexts
+"""What decides the block of an image."""
 
 
 class Views:
@@ -42,19 +54,28 @@ class Views:
 
     def __init__(self, cfg: ImagesConfig, layout: Layout, tokenizer: Tokenizer, cache: ImageCache) -> None:
         self.cfg, self.layout, self.tokenizer, self.cache = cfg, layout, tokenizer, cache
-        self._blocks: dict[tuple[Grid, int | None], ImageBlock] = {}
+        self._blocks: dict[tuple[Shape, int | None], ImageBlock] = {}
         self._markers: dict[str, int] = {}
         self._disk: DiskCache | None = None
         if not layout.image_size:
             return
         cfg.check(layout.image_size)
+        if cfg.frames and not can_read_videos():
+            raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
         for name in cfg.new_tokens():
             found = tokenizer.token_id(name)
             if found is None:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
-        deciding = {**dataclasses.asdict(cfg), "augment": None, "cache_dir": None, "markers": None, "number_images": None}
+        deciding = {
+            **dataclasses.asdict(cfg),
+            "augment": None,
+            "cache_dir": None,
+            "markers": None,
+            "number_images": None,
+            "frame_times": None,
+        }
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding], sort_keys=True)
         if cfg.cache_dir:
             self._disk = DiskCache(cfg.cache_dir, self._transform, layout.image_size)
@@ -76,28 +97,40 @@ class Views:
         if not self.layout.image_size:
             return [ImageBlock.of([()], 0)] * len(images)
         numbered = self.cfg.number_images and len(images) > 1
-        return [self._block(self._grid(image), k if numbered else None) for k, image in enumerate(images)]
+        return [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
 
-    def _grid(self, image: ImageSource) -> Grid:
-        return grid_of(self.cfg, self.layout.image_size, image_size(image)) if self.cfg.tiled else (1, 1)
+    def _shape(self, image: ImageSource) -> Shape:
+        if self.cfg.tiled:
+            return grid_of(self.cfg, self.layout.image_size, image_size(image))
+        if not self.cfg.frames:
+            return 1, 1
+        with opened(image, whole=False) as picture:
+            if not isinstance(picture, Video):
+                return 1, 1
+            times = moments(picture.seconds, self.cfg.frames) if self.cfg.frame_times else ()
+        return FrameTexts(tuple(f"<{time:.1f} seconds>" for time in times) or ("",) * self.cfg.frames)
 
-    def _block(self, grid: Grid, number: int | None) -> ImageBlock:
-        """The block of an image with this grid, and with ``number`` in front."""
-        block = self._blocks.get((grid, number))
+    def _block(self, shape: Shape, number: int | None) -> ImageBlock:
+        """The block of an image with this shape, and with ``number`` in front."""
+        block = self._blocks.get((shape, number))
         if block is None:
-            markers = self._before_views(grid)
+            markers = self._before_views(shape)
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            block = self._blocks[grid, number] = ImageBlock.of(markers, self.layout.image_tokens)
+            block = ImageBlock.of(markers, self.layout.image_tokens)
+            if not isinstance(shape, FrameTexts):  # of which there are as many as videos
+                self._blocks[shape, number] = block
         return block
 
-    def _before_views(self, grid: Grid) -> list[tuple[int, ...]]:
+    def _before_views(self, shape: Shape) -> list[tuple[int, ...]]:
         """For each view the tokens that are before it."""
+        if isinstance(shape, FrameTexts):
+            return [tuple(self.tokenizer.encode(text)) if text else () for text in shape.texts]
         if not self.cfg.tiled:
             return [()]
         names = [GLOBAL_MARKER] if self.cfg.global_view else []
-        if self.cfg.shows_tiles(grid):
-            names += [tile_marker(row + 1, column + 1) for row in range(grid[0]) for column in range(grid[1])]
+        if self.cfg.shows_tiles(shape):
+            names += [tile_marker(row + 1, column + 1) for row in range(shape[0]) for column in range(shape[1])]
         return [(self._markers[name],) if self.cfg.markers else () for name in names]
 
     # ---- pixels ----------------------------------------------------------------------------------
@@ -147,10 +180,11 @@ class Views:
     def _made(self, image: ImageSource, change: Change, data: bytes | None = None) -> list[np.ndarray]:
         side = self.layout.image_size
         with opened(image, data) as picture:
+            picture.allow(self.cfg.frames)
             frames = frames_of(self.cfg, side, picture.size)
             least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
-            pixels = picture.pixels(least)
-        views = [view for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]
+            shown = picture.frames(self.cfg.frames, least)
+        views = [view for pixels in shown for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]
         for view in views:
             view.setflags(write=False)
         return views
