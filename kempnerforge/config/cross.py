@@ -169,7 +169,10 @@ def schedule_is_reached(job: Job) -> Found:
 @_reads("vlm", "data", "stages")
 def images_fit(job: Job) -> Found:
     """An arch whose words see the latest image alone would see one view of it."""
-    if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.several for section in _image_sections(job)):
+    sections = _image_sections(job)
+    if job.vlm is not None and not job.vlm.residual_stream_image_tokens(1) and any(section.images.fit == "native" for section in sections):
+        yield ("data",), f"images.fit = 'native': vlm.arch = {job.vlm.arch!r} has no image tokens in the stream"
+    if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.several for section in sections):
         yield (
             ("vlm",),
             f"{job.vlm.latest_image_alone}: with data.images.fit = 'tiles', or several frames, a word would see the last view alone",

@@ -73,7 +73,9 @@ class ImagesConfig:
     Attributes:
         fit: "squash" (the image becomes one square, its shape is not kept), "crop" (the short side fits, the
             middle is taken), "letterbox" (the long side fits, the rest is filled with the mean colour of the
-            encoder's normalisation; LLaVA's pad-to-square), or "tiles" (several views: one of the whole image
+            encoder's normalisation; LLaVA's pad-to-square), "native" (it keeps its shape, and its size if the
+            encoder's square has room for it, both rounded to whole tokens; only these tokens are in the
+            stream: Qwen2-VL, NaViT), or "tiles" (several views: one of the whole image
             and a grid of tiles from an enlarged one).
         tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a
             tile. "anyres" (LLaVA-NeXT, its "flat" form): it is fitted, padded, into the best of
@@ -94,7 +96,7 @@ class ImagesConfig:
             tokenizer. Without them the views follow one another.
         frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
             in the middle of as many equal parts. Each is a view like an image. 0: videos are refused. Not
-            with "tiles".
+            with "native" and "tiles".
         frame_times: before each frame its time as text, "<1.5 seconds>" (Qwen3-VL).
         number_images: with several images in a sample, each begins with its number from 0 as text, "<image:
             0>" (nanoVLM).
@@ -122,7 +124,7 @@ class ImagesConfig:
     cache_dir: PathText = ""
 
     def __post_init__(self) -> None:
-        one_of(self, "fit", ("squash", "crop", "letterbox", "tiles"))
+        one_of(self, "fit", ("squash", "crop", "letterbox", "native", "tiles"))
         one_of(self, "tiling", ("grid", "anyres", "overlap"))
         at_least(self, 1, "max_side", "marker_grid", "max_tiles")
         at_least(self, 0, "frames")
@@ -136,7 +138,7 @@ class ImagesConfig:
         only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
-        only_if(self, self.fit != "tiles", "fit other than 'tiles'", "frames")
+        only_if(self, self.fit not in ("native", "tiles"), "fit other than 'native' and 'tiles'", "frames")
         only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")
         only_if(self, self.global_view, "global_view = true", "single_tile")

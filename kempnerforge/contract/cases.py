@@ -62,10 +62,10 @@ def tokenizer(*new_tokens: str) -> Tokenizer:
     return made
 
 
-def picture(seed: int) -> bytes:
+def picture(seed: int, width: int = SIZE, height: int = SIZE) -> bytes:
     """A PNG of noise."""
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kempnerforge.config import VLMConfig
+from kempnerforge.config.data import JsonlConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.contract import model_checks, training_checks
 from kempnerforge.contract.cases import (
     FOREIGN,
@@ -24,6 +26,7 @@ from kempnerforge.contract.cases import (
     Tiny,
     all_logits,
     gives_layers,
+    picture,
     seeing,
     tiny,
     with_grids,
@@ -75,6 +78,26 @@ def test_features_of_inner_layers_count(arch: str, mask: str) -> None:
             with torch.no_grad():
                 parameter += 0.1
         assert ((all_logits(it.model, batch) - want).abs().amax(-1)[batch.kinds > 1] > 1e-5).all()
+
+
+@each_streamed
+def test_images_may_have_any_shape(arch: str, mask: str) -> None:
+    """A sample beside others, and in a pack, has the loss that it has alone."""
+    if not tiny(arch, device="meta").model.cell:
+        pytest.skip("its images have one size")
+    it = gridded(arch, mask, data=JsonlConfig(path="unread.jsonl", images=ImagesConfig(fit="native")))
+    it.model.train(it.model.causal_in_training)
+    wide, tall, small = picture(1, width=12, height=5), picture(2, width=4), picture(3, width=8, height=8)
+    samples = (
+        replace(ONE, images=(wide,)),
+        replace(INTERLEAVED, images=(small, tall)),
+        replace(ONE, images=(tall,)),
+        replace(LATE, images=(wide, ONE.images[0], small)),
+    )
+    batch, alone = it.batch(*samples), torch.stack([it.model(it.batch(sample)).loss for sample in samples]).sum()
+    assert batch.row_image_tokens < batch.row_images * it.model.num_image_tokens
+    for one in (batch, it.pack(samples[:2], samples[2:]), it.pack(samples)):
+        torch.testing.assert_close(it.model(one).loss, alone, rtol=1e-5, atol=1e-5)
 
 
 Check = Callable[[str, str, pytest.MonkeyPatch, Any], None]

@@ -214,26 +214,27 @@ def _generate(
 
 
 class _Pictures:
-    """The distinct views of a chunk, made once for each image; None is the blank image."""
+    """The distinct views of a chunk, made once for each image; None stands for a blank one."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.size = encoder, encoder.layout.image_size
-        self._places: dict[tuple[ImageSource, int] | None, list[int]] = {}
+        self._places: dict[tuple[ImageSource, int], list[int]] = {}
+        self._blanks: dict[tuple[int, int], int] = {}
         self._pixels: list[np.ndarray] = []
 
     def places(self, image: ImageSource | None, block: ImageBlock, part: int) -> list[int]:
         """Indices of an image's views in ``stack``; of the blank one for each view if there is no image."""
         if image is None:
-            return [self.blank()] * len(block.starts)
+            return [self.blank(grid) for grid in block.grids] or [self.blank()] * len(block.starts)
         if (image, part) not in self._places:
             self._places[image, part] = self._add(self.encoder.images[part].load(image, len(block.starts)))
         return self._places[image, part]
 
-    def blank(self) -> int:
-        """Index of the blank view."""
-        if None not in self._places:
-            self._places[None] = self._add([np.full((self.size, self.size, 3), BLANK, np.uint8)])
-        return self._places[None][0]
+    def blank(self, grid: tuple[int, int] = (0, 0)) -> int:
+        """Index of the blank view, one for each number of its rows and columns of tokens."""
+        if grid not in self._blanks:
+            (self._blanks[grid],) = self._add([np.full((self.size, self.size, 3), BLANK, np.uint8)])
+        return self._blanks[grid]
 
     def _add(self, views: list[np.ndarray]) -> list[int]:
         self._pixels += views

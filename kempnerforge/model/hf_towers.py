@@ -20,7 +20,7 @@ from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.hf_checks import check_config, check_room, class_call
 from kempnerforge.model.hf_files import load_whole, read_named_config
 from kempnerforge.model.image_processor import Normalisation, read_image_settings
-from kempnerforge.model.vision import VisionEncoder
+from kempnerforge.model.vision import VisionEncoder, inside
 from kempnerforge.util.errors import InputError, cut
 
 
@@ -110,12 +110,12 @@ class HFTower(VisionEncoder):
     def units(self) -> list[nn.Module]:
         return list(next(m for m in self.tower.encoder.children() if isinstance(m, nn.ModuleList)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, H) uint8 -> (N, F, D)."""
+    def forward(self, images: Tensor, **how: Any) -> Tensor:
+        """(N, 3, H, H) uint8 -> (N, F, D); ``how`` is for ``run``."""
         # transformers cannot run on nothing; one image, thrown away, gives every parameter a gradient of zero
         pixels = self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:]))
         earlier = [layer for layer in self.layers_used if layer != -1]
-        found = self.run(pixels, output_hidden_states=earlier or False)
+        found = self.run(pixels, output_hidden_states=earlier or False, **how)
         states = [found.last_hidden_state if layer == -1 else found.hidden_states[layer] for layer in self.layers_used]
         first = states[0].shape[1] - self.num_tokens  # after CLS and registers
         return torch.cat([state[: len(images), first:] for state in states], dim=-1)  # (N, F, D); FSDP's hooks do not want a view
@@ -148,19 +148,36 @@ class Siglip2(Siglip):
             raise InputError(f"image_size = {pixels}: must be a multiple of {config.patch_size}, the pixels of a patch")
         return side, pixels
 
+    def __init__(self, cfg: HFTowerConfig) -> None:
+        super().__init__(cfg)
+        self.side = math.isqrt(self.num_tokens) if self.tower.config.model_type == "siglip2_vision_model" else 0
+
+    def forward(self, images: Tensor, grids: Sequence[tuple[int, int]] = (), **how: Any) -> Tensor:
+        """With ``grids`` each image has positions of its own shape (NaFlex, Tschannen et al. 2025, section 2.4)."""
+        if not grids:
+            return super().forward(images, **how)
+        first = inside(grids, self.side, images.device).flatten(1).int().argsort(dim=1, descending=True, stable=True)  # (N, F)
+        features = super().forward(images, order=first, shapes=torch.tensor(grids, device="cpu"), **how)
+        return features.gather(1, first.argsort(dim=1)[..., None].expand_as(features))
+
     def own_size(self, config: Any) -> int:
         naflex = config.model_type == "siglip2_vision_model"
         return math.isqrt(config.num_patches) * config.patch_size if naflex else config.image_size
 
-    def run(self, pixels: Tensor, **how: Any) -> Any:
+    def run(self, pixels: Tensor, order: Tensor | None = None, shapes: Tensor | None = None, **how: Any) -> Any:
         if self.tower.config.model_type != "siglip2_vision_model":
             return super().run(pixels, **how)
         n, channels = pixels.shape[:2]
         side, patch = math.isqrt(self.num_tokens), self.tower.config.patch_size
         x = pixels.view(n, channels, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1)  # (N, side, side, patch, patch, 3)
         x = x.reshape(n, self.num_tokens, patch * patch * channels)
-        shapes = torch.full((n, 2), side, device="cpu")  # read as Python numbers: on the CPU nothing waits for them
-        return self.tower(pixel_values=x, pixel_attention_mask=None, spatial_shapes=shapes, **how)
+        mask = None
+        if order is None or shapes is None:
+            shapes = torch.full((n, 2), side, device="cpu")  # read as Python numbers: on the CPU nothing waits for them
+        else:  # the patches of the image come first
+            x = x.gather(1, order[..., None].expand_as(x))
+            mask = torch.arange(self.num_tokens, device=x.device) < shapes.prod(-1, keepdim=True).to(x.device)
+        return self.tower(pixel_values=x, pixel_attention_mask=mask, spatial_shapes=shapes, **how)
 
 
 @registry.register_vision_encoder("clip")

@@ -32,16 +32,28 @@ class VisionEncoder(ExactBuffers):
             plain numbers.
         layer_dim: channels of each of ``deepstack_layers``, which are the last ones of ``dim``; 0: it gives
             the features of no other layers.
+        side: patches along a side, if ``forward`` takes ``grids`` as well: how many rows and columns of patches
+            each image has, in the upper left of the square. None of these sees another patch, and what the
+            others give is not used. 0: it takes whole images alone.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, *, num_tokens: int, dim: int, image_size: int, mean: Sequence[float], std: Sequence[float], layer_dim: int = 0
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        layer_dim: int = 0,
+        side: int = 0,
     ) -> None:
         super().__init__()
         self.num_tokens, self.dim, self.image_size, self.layer_dim = num_tokens, dim, image_size, layer_dim
+        self.side = side
         self.normalisation = (tuple(mean), tuple(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -87,6 +99,12 @@ class VisionEncoder(ExactBuffers):
         assert images.shape[1:] == (3, self.image_size, self.image_size), f"image shape {tuple(images.shape)}, size {self.image_size}"
         pixels = images.float().div_(255).sub_(self.mean.float()).div_(self.std.float())
         return pixels.to(next(self.parameters()).dtype)
+
+
+def inside(grids: Sequence[tuple[int, int]], side: int, device: torch.device) -> Tensor:
+    """(N, side, side) bool: which patches each image of ``grids`` has."""
+    sizes, steps = torch.tensor(grids, device=device)[..., None, None], torch.arange(side, device=device)  # (N, 2, 1, 1)
+    return (steps[:, None] < sizes[:, 0]) & (steps < sizes[:, 1])
 
 
 def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:

@@ -5,14 +5,16 @@ Shapes: N images, F features (tokens) of one image, D ``dim``, H heads, E head w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge.config import registry
 from kempnerforge.config.vision import ViTConfig
-from kempnerforge.model.attention import attend
-from kempnerforge.model.vision import VisionEncoder
+from kempnerforge.model.attention import additive, attend
+from kempnerforge.model.vision import VisionEncoder, inside
 
 
 class ViTAttention(nn.Module):
@@ -26,11 +28,11 @@ class ViTAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=bias)
         self.out_proj = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, F, D) -> (N, F, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, F, D) -> (N, F, D); ``mask`` as of ``attend``."""
         n, f, d = x.shape
         q, k, v = (proj(x).view(n, f, self.n_heads, d // self.n_heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, causal=False))  # (N, H, F, E) -> (N, F, D)
+        return self.out_proj(attend(q, k, v, mask, causal=False))  # (N, H, F, E) -> (N, F, D)
 
 
 class ViTMLP(nn.Module):
@@ -56,9 +58,9 @@ class ViTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         self.mlp = ViTMLP(cfg.dim, cfg.mlp_dim or 4 * cfg.dim, cfg.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, F, D) -> (N, F, D)."""
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, F, D) -> (N, F, D); ``mask`` as of ``attend``."""
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -77,7 +79,10 @@ class ViT(VisionEncoder):
 
     def __init__(self, cfg: ViTConfig) -> None:
         width = cfg.dim * len(cfg.feature_layers)
-        super().__init__(num_tokens=cfg.num_tokens(), dim=width, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std, layer_dim=cfg.dim)
+        side = cfg.grid if not cfg.cls_token and cfg.stride in (0, cfg.patch_size) else 0
+        super().__init__(
+            num_tokens=cfg.num_tokens(), dim=width, image_size=cfg.image_size, mean=cfg.mean, std=cfg.std, layer_dim=cfg.dim, side=side
+        )
         self.layers_used = cfg.layers_used
         stride = cfg.stride or cfg.patch_size
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride, padding=(cfg.patch_size - stride) // 2)
@@ -93,8 +98,12 @@ class ViT(VisionEncoder):
     def units(self) -> list[nn.Module]:
         return list(self.layers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
         """(N, 3, H, H) uint8 -> (N, F, D times the layers used); a CLS token is the first of the F."""
+        mask = None
+        if grids:
+            seen = inside(grids, self.side, images.device).flatten(1)[:, None, None]  # (N, 1, 1, F)
+            mask = additive(seen, self.position_embedding.dtype)
         x = self.patch_embedding(self.normalise(images))  # (N, D, grid, grid)
         x = x.flatten(2).transpose(1, 2)  # (N, grid * grid, D), row by row
         if self.cls_token is not None:
@@ -102,7 +111,7 @@ class ViT(VisionEncoder):
         x = x + self.position_embedding
         states: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers, -len(self.layers)):
-            x = layer(x)
+            x = layer(x) if mask is None else layer(x, mask)
             if number in self.layers_used:
                 states[number] = x
         states[-1] = self.norm(x)

@@ -82,7 +82,11 @@ class FeatureCache:
         """``batch`` (on the CPU) with the known features of its images. All ranks call it for each one."""
         if self._open() is None or batch.images is None:
             return batch
-        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in batch.images]
+        grids = [repr(grid).encode() for grid in batch.image_grids] or [b""] * len(batch.images)
+        keys = [
+            hashlib.blake2b(image.numpy().tobytes() + grid, digest_size=16).hexdigest()
+            for image, grid in zip(batch.images, grids, strict=True)
+        ]
         found = [self._read(key) for key in keys]
         missing = sum(features is None for features in found)
         return replace(batch, known_features=KnownFeatures(keys, found, self.world.sum([missing])[0] == 0, self.dtype))

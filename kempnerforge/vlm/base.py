@@ -34,7 +34,7 @@ from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer, separate_draws
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
-from kempnerforge.vlm.placements import grid_positions
+from kempnerforge.vlm.placements import grid_positions, image_columns
 
 SEES_PROMPT = ("prefix", "image_sees_prompt")
 """Masks under which an image knows the prompt."""
@@ -104,6 +104,9 @@ class VLM(ExactBuffers):
     """False: in training (never in evaluation) a position may depend on later ones, for instance through
     expert-choice routing."""
 
+    cell = 0
+    """Pixels along a side of a token, where images may have fewer rows and columns of them; else 0."""
+
     hf_model: Any = None
     """The model of transformers that all of this is, if it is one."""
 
@@ -144,6 +147,9 @@ class VLM(ExactBuffers):
             self.build_vision()
             self.build_deepstack()
             self.num_image_tokens = self.adapter.num_tokens
+            side, encoder = math.isqrt(self.num_image_tokens), self.vision_encoder
+            if encoder.side and self.job.adapter.keeps_grid and not encoder.side % side and not encoder.image_size % encoder.side:
+                self.cell = encoder.image_size // side
 
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
@@ -187,9 +193,14 @@ class VLM(ExactBuffers):
         """``words`` (B, S, D) with the tokens of each image at its places."""
         if features is None:
             return words
-        columns = batch.image_starts[:, None] + torch.arange(features.shape[1], device=words.device)  # (M, F)
+        columns = image_columns(batch, features.shape[1], nowhere=(length := words.shape[1]))  # (M, F)
+        words = F.pad(words, (0, 0, 0, 1)) if batch.image_grids else words
         rows = batch.image_rows[:, None].expand_as(columns)
-        return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))
+        return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))[:, :length]
+
+    def image_positions(self, batch: Batch) -> int:
+        """Positions of images in the row that has most."""
+        return batch.row_image_tokens if batch.image_grids else batch.row_images * self.num_image_tokens
 
     @property
     def gives(self) -> frozenset[str]:
@@ -240,7 +251,7 @@ class VLM(ExactBuffers):
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
             return cache.segments.mask(queries, dtype)
         one_group = self.attention_mask == "image_bidirectional" and batch.leading_images == 1
-        return segments.mask(queries, dtype, self.num_image_tokens if one_group else 0)
+        return segments.mask(queries, dtype, self.image_positions(batch) if one_group else 0)
 
     def rope_positions(self, batch: Batch, cache: Cache | None) -> Tensor:
         """Positions that turn queries and keys: (B, S), or (3, B, S) with ``model.rope_sections``."""
@@ -260,19 +271,21 @@ class VLM(ExactBuffers):
         """The modules that may add an auxiliary loss."""
         return with_aux_loss(self)
 
-    def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
+    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
         """Images (N, 3, H, W) uint8 -> (N, F, D + L * D): the tokens, and with L ``deepstack_layers`` the
         features of each. A frozen encoder saves nothing for a backward pass.
 
         Args:
             known: features of images that are known already.
+            grids: rows and columns of tokens of each image; empty: all.
         """
         encoder = self.vision_encoder
+        patches = encoder.side // math.isqrt(self.num_image_tokens)  # along a side of a token
         if known is not None and known.complete:
             return self.adapt(known.all(encoder.num_tokens, encoder.dim, images.device))
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = encoder(images)
+            features = encoder(images, [(rows * patches, columns * patches) for rows, columns in grids]) if grids else encoder(images)
         return self.adapt(features if known is None else known.merge(features))
 
     def adapt(self, features: Tensor) -> Tensor:
@@ -295,7 +308,7 @@ class VLM(ExactBuffers):
         if not self.has_images or batch.images is None:
             return None
         images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-        return self.encode(images, batch.known_features)
+        return self.encode(images, batch.known_features, **({"grids": batch.image_grids} if batch.image_grids else {}))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it."""

@@ -103,8 +103,8 @@ class HF(VLM):
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def encode(self, images: Tensor, known: KnownFeatures | None = None) -> Tensor:
-        assert known is None, "the config refuses a feature cache"
+    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
+        assert known is None and not grids, "the config refuses a feature cache, and cell is 0"
         return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def _features(self, pixels: Tensor) -> Tensor:

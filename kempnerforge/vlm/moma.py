@@ -193,7 +193,7 @@ class MoMa(VLM):
         context = self.context(batch, cache, words.dtype)
         tokens = {
             "text": self.count("text", batch.kinds >= Kind.PROMPT, batch.row_words),
-            "image": self.count("image", batch.kinds == Kind.IMAGE, batch.row_images * self.num_image_tokens),
+            "image": self.count("image", batch.kinds == Kind.IMAGE, self.image_positions(batch)),
         }
         return self.insert(words, features, batch), MoMaContext(context.rope, context.mask, context.cache, tokens=tokens)
 

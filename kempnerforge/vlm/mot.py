@@ -164,7 +164,7 @@ class MoT(VLM):
         """Positions that each of ``modalities`` needs, at most over the rows; known without a look at a
         tensor.
         """
-        sizes = {"image": batch.row_images * self.num_image_tokens, TEXT: batch.row_words}
+        sizes = {"image": self.image_positions(batch), TEXT: batch.row_words}
         return tuple(sizes.get(name, 0) for name in self.modalities)
 
     def is_sorted(self, batch: Batch) -> bool:

@@ -1,10 +1,13 @@
 """Where the images of a batch are in its rows, which of them a position sees, and the positions by time, row
 and column that follow from it.
 
-Shapes: B rows, S positions, M placements of images, K placements of a row with the most.
+Shapes: B rows, S positions, M placements of images, K placements of a row with the most, F tokens
+of one image.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,8 +17,8 @@ from kempnerforge.model.transformer import Cache
 
 NOTHING = -2
 """Sample id of a slot that holds no image; no position has it."""
-IMAGES = "images_before"
-"""Name in the cache: (B, 1), images that each row has."""
+SKIPPED = "skipped_positions"
+"""Name in the cache: (B, 1), positions that the images of each row take and do not count."""
 
 
 def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
@@ -55,27 +58,48 @@ def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
     return seen
 
 
+def grid_sizes(batch: Batch, side: int) -> Tensor:
+    """(M, 2): rows and columns of tokens of each placement; ``side`` of both where images have all tokens."""
+    if not batch.image_grids:
+        return torch.full((len(batch.image_index), 2), side, device=batch.image_index.device)
+    return torch.tensor(batch.image_grids, device=batch.image_index.device)[batch.image_index]
+
+
+def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:
+    """(M, F): the column of each of the F ``tokens`` of each placement; ``nowhere`` for tokens that the image
+    does not have.
+    """
+    steps, starts = torch.arange(tokens, device=batch.image_starts.device), batch.image_starts[:, None]
+    if not batch.image_grids:
+        return starts + steps
+    side = math.isqrt(tokens)
+    height, width = grid_sizes(batch, side).T[..., None]  # (M, 1) each
+    row, column = steps // side, steps % side
+    return torch.where((row < height) & (column < width), starts + row * width + column, nowhere)
+
+
 def grid_positions(batch: Batch, cache: Cache | None, side: int) -> Tensor:
     """(3, B, S): time, row and column of each position (M-RoPE: Wang et al. 2024, arXiv 2409.12191, section
-    2.1). An image counts as many positions as it has tokens along a side; the words after it go on from
-    there.
+    2.1). An image counts as many positions as it has tokens along its longer side; the words after it go on
+    from there.
 
     Args:
         cache: of the rows that ``batch`` goes on with, if it does.
-        side: tokens along a side of an image.
+        side: tokens along a side of a whole image.
     """
-    if cache is not None and IMAGES in cache.kept:
-        before = cache.kept[IMAGES]  # words made after the prompt
+    sizes = grid_sizes(batch, side)
+    skips = by_slot(batch, sizes.prod(-1) - sizes.amax(-1), 0)  # (B, 1, K)
+    if cache is not None and SKIPPED in cache.kept:
+        before = cache.kept[SKIPPED]  # words made after the prompt
     else:
-        before = visible_images(batch, latest=False).sum(-1)  # (B, S), an image token counts its own
+        before = (visible_images(batch, latest=False) * skips).sum(-1)  # (B, S), an image token counts its own
         if cache is not None:
-            cache.kept[IMAGES] = before[:, -1:]
-    skipped = side**2 - side
-    words = batch.positions - before * skipped
+            cache.kept[SKIPPED] = before[:, -1:]
+    words = batch.positions - before
     image = batch.kinds == Kind.IMAGE
     step = torch.arange(image.shape[1], device=image.device)[:, None]  # (S, 1)
-    starts = by_slot(batch, batch.image_starts, -1)  # (B, 1, K)
-    own = torch.where(starts <= step, starts, -1).amax(-1)  # (B, S): where the image of a token begins
-    place = step[:, 0] - own
-    begin = words + skipped - place
-    return torch.stack([torch.where(image, begin + part, words) for part in (0, place // side, place % side)])
+    starts, slot = torch.where((starts := by_slot(batch, batch.image_starts, -1)) <= step, starts, -1).max(-1)  # (B, S) of the own image
+    own = lambda values: values[:, 0].gather(1, slot)  # (B, 1, K) -> (B, S)
+    place, width = step[:, 0] - starts, own(by_slot(batch, sizes[:, 1], 1))
+    begin = words + own(skips) - place
+    return torch.stack([torch.where(image, begin + part, words) for part in (0, place // width, place % width)])

@@ -14,7 +14,7 @@ from kempnerforge.config.images import AugmentConfig, ImagesConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fit": "stretch"}, "fit = 'stretch': allowed are 'squash', 'crop', 'letterbox', 'tiles'"),
+        ({"fit": "stretch"}, "fit = 'stretch': allowed are 'squash', 'crop', 'letterbox', 'native', 'tiles'"),
         ({"fit": "tiles", "tiling": "molmo"}, "tiling = 'molmo': allowed are"),
         ({"max_side": 1024}, "max_side = 1024: only fit = 'tiles' reads it"),
         ({"fit": "crop", "tiling": "anyres"}, "tiling = 'anyres': only fit = 'tiles' reads it"),

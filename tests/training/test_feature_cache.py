@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kempnerforge.config import ConfigError, load_config
 from kempnerforge.training.ema import swapped
@@ -68,6 +69,21 @@ def test_each_image_is_encoded_once(tmp_path: Path) -> None:
     again, second = encoded(tmp_path, cache)
     assert again == [0] * 9
     assert_same_tensors(first, second)
+    assert all(torch.allclose(first[name], uncached[name], atol=1e-5) for name in first)
+
+
+def test_images_of_any_shape_and_inner_layers_are_kept(tmp_path: Path) -> None:
+    """Two gray images are the same pixels in their square, and not the same image."""
+    make_job(tmp_path, extra=FROZEN)
+    for number in range(16):
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            picture.resize((16, 8) if number % 3 else (8, 16)).save(tmp_path / f"{number}.png")
+    for number, size in enumerate([(8, 8), (16, 8)]):
+        Image.new("RGB", size, (127, 127, 127)).save(tmp_path / f"{number}.png")
+    keys = ("--data.images.fit=native", "--vision_encoder.deepstack_layers=[-2]", "--model.rope_sections=[4,2,2]")
+    plain, uncached = encoded(tmp_path, *keys)
+    calls, first = encoded(tmp_path, *keys, f"--train.feature_cache={tmp_path}/features")
+    assert (plain, calls) == ([4] * 9, [4] * 4 + [0] * 5)
     assert all(torch.allclose(first[name], uncached[name], atol=1e-5) for name in first)
 
 

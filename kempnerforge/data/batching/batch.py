@@ -65,6 +65,9 @@ class Batch:
             the first column on. Else ().
         pair_images: (P,) int64, the image of each pair: a text with exactly one image in it or shared by its
             sample, in the order of the stream.
+        image_grids: rows and columns of tokens that each image has, the upper left part of the grid of its
+            view; N of them, or empty: each has all tokens.
+        row_image_tokens: positions of images in the row that has most.
         pair_ids: (B, S) int64, the pair that each word belongs to; -1: none.
     """
 
@@ -92,6 +95,8 @@ class Batch:
     known_features: KnownFeatures | None = None
     parts: list[int] = field(default_factory=list)
     documents: tuple[tuple[tuple[int, int], ...], ...] = ()
+    image_grids: tuple[tuple[int, int], ...] = ()
+    row_image_tokens: int = 0
     pair_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pair_ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 

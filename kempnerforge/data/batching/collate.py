@@ -5,6 +5,7 @@ B rows, S positions, N images, M placements, P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def collate(encoded: Sequence[Encoded | PackedRow], pad_id: int, pad_to: int | N
         length,
         pad_id,
         images=stack_views(views, side).contiguous() if side else None,
+        image_grids=tuple(grid for row in rows for grid in row.grids),
         has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
         skipped=[bad for row in rows for bad in row.skipped],
         sample_names=[name for row in rows for name in row.names],
@@ -79,6 +81,8 @@ def prompt_batch(
     """
     chosen = range(len(prompts)) if image_of_row is None else image_of_row
     rows, indices = [], []
+    whole = (math.isqrt(layout.image_tokens),) * 2
+    grids = [whole] * (0 if images is None else len(images))
     for prompt, which in zip(prompts, chosen, strict=True):
         numbers = [] if images is None else [which] if isinstance(which, int) else list(which)
         blocks = prompt.blocks_of(layout.image_tokens)
@@ -90,10 +94,15 @@ def prompt_batch(
         row = join([Encoded("", table, [], placements, 0)])
         rows.append((row.table, row.placements))
         indices.append(np.asarray(numbers, dtype=np.int64))
+        for number, grid in zip(numbers, [grid for block in blocks for grid in block.grids], strict=False):
+            grids[number] = grid
     lengths = [table.shape[1] for table, _ in rows]
     begins = [max(lengths) - length for length in lengths]
     names = [str(row) for row in range(len(rows))]
-    return _batch(rows, indices, begins, max(lengths), pad_id, images=images, has_documents=any(begins), sample_names=names)
+    others = {"images": images, "has_documents": any(begins), "sample_names": names}
+    if layout.cell and set(grids) != {whole}:
+        others["image_grids"] = tuple(grids)
+    return _batch(rows, indices, begins, max(lengths), pad_id, **others)
 
 
 def _batch(
@@ -157,7 +166,7 @@ def _pairs(table: np.ndarray, placements: np.ndarray, rows: np.ndarray, images: 
 
 
 def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
-    """``row_images``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S),
+    """``row_images``, ``row_image_tokens``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S),
     ``placements`` counts the images of each row.
     """
     images = (kinds == Kind.IMAGE).sum(axis=1)  # (B,) positions
@@ -165,6 +174,7 @@ def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
     leading = alike and bool((kinds[:, : images[0]] == Kind.IMAGE).all())
     return {
         "row_images": max(placements),
+        "row_image_tokens": int(images.max()),
         "row_words": int((kinds > Kind.IMAGE).sum(axis=1).max()),
         "leading_images": placements[0] if leading else 0,
     }

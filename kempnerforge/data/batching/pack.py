@@ -57,6 +57,7 @@ class PackedRow:
         documents: (positions, texts) of each sample.
         left_out: texts of the samples that did not fit.
         skipped: (sample id, reason) of samples that could not be used.
+        grids: as of ``Encoded``.
     """
 
     table: np.ndarray
@@ -68,6 +69,7 @@ class PackedRow:
     documents: tuple[tuple[int, int], ...]
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def join(encoded: Sequence[Encoded]) -> PackedRow:
@@ -95,6 +97,7 @@ def join(encoded: Sequence[Encoded]) -> PackedRow:
         tuple(zip(lengths, (e.num_texts for e in encoded), strict=True)),
         sum(e.left_out for e in encoded),
         [bad for e in encoded for bad in e.skipped],
+        tuple(grid for e in encoded for grid in e.grids),
     )
 
 

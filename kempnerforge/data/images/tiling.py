@@ -40,8 +40,11 @@ def grid_of(cfg: ImagesConfig, side: int, size: Size) -> Grid:
     return overlap_grid(size, side, cfg.overlap, cfg.max_tiles)
 
 
-def frames_of(cfg: ImagesConfig, side: int, size: Size) -> list[Frame]:
-    """The frames of an image, in the order of its views."""
+def frames_of(cfg: ImagesConfig, side: int, size: Size, cell: int = 0) -> list[Frame]:
+    """The frames of an image, in the order of its views; ``cell`` as of ``native_grid``."""
+    if cfg.fit == "native":
+        rows, columns = native_grid(size, side, cell)
+        return [Frame((columns * cell, rows * cell), (side, side))]
     if cfg.fit == "squash":
         return [Frame((side, side), (side, side))]
     if cfg.fit == "crop":
@@ -82,6 +85,15 @@ def letterboxed(size: Size, canvas: Size) -> Frame:
     else:
         content = min(canvas[0], -(-size[0] * canvas[1] // size[1])), canvas[1]
     return Frame(content, canvas, ((canvas[0] - content[0]) // 2, (canvas[1] - content[1]) // 2))
+
+
+def native_grid(size: Size, side: int, cell: int) -> Grid:
+    """Rows and columns of tokens of an image that keeps its shape: at its own size, or as large as the view
+    lets it be; each side is rounded to ``cell`` pixels.
+    """
+    scale = min(1.0, side / max(size))
+    width, height = (min(side // cell, max(1, round(length * scale / cell))) for length in size)
+    return height, width
 
 
 # ---- grids ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from kempnerforge.config.images import GLOBAL_MARKER, ImagesConfig, tile_marker
 from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
 from kempnerforge.data.images.decode import ImageError, image_name, image_size, opened
-from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of
+from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of, native_grid
 from kempnerforge.data.images.video import MISSING, Video, can_read_videos, moments
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import ImageBlock, Layout
@@ -60,6 +60,11 @@ class Views:
         if not layout.image_size:
             return
         cfg.check(layout.image_size)
+        if cfg.fit == "native" and not layout.cell:
+            raise InputError(
+                "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
+                " stride and cls_token, or a NaFlex 'siglip2'), an adapter that keeps the grid, and image tokens in the stream"
+            )
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
         for name in cfg.new_tokens():
@@ -76,7 +81,8 @@ class Views:
             "number_images": None,
             "frame_times": None,
         }
-        self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding], sort_keys=True)
+        cell = [layout.cell] if cfg.fit == "native" else []
+        self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
         if cfg.cache_dir:
             self._disk = DiskCache(cfg.cache_dir, self._transform, layout.image_size)
 
@@ -102,6 +108,8 @@ class Views:
     def _shape(self, image: ImageSource) -> Shape:
         if self.cfg.tiled:
             return grid_of(self.cfg, self.layout.image_size, image_size(image))
+        if self.cfg.fit == "native":
+            return native_grid(image_size(image), self.layout.image_size, self.layout.cell)
         if not self.cfg.frames:
             return 1, 1
         with opened(image, whole=False) as picture:
@@ -117,7 +125,8 @@ class Views:
             markers = self._before_views(shape)
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            block = ImageBlock.of(markers, self.layout.image_tokens)
+            grids = (shape,) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
+            block = ImageBlock.of(markers, self.layout.image_tokens, grids)
             if not isinstance(shape, FrameTexts):  # of which there are as many as videos
                 self._blocks[shape, number] = block
         return block
@@ -181,7 +190,7 @@ class Views:
         side = self.layout.image_size
         with opened(image, data) as picture:
             picture.allow(self.cfg.frames)
-            frames = frames_of(self.cfg, side, picture.size)
+            frames = frames_of(self.cfg, side, picture.size, self.layout.cell)
             least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
             shown = picture.frames(self.cfg.frames, least)
         views = [view for pixels in shown for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]

@@ -87,6 +87,7 @@ class Encoded:
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of unusable samples that this one replaces.
+        grids: rows and columns of tokens of each view; empty: each has all that it can have.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Encoded:
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     part: int = 0
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_texts(self) -> int:
@@ -155,7 +157,8 @@ class Encoder:
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
-        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part)
+        grids = tuple(grid for block in blocks for grid in block.grids)
+        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part, grids=grids)
 
     def measure(self, sample: Sample) -> tuple[int, int]:
         """The size of a sample's row without its pixels: of images at most the headers are read.

@@ -9,6 +9,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -40,6 +41,7 @@ class Layout:
         pad_to: length of a row with ``data.batching = "pad"``.
         image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its
             image.
+        cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
     """
 
     image_tokens: int
@@ -48,6 +50,7 @@ class Layout:
     seq_len: int
     pad_to: int
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    cell: int = 0
 
 
 class ImageBlock(NamedTuple):
@@ -58,26 +61,28 @@ class ImageBlock(NamedTuple):
         starts: for each view its first position in the block. Where views take no position: the position of
             the token before it in the block, which is the first to see it; without one 0, the position of the
             token after the block.
+        grids: rows and columns of tokens of each view; empty: each has all that it can have.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...] = (0,)
+    grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int) -> ImageBlock:
+    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int, grids: tuple[tuple[int, int], ...] = ()) -> ImageBlock:
         """Views one after the other.
 
         Args:
             markers: for each view the tokens that are before it.
-            image_tokens: P.
+            image_tokens: P, where there are no ``grids``.
         """
         ids: list[int] = []
         starts: list[int] = []
-        for tokens in markers:
+        for view, tokens in enumerate(markers):
             ids += tokens
             starts.append(len(ids) if image_tokens else max(0, len(ids) - 1))
-            ids += [VIEW] * image_tokens
-        return cls(tuple(ids), tuple(starts))
+            ids += [VIEW] * (math.prod(grids[view]) if grids else image_tokens)
+        return cls(tuple(ids), tuple(starts), grids)
 
 
 class Prompt(NamedTuple):
