@@ -53,5 +53,5 @@ def embed(
         first = torch.zeros_like(batch.image_index), torch.zeros_like(batch.pair_images)
         batch = replace(batch, images=batch.images[:1].fill_(BLANK), image_index=first[0], pair_images=first[1])
     if rows and batch.num_pairs < len(rows):
-        raise InputError('data.images.fit = "tiles": an image of several views has no embedding')
+        raise InputError('data.images.fit = "tiles", or frames: an image of several views has no embedding')
     return dict(zip(rows, exam.model(batch.to(exam.device)).embeddings.float().cpu(), strict=bool(rows)))

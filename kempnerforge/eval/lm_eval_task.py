@@ -158,6 +158,7 @@ def encoded(image: ImageSource) -> bytes:
         ImageError: it cannot be used.
     """
     with opened(image) as picture:
+        picture.allow(0)
         ours = picture.pixels(picture.size)
     content = image if isinstance(image, bytes) else image.read_bytes()
     with Image.open(io.BytesIO(content)) as plain:

@@ -351,8 +351,10 @@ class _Found:
     def look(self, source: Source, index: int, decode: bool) -> bool:
         """Whether the images of a sample can be opened, and decoded. Its questions are asked nevertheless."""
         try:
-            for image in source[index].images if self.encoder.layout.image_size else ():
+            sample = source[index]
+            for image in sample.images if self.encoder.layout.image_size else ():
                 with opened(image, whole=decode) as picture:
+                    picture.allow(self.encoder.images[sample.part].cfg.frames)
                     if decode:
                         picture.pixels((1, 1))
         except InputError as error:

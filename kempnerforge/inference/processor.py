@@ -246,6 +246,7 @@ def _encoded(image: Picture, literally: bool) -> ImageSource:
         if not literally:
             return image
         with opened(image) as picture:
+            picture.allow(0)
             image = picture.pixels(picture.size)
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)

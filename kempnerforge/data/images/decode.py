@@ -61,9 +61,9 @@ class Picture:
     def allow(self, frames: int) -> None:
         """Nothing: a still image is used with any number of frames."""
 
-    def frames(self, count: int, least: tuple[int, int]) -> list[Image.Image]:
+    def frames(self, count: int, least: tuple[int, int]) -> Iterator[Image.Image]:
         """As ``pixels``, alone: only of a video there are ``count``."""
-        return [self.pixels(least)]
+        yield self.pixels(least)
 
     def pixels(self, least: tuple[int, int]) -> Image.Image:
         """The decoded image, upright, in RGB. A JPEG may come at a reduced scale, never below twice ``least``
@@ -100,13 +100,14 @@ def load_image(source: ImageSource, size: int) -> np.ndarray:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """(width, height) of an image in pixels, upright. Of a file no more than the header is read, unless it is
+    """(width, height) of an image, not of a video, in pixels, upright. Of a file no more than the header is read, unless it is
     a PNG.
 
     Raises:
         ImageError: as ``load_image``, as far as the header shows it.
     """
     with opened(source, whole=False) as picture:
+        picture.allow(0)
         return picture.size
 
 

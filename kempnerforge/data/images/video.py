@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -91,12 +92,12 @@ class Video:
 
     def pixels(self, least: tuple[int, int]) -> Image.Image:
         """The frame in the middle, upright, in RGB, at its full size."""
-        return self.frames(1, least)[0]
+        return next(self.frames(1, least))
 
-    def frames(self, count: int, least: tuple[int, int]) -> list[Image.Image]:
+    def frames(self, count: int, least: tuple[int, int]) -> Iterator[Image.Image]:
         """What is shown at ``moments``, upright, in RGB, at full size; a frame may come several times."""
         container, stream = self._opened
-        first, found, decoded = stream.start_time or 0, [], 0
+        first, decoded = stream.start_time or 0, 0
         shown = ahead = source = None
         for moment in moments(self.seconds, count):
             target = first + int(moment / stream.time_base)
@@ -114,8 +115,8 @@ class Video:
                 if shown is None or shown.is_corrupt or (ahead is None and self._late(target, shown, stream)):
                     raise ImageError(f"cannot be decoded at {moment:.1f} of {self.seconds:.1f} seconds")
                 check_size(shown.width, shown.height)
-                found.append(shown.to_image().rotate(shown.rotation, expand=True))
-        return found
+                image = shown.to_image().rotate(shown.rotation, expand=True)
+            yield image
 
     def _late(self, target: int, last: Any, stream: Any) -> bool:
         """Whether the ``last`` frame ends so much before ``target`` that others must be missing. (Sound may be a little longer.)"""

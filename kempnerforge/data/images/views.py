@@ -73,14 +73,7 @@ class Views:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
-        deciding = {
-            **dataclasses.asdict(cfg),
-            "augment": None,
-            "cache_dir": None,
-            "markers": None,
-            "number_images": None,
-            "frame_times": None,
-        }
+        deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "number_images", "frame_times"))
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
         if cfg.cache_dir:
@@ -193,7 +186,7 @@ class Views:
             frames = frames_of(self.cfg, side, picture.size, self.layout.cell)
             least = max(frame.content[0] for frame in frames), max(frame.content[1] for frame in frames)
             shown = picture.frames(self.cfg.frames, least)
-        views = [view for pixels in shown for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]
+            views = [view for pixels in shown for frame in frames for view in cut_views(pixels, frame, side, change, self._fill)]
         for view in views:
             view.setflags(write=False)
         return views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kempnerforge.data import Encoder, ImageError, Kind, Layout, Sample, Text, T
 from kempnerforge.data.images import video, views
 from kempnerforge.data.images.decode import load_image, opened
 from kempnerforge.data.images.video import moments, video_kind
+from kempnerforge.eval.lm_eval_task import encoded
 from kempnerforge.util.errors import InputError
 from tests.data.samples import noise
 from tests.training.tiny import call, make_job, write_rows
@@ -25,6 +27,9 @@ from tests.vlm.tiny import tiny_job
 
 SIDE = 8
 TOKENIZER = Tokenizer.train(["<1.5 seconds> what?"], 300)
+TILES = ImagesConfig(fit="tiles", max_side=16, marker_grid=2)
+TILED = Tokenizer.train(["."], 300)
+TILED.add_tokens(TILES.new_tokens())
 
 
 def recorded(shades: list[int], rate: int = 4, size: tuple[int, int] = (32, 16), kind: str = "mp4", half: int | None = None) -> bytes:
@@ -50,9 +55,9 @@ def clip() -> bytes:
     return recorded(SHADES)
 
 
-def encoder_of(images: ImagesConfig, image_tokens: int = 2, **cfg: Any) -> Encoder:
+def encoder_of(images: ImagesConfig, image_tokens: int = 2, tokenizer: Tokenizer = TOKENIZER, **cfg: Any) -> Encoder:
     settings = {"prompt_template": "{prompt}", "images": images, **cfg}
-    return Encoder(TOKENIZER, DataConfig(**settings), Layout(image_tokens, SIDE, 200, 400, 64), seed=0)
+    return Encoder(tokenizer, DataConfig(**settings), Layout(image_tokens, SIDE, 200, 400, 64), seed=0)
 
 
 def shades(pixels: list[np.ndarray]) -> list[int]:
@@ -99,7 +104,7 @@ def test_turned_videos_are_upright() -> None:
 def test_a_frame_is_fitted_as_an_image_is(fit: str, clip: bytes) -> None:
     encoder = encoder_of(ImagesConfig(fit=fit, frames=3))
     with opened(clip) as picture:
-        frames = picture.frames(3, (1, 1))
+        frames = list(picture.frames(3, (1, 1)))
     for frame, view in zip(frames, encoder.views(Sample("s", (clip,), ())), strict=True):
         frame.save(file := io.BytesIO(), "PNG")
         assert np.array_equal(view, encoder.views(Sample("s", (file.getvalue(),), ()))[0])
@@ -167,8 +172,14 @@ def test_damaged_files_say_so(clip: bytes) -> None:
 
 def test_without_frames_no_video_is_opened(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video.Video, "_opened", property(lambda self: pytest.fail("opened")))
-    with pytest.raises(ImageError, match="is a video; with data.images.frames = n it is n of its frames"):
-        encoder_of(ImagesConfig()).views(Sample("s", (clip,), ()))
+    ways: list[Callable[[], object]] = [
+        lambda: encoder_of(ImagesConfig()).views(Sample("s", (clip,), ())),
+        lambda: encoder_of(TILES, tokenizer=TILED).encode_question("a", (clip,)),
+        lambda: encoded(clip),
+    ]
+    for way in ways:
+        with pytest.raises(ImageError, match="is a video; with data.images.frames = n it is n of its frames"):
+            way()
 
 
 def test_the_missing_package_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
