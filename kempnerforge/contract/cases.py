@@ -23,8 +23,9 @@ from kempnerforge.checkpoint import model_tensors
 from kempnerforge.config import JobConfig, ModelConfig, Stage, TrainConfig, VLMConfig, registry
 from kempnerforge.config.adapter import MLPAdapterConfig
 from kempnerforge.config.build import build
-from kempnerforge.config.data import TextConfig
+from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.files import assign, parse_overrides
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.plugins import FILE_PREFIX, load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
@@ -233,19 +234,22 @@ def tiny(arch: str | None, mask: str = "causal", *, device: str | None = None, n
 
 def with_grids(arch: str, **sections: Any) -> dict[str, Any]:
     """``sections`` of a small job of an arch with image tokens in the stream, with positions by row and column,
-    and features of inner layers where its encoder has them.
+    and, where the arch has an encoder that knows its layers, their features and images of any shape.
     """
     model = sections.pop("model", MODEL)
     pairs = model.head_width // 2
-    model = replace(model, rope_sections=[pairs // 2, pairs // 4, pairs // 4], rope_interleaved=True)
-    layers = [-2, -1] if gives_layers(arch) else []
-    return {"model": model, "vision_encoder": replace(VISION, deepstack_layers=layers), **sections}
+    sections["model"] = replace(model, rope_sections=[pairs // 2, pairs // 4, pairs // 4], rope_interleaved=True)
+    if not gives_layers(arch):
+        return sections
+    data = JsonlConfig(path="unread.jsonl", images=ImagesConfig(fit="native"))
+    return {"vision_encoder": replace(VISION, deepstack_layers=[-2, -1]), "data": data, **sections}
 
 
 @cache
 def gives_layers(arch: str) -> bool:
-    """Whether the arch's encoder gives features of inner layers."""
-    return tiny(arch, device="meta").model.vision_encoder.layer_dim > 0
+    """Whether the arch's encoder gives features of inner layers, and sees a part of its square."""
+    model = tiny(arch, device="meta").model
+    return model.vision_encoder.layer_dim > 0 and model.cell > 0
 
 
 @torch.no_grad()
