@@ -166,12 +166,20 @@ def schedule_is_reached(job: Job) -> Found:
             yield ("vlm", "freeze_schedule", index), f"start_step = {stage.start_step}: the last step is {planned - 1}, counted from 0"
 
 
-@_reads("vlm", "data", "stages")
+@_reads("vlm", "data", "stages", "model")
 def images_fit(job: Job) -> Found:
     """An arch whose words see the latest image alone would see one view of it."""
     sections = _image_sections(job)
     if job.vlm is not None and not job.vlm.residual_stream_image_tokens(1) and any(section.images.fit == "native" for section in sections):
         yield ("data",), f"images.fit = 'native': vlm.arch = {job.vlm.arch!r} has no image tokens in the stream"
+    if job.vlm is not None and any(section.images.rows for section in sections):
+        if job.vlm.attention_mask == "image_bidirectional":
+            yield (
+                ("vlm",),
+                "attention_mask = 'image_bidirectional': not with data.images.rows, where views are in one another; take 'causal'",
+            )
+        if job.model.rope_sections:
+            yield ("model",), f"rope_sections = {job.model.rope_sections}: not with data.images.rows"
     if job.vlm is not None and job.vlm.latest_image_alone and any(section.images.several for section in sections):
         yield (
             ("vlm",),

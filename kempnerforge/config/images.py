@@ -14,13 +14,17 @@ GLOBAL_MARKER = "<|global_image|>"
 """The token before the view of a whole image (nanoVLM's name)."""
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
-_OF_TILES = ("tiling", "global_view", "markers")
+_OF_TILES = ("tiling", "global_view", "markers", "rows")
 _OF_TILING = {
     "grid": ("max_side", "resize_to_max_side", "marker_grid"),
     "anyres": ("pinpoints",),
     "overlap": ("max_tiles", "overlap", "single_tile"),
 }
 """Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
+
+
+NEWLINE = "<image_newline>"
+"""The token at the end of a row of tokens with ``rows``."""
 
 
 def tile_marker(row: int, column: int) -> str:
@@ -94,6 +98,9 @@ class ImagesConfig:
         global_view: of "tiles": the whole image comes first, as one view.
         markers: of "tiles": a token before each view says which one it is; these tokens are added to the
             tokenizer. Without them the views follow one another.
+        rows: of "anyres" and "overlap", without ``markers``: the tiles' tokens are in rows across the image, a
+            learned token at the end of each. Padding of "anyres" is left out (LLaVA-NeXT's "spatial_unpad"); of
+            "overlap" each tile is shown up to the middle of what it shares with the next one (Molmo).
         frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
             in the middle of as many equal parts. Each is a view like an image. 0: videos are refused. Not
             with "native" and "tiles".
@@ -117,6 +124,7 @@ class ImagesConfig:
     single_tile: bool = False
     global_view: bool = True
     markers: bool = True
+    rows: bool = False
     frames: int = 0
     frame_times: bool = False
     number_images: bool = False
@@ -141,6 +149,9 @@ class ImagesConfig:
         only_if(self, self.fit not in ("native", "tiles"), "fit other than 'native' and 'tiles'", "frames")
         only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")
+        if self.rows and (self.markers or self.tiling == "grid"):
+            given = "markers = true" if self.markers else f"tiling = {self.tiling!r}"
+            raise InputError(f"rows = true: needs tiling = 'anyres' or 'overlap' with markers = false, not {given}")
         only_if(self, self.global_view, "global_view = true", "single_tile")
 
     @property
@@ -164,8 +175,10 @@ class ImagesConfig:
 
     def new_tokens(self) -> list[str]:
         """The tokens that the tokenizer must have for this section: first the token of the global view, then
-        the tokens of tiles, row by row.
+        the tokens of tiles, row by row; or the token of ``rows``.
         """
+        if self.rows:
+            return [NEWLINE]
         if not self.has_markers:
             return []
         return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
@@ -182,15 +195,26 @@ class ImagesConfig:
         numbers = range(1, most + 1)
         yield from ((row, column) for row in numbers for column in numbers if allowed(row, column))
 
-    def check(self, image_size: int) -> None:
-        """What can only be said once the encoder is known.
+    def check(self, image_size: int, token_side: int = 0) -> None:
+        """What can only be said once the model is known.
 
         Args:
             image_size: pixels of a view's side.
+            token_side: tokens along it; 0: the tokens of a view are no grid, or not in the stream.
 
         Raises:
-            ValueError: the tiles of "grid" do not fill ``max_side``, or there are more of them than markers.
+            ValueError: the tiles of "grid" do not fill ``max_side``, or there are more of them than markers; or
+                ``rows`` cannot be made.
         """
+        if self.rows and not token_side:
+            raise InputError(
+                "data.images.rows = true: needs an adapter that keeps the grid, and image tokens in the stream of our own archs"
+            )
+        if self.rows and self.tiling == "overlap" and (shared := token_side * self.overlap) != 2 * (round(shared) // 2):
+            raise InputError(
+                f"data.images.overlap = {self.overlap}: with rows = true two tiles must share an even number of their {token_side} tokens, "
+                f"not {shared:g}"
+            )
         if self.fit != "tiles" or self.tiling != "grid":
             return
         if self.max_side % image_size:

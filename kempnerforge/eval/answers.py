@@ -10,6 +10,7 @@ from itertools import chain, islice, repeat
 import numpy as np
 import torch
 
+from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.batching.collate import prompt_batch, stack_views
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.encode import Encoder
@@ -219,22 +220,22 @@ class _Pictures:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.size = encoder, encoder.layout.image_size
         self._places: dict[tuple[ImageSource, int], list[int]] = {}
-        self._blanks: dict[tuple[int, int], int] = {}
+        self._blanks: dict[Part | None, int] = {}
         self._pixels: list[np.ndarray] = []
 
     def places(self, image: ImageSource | None, block: ImageBlock, part: int) -> list[int]:
         """Indices of an image's views in ``stack``; of the blank one for each view if there is no image."""
         if image is None:
-            return [self.blank(grid) for grid in block.grids] or [self.blank()] * len(block.starts)
+            return [self.blank(part) for part in block.parts] or [self.blank()] * len(block.starts)
         if (image, part) not in self._places:
             self._places[image, part] = self._add(self.encoder.images[part].load(image, len(block.starts)))
         return self._places[image, part]
 
-    def blank(self, grid: tuple[int, int] = (0, 0)) -> int:
-        """Index of the blank view, one for each number of its rows and columns of tokens."""
-        if grid not in self._blanks:
-            (self._blanks[grid],) = self._add([np.full((self.size, self.size, 3), BLANK, np.uint8)])
-        return self._blanks[grid]
+    def blank(self, part: Part | None = None) -> int:
+        """Index of the blank view, one for each part of it that is shown."""
+        if part not in self._blanks:
+            (self._blanks[part],) = self._add([np.full((self.size, self.size, 3), BLANK, np.uint8)])
+        return self._blanks[part]
 
     def _add(self, views: list[np.ndarray]) -> list[int]:
         self._pixels += views

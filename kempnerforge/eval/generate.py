@@ -218,7 +218,7 @@ def _following(batch: Batch, ids: Tensor) -> Batch:
         image_sample_ids=nothing,
         image_slots=nothing,
         row_images=0,
-        image_grids=(),
+        image_parts=(),
         row_words=1,
         leading_images=0,
     )

@@ -252,7 +252,7 @@ class TrainingFlops:
         images = None if batch.images is None else batch.images.shape
         layout = (
             batch.row_images,
-            batch.image_grids and batch.row_image_tokens,
+            batch.image_parts and batch.row_image_tokens,
             batch.row_words,
             batch.leading_images,
             batch.has_documents,

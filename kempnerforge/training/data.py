@@ -157,4 +157,5 @@ def row_layouts(stages: Sequence[Stage], vlm: VLMConfig | None, model: VLM) -> l
     if not model.has_images:
         return layouts
     mean, _ = model.normalisation
-    return [replace(layout, image_size=model.image_size, image_mean=mean, cell=model.cell if image_tokens else 0) for layout in layouts]
+    grid = {"token_side": model.token_side, "cell": model.cell} if image_tokens else {}
+    return [replace(layout, image_size=model.image_size, image_mean=mean, **grid) for layout in layouts]

@@ -82,10 +82,10 @@ class FeatureCache:
         """``batch`` (on the CPU) with the known features of its images. All ranks call it for each one."""
         if self._open() is None or batch.images is None:
             return batch
-        grids = [repr(grid).encode() for grid in batch.image_grids] or [b""] * len(batch.images)
+        seen = [repr(part[:2]).encode() if part.alone else b"" for part in batch.image_parts] or [b""] * len(batch.images)
         keys = [
-            hashlib.blake2b(image.numpy().tobytes() + grid, digest_size=16).hexdigest()
-            for image, grid in zip(batch.images, grids, strict=True)
+            hashlib.blake2b(image.numpy().tobytes() + part, digest_size=16).hexdigest()
+            for image, part in zip(batch.images, seen, strict=True)
         ]
         found = [self._read(key) for key in keys]
         missing = sum(features is None for features in found)

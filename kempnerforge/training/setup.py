@@ -94,7 +94,7 @@ def assemble(
     model = build_model(job, device)
     if model.has_images:
         for section in sections:
-            section.images.check(model.image_size)
+            section.images.check(model.image_size, model.token_side if job.vlm and job.vlm.residual_stream_image_tokens(1) else 0)
     freeze = FreezePlan(job, [name for name, _ in model.named_parameters()])
 
     if data:

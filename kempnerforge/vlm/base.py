@@ -104,6 +104,9 @@ class VLM(ExactBuffers):
     """False: in training (never in evaluation) a position may depend on later ones, for instance through
     expert-choice routing."""
 
+    token_side = 0
+    """Tokens along a side of an image, if they are a grid that ``insert`` may take parts of; else 0."""
+
     cell = 0
     """Pixels along a side of a token, where images may have fewer rows and columns of them; else 0."""
 
@@ -148,6 +151,8 @@ class VLM(ExactBuffers):
             self.build_deepstack()
             self.num_image_tokens = self.adapter.num_tokens
             side, encoder = math.isqrt(self.num_image_tokens), self.vision_encoder
+            if self.job.adapter.keeps_grid and side**2 == self.num_image_tokens:
+                self.token_side = side
             if encoder.side and self.job.adapter.keeps_grid and not encoder.side % side and not encoder.image_size % encoder.side:
                 self.cell = encoder.image_size // side
 
@@ -194,13 +199,13 @@ class VLM(ExactBuffers):
         if features is None:
             return words
         columns = image_columns(batch, features.shape[1], nowhere=(length := words.shape[1]))  # (M, F)
-        words = F.pad(words, (0, 0, 0, 1)) if batch.image_grids else words
+        words = F.pad(words, (0, 0, 0, 1)) if batch.image_parts else words
         rows = batch.image_rows[:, None].expand_as(columns)
         return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))[:, :length]
 
     def image_positions(self, batch: Batch) -> int:
         """Positions of images in the row that has most."""
-        return batch.row_image_tokens if batch.image_grids else batch.row_images * self.num_image_tokens
+        return batch.row_image_tokens if batch.image_parts else batch.row_images * self.num_image_tokens
 
     @property
     def gives(self) -> frozenset[str]:
@@ -308,7 +313,8 @@ class VLM(ExactBuffers):
         if not self.has_images or batch.images is None:
             return None
         images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-        return self.encode(images, batch.known_features, **({"grids": batch.image_grids} if batch.image_grids else {}))
+        grids = [part[:2] for part in batch.image_parts if part.alone]
+        return self.encode(images, batch.known_features, **({"grids": grids} if grids else {}))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it."""

@@ -60,9 +60,15 @@ def visible_images(batch: Batch, latest: bool, group: bool = False) -> Tensor:
 
 def grid_sizes(batch: Batch, side: int) -> Tensor:
     """(M, 2): rows and columns of tokens of each placement; ``side`` of both where images have all tokens."""
-    if not batch.image_grids:
+    if not batch.image_parts:
         return torch.full((len(batch.image_index), 2), side, device=batch.image_index.device)
-    return torch.tensor(batch.image_grids, device=batch.image_index.device)[batch.image_index]
+    return _parts(batch)[:, :2]
+
+
+def _parts(batch: Batch) -> Tensor:
+    """(M, 5): ``Part`` of each placement, without ``alone``."""
+    shown = [[*part[:4], part.step or part.columns] for part in batch.image_parts]
+    return torch.tensor(shown, device=batch.image_index.device)[batch.image_index]
 
 
 def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:
@@ -70,12 +76,13 @@ def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:
     does not have.
     """
     steps, starts = torch.arange(tokens, device=batch.image_starts.device), batch.image_starts[:, None]
-    if not batch.image_grids:
+    if not batch.image_parts:
         return starts + steps
     side = math.isqrt(tokens)
-    height, width = grid_sizes(batch, side).T[..., None]  # (M, 1) each
-    row, column = steps // side, steps % side
-    return torch.where((row < height) & (column < width), starts + row * width + column, nowhere)
+    height, width, top, left, step = _parts(batch).T[..., None]  # (M, 1) each
+    row, column = steps // side - top, steps % side - left
+    shown = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return torch.where(shown, starts + row * step + column, nowhere)
 
 
 def grid_positions(batch: Batch, cache: Cache | None, side: int) -> Tensor:

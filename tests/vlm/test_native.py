@@ -18,7 +18,7 @@ from kempnerforge.config.adapter import AvgPoolConfig, PerceiverConfig
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.vision import Siglip2Config, SiglipConfig
-from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind, Part
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.images.tiling import native_grid
 from kempnerforge.data.sample import Sample, Text
@@ -46,6 +46,10 @@ SAMPLES = [
 ]
 CASES = [(arch, mask) for arch in ("joint_decoder", "mot", "moma") for mask in (accepted_masks(arch)[0], "image_bidirectional")]
 each_arch = pytest.mark.parametrize(("arch", "mask"), CASES)
+
+
+def parts(*grids: tuple[int, int]) -> tuple[Part, ...]:
+    return tuple(Part(*grid) for grid in grids)
 
 
 def build(arch: str = "joint_decoder", mask: str = "causal", images: ImagesConfig = NATIVE, **sections: Any) -> Tiny:
@@ -83,7 +87,7 @@ def test_grids_keep_the_shape_and_never_grow() -> None:
 def test_a_row_has_the_tokens_of_each_image() -> None:
     it = build()
     batch = it.batch(*SAMPLES)
-    assert batch.image_grids == ((2, 4), (4, 1), (2, 4), (2, 1), (4, 1)) and batch.row_image_tokens == 12
+    assert batch.image_parts == parts((2, 4), (4, 1), (2, 4), (2, 1), (4, 1)) and batch.row_image_tokens == 12
     assert (batch.kinds == Kind.IMAGE).sum(1).tolist() == [8, 12, 2, 0, 4]
     assert it.encoder.measure(SAMPLES[1]) == (it.encode(SAMPLES[1]).table.shape[1], 2)
     mean = it.batch(SAMPLES[2]).images
@@ -157,7 +161,7 @@ def test_generation_with_a_cache_is_the_full_forward_pass(arch: str, mask: str) 
     it.model.eval()
     rows = [("what colour is it?", (WIDE,)), ("is <image> like <image> ?", (SMALL, TALL)), ("what?", ()), ("is it <image>", (WHOLE,))]
     together = asked(it, rows)
-    assert together.image_grids == ((2, 4), (2, 1), (4, 1), (4, 4))
+    assert together.image_parts == parts((2, 4), (2, 1), (4, 1), (4, 4))
     made = torch.tensor(generate(it.model, together, max_new_tokens=4, eos_id=-1))
     with torch.no_grad():
         for step in range(4):
@@ -179,7 +183,7 @@ def test_positions_are_those_of_transformers() -> None:
     """An image counts as many positions as its longer side has tokens."""
     it, theirs = build(), GRIDS["qwen3_vl"]().model
     batch = it.batch(SAMPLES[1], SAMPLES[2], SAMPLES[4])
-    grid = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in batch.image_grids])
+    grid = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns, *_ in batch.image_parts])
     used = batch.kinds != Kind.PAD
     want, _ = theirs.get_rope_index(batch.input_ids, (batch.kinds == Kind.IMAGE).int(), grid, attention_mask=used)
     assert torch.equal(it.model.rope_positions(batch, None) * used, want)
@@ -190,7 +194,7 @@ def test_positions_are_those_of_transformers() -> None:
 
 def test_adapters_join_neighbours_inside_the_image() -> None:
     it = build(adapter=AvgPoolConfig(factor=2))
-    assert it.model.cell == 8 and it.batch(SAMPLES[1]).image_grids == ((2, 1), (1, 2))
+    assert it.model.cell == 8 and it.batch(SAMPLES[1]).image_parts == parts((2, 1), (1, 2))
     assert it.model(it.batch(*SAMPLES)).loss.isfinite()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,24 @@ class Kind(IntEnum):
     IMAGE = 1
     PROMPT = 2
     ANSWER = 3
+
+
+class Part(NamedTuple):
+    """The tokens of a view that are in the stream: a rectangle of the view's grid, row by row.
+
+    Attributes:
+        rows, columns: its size; with 0 of them nothing of the view is in the stream.
+        top, left: rows above and columns left of it.
+        step: positions from one row of it to the next, if others are between them; 0: ``columns``.
+        alone: the encoder sees nothing else of the view.
+    """
+
+    rows: int
+    columns: int
+    top: int = 0
+    left: int = 0
+    step: int = 0
+    alone: bool = True
 
 
 @dataclass
@@ -65,8 +84,7 @@ class Batch:
             the first column on. Else ().
         pair_images: (P,) int64, the image of each pair: a text with exactly one image in it or shared by its
             sample, in the order of the stream.
-        image_grids: rows and columns of tokens that each image has, the upper left part of the grid of its
-            view; N of them, or empty: each has all tokens.
+        image_parts: N of them, or empty: all tokens of each image are in the stream, one after the other.
         row_image_tokens: positions of images in the row that has most.
         pair_ids: (B, S) int64, the pair that each word belongs to; -1: none.
     """
@@ -95,7 +113,7 @@ class Batch:
     known_features: KnownFeatures | None = None
     parts: list[int] = field(default_factory=list)
     documents: tuple[tuple[tuple[int, int], ...], ...] = ()
-    image_grids: tuple[tuple[int, int], ...] = ()
+    image_parts: tuple[Part, ...] = ()
     row_image_tokens: int = 0
     pair_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pair_ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))

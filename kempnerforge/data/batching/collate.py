@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind, Part
 from kempnerforge.data.batching.pack import SAMPLE_IDS, SAMPLES, PackedRow, join
 from kempnerforge.data.text.encode import Encoded
 from kempnerforge.data.text.interleave import (
@@ -52,7 +52,7 @@ def collate(encoded: Sequence[Encoded | PackedRow], pad_id: int, pad_to: int | N
         length,
         pad_id,
         images=stack_views(views, side).contiguous() if side else None,
-        image_grids=tuple(grid for row in rows for grid in row.grids),
+        image_parts=tuple(part for row in rows for part in row.image_parts),
         has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
         skipped=[bad for row in rows for bad in row.skipped],
         sample_names=[name for row in rows for name in row.names],
@@ -81,8 +81,8 @@ def prompt_batch(
     """
     chosen = range(len(prompts)) if image_of_row is None else image_of_row
     rows, indices = [], []
-    whole = (math.isqrt(layout.image_tokens),) * 2
-    grids = [whole] * (0 if images is None else len(images))
+    side = math.isqrt(layout.image_tokens)
+    shown = [Part(side, side)] * (0 if images is None else len(images))
     for prompt, which in zip(prompts, chosen, strict=True):
         numbers = [] if images is None else [which] if isinstance(which, int) else list(which)
         blocks = prompt.blocks_of(layout.image_tokens)
@@ -94,14 +94,14 @@ def prompt_batch(
         row = join([Encoded("", table, [], placements, 0)])
         rows.append((row.table, row.placements))
         indices.append(np.asarray(numbers, dtype=np.int64))
-        for number, grid in zip(numbers, [grid for block in blocks for grid in block.grids], strict=False):
-            grids[number] = grid
+        for number, part in zip(numbers, [part for block in blocks for part in block.parts], strict=False):
+            shown[number] = part
     lengths = [table.shape[1] for table, _ in rows]
     begins = [max(lengths) - length for length in lengths]
     names = [str(row) for row in range(len(rows))]
     others = {"images": images, "has_documents": any(begins), "sample_names": names}
-    if layout.cell and set(grids) != {whole}:
-        others["image_grids"] = tuple(grids)
+    if side**2 == layout.image_tokens and set(shown) - {Part(side, side)}:
+        others["image_parts"] = tuple(shown)
     return _batch(rows, indices, begins, max(lengths), pad_id, **others)
 
 

@@ -18,6 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.batching.order import CachedCalls, Order
 from kempnerforge.data.batching.sampler import RankSampler
 from kempnerforge.data.sample import SampleError
@@ -57,7 +58,7 @@ class PackedRow:
         documents: (positions, texts) of each sample.
         left_out: texts of the samples that did not fit.
         skipped: (sample id, reason) of samples that could not be used.
-        grids: as of ``Encoded``.
+        image_parts: as of ``Encoded``.
     """
 
     table: np.ndarray
@@ -69,7 +70,7 @@ class PackedRow:
     documents: tuple[tuple[int, int], ...]
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    grids: tuple[tuple[int, int], ...] = ()
+    image_parts: tuple[Part, ...] = ()
 
 
 def join(encoded: Sequence[Encoded]) -> PackedRow:
@@ -97,7 +98,7 @@ def join(encoded: Sequence[Encoded]) -> PackedRow:
         tuple(zip(lengths, (e.num_texts for e in encoded), strict=True)),
         sum(e.left_out for e in encoded),
         [bad for e in encoded for bad in e.skipped],
-        tuple(grid for e in encoded for grid in e.grids),
+        tuple(part for e in encoded for part in e.image_parts),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kempnerforge.config.images import ImagesConfig
+from kempnerforge.data.batching.batch import Part
 
 Size = tuple[int, int]
 Grid = tuple[int, int]
@@ -94,6 +95,43 @@ def native_grid(size: Size, side: int, cell: int) -> Grid:
     scale = min(1.0, side / max(size))
     width, height = (min(side // cell, max(1, round(length * scale / cell))) for length in size)
     return height, width
+
+
+# ---- tokens ----------------------------------------------------------------------------------------
+
+
+def shown_parts(cfg: ImagesConfig, side: int, size: Size, grid: Grid) -> tuple[tuple[Part, ...], ...]:
+    """What is in the stream of each tile of ``grid``, row by row, with ``data.images.rows``. Of "anyres" all but
+    the padding of the fitted image, by the rule of LLaVA-NeXT's ``unpad_image``; of "overlap" each tile up to the
+    middle of what it has in common with the next one (Molmo).
+
+    Args:
+        side: tokens along a side of a tile.
+    """
+    along = [_shown_of_overlap(cfg, side, count) for count in grid]
+    if cfg.tiling == "anyres":
+        width, height = side * grid[1], side * grid[0]
+        if size[0] * height > size[1] * width:  # it is as wide as the tiles
+            cut, across = (height - int(round(size[1] * (width / size[0]), 7))) // 2, 0
+        else:
+            cut, across = 0, (width - int(round(size[0] * (height / size[1]), 7))) // 2
+        along = [_shown_without(side, count, margin) for count, margin in zip(grid, (cut, across), strict=True)]
+    rows, columns = along
+    return tuple(tuple(Part(h, w, top, left, alone=False) for left, w in columns) for top, h in rows)
+
+
+def _shown_without(side: int, tiles: int, margin: int) -> list[tuple[int, int]]:
+    """(first, number) of the tokens of each of ``tiles`` in one direction, ``margin`` of them left out at both
+    ends of all.
+    """
+    shown = [(max(0, margin - k * side), min(side, tiles * side - margin - k * side)) for k in range(tiles)]
+    return [(first, max(0, last - first)) for first, last in shown]
+
+
+def _shown_of_overlap(cfg: ImagesConfig, side: int, tiles: int) -> list[tuple[int, int]]:
+    half = round(side * cfg.overlap) // 2
+    shown = [(half if k else 0, side - (half if k < tiles - 1 else 0)) for k in range(tiles)]
+    return [(first, last - first) for first, last in shown]
 
 
 # ---- grids ---------------------------------------------------------------------------------------

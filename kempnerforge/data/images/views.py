@@ -15,11 +15,12 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from kempnerforge.config.images import GLOBAL_MARKER, ImagesConfig, tile_marker
+from kempnerforge.config.images import GLOBAL_MARKER, NEWLINE, ImagesConfig, tile_marker
+from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
 from kempnerforge.data.images.decode import ImageError, image_name, image_size, opened
-from kempnerforge.data.images.tiling import Frame, Grid, frames_of, grid_of, native_grid
+from kempnerforge.data.images.tiling import Frame, Grid, Size, frames_of, grid_of, native_grid, shown_parts
 from kempnerforge.data.images.video import MISSING, Video, can_read_videos, moments
 from kempnerforge.data.sample import ImageSource
 from kempnerforge.data.text.interleave import ImageBlock, Layout
@@ -36,7 +37,14 @@ class FrameTexts(NamedTuple):
     texts: tuple[str, ...]
 
 
-Shape = Grid | FrameTexts
+class InRows(NamedTuple):
+    """An image whose tiles are in rows: what is shown of the view of all of it, and of each tile."""
+
+    whole: Part | None
+    tiles: tuple[tuple[Part, ...], ...]
+
+
+Shape = Grid | FrameTexts | InRows
 """What decides the block of an image."""
 
 
@@ -59,7 +67,7 @@ class Views:
         self._disk: DiskCache | None = None
         if not layout.image_size:
             return
-        cfg.check(layout.image_size)
+        cfg.check(layout.image_size, layout.token_side)
         if cfg.fit == "native" and not layout.cell:
             raise InputError(
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
@@ -73,7 +81,7 @@ class Views:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
-        deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "number_images", "frame_times"))
+        deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "rows", "number_images", "frame_times"))
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
         if cfg.cache_dir:
@@ -100,7 +108,7 @@ class Views:
 
     def _shape(self, image: ImageSource) -> Shape:
         if self.cfg.tiled:
-            return grid_of(self.cfg, self.layout.image_size, image_size(image))
+            return self._tiles(image_size(image))
         if self.cfg.fit == "native":
             return native_grid(image_size(image), self.layout.image_size, self.layout.cell)
         if not self.cfg.frames:
@@ -111,6 +119,14 @@ class Views:
             times = moments(picture.seconds, self.cfg.frames) if self.cfg.frame_times else ()
         return FrameTexts(tuple(f"<{time:.1f} seconds>" for time in times) or ("",) * self.cfg.frames)
 
+    def _tiles(self, size: Size) -> Grid | InRows:
+        grid = grid_of(self.cfg, self.layout.image_size, size)
+        if not self.cfg.rows:
+            return grid
+        side = self.layout.token_side
+        tiles = shown_parts(self.cfg, side, size, grid) if self.cfg.shows_tiles(grid) else ()
+        return InRows(Part(side, side, alone=False) if self.cfg.global_view else None, tiles)
+
     def _block(self, shape: Shape, number: int | None) -> ImageBlock:
         """The block of an image with this shape, and with ``number`` in front."""
         block = self._blocks.get((shape, number))
@@ -118,14 +134,19 @@ class Views:
             markers = self._before_views(shape)
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            grids = (shape,) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
-            block = ImageBlock.of(markers, self.layout.image_tokens, grids)
+            if isinstance(shape, InRows):
+                block = ImageBlock.in_rows(shape.whole, shape.tiles, self._markers[NEWLINE], markers[0])
+            else:
+                parts = (Part(*shape),) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
+                block = ImageBlock.of(markers, self.layout.image_tokens, parts)
             if not isinstance(shape, FrameTexts):  # of which there are as many as videos
                 self._blocks[shape, number] = block
         return block
 
     def _before_views(self, shape: Shape) -> list[tuple[int, ...]]:
         """For each view the tokens that are before it."""
+        if isinstance(shape, InRows):
+            return [()]
         if isinstance(shape, FrameTexts):
             return [tuple(self.tokenizer.encode(text)) if text else () for text in shape.texts]
         if not self.cfg.tiled:

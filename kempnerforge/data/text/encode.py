@@ -51,6 +51,7 @@ import numpy as np
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.template import WITH_SYSTEM
+from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.images.cache import ImageCache
 from kempnerforge.data.images.views import Views
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
@@ -87,7 +88,7 @@ class Encoded:
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of unusable samples that this one replaces.
-        grids: rows and columns of tokens of each view; empty: each has all that it can have.
+        image_parts: what of each view is in the row; empty: all.
     """
 
     id: str
@@ -98,7 +99,7 @@ class Encoded:
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     part: int = 0
-    grids: tuple[tuple[int, int], ...] = ()
+    image_parts: tuple[Part, ...] = ()
 
     @property
     def num_texts(self) -> int:
@@ -157,8 +158,8 @@ class Encoder:
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
-        grids = tuple(grid for block in blocks for grid in block.grids)
-        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part, grids=grids)
+        parts = tuple(part for block in blocks for part in block.parts)
+        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part, image_parts=parts)
 
     def measure(self, sample: Sample) -> tuple[int, int]:
         """The size of a sample's row without its pixels: of images at most the headers are read.

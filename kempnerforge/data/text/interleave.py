@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kempnerforge.data.batching.batch import IGNORE, Kind
+from kempnerforge.data.batching.batch import IGNORE, Kind, Part
 
 # rows of a table of columns
 INPUT_IDS, LABELS, POSITIONS, TEXT_IDS, KINDS = range(5)
@@ -41,6 +40,7 @@ class Layout:
         pad_to: length of a row with ``data.batching = "pad"``.
         image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its
             image.
+        token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
     """
 
@@ -50,6 +50,7 @@ class Layout:
     seq_len: int
     pad_to: int
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    token_side: int = 0
     cell: int = 0
 
 
@@ -61,28 +62,52 @@ class ImageBlock(NamedTuple):
         starts: for each view its first position in the block. Where views take no position: the position of
             the token before it in the block, which is the first to see it; without one 0, the position of the
             token after the block.
-        grids: rows and columns of tokens of each view; empty: each has all that it can have.
+        parts: what of each view is in the row; empty: all.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...] = (0,)
-    grids: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @classmethod
-    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int, grids: tuple[tuple[int, int], ...] = ()) -> ImageBlock:
+    def of(cls, markers: Sequence[Sequence[int]], image_tokens: int, parts: tuple[Part, ...] = ()) -> ImageBlock:
         """Views one after the other.
 
         Args:
             markers: for each view the tokens that are before it.
-            image_tokens: P, where there are no ``grids``.
+            image_tokens: P, where there are no ``parts``.
         """
         ids: list[int] = []
         starts: list[int] = []
         for view, tokens in enumerate(markers):
             ids += tokens
             starts.append(len(ids) if image_tokens else max(0, len(ids) - 1))
-            ids += [VIEW] * (math.prod(grids[view]) if grids else image_tokens)
-        return cls(tuple(ids), tuple(starts), grids)
+            ids += [VIEW] * (parts[view].rows * parts[view].columns if parts else image_tokens)
+        return cls(tuple(ids), tuple(starts), parts)
+
+    @classmethod
+    def in_rows(cls, whole: Part | None, tiles: Sequence[Sequence[Part]], newline: int, first: Sequence[int] = ()) -> ImageBlock:
+        """A view of the whole image, then the tiles' tokens in rows across the image, each row with a token at
+        its end; without tiles that token is after the view.
+
+        Args:
+            whole: None: there is no such view.
+            tiles: what is shown of each, row by row of tiles; in a row of them all have as many rows.
+            newline: the token.
+            first: tokens before everything.
+        """
+        ids, starts, parts = [*first], list[int](), list[Part]()
+        if whole is not None:
+            starts.append(len(ids))
+            parts.append(whole)
+            ids += [VIEW] * (whole.rows * whole.columns) + ([] if tiles else [newline])
+        for across in tiles:
+            width = sum(tile.columns for tile in across)
+            for number, tile in enumerate(across):
+                starts.append(len(ids) + sum(before.columns for before in across[:number]))
+                parts.append(tile._replace(step=width + 1))
+            ids += ([VIEW] * width + [newline]) * across[0].rows
+        return cls(tuple(ids), tuple(starts), tuple(parts))
 
 
 class Prompt(NamedTuple):
