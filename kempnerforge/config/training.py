@@ -215,6 +215,10 @@ class EvalConfig:
         batch_size: texts generated together.
         max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside
             the score: no model can write them whole.
+        beams: texts that are followed at once for each answer, the best of which is the answer; 1 is greedy.
+            ``batch_size`` times as many rows are computed together.
+        length_penalty: of several beams: a text's score is its log-likelihood divided by the power
+            ``length_penalty`` of its length. Below 0 it favours short answers.
         blind: repeat each evaluation with blank images.
         shuffled: repeat each evaluation with the images of other questions.
         exact_match: generate an answer to each held-out question and compare it with the truth.
@@ -234,6 +238,8 @@ class EvalConfig:
     samples: int = 512
     batch_size: int = 512
     max_new_tokens: int = 16
+    beams: int = 1
+    length_penalty: float = 1.0
     blind: bool = True
     shuffled: bool = False
     exact_match: bool = True
@@ -256,7 +262,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples")
-        at_least(self, 1, "batch_size", "max_new_tokens", "text_window")
+        at_least(self, 1, "batch_size", "max_new_tokens", "beams", "text_window")
+        only_if(self, self.beams > 1, "beams above 1", "length_penalty")
         at_most(self, MOST_ROWS, "batch_size")
         only_if(self, bool(self.text_path), "text_path", "text_window")
         if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:

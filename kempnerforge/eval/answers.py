@@ -206,7 +206,7 @@ def _generate(
         batch,
         max_new_tokens=most,
         eos_id=encoder.stops(chunk[0][1].part if chunk else 0),
-        sampling=Sampling(),
+        sampling=Sampling(beams=exam.cfg.beams, length_penalty=exam.cfg.length_penalty),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
     texts = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}

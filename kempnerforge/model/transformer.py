@@ -26,7 +26,8 @@ class Cache:
 
     Attributes:
         segments: that structure.
-        kept: tensors that an arch computes once, with the prompt, under names that the arch chooses.
+        kept: what an arch computes once, with the prompt, under names that the arch chooses: tensors with a row
+            for each prompt, tuples of them, or a cache of transformers.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,24 @@ class Cache:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         self._layers[layer] = k, v
         return k, v
+
+    def take(self, rows: Tensor) -> None:
+        """Goes on with ``rows`` (B',) int64 of the batch, in this order; one may be there several times."""
+        self._layers = _rows_of(self._layers, rows)
+        self.kept = _rows_of(self.kept, rows)
+        self.segments = self.segments.rows(rows) if self.segments is not None else None
+
+
+def _rows_of(kept: Any, rows: Tensor) -> Any:
+    if isinstance(kept, Tensor):
+        return kept.index_select(0, rows)
+    if isinstance(kept, dict):
+        return {name: _rows_of(value, rows) for name, value in kept.items()}
+    if isinstance(kept, tuple):
+        return tuple.__new__(type(kept), (_rows_of(value, rows) for value in kept))  # a named one as well
+    if kept is not None:
+        kept.reorder_cache(rows)
+    return kept
 
 
 @dataclass(frozen=True)
