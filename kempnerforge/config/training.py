@@ -219,6 +219,15 @@ class EvalConfig:
             ``batch_size`` times as many rows are computed together.
         length_penalty: of several beams: a text's score is its log-likelihood divided by the power
             ``length_penalty`` of its length. Below 0 it favours short answers.
+        shots: examples with their answers that are in front of each question, as earlier turns; tasks that
+            score given answers take none.
+        shots_from: the examples are from the "training" data, or "held_out" ones, never the question's own
+            sample.
+        shots_pool: samples that examples are chosen from, drawn by ``train.seed``; 0: all.
+        shots_by: "random" draws them for each question by ``train.seed``; "similarity" takes those whose images
+            are the most similar to the question's, the most similar one last: by the cosine of the mean
+            features of the model's vision encoder.
+        shots_images: false leaves the images of examples out, and their placeholders.
         blind: repeat each evaluation with blank images.
         shuffled: repeat each evaluation with the images of other questions.
         exact_match: generate an answer to each held-out question and compare it with the truth.
@@ -240,6 +249,11 @@ class EvalConfig:
     max_new_tokens: int = 16
     beams: int = 1
     length_penalty: float = 1.0
+    shots: int = 0
+    shots_from: str = "training"
+    shots_pool: int = 2048
+    shots_by: str = "random"
+    shots_images: bool = True
     blind: bool = True
     shuffled: bool = False
     exact_match: bool = True
@@ -261,7 +275,10 @@ class EvalConfig:
         return any(key == name or key.startswith((f"{name}_", f"{name}/")) for name in self.scores)
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "interval", "samples")
+        at_least(self, 0, "interval", "samples", "shots", "shots_pool")
+        one_of(self, "shots_from", ("training", "held_out"))
+        one_of(self, "shots_by", ("random", "similarity"))
+        only_if(self, self.shots > 0, "shots above 0", "shots_from", "shots_pool", "shots_by", "shots_images")
         at_least(self, 1, "batch_size", "max_new_tokens", "beams", "text_window")
         only_if(self, self.beams > 1, "beams above 1", "length_penalty")
         at_most(self, MOST_ROWS, "batch_size")
