@@ -221,7 +221,7 @@ class EvalConfig:
             ``length_penalty`` of its length. Below 0 it favours short answers.
         shots: examples with their answers that are in front of each question, as earlier turns; tasks that
             score given answers take none.
-        shots_from: the examples are from the "training" data, or "held_out" ones, never the question's own
+        shots_split: the examples are from the "training" data, or "held_out" ones, never the question's own
             sample.
         shots_pool: samples that examples are chosen from, drawn by ``train.seed``; 0: all.
         shots_by: "random" draws them for each question by ``train.seed``; "similarity" takes those whose images
@@ -250,7 +250,7 @@ class EvalConfig:
     beams: int = 1
     length_penalty: float = 1.0
     shots: int = 0
-    shots_from: str = "training"
+    shots_split: str = "training"
     shots_pool: int = 2048
     shots_by: str = "random"
     shots_images: bool = True
@@ -276,9 +276,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval", "samples", "shots", "shots_pool")
-        one_of(self, "shots_from", ("training", "held_out"))
+        one_of(self, "shots_split", ("training", "held_out"))
         one_of(self, "shots_by", ("random", "similarity"))
-        only_if(self, self.shots > 0, "shots above 0", "shots_from", "shots_pool", "shots_by", "shots_images")
+        only_if(self, self.shots > 0, "shots above 0", "shots_split", "shots_pool", "shots_by", "shots_images")
         at_least(self, 1, "batch_size", "max_new_tokens", "beams", "text_window")
         only_if(self, self.beams > 1, "beams above 1", "length_penalty")
         at_most(self, MOST_ROWS, "batch_size")

@@ -140,7 +140,7 @@ class JobData:
     @cached_property
     def _examples(self) -> list[Question]:
         """What ``eval.shots`` are chosen from."""
-        last, from_training = self.stages[-1], self.eval.shots_from == "training"
+        last, from_training = self.stages[-1], self.eval.shots_split == "training"
         source = self.held_out if not from_training else self.sources[last.index] if self.sources else None
         if source is None and from_training:
             source = training_source(last.data).tokenised(self.tokenizer, last.train.seq_len)

@@ -32,6 +32,7 @@ from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
+from kempnerforge.util.errors import InputError
 
 SEES_PROMPT = ("prefix", "image_sees_prompt")
 """Masks under which an image knows the prompt."""
@@ -101,6 +102,9 @@ class VLM(ExactBuffers):
     """False: in training (never in evaluation) a position may depend on later ones, for instance through
     expert-choice routing."""
 
+    reads_any_width: ClassVar[bool] = False
+    """Whether it takes images that are not ``model.dim`` wide."""
+
     hf_model: Any = None
     """The model of transformers that all of this is, if it is one."""
 
@@ -146,6 +150,9 @@ class VLM(ExactBuffers):
         self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
         self.loaded |= {f"vision_encoder.{name}" for name in self.vision_encoder.pretrained(self.job.vision_encoder)}
         self.adapter: Adapter = build_adapter(self.job.adapter, self.vision_encoder.dim, self.job.model.dim, self.vision_encoder.num_tokens)
+        if self.adapter.out_dim != self.job.model.dim and not self.reads_any_width:
+            width = f"gives tokens {self.adapter.out_dim} wide, and vlm.arch = {self.job.vlm.arch if self.job.vlm else None!r}"
+            raise InputError(f"adapter.project = false: the adapter {width} takes model.dim = {self.job.model.dim}")
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""

@@ -45,6 +45,8 @@ class DualEncoder(CrossAttention):
     of the same image are neither positive nor negative. In evaluation, negatives are of this rank alone.
     """
 
+    reads_any_width = False
+
     def build(self) -> None:
         super().build()
         cfg = self.dual

@@ -96,7 +96,7 @@ def test_images_in_the_stream_are_in_front_of_their_own_turns() -> None:
 
 def test_random_examples_follow_the_seed_and_are_never_the_question() -> None:
     encoder, pool = encoder_of(), asked_of(*((f"what {k}?", f"a {k}") for k in range(12)))
-    shots = Shots(EvalConfig(shots=4, shots_from="held_out"), encoder, pool, room=500)
+    shots = Shots(EvalConfig(shots=4, shots_split="held_out"), encoder, pool, room=500)
     chosen = [[each.sample_id for each in shots.choose(question)] for question in pool]
     assert chosen == [[each.sample_id for each in shots.choose(question)] for question in pool]
     assert all(len(set(ids)) == 4 and pool[k].sample_id not in ids for k, ids in enumerate(chosen))
@@ -113,7 +113,7 @@ def test_similar_examples_by_hand() -> None:
     """The most similar one is last, as in OpenFlamingo's RICES; equal ones are in the order of the pool."""
     pool = asked_of(*((f"what {k}?", "a") for k in range(6)))
     angles = torch.tensor([0.0, 80, 30, 20, 20, 180]).deg2rad()
-    shots = Shots(EvalConfig(shots=3, shots_by="similarity", shots_from="held_out"), encoder_of(), pool, room=500)
+    shots = Shots(EvalConfig(shots=3, shots_by="similarity", shots_split="held_out"), encoder_of(), pool, room=500)
     shots.known = [0, 1, 2, 3, 4, 5], torch.stack([angles.cos(), angles.sin()], dim=1)
     shots.features = {feature_key(pool[k]): one for k, one in enumerate(shots.known[1])}
     assert [each.sample_id for each in shots.choose(pool[0])] == ["s2", "s4", "s3"]
@@ -195,7 +195,7 @@ def test_a_run_is_evaluated_with_examples(tmp_path: Path) -> None:
     found = {}
     for by in ("random", "similarity"):
         for where in ("training", "held_out"):
-            ended = call("eval", tmp_path / "run", "--eval.shots=1", f"--eval.shots_by={by}", f"--eval.shots_from={where}", "--json")
+            ended = call("eval", tmp_path / "run", "--eval.shots=1", f"--eval.shots_by={by}", f"--eval.shots_split={where}", "--json")
             assert ended.code == 0, ended.err
             found[by, where] = json.loads(ended.out)
     assert found["random", "training"]["exact_match"] == recorded[-1]
@@ -207,7 +207,7 @@ def test_a_run_is_evaluated_with_examples(tmp_path: Path) -> None:
     [
         (["--eval.shots=3"], "eval.shots = 3: a prompt takes .* more than model.max_seq_len = 64; take fewer examples"),
         (["--eval.shots=1", "--data.template=plain"], "data.template = 'plain' writes one turn, and examples are turns"),
-        (["--eval.shots=8", "--eval.shots_from=held_out", "--model.max_seq_len=512"], "eval.shots = 8: there are 7 examples"),
+        (["--eval.shots=8", "--eval.shots_split=held_out", "--model.max_seq_len=512"], "eval.shots = 8: there are 7 examples"),
         (["--eval.shots=1", '--eval.tasks=["choice_likelihood"]'], "'choice_likelihood' takes no examples"),
         (["--eval.shots_pool=3"], "shots_pool = 3: only shots above 0 reads it"),
         (["--eval.shots=1", "--eval.shots_by=luck"], "shots_by = 'luck': allowed are 'random', 'similarity'"),
