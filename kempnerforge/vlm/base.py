@@ -54,6 +54,8 @@ class Output(NamedTuple):
             by their count over all ranks and micro-batches. None: the arch has none.
         embeddings: (P, 2, E) of image and text of each pair, of length 1 and without a graph; None: the arch
             makes none.
+        weighted_loss: as ``loss``, each target times its weight; None: the batch has no weights. With weights
+            ``loss`` is for the record alone, and no gradient flows from it.
     """
 
     loss: Tensor
@@ -61,15 +63,17 @@ class Output(NamedTuple):
     aux_loss: Tensor | None = None
     pair_loss: Tensor | None = None
     embeddings: Tensor | None = None
+    weighted_loss: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """All losses that are sums over targets."""
-        return self.loss if self.aux_loss is None else self.loss + self.aux_loss
+        loss = self.loss if self.weighted_loss is None else self.weighted_loss
+        return loss if self.aux_loss is None else loss + self.aux_loss
 
-    def mean(self, targets: int, pairs: int) -> Tensor:
-        """What is sent backward: the losses over so many targets and pairs."""
-        mean = self.total / max(1, targets)
+    def mean(self, targets: float, pairs: int) -> Tensor:
+        """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
+        mean = self.total / (targets or 1)
         return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
 
 
@@ -285,13 +289,17 @@ class VLM(ExactBuffers):
     def score(self, logits: Tensor, batch: Batch) -> Output:
         """The loss of ``logits`` (T, V) at ``batch.targets``."""
         labels = batch.labels.flatten()[batch.targets]
+        if batch.target_weights is not None:
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
+            weighted = (losses * batch.target_weights).sum()
+            return Output(losses.detach().sum(), logits, self.extra_loss(batch), weighted_loss=weighted)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return Output(loss, logits, self.extra_loss(batch))
 
     def extra_loss(self, batch: Batch) -> Tensor | None:
         """``Output.aux_loss`` of the pass that has just run."""
         extra = [loss for loss in take_losses(self.with_aux_loss) if loss is not None]
-        return torch.stack(extra).sum() * batch.num_targets if extra else None
+        return torch.stack(extra).sum() * batch.weight if extra else None
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:
         """Continues prompts, greedily unless ``sampling`` says otherwise.
