@@ -28,7 +28,7 @@ from kempnerforge.eval.shots import Shots, feature_key
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from tests.data.samples import ListSource, png
-from tests.training.tiny import call, make_job, metrics
+from tests.training.tiny import call, make_job, metrics, two_ranks
 from tests.vlm.tiny import Tiny, tiny
 
 IMAGE, END = "<image>", "<|endofchunk|>"
@@ -224,3 +224,15 @@ def test_a_model_without_an_encoder_of_ours_compares_no_images() -> None:
     data = assemble(job, tiny("hf").encoder.tokenizer, data=False).data
     with pytest.raises(InputError, match="has no vision encoder of its own"):
         data.require_held_out()
+
+
+@pytest.mark.dist
+def test_two_ranks_choose_and_answer_as_one(tmp_path: Path) -> None:
+    """The encoder is sharded when it measures images."""
+    job = make_job(tmp_path, extra="[eval]\nmax_new_tokens = 4\nbatch_size = 3\nshots = 1\nshots_by = 'similarity'\nbeams = 2\n")
+    found = []
+    for name, run in (("one", call), ("two", two_ranks)):
+        ended = run("train", job, "--train.max_steps=2", f"--run.dir={tmp_path}/{name}", "--train.mixed_precision=fp32")
+        assert ended.code == 0, ended.err
+        found.append([{key: row[key] for key in row if key.startswith("eval/")} for row in metrics(tmp_path / name)][-1])
+    assert found[0] == found[1] and found[0]["eval/questions"] == 8
