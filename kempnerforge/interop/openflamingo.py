@@ -15,6 +15,7 @@ from kempnerforge.util.reading import regular
 
 GATED = re.compile(r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|.+\.(\d+)\.gated_cross_attn_layer)\.(.+)")
 """A block has one name or the other, or both: the module is in two places."""
+RESAMPLED = re.compile(r"perceiver\.layers\.(\d+)\.(.+)")
 BLOCK = {
     "attn.norm": "norm",
     "attn.to_q": "q_proj",
@@ -55,9 +56,8 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
             raise InputError(f"{path}: has {name}; a resampler with embeddings of frames or of images is not built here")
         if (gated := GATED.fullmatch(name)) is not None:
             place, rest, table = f"transformer.layers.{gated[1] or gated[2]}.cross_attention", gated[3], BLOCK
-        elif name.startswith("perceiver.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            place, table = f"adapter.layers.{layer}", RESAMPLER_LAYER
+        elif (layer := RESAMPLED.fullmatch(name)) is not None:
+            place, rest, table = f"adapter.layers.{layer[1]}", layer[2], RESAMPLER_LAYER
         elif name.startswith("perceiver."):
             found[f"adapter.{name.removeprefix('perceiver.')}"] = tensor
             continue
@@ -65,7 +65,7 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
             continue
         part, dot, kind = rest.rpartition(".")
         part, kind = (part, dot + kind) if kind in ("weight", "bias") else (rest, "")
-        if part.endswith("to_kv"):
+        if part.endswith("to_kv") and tensor.ndim == 2 and not len(tensor) % 2:
             found |= dict(zip((f"{place}.k_proj{kind}", f"{place}.v_proj{kind}"), tensor.chunk(2), strict=True))
         elif part in table:
             found[f"{place}.{table[part]}{kind}"] = tensor

@@ -69,7 +69,7 @@ def test_the_loss_is_the_weighted_mean_of_each_sample_alone(arch: str) -> None:
     want.backward()
     torch.testing.assert_close(output.mean(batch.weight, 0), want, rtol=1e-5, atol=0)
     torch.testing.assert_close(got, {name: p.grad for name, p in it.model.named_parameters() if p.grad is not None}, rtol=1e-4, atol=1e-5)
-    plain = sum(float(it.model(alone).loss) for alone, _ in each)
+    plain = sum(it.model(alone).loss.item() for alone, _ in each)
     assert float(output.loss) == pytest.approx(plain, rel=1e-5) and not output.loss.requires_grad, "for the record: all alike"
 
 

@@ -170,6 +170,8 @@ def test_the_language_model_is_unchanged_until_gates_open() -> None:
             {"lang_encoder.model.layers.0.gated_cross_attn_layer.attn_gate": torch.zeros(1)},
             "has transformer.layers.0.cross_attention.attention_g",
         ),
+        ({"perceiver.layers.0.0.to_kv.weight": torch.zeros(3)}, "to_kv.weight is no tensor of OpenFlamingo"),
+        ({"perceiver.layers.first": torch.zeros(3)}, "has adapter.layers.first"),
         ({"perceiver.norm.bias": None}, "lacks adapter.norm.bias"),
         ({"perceiver.norm.bias": torch.zeros(2)}, "adapter.norm.bias has shape"),
     ],

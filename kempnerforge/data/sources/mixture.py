@@ -62,7 +62,7 @@ class MixtureConfig(DataConfig):
         phases: other weights from later steps on; steps must increase.
         loss_weights: how much a trained token of each part counts: the loss that is sent backward is the mean
             over the tokens of a step with these weights, over their sum (``train/weighted_loss``;
-            ``train/loss`` counts all alike). Empty: all alike.
+            ``train/loss`` and ``eval/loss`` count all alike). Empty: all alike.
     """
 
     source: str = MIXTURE
