@@ -51,11 +51,11 @@ def cut(row: list[int], ends: list[int]) -> list[int]:
     return row[: next((k for k, id_ in enumerate(row) if id_ in ends), None)]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, -2.0, 3.0])
-@pytest.mark.parametrize(("beams", "ends"), [(2, [2]), (3, [2]), (3, [2, 5, 9]), (8, [2])])
+@pytest.mark.parametrize("penalty", [1.0, 0.0, -2.0])
+@pytest.mark.parametrize(("beams", "ends"), [(2, [2]), (3, [2, 5, 9]), (8, [2])])
 def test_it_finds_what_transformers_finds(beams: int, ends: list[int], penalty: float) -> None:
     lengths = set()
-    for seed in range(4):
+    for seed in range(2):
         model = llama(seed)
         ids, mask = prompts()
         options = {"num_beams": beams, "length_penalty": penalty, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -63,7 +63,7 @@ def test_it_finds_what_transformers_finds(beams: int, ends: list[int], penalty: 
         got = searched(model, beams, ends, penalty).tolist()
         assert [cut(row, ends) for row in got] == [cut(row, ends) for row in want]
         lengths |= {len(cut(row, ends)) for row in got}
-    assert len(lengths) > 1 or penalty > 1
+    assert len(lengths) > 1
 
 
 def test_one_beam_is_greedy_and_further_steps_change_nothing() -> None:

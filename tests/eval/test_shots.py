@@ -226,6 +226,7 @@ def test_a_model_without_an_encoder_of_ours_compares_no_images() -> None:
         data.require_held_out()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_choose_and_answer_as_one(tmp_path: Path) -> None:
     """The encoder is sharded when it measures images."""
