@@ -132,7 +132,7 @@ def test_a_step_is_the_weighted_mean_over_its_micro_batches(tmp_path: Path) -> N
         weight = sum(batch.weight for batch in batches)
         parts = [model(batch).weighted_loss for batch in batches]
         assert all(part is not None for part in parts)
-        want = float(sum(float(part) for part in parts if part is not None) / weight)
+        want = sum(part.item() for part in parts if part is not None) / weight
         _, grads = gradients(model, *batches)
         scale = sum(batch.num_targets for batch in batches) / weight  # ``gradients`` divides by targets
         norm = torch.stack([(scale * grad).square().sum() for grad in grads.values()]).sum().sqrt()
