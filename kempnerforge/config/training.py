@@ -127,14 +127,20 @@ class DistributedConfig:
     Attributes:
         reshard_after_forward: free gathered weights between forward and backward (ZeRO-3) or keep them
             (ZeRO-2).
+        shard_size: processes that share one copy of weights, gradients and optimizer state; there are as many
+            copies as that goes into all processes, and gradients are summed over copies, too (hybrid
+            sharding, Zhao et al. 2023, section 3.2.2). On a cluster: the processes of one node. 0: all share
+            one copy.
         timeout_s: seconds that a collective may take before the run stops with exit code 3.
     """
 
     reshard_after_forward: bool = True
+    shard_size: int = 0
     timeout_s: int = 600
 
     def __post_init__(self) -> None:
         at_least(self, 1, "timeout_s")
+        at_least(self, 0, "shard_size")
 
 
 @dataclass

@@ -242,7 +242,7 @@ class Trainer:
 
         grads = local_gradients(self.model)
         total, aux, paired, squared = self.sum([loss_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)])
-        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / targets, math.sqrt(squared)
+        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / targets, math.sqrt(squared / self.world.copies)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
         if finite:

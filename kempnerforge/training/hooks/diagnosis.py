@@ -125,6 +125,7 @@ class Diagnosis(Hook):
         shares = self._shares.take()
         flops, *rest = trainer.sum([self._flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
         gates, shares, rest = rest[: len(gates)], rest[len(gates) :][: len(shares)], rest[len(gates) + len(shares) :]
+        gates, rest = ([value / trainer.world.copies for value in values] for values in (gates, rest))
         by_part = dict(zip(self._parts, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True))
         values = {f"gate/{name}": value for name, value in zip(self._gates, gates, strict=True)}
         by_layer = zip(self._shares.layers, shares[::2], shares[1::2], strict=True)
