@@ -186,6 +186,8 @@ def internvl() -> Any:
 
 SIZED = {"llava_next": _llava_next, "llava_onevision": _llava_onevision, "mistral3": _mistral3, "pixtral": _pixtral, "idefics2": _idefics2}
 """Further models that take other images than squares of one size, by their ``model_type``."""
+IMAGE_SIZES = dict.fromkeys((*GRIDS, *SIZED), 28) | {"llava_next": 56, "llava_onevision": 56}
+"""``vlm.image_size`` of those that need it."""
 BREAKS = ["[IMG_BREAK]", "[IMG_END]"]
 """What Mistral 3 has between rows of an image and after the last."""
 

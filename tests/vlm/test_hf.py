@@ -34,7 +34,7 @@ from kempnerforge.training.optimizers.muon import MuonRule
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.dist import ROOT
-from tests.interop.tiny_vlms import GRIDS, IMAGE, MODELS, SIZED, SQUARES, TEXT, TOWER, VOCAB, internvl, save
+from tests.interop.tiny_vlms import GRIDS, IMAGE, IMAGE_SIZES, MODELS, SIZED, SQUARES, TEXT, TOWER, VOCAB, internvl, save
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
 from tests.vlm.tiny import all_logits, copies, differing, picture
 
@@ -50,8 +50,6 @@ def _gemma3() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {**MODELS, "gemma3": _gemma3, "internvl": internvl, **GRIDS, **SIZED}
-IMAGE_SIZES = dict.fromkeys(GRIDS, 28) | {"llava_next": 56, "llava_onevision": 56, "mistral3": 28, "pixtral": 28, "idefics2": 28}
-"""Of models that take any size."""
 IMAGE_TOKENS = dict.fromkeys(MAKERS, 16) | dict.fromkeys(("idefics3", "smolvlm", "gemma3", "idefics2", "internvl", *GRIDS), 4)
 IMAGE_TOKENS |= {"llava_next": 4 + 4 * (4 + 1), "llava_onevision": 4 + 2 * (2 + 1), "mistral3": 2 * (2 + 1), "pixtral": 4 * (4 + 1)}
 by_model = pytest.mark.parametrize("name", MAKERS)
