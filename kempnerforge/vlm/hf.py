@@ -222,10 +222,10 @@ class HF(VLM):
         Raises:
             ValueError: the model takes more than pixels, or its config says another number.
         """
-        where = f"path = {self.config.path!r}"
+        where, is_known = f"path = {self.config.path!r}", type(self.images) is not SquareImages
         takes, name = inspect.signature(self.hf_model.get_image_features).parameters.values(), type(self.hf_model).__name__
         needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
-        if needed and not self.images.knows_class:
+        if needed and not is_known:
             raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
         blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
@@ -235,7 +235,7 @@ class HF(VLM):
                 features = self.images.features(blank)
         except InputError as error:
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
-            if not also or self.images.knows_class:
+            if not also or is_known:
                 raise
             said = f"{where}: {what}" if "NoneType" in str(error) else error  # then it lacks what it is not given
             raise InputError(f"{said}: it reads {', '.join(also)} as well, which arch = 'hf' does not give it") from error

@@ -32,7 +32,7 @@ class Grid(SquareImages):
         side: tokens along a side of an image.
     """
 
-    knows_class = any_size = adds_features = reads_kinds = True
+    any_size = adds_features = reads_kinds = True
 
     def __init__(self, where: str, model: Any, image_size: int) -> None:
         super().__init__(where, model, image_size)

@@ -31,9 +31,6 @@ class SquareImages:
         ValueError: the class cannot take images of this size.
     """
 
-    knows_class: ClassVar[bool] = False
-    """Whether it is for classes that it knows, or for any."""
-
     any_size: ClassVar[bool] = False
     """The class takes images of any size, so that ``vlm.image_size`` must say it."""
 
@@ -75,8 +72,6 @@ class SquareImages:
 
 class Framed(SquareImages):
     """Idefics 3 and SmolVLM. Their own method takes rows of images and drops those whose pixels are all 0."""
-
-    knows_class = True
 
     def features(self, pixels: Tensor) -> Tensor:
         core = self.model.model

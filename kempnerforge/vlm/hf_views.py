@@ -30,7 +30,7 @@ class Views(SquareImages):
     vector.
     """
 
-    knows_class = any_size = True
+    any_size = True
     counted = ()  # the number that LLaVA-NeXT says is of a view
 
     def __init__(self, where: str, model: Any, image_size: int) -> None:
@@ -85,7 +85,7 @@ class Rows(SquareImages):
     last one "[IMG_END]".
     """
 
-    knows_class = any_size = True
+    any_size = True
     counted = ()  # a Pixtral says one that is not used
 
     def __init__(self, where: str, model: Any, image_size: int) -> None:

@@ -35,6 +35,7 @@ from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.vlm.hf import HF, OWN_MASKS
 from tests.dist import ROOT
 from tests.interop.tiny_vlms import GRIDS, IMAGE, IMAGE_SIZES, MODELS, SIZED, SQUARES, TEXT, TOWER, VOCAB, internvl, save
+from tests.params import quick
 from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, metrics, tensors
 from tests.vlm.tiny import all_logits, copies, differing, picture
 
@@ -383,7 +384,7 @@ def test_checkpoints_are_evaluated_asked_and_exported(run: Path, tmp_path: Path)
     assert made.tolist()[: len(want[0])] == want[0]
 
 
-@pytest.mark.parametrize("name", ["llava_next", "mistral3", "internvl"])
+@pytest.mark.parametrize("name", quick([*SIZED, "internvl"], "llava_next", "mistral3"))
 def test_models_of_other_shapes_train_resume_and_go_out(name: str, saved: dict[str, Path], tmp_path: Path) -> None:
     job = write(tmp_path, saved[name])
     job.write_text(job.read_text().replace("max_text_len = 48", f"max_text_len = 40\nimage_size = {IMAGE_SIZES.get(name, 0)}"))
