@@ -142,10 +142,10 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     targets = (torch.arange(form.rows)[:, None] * length + scored).flatten()  # (B * K,)
     positions = torch.linspace(0, form.farthest, length).long().expand_as(kinds) if form.farthest else batch.positions
     batch = replace(batch, kinds=kinds, targets=targets, positions=positions)
-    return ProbeBatch(batch, _inputs(model, batch, image_id, scored, spread=form.farthest > 0))
+    return ProbeBatch(batch, class_arguments(model, batch, image_id, scored, spread=form.farthest > 0))
 
 
-def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
+def class_arguments(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
     """Arguments of the class in transformers; ``scored`` columns (K,) have logits."""
     ids, kinds = batch.input_ids, batch.kinds
     inputs = {"attention_mask": torch.ones_like(ids)}

@@ -54,7 +54,7 @@ class Diagnosis(Hook):
         self._trainer, self._counted = trainer, TrainingFlops(trainer.assembly.job)
         self._parts = parts(trainer.names)
         self._gates = [name for name, parameter in trainer.model.named_parameters() if parameter.numel() == 1]
-        self._running = _Stopwatch(trainer.world.device, self._seconds)
+        self._running = Stopwatch(trainer.world.device, self._seconds)
         self._shares, self._watched = AttentionShare(trainer.model), -1
         model, first, last = trainer.model, trainer.optimizers.all[0], trainer.optimizers.all[-1]
         self._handles = [
@@ -144,7 +144,7 @@ class Diagnosis(Hook):
         return values
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds the seconds of one phase after another to ``seconds``."""
 
     def __init__(self, device: torch.device, seconds: defaultdict[str, float]) -> None:
