@@ -170,9 +170,10 @@ def test_gradients_are_those_of_transformers(name: str, saved: dict[str, Path]) 
         assert any(grads[key].any() for key in match_names(list(grads), alias, assembly.job.module_patterns(), ""))
 
 
-@pytest.mark.parametrize(
-    ("name", "mask"), [(name, mask) for name in ("paligemma", "paligemma2") for mask in ("model", "causal")] + [(n, "model") for n in SIZED]
-)
+LEAKS = [(name, mask) for name in ("paligemma", "paligemma2") for mask in ("model", "causal")] + [(name, "model") for name in SIZED]
+
+
+@pytest.mark.parametrize(("name", "mask"), quick(LEAKS, *LEAKS[:4], ("mistral3", "model")))
 def test_nothing_of_an_answer_is_seen_before_it(name: str, mask: str, saved: dict[str, Path]) -> None:
     """In training, where the class alone would need ``token_type_ids``; with its own mask image and prompt do see the whole prompt."""
     assembly = built(saved[name], own={"attention_mask": mask})
@@ -211,7 +212,7 @@ def test_positions_of_packs_are_those_of_each_sample_alone(name: str, saved: dic
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-@pytest.mark.parametrize("size", [56, 28, 40, 70])
+@pytest.mark.parametrize("size", [56, 28, 40])
 def test_views_are_those_of_its_image_processor(name: str, size: int, saved: dict[str, Path]) -> None:
     """Its resizing rounds twice, ours once; tiles of an image that has their size are equal."""
     model = built(saved[name], own={"image_size": size}, train=TrainConfig(max_steps=1, seq_len=128, mixed_precision="fp32")).model
@@ -384,7 +385,7 @@ def test_checkpoints_are_evaluated_asked_and_exported(run: Path, tmp_path: Path)
     assert made.tolist()[: len(want[0])] == want[0]
 
 
-@pytest.mark.parametrize("name", quick([*SIZED, "internvl"], "llava_next", "mistral3"))
+@pytest.mark.parametrize("name", quick([*SIZED, "internvl"], "llava_next"))
 def test_models_of_other_shapes_train_resume_and_go_out(name: str, saved: dict[str, Path], tmp_path: Path) -> None:
     job = write(tmp_path, saved[name])
     job.write_text(job.read_text().replace("max_text_len = 48", f"max_text_len = 40\nimage_size = {IMAGE_SIZES.get(name, 0)}"))
