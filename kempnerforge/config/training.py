@@ -56,6 +56,8 @@ class TrainConfig:
     Attributes:
         max_steps: optimizer steps of the whole run; 0 means as many as the stages have. With stages it caps
             them.
+        total_samples: instead of ``max_steps``, without stages: as many steps as these samples make whole
+            batches (VLA Foundry's ``total_train_samples``).
         batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of
             ranks.
         grad_accum_steps: micro-batches that one step is made of, on each rank.
@@ -78,6 +80,7 @@ class TrainConfig:
     """
 
     max_steps: int = 0
+    total_samples: int = 0
     batch_size: int = 32
     grad_accum_steps: int = 1
     seq_len: int = 1024
@@ -93,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
-        at_least(self, 0, "max_steps", "seed", "grad_clip_norm", "max_skipped_steps")
+        at_least(self, 0, "max_steps", "total_samples", "seed", "grad_clip_norm", "max_skipped_steps")
         at_most(self, MOST_ROWS, "batch_size")
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))
@@ -101,6 +104,20 @@ class TrainConfig:
             raise InputError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
         if self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
+        if self.total_samples:
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        """Sets ``max_steps`` by ``total_samples``."""
+        steps = self.total_samples // self.batch_size
+        if not steps:
+            raise InputError(f"total_samples = {self.total_samples}: must be at least one batch, batch_size = {self.batch_size}")
+        if self.max_steps not in (0, steps):
+            raise InputError(
+                f"max_steps = {self.max_steps}: total_samples = {self.total_samples} makes {steps} steps of {self.batch_size}; "
+                "leave one of the two out, or set it to 0"
+            )
+        self.max_steps = steps
 
 
 @dataclass
@@ -110,14 +127,20 @@ class DistributedConfig:
     Attributes:
         reshard_after_forward: free gathered weights between forward and backward (ZeRO-3) or keep them
             (ZeRO-2).
+        shard_size: processes that share one copy of weights, gradients and optimizer state; there are as many
+            copies as that goes into all processes, and gradients are summed over copies, too (hybrid
+            sharding, Zhao et al. 2023, section 3.2.2). On a cluster: the processes of one node. 0: all share
+            one copy.
         timeout_s: seconds that a collective may take before the run stops with exit code 3.
     """
 
     reshard_after_forward: bool = True
+    shard_size: int = 0
     timeout_s: int = 600
 
     def __post_init__(self) -> None:
         at_least(self, 1, "timeout_s")
+        at_least(self, 0, "shard_size")
 
 
 @dataclass

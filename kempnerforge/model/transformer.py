@@ -124,6 +124,13 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}, plus_one={self.plus_one}"
 
 
+def stream_norm(cfg: ModelConfig) -> nn.Module:
+    """The norm that ``cfg.norm`` names, of vectors of width D."""
+    if cfg.norm == "layer_norm":
+        return nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+    return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+
+
 class Attention(nn.Module):
     """Projections of self-attention; the product itself is ``attend``."""
 
@@ -154,7 +161,7 @@ class Attention(nn.Module):
 
 
 def _post_norm(cfg: ModelConfig) -> nn.Module:
-    return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one) if cfg.post_norms else nn.Identity()
+    return stream_norm(cfg) if cfg.post_norms else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -187,9 +194,9 @@ class Block(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.scale, self.softcap = cfg.attention_scale or None, cfg.attention_softcap
         self.window = cfg.window(layer)
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.attention_norm = stream_norm(cfg)
         self.attention = Attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.mlp_norm = stream_norm(cfg)
         self.mlp = MLP(cfg)
         init_weights(self, cfg)
 
@@ -263,7 +270,8 @@ class Transformer(nn.Module):
         std = cfg.init_std or 0.02
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.embed_norm = stream_norm(cfg) if cfg.embed_norm else None
+        self.norm = stream_norm(cfg)
         self.output_head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=std)
         if self.output_head is not None:
@@ -280,6 +288,8 @@ class Transformer(nn.Module):
 
     def run(self, x: Tensor, ctx: Context, layers: slice = slice(None)) -> Tensor:
         """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
+        if self.embed_norm is not None and not layers.start:
+            x = self.embed_norm(x)
         for layer in self.layers[layers]:
             x = layer(x, ctx)
         return x

@@ -250,7 +250,7 @@ class Trainer:
         grads = local_gradients(self.model)
         sums = [loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)]
         total, weighted, aux, paired, squared = self.sum(sums)
-        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared)
+        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared / self.world.copies)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
         if finite:

@@ -212,6 +212,12 @@ class VLM(ExactBuffers):
         """(N, 3, H, H) uint8 -> the same shape, normalised."""
         return self.vision_encoder.normalise(images)
 
+    def with_image_ids(self, batch: Batch, image_id: int) -> Tensor:
+        """``batch.input_ids`` (B, S) with the token of an image at its positions, as classes of transformers
+        take them.
+        """
+        return batch.input_ids.masked_fill(batch.kinds == Kind.IMAGE, image_id)
+
     def segments(self, batch: Batch) -> Segments:
         """Who sees whom in a stream that is laid out as ``batch`` says."""
         kind = self.attention_mask

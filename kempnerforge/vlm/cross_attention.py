@@ -69,7 +69,7 @@ class GatedCrossAttention(nn.Module):
         n_heads, n_kv_heads: H and G.
         head_dim: E; 0: as in the text backbone.
         qk_norm, media_norm: whether there are norms on each head's q and k, and on the media.
-        openflamingo: LayerNorm with bias, and two layers with a GELU, in place of the backbone's.
+        openflamingo: LayerNorm with bias, and two layers with a GELU, in place of RMSNorm and the backbone's.
         media_dim: Dm; 0: D.
     """
 
