@@ -247,9 +247,9 @@ class EvalConfig:
         shots_split: the examples are from the "training" data, or "held_out" ones, never the question's own
             sample.
         shots_pool: samples that examples are chosen from, drawn by ``train.seed``; 0: all.
-        shots_by: "random" draws them for each question by ``train.seed``; "similarity" takes those whose images
-            are the most similar to the question's, the most similar one last: by the cosine of the mean
-            features of the model's vision encoder.
+        shots_by: "random" draws them for each question by ``train.seed``; "similarity" takes those whose
+            images are the most similar to the question's, the most similar one last: by the cosine of the
+            mean features of the model's vision encoder.
         shots_images: false leaves the images of examples out, and their placeholders.
         blind: repeat each evaluation with blank images.
         shuffled: repeat each evaluation with the images of other questions.

@@ -13,8 +13,8 @@ class CrossAttentionBlockConfig:
     """What a gated block is made of, and where its weights are from.
 
     Attributes:
-        cross_attention_block: "backbone": RMSNorm, and the feed-forward of the text backbone. "openflamingo": as in
-            OpenFlamingo (Awadalla et al. 2023), LayerNorm with bias, two layers with an exact GELU, four times
+        cross_attention_block: "backbone": RMSNorm, and the feed-forward of the text backbone. "openflamingo"
+            (Awadalla et al. 2023): LayerNorm with bias, two layers with an exact GELU, four times
             ``model.dim`` wide, and no norm on media or heads.
         cross_attention_head_dim: width of a head; 0: as in the text backbone. (OpenFlamingo has 8 of 64.)
         openflamingo_path: a checkpoint of OpenFlamingo (``.pt`` or safetensors) with whose resampler and

@@ -70,7 +70,7 @@ def test_prompts_together_are_prompts_one_by_one(arch: str | None, mask: str) ->
 
 @each_arch
 def test_beams_with_a_cache_are_beams_without(arch: str | None) -> None:
-    """All rows at once, with one cache for all beams, find what each row finds that reads all of its text anew."""
+    """All rows at once, with one cache for all beams, find what each finds that reads its text anew."""
     it = tiny(arch, noise=0.3)
     it.model.eval()
     made = generate(it.model, it.prompts(some_rows(it), IMAGES), max_new_tokens=4, eos_id=7, sampling=Sampling(beams=3))

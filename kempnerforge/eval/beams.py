@@ -26,12 +26,13 @@ def beam_search(
 ) -> Tensor:
     """The best continuation of each row, by the rules of ``transformers`` with ``early_stopping = False``: of
     the candidates only the ``beams`` likeliest may end, a text's score is the sum of its log-probabilities
-    over its length (its end included) to the power of ``length_penalty``, and a row is done when its likeliest
-    open beam, scored so, is no better than the worst of ``beams`` texts that have ended.
+    over its length (its end included) to the power of ``length_penalty``, and a row is done when its
+    likeliest open beam, scored so, is no better than the worst of ``beams`` texts that have ended.
 
     Args:
         logits: (B, V) after the prompts.
-        advance: rows (B * W,) of the last call, each continued by one of ids (B * W,), -> their logits (B * W, V).
+        advance: rows (B * W,) of the last call, each continued by one of ids (B * W,), -> their logits
+            (B * W, V).
         beams: W.
         ends: (E,) tokens that end a text.
         all_done: see ``generate_stream``; rows that are done go on without a change until it says so.

@@ -68,9 +68,9 @@ def embed(
 
 @torch.no_grad()
 def image_features(exam: Exam, asked: Mapping[K, Question]) -> dict[K, Tensor]:
-    """What the vision encoder makes of the images of each question: the mean over all features of all of their
-    views, (E,) of length 1, in fp32 on the CPU; by key, without those that have no image that can be read. All
-    ranks call it with the same questions, which they share out.
+    """What the vision encoder makes of the images of each question: the mean over all features of all of
+    their views, (E,) of length 1, in fp32 on the CPU; by key, without those that have no image that can be
+    read. All ranks call it with the same questions, which they share out.
     """
     encoder, ranks, step = exam.encoder, exam.ranks, exam.cfg.batch_size
     tower = exam.model.get_submodule("vision_encoder")

@@ -223,8 +223,8 @@ class TextStream:
 
 
 def _following(batch: Batch, ids: Tensor, rows: Tensor | slice = slice(None)) -> Batch:
-    """The one-token batch after ``rows`` of ``batch``: ``ids`` (B,) one position further on, in the text of the
-    last one.
+    """The one-token batch after ``rows`` of ``batch``: ``ids`` (B,) one position further on, in the text of
+    the last one.
     """
     column = ids[:, None]
     nothing = column.new_zeros(0)

@@ -51,8 +51,9 @@ class Shots:
         return self.cfg.shots_by == "similarity"
 
     def choose(self, question: Question) -> list[Question]:
-        """The examples of ``question``, in the order of its prompt: drawn by the encoder's seed; or those with
-        the most similar images, the most similar one last (RICES: Yang et al. 2022, in OpenFlamingo's order).
+        """The examples of ``question``, in the order of its prompt: drawn by the encoder's seed; or those
+        with the most similar images, the most similar one last (RICES: Yang et al. 2022, in OpenFlamingo's
+        order).
 
         Raises:
             InputError: there are not enough, or the question's images have no features.
@@ -124,8 +125,8 @@ class Shots:
 
 
 def read_pool(source: Source, encoder: Encoder, cfg: EvalConfig) -> list[Question]:
-    """Questions of ``eval.shots_pool`` samples of ``source``, drawn by the encoder's seed, that can be asked and
-    whose images can be opened.
+    """Questions of ``eval.shots_pool`` samples of ``source``, drawn by the encoder's seed, that can be asked
+    and whose images can be opened.
     """
     chosen = drawn(len(source), cfg.shots_pool, encoder.seed)
     return [question for question in examine(source, encoder, cfg, chosen=chosen, pictures=0).questions if _opens(question, encoder)]

@@ -26,8 +26,8 @@ class Cache:
 
     Attributes:
         segments: that structure.
-        kept: what an arch computes once, with the prompt, under names that the arch chooses: tensors with a row
-            for each prompt, tuples of them, or a cache of transformers.
+        kept: what an arch computes once, with the prompt, under names that the arch chooses: tensors with a
+            row for each prompt, tuples of them, or a cache of transformers.
     """
 
     def __init__(self) -> None:

@@ -51,8 +51,8 @@ class MediaContext(Context):
     """A context with the images beside the stream.
 
     Attributes:
-        media: (B, K * F, Dm), image after image, zeros where a row has fewer; None: keys and values are in the
-            cache.
+        media: (B, K * F, Dm), image after image, zeros where a row has fewer; None: keys and values are in
+            the cache.
         sight: who sees which.
     """
 

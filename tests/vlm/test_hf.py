@@ -27,6 +27,7 @@ from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.batching.pack import join
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.eval.generate import Sampling
 from kempnerforge.inference.processor import Processor
 from kempnerforge.training.freeze import apply_freeze, match_names, trainable_names
 from kempnerforge.training.initial_weights import initialise
@@ -122,8 +123,8 @@ def test_logits_are_those_of_transformers(name: str, saved: dict[str, Path]) -> 
 
 
 @by_model
-def test_greedy_tokens_are_those_of_generate(name: str, saved: dict[str, Path]) -> None:
-    """Prompts of unequal lengths, padded on the left, until each writes its end."""
+def test_tokens_are_those_of_generate(name: str, saved: dict[str, Path]) -> None:
+    """Prompts of unequal lengths, padded on the left, until each writes its end; greedy, and with beams."""
     assembly = built(saved[name])
     model = assembly.model.eval()
     theirs = load_class(saved[name], type(model.hf_model).__name__)
@@ -145,7 +146,11 @@ def test_greedy_tokens_are_those_of_generate(name: str, saved: dict[str, Path]) 
     free = made[:, asked.input_ids.shape[1] :].tolist()
     end = free[0][6]
     assert model.generate(replace(asked, end_id=-1), max_new_tokens=12) == free
-    assert model.generate(replace(asked, end_id=end), max_new_tokens=12) == [row[: row.index(end)] if end in row else row for row in free]
+    up_to_end = lambda row: row[: row.index(end)] if end in row else row
+    assert model.generate(replace(asked, end_id=end), max_new_tokens=12) == [up_to_end(row) for row in free]
+    made = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=end, num_beams=3)
+    beams = [up_to_end(row) for row in made[:, asked.input_ids.shape[1] :].tolist()]
+    assert model.generate(replace(asked, end_id=end), max_new_tokens=6, sampling=Sampling(beams=3)) == beams
 
 
 @by_model
