@@ -12,7 +12,7 @@ from hypothesis import settings
 from kempnerforge.contract.fixtures import ranks, world
 
 __all__ = ["ranks", "world"]
-pytest.register_assert_rewrite(*(f"kempnerforge.contract.{name}_checks" for name in ("model", "training", "grid")))
+pytest.register_assert_rewrite(*(f"kempnerforge.contract.{part}_checks" for part in ("generation", "model", "training", "grid")))
 
 os.environ["OMP_NUM_THREADS"] = "1"
 """Read when torch is imported. Threads of parallel tests would spin against each other, and the last bit of long sums depends on their number."""

@@ -26,6 +26,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="draw from the fewest tokens that hold a share P of the mass (default: 1)",
     )
+    parser.add_argument(
+        "--beams", type=whole(1), default=1, metavar="W", help="follow W texts at once, the best is the answer (default: 1)"
+    )
     parser.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="of the draws (default: 0)")
 
 
@@ -37,7 +40,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """
     from kempnerforge.eval.generate import Sampling
 
-    found = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.temperature == 0 and found != Sampling():
+    found = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.beams)
+    if args.temperature == 0 and found != Sampling(beams=args.beams):
         raise InputError("--top-k, --top-p and --seed are only read with a --temperature above 0")
     return found

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kempnerforge.cli.numbers import whole
 from kempnerforge.config import load_config, to_toml
 from kempnerforge.util.errors import InputError, visible
 
 if TYPE_CHECKING:
-    from kempnerforge.inspection.plan import StagePlan
+    from kempnerforge.inspection.cluster import ClusterStage
+    from kempnerforge.inspection.plan import Plan, StagePlan
     from kempnerforge.training.setup import Assembly
 
 HELP = """Check a config without training: every cross check, and what each stage trains and costs.
@@ -24,6 +26,10 @@ Memory is what one process holds for one micro-batch. The line "export" says wha
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="the TOML file")
+    parser.add_argument(
+        "--gpus", type=whole(1, 1 << 20), default=0, metavar="N", help="also plan the job for N devices: memory, traffic, time of a step"
+    )
+    parser.add_argument("--gpu", choices=("a100", "h100", "h200"), default="h200", help="of --gpus: which (default: h200)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the tables")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved TOML as well, sizes that follow from the data included"
@@ -39,10 +45,17 @@ def run(args: argparse.Namespace) -> int:
     held_out = found.assembly.data.examined
     warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ()), *data_remarks(found.assembly)]
     export = _export(found.assembly)
+    cluster = _on_cluster(found, args)
+    warnings += [f"{args.gpus} x {args.gpu}, stage {stage.stage.name!r}: {line}" for stage in cluster for line in stage.warnings]
     if args.json:
         stages = [_as_json(stage) for stage in found.stages]
         counts = held_out.counts() if held_out else None
-        print(json.dumps({"warnings": warnings, "stages": stages, "held_out": counts, "export": export}))
+        print(
+            json.dumps(
+                {"warnings": warnings, "stages": stages, "held_out": counts, "export": export}
+                | ({"cluster": [_cluster_json(stage) for stage in cluster]} if cluster else {})
+            )
+        )
         return 0
     if args.print_config:
         print(to_toml(found.assembly.job))
@@ -52,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         _show(stage)
         for note in found.assembly.data.notes(stage.stage):
             print(f"note: {visible(note)}")
+    for stage in cluster:
+        _show_cluster(stage, args.gpu)
     if held_out:
         print(held_out.summary())
     reason = export["reason"]
@@ -69,6 +84,43 @@ def _export(assembly: Assembly) -> dict[str, str | None]:
         return {"format": "hf", "class": class_of(assembly).name, "reason": None}
     except InputError as error:
         return {"format": "kempnerforge", "class": None, "reason": str(error)}
+
+
+def _on_cluster(found: Plan, args: argparse.Namespace) -> list[ClusterStage]:
+    if not args.gpus:
+        return []
+    from kempnerforge.inspection.cluster import GPUS, on_cluster
+
+    return on_cluster(found, args.gpus, GPUS[args.gpu])
+
+
+def _cluster_json(stage: ClusterStage) -> dict[str, Any]:
+    return {
+        "name": stage.stage.name,
+        "processes": stage.processes,
+        "memory_bytes": stage.memory,
+        "rows": stage.rows,
+        "largest_rows": stage.largest_rows,
+        "gathered_bytes": stage.gathered,
+        "reduced_bytes": stage.reduced,
+        "copied_bytes": stage.copied,
+        "compute_s": stage.compute_s,
+        "exposed_s": stage.exposed_s,
+        "tokens_per_s": stage.tokens / stage.step_s,
+        "mfu": stage.mfu,
+    }
+
+
+def _show_cluster(stage: ClusterStage, gpu: str) -> None:
+    gib = lambda size: f"{size / 2**30:,.1f} GiB"
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in stage.memory.items() if size)
+    sent = stage.gathered + stage.reduced + stage.copied
+    print(f"stage {stage.stage.name} on {stage.processes} x {gpu}, a process: {gib(stage.total)} ({kinds})")
+    print(f"  micro-batches of {stage.rows} rows, at most {stage.largest_rows} fit; a step receives {gib(sent)}")
+    print(
+        f"  step {stage.step_s:.3g} s, {stage.exposed_s / stage.step_s:.0%} of it communication that nothing hides; "
+        f"{stage.tokens / stage.step_s:,.0f} useful tokens/s, MFU {stage.mfu:.1%} (a model of time: docs/runs.md)"
+    )
 
 
 def _as_json(plan: StagePlan) -> dict[str, Any]:

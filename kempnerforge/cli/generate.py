@@ -7,10 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kempnerforge.cli.asking import add_sampling, sampling_of
 from kempnerforge.util.errors import InputError, visible
 from kempnerforge.util.process import answer_stream
+
+if TYPE_CHECKING:
+    from kempnerforge.eval.masks import MaskDecoder
 
 HELP = """Ask a trained model about images.
 
@@ -32,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the image with the boxes and points of its answer on it; of several images, into a folder",
     )
     parser.add_argument(
+        "--mask-decoder", type=Path, metavar="FILE", help="decoder of PaliGemma's <seg> codes, vae-oid.npz: draw their masks, too"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, boxes and points in it, instead of text as it is written"
     )
 
@@ -41,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.inference.model import TrainedModel
 
     sampling = sampling_of(args)
+    decoder = _mask_decoder(args)
     images = [image for path in args.images for image in _images_at(path)]
     model = TrainedModel.restore(args.checkpoint, args.overrides)
     groups = model.groups(args.prompt, images)
@@ -57,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 if not args.json:
                     print(piece, end="", flush=True, file=out)
             marks = decode(answer.text)
-            answers.append({**found, "answer": answer.text, **marks.to_json(), "drawn": _draw(group, answer.text, place)})
+            answers.append({**found, "answer": answer.text, **marks.to_json(), "drawn": _draw(group, answer.text, place, decoder)})
         except InputError as error:
             if len(groups) == 1:
                 raise
@@ -113,11 +121,22 @@ def _places(draw: Path | None, groups: Sequence[Sequence[Path]], images: Sequenc
     return [*places]
 
 
-def _draw(images: Sequence[Path], answer: str, place: Path | None) -> str | None:
+def _mask_decoder(args: argparse.Namespace) -> MaskDecoder | None:
+    """Raises InputError if the file cannot be used, or nothing is drawn."""
+    if args.mask_decoder is None:
+        return None
+    if args.draw is None:
+        raise InputError("--mask-decoder: only --draw reads it")
+    from kempnerforge.eval.masks import load_mask_decoder
+
+    return load_mask_decoder(args.mask_decoder)
+
+
+def _draw(images: Sequence[Path], answer: str, place: Path | None, decoder: MaskDecoder | None) -> str | None:
     """Draws what ``answer`` marks on the first image; returns where, None if nothing was asked for."""
     if place is None:
         return None
     from kempnerforge.eval.draw import save_drawn
 
-    save_drawn(images[0], answer, place)
+    save_drawn(images[0], answer, place, decoder)
     return str(place)

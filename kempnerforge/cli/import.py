@@ -12,9 +12,9 @@ from kempnerforge.util.errors import InputError
 HELP = """Make a run directory of a model that was trained elsewhere.
 
 SOURCE is a directory with config.json and safetensors: a language model of transformers (Llama, SmolLM2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3,
-Gemma 1 to 3), PaliGemma, LLaVA-1.5, Idefics3, SmolVLM, or nanoVLM; or a GGUF file of the Llama architecture. Every tensor must have its place.
-The class of transformers and ours are run on the same batch, and the largest difference of their logits is printed. OUT holds a checkpoint
-at step 0, the tokenizer, and a config to train on from it."""
+Gemma 1 to 3), PaliGemma, LLaVA-1.5 (also under the names of its own code), Idefics3, SmolVLM, or nanoVLM; or a GGUF file of the Llama
+architecture. Every tensor must have its place. The class of transformers and ours are run on the same batch, and the largest difference of
+their logits is printed. OUT holds a checkpoint at step 0, the tokenizer, and a config to train on from it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from kempnerforge.util.process import INTERRUPTED, die_of_interrupt, end_with_la
 
 TRUST = "--trust-plugins"
 COMMANDS = (
-    *("train", "study", "check", "inspect", "data", "generate", "chat", "serve"),
+    *("train", "study", "check", "bench", "inspect", "data", "generate", "chat", "serve"),
     *("eval", "report", "import", "export", "contract", "config"),
 )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kempnerforge.config import registry
-from kempnerforge.config.checks import at_least, at_most
+from kempnerforge.config.checks import at_least, at_most, only_if
 from kempnerforge.config.model import MAX_LAYERS
 from kempnerforge.util.errors import InputError
 
@@ -113,6 +113,8 @@ class PerceiverConfig(AdapterConfig):
         depth: layers of attention and feed-forward, at the width of the vision features.
         heads, head_dim: of its attention; their product may differ from the width.
         ff_mult: hidden width of the feed-forward, in widths of the vision features.
+        project: false: the tokens keep the width of the vision features (OpenFlamingo), for
+            ``vlm.arch = "cross_attention"``, whose blocks read any width.
     """
 
     keeps_grid: ClassVar[bool] = False
@@ -123,9 +125,11 @@ class PerceiverConfig(AdapterConfig):
     heads: int = 8
     head_dim: int = 64
     ff_mult: int = 4
+    project: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        only_if(self, self.project, "project = true", "hidden_dim", "bias")
         at_least(self, 1, "latents", "depth", "heads", "head_dim", "ff_mult")
         at_most(self, MAX_LAYERS, "depth")
 

@@ -64,6 +64,8 @@ def some_steps(job: Job) -> Found:
     """There is something to train."""
     if not job.stages and not job.train.max_steps:
         yield ("train",), "max_steps = 0: there are no [[stages]] either, so nothing would be trained; set it, or add a stage"
+    if job.stages and job.train.total_samples:
+        yield ("train",), f"total_samples = {job.train.total_samples}: [[stages]] have their steps; leave it out"
 
 
 @_reads("stages")

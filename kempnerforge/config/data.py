@@ -100,6 +100,10 @@ class DataConfig:
         """
         return [self]
 
+    def loss_weights_by_section(self) -> list[float]:
+        """How much a trained token of each of ``sections()`` counts in the loss; empty: all alike."""
+        return []
+
     def never_reached(self, steps: int) -> str:
         """What of this section would come into force only after ``steps`` optimizer steps, with key and
         value; nothing if all does.

@@ -54,6 +54,9 @@ class ModelConfig:
             separate module, ``transformer.new_tokens``, so that they can train while the rest of the
             embedding is frozen.
         max_seq_len: positions that RoPE is meant for; longer streams are refused.
+        norm: "rms_norm", or "layer_norm" with gain and bias (Ba et al. 2016; VLA Foundry).
+        embed_norm: norm of the stream before the first layer, images included (VLA Foundry's
+            ``post_embed_norm``).
         norm_eps, norm_plus_one: RMSNorm (Zhang and Sennrich 2019); ``norm_plus_one`` scales by ``1 + weight``
             (Gemma).
         post_norms: RMSNorm on the outputs of attention and feed-forward, in addition to the one on their
@@ -93,6 +96,8 @@ class ModelConfig:
     activation: str = "swiglu"
     vocab_size: int = 0
     max_seq_len: int = 2048
+    norm: str = "rms_norm"
+    embed_norm: bool = False
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     post_norms: bool = False
@@ -123,6 +128,8 @@ class ModelConfig:
         at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval", "sliding_window")
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", ("swiglu", "geglu", "gelu"))
+        one_of(self, "norm", ("rms_norm", "layer_norm"))
+        only_if(self, self.norm == "rms_norm", "norm = 'rms_norm'", "norm_plus_one")
         if not self.window_pattern or set(self.window_pattern) - set("SF"):
             raise InputError(f"window_pattern = {self.window_pattern!r}: needs a letter for each layer, S (slides) or F (full), repeated")
         only_if(self, self.sliding_window, "sliding_window", "window_pattern")

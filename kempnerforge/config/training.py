@@ -56,6 +56,8 @@ class TrainConfig:
     Attributes:
         max_steps: optimizer steps of the whole run; 0 means as many as the stages have. With stages it caps
             them.
+        total_samples: instead of ``max_steps``, without stages: as many steps as these samples make whole
+            batches (VLA Foundry's ``total_train_samples``).
         batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of
             ranks.
         grad_accum_steps: micro-batches that one step is made of, on each rank.
@@ -78,6 +80,7 @@ class TrainConfig:
     """
 
     max_steps: int = 0
+    total_samples: int = 0
     batch_size: int = 32
     grad_accum_steps: int = 1
     seq_len: int = 1024
@@ -93,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
-        at_least(self, 0, "max_steps", "seed", "grad_clip_norm", "max_skipped_steps")
+        at_least(self, 0, "max_steps", "total_samples", "seed", "grad_clip_norm", "max_skipped_steps")
         at_most(self, MOST_ROWS, "batch_size")
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))
@@ -101,6 +104,20 @@ class TrainConfig:
             raise InputError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
         if self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
+        if self.total_samples:
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        """Sets ``max_steps`` by ``total_samples``."""
+        steps = self.total_samples // self.batch_size
+        if not steps:
+            raise InputError(f"total_samples = {self.total_samples}: must be at least one batch, batch_size = {self.batch_size}")
+        if self.max_steps not in (0, steps):
+            raise InputError(
+                f"max_steps = {self.max_steps}: total_samples = {self.total_samples} makes {steps} steps of {self.batch_size}; "
+                "leave one of the two out, or set it to 0"
+            )
+        self.max_steps = steps
 
 
 @dataclass
@@ -110,14 +127,20 @@ class DistributedConfig:
     Attributes:
         reshard_after_forward: free gathered weights between forward and backward (ZeRO-3) or keep them
             (ZeRO-2).
+        shard_size: processes that share one copy of weights, gradients and optimizer state; there are as many
+            copies as that goes into all processes, and gradients are summed over copies, too (hybrid
+            sharding, Zhao et al. 2023, section 3.2.2). On a cluster: the processes of one node. 0: all share
+            one copy.
         timeout_s: seconds that a collective may take before the run stops with exit code 3.
     """
 
     reshard_after_forward: bool = True
+    shard_size: int = 0
     timeout_s: int = 600
 
     def __post_init__(self) -> None:
         at_least(self, 1, "timeout_s")
+        at_least(self, 0, "shard_size")
 
 
 @dataclass
@@ -215,6 +238,19 @@ class EvalConfig:
         batch_size: texts generated together.
         max_new_tokens: of one answer, the one that ends it included. Longer true answers are counted beside
             the score: no model can write them whole.
+        beams: texts that are followed at once for each answer, the best of which is the answer; 1 is greedy.
+            ``batch_size`` times as many rows are computed together.
+        length_penalty: of several beams: a text's score is its log-likelihood divided by the power
+            ``length_penalty`` of its length. Below 0 it favours short answers.
+        shots: examples with their answers that are in front of each question, as earlier turns; tasks that
+            score given answers take none.
+        shots_split: the examples are from the "training" data, or "held_out" ones, never the question's own
+            sample.
+        shots_pool: samples that examples are chosen from, drawn by ``train.seed``; 0: all.
+        shots_by: "random" draws them for each question by ``train.seed``; "similarity" takes those whose
+            images are the most similar to the question's, the most similar one last: by the cosine of the
+            mean features of the model's vision encoder.
+        shots_images: false leaves the images of examples out, and their placeholders.
         blind: repeat each evaluation with blank images.
         shuffled: repeat each evaluation with the images of other questions.
         exact_match: generate an answer to each held-out question and compare it with the truth.
@@ -234,6 +270,13 @@ class EvalConfig:
     samples: int = 512
     batch_size: int = 512
     max_new_tokens: int = 16
+    beams: int = 1
+    length_penalty: float = 1.0
+    shots: int = 0
+    shots_split: str = "training"
+    shots_pool: int = 2048
+    shots_by: str = "random"
+    shots_images: bool = True
     blind: bool = True
     shuffled: bool = False
     exact_match: bool = True
@@ -255,8 +298,12 @@ class EvalConfig:
         return any(key == name or key.startswith((f"{name}_", f"{name}/")) for name in self.scores)
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "interval", "samples")
-        at_least(self, 1, "batch_size", "max_new_tokens", "text_window")
+        at_least(self, 0, "interval", "samples", "shots", "shots_pool")
+        one_of(self, "shots_split", ("training", "held_out"))
+        one_of(self, "shots_by", ("random", "similarity"))
+        only_if(self, self.shots > 0, "shots above 0", "shots_split", "shots_pool", "shots_by", "shots_images")
+        at_least(self, 1, "batch_size", "max_new_tokens", "beams", "text_window")
+        only_if(self, self.beams > 1, "beams above 1", "length_penalty")
         at_most(self, MOST_ROWS, "batch_size")
         only_if(self, bool(self.text_path), "text_path", "text_window")
         if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:

@@ -16,6 +16,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, defaults, divides, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
 from kempnerforge.config.sections import JobSections
+from kempnerforge.config.vlm_cross_attention import CrossAttentionBlockConfig
 from kempnerforge.util.errors import InputError, NotBuiltError
 from kempnerforge.util.name_rules import matches_any, patterns_of
 from kempnerforge.util.paths import PathText
@@ -168,13 +169,12 @@ class JointDecoderConfig(VLMConfig):
 
 @registry.register_vlm_config
 @dataclass
-class CrossAttentionConfig(VLMConfig):
+class CrossAttentionConfig(CrossAttentionBlockConfig, VLMConfig):
     """Image keys and values flow into gated cross-attention blocks (Flamingo: Alayrac et al. 2022).
 
     Attributes:
         cross_attention_every_n_layers: one such block before every n-th layer.
-        cross_attention_n_heads, cross_attention_n_kv_heads: 0 takes them from the text backbone, see
-            ``resolved_heads``.
+        cross_attention_n_heads, cross_attention_n_kv_heads: 0: as in the text backbone; ``resolved_heads``.
         cross_attention_media: which of the images before it, in its own text, a word sees. "all"; "latest":
             the last one alone (Flamingo); "latest_group": the last one and those before it that are at most
             one token apart (in Llama 3.2 Vision the token of the image itself).
@@ -187,9 +187,8 @@ class CrossAttentionConfig(VLMConfig):
         cross_attention_seen_tokens: the first tokens of an image, as many as are seen; words that see no
             image may read the others. 0: all. (In Llama 3.2 Vision the tokens of empty tiles follow the
             tokens of the only tile.)
-        unwritten_tokens: the last tokens of the vocabulary, as many as are read and never written: the output
-            head has no rows for them (Llama 3.2 Vision: the token of an image). Not with
-            ``model.tie_embeddings`` or ``model.new_tokens``.
+        unwritten_tokens: the last tokens of the vocabulary, so many, are read and never written: the head has
+            no rows for them (Llama 3.2 Vision: an image's). Not with tied embeddings or ``model.new_tokens``.
     """
 
     stands_for: ClassVar[str] = "mllama"
@@ -210,6 +209,7 @@ class CrossAttentionConfig(VLMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_block()
         at_least(self, 1, "cross_attention_every_n_layers")
         at_least(self, 0, "cross_attention_n_heads", "cross_attention_n_kv_heads", "cross_attention_seen_tokens", "unwritten_tokens")
         one_of(self, "cross_attention_media", ("all", "latest", "latest_group"))
@@ -246,7 +246,7 @@ class CrossAttentionConfig(VLMConfig):
         if every > model.n_layers:
             raise InputError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
         heads, _ = self.resolved_heads(model.n_heads)
-        if not model.head_dim and model.dim % heads:
+        if not (model.head_dim or self.cross_attention_head_dim) and model.dim % heads:
             raise InputError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"

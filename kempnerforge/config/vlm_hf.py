@@ -36,8 +36,8 @@ class HFConfig(VLMConfig):
             "image_bidirectional" for Gemma 3, else "causal".
         path: a directory with ``config.json``, the image processor's config and a tokenizer (and weights), or
             a hub id where there is a network.
-        image_size: pixels along a side, for a model that takes images of any size (Qwen2-VL and later); 0:
-            the one of the model.
+        image_size: pixels along a side of all images, for a model that takes any size (Qwen2-VL and later,
+            LLaVA-NeXT, LLaVA-OneVision, Mistral 3); 0: the one of the model.
         pretrained: a fresh run begins with the weights there, unless ``run.init_from`` names others; false:
             with random ones.
     """
@@ -53,7 +53,10 @@ class HFConfig(VLMConfig):
                 "model.vision_model",
                 *(f"model.visual.{part}" for part in ("patch_embed", "blocks", "pos_embed", "rotary_pos_emb")),
             ),
-            "adapter": named("model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list"),
+            "adapter": named(
+                *("model.multi_modal_projector", "model.image_newline", "model.connector"),
+                *("model.visual.merger", "model.visual.deepstack_merger_list"),
+            ),
         }
     )
     attention_mask: str = field(default=OWN_MASK, kw_only=True)

@@ -18,7 +18,7 @@ from kempnerforge.util.errors import InputError
 if TYPE_CHECKING:
     import pytest
 
-FILES = [Path(__file__).with_name(f"{name}_checks.py") for name in ("model", "training", "grid")]
+FILES = [Path(__file__).with_name(f"{name}_checks.py") for name in ("model", "generation", "training", "grid")]
 MARKERS = ("dist: on two processes", "slow: minutes", "timeout(seconds): of the plugin pytest-timeout")
 
 

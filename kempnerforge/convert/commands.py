@@ -105,7 +105,7 @@ def import_model(
     source, out, tokenizer = place_of(source), place_of(out), None if tokenizer is None else place_of(tokenizer)
     with fresh(out) as part:
         found = load_external(source, tokenizer, verify=verify, tolerance=tolerance, progress=progress)
-        _write_run(part, out, found.assembly, found.origin)
+        write_run(part, out, found.assembly, found.origin)
     external, agreed = found.external, found.agreement
     lines = [_described(found.assembly, external.architecture or source.name)]
     if external.image_id is not None:
@@ -122,7 +122,7 @@ def _described(assembly: Assembly, name: str) -> str:
     return f"{name}: {count:,} parameters, {assembly.job.model.vocab_size:,} tokens{images}"
 
 
-def _write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
+def write_run(part: Path, out: Path, assembly: Assembly, imported: dict[str, Any]) -> None:
     """NOTE: ``run.dir`` is another directory than ``out``, which is already a run; training begins from
     ``out``.
     """

@@ -142,27 +142,27 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     targets = (torch.arange(form.rows)[:, None] * length + scored).flatten()  # (B * K,)
     positions = torch.linspace(0, form.farthest, length).long().expand_as(kinds) if form.farthest else batch.positions
     batch = replace(batch, kinds=kinds, targets=targets, positions=positions)
-    return ProbeBatch(batch, _inputs(model, batch, image_id, scored, spread=form.farthest > 0))
+    return ProbeBatch(batch, class_arguments(model, batch, image_id, scored, spread=form.farthest > 0))
 
 
-def _inputs(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
+def class_arguments(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
     """Arguments of the class in transformers; ``scored`` columns (K,) have logits."""
     ids, kinds = batch.input_ids, batch.kinds
     inputs = {"attention_mask": torch.ones_like(ids)}
-    grid = getattr(model, "grid", None)  # of a class that takes images of any size
+    taken = getattr(model, "images", None)  # of a class of transformers that is used as it is
     if batch.images is not None and image_id is not None:
-        ids = ids.masked_fill(kinds == Kind.IMAGE, image_id)
+        ids = model.with_image_ids(batch, image_id)
         if len(batch.images):
             pixels = model.normalise(batch.images)
-            inputs |= (
-                {"pixel_values": pixels} if grid is None else grid.arguments(pixels) | {"mm_token_type_ids": (kinds == Kind.IMAGE).int()}
-            )
+            inputs |= {"pixel_values": pixels} if taken is None else taken.arguments(pixels)
+            if taken is not None and taken.reads_kinds:
+                inputs["mm_token_type_ids"] = (kinds == Kind.IMAGE).int()
         if model.attention_mask != "causal":  # the classes make their masks of it
             inputs["token_type_ids"] = (kinds == (Kind.ANSWER if model.attention_mask == "prefix" else Kind.IMAGE)).long()
     if len(scored) < ids.shape[1]:
         inputs["logits_to_keep"] = scored
     if spread:
-        inputs["position_ids"] = batch.positions if grid is None else grid.positions(batch, None)
+        inputs["position_ids"] = batch.positions if taken is None else taken.positions(batch, None)
     return inputs | {"input_ids": ids}
 
 

@@ -47,6 +47,7 @@ class Text:
             so many images are at the head of the first prompt, and the name of the placeholder is text like
             any other.
         kind: what is asked, for scores: evaluation reports each kind alone.
+        blind: turns, from the first, that are written without their images.
         references: further answers that are right, as often as they were given; they are not trained.
         listed: whether the answer was the first of a list.
         unused: turns of the row that are in no pair of a question and its answer, so that they are left out.
@@ -58,6 +59,7 @@ class Text:
     system: str = ""
     leading: int | None = None
     kind: str = ""
+    blind: int = field(default=0, repr=False)
     references: tuple[str, ...] = field(default=(), repr=False, compare=False)
     listed: bool = field(default=False, repr=False, compare=False)
     unused: tuple[str, ...] = field(default=(), repr=False, compare=False)

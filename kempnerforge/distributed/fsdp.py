@@ -43,7 +43,7 @@ def prepare(
         if aux_losses := with_aux_loss(unit):
             return_losses(unit, aux_losses)
         if recompute:
-            _recompute(unit)
+            recompute_unit(unit)
         if compile_units:
             unit.compile(dynamic=True)
         if world.size > 1:
@@ -67,6 +67,7 @@ def sync_gradients(model: nn.Module, sync: bool) -> None:
         module.set_requires_gradient_sync(sync, recurse=False)
 
 
-def _recompute(unit: nn.Module) -> None:
+def recompute_unit(unit: nn.Module) -> None:
+    """Makes ``unit`` keep its inputs alone and run again in the backward pass."""
     forward = unit.forward  # replaced on the instance, so that no parameter name changes
     unit.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from kempnerforge.checkpoint.ranks import gather
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.watchdog import Watchdog
+from kempnerforge.util.errors import InputError
 
 _watchdog: Watchdog | None = None
 
@@ -30,13 +31,21 @@ class World:
         rank: of this process, from 0.
         size: number of processes.
         device: of this process.
-        mesh: one axis over all ranks.
+        mesh: one axis over all ranks, or two with ``distributed.shard_size``: the copies of the weights, and
+            the ranks that share a copy.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights there are; a sum of shards over all ranks is so many times the sum
+        of the whole.
+        """
+        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
 
     @property
     def is_main(self) -> bool:
@@ -63,10 +72,15 @@ class World:
 def start(cfg: DistributedConfig) -> World:
     """Joins the process group of the environment (``RANK``, ``WORLD_SIZE``), or makes one of size 1.
 
+    Raises:
+        InputError: ``cfg.shard_size`` does not divide the number of processes.
+
     With other ranks a ``Watchdog`` prints all stacks when a collective takes longer than ``timeout_s``.
     """
     global _watchdog
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.shard_size and size % cfg.shard_size and size > 1:
+        raise InputError(f"distributed.shard_size = {cfg.shard_size}: must divide the number of processes, {size}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -81,7 +95,13 @@ def start(cfg: DistributedConfig) -> World:
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _watchdog = Watchdog(store, rank, size, cfg.timeout_s)
-    return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
+    return World(rank, size, device, _mesh(device.type, size, cfg.shard_size))
+
+
+def _mesh(device: str, size: int, shard_size: int) -> DeviceMesh:
+    if not 0 < shard_size < size:
+        return init_device_mesh(device, (size,), mesh_dim_names=("data",))
+    return init_device_mesh(device, (size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
 
 
 def stop() -> None:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
-import numpy as np
 import torch
 
-from kempnerforge.data.batching.batch import Part
-from kempnerforge.data.batching.collate import prompt_batch, stack_views
-from kempnerforge.data.sample import ImageSource
+from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.encode import Encoder
-from kempnerforge.data.text.interleave import ImageBlock, Prompt
-from kempnerforge.eval.exam import BLANK, Exam
+from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.eval.embeddings import image_features
+from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.eval.mode import mode
+from kempnerforge.eval.pictures import Pictures
 from kempnerforge.eval.questions import Question, Truth, Truths, plain
+from kempnerforge.eval.shots import feature_key
 from kempnerforge.util.errors import InputError
 
 
@@ -89,8 +89,8 @@ def ask(exam: Exam, asked: Mapping[int, Question], *, blind: bool = False, max_n
 
     Args:
         asked: questions by their number among the held-out ones.
-        blind: all views are the same grey, so every distinct prompt is answered once for each number of
-            images and of their views.
+        blind: all views are the same grey, of examples as well, so every distinct prompt is answered once for
+            each number of images and of their views.
         max_new_tokens: of one answer; 0: ``eval.max_new_tokens``.
 
     Raises:
@@ -99,7 +99,8 @@ def ask(exam: Exam, asked: Mapping[int, Question], *, blind: bool = False, max_n
     most = max_new_tokens or exam.cfg.max_new_tokens
     keys = {number: (number, question, blind, most) for number, question in asked.items()}
     if missing := {number: question for number, question in asked.items() if keys[number] not in exam.answered}:
-        key = (lambda question: _key(question, exam.encoder)) if blind else None
+        _look_for_examples(exam, missing)
+        key = (lambda question: _key(_as_prompted(question, exam), exam.encoder)) if blind else None
         found = spread(exam, missing, lambda chunk, failed: _generate(exam, chunk, blind, most, failed), most, key)
         exam.answered |= {keys[number]: answer for number, answer in found.items()}
     return answers_of(asked, {number: exam.answered[key] for number, key in keys.items()})
@@ -173,6 +174,23 @@ def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) 
     return [group[i : i + size] for group in by_end.values() for i in range(0, len(group), size)]
 
 
+def _look_for_examples(exam: Exam, asked: Mapping[int, Question]) -> None:
+    """Measures the images that ``eval.shots`` are chosen by, those that have not been."""
+    shots = exam.shots
+    if shots is None or not shots.by_similarity:
+        return
+    if shots.known is None:
+        found = image_features(exam, dict(enumerate(shots.pool)))
+        numbers = sorted(found)
+        shots.known = numbers, torch.stack([found[number] for number in numbers]) if numbers else torch.zeros(0, 0)
+    new = {key: question for question in asked.values() if (key := feature_key(question)) not in shots.features}
+    shots.features |= image_features(exam, new)
+
+
+def _as_prompted(question: Question, exam: Exam) -> Question:
+    return question if exam.shots is None else exam.shots.before(question)
+
+
 def _key(question: Question, encoder: Encoder) -> Hashable:
     """What two questions share that cannot be told apart without looking."""
     return question.unseen, tuple(encoder.images[question.part].blocks(question.images))
@@ -188,10 +206,13 @@ def _generate(
     encoder, ranks = exam.encoder, exam.ranks
     size = encoder.layout.image_size
     prompts, keys, places = [], [], []
-    pictures = _Pictures(encoder)
+    pictures = Pictures(encoder)
     for key, question in chunk:
         try:
+            question = _as_prompted(question, exam)
             prompt = encoder.encode_question(question.asked, question.images, question.part)
+            if exam.shots is not None:
+                exam.shots.check(prompt, most)
             pairs = zip(question.images, prompt.blocks, strict=True) if size else ()
             places.append([place for image, block in pairs for place in pictures.places(None if blind else image, block, question.part)])
         except InputError as error:
@@ -207,40 +228,8 @@ def _generate(
         batch,
         max_new_tokens=most,
         eos_id=encoder.stops(chunk[0][1].part if chunk else 0),
-        sampling=Sampling(),
+        sampling=Sampling(beams=exam.cfg.beams, length_penalty=exam.cfg.length_penalty),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
     texts = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}
     return {key: Cut(text) if tokens == most else text for key, (tokens, text) in texts.items()}
-
-
-class _Pictures:
-    """The distinct views of a chunk, made once for each image; None stands for a blank one."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.size = encoder, encoder.layout.image_size
-        self._places: dict[tuple[ImageSource, int], list[int]] = {}
-        self._blanks: dict[Part | None, int] = {}
-        self._pixels: list[np.ndarray] = []
-
-    def places(self, image: ImageSource | None, block: ImageBlock, part: int) -> list[int]:
-        """Indices of an image's views in ``stack``; of the blank one for each view if there is no image."""
-        if image is None:
-            return [self.blank(part) for part in block.parts] or [self.blank()] * len(block.starts)
-        if (image, part) not in self._places:
-            self._places[image, part] = self._add(self.encoder.images[part].load(image, len(block.starts)))
-        return self._places[image, part]
-
-    def blank(self, part: Part | None = None) -> int:
-        """Index of the blank view, one for each part of it that is shown."""
-        if part not in self._blanks:
-            (self._blanks[part],) = self._add([np.full((self.size, self.size, 3), BLANK, np.uint8)])
-        return self._blanks[part]
-
-    def _add(self, views: list[np.ndarray]) -> list[int]:
-        self._pixels += views
-        return list(range(len(self._pixels) - len(views), len(self._pixels)))
-
-    def stack(self) -> torch.Tensor | None:
-        """(N, 3, H, W) uint8; None where the job has no images."""
-        return stack_views(self._pixels, self.size) if self.size else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kempnerforge.data.images.decode import opened
@@ -14,6 +15,9 @@ from kempnerforge.data.sample import ImageSource
 from kempnerforge.eval.codecs import Box, Marks, Point, decode
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import irregular
+
+if TYPE_CHECKING:
+    from kempnerforge.eval.masks import MaskDecoder
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 """Told apart by colour-blind readers, too (Okabe and Ito 2008), white in place of their black. Each label has
@@ -40,7 +44,7 @@ class Rect(NamedTuple):
         return max(0.0, width) * max(0.0, height)
 
 
-def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
+def draw_marks(image: Image.Image, marks: Marks, decoder: MaskDecoder | None = None) -> Image.Image:
     """A copy of ``image`` with ``marks`` on it.
 
     Every line has a dark edge and every label is on its own ground; labels avoid each other where there is
@@ -48,12 +52,16 @@ def draw_marks(image: Image.Image, marks: Marks) -> Image.Image:
 
     Args:
         image: any mode; a small one is enlarged.
+        decoder: of the masks of boxes, which are tinted; None: they are not shown.
 
     Returns:
         RGB.
     """
     canvas = _Canvas(_enlarged(image.convert("RGB")))
     colours = _colours(mark.label for mark in marks)
+    for box in marks.boxes:
+        if decoder is not None and box.codes:
+            canvas.tint(decoder.on_image(box, *canvas.picture.size), colours[box.label])
     anchors = [(canvas.box(box, colours[box.label]), box.label) for box in marks.boxes]
     dots = {canvas.dot(point, colours[point.label]): point.label for point in marks.points}
     named: set[str] = set()
@@ -84,7 +92,7 @@ def check_place(path: Path, images: Iterable[ImageSource]) -> None:
         raise InputError(f"{path}: is an image that is asked about, and would be lost; write to another file")
 
 
-def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
+def save_drawn(image: ImageSource, answer: str, path: Path, decoder: MaskDecoder | None = None) -> None:
     """Writes ``image`` with the boxes and points of ``answer`` on it. A file that is there already is
     replaced.
 
@@ -96,7 +104,7 @@ def save_drawn(image: ImageSource, answer: str, path: Path) -> None:
     """
     check_place(path, [image])
     with opened(image) as picture:
-        drawn = draw_marks(picture.pixels(picture.size), decode(answer))
+        drawn = draw_marks(picture.pixels(picture.size), decode(answer), decoder)
     try:
         drawn.save(encoded := io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
         path.write_bytes(encoded.getvalue())
@@ -125,6 +133,10 @@ class _Canvas:
         self.line = max(2, round(side / 200))  # pixels
         self.edge = round(0.75 * self.line)
         self.font = ImageFont.load_default(max(13, round(side / 32)))
+
+    def tint(self, mask: np.ndarray, colour: str) -> None:
+        """Half of ``colour`` over the pixels of ``mask``, (H, W) bool."""
+        self.picture.paste(colour, mask=Image.fromarray(mask.astype(np.uint8) * 128))
 
     def box(self, box: Box, colour: str) -> Rect:
         """Outlines ``box``, the line inside the picture; returns where."""

@@ -77,6 +77,8 @@ def require_tasks(cfg: EvalConfig, held_out: HeldOut | None, gives: frozenset[st
     for task in tasks_of(cfg)[len(cfg.BUILT_IN) :]:
         if task.needs not in gives:
             raise InputError(f"eval.tasks: {task.name!r} needs {task.needs} of the model, which gives {', '.join(sorted(gives))}")
+        if cfg.shots and not task.takes_examples:
+            raise InputError(f"eval.tasks: {task.name!r} takes no examples; leave it out, or set eval.shots = 0 (it is {cfg.shots})")
         if task.reads_held_out and held_out is None:
             raise InputError(f"eval.tasks: {task.name!r} needs held-out data, and there are none")
         if (

@@ -12,6 +12,7 @@ from kempnerforge.config import EvalConfig
 from kempnerforge.data.text.encode import Encoder
 from kempnerforge.eval.plain_text import PlainText
 from kempnerforge.eval.questions import HeldOut
+from kempnerforge.eval.shots import Shots
 
 BLANK = 128
 """The value of a blank image: mid-grey, which is 0 after the usual normalisation."""
@@ -46,6 +47,7 @@ class Exam:
         rows: samples that a rank takes at once for a loss.
         limit: questions, samples and windows at most, drawn by the seed of ``encoder``; 0: all.
         gives: what tasks may read of the model, see ``Task.needs``.
+        shots: chooses examples for the questions that are answered in words; None: there are none.
         answered: what has been asked so far (see ``answers.ask``): tasks that ask the same share the answers.
     """
 
@@ -58,5 +60,6 @@ class Exam:
     plain_text: PlainText | None = None
     rows: int = 1
     limit: int = 0
+    shots: Shots | None = None
     answered: dict[Hashable, Any] = field(default_factory=dict)
     gives: frozenset[str] = frozenset({"words"})

@@ -5,6 +5,7 @@ Shapes: B rows, S prompt positions (left padded), V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.eval.beams import beam_search
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError
 
@@ -30,15 +32,19 @@ class Sampling:
         top_p: keep the fewest most likely tokens whose mass reaches ``top_p``, the one that crosses it
             included (Holtzman et al. 2020, the rule of transformers); 1 keeps all.
         seed: of the draws, a 64-bit integer.
+        beams: texts that are followed at once, see ``beam_search``; 1 follows one. Nothing is drawn then.
+        length_penalty: with several beams; above 0 it favours long texts, below 0 short ones.
 
     Raises:
-        ValueError: one of them cannot be.
+        ValueError: one of them cannot be, or two of them not together.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -47,6 +53,12 @@ class Sampling:
             )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed = {self.seed}: must be a 64-bit integer")
+        if not (self.beams >= 1 and math.isfinite(self.length_penalty)):
+            raise InputError(f"beams = {self.beams}, length_penalty = {self.length_penalty}: need at least 1, and a finite number")
+        if self.beams > 1 and self.temperature > 0:
+            raise InputError(f"beams = {self.beams}: a beam search draws nothing; not with temperature = {self.temperature}")
+        if self.beams == 1 and self.length_penalty != 1:
+            raise InputError(f"length_penalty = {self.length_penalty}: is only read with beams above 1")
 
 
 def choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
@@ -77,7 +89,7 @@ def generate_stream(
     all_done: Callable[[bool], bool] = bool,
 ) -> Iterator[Tensor]:
     """Continues each prompt until ``eos_id`` or ``max_new_tokens``, a token at a time. Generation stops with
-    the iteration.
+    the iteration. With several beams the first token comes when all are known.
 
     Args:
         model: called as ``model(batch, cache)``; images are encoded once, with the prompt.
@@ -93,8 +105,21 @@ def generate_stream(
     device = prompts.input_ids.device
     rng = torch.Generator(device).manual_seed(sampling.seed)
     cache, batch = Cache(), prompts
+
+    def advance(rows: Tensor, ids: Tensor) -> Tensor:
+        nonlocal batch
+        cache.take(rows)
+        batch = _following(batch, ids, rows)
+        return model(batch, cache).logits
+
     done = torch.zeros(len(prompts.input_ids), dtype=torch.bool, device=device)  # (B,)
     ends = torch.tensor(_ends(eos_id), device=device)
+    if sampling.beams > 1 and max_new_tokens:
+        search = {"beams": sampling.beams, "length_penalty": sampling.length_penalty, "all_done": all_done}
+        found = beam_search(model(batch, cache).logits, advance, max_new_tokens=max_new_tokens, ends=ends, **search)
+        longest = int((~torch.isin(found, ends)).cumprod(1).sum(1).max())
+        yield from found[:, : longest + 1].unbind(1)
+        return
     for _ in range(max_new_tokens):
         logits = model(batch, cache).logits  # (B, V)
         ids = choose(logits, sampling, rng).masked_fill(done, _ends(eos_id)[0])
@@ -197,18 +222,21 @@ class TextStream:
         return piece
 
 
-def _following(batch: Batch, ids: Tensor) -> Batch:
-    """The one-token batch after ``batch``: ``ids`` (B,) one position further on, in the text of the last one."""
+def _following(batch: Batch, ids: Tensor, rows: Tensor | slice = slice(None)) -> Batch:
+    """The one-token batch after ``rows`` of ``batch``: ``ids`` (B,) one position further on, in the text of
+    the last one.
+    """
     column = ids[:, None]
     nothing = column.new_zeros(0)
+    last = {name: getattr(batch, name)[rows, -1:] for name in ("positions", "sample_ids", "text_ids", "kinds")}  # (B, 1) each
     return replace(
         batch,
         input_ids=column,
         labels=torch.full_like(column, IGNORE),
-        positions=batch.positions[:, -1:] + 1,
-        sample_ids=batch.sample_ids[:, -1:],
-        text_ids=batch.text_ids[:, -1:],
-        kinds=torch.full_like(batch.kinds[:, -1:], Kind.ANSWER),
+        positions=last["positions"] + 1,
+        sample_ids=last["sample_ids"],
+        text_ids=last["text_ids"],
+        kinds=torch.full_like(last["kinds"], Kind.ANSWER),
         targets=nothing,
         images=None,
         image_index=nothing,

@@ -121,11 +121,13 @@ class Task:
         reads_held_out: False: it reads plain text alone, and is measured before the others.
         needs: what it reads of the model: its "words", which it writes and scores, or its "embeddings" of
             images and texts. Few models give both.
+        takes_examples: whether ``eval.shots`` are in front of its questions.
     """
 
     title: ClassVar[str] = ""
     reads_held_out: ClassVar[bool] = True
     needs: ClassVar[str] = "words"
+    takes_examples: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -165,6 +167,7 @@ class QuestionTask(Task):
         counts: what the keys of the counts begin with; None: NAME and "_".
     """
 
+    takes_examples: ClassVar[bool] = True
     share: ClassVar[bool] = True
     counts: ClassVar[str | None] = None
 

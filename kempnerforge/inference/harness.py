@@ -34,6 +34,7 @@ class Ask(NamedTuple):
     temperature: float = 0.0
     top_p: float = 1.0
     until: tuple[str, ...] = ()
+    beams: int = 1
 
 
 def rows_at_once(batch_size: int | str) -> int:
@@ -76,14 +77,14 @@ def answers(model: VLM, processor: Processor, asked: Iterable[Ask], batch_size: 
 
 
 def _answers(model: VLM, processor: Processor, asked: Sequence[Ask], seed: int) -> list[str]:
-    _, _, most, temperature, top_p, until = asked[0]
+    _, _, most, temperature, top_p, until, beams = asked[0]
     inputs = processor(images=[list(ask.images) for ask in asked], text=[marked(ask.prompt, processor) for ask in asked])
     rooms = (processor.assembly.job.model.max_seq_len - inputs.attention_mask.sum(1)).tolist()
     limit = max(0, min(most, *rooms))
-    made = model.generate(inputs, max_new_tokens=limit, sampling=Sampling(temperature, top_p=top_p, seed=seed))
+    made = model.generate(inputs, max_new_tokens=limit, sampling=Sampling(temperature, top_p=top_p, seed=seed, beams=beams))
     found = list[str]()
     for ask, room, ids in zip(asked, rooms, made, strict=True):
-        if len(ids) == limit < min(most, room):  # a longer prompt beside it has cut the answer
+        if limit < min(most, room) and (len(ids) == limit or beams > 1):  # a longer prompt beside it has cut the answer
             found += _answers(model, processor, [ask], seed)
             continue
         if room < 1:

@@ -97,12 +97,6 @@ class LMMSEvalModel(harness.lmms):
 
 
 def _ask(context: str, images: Sequence[Picture] | None, options: Mapping[str, Any]) -> Ask:
-    """
-    Raises:
-        InputError: the task wants beam search.
-    """
-    if (options.get("num_beams") or 1) > 1:
-        raise InputError(f"num_beams = {options['num_beams']}: there is no beam search here, it must be 1")
     temperature = options.get("temperature") or 0.0
     sampled = options.get("do_sample", True) and temperature > 0
     return Ask(
@@ -112,6 +106,7 @@ def _ask(context: str, images: Sequence[Picture] | None, options: Mapping[str, A
         temperature if sampled else 0.0,
         (options.get("top_p") or 1.0) if sampled else 1.0,
         stops(options.get("until")),
+        int(options.get("num_beams") or 1),
     )
 
 

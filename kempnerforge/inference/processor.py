@@ -132,7 +132,7 @@ class Processor:
         batch = self.batch(prompts, sources)
         ids = batch.input_ids
         if self.image_token_id is not None:
-            ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.image_token_id)
+            ids = self.assembly.model.with_image_ids(batch, self.image_token_id)
         normalised = None
         if batch.images is not None and len(batch.images):
             normalised = self._normalised(batch.images, batch.image_rows.bincount(minlength=len(texts)).tolist())

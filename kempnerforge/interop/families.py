@@ -147,7 +147,7 @@ FAMILIES: dict[str, Family] = {
 }
 """``model_type`` -> family. A model is written as the first that can say all that its ``[model]`` does."""
 
-SWITCHES = ("qkv_bias", "qk_norm", "norm_plus_one", "embed_scale", "post_norms")
+SWITCHES = ("qkv_bias", "qk_norm", "norm_plus_one", "embed_scale", "embed_norm", "post_norms")
 
 SETTINGS = {
     "dim": "hidden_size",

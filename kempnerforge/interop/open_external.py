@@ -1,5 +1,5 @@
-"""Opens a model of another project: language models and vision-language models of transformers, nanoVLM, GGUF
-files.
+"""Opens a model of another project: language models and vision-language models of transformers, nanoVLM, LLaVA
+under its own names, GGUF files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.job import JobConfig
-from kempnerforge.interop import nanovlm
+from kempnerforge.interop import llava_original, nanovlm
 from kempnerforge.interop.external import (
     ExternalModel,
     FileTensor,
@@ -46,6 +46,8 @@ def open_external(path: Path | str) -> ExternalModel:
         with within_memory(config, meta=True):
             if nanovlm.is_one(config):
                 return nanovlm.open_nanovlm(path, config, files)
+            if llava_original.is_one(config):
+                return llava_original.open_llava(path, config, files)
             if kind in FAMILIES:
                 return _open_text(path, config, files)
             if kind in VLM_FAMILIES:

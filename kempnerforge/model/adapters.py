@@ -41,6 +41,9 @@ class Adapter(nn.Module):
 
     Subclasses register with ``@registry.register_adapter(type)``.
 
+    Attributes:
+        out_dim: width of what it gives; one that is not the language model's is for archs that read any.
+
     Args:
         cfg: the ``[adapter]`` section.
         in_dim: width of the features.
@@ -56,7 +59,7 @@ class Adapter(nn.Module):
 
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__()
-        self.num_tokens = cfg.num_tokens(num_features)
+        self.num_tokens, self.out_dim = cfg.num_tokens(num_features), out_dim
         self.deepstack = nn.ModuleList()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ class PerceiverAdapter(ProjectingAdapter):
     features, in any order.
 
     It works at the width of the vision features, as Flamingo's does; a projection to the language model's
-    width follows.
+    width follows, unless ``project`` is false.
     """
 
     def __init__(self, cfg: PerceiverConfig, in_dim: int, out_dim: int, num_features: int) -> None:
@@ -186,7 +189,8 @@ class PerceiverAdapter(ProjectingAdapter):
         self.latents = nn.Parameter(torch.randn(cfg.latents, in_dim))
         self.layers = nn.ModuleList(PerceiverLayer(cfg, in_dim) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(in_dim)
-        self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias)
+        self.out_dim = out_dim if cfg.project else in_dim
+        self.proj = projection(in_dim, cfg.hidden_dim, out_dim, cfg.bias) if cfg.project else nn.Identity()
 
     def prepare(self, features: Tensor) -> Tensor:
         x = self.latents.expand(len(features), -1, -1)  # (N, T, Di)

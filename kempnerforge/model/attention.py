@@ -6,7 +6,7 @@ Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, S positions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -120,6 +120,12 @@ class Segments:
         groups, positions, ahead = (None if ids is None else taken(ids, 0) for ids in (self.groups, self.positions, self.ahead))
         ids = taken(self.sample_ids, -1), taken(self.text_ids, 0)
         return Segments(*ids, groups, order, documents=self.documents, positions=positions, windows=self.windows, ahead=ahead)
+
+    def rows(self, rows: Tensor) -> Segments:
+        """The structure of ``rows`` (B',) int64."""
+        assert self.documents is None, "rows to generate from are one sample each"
+        tensors = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
+        return replace(self, **{name: ids.index_select(0, rows) for name, ids in tensors.items()})
 
     def extend(self, later: Segments) -> Segments:
         """These keys followed by ``later`` ones, which come after all of these in the stream."""

@@ -26,7 +26,8 @@ class Cache:
 
     Attributes:
         segments: that structure.
-        kept: tensors that an arch computes once, with the prompt, under names that the arch chooses.
+        kept: what an arch computes once, with the prompt, under names that the arch chooses: tensors with a
+            row for each prompt, tuples of them, or a cache of transformers.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,24 @@ class Cache:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         self._layers[layer] = k, v
         return k, v
+
+    def take(self, rows: Tensor) -> None:
+        """Goes on with ``rows`` (B',) int64 of the batch, in this order; one may be there several times."""
+        self._layers = _rows_of(self._layers, rows)
+        self.kept = _rows_of(self.kept, rows)
+        self.segments = self.segments.rows(rows) if self.segments is not None else None
+
+
+def _rows_of(kept: Any, rows: Tensor) -> Any:
+    if isinstance(kept, Tensor):
+        return kept.index_select(0, rows)
+    if isinstance(kept, dict):
+        return {name: _rows_of(value, rows) for name, value in kept.items()}
+    if isinstance(kept, tuple):
+        return tuple.__new__(type(kept), (_rows_of(value, rows) for value in kept))  # a named one as well
+    if kept is not None:
+        kept.reorder_cache(rows)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,13 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}, plus_one={self.plus_one}"
 
 
+def stream_norm(cfg: ModelConfig) -> nn.Module:
+    """The norm that ``cfg.norm`` names, of vectors of width D."""
+    if cfg.norm == "layer_norm":
+        return nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+    return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+
+
 class Attention(nn.Module):
     """Projections of self-attention; the product itself is ``attend``."""
 
@@ -135,7 +161,7 @@ class Attention(nn.Module):
 
 
 def _post_norm(cfg: ModelConfig) -> nn.Module:
-    return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one) if cfg.post_norms else nn.Identity()
+    return stream_norm(cfg) if cfg.post_norms else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -168,9 +194,9 @@ class Block(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.scale, self.softcap = cfg.attention_scale or None, cfg.attention_softcap
         self.window = cfg.window(layer)
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.attention_norm = stream_norm(cfg)
         self.attention = Attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.mlp_norm = stream_norm(cfg)
         self.mlp = MLP(cfg)
         init_weights(self, cfg)
 
@@ -244,7 +270,8 @@ class Transformer(nn.Module):
         std = cfg.init_std or 0.02
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(block(cfg, layer) for layer in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+        self.embed_norm = stream_norm(cfg) if cfg.embed_norm else None
+        self.norm = stream_norm(cfg)
         self.output_head = None if cfg.tie_embeddings else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=std)
         if self.output_head is not None:
@@ -261,6 +288,8 @@ class Transformer(nn.Module):
 
     def run(self, x: Tensor, ctx: Context, layers: slice = slice(None)) -> Tensor:
         """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
+        if self.embed_norm is not None and not layers.start:
+            x = self.embed_norm(x)
         for layer in self.layers[layers]:
             x = layer(x, ctx)
         return x

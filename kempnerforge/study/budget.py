@@ -249,7 +249,7 @@ def _with_steps(job: JobConfig, budget: Budget, quantity: str, asked: float) -> 
     if max(steps) > MAX_INT:
         raise InputError(f"too much: it needs {max(steps):.3g} steps; a stage has at most {MAX_INT:,}")
     if not job.stages:
-        made = replace(job, train=replace(job.train, max_steps=steps[0]))
+        made = replace(job, train=replace(job.train, max_steps=steps[0], total_samples=0))
     else:
         made = replace(job, stages=[replace(stage, steps=count) for stage, count in zip(job.stages, steps, strict=True)])
     made.validate()

@@ -34,7 +34,7 @@ def step_seconds(job: JobConfig, cfg: StudyConfig, folder: Path) -> list[float]:
     short = replace(job, stages=[replace(stage, steps=steps) for stage in job.stages])
     short = replace(
         short,
-        train=replace(job.train, max_steps=0 if job.stages else steps),
+        train=replace(job.train, max_steps=0 if job.stages else steps, total_samples=0),
         metrics=MetricsConfig(interval=1, tensorboard=False),
         checkpoint=CheckpointConfig(interval=0),
         eval=EvalConfig(at_end=False),

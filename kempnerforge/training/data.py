@@ -17,10 +17,13 @@ from kempnerforge.data.text.encode import Encoder, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.evaluate import require_tasks
 from kempnerforge.eval.plain_text import PlainText
-from kempnerforge.eval.questions import HeldOut, examine
+from kempnerforge.eval.questions import HeldOut, Question, examine
+from kempnerforge.eval.shots import Shots, read_pool
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
+CHECKED = 64
+"""Questions that are written with their examples before training, to see whether there is room for them."""
 SPLIT_TURNS = (
     "the chat template writes earlier answers otherwise than the last one: each turn of a conversation is trained in a separate text,"
     " after the turns before"
@@ -42,6 +45,8 @@ class JobData:
         plain_text: the text of ``eval.text_path``, or None.
         asking: how the data of a trained model place their images; None: as usual with the source.
         gives: what tasks may read of the model, see ``Task.needs``.
+        room: positions that the model takes.
+        compares_images: whether the model has a vision encoder whose features tell which images are alike.
     """
 
     stages: list[Stage]
@@ -55,6 +60,8 @@ class JobData:
     plain_text: PlainText | None = None
     asking: Asking | None = None
     gives: frozenset[str] = frozenset({"words"})
+    room: int = 0
+    compares_images: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -119,6 +126,25 @@ class JobData:
         if self.examined is not None:
             self.examined.require(self.stages[-1].data.max_bad_fraction)
         require_tasks(self.eval, self.examined, self.gives)
+        if self.eval.shots_by == "similarity" and not self.compares_images:
+            raise InputError(
+                'eval.shots_by = "similarity": this model has no vision encoder of its own to compare images with; take "random"'
+            )
+        if self.examined is not None and (shots := self.shots()) is not None:
+            shots.require(self.examined.draw(CHECKED, self.seed).values())
+
+    def shots(self) -> Shots | None:
+        """What chooses the examples of questions; None: ``eval.shots`` is 0."""
+        return Shots(self.eval, self.encoder(self.stages[-1]), self._examples, self.room) if self.eval.shots else None
+
+    @cached_property
+    def _examples(self) -> list[Question]:
+        """What ``eval.shots`` are chosen from."""
+        last, from_training = self.stages[-1], self.eval.shots_split == "training"
+        source = self.held_out if not from_training else self.sources[last.index] if self.sources else None
+        if source is None and from_training:
+            source = training_source(last.data).tokenised(self.tokenizer, last.train.seq_len)
+        return read_pool(source, self.encoder(last), self.eval) if source is not None else []
 
     @cached_property
     def observed(self) -> ObservedLayouts:

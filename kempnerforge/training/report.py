@@ -138,7 +138,12 @@ def _curves(metrics: Metrics, facts: Facts, stages: Sequence[Band], tasks: Seque
 LOSS = ReportCurve(
     "Loss",
     "nats per trained token, or per pair of an image and its text",
-    {"train/loss": "training", "eval/loss": "held out", "train/pair_loss": "training, of pairs"},
+    {
+        "train/loss": "training",
+        "train/weighted_loss": "training, weighted",
+        "eval/loss": "held out",
+        "train/pair_loss": "training, of pairs",
+    },
 )
 SPEED = [ReportCurve("Throughput", "useful tokens per second", {"train/tokens_per_s": "tokens/s"})]
 IMAGES = ReportCurve("Images", "images per second", {"train/images_per_s": "images/s"})
@@ -146,7 +151,7 @@ STEPS = [
     ReportCurve("Learning rate", "of the step", {"train/lr": "rate"}),
     ReportCurve("Gradient norm", "before clipping", {"train/grad_norm": "norm"}),
 ]
-SMOOTH = ("train/loss", "train/pair_loss", "train/tokens_per_s", "train/images_per_s", "train/grad_norm")
+SMOOTH = ("train/loss", "train/weighted_loss", "train/pair_loss", "train/tokens_per_s", "train/images_per_s", "train/grad_norm")
 """Values that are shown with their moving average."""
 WIDE = ("train/loss", "train/grad_norm")
 """Values that get a logarithmic axis when they span much."""

@@ -51,7 +51,8 @@ class Assembly:
         """
         data = self.data
         encoder = data.encoder(data.stages[-1])
-        return Exam(self.model, encoder, data.eval, device, ranks, data.examined, data.plain_text, rows, limit, gives=data.gives)
+        given = {"gives": data.gives, "shots": data.shots()}
+        return Exam(self.model, encoder, data.eval, device, ranks, data.examined, data.plain_text, rows, limit, **given)
 
     def evaluate(self, ranks: Ranks, device: torch.device, *, rows: int, limit: int) -> Measured:
         """Measures the tasks of ``[eval]``. For the arguments see ``exam``.
@@ -99,9 +100,9 @@ def assemble(
 
     if data:
         sources = [source.tokenised(tokenizer, stage.train.seq_len) for source, stage in zip(sources, stages, strict=True)]
-    found = JobData(
-        stages, tokenizer, row_layouts(stages, job.vlm, model), model.has_images, job.eval, job.train.seed, sources, gives=model.gives
-    )
+    layouts, facts = row_layouts(stages, job.vlm, model), {"gives": model.gives, "room": job.model.max_seq_len}
+    facts["compares_images"] = "vision_encoder" in dict(model.named_children())
+    found = JobData(stages, tokenizer, layouts, model.has_images, job.eval, job.train.seed, sources, **facts)
     if data:
         found.read_held_out()
     refuse_unused(chain.from_iterable(source.ignoring() for source in [*sources, found.held_out] if source is not None))

@@ -67,10 +67,13 @@ class Counts(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """What a step is trained with: this rank's micro-batches, and the counts of all ranks."""
+    """What a step is trained with: this rank's micro-batches, the counts of all ranks, and the sum of the
+    weights of all trained tokens.
+    """
 
     batches: list[Batch]
     counts: Counts
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class StepResult:
     Attributes:
         stage: of the step; ``trainer.stage`` is the stage of the next step.
         loss: mean over trained tokens, and ``pair_loss``.
+        weighted_loss: as ``loss``, with the weights of ``data.loss_weights``; None: there are none.
         pair_loss: mean over pairs of a text and its image; 0 if the model has no such loss.
         aux_loss: the model's auxiliary losses, as added to the loss; 0 if there are none.
         grad_norm: before clipping.
@@ -90,6 +94,7 @@ class StepResult:
 
     stage: Stage
     loss: float
+    weighted_loss: float | None
     pair_loss: float
     aux_loss: float
     grad_norm: float
@@ -219,30 +224,33 @@ class Trainer:
         self.data = data = self._ahead or self._count(self.next_batches())
         self._ahead = None
         # losses are means over the trained tokens and the pairs of all ranks and micro-batches
-        targets, pairs = data.counts.targets, data.counts.pairs
+        targets, pairs, weight = data.counts.targets, data.counts.pairs, data.weight
 
         # A function of seed, step of the stage and rank: there is no random state to save, and a stage trains
         # the same when it is a separate run.
         torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
         rates = self.optimizers.set_step(self.stage, self.step)
 
-        loss_sum, aux_sum, pair_sum = (torch.zeros((), device=self.world.device) for _ in range(3))
+        loss_sum, weighted_sum, aux_sum, pair_sum = (torch.zeros((), device=self.world.device) for _ in range(4))
         for index, batch in enumerate(data.batches):
             sync_gradients(self.model, index == len(data.batches) - 1)  # ranks exchange gradients once a step
             batch = batch if self.features is None else self.features.attach(batch)
             output = self.model(batch.to(self.world.device))
             if self.features is not None:
                 self.features.keep(batch)
-            output.mean(targets, pairs).backward()
+            output.mean(weight, pairs).backward()
             loss_sum += output.loss.detach()
+            if output.weighted_loss is not None:
+                weighted_sum += output.weighted_loss.detach()
             if output.aux_loss is not None:
                 aux_sum += output.aux_loss.detach()
             if output.pair_loss is not None:
                 pair_sum += output.pair_loss.detach()
 
         grads = local_gradients(self.model)
-        total, aux, paired, squared = self.sum([loss_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)])
-        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / targets, math.sqrt(squared)
+        sums = [loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)]
+        total, weighted, aux, paired, squared = self.sum(sums)
+        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared / self.world.copies)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
         if finite:
@@ -256,6 +264,7 @@ class Trainer:
         return StepResult(
             stage=self.stage,
             loss=loss,
+            weighted_loss=weighted / weight + pair_loss if self.stage.data.loss_weights_by_section() else None,
             pair_loss=pair_loss,
             aux_loss=aux_loss,
             grad_norm=norm,
@@ -307,7 +316,8 @@ class Trainer:
         if self._batches is None or self._batches_of is not self.stage:
             self._batches_of = self.stage
             self._batches = self.assembly.data.batches(self.stage, self.step, self.world.rank, self.world.size)
-        return [next(self._batches) for _ in range(self.stage.train.grad_accum_steps)]
+        weights = self.stage.data.loss_weights_by_section()
+        return [next(self._batches).weighted(weights) for _ in range(self.stage.train.grad_accum_steps)]
 
     def look_ahead(self) -> None:
         """Reads the data of the current step before ``train_step`` needs them, so that errors in them come
@@ -332,8 +342,9 @@ class Trainer:
             ValueError: no token is trained, or too many samples are bad.
         """
         sections = self.stage.data.sections()
-        rows = [[*Counts.of(batch), *map(batch.parts.count, range(len(sections)))] for batch in batches]
-        totals = [int(total) for total in self.world.sum([sum(column) for column in zip(*rows, strict=True)])]
+        rows = [[batch.weight, *Counts.of(batch), *map(batch.parts.count, range(len(sections)))] for batch in batches]
+        weight, *others = self.world.sum([sum(column) for column in zip(*rows, strict=True)])
+        totals = [int(total) for total in others]
         counts, by_section = Counts(*totals[: -len(sections)]), totals[-len(sections) :]
         self.bad_samples = [row for batch in batches for row in batch.skipped]
         self.samples_seen += counts.samples
@@ -348,7 +359,7 @@ class Trainer:
             )
         if not counts.targets:
             raise InputError(f"step {self.step}: no token is trained in samples {[name for b in batches for name in b.sample_names][:5]}")
-        return StepData(batches, counts)
+        return StepData(batches, counts, weight)
 
     # ---- for hooks -------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ class Output(NamedTuple):
             by their count over all ranks and micro-batches. None: the arch has none.
         embeddings: (P, 2, E) of image and text of each pair, of length 1 and without a graph; None: the arch
             makes none.
+        weighted_loss: as ``loss``, each target times its weight; None: the batch has no weights. With weights
+            ``loss`` is for the record alone, and no gradient flows from it.
     """
 
     loss: Tensor
@@ -63,15 +65,17 @@ class Output(NamedTuple):
     aux_loss: Tensor | None = None
     pair_loss: Tensor | None = None
     embeddings: Tensor | None = None
+    weighted_loss: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """All losses that are sums over targets."""
-        return self.loss if self.aux_loss is None else self.loss + self.aux_loss
+        loss = self.loss if self.weighted_loss is None else self.weighted_loss
+        return loss if self.aux_loss is None else loss + self.aux_loss
 
-    def mean(self, targets: int, pairs: int) -> Tensor:
-        """What is sent backward: the losses over so many targets and pairs."""
-        mean = self.total / max(1, targets)
+    def mean(self, targets: float, pairs: int) -> Tensor:
+        """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
+        mean = self.total / (targets or 1)
         return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
 
 
@@ -109,6 +113,8 @@ class VLM(ExactBuffers):
 
     cell = 0
     """Pixels along a side of a token, where images may have fewer rows and columns of them; else 0."""
+    reads_any_width: ClassVar[bool] = False
+    """Whether it takes images that are not ``model.dim`` wide."""
 
     hf_model: Any = None
     """The model of transformers that all of this is, if it is one."""
@@ -160,8 +166,12 @@ class VLM(ExactBuffers):
         """Sets ``vision_encoder`` and ``adapter``."""
         self.vision_encoder: VisionEncoder = build_vision_encoder(self.job.vision_encoder)
         self.loaded |= {f"vision_encoder.{name}" for name in self.vision_encoder.pretrained(self.job.vision_encoder)}
-        encoder, deeper = self.vision_encoder, len(self.job.vision_encoder.deepstack_layers) * self.vision_encoder.layer_dim
+        cfg, encoder = self.job.vision_encoder, self.vision_encoder
+        deeper = len(cfg.deepstack_layers) * encoder.layer_dim
         self.adapter: Adapter = build_adapter(self.job.adapter, encoder.dim - deeper, self.job.model.dim, encoder.num_tokens)
+        if self.adapter.out_dim != self.job.model.dim and not self.reads_any_width:
+            width = f"gives tokens {self.adapter.out_dim} wide, and vlm.arch = {self.job.vlm.arch if self.job.vlm else None!r}"
+            raise InputError(f"adapter.project = false: the adapter {width} takes model.dim = {self.job.model.dim}")
 
     def build_deepstack(self) -> None:
         """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``."""
@@ -230,6 +240,12 @@ class VLM(ExactBuffers):
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, H) uint8 -> the same shape, normalised."""
         return self.vision_encoder.normalise(images)
+
+    def with_image_ids(self, batch: Batch, image_id: int) -> Tensor:
+        """``batch.input_ids`` (B, S) with the token of an image at its positions, as classes of transformers
+        take them.
+        """
+        return batch.input_ids.masked_fill(batch.kinds == Kind.IMAGE, image_id)
 
     def segments(self, batch: Batch) -> Segments:
         """Who sees whom in a stream that is laid out as ``batch`` says."""
@@ -346,13 +362,17 @@ class VLM(ExactBuffers):
     def score(self, logits: Tensor, batch: Batch) -> Output:
         """The loss of ``logits`` (T, V) at ``batch.targets``."""
         labels = batch.labels.flatten()[batch.targets]
+        if batch.target_weights is not None:
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
+            weighted = (losses * batch.target_weights).sum()
+            return Output(losses.detach().sum(), logits, self.extra_loss(batch), weighted_loss=weighted)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return Output(loss, logits, self.extra_loss(batch))
 
     def extra_loss(self, batch: Batch) -> Tensor | None:
         """``Output.aux_loss`` of the pass that has just run."""
         extra = [loss for loss in take_losses(self.with_aux_loss) if loss is not None]
-        return torch.stack(extra).sum() * batch.num_targets if extra else None
+        return torch.stack(extra).sum() * batch.weight if extra else None
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:
         """Continues prompts, greedily unless ``sampling`` says otherwise.

@@ -1,8 +1,8 @@
 """Images stay out of the stream: gated cross-attention blocks read them (Flamingo: Alayrac et al. 2022,
 section 2.2).
 
-Shapes: B rows, S positions, D ``model.dim``, K placements of a row with the most, F tokens of one image, H
-query heads, G key/value heads, E head width.
+Shapes: B rows, S positions, D ``model.dim``, K placements of a row with the most, F tokens of one image, Dm
+their width, H query heads, G key/value heads, E head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from kempnerforge.config import ModelConfig, registry
 from kempnerforge.config.vlm import CrossAttentionConfig
 from kempnerforge.data.batching.batch import Batch
+from kempnerforge.interop.openflamingo import read_openflamingo
+from kempnerforge.interop.weights import take_weights
+from kempnerforge.model.adapters import TwoLayerMLP
 from kempnerforge.model.attention import additive, attend
+from kempnerforge.model.hf_files import some
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
@@ -45,8 +49,8 @@ class MediaContext(Context):
     """A context with the images beside the stream.
 
     Attributes:
-        media: (B, K * F, D), image after image, zeros where a row has fewer; None: keys and values are in the
-            cache.
+        media: (B, K * F, Dm), image after image, zeros where a row has fewer; None: keys and values are in
+            the cache.
         sight: who sees which.
     """
 
@@ -59,23 +63,30 @@ class GatedCrossAttention(nn.Module):
     Both gates start at 0, so a fresh block changes nothing. Media have no positions.
 
     Args:
-        cfg: of the text backbone; the head width is its own.
+        cfg: of the text backbone.
         n_heads, n_kv_heads: H and G.
+        head_dim: E; 0: as in the text backbone.
         qk_norm, media_norm: whether there are norms on each head's q and k, and on the media.
+        openflamingo: LayerNorm with bias, and two layers with a GELU, in place of RMSNorm and the backbone's.
+        media_dim: Dm; 0: D.
     """
 
-    def __init__(self, cfg: ModelConfig, n_heads: int, n_kv_heads: int, *, qk_norm: bool = False, media_norm: bool = True) -> None:
+    def __init__(
+        self, cfg: ModelConfig, n_heads: int, n_kv_heads: int, head_dim: int = 0, *, qk_norm: bool = False, media_norm: bool = True,
+        openflamingo: bool = False, media_dim: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.head_dim = cfg.head_width
-        norm = lambda dim, used=True: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one) if used else nn.Identity()
-        self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(cfg.dim, media_norm), norm(cfg.dim)
+        self.head_dim, media_dim = head_dim or cfg.head_width, media_dim or cfg.dim
+        kind = nn.LayerNorm if openflamingo else lambda dim: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one)
+        norm = lambda dim, used=True: kind(dim) if used else nn.Identity()
+        self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(media_dim, media_norm), norm(cfg.dim)
         self.q_norm, self.k_norm = norm(self.head_dim, qk_norm), norm(self.head_dim, qk_norm)
         self.q_proj = nn.Linear(cfg.dim, n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.dim, n_kv_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(media_dim, n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(media_dim, n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * self.head_dim, cfg.dim, bias=False)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
-        self.mlp = MLP(cfg)
+        self.mlp = TwoLayerMLP(cfg.dim, 4 * cfg.dim, cfg.dim, bias=False) if openflamingo else MLP(cfg)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.mlp_gate = nn.Parameter(torch.zeros(1))
         init_weights(self, cfg)
@@ -85,7 +96,7 @@ class GatedCrossAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K * F, D) -> k and v (B, G, K * F, E).
+        """(B, K * F, Dm) -> k and v (B, G, K * F, E).
 
         NOTE: with the view, the gradients of this layer are summed before they are added to the gradients of
         other layers. Otherwise the order of the sum, and so its last bit, would depend on the sharding.
@@ -108,14 +119,21 @@ class CrossAttentionBlock(Block):
     Args:
         cfg: of the text backbone.
         layer: i.
-        vlm: heads and norms of the cross-attention.
+        vlm: what the cross-attention is made of.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, vlm: CrossAttentionConfig) -> None:
         super().__init__(cfg, layer)
-        norms = {"qk_norm": vlm.cross_attention_qk_norm, "media_norm": vlm.cross_attention_media_norm}
+        self.vlm = vlm
+        self.make_gated(cfg.dim)
+
+    def make_gated(self, media_dim: int) -> None:
+        """Makes the child, for media of this width."""
+        vlm, theirs = self.vlm, self.vlm.cross_attention_block == "openflamingo"
+        how = {"qk_norm": vlm.cross_attention_qk_norm, "media_norm": vlm.cross_attention_media_norm and not theirs, "openflamingo": theirs}
+        heads, kv_heads = vlm.resolved_heads(self.cfg.n_heads)
         with separate_draws():
-            self.cross_attention = GatedCrossAttention(cfg, *vlm.resolved_heads(cfg.n_heads), **norms)
+            self.cross_attention = GatedCrossAttention(self.cfg, heads, kv_heads, vlm.cross_attention_head_dim, media_dim=media_dim, **how)
 
     def media_heads(self, ctx: MediaContext) -> tuple[Tensor, Tensor]:
         """Keys and values of the media, (B, G, K * F, E) each; with a cache they are computed once, with the
@@ -140,6 +158,8 @@ class CrossAttention(VLM):
     same as in a text-only model.
     """
 
+    reads_any_width = True
+
     @property
     def config(self) -> CrossAttentionConfig:
         return cast(CrossAttentionConfig, self.job.vlm)
@@ -151,6 +171,9 @@ class CrossAttention(VLM):
 
     def build(self) -> None:
         super().build()
+        for block in self.transformer.layers if self.adapter.out_dim != self.job.model.dim else ():
+            if isinstance(block, CrossAttentionBlock):
+                block.make_gated(self.adapter.out_dim)
         seen, unwritten = self.config.cross_attention_seen_tokens, self.config.unwritten_tokens
         if seen > self.num_image_tokens:
             raise InputError(f"vlm.cross_attention_seen_tokens = {seen}: an image has {self.num_image_tokens} tokens")
@@ -161,11 +184,30 @@ class CrossAttention(VLM):
                 raise InputError(f"vlm.unwritten_tokens = {unwritten}: model.vocab_size = {self.job.model.vocab_size}")
             head.weight, head.out_features = nn.Parameter(head.weight.detach()[:rows].clone()), rows
 
+    def warm_start(self) -> None:
+        """Loads ``openflamingo_path``: all of the resampler and of the blocks, or nothing.
+
+        Raises:
+            InputError: it cannot be read, or has other tensors or shapes than the model.
+        """
+        if not (path := self.config.openflamingo_path):
+            return
+        weights = read_openflamingo(path)
+        here = {name for name, _ in self.named_parameters() if name.startswith("adapter.") or ".cross_attention." in name}
+        if missing := here - weights.keys():
+            raise InputError(f"vlm.openflamingo_path = {path!r}: lacks {some(missing)}")
+        if left := weights.keys() - here:
+            raise InputError(
+                f"vlm.openflamingo_path = {path!r}: has {some(left)}, for which this model has no place; the adapter must be a perceiver"
+                " with project = false, and vlm.cross_attention_every_n_layers as there"
+            )
+        self.loaded |= take_weights(self, weights, path)
+
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         ctx = self.context(batch, cache, words.dtype)
         if cache is not None and "sight" in cache.kept:  # words made after the prompt: no new media
             return words, MediaContext(ctx.rope, ctx.mask, cache, sight=cache.kept["sight"])
-        media = gather_images(features, words, batch)  # (B, K, F, D)
+        media = gather_images(features, words, batch, self.adapter.out_dim)  # (B, K, F, Dm)
         here = self.sight(batch, media.shape[2], words.dtype)
         if cache is not None:
             cache.kept["sight"] = self.sight(following(batch), media.shape[2], words.dtype, last=1)
@@ -184,20 +226,21 @@ class CrossAttention(VLM):
         return sight(seen, tokens, dtype, blind, cfg.cross_attention_seen_tokens)._replace(acting=acting.to(dtype))
 
 
-def gather_images(features: Tensor | None, words: Tensor, batch: Batch) -> Tensor:
+def gather_images(features: Tensor | None, words: Tensor, batch: Batch, width: int) -> Tensor:
     """The images of each row in the order of its stream.
 
     Args:
-        features: (N, F, D); None: none was encoded.
+        features: (N, F, Dm); None: none was encoded.
         words: (B, S, D), for type and device.
+        width: Dm.
 
     Returns:
-        (B, K, F, D); where a row has fewer than K, and for a batch without any image, zeros: all parameters
+        (B, K, F, Dm); where a row has fewer than K, and for a batch without any image, zeros: all parameters
         of the blocks take part in every pass, so that ranks with and without images stay in step.
     """
     slots = len(words), max(1, batch.row_images)
     if features is None:
-        return words.new_zeros(*slots, 1, words.shape[-1])
+        return words.new_zeros(*slots, 1, width)
     media = words.new_zeros(*slots, *features.shape[1:])
     return media.index_put((batch.image_rows, batch.image_slots), features[batch.image_index].to(words.dtype))
 

@@ -45,6 +45,8 @@ class DualEncoder(CrossAttention):
     of the same image are neither positive nor negative. In evaluation, negatives are of this rank alone.
     """
 
+    reads_any_width = False
+
     def build(self) -> None:
         super().build()
         cfg = self.dual
@@ -108,7 +110,8 @@ class DualEncoder(CrossAttention):
         if weight:
             x = self.transformer.run(x, ctx, slice(self.text_layers, None))
             output = self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)
-            output = output._replace(loss=weight * output.loss) if self.training else output
+            weighted = None if output.weighted_loss is None else weight * output.weighted_loss
+            output = output._replace(loss=weight * output.loss, weighted_loss=weighted) if self.training else output
         else:
             output = Output(pair_loss.new_zeros(()), pair_loss.new_zeros(0, self.job.model.vocab_size), self.extra_loss(batch))
         return output._replace(pair_loss=pair_loss, embeddings=embeddings.detach())

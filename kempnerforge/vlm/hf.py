@@ -1,5 +1,5 @@
 """A vision-language model of transformers as one unit: any ``AutoModelForImageTextToText`` that takes square
-images as ``pixel_values`` alone, or as a grid of patches (``hf_grids``).
+images as ``pixel_values`` alone, as a grid of patches (``hf_grids``), or as views or rows (``hf_views``).
 
 Its own ``forward`` runs, after its own embedding, from a stream that is laid out as ours are: words, image
 features in their places, a position and a row of the mask for each. So a mask is never left to the class
@@ -37,16 +37,29 @@ from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.vlm.base import VLM, Output
 from kempnerforge.vlm.hf_grids import GRID_KINDS, Grid
-from kempnerforge.vlm.placements import grid_positions
+from kempnerforge.vlm.hf_images import Framed, Resampled, SquareImages
+from kempnerforge.vlm.hf_views import Rows, Views
 
 OWN_MASKS = {"paligemma": "prefix", "gemma3": "image_bidirectional"}
 """``model_type`` -> its mask; all others are causal."""
 
-FIRST_POSITION = {"paligemma": 1}
-"""``model_type`` -> where it begins to count positions, if not at 0."""
+IMAGES: dict[str, type[SquareImages]] = {
+    **dict.fromkeys(("idefics3", "smolvlm"), Framed),
+    **dict.fromkeys(GRID_KINDS, Grid),
+    **dict.fromkeys(("llava_next", "llava_onevision"), Views),
+    "mistral3": Rows,
+    "pixtral": Rows,
+    "idefics2": Resampled,
+}
+"""``model_type`` -> how it takes images, if not as ``pixel_values`` alone. A LLaVA with Pixtral's tower is
+"pixtral"."""
 
-FRAMED_KINDS = ("idefics3", "smolvlm")
-"""``model_type`` whose own method for image features drops images that are all black."""
+REFUSED = {
+    "blip-2": "its forward encodes images itself and cannot begin from a stream of words and features",
+    "instructblip": "its features of an image depend on the words of the prompt (qformer_input_ids)",
+    "instructblipvideo": "its features of an image depend on the words of the prompt (qformer_input_ids)",
+}
+"""``model_type`` with ``get_image_features`` that cannot be used -> why."""
 
 NORMALISATIONS = {kind: family.normalisation for family in (Siglip2, Clip, Dinov2) for kind in family.models}
 """``model_type`` of a vision tower -> what its family takes."""
@@ -60,9 +73,6 @@ class HF(VLM):
         ValueError: no such model, it takes more than square images, or does not fit the job.
     """
 
-    grid: Grid | None
-    """How images become patches, of a class that takes any size."""
-
     def build(self) -> None:
         cfg = self.config
         model = _build(cfg.path)
@@ -74,7 +84,7 @@ class HF(VLM):
         if {id(p) for p in self.parameters()} != {id(p) for p in model.parameters()}:
             raise InputError(f"path = {cfg.path!r}: {type(model).__name__} has parameters outside of its parts and cannot be used")
         self.kind: str = model.config.model_type
-        self.grid = Grid("vlm.image_size", model, cfg.image_size) if self.kind in GRID_KINDS else None
+        self.images: SquareImages = _taken(model.config)("vlm.image_size", model, cfg.image_size)
         self._image_size, self._normalisation = _image_geometry(cfg, model)
         self.num_image_tokens = self._count_image_tokens()
         self._check_room()
@@ -99,24 +109,16 @@ class HF(VLM):
         return self._normalisation
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, H, H) uint8 -> fp32 of the same shape."""
+        """(N, 3, H, H) uint8 -> fp32, the views that the class takes of them."""
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
-        return images.float().div_(255).sub_(mean).div_(std)
+        return self.images.cut(images).float().div_(255).sub_(mean).div_(std)
+
+    def with_image_ids(self, batch: Batch, image_id: int) -> Tensor:
+        return self.images.ids(batch, image_id)
 
     def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
         assert known is None and not grids, "the config refuses a feature cache, and cell is 0"
-        return self._features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
-
-    def _features(self, pixels: Tensor) -> Tensor:
-        """Of the class: normalised pixels (N, 3, H, H) -> (N, F, D), and for a class with a grid what follows
-        D.
-        """
-        if self.grid is not None:
-            return self.grid.features(pixels)
-        if self.kind in FRAMED_KINDS:
-            return _idefics_features(self.hf_model.model, pixels)
-        found = self.hf_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        return found if isinstance(found, Tensor) else torch.stack(list(found))  # (N, F, D)
+        return self.images.features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         words = self.hf_model.get_input_embeddings()(batch.input_ids)  # (B, S, D)
@@ -151,7 +153,6 @@ class HF(VLM):
 
         masks = self._masks(segments, stream)
         mask = next(iter(masks.values()))
-        first = FIRST_POSITION.get(self.kind, 0)
 
         def masked(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, named | {"attention_mask": masks if len(masks) > 1 else mask}
@@ -171,7 +172,7 @@ class HF(VLM):
             found = self.hf_model(
                 inputs_embeds=stream,
                 attention_mask=mask,
-                position_ids=batch.positions + first if self.grid is None else grid_positions(batch, cache, self.grid.side),
+                position_ids=self.images.positions(batch, cache),
                 past_key_values=past,
                 use_cache=past is not None,
             )
@@ -221,28 +222,30 @@ class HF(VLM):
         Raises:
             ValueError: the model takes more than pixels, or its config says another number.
         """
-        where = f"path = {self.config.path!r}"
+        where, is_known = f"path = {self.config.path!r}", type(self.images) is not SquareImages
         takes, name = inspect.signature(self.hf_model.get_image_features).parameters.values(), type(self.hf_model).__name__
         needed = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
-        if needed and self.grid is None:
+        if needed and not is_known:
             raise InputError(f"{where}: {name} needs {', '.join(needed)} beside pixel_values; only square images are given")
         device = self.hf_model.get_input_embeddings().weight.device
         blank = self.normalise(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device))
         what, given = f"{name} does not take square images as pixel_values alone", self.hf_model.config.to_dict()
         try:
             with class_call(where, what, given), torch.no_grad():
-                features = self._features(blank)
+                features = self.images.features(blank)
         except InputError as error:
             also = [p.name for p in takes if p.default is None and "Tensor" in str(p.annotation) and p.name != "pixel_values"]
-            if not also or self.grid is not None:
+            if not also or is_known:
                 raise
             said = f"{where}: {what}" if "NoneType" in str(error) else error  # then it lacks what it is not given
             raise InputError(f"{said}: it reads {', '.join(also)} as well, which arch = 'hf' does not give it") from error
         width = self.hf_model.get_input_embeddings().weight.shape[1]
-        if features.ndim != 3 or len(features) != 1 or features.shape[2] % width or (features.shape[2] > width and self.grid is None):
+        wide = features.shape[-1] // width if self.images.adds_features else 1
+        if features.ndim != 3 or len(features) != 1 or features.shape[2] != wide * width:
             raise InputError(f"{where}: one image gives features of shape {tuple(features.shape)}; must be (1, tokens, {width})")
         config = self.hf_model.config
-        for part, key in ((config, "image_seq_length"), (config, "mm_tokens_per_image"), (config.get_text_config(), "num_image_tokens")):
+        for key in self.images.counted:
+            part = config.get_text_config() if key == "num_image_tokens" else config
             if (stated := getattr(part, key, None)) is not None and stated != features.shape[1]:
                 raise InputError(f"{where}: an image gives {features.shape[1]} tokens, but {key} = {stated} in its config.json")
         return features.shape[1]
@@ -285,9 +288,11 @@ def _build(path: str) -> Any:
     if not hasattr(model_class, "get_image_features"):
         instead = "; `kempnerforge import` reads it" if config.model_type in VLM_FAMILIES else ""
         raise InputError(
-            f"{where}: {model_class.__name__} reads images, but not as features among the words (it has no get_image_features), "
-            f"which arch = 'hf' needs{instead}"
+            f"{where}: {model_class.__name__} gives no features of images that could be placed among words (it has no "
+            f"get_image_features), which arch = 'hf' needs{instead}"
         )
+    if config.model_type in REFUSED:
+        raise InputError(f"{where}: {model_class.__name__} cannot be used by arch = 'hf': {REFUSED[config.model_type]}")
     what, given = f"{model_class.__name__} cannot be built", config.to_dict()
     check_room(lambda: model_class._from_config(config), where, what, given)
     with class_call(where, what, given):
@@ -297,14 +302,21 @@ def _build(path: str) -> Any:
     return model.float()
 
 
+def _taken(config: Any) -> type[SquareImages]:
+    """How the class of ``config`` takes images."""
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    return IMAGES.get(tower if (config.model_type, tower) == ("llava", "pixtral") else config.model_type, SquareImages)
+
+
 def _image_geometry(cfg: HFConfig, model: Any) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
     """Pixels along a side, and the normalisation."""
     path, vision = cfg.path, getattr(model.config, "vision_config", None)
-    size = getattr(vision, "image_size", None) if model.config.model_type not in GRID_KINDS else cfg.image_size
+    kind = model.config.model_type
+    size = cfg.image_size if _taken(model.config).any_size else getattr(vision, "image_size", None)
     if vision is None or size is None:
         raise InputError(f"path = {path!r}: {type(model).__name__} does not say how large its images are (vision_config.image_size)")
     files = read_image_settings(path)
-    known = GRID_KINDS.get(model.config.model_type) or NORMALISATIONS.get(vision.model_type)
+    known = GRID_KINDS.get(kind) or NORMALISATIONS.get(vision.model_type)
     found = files.normalisation if files and files.normalisation else known
     if found is None:
         raise InputError(
@@ -314,19 +326,6 @@ def _image_geometry(cfg: HFConfig, model: Any) -> tuple[int, tuple[tuple[float, 
     if cfg.image_size not in (0, side):
         raise InputError(f"image_size = {cfg.image_size}: the images of path = {path!r} have {side} pixels along a side; leave it out")
     return side, (tuple(found[0]), tuple(found[1]))
-
-
-# ---- parts ---------------------------------------------------------------------------------------
-
-
-def _idefics_features(core: Any, pixels: Tensor) -> Tensor:
-    """Of Idefics 3 and SmolVLM. Their own method takes rows of images and drops those whose pixels are all 0."""
-    vision = core.vision_model
-    side = pixels.shape[-1] // vision.patch_size
-    whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)  # no patch is padding
-    x = vision.embeddings(pixel_values=pixels, patch_attention_mask=whole)
-    x = vision.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state
-    return core.connector(vision.post_layernorm(x))
 
 
 def _empty_cache() -> Any:

@@ -12,39 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.hf_towers import Clip, Siglip
+from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, show
+from kempnerforge.vlm.hf_images import SquareImages, check_multiple
+from kempnerforge.vlm.placements import grid_positions
 
 GRID_KINDS = {"qwen2_vl": Clip.normalisation, "qwen2_5_vl": Clip.normalisation, "qwen3_vl": Siglip.normalisation}
 """``model_type`` -> mean and std of its images, where its files do not say."""
 
 
-class Grid:
-    """How a class with grids takes square images.
-
-    Args:
-        where: the key, for messages.
-        model: of transformers.
-        image_size: pixels along a side.
+class Grid(SquareImages):
+    """How a class with grids takes square images, which must be a whole number of tokens.
 
     Attributes:
         side: tokens along a side of an image.
-
-    Raises:
-        ValueError: no image of this size is a whole number of tokens.
     """
 
+    any_size = adds_features = reads_kinds = True
+
     def __init__(self, where: str, model: Any, image_size: int) -> None:
+        super().__init__(where, model, image_size)
         _check(model.config)
         vision = model.config.vision_config
-        self.model, self.patch, self.merge = model, vision.patch_size, vision.spatial_merge_size
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.frames: int = vision.temporal_patch_size
         pixels = self.patch * self.merge
-        if not image_size or image_size % pixels:
-            name = type(model).__name__
-            raise InputError(
-                f"{where} = {image_size}: {name} takes images of any size; choose a multiple of {pixels}, such as {16 * pixels}"
-            )
+        check_multiple(where, model, image_size, pixels)
         self.side = image_size // pixels
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -86,6 +81,9 @@ class Grid:
         blocks = pixels.unflatten(3, (self.side, self.merge, self.patch)).unflatten(2, (self.side, self.merge, self.patch))
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, row, column, row in token, column in token, 3, patch, patch)
         return blocks.unsqueeze(6).expand(*[-1] * 6, self.frames, -1, -1).flatten(5).flatten(0, 4)
+
+    def positions(self, batch: Batch, cache: Cache | None) -> Tensor:
+        return grid_positions(batch, cache, self.side)
 
 
 def _check(config: Any) -> None:

@@ -26,7 +26,7 @@ from kempnerforge.config.lora import is_adapter
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
 from kempnerforge.model.rope import Rope, rope_tables
-from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, RMSNorm, init_weights, separate_draws
+from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, init_weights, separate_draws, stream_norm
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
@@ -54,9 +54,9 @@ class SortedContext(Context):
 class TowerParts(NamedTuple):
     """What a tower computes with."""
 
-    attention_norm: RMSNorm
+    attention_norm: nn.Module
     attention: Attention
-    mlp_norm: RMSNorm
+    mlp_norm: nn.Module
     mlp: MLP
 
 
@@ -70,8 +70,8 @@ class Tower(nn.Module):
     def __init__(self, cfg: ModelConfig, untie: Sequence[str]) -> None:
         super().__init__()
         if "norm" in untie:
-            self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
-            self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
+            self.attention_norm = stream_norm(cfg)
+            self.mlp_norm = stream_norm(cfg)
         if "attn" in untie:
             self.attention = Attention(cfg)
         if "ffn" in untie:

@@ -214,6 +214,7 @@ QUESTIONS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("long answer", ("{folder}/0.png", "--max-new-tokens=100"), ("--max-new-tokens = 100", "model.max_seq_len = 64")),
     ("no token", ("{folder}/0.png", "--max-new-tokens=0"), ("--max-new-tokens = 0",)),
     ("top-p", ("{folder}/0.png", "--temperature=1", "--top-p=0"), ("top_p = 0.0",)),
+    ("beams", ("{folder}/0.png", "--temperature=1", "--beams=2"), ("beams = 2", "draws nothing")),
     ("override", ("{folder}/0.png", "--model.dim=64"), ("step-00000006", "another shape in the checkpoint")),
     ("surrogate", ("{folder}/0.png", "--prompt", "\udce9"), ("surrogate",)),
 ]

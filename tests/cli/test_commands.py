@@ -313,7 +313,12 @@ def test_inspect_fails_on_labels_that_are_wrong(tmp_path: Path, monkeypatch: pyt
 
 def test_generate_streams_the_text_that_json_has(trained: Trained):
     images = [trained.folder / "0.png", trained.folder / "7.png"]
-    for argv in ((), ("--temperature=2", "--seed=3"), ("--temperature=5", "--top-k=40", "--top-p=0.9", "--max-new-tokens=30")):
+    for argv in (
+        (),
+        ("--beams=3",),
+        ("--temperature=2", "--seed=3"),
+        ("--temperature=5", "--top-k=40", "--top-p=0.9", "--max-new-tokens=30"),
+    ):
         as_json = call("generate", trained.run, images[0], "--prompt", "what is on the left?", "--json", *argv)
         streamed = call("generate", trained.run, images[0], "--prompt", "what is on the left?", *argv)
         assert as_json.code == streamed.code == 0

@@ -350,3 +350,16 @@ def test_checks_between_sections_run_at_load_all_of_them(tmp_path: Path) -> None
         load_config(path)
     keys = {line.removeprefix(f"{path}: ").split(" = ")[0] for line in caught.value.problems}
     assert keys == {"[vlm] cross_attention_every_n_layers", "[train] seq_len", "[train] max_steps", "[adapter] factor"}
+
+
+def test_a_budget_in_samples() -> None:
+    """Whole batches of it are the steps; the resolved config says both, and is read again."""
+    assert TrainConfig(total_samples=1000, batch_size=32).max_steps == 31
+    assert TrainConfig(total_samples=1000, batch_size=32, max_steps=31).max_steps == 31
+    with pytest.raises(ValueError, match="max_steps = 20: total_samples = 1000 makes 31 steps of 32; leave one of the two out"):
+        TrainConfig(total_samples=1000, batch_size=32, max_steps=20)
+    with pytest.raises(ValueError, match="total_samples = 31: must be at least one batch, batch_size = 32"):
+        TrainConfig(total_samples=31, batch_size=32)
+    assert complaints(job(train=TrainConfig(total_samples=640), stages=stages(5))) == [
+        "[train] total_samples = 640: [[stages]] have their steps; leave it out"
+    ]

@@ -27,6 +27,7 @@ from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.convert.commands import class_of, export_model, import_model
 from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.eval.generate import Sampling
 from kempnerforge.model.image_processor import pil_processor
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
@@ -316,8 +317,9 @@ def test_ids_and_pixels_are_those_of_the_processor(
 
 
 @pytest.mark.parametrize("name", VLM_KINDS)
-def test_greedy_answers_are_those_of_transformers(
-    name: str, saved: dict[str, Path], imported: dict[str, Path], picture: Image.Image
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_those_of_transformers(
+    name: str, beams: int, saved: dict[str, Path], imported: dict[str, Path], picture: Image.Image
 ) -> None:
     """Two prompts of unequal length in one batch, with a cache, and each alone through transformers."""
     model, processor = kempnerforge.load_pretrained(imported[name], device="cpu", dtype=torch.float32)
@@ -325,13 +327,13 @@ def test_greedy_answers_are_those_of_transformers(
     theirs = cls.from_pretrained(saved[name]).eval()
     prompts = PROMPTS[name][:2]
     other = picture.transpose(Image.Transpose.ROTATE_90)
-    rows = model.generate(processor(images=[picture, other], text=prompts), max_new_tokens=9)
+    rows = model.generate(processor(images=[picture, other], text=prompts), max_new_tokens=9, sampling=Sampling(beams=beams))
     for row, prompt, image in zip(rows, prompts, (picture, other), strict=True):
         inputs = dict(processor(images=image, text=prompt))
         start = inputs["input_ids"].shape[1]
         if name == "paligemma":
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        made = theirs.generate(**inputs, max_new_tokens=9, do_sample=False)[0, start:].tolist()
+        made = theirs.generate(**inputs, max_new_tokens=9, do_sample=False, num_beams=beams)[0, start:].tolist()
         assert row == (made[: made.index(2)] if 2 in made else made)
 
 

@@ -77,7 +77,9 @@ class Scripted(nn.Module):
             return Output(self.nats(labels).sum(), torch.zeros(len(labels), TOKENIZER.vocab_size))
         if batch.input_ids.shape[1] > 1 or not self.replies:
             self.replies, self.position = [self._reply(batch, row) for row in range(len(batch.input_ids))], 0
-        ids = torch.tensor([reply[self.position] if self.position < len(reply) else TOKENIZER.pad_id for reply in self.replies])
+            cache.kept["rows"] = torch.arange(len(self.replies))
+        replies = [self.replies[row] for row in cache.kept["rows"]]  # with several beams, of the prompt of each
+        ids = torch.tensor([reply[self.position] if self.position < len(reply) else TOKENIZER.pad_id for reply in replies])
         self.position += 1
         return Output(torch.zeros(()), nn.functional.one_hot(ids, max(TOKENIZER.vocab_size, 1 + int(ids.max()))).float())
 
@@ -111,6 +113,9 @@ LEVELS = [10, 200, None, 20, 30, None, 240]
 """Seven questions; on two ranks with batches of one, the first rank has more to ask, and each meets one that cannot be read."""
 
 
+ONE_BY_ONE = EvalConfig(batch_size=1, max_new_tokens=4)
+
+
 def two_ranks(out: str) -> None:
     """Scores and losses over two ranks; each writes what it knows."""
     code = 0
@@ -120,6 +125,8 @@ def two_ranks(out: str) -> None:
         score, loss = both(model, world)
         calls = world.gather(len(model.asked))
         torch.save((calls, facts(score, loss)), f"{out}/{world.rank}.pt")
+        beams = facts(*both(model, world, EvalConfig(batch_size=1, max_new_tokens=4, beams=3)))
+        assert beams == facts(score, loss), "every rank takes as many steps as the longest search of all"
         stop()
     except BaseException:
         traceback.print_exc()
@@ -128,14 +135,13 @@ def two_ranks(out: str) -> None:
     os._exit(code)
 
 
-def both(model: Scripted, ranks: Any) -> tuple[Score, HeldOutLoss]:
+def both(model: Scripted, ranks: Any, cfg: EvalConfig = ONE_BY_ONE) -> tuple[Score, HeldOutLoss]:
     """The score and the loss of ``LEVELS``; the model says "red" where it is dark, also where that is wrong."""
     samples = [
         sample if k != 4 else replace(sample, texts=(Text("what colour?", "blue", kind="odd"),))
         for k, sample in enumerate(held_out(LEVELS))
     ]
     source = ListSource(samples)
-    cfg = EvalConfig(batch_size=1, max_new_tokens=4)
     score = evaluate(model, questions(source)[0], ENCODER, cfg, ranks)
     return score, held_out_loss(Exam(model, ENCODER, cfg, DEVICE, ranks), source, ENCODER, rows=1)
 

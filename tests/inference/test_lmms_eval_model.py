@@ -160,8 +160,10 @@ def test_rounds_and_options(run: Path) -> None:
         long = request("generate_until", "what? " * words, options, visual, 0)
         assert lm.generate_until([both[0], long]) == [alone[0], *lm.generate_until([long])]
     assert lm.generate_until([long]) == [""]
-    with pytest.raises(InputError, match="num_beams = 4"):
-        lm.generate_until([request("generate_until", "what?", {"num_beams": 4}, visual, 0)])
+    beams = [request("generate_until", text, options | {"num_beams": 3}, visual, 0) for text in (first, "what? " * 12)]
+    assert lm.generate_until(beams) == [*lm.generate_until(beams[:1]), *lm.generate_until(beams[1:])]
+    with pytest.raises(InputError, match="beams = 4: a beam search draws nothing"):
+        lm.generate_until([request("generate_until", "what?", {"num_beams": 4, "temperature": 1.0}, visual, 0)])
     with pytest.raises(InputError, match="--model_args pretrained: unknown; allowed are path"):
         type(lm)(str(run), pretrained="x")
     with pytest.raises(InputError, match="batch_size = 'auto': must be a whole number"):

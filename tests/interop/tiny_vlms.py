@@ -109,6 +109,89 @@ GRIDS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl
 """Models of transformers that take images of any size, by their ``model_type``."""
 
 
+COARSE: dict[str, Any] = TOWER | {"patch_size": 14}
+PLAIN: dict[str, Any] = QWEN2 | {"rope_parameters": None}
+SQUARES = [[28, 56], [56, 28], [56, 56], [28, 84]]
+"""Resolutions of views of 28 pixels."""
+
+
+def _llava_next() -> Any:
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**COARSE),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=SQUARES,
+    )
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision() -> Any:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**COARSE, vision_use_head=False),
+        text_config=hf.Qwen2Config(**PLAIN),
+        image_token_index=IMAGE,
+        video_token_index=VOCAB - 1,
+        image_grid_pinpoints=SQUARES,
+        vision_aspect_ratio="anyres_max_2",
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _mistral3() -> Any:
+    tower: dict[str, Any] = TOWER | {"head_dim": 12}
+    vision = hf.PixtralVisionConfig(**tower)
+    text: dict[str, Any] = TEXT | {"sliding_window": None}
+    config = hf.Mistral3Config(
+        vision_config=vision, text_config=hf.MistralConfig(**text), image_token_index=IMAGE, tie_word_embeddings=False
+    )
+    return hf.Mistral3ForConditionalGeneration(config)
+
+
+def _pixtral() -> Any:
+    tower: dict[str, Any] = TOWER | {"head_dim": 12}
+    text = hf.LlamaConfig(**TEXT)
+    config = hf.LlavaConfig(
+        vision_config=hf.PixtralVisionConfig(**tower),
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=1,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _idefics2() -> Any:
+    tower: dict[str, Any] = TOWER | {"image_size": 56}
+    vision = hf.models.idefics2.configuration_idefics2.Idefics2VisionConfig(**tower)
+    sizes: dict[str, Any] = {
+        "resampler_n_latents": 4,
+        "resampler_depth": 1,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+        "num_key_value_heads": 1,
+    }
+    resampler = hf.models.idefics2.configuration_idefics2.Idefics2PerceiverConfig(hidden_size=32, **sizes)
+    text: dict[str, Any] = TEXT | {"sliding_window": 8}
+    config = hf.Idefics2Config(vision_config=vision, perceiver_config=resampler, text_config=hf.MistralConfig(**text), image_token_id=IMAGE)
+    return hf.Idefics2ForConditionalGeneration(config)
+
+
+def internvl() -> Any:
+    sizes: dict[str, Any] = TOWER | {"image_size": [28, 28], "patch_size": [7, 7]}
+    vision = hf.InternVLVisionConfig(**sizes, use_qk_norm=True, attention_bias=True)
+    config = hf.InternVLConfig(vision_config=vision, text_config=hf.Qwen2Config(**PLAIN), image_token_id=IMAGE, image_seq_length=4)
+    return hf.InternVLForConditionalGeneration(config)
+
+
+SIZED = {"llava_next": _llava_next, "llava_onevision": _llava_onevision, "mistral3": _mistral3, "pixtral": _pixtral, "idefics2": _idefics2}
+"""Further models that take other images than squares of one size, by their ``model_type``."""
+IMAGE_SIZES = dict.fromkeys((*GRIDS, *SIZED), 28) | {"llava_next": 56, "llava_onevision": 56}
+"""``vlm.image_size`` of those that need it."""
+BREAKS = ["[IMG_BREAK]", "[IMG_END]"]
+"""What Mistral 3 has between rows of an image and after the last."""
+
+
 def write_tokenizer(path: Path, prefix: bool, more: Sequence[str] = ()) -> None:
     """A small BPE, with ``more`` special tokens. With ``prefix`` it is of Llama's kind: a space in front, BOS before every text."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<pad>"))
@@ -124,12 +207,14 @@ def write_tokenizer(path: Path, prefix: bool, more: Sequence[str] = ()) -> None:
 
 def save(name: str, path: Path) -> Any:
     """Writes a random model to ``path``; every tensor of it is away from its usual start."""
-    model = (MODELS | GRIDS)[name]().eval()
+    model = (MODELS | GRIDS | SIZED | {"internvl": internvl})[name]().eval()
     draws = torch.Generator().manual_seed(0)
     for key, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in key and "pali" not in name), std=0.1, generator=draws)
     model.save_pretrained(path)
-    write_tokenizer(path, prefix=name == "llava", more=FRAMES if name in ("idefics3", "smolvlm") else ())
+    write_tokenizer(
+        path, prefix=name == "llava", more={"idefics3": FRAMES, "smolvlm": FRAMES, "mistral3": BREAKS, "pixtral": BREAKS}.get(name, ())
+    )
     mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if name == "llava" else ([0.5] * 3, [0.5] * 3)
     size = {"shortest_edge": 28} if name == "llava" else {"height": 28, "width": 28}
     images = {"image_mean": mean, "image_std": std, "size": size, "do_center_crop": name == "llava"}

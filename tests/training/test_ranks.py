@@ -15,7 +15,7 @@ import pytest
 
 from kempnerforge.config import load_config
 from kempnerforge.data.batching.sampler import StepSampler
-from tests.dist import free_port
+from tests.dist import free_port, run_ranks
 from tests.params import quick
 from tests.processes import Forked
 from tests.training.tiny import (
@@ -187,3 +187,32 @@ def test_nproc_interrupted_saves_and_ends_with_130(number: signal.Signals, code:
     assert process.returncode == code and "Traceback" not in err, err
     done = len(losses(tmp_path / "run"))
     assert checkpoint_steps(tmp_path / "run") == [done] and 5 <= done < 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_copies_of_two_shards(runs: Path, optimizer: str, tmp_path: Path):
+    """Hybrid sharding on four ranks: the curve, norms and weights of one process, and its checkpoint goes on with any split."""
+    main = "from kempnerforge.cli.main import main; main()"
+    argv = ("train", runs / "job.toml", *COMMON, f"--optimizer.name={optimizer}", "--eval.at_end=false", "--metrics.diagnosis=true",
+            "--metrics.interval=1")  # fmt: skip
+    assert call(*argv, f"--run.dir={tmp_path}/one", "--train.max_steps=0").code == 0
+    hybrid = (*argv, f"--run.dir={tmp_path}/hybrid", "--distributed.shard_size=2")
+    for ended in run_ranks(main, 4, *hybrid, "--train.max_steps=6", timeout=300):
+        assert ended.returncode == 0, ended
+    parts = sorted(path.stat().st_size for path in (tmp_path / "hybrid" / "checkpoints" / "step-00000006").glob("*.distcp"))
+    assert len(parts) >= 2 and parts[-1] < 0.8 * sum(parts), "a copy is written once, by the ranks that share it"
+    assert two_ranks(*hybrid, "--train.max_steps=9").code == 0
+    assert call(*hybrid, "--train.max_steps=0").code == 0
+    assert relative(losses(tmp_path / "hybrid"), losses(tmp_path / "one")) < (
+        1e-5 if optimizer == "adamw" else 1e-4
+    )  # Muon has bf16 inside
+    for key in ("train/grad_norm", "grad_norm/adapter", "update_ratio/transformer.layers"):
+        ours, theirs = ([row[key] for row in metrics(tmp_path / name) if key in row] for name in ("hybrid", "one"))
+        assert relative(ours, theirs) < (1e-3 if optimizer == "adamw" else 1e-2), key
+
+
+def test_copies_that_do_not_come_out_even(runs: Path, tmp_path: Path):
+    ended = two_ranks("train", runs / "job.toml", f"--run.dir={tmp_path}/odd", "--distributed.shard_size=3")
+    assert ended.code == 2 and "distributed.shard_size = 3: must divide the number of processes, 2" in ended.err
+    assert not (tmp_path / "odd").exists()

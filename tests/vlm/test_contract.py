@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 import tests.vlm.tiny  # noqa: F401  registers archs before the checks list them
+from kempnerforge.contract.generation_checks import *  # noqa: F403
 from kempnerforge.contract.grid_checks import *  # noqa: F403
 from kempnerforge.contract.marks import ranked
 from kempnerforge.contract.model_checks import *  # noqa: F403

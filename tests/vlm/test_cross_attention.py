@@ -186,11 +186,11 @@ def test_media_are_laid_out_by_row() -> None:
     batch = by_hand("iaiai", "", "aia")
     batch = replace(batch, image_index=torch.tensor([2, 0, 2, 1]))  # one image stands twice
     features, words = torch.randn(3, 4, 8), torch.randn(*batch.input_ids.shape, 8)
-    media = gather_images(features, words, batch)  # (B, K, F, D)
+    media = gather_images(features, words, batch, words.shape[-1])  # (B, K, F, D)
     nothing = torch.zeros(4, 8)
     want = [[features[2], features[0], features[2]], [nothing] * 3, [features[1], nothing, nothing]]
     assert torch.equal(media, torch.stack([torch.stack(row) for row in want]))
-    assert (gather_images(None, words, by_hand("aa", "aa")) == 0).all()
+    assert (gather_images(None, words, by_hand("aa", "aa"), words.shape[-1]) == 0).all()
     assert NOTHING < -1, "padding must not match an empty slot"
 
 
@@ -214,7 +214,7 @@ def test_the_block_is_attention_over_what_each_word_sees(heads: tuple[int, int],
     batch = by_hand("iaiaib", "aabab", "iabiab", "_i|iaaa")
     x, features = torch.randn(4, batch.input_ids.shape[1], 32), torch.randn(len(batch.image_rows), 3, 32)
     seen = visible_images(batch, media == "latest")
-    laid_out = gather_images(features, x, batch)
+    laid_out = gather_images(features, x, batch, x.shape[-1])
     got = block(x, *block.keys_values(laid_out.flatten(1, 2)), sight(seen, 3, x.dtype))
     for row in range(4):
         for q in range(x.shape[1]):
@@ -237,7 +237,7 @@ def test_who_sees_nothing_reads_exactly_nothing(media: str) -> None:
     x = torch.randn(*batch.input_ids.shape, 32, requires_grad=True)
     features = torch.randn(len(batch.image_rows), 3, 32, requires_grad=True)
     seen = visible_images(batch, media == "latest")
-    media_tokens = gather_images(features, x, batch).flatten(1, 2)
+    media_tokens = gather_images(features, x, batch, x.shape[-1]).flatten(1, 2)
     out = block(x, *block.keys_values(media_tokens), sight(seen, 3, x.dtype))
     blind = ~seen.any(-1)
     assert 0 < int(blind.sum()) < blind.numel()

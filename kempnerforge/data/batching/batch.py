@@ -5,6 +5,7 @@ Shapes: B rows, S positions, N images, M placements of an image in a row, T trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -87,6 +88,8 @@ class Batch:
         image_parts: N of them, or empty: all tokens of each image are in the stream, one after the other.
         row_image_tokens: positions of images in the row that has most.
         pair_ids: (B, S) int64, the pair that each word belongs to; -1: none.
+        target_weights: (T,) fp32, how much each trained token counts in the loss that is sent backward; None:
+            all alike.
     """
 
     input_ids: Tensor
@@ -117,11 +120,30 @@ class Batch:
     row_image_tokens: int = 0
     pair_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pair_ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    target_weights: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         """Trained positions, T."""
         return len(self.targets)
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights of trained tokens."""
+        return self.num_targets if self.target_weights is None else float(self.target_weights.double().sum())
+
+    def weighted(self, weights: Sequence[float]) -> Batch:
+        """The batch with the weight of its section for each trained token.
+
+        Args:
+            weights: by section, see ``parts``; empty: all alike.
+        """
+        if not weights:
+            return self
+        counts = self.sample_ids.amax(dim=1) + 1  # (B,) samples of each row
+        samples = (counts.cumsum(0) - counts)[:, None] + self.sample_ids  # (B, S) numbers in ``parts``
+        of_samples = torch.tensor([weights[part] for part in self.parts])
+        return replace(self, target_weights=of_samples[samples.flatten()[self.targets]])
 
     @property
     def num_pairs(self) -> int:

@@ -60,6 +60,9 @@ class MixtureConfig(DataConfig):
             alike (Raffel et al. 2020, "T5", section 3.5.2; Xue et al. 2021, "mT5", whose exponent alpha this
             is the inverse of).
         phases: other weights from later steps on; steps must increase.
+        loss_weights: how much a trained token of each part counts: the loss that is sent backward is the mean
+            over the tokens of a step with these weights, over their sum (``train/weighted_loss``;
+            ``train/loss`` and ``eval/loss`` count all alike). Empty: all alike.
     """
 
     source: str = MIXTURE
@@ -67,6 +70,10 @@ class MixtureConfig(DataConfig):
     weights: list[float] = field(default_factory=list)
     temperature: float = 1.0
     phases: list[PhaseConfig] = field(default_factory=list)
+    loss_weights: list[float] = field(default_factory=list)
+
+    def loss_weights_by_section(self) -> list[float]:
+        return self.loss_weights if set(self.loss_weights) != {1.0} else []
 
     def never_reached(self, steps: int) -> str:
         late = next((phase for phase in self.phases if phase.start_step >= steps), None)
@@ -83,7 +90,7 @@ class MixtureConfig(DataConfig):
         super().__post_init__()
         if not self.parts:
             raise InputError("parts = []: a mixture needs at least one [[data.parts]] table")
-        allowed = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases"}
+        allowed = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases", "loss_weights"}
         for key in not_default(self):
             if key not in allowed:
                 raise UnreadError(key, f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
@@ -94,6 +101,12 @@ class MixtureConfig(DataConfig):
             raise InputError(f"temperature = {self.temperature}: is for weights by size; leave weights empty, or the temperature at 1")
         if self.weights:
             self._check_weights("weights", self.weights)
+        if self.loss_weights:
+            self._check_weights("loss_weights", self.loss_weights)
+            if min(self.loss_weights) == 0:
+                raise InputError(
+                    f"loss_weights = {self.loss_weights}: each must be above 0; a part that is not trained has weight 0 in weights"
+                )
         for index, phase in enumerate(self.phases):
             if phase.start_step < 1:
                 raise InputError(

@@ -9,7 +9,6 @@ front to back, through a shuffle buffer, and its place in a shard cannot be aske
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from bisect import bisect_right
@@ -25,18 +24,16 @@ from kempnerforge.data.sample import ImageSource, SampleError, Text
 from kempnerforge.data.shards import Member, Shard, ShardError, index_tar
 from kempnerforge.data.sources.keys import ANSWER, METADATA, PART, Keys, unknown_keys
 from kempnerforge.data.sources.rows import parse_row
+from kempnerforge.data.sources.shard_list import Listed, list_shards
 from kempnerforge.data.sources.table import ENTRY, TableSource
 from kempnerforge.util.digest import digest
-from kempnerforge.util.errors import InputError, show
-from kempnerforge.util.paths import PathText, start_of
-from kempnerforge.util.reading import regular
+from kempnerforge.util.errors import InputError
 
 MAX_TEXT = 16 * 2**20
 MAX_IMAGE = 256 * 2**20
 """Bytes of a member that is read."""
 GLANCE = 2**14
 """Bytes at the head and at the tail of a shard that its fingerprint is made of."""
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 NUMBERED = re.compile(r"(\d+)\.(.+)")
 
 
@@ -44,7 +41,7 @@ NUMBERED = re.compile(r"(\d+)\.(.+)")
 @dataclass
 class WebDatasetConfig(TableConfig):
     """Tar shards. A column is the extension of a member ("txt"), or a field of a JSON member ("json.caption",
-    "json.meta.title").
+    "json.meta.title"), or all of it ("json"; a member of that name with plain text is this text).
 
     Attributes:
         path: a tar, a directory of tars, a pattern ("shards/*.tar", "shards/{000..127}.tar"), a manifest
@@ -52,11 +49,14 @@ class WebDatasetConfig(TableConfig):
             without ".tar", below the manifest's directory), or several of them joined by "::". A manifest
             says how many samples there are; else all headers are read at the start.
         eval_path: as ``path``, for what is held out.
+        manifest_counts: whether ``num_sequences`` counts samples. In manifests of VLA Foundry's
+            ``text_untokenized`` shards it counts sequences of tokens: false reads all headers instead.
         image_column: extensions separated by ";", the first that is there counts. Several images of a sample
             are ``0001.0.jpg``, ``0001.1.jpg``.
     """
 
     source: str = "webdataset"
+    manifest_counts: bool = True
     image_column: str = "jpg;jpeg;png;webp"
     answer_column: str = "txt"
 
@@ -64,13 +64,6 @@ class WebDatasetConfig(TableConfig):
         super().__post_init__()
         if self.root:
             raise InputError(f"root = {self.root!r}: the images of source 'webdataset' are in its shards; leave it empty")
-
-
-class Listed(NamedTuple):
-    """A shard and how many samples its manifest says it has; None: nothing says so."""
-
-    path: PathText
-    samples: int | None
 
 
 @registry.register_source("webdataset")
@@ -92,7 +85,8 @@ class WebDataset(TableSource):
     def __init__(self, cfg: WebDatasetConfig, split: str) -> None:
         super().__init__(cfg, split)
         self._fields = self._known_fields()
-        self._shards = list(list_shards(self.path, f"data.{'path' if self.path == cfg.path else 'eval_path'}"))
+        shards = list_shards(self.path, f"data.{'path' if self.path == cfg.path else 'eval_path'}")
+        self._shards = [shard if cfg.manifest_counts else Listed(shard.path, None) for shard in shards]
         self._open: dict[int, Shard | ShardError] = {}
         counts = [len(self._shard(k)) if shard.samples is None or k == 0 else shard.samples for k, shard in enumerate(self._shards)]
         self._ends = list(accumulate(counts))
@@ -247,7 +241,9 @@ class TarRow(Mapping[str, Any]):
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SampleError(f".{name} is not UTF-8 at byte {error.start}") from None
-        return _field(text, name, found.fields) if name.split(".")[-1] == "json" else text.strip("\r\n")
+        if name.split(".")[-1] != "json":
+            return text.strip("\r\n")
+        return _field(text, name, found.fields) if found.fields else _json_or_text(text)
 
     def names(self) -> set[str]:
         """The extensions of all members."""
@@ -294,73 +290,6 @@ def image_extensions(column: str) -> list[str]:
     return [name for name in column.split(";") if name]
 
 
-def list_shards(path: str, key: str) -> Iterator[Listed]:
-    """The shards that ``path`` means, see ``WebDatasetConfig``.
-
-    Raises:
-        ValueError: there are none, one is missing, a manifest cannot be read; the message names ``key``.
-    """
-    for part in path.split("::"):
-        if part.endswith(".jsonl"):
-            yield from _manifest(part, key)
-        elif os.path.isdir(part):
-            yield from _globbed(os.path.join(glob.escape(part), "*.tar"), key, part)
-        else:
-            for pattern in expand_braces(part):
-                yield from _globbed(pattern, key, pattern) if glob.has_magic(pattern) else [_existing(Listed(pattern, None), key)]
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """``a{08..10}`` is a08, a09, a10."""
-    match = RANGE.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last = match[1], match[2]
-    if int(last) < int(first):
-        raise InputError(f"{pattern!r}: {match[0]} counts down; write the smaller number first")
-    for number in range(int(first), int(last) + 1):
-        yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
-
-
-def _globbed(pattern: str, key: str, shown: str) -> Iterator[Listed]:
-    found = sorted(glob.glob(pattern, recursive=True))
-    if not found:
-        raise InputError(f"{key} = {shown!r}: no tars there{start_of(pattern)}")
-    return (Listed(path, None) for path in found)
-
-
-def _existing(shard: Listed, where: str) -> Listed:
-    if not os.path.isfile(shard.path):
-        raise InputError(f"{where}: no such shard: {shard.path}")
-    return shard
-
-
-def _manifest(path: str, key: str) -> Iterator[Listed]:
-    try:
-        with open(regular(path, key), encoding="utf-8-sig") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except OSError as error:
-        raise InputError(f"{key} = {path!r}: {error.strerror or error}{start_of(path)}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key} = {path!r}: not UTF-8 at byte {error.start}") from None
-    if not lines:
-        raise InputError(f"{key} = {path!r}: lists no shards")
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        try:
-            entry = parse_row(line)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
-        name, samples = (entry.get("shard"), entry.get("num_sequences")) if type(entry) is dict else (None, None)
-        if type(name) is not str or type(samples) is not int or samples < 0:
-            raise InputError(f'{where}: must be like {{"shard": "shard-0000", "num_sequences": 8}}, not {show(line.strip())}')
-        if not name or "\0" in name or ":" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise InputError(f"{where}: shard = {show(name)}: must be a path below the manifest's directory")
-        full = os.path.join(os.path.dirname(path), name if name.endswith(".tar") else f"{name}.tar")
-        yield _existing(Listed(full, samples), where)
-
-
 def _checked(listed: Listed) -> Shard:
     shard = index_tar(listed.path)
     if listed.samples is not None and len(shard) != listed.samples:
@@ -378,6 +307,17 @@ def _field(text: str, name: str, fields: list[str]) -> Any:
             raise SampleError(f".{name} has no field {'.'.join(fields[: depth + 1])!r}")
         value = value[field]
     return value
+
+
+def _json_or_text(text: str) -> Any:
+    """All of a JSON member; shards of plain text have members of this name, too, so anything but a string,
+    list or object is the text itself.
+    """
+    try:
+        value = parse_row(text)
+    except ValueError:
+        value = None
+    return value if isinstance(value, str | list | dict) else text.strip("\r\n")
 
 
 def _listed(names: Any) -> str:

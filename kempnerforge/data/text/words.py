@@ -267,6 +267,10 @@ class TextEncoder:
         if text.leading:
             first = next(k for k, piece in enumerate(pieces) if piece.field == "prompt")
             pieces.insert(first, Piece(self.cfg.image_placeholder * text.leading, False))
+        if text.blind:
+            last = [k for k, piece in enumerate(pieces) if piece.field == "answer"][text.blind - 1]
+            end = next(k for k in range(last, len(pieces)) if not pieces[k].trained)
+            pieces[:end] = [piece._replace(text=piece.text.replace(self.cfg.image_placeholder, "")) for piece in pieces[:end]]
         return pieces
 
     def _begin(self, line: _Line) -> _Line:

@@ -37,6 +37,7 @@ class ChoiceLikelihood(QuestionTask):
     """
 
     title: ClassVar[str] = "Choice by likelihood"
+    takes_examples: ClassVar[bool] = False
 
     choices: list[str] = field(default_factory=list)
     score: str = "letter"

@@ -39,6 +39,7 @@ class ZeroShot(QuestionTask):
     """
 
     title: ClassVar[str] = "Zero-shot classification"
+    takes_examples: ClassVar[bool] = False
     needs: ClassVar[str] = "embeddings"
 
     classes: list[str] = field(default_factory=list)

@@ -54,7 +54,7 @@ class Diagnosis(Hook):
         self._trainer, self._counted = trainer, TrainingFlops(trainer.assembly.job)
         self._parts = parts(trainer.names)
         self._gates = [name for name, parameter in trainer.model.named_parameters() if parameter.numel() == 1]
-        self._running = _Stopwatch(trainer.world.device, self._seconds)
+        self._running = Stopwatch(trainer.world.device, self._seconds)
         self._shares, self._watched = AttentionShare(trainer.model), -1
         model, first, last = trainer.model, trainer.optimizers.all[0], trainer.optimizers.all[-1]
         self._handles = [
@@ -125,6 +125,7 @@ class Diagnosis(Hook):
         shares = self._shares.take()
         flops, *rest = trainer.sum([self._flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
         gates, shares, rest = rest[: len(gates)], rest[len(gates) :][: len(shares)], rest[len(gates) + len(shares) :]
+        gates, rest = ([value / trainer.world.copies for value in values] for values in (gates, rest))
         by_part = dict(zip(self._parts, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True))
         values = {f"gate/{name}": value for name, value in zip(self._gates, gates, strict=True)}
         by_layer = zip(self._shares.layers, shares[::2], shares[1::2], strict=True)
@@ -144,7 +145,7 @@ class Diagnosis(Hook):
         return values
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds the seconds of one phase after another to ``seconds``."""
 
     def __init__(self, device: torch.device, seconds: defaultdict[str, float]) -> None:

@@ -44,6 +44,7 @@ class Metrics(Hook):
         trainer.record(
             {
                 "train/loss": result.loss,
+                **({"train/weighted_loss": result.weighted_loss} if result.weighted_loss is not None else {}),
                 **({"train/pair_loss": result.pair_loss} if result.pair_loss not in (0, result.loss) else {}),
                 **({"train/aux_loss": result.aux_loss} if result.aux_loss else {}),
                 "train/grad_norm": result.grad_norm,

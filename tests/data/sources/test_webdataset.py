@@ -21,7 +21,8 @@ from kempnerforge.data import Encoder, Sample, SampleError, Source, Text, build_
 from kempnerforge.data.batching.batch import IGNORE
 from kempnerforge.data.shards import Shard, ShardError, index_tar
 from kempnerforge.data.sources import build_source
-from kempnerforge.data.sources.webdataset import WebDatasetConfig, expand_braces, list_shards
+from kempnerforge.data.sources.shard_list import expand_braces, list_shards
+from kempnerforge.data.sources.webdataset import WebDatasetConfig
 from kempnerforge.data.text.interleave import LABELS
 from tests.data import samples
 
@@ -419,6 +420,23 @@ def test_a_count_that_is_wrong_names_shard_and_numbers(foundry: Path) -> None:
     assert len(source) == 31
     with pytest.raises(SampleError, match="shard-0003.tar: 8 samples, but its manifest says num_sequences = 7"):
         source[30]
+
+
+def test_shards_of_plain_text(tmp_path: Path) -> None:
+    """VLA Foundry's ``text_untokenized``: members of the name .json with the text itself, or with JSON; its manifest counts sequences."""
+    members: dict[str, Content] = {"a.json": b"Once upon\n", "b.json": b"2024\n", "c.json": b'{"text": "a field"}', "d.json": b"{not JSON"}
+    write(tmp_path / "shard-0.tar", members)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"shard": "shard-0", "num_sequences": 2048}')
+    read = {"answer_column": "json", "image_column": ""}
+    with pytest.raises(ValueError, match="4 samples, but its manifest says num_sequences = 2048"):
+        built(manifest, **read)
+    source = built(manifest, manifest_counts=False, **read)
+    assert len(source) == 4 and [source.num_images(k) for k in range(4)] == [0] * 4
+    assert [source[k].texts[0].answer for k in (0, 1, 3)] == ["Once upon", "2024", "{not JSON"]
+    with pytest.raises(SampleError, match="must be a string, not dict"):
+        source[2]
+    assert built(manifest, manifest_counts=False, **read | {"answer_column": "json.text"})[2].texts[0].answer == "a field"
 
 
 @pytest.mark.parametrize(
