@@ -69,9 +69,9 @@ class Video:
 
         with decoding():
             container = av.open(self._data, format=self._kind)
-        if not container.streams.video:
-            raise ImageError("has no video in it")
-        stream = container.streams.video[0]
+        stream = next((one for one in container.streams.video if one.codec_context is not None), None)
+        if stream is None:
+            raise ImageError("has no video in it that can be decoded")
         stream.codec_context.thread_count = 1  # loaders have several processes
         check_size(stream.codec_context.width, stream.codec_context.height)
         return container, stream
