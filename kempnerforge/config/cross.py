@@ -133,7 +133,7 @@ def arch_fits(job: Job) -> Found:
 
 @_reads("model", "vlm", "vision_encoder")
 def deepstack_fits(job: Job) -> Found:
-    """Features of inner layers are added to image tokens in the stream, each after a layer of its own."""
+    """Features of inner layers are added to image tokens in the stream, one each after a layer."""
     layers, vlm = job.vision_encoder.deepstack_layers, job.vlm
     if vlm is not None and layers and not vlm.residual_stream_image_tokens(1):
         yield ("vision_encoder",), f"deepstack_layers = {layers}: vlm.arch = {vlm.arch!r} has no image tokens in the stream to add them to"

@@ -69,7 +69,7 @@ class ModelConfig:
         rope_sections: M-RoPE (Wang et al. 2024, arXiv 2409.12191, section 2.1): how many of the pairs of
             channels of a head are turned by time, by row and by column, [16, 24, 24] in Qwen2-VL. An image
             token has its row and column in the image; an image counts as many positions as it has tokens
-            along a side, and the words after it go on from there. Words are turned as without it, and so is
+            along its longer side, and the words after it go on from there. Words are turned as without it, and so is
             all where images take no position. Empty: every pair is turned by the position in the stream.
         rope_interleaved: the three take turns from pair to pair (Qwen3-VL); otherwise pairs of one kind
             follow one another.
@@ -155,7 +155,7 @@ class ModelConfig:
 
     @property
     def rope_axes(self) -> list[int]:
-        """What turns each pair of channels: 0 the time, 1 the row, 2 the column. Empty: the position, all of them."""
+        """What turns each pair of channels: 0 the time, 1 the row, 2 the column. Empty: the position turns all."""
         if len(self.rope_sections) != 3 or min(self.rope_sections) < 1 or 2 * sum(self.rope_sections) != self.head_width:
             return []
         if self.rope_interleaved:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge.config import VLMConfig
-from kempnerforge.contract import model_checks, training_checks
+from kempnerforge.contract import generation_checks, model_checks, training_checks
 from kempnerforge.contract.cases import (
     FOREIGN,
     INTERLEAVED,
@@ -104,8 +104,8 @@ CHECKS: dict[str, Check] = {
     "images": lambda arch, mask, patch, world: model_checks.test_no_image_leaks(arch, INTERLEAVED),
     "pack": lambda arch, mask, patch, world: model_checks.test_a_sample_in_a_pack_learns_as_it_does_alone(arch, mask, True, patch),
     "samples": lambda arch, mask, patch, world: model_checks.test_nothing_leaks_from_sample_to_sample(arch, mask, False, patch),
-    "cache": lambda arch, mask, patch, world: model_checks.test_the_cache_is_the_full_forward_pass(arch, mask, MODEL),
-    "prompts": lambda arch, mask, patch, world: model_checks.test_prompts_together_are_prompts_one_by_one(arch, mask),
+    "cache": lambda arch, mask, patch, world: generation_checks.test_the_cache_is_the_full_forward_pass(arch, mask, MODEL),
+    "prompts": lambda arch, mask, patch, world: generation_checks.test_prompts_together_are_prompts_one_by_one(arch, mask),
     "recomputed": lambda arch, mask, patch, world: training_checks.test_activation_checkpointing_changes_nothing(arch, world),
     "flops": lambda arch, mask, patch, world: training_checks.test_flops_on_meta_are_those_that_run(arch, mask, True, patch),
 }
@@ -114,7 +114,7 @@ CHECKS: dict[str, Check] = {
 @each_streamed
 @pytest.mark.parametrize("check", CHECKS)
 def test_with_grids(arch: str, mask: str, check: str, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (model_checks, training_checks):
+    for module in (model_checks, generation_checks, training_checks):
         monkeypatch.setattr(module, "tiny", gridded)
     CHECKS[check](arch, mask, monkeypatch, world)
 

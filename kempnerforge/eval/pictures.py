@@ -14,7 +14,7 @@ from kempnerforge.eval.exam import BLANK
 
 
 class Pictures:
-    """The distinct views of a chunk, made once for each image; None stands for a blank one."""
+    """The distinct views of a chunk, made once for each image; None is a blank one."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.size = encoder, encoder.layout.image_size

@@ -153,7 +153,7 @@ class Siglip2(Siglip):
         self.side = math.isqrt(self.num_tokens) if self.tower.config.model_type == "siglip2_vision_model" else 0
 
     def forward(self, images: Tensor, grids: Sequence[tuple[int, int]] = (), **how: Any) -> Tensor:
-        """With ``grids`` each image has positions of its own shape (NaFlex, Tschannen et al. 2025, section 2.4)."""
+        """With ``grids`` each image has positions for its shape (NaFlex, Tschannen et al. 2025, section 2.4)."""
         if not grids:
             return super().forward(images, **how)
         first = inside(grids, self.side, images.device).flatten(1).int().argsort(dim=1, descending=True, stable=True)  # (N, F)

@@ -1,4 +1,4 @@
-"""Untrusted video files: frames at chosen times, through PyAV (FFmpeg), which is imported when one is opened."""
+"""Untrusted video files: frames at chosen times, through PyAV (FFmpeg), imported when one is opened."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MISSING = "needs the package av: pip install 'kempnerforge[video]'"
 
 
 def video_kind(head: bytes) -> str:
-    """What FFmpeg calls the container of a file that begins with ``head``: MP4 and MOV, Matroska and WebM, AVI;
-    empty: it is no video.
+    """What FFmpeg calls the container of a file that begins with ``head``: MP4 and MOV, Matroska and WebM,
+    AVI; empty: it is no video.
     """
     if head[4:8] == b"ftyp":
         return "" if head[8:12] in STILLS else "mov"
@@ -45,8 +45,8 @@ def moments(seconds: float, count: int) -> list[float]:
 
 
 class Video:
-    """A video file that is not opened yet. Only the container that its first bytes name is read, from the file's
-    own bytes: no other file and no address that it may name.
+    """A video file that is not opened yet. Only the container that its first bytes name is read, from the
+    bytes of the file: no other file and no address that it may name.
 
     Raises:
         ImageError: by every method and attribute but ``allow``: it cannot be used; the message says why.
@@ -69,9 +69,9 @@ class Video:
 
         with decoding():
             container = av.open(self._data, format=self._kind)
-        if not container.streams.video:
-            raise ImageError("has no video in it")
-        stream = container.streams.video[0]
+        stream = next((one for one in container.streams.video if one.codec_context is not None), None)
+        if stream is None:
+            raise ImageError("has no video in it that can be decoded")
         stream.codec_context.thread_count = 1  # loaders have several processes
         check_size(stream.codec_context.width, stream.codec_context.height)
         return container, stream
@@ -119,5 +119,7 @@ class Video:
             yield image
 
     def _late(self, target: int, last: Any, stream: Any) -> bool:
-        """Whether the ``last`` frame ends so much before ``target`` that others must be missing. (Sound may be a little longer.)"""
+        """Whether the ``last`` frame ends so much before ``target`` that others must be missing. (Sound may be a
+        little longer.)
+        """
         return (target - last.pts - (last.duration or 0)) * stream.time_base > max(1, self.seconds / 10)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kempnerforge.config.data import DataConfig, JsonlConfig
 from kempnerforge.config.images import AugmentConfig, ImagesConfig
-from kempnerforge.data import Encoder, ImageError, Kind, Layout, Sample, Text, Tokenizer, collate
+from kempnerforge.data import Encoder, ImageError, Kind, Layout, Sample, SampleError, Text, Tokenizer, collate
 from kempnerforge.data.images import video, views
 from kempnerforge.data.images.decode import load_image, opened
 from kempnerforge.data.images.video import moments, video_kind
@@ -168,6 +168,21 @@ def test_damaged_files_say_so(clip: bytes) -> None:
     ):
         with pytest.raises(ImageError, match=message):
             encoder.views(Sample("s", (content,), ()))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "avi"])
+def test_changed_bytes_are_read_or_refused(kind: str) -> None:
+    """No other exception, which would end a run."""
+    clip, encoder, rng = recorded(SHADES, kind=kind), encoder_of(ImagesConfig(frames=3, frame_times=True)), np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        content = np.frombuffer(clip, np.uint8).copy()
+        content[rng.integers(12, len(content), 8)] = rng.integers(0, 256, 8)
+        try:
+            encoder.encode(Sample("s", (content.tobytes(),), (Text("a", "b"),)), 0)
+        except SampleError:
+            refused += 1
+    assert 0 < refused < 100
 
 
 def test_without_frames_no_video_is_opened(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
