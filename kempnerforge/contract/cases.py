@@ -41,7 +41,8 @@ from kempnerforge.distributed.world import World
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import Problems
 from kempnerforge.util.name_rules import match_names
-from kempnerforge.vlm.base import SEES_PROMPT, VLM
+from kempnerforge.vlm.base import VLM
+from kempnerforge.vlm.masks import SEES_PROMPT
 
 SIZE = 16
 """Pixels of an image's side."""

@@ -44,8 +44,8 @@ from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.sample import Sample
 from kempnerforge.model import attention
 from kempnerforge.util.name_rules import match_names
-from kempnerforge.vlm.base import SEES_PROMPT
 from kempnerforge.vlm.build import build_model
+from kempnerforge.vlm.masks import SEES_PROMPT
 
 
 def watched(arch: str | None, *args: Any, **kwargs: Any) -> Tiny:
