@@ -17,7 +17,7 @@ class CrossAttentionBlockConfig:
             (Awadalla et al. 2023): LayerNorm with bias, two layers with an exact GELU, four times
             ``model.dim`` wide, and no norm on media or heads.
         cross_attention_head_dim: width of a head; 0: as in the text backbone. (OpenFlamingo has 8 of 64.)
-        openflamingo_path: a checkpoint of OpenFlamingo (``.pt`` or safetensors) with whose resampler and
+        openflamingo_path: a checkpoint of OpenFlamingo, as safetensors, with whose resampler and
             blocks a fresh run begins, if ``cross_attention_block`` is "openflamingo" and the adapter a
             "perceiver" with ``project = false``.
     """

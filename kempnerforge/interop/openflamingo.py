@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,7 +40,7 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
     """The tensors of resampler and gated blocks at ``path``, which has others as well (embeddings of words).
 
     Args:
-        path: a ``.pt`` file, read without running what is in it, or safetensors.
+        path: safetensors.
 
     Returns:
         ``adapter.*`` and ``transformer.layers.*.cross_attention.*`` -> tensor on the CPU.
@@ -77,11 +75,11 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """Names without the "module." of a training run."""
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path}: a checkpoint of OpenFlamingo is read from safetensors alone, no pickle is; docs/weights.md has how to write it"
+        )
     with library_call(f"{path}", "cannot be read as tensors"):
-        if path.suffix == ".safetensors":
-            return load_file(regular(path))
-        held: Any = torch.load(regular(path), map_location="cpu", weights_only=True)
-    held = held.get("model_state_dict", held) if isinstance(held, dict) else held  # of a training run
-    if not isinstance(held, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
-        raise InputError(f"{path}: is no dictionary of tensors")
+        held = load_file(regular(path))
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}

@@ -114,15 +114,10 @@ def ours(path: Path | str = "", media: str = "latest", **keys: Any) -> Tiny:
 
 
 @pytest.mark.parametrize("media", ["latest", "all"])
-@pytest.mark.parametrize("form", ["pt", "training run", "safetensors"])
-def test_resampler_and_blocks_are_those_of_the_equations(media: str, form: str, tmp_path: Path) -> None:
-    path = tmp_path / ("checkpoint.safetensors" if form == "safetensors" else "checkpoint.pt")
-    if form == "safetensors":
-        save_file({name: tensor.clone() for name, tensor in checkpoint().items()}, path)
-    else:
-        held = checkpoint(twice=form != "pt")
-        run = {"epoch": 3, "model_state_dict": {f"module.{name}": tensor for name, tensor in held.items()}}
-        torch.save(held if form == "pt" else run, path)
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "training run"])
+def test_resampler_and_blocks_are_those_of_the_equations(media: str, twice: bool, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"module." * twice + name: tensor.clone() for name, tensor in checkpoint(twice=twice).items()}, path)
     it = ours(path, media)
     initialise(it.model)
     assert {name for name, _ in it.model.named_parameters() if name.startswith("adapter.") or "cross_attention" in name} <= it.model.loaded
@@ -178,19 +173,22 @@ def test_the_language_model_is_unchanged_until_gates_open() -> None:
 )
 def test_a_checkpoint_that_does_not_fit(changed: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in {**checkpoint(), **changed}.items() if tensor is not None}
-    torch.save(tensors, tmp_path / "c.pt")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "c.safetensors")
     with pytest.raises(InputError, match=message):
-        initialise(ours(tmp_path / "c.pt").model)
+        initialise(ours(tmp_path / "c.safetensors").model)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", {"a": 1}, {"a": torch.zeros(1)}])
-def test_files_that_are_no_checkpoint(content: object, tmp_path: Path) -> None:
-    path = tmp_path / "c.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(InputError, match="c.pt: (cannot be read as tensors|is no dictionary of tensors|has neither perceiver)"):
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", {"a": torch.zeros(1)}])
+def test_files_that_are_no_checkpoint(content: bytes | dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
+    with pytest.raises(InputError, match="c.safetensors: (cannot be read as tensors|has neither perceiver)"):
         initialise(ours(path).model)
-    with pytest.raises(InputError, match="missing.pt"):
-        initialise(ours(tmp_path / "missing.pt").model)
+    with pytest.raises(InputError, match=r"missing.safetensors"):
+        initialise(ours(tmp_path / "missing.safetensors").model)
+    torch.save(checkpoint(), tmp_path / "c.pt")
+    with pytest.raises(InputError, match=r"c.pt: a checkpoint of OpenFlamingo is read from safetensors alone, no pickle is"):
+        initialise(ours(tmp_path / "c.pt").model)
 
 
 def test_keys_that_do_not_go_together() -> None:
