@@ -100,6 +100,10 @@ class DataConfig:
         """
         return [self]
 
+    def tokens(self) -> list[str]:
+        """Names of tokens that its texts need; a tokenizer that does not have them gets them."""
+        return []
+
     def never_reached(self, steps: int) -> str:
         """What of this section would come into force only after ``steps`` optimizer steps, with key and
         value; nothing if all does.

@@ -30,6 +30,7 @@ class Sampling:
         top_p: keep the fewest most likely tokens whose mass reaches ``top_p``, the one that crosses it
             included (Holtzman et al. 2020, the rule of transformers); 1 keeps all.
         seed: of the draws, a 64-bit integer.
+        allowed: the ids that may be taken in each step from the first one on; later steps are free.
 
     Raises:
         ValueError: one of them cannot be.
@@ -39,6 +40,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    allowed: tuple[range, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -95,8 +97,12 @@ def generate_stream(
     cache, batch = Cache(), prompts
     done = torch.zeros(len(prompts.input_ids), dtype=torch.bool, device=device)  # (B,)
     ends = torch.tensor(_ends(eos_id), device=device)
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = model(batch, cache).logits  # (B, V)
+        for ids in sampling.allowed[step : step + 1]:
+            logits = torch.full_like(logits, float("-inf")).index_copy(
+                1, torch.arange(ids.start, ids.stop, device=device), logits[:, ids.start : ids.stop]
+            )
         ids = choose(logits, sampling, rng).masked_fill(done, _ends(eos_id)[0])
         done = done | torch.isin(ids, ends)
         yield ids
@@ -219,5 +225,6 @@ def _following(batch: Batch, ids: Tensor) -> Batch:
         image_slots=nothing,
         row_images=0,
         row_words=1,
+        row_codes=1,
         leading_images=0,
     )

@@ -250,7 +250,7 @@ class TrainingFlops:
     def count(self, batch: Batch, trainable: frozenset[str]) -> int:
         """FLOPs of ``batch`` where the parameters named ``trainable`` train."""
         images = None if batch.images is None else batch.images.shape
-        layout = (batch.row_images, batch.row_words, batch.leading_images, batch.has_documents, batch.documents)
+        layout = (batch.row_images, batch.row_words, batch.row_codes, batch.leading_images, batch.has_documents, batch.documents)
         shapes = (trainable, batch.input_ids.shape, images, batch.image_index.shape, batch.num_pairs, *layout)
         if shapes not in self._known:
             self._known[shapes] = batch.num_targets, self._run(batch, trainable)

@@ -89,6 +89,7 @@ def assemble(
     if tokenizer is None:
         tokenizer = new_tokenizer(job.data, chain(sources, (training_source(stage.data) for stage in later_stages)))
     image_tokens = [name for section in sections for name in section.images.new_tokens()] if job.vlm is not None else []
+    image_tokens += [name for section in sections for name in section.tokens()]
     job = replace(job, model=fit_vocabulary(job.model, tokenizer, image_tokens))
 
     model = build_model(job, device)

@@ -177,6 +177,22 @@ class VLM(ExactBuffers):
         rows = batch.image_rows[:, None].expand_as(columns)
         return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))
 
+    @cached_property
+    def codes(self) -> range:
+        """Ids that are codes of a written picture."""
+        return self.job.model.codes
+
+    def is_code(self, batch: Batch) -> Tensor:
+        """(B, S) bool: where codes of a written picture are."""
+        ids = batch.input_ids
+        return (ids >= self.codes.start) & (ids < self.codes.stop) & (batch.kinds > Kind.IMAGE)
+
+    def image_positions(self, batch: Batch) -> int:
+        """Positions of the modality "image" in a row at most, those of written pictures among them; known
+        without a look at a tensor.
+        """
+        return batch.row_images * self.num_image_tokens + (batch.row_codes if self.codes else 0)
+
     @property
     def gives(self) -> frozenset[str]:
         """What a task may read of it: "words", which it writes and scores; "embeddings" of images and texts."""

@@ -87,6 +87,7 @@ class Encoded:
         image_size: H and W; 0: no images in this job.
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of unusable samples that this one replaces.
+        codes: as in ``Layout``.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Encoded:
     left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     part: int = 0
+    codes: range = range(0)
 
     @property
     def num_texts(self) -> int:
@@ -155,7 +157,7 @@ class Encoder:
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
-        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part)
+        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part, codes=self.layout.codes)
 
     def measure(self, sample: Sample) -> tuple[int, int]:
         """The size of a sample's row without its pixels: of images at most the headers are read.

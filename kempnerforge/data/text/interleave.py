@@ -40,6 +40,7 @@ class Layout:
         pad_to: length of a row with ``data.batching = "pad"``.
         image_mean: of the encoder's normalisation, in [0, 1]: the colour where a view holds nothing of its
             image.
+        codes: ids that are codes of a written picture.
     """
 
     image_tokens: int
@@ -48,6 +49,7 @@ class Layout:
     seq_len: int
     pad_to: int
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    codes: range = range(0)
 
 
 class ImageBlock(NamedTuple):
