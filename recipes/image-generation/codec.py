@@ -28,7 +28,7 @@ RESTART = 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes/image-generation"), help="gets the folders codec and classifier")
-    parser.add_argument("--steps", type=int, default=2000, help="of each of the two")
+    parser.add_argument("--steps", type=int, default=1600, help="of the tokenizer; half as many of the classifier")
     args = parser.parse_args()
     torch.manual_seed(0)
     cfg = registry.data_configs.get("easy_vqa")

@@ -110,8 +110,9 @@ class PictureClass(QuestionTask):
 
     def rows(self, facts: Facts) -> list[ReportRow]:
         ceilings = [(facts.result(f"{self.name}_{name}"), name) for name in ("real", "reconstructed")]
-        about = "; ".join(f"{percent(value)}\u00a0% of {name} pictures" for value, name in ceilings if value is not None)
-        return [row._replace(about=f"{about}{self.beside(facts)}", lead=True) for row in super().rows(facts)]
+        about = "; ".join(f"{percent(value)}\u00a0% of {name} pictures are seen so" for value, name in ceilings if value is not None)
+        asked = facts.beside(f"{self.name}_questions", "asked for")
+        return [row._replace(about=f"{about}{asked}", lead=True) for row in super().rows(facts)]
 
     def _judge(self) -> PictureClassifier:
         return _classifier(self.classifier, f"eval.options.{self.name}.classifier")
