@@ -53,7 +53,7 @@ class PictureCodesConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pictures is None or isinstance(self.pictures, PictureCodesConfig):
-            raise InputError("pictures: needs a table [data.pictures] that names a source of pictures and captions")
+            raise InputError("pictures: needs one table, [data.pictures], that names a source of pictures and captions")
         if wrong := [key for key in not_default(self.pictures) if key in defaults(DataConfig) and key != "source"]:
             raise UnreadError(f"pictures.{wrong[0]}", f"pictures.{wrong[0]}: is not read there; set it beside codec")
 

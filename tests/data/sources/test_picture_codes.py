@@ -93,7 +93,7 @@ def test_another_tokenizer_or_picture_is_another_fingerprint(folder: Path) -> No
 def test_what_cannot_be_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"pictures.template"):
         config(folder, template="chat")
-    with pytest.raises(ValueError, match=r"pictures: needs a table"):
+    with pytest.raises(ValueError, match=r"pictures: needs one table"):
         PictureCodesConfig(codec=str(folder / "codec"))
     with pytest.raises(ValueError, match=r"data.pictures: data.path = .*rows.json"):
         build_source(config(folder, path=str(folder / "rows.json")), "train")
