@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from kempnerforge.eval.generate import Sampling, generate
 from kempnerforge.model.vq import VQVAE, ClassifierConfig, PictureClassifier, VQConfig
+from tests.dist import ROOT
 from tests.training.tiny import COLOURS, CONFIG, call, make_job, metrics, two_ranks
 from tests.vlm.tiny import picture, tiny
 
@@ -66,6 +69,23 @@ def test_two_processes_score_as_one(job: Path) -> None:
     assert {k: v for k, v in one.items() if k.startswith("eval/") and k != drawn} == pytest.approx(
         {k: v for k, v in two.items() if k.startswith("eval/") and k != drawn}, rel=1e-4
     )
+
+
+@pytest.mark.slow
+def test_the_recipe_from_the_tokenizer_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few steps: its tokenizer and classifier are made, and its two rows are trained with them."""
+    folder = ROOT / "recipes/image-generation"
+    monkeypatch.setattr("sys.argv", ["codec.py", f"--out={tmp_path}", "--steps=300"])
+    runpy.run_path(str(folder / "codec.py"), run_name="__main__")
+    assert len(PictureClassifier.load(tmp_path / "classifier", "").cfg.classes) == 24
+    text = (folder / "cpu-joint.toml").read_text(encoding="utf-8").replace("runs/recipes/image-generation/", f"{tmp_path}/")
+    (tmp_path / "job.toml").write_text(text, encoding="utf-8")
+    for arch in ("joint_decoder", "mot"):
+        ended = call("train", tmp_path / "job.toml", f"--vlm.arch={arch}", "--train.max_steps=60", f"--run.dir={tmp_path}/{arch}")
+        assert ended.code == 0, ended.err
+        found = metrics(tmp_path / arch)[-1]
+        assert found["eval/picture_class_whole"] == 1 and found["eval/picture_class_loss"] < math.log(256)
+        assert found["eval/picture_class_real"] > 0.1
 
 
 def test_a_missing_classifier_ends_the_job_before_its_first_step(job: Path) -> None:
