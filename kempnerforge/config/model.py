@@ -21,6 +21,11 @@ def picture_tokens(codes: int) -> list[str]:
     return [BEGIN_PICTURE, END_PICTURE, *(f"<code_{code}>" for code in range(codes))]
 
 
+def is_picture_token(name: str) -> bool:
+    """Whether ``picture_tokens`` may name it."""
+    return name in (BEGIN_PICTURE, END_PICTURE) or CODE.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """``[model.rope_scaling]``: longer contexts by slower rotation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_a_run_writes_pictures_and_shows_them(arch: str, job: Path) -> None:
     assert "eval/exact_match" not in found and "eval/picture_class_blind" not in found
     page = (job.parent / "run" / "report.html").read_text(encoding="utf-8")
     assert page.count('alt="drawn by the model"') == 8 and "drawn; seen in it" in page
+    shutil.rmtree(job.parent / "codec")
+    ended = call("generate", job.parent / "run", "--prompt", "red", "--max-new-tokens=4")
+    assert ended.code == 0, "a trained model is read without its picture tokenizer"
 
 
 @pytest.mark.slow
@@ -91,6 +95,9 @@ def test_the_recipe_from_the_tokenizer_to_the_report(tmp_path: Path, monkeypatch
 def test_a_missing_classifier_ends_the_job_before_its_first_step(job: Path) -> None:
     ended = call("train", job, "--eval.options.picture_class.classifier=nowhere")
     assert ended.code == 2 and "eval.options.picture_class.classifier = 'nowhere': no folder with config.json" in ended.err
-    PictureClassifier(ClassifierConfig(["a cat", "a dog"], image_size=8, width=4)).save(job.parent / "judge")
+    PictureClassifier(ClassifierConfig(list(COLOURS), image_size=12, width=4)).save(job.parent / "judge")
     ended = call("train", job)
+    assert ended.code == 2 and "judges 12 pixels a side, data.codec writes 8" in ended.err
+    PictureClassifier(ClassifierConfig(["a cat", "a dog"], image_size=8, width=4)).save(job.parent / "other")
+    ended = call("train", job, f"--eval.options.picture_class.classifier={job.parent}/other")
     assert ended.code == 2 and "'picture_class' asks none of the 8 held-out questions" in ended.err

@@ -24,6 +24,7 @@ from kempnerforge.eval.questions import Images, Question
 from kempnerforge.eval.task import Found, QuestionTask, ReportRow, Score, percent
 from kempnerforge.model.vq import VQVAE, PictureClassifier
 from kempnerforge.report.facts import Facts
+from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
 
 
@@ -61,7 +62,12 @@ class PictureClass(QuestionTask):
         self.sampling = Sampling(self.temperature, self.top_k)
 
     def question(self, question: Question) -> Question | None:
-        return replace(question, truth=question.prompt) if question.asks_picture and question.prompt in self._judge().cfg.classes else None
+        judge = self._judge().cfg
+        if not question.asks_picture or question.prompt not in judge.classes:
+            return None
+        if judge.image_size != (size := _codec_of(question).cfg.image_size):
+            raise InputError(f"eval.options.{self.name}.classifier: judges {judge.image_size} pixels a side, data.codec writes {size}")
+        return replace(question, truth=question.prompt)
 
     def points(self, answer: Answer) -> bool:
         return answer.text == answer.question.truth
