@@ -104,6 +104,10 @@ class DataConfig:
         """How much a trained token of each of ``sections()`` counts in the loss; empty: all alike."""
         return []
 
+    def tokens(self) -> list[str]:
+        """Names of tokens that its texts need; a tokenizer that does not have them gets them."""
+        return []
+
     def never_reached(self, steps: int) -> str:
         """What of this section would come into force only after ``steps`` optimizer steps, with key and
         value; nothing if all does.

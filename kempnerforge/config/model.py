@@ -4,12 +4,26 @@ families need.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from kempnerforge.config.checks import at_least, at_most, more_than, one_of, only_if
 from kempnerforge.util.errors import InputError
 
 MAX_LAYERS = 4096
+BEGIN_PICTURE, END_PICTURE = "<boi>", "<eoi>"
+CODE = re.compile(r"<code_(\d+)>")
+"""Tokens of a picture that is written: its codes, in rows from the upper left, between these two."""
+
+
+def picture_tokens(codes: int) -> list[str]:
+    """The names of all tokens that write pictures of a codebook with ``codes`` entries."""
+    return [BEGIN_PICTURE, END_PICTURE, *(f"<code_{code}>" for code in range(codes))]
+
+
+def is_picture_token(name: str) -> bool:
+    """Whether ``picture_tokens`` may name it."""
+    return name in (BEGIN_PICTURE, END_PICTURE) or CODE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,16 @@ class ModelConfig:
         if self.rope_interleaved:
             return [pair % 3 if pair < 3 * self.rope_sections[pair % 3] else 0 for pair in range(self.head_width // 2)]
         return [axis for axis, pairs in enumerate(self.rope_sections) for _ in range(pairs)]
+
+    @property
+    def codes(self) -> range:
+        """Ids of the tokens "<code_0>", "<code_1>", ... among ``new_tokens``: of the modality "image" wherever
+        there are towers or experts. ``vocab_size`` is resolved.
+        """
+        at = [place for place, name in enumerate(self.new_tokens) if CODE.fullmatch(name)]
+        if at and at[-1] - at[0] >= len(at):
+            raise InputError(f"new_tokens: {self.new_tokens[at[0] + 1]!r} is between '<code_N>'; these must follow one another")
+        return range(self.vocab_size + at[0], self.vocab_size + at[-1] + 1) if at else range(0)
 
     def window(self, layer: int) -> int:
         """How many positions a token sees in ``layer`` at most; 0: all of them."""

@@ -26,6 +26,7 @@ from kempnerforge.config.build import build
 from kempnerforge.config.data import JsonlConfig, TextConfig
 from kempnerforge.config.files import assign, parse_overrides
 from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.model import picture_tokens
 from kempnerforge.config.plugins import FILE_PREFIX, load_plugins
 from kempnerforge.config.vision import ViTConfig
 from kempnerforge.config.vlm import MASKS
@@ -47,7 +48,9 @@ from kempnerforge.vlm.masks import SEES_PROMPT
 SIZE = 16
 """Pixels of an image's side."""
 VISION = ViTConfig(image_size=SIZE, patch_size=8, dim=16, n_layers=2, n_heads=2)  # 4 tokens
-MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128, new_tokens=["<image>"])
+CODES = 48
+"""Of pictures that are written: enough of them that a random model writes some."""
+MODEL = ModelConfig(dim=32, n_layers=4, n_heads=2, max_seq_len=128, new_tokens=["<image>", *picture_tokens(CODES)])
 GQA = replace(MODEL, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False, init_std=0.05, new_tokens=[])
 KEYS: dict[str | None, dict[str, Any]] = {}
 """Keys of ``[vlm]`` by arch, for those whose defaults do not fit a job of this size, or that need some. Most
@@ -81,8 +84,9 @@ INTERLEAVED = Sample("an image, words, an image", (picture(4), picture(5)), (Tex
 LATE = Sample("words before three images", tuple(map(picture, (6, 7, 8))), (Text("is <image> like <image>, <image>?", "yes"),))
 TWICE = Sample("two texts around one image", (picture(9),), (Text("what is <image> here?", "red"), Text("is <image> red?", "no")))
 ANSWERED = Sample("images inside an answer", (picture(10), picture(11)), (Text("what colour?", "red <image> blue <image> yes"),))
+WRITTEN = Sample("a picture that is written", (picture(12),), (Text("what <code_3>?", "<boi><code_7><code_0><eoi>"),))
 WINDOW = Sample("running text", (), (Text("", (11, 12, 13, 14, 15, 16)),))
-SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE, INTERLEAVED, LATE, TWICE, ANSWERED)
+SAMPLES = (ONE, THREE, TWO_IMAGES, NO_IMAGE, INTERLEAVED, LATE, TWICE, ANSWERED, WRITTEN)
 
 
 # ---- the archs that are tried --------------------------------------------------------------------
@@ -196,8 +200,14 @@ class Tiny:
         """
         words = (self.batch(sample).kinds[0] >= Kind.PROMPT).nonzero().flatten()
         batch, rows = self.batch(*[sample] * (len(words) + 1)), torch.arange(len(words))
-        batch.input_ids[rows, words] = (batch.input_ids[rows, words] + 7) % self.encoder.tokenizer.base_vocab_size
+        batch.input_ids[rows, words] = self.others(batch.input_ids[rows, words])
         return words, batch
+
+    def others(self, ids: Tensor) -> Tensor:
+        """Another word for each word, and another code for each code."""
+        codes = self.encoder.layout.codes
+        code = (ids >= codes.start) & (ids < codes.stop)
+        return torch.where(code, codes.start + (ids - codes.start + 7) % CODES, (ids + 7) % self.encoder.tokenizer.base_vocab_size)
 
     def pack(self, *rows: Sequence[Sample], pad_to: int | None = None) -> Batch:
         """Rows of several samples."""
@@ -341,9 +351,8 @@ def with_answer(prompts: Batch, ids: Tensor) -> Batch:
     }
     columns = {name: torch.cat([getattr(prompts, name), value], dim=1) for name, value in longer.items()}
     rows, length = columns["input_ids"].shape
-    return replace(
-        prompts, **columns, targets=torch.arange(1, rows + 1) * length - 1, has_documents=True, row_words=prompts.row_words + new
-    )
+    sizes = {"row_words": prompts.row_words + new, "row_codes": prompts.row_codes + new}  # at most
+    return replace(prompts, **columns, **sizes, targets=torch.arange(1, rows + 1) * length - 1, has_documents=True)
 
 
 def seeing(it: Tiny) -> list[str]:

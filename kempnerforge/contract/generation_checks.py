@@ -28,6 +28,7 @@ ROWS: list[tuple[str, list[int]]] = [
     ("red?", [0, 2, 3]),
     ("what?", []),
     ("is <image> like <image>, <image>?", [3, 0, 0]),
+    ("<boi><code_5>", [2]),
 ]
 """Unequal prompts with no, one and three images, in front or between words, some shared by rows."""
 

@@ -79,7 +79,8 @@ class Text:
 class Sample:
     """``texts`` share ``images`` and do not see each other. ``id`` names the sample in messages; no images:
     text alone. ``part`` says which of ``DataConfig.sections()`` it is from, and so which templates it has.
-    ``key`` is the id that its row has, if any.
+    ``key`` is the id that its row has, if any. ``shows`` are the pictures that its answers write, for scores; no
+    model reads them.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Sample:
     texts: tuple[Text, ...]
     part: int = 0
     key: str = ""
+    shows: tuple[ImageSource, ...] = field(default=(), repr=False)
 
 
 def text_size(texts: tuple[Text, ...]) -> int:

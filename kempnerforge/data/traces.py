@@ -43,9 +43,11 @@ class Traces:
         self._found: dict[str, list[tuple[bytes, int]]] = {kind: [] for kind in KINDS}
 
     def add(self, index: int, sample: Sample, images: Sequence[bytes]) -> None:
-        """``images``: digests of the contents of its images; none where they are not looked at."""
+        """``images``: digests of the contents of its images, those that it shows among them; none where they are not
+        looked at.
+        """
         self._found["image"] += [(image, index) for image in images]
-        known = len(images) == len(sample.images)
+        known = len(images) == len(sample.images) + len(sample.shows)
         asked = {prompt for text in sample.texts for prompt, _ in text.turns if prompt.strip() and known}
         self._found["question"] += [(content_digest(*images, prompt), index) for prompt in sorted(asked)]
         if sample.key and not (sample.key.isdecimal() and int(sample.key) <= self._size):

@@ -26,6 +26,22 @@ class Cut(str):
     """An answer that ended at the limit of its length, not with an end token."""
 
 
+class Drawn(str):
+    """An answer that is a picture; the text says what is on it.
+
+    Attributes:
+        picture: (H, W, 3) uint8, RGB.
+    """
+
+    picture: np.ndarray
+
+    @classmethod
+    def of(cls, text: str, picture: np.ndarray) -> Drawn:
+        made = cls(text)
+        made.picture = picture
+        return made
+
+
 @dataclass(frozen=True)
 class Answer:
     """A question and what the model wrote.
@@ -101,7 +117,7 @@ def ask(exam: Exam, asked: Mapping[int, Question], *, blind: bool = False, max_n
     if missing := {number: question for number, question in asked.items() if keys[number] not in exam.answered}:
         _look_for_examples(exam, missing)
         key = (lambda question: _key(_as_prompted(question, exam), exam.encoder)) if blind else None
-        found = spread(exam, missing, lambda chunk, failed: _generate(exam, chunk, blind, most, failed), most, key)
+        found = spread(exam, missing, lambda chunk, failed: write_answers(exam, chunk, blind, most, failed), most, key)
         exam.answered |= {keys[number]: answer for number, answer in found.items()}
     return answers_of(asked, {number: exam.answered[key] for number, key in keys.items()})
 
@@ -196,9 +212,14 @@ def _key(question: Question, encoder: Encoder) -> Hashable:
     return question.unseen, tuple(encoder.images[question.part].blocks(question.images))
 
 
-def _generate(
-    exam: Exam, chunk: list[tuple[Hashable, Question]], blind: bool, most: int, failed: dict[Hashable, str]
-) -> dict[Hashable, str]:  # fmt: skip
+def write_answers(
+    exam: Exam,
+    chunk: list[tuple[Hashable, Question]],
+    blind: bool,
+    most: int,
+    failed: dict[Hashable, str],
+    sampling: Sampling | None = None,
+) -> dict[Hashable, str]:
     """By key, what the model writes to the questions of ``chunk`` that can be read; ``failed`` gets why the
     others cannot. Without any the model reads an end token and a blank image, as all ranks must call it
     equally often.
@@ -228,7 +249,7 @@ def _generate(
         batch,
         max_new_tokens=most,
         eos_id=encoder.stops(chunk[0][1].part if chunk else 0),
-        sampling=Sampling(beams=exam.cfg.beams, length_penalty=exam.cfg.length_penalty),
+        sampling=sampling or Sampling(beams=exam.cfg.beams, length_penalty=exam.cfg.length_penalty),
         all_done=lambda done: ranks.sum([float(not done)])[0] == 0,
     )
     texts = {key: (len(ids), encoder.tokenizer.decode(ids)) for key, ids in zip(keys, made, strict=bool(keys))}

@@ -34,6 +34,7 @@ class Sampling:
         seed: of the draws, a 64-bit integer.
         beams: texts that are followed at once, see ``beam_search``; 1 follows one. Nothing is drawn then.
         length_penalty: with several beams; above 0 it favours long texts, below 0 short ones.
+        allowed: the ids that may be taken in each step from the first one on; later steps are free.
 
     Raises:
         ValueError: one of them cannot be, or two of them not together.
@@ -45,6 +46,7 @@ class Sampling:
     seed: int = 0
     beams: int = 1
     length_penalty: float = 1.0
+    allowed: tuple[range, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -59,6 +61,7 @@ class Sampling:
             raise InputError(f"beams = {self.beams}: a beam search draws nothing; not with temperature = {self.temperature}")
         if self.beams == 1 and self.length_penalty != 1:
             raise InputError(f"length_penalty = {self.length_penalty}: is only read with beams above 1")
+        assert self.beams == 1 or not self.allowed, "a beam search takes any id"
 
 
 def choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
@@ -120,8 +123,12 @@ def generate_stream(
         longest = int((~torch.isin(found, ends)).cumprod(1).sum(1).max())
         yield from found[:, : longest + 1].unbind(1)
         return
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = model(batch, cache).logits  # (B, V)
+        for ids in sampling.allowed[step : step + 1]:
+            logits = torch.full_like(logits, float("-inf")).index_copy(
+                1, torch.arange(ids.start, ids.stop, device=device), logits[:, ids.start : ids.stop]
+            )
         ids = choose(logits, sampling, rng).masked_fill(done, _ends(eos_id)[0])
         done = done | torch.isin(ids, ends)
         yield ids
@@ -248,5 +255,6 @@ def _following(batch: Batch, ids: Tensor, rows: Tensor | slice = slice(None)) ->
         row_images=0,
         image_parts=(),
         row_words=1,
+        row_codes=1,
         leading_images=0,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kempnerforge.config import EvalConfig
+from kempnerforge.config.model import BEGIN_PICTURE
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.images.decode import opened
 from kempnerforge.data.sample import ImageSource, Sample, SampleError, Text
@@ -62,6 +63,11 @@ class Question:
     conversation: Text | None = None
     kind: str = ""
     references: tuple[str, ...] = ()
+
+    @property
+    def asks_picture(self) -> bool:
+        """Whether the answer is a picture, which tasks about texts leave out."""
+        return self.truth.startswith(BEGIN_PICTURE)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -197,7 +203,7 @@ class HeldOut:
         bad, looked: how many samples cannot be used, of how many: of those whose images were read, or of all,
             whichever share is larger.
         first: what is wrong with the first bad one.
-        longest: tokens of the longest true answer, its end included.
+        longest: tokens of the longest true answer that is text, its end included.
         too_long: questions whose true answer takes more than ``max_new_tokens``: no model can write it whole.
         unknown, empty: questions whose true answer has unknown characters; becomes nothing.
         merged: different true answers that the tokenizer writes alike, the first two in front.
@@ -298,6 +304,7 @@ def examine(source: Source, encoder: Encoder, cfg: EvalConfig, *, chosen: Sequen
         bad_looked += index in looked and (bad or not found.look(source, index, index in decoded))
     bad, of = max((bad_rows, len(chosen)), (bad_looked, len(looked)), key=lambda pair: pair[0] / max(1, pair[1]))
     truths = [found.truths.of(question) for question in found.questions]
+    sizes = [truth.tokens for question, truth in zip(found.questions, truths, strict=True) if not question.asks_picture]
     raw: dict[str, set[str]] = defaultdict(set)
     for question, truth in zip(found.questions, truths, strict=True):
         raw[truth.text].add(plain(question.written or question.truth))
@@ -310,8 +317,8 @@ def examine(source: Source, encoder: Encoder, cfg: EvalConfig, *, chosen: Sequen
         looked=of,
         first=found.first,
         max_new_tokens=cfg.max_new_tokens,
-        longest=max((truth.tokens for truth in truths), default=0),
-        too_long=sum(truth.tokens > cfg.max_new_tokens for truth in truths),
+        longest=max(sizes, default=0),
+        too_long=sum(size > cfg.max_new_tokens for size in sizes),
         unknown=sum(truth.unknown for truth in truths),
         empty=sum(not truth.text for truth in truths),
         merged=[text for texts in raw.values() if len(texts) > 1 for text in sorted(texts)],

@@ -185,6 +185,9 @@ class QuestionTask(Task):
         """The score of some answers. By default the mean of their points."""
         return score.mean
 
+    def question(self, question: Question) -> Question | None:
+        return None if question.asks_picture else question
+
     def answers(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Answers:
         """The model's answers. By default it generates them, once for all tasks that ask the same."""
         return ask(exam, asked, blind=blind, max_new_tokens=self.max_new_tokens)

@@ -116,7 +116,7 @@ class SampleReader:
                 if self.images:
                     kind = "image"
                     self.roomy.views(sample)
-                traces.add(index, sample, [image_digest(image) for image in sample.images] if self.images else [])
+                traces.add(index, sample, [image_digest(image) for image in (*sample.images, *sample.shows)] if self.images else [])
                 remarks.add(sample, self.source.asks(index))
             except SampleError as error:
                 of_image = isinstance(error, ImageError) or isinstance(error.__context__, ImageError)

@@ -254,6 +254,7 @@ class TrainingFlops:
             batch.row_images,
             batch.image_parts and batch.row_image_tokens,
             batch.row_words,
+            batch.row_codes,
             batch.leading_images,
             batch.has_documents,
             batch.documents,

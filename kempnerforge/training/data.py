@@ -177,9 +177,9 @@ def row_layouts(stages: Sequence[Stage], vlm: VLMConfig | None, model: VLM) -> l
     """The layout of each stage's rows."""
     lengths = [stage.train.seq_len for stage in stages]
     if vlm is None:
-        return [Layout(image_tokens=0, image_size=0, max_text_len=length, seq_len=length, pad_to=length) for length in lengths]
+        return [Layout(0, 0, max_text_len=length, seq_len=length, pad_to=length, codes=model.codes) for length in lengths]
     image_tokens = vlm.residual_stream_image_tokens(model.num_image_tokens)
-    layouts = [Layout(image_tokens, 0, vlm.max_text_len, length, pad_to=image_tokens + vlm.max_text_len) for length in lengths]
+    layouts = [Layout(image_tokens, 0, vlm.max_text_len, length, image_tokens + vlm.max_text_len, codes=model.codes) for length in lengths]
     if not model.has_images:
         return layouts
     mean, _ = model.normalisation

@@ -30,6 +30,7 @@ class Example:
         prompt, truth, answer: the question, the expected and the generated answer.
         right: whether the two are the same as the tokenizer writes them.
         blind_answer: the answer with the image blanked; None where that was not asked.
+        drawn: the model has written the image; the answer says what is seen in it.
     """
 
     image: np.ndarray
@@ -38,6 +39,7 @@ class Example:
     answer: str
     right: bool
     blind_answer: str | None = None
+    drawn: bool = False
 
 
 def write_report(

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 
 from kempnerforge.config import JobConfig, Stage
+from kempnerforge.config.model import is_picture_token
 from kempnerforge.data.sources.keys import refuse_unused
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.eval.evaluate import Measured, evaluate
@@ -90,6 +91,10 @@ def assemble(
     if tokenizer is None:
         tokenizer = new_tokenizer(job.data, chain(sources, (training_source(stage.data) for stage in later_stages)))
     image_tokens = [name for section in sections for name in section.images.new_tokens()] if job.vlm is not None else []
+    if data:
+        image_tokens += [name for section in sections for name in section.tokens()]
+    else:  # a trained model is read without its picture tokenizer
+        image_tokens += [name for name in tokenizer.appended if is_picture_token(name)]
     job = replace(job, model=fit_vocabulary(job.model, tokenizer, image_tokens))
 
     model = build_model(job, device)

@@ -211,9 +211,25 @@ class VLM(ExactBuffers):
         rows = batch.image_rows[:, None].expand_as(columns)
         return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))[:, :length]
 
-    def image_positions(self, batch: Batch) -> int:
-        """Positions of images in the row that has most."""
+    def read_positions(self, batch: Batch) -> int:
+        """Positions of images that are read, in the row that has most."""
         return batch.row_image_tokens if batch.image_parts else batch.row_images * self.num_image_tokens
+
+    @cached_property
+    def codes(self) -> range:
+        """Ids that are codes of a written picture."""
+        return self.job.model.codes
+
+    def is_code(self, batch: Batch) -> Tensor:
+        """(B, S) bool: where codes of a written picture are."""
+        ids = batch.input_ids
+        return (ids >= self.codes.start) & (ids < self.codes.stop) & (batch.kinds > Kind.IMAGE)
+
+    def image_positions(self, batch: Batch) -> int:
+        """Positions of the modality "image" in a row at most, those of written pictures among them; known
+        without a look at a tensor.
+        """
+        return self.read_positions(batch) + (batch.row_codes if self.codes else 0)
 
     @property
     def gives(self) -> frozenset[str]:
@@ -266,7 +282,7 @@ class VLM(ExactBuffers):
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
             return cache.segments.mask(queries, dtype)
         one_group = self.attention_mask == "image_bidirectional" and batch.leading_images == 1
-        return segments.mask(queries, dtype, self.image_positions(batch) if one_group else 0)
+        return segments.mask(queries, dtype, self.read_positions(batch) if one_group else 0)
 
     def rope_positions(self, batch: Batch, cache: Cache | None) -> Tensor:
         """Positions that turn queries and keys: (B, S), or (3, B, S) with ``model.rope_sections``."""

@@ -190,10 +190,10 @@ class MoMa(VLM):
         return self.job.vlm
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
-        context = self.context(batch, cache, words.dtype)
+        context, codes = self.context(batch, cache, words.dtype), self.is_code(batch)
         tokens = {
-            "text": self.count("text", batch.kinds >= Kind.PROMPT, batch.row_words),
-            "image": self.count("image", batch.kinds == Kind.IMAGE, self.image_positions(batch)),
+            "text": self.count("text", (batch.kinds >= Kind.PROMPT) & ~codes, batch.row_words),
+            "image": self.count("image", (batch.kinds == Kind.IMAGE) | codes, self.image_positions(batch)),
         }
         return self.insert(words, features, batch), MoMaContext(context.rope, context.mask, context.cache, tokens=tokens)
 

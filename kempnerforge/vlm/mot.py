@@ -134,7 +134,8 @@ class MoTBlock(Block):
 @registry.register_arch("mot")
 class MoT(VLM):
     """Image tokens are in one stream with the words, and every token is computed with the weights of its
-    modality.
+    modality. Codes of a picture that is written are image tokens, too, by their ids: in training, and step by
+    step in generation, where rows may be in different modalities.
 
     A subclass with further modalities in the stream overrides ``modality_ids`` and ``section_sizes``. A
     modality without positions runs its tower on nothing, so its parameters have gradients of zero.
@@ -157,7 +158,7 @@ class MoT(VLM):
     def modality_ids(self, batch: Batch) -> Tensor:
         """(B, S) int64: the place in ``modalities`` of what is at each position; -1 is padding."""
         ids = torch.full_like(batch.input_ids, len(self.modalities) - 1)
-        ids = ids.masked_fill(batch.kinds == Kind.IMAGE, self.modalities.index("image"))
+        ids = ids.masked_fill((batch.kinds == Kind.IMAGE) | self.is_code(batch), self.modalities.index("image"))
         return ids.masked_fill(batch.kinds == Kind.PAD, -1)
 
     def section_sizes(self, batch: Batch) -> tuple[int, ...]:
@@ -169,7 +170,7 @@ class MoT(VLM):
 
     def is_sorted(self, batch: Batch) -> bool:
         """Whether the batch has its modalities in the order of the sections already."""
-        return batch.leading_images == batch.row_images
+        return batch.leading_images == batch.row_images and not (self.codes and batch.row_codes)
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         x = self.insert(words, features, batch)  # (B, S, D)

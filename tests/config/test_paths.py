@@ -40,7 +40,7 @@ TEXTS = [(cls, name, kind) for cls in CLASSES for name, kind in fields_of(cls).i
 
 
 def test_every_field_with_the_name_of_a_path_is_one() -> None:
-    words = ("path", "dir", "root", "file", "folder", "cache", "from", "manifest", "tokenizer")
+    words = ("path", "dir", "root", "file", "folder", "cache", "from", "manifest", "tokenizer", "codec")
     named = {f"{cls.__name__}.{name}" for cls, name, _ in TEXTS if any(word in name.split("_") for word in words)}
     marked = {f"{cls.__name__}.{name}" for cls, name, kind in TEXTS if kind == PathText}
     assert named == marked and len(marked) > 15

@@ -18,7 +18,7 @@ from kempnerforge.checkpoint import save_training
 from kempnerforge.config import ModelConfig, MoTConfig, VLMConfig, to_toml
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.sample import Sample
-from kempnerforge.eval.generate import generate
+from kempnerforge.eval.generate import _following, generate
 from kempnerforge.model.rope import Rope
 from kempnerforge.model.transformer import Block, Cache
 from kempnerforge.vlm.joint_decoder import JointDecoder
@@ -36,6 +36,7 @@ from tests.vlm.tiny import (
     THREE,
     TWICE,
     TWO_IMAGES,
+    WRITTEN,
     Tiny,
     all_logits,
     copies,
@@ -480,3 +481,49 @@ def test_an_encoder_of_another_shape_is_left_as_it_is(tmp_path: Path) -> None:
     fresh, it = mot(noise=0.1), mot(warm=True, mot_warm_start_path=str(path))
     name = "vision_encoder.layers.0.attention.q_proj.weight"
     assert torch.equal(it.model.state_dict()[name], fresh.model.state_dict()[name])
+
+
+# ---- pictures that are written -------------------------------------------------------------------------------------
+
+
+DRAWN = replace(WRITTEN, images=())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_codes_have_the_weights_of_images(tower: str) -> None:
+    """Other weights of one tower change what the first layer makes of its own tokens alone, but for attention."""
+    it = mot()
+    batch = it.batch(WRITTEN, DRAWN, ONE)
+    codes = it.model.is_code(batch)
+    assert codes.sum(1).tolist() == [3, 3, 0] and (batch.row_codes, batch.row_images) == (3, 1)
+    x, ctx = context(it, batch)
+    block = it.model.transformer.layers[0]
+    with torch.no_grad():
+        before = by_position(block(x, ctx), ctx, batch)
+        disturb((block if tower == "text" else block.get_submodule(tower)).get_submodule("mlp"))
+        changed = (by_position(block(x, ctx), ctx, batch) != before).any(-1)
+    assert torch.equal(changed, ((codes | (batch.kinds == Kind.IMAGE))[batch.kinds != Kind.PAD]) == (tower == "image"))
+
+
+def test_rows_in_different_modalities_are_written_step_by_step() -> None:
+    """Teacher forced: with a cache each step has the logits of the full forward pass."""
+    it = mot()
+    it.model.eval()
+    prompts = it.prompts([("what?", [0]), ("<boi>", [1]), ("a <code_3> here", [])], [picture(0), picture(1)])
+    code = it.encoder.layout.codes.start
+    ids = torch.tensor([[70, code + 1, code + 2, 80], [code + 5, code + 6, 71, 72], [code, 73, code + 9, code + 9]])
+    with torch.no_grad():
+        cache, batch = Cache(), prompts
+        for step in range(ids.shape[1] + 1):
+            want = it.model(with_answer(prompts, ids[:, :step])).logits
+            torch.testing.assert_close(it.model(batch, cache).logits, want, rtol=1e-4, atol=1e-5)
+            batch = _following(batch, ids[:, min(step, 3)])
+
+
+def test_flops_of_pictures_that_are_written_are_those_of_joint_decoder() -> None:
+    counts = []
+    for it in (tiny("joint_decoder"), mot()):
+        with FlopCounterMode(display=False) as counter:
+            it.model(everywhere(it.batch(DRAWN, DRAWN))).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

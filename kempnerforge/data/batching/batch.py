@@ -73,7 +73,9 @@ class Batch:
         has_documents: False: a causal mask alone is right (one text a row, padded on the right). True: the
             ids matter.
         row_images: placements in the row that has most.
-        row_words: positions of the row that has most, images and padding not counted.
+        row_words: positions of the row that has most, images, codes and padding not counted.
+        row_codes: positions that are codes of a written picture (``ModelConfig.codes``), of the row that has
+            most; in generation at most.
         leading_images: n if every row begins, in its first column, with exactly n images and holds no other;
             else 0. Always 0 where images take no position.
         skipped: (sample id, reason) of samples that could not be used and were replaced.
@@ -110,6 +112,7 @@ class Batch:
     row_images: int
     row_words: int
     leading_images: int
+    row_codes: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
     texts_left_out: int = 0

@@ -51,6 +51,7 @@ def collate(encoded: Sequence[Encoded | PackedRow], pad_id: int, pad_to: int | N
         [0] * len(rows),
         length,
         pad_id,
+        rows[0].codes,
         images=stack_views(views, side).contiguous() if side else None,
         image_parts=tuple(part for row in rows for part in row.image_parts),
         has_documents=packed or any(texts > 1 for row in rows for _, texts in row.documents),
@@ -102,11 +103,17 @@ def prompt_batch(
     others = {"images": images, "has_documents": any(begins), "sample_names": names}
     if side**2 == layout.image_tokens and set(shown) - {Part(side, side)}:
         others["image_parts"] = tuple(shown)
-    return _batch(rows, indices, begins, max(lengths), pad_id, **others)
+    return _batch(rows, indices, begins, max(lengths), pad_id, layout.codes, **others)
 
 
 def _batch(
-    rows: list[tuple[np.ndarray, np.ndarray]], indices: list[np.ndarray], begins: list[int], length: int, pad_id: int, **others: Any
+    rows: list[tuple[np.ndarray, np.ndarray]],
+    indices: list[np.ndarray],
+    begins: list[int],
+    length: int,
+    pad_id: int,
+    codes: range,
+    **others: Any,
 ) -> Batch:
     """``rows`` (table and placements of each, as in ``PackedRow``) from the columns ``begins`` on;
     ``indices``: which image of the batch is at each placement, row by row.
@@ -137,7 +144,7 @@ def _batch(
         image_slots=torch.from_numpy(np.concatenate([np.arange(count) for count in counts])),
         pair_images=torch.from_numpy(pair_images),
         pair_ids=torch.from_numpy(pair_ids),
-        **_row_facts(table[KINDS], counts),
+        **_row_facts(table[INPUT_IDS], table[KINDS], counts, codes),
         **others,
     )
 
@@ -165,17 +172,20 @@ def _pairs(table: np.ndarray, placements: np.ndarray, rows: np.ndarray, images: 
     return total.flatten()[alone].astype(np.int64), np.where(words, numbers[np.where(words, owner, 0)], -1)
 
 
-def _row_facts(kinds: np.ndarray, placements: Sequence[int]) -> dict[str, int]:
-    """``row_images``, ``row_image_tokens``, ``row_words`` and ``leading_images`` of a ``Batch``; ``kinds`` is (B, S),
-    ``placements`` counts the images of each row.
+def _row_facts(ids: np.ndarray, kinds: np.ndarray, placements: Sequence[int], codes: range) -> dict[str, int]:
+    """``row_images``, ``row_image_tokens``, ``row_words``, ``row_codes`` and ``leading_images`` of a ``Batch``; ``ids`` and
+    ``kinds`` are (B, S), ``placements`` counts the images of each row.
     """
+    words = kinds > Kind.IMAGE
+    coded = words & (ids >= codes.start) & (ids < codes.stop)
     images = (kinds == Kind.IMAGE).sum(axis=1)  # (B,) positions
     alike = placements[0] > 0 and len(set(placements)) == 1 and images.min() == images.max() > 0
     leading = alike and bool((kinds[:, : images[0]] == Kind.IMAGE).all())
     return {
         "row_images": max(placements),
         "row_image_tokens": int(images.max()),
-        "row_words": int((kinds > Kind.IMAGE).sum(axis=1).max()),
+        "row_words": int((words & ~coded).sum(axis=1).max()),
+        "row_codes": int(coded.sum(axis=1).max()),
         "leading_images": placements[0] if leading else 0,
     }
 

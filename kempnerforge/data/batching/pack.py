@@ -57,6 +57,7 @@ class PackedRow:
         names, parts: id and section of each sample.
         documents: (positions, texts) of each sample.
         left_out: texts of the samples that did not fit.
+        codes: as in ``Layout``.
         skipped: (sample id, reason) of samples that could not be used.
         image_parts: as of ``Encoded``.
     """
@@ -69,6 +70,7 @@ class PackedRow:
     parts: list[int]
     documents: tuple[tuple[int, int], ...]
     left_out: int = 0
+    codes: range = range(0)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     image_parts: tuple[Part, ...] = ()
 
@@ -97,6 +99,7 @@ def join(encoded: Sequence[Encoded]) -> PackedRow:
         [e.part for e in encoded],
         tuple(zip(lengths, (e.num_texts for e in encoded), strict=True)),
         sum(e.left_out for e in encoded),
+        encoded[0].codes,
         [bad for e in encoded for bad in e.skipped],
         tuple(part for e in encoded for part in e.image_parts),
     )

@@ -89,6 +89,7 @@ class Encoded:
         left_out: texts of the sample that did not fit.
         skipped: (sample id, reason) of unusable samples that this one replaces.
         image_parts: what of each view is in the row; empty: all.
+        codes: as in ``Layout``.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Encoded:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     part: int = 0
     image_parts: tuple[Part, ...] = ()
+    codes: range = range(0)
 
     @property
     def num_texts(self) -> int:
@@ -159,7 +161,8 @@ class Encoder:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
         parts = tuple(part for block in blocks for part in block.parts)
-        return Encoded(sample.id, table, pixels, placements, self.layout.image_size, left_out, part=sample.part, image_parts=parts)
+        size, codes = self.layout.image_size, self.layout.codes
+        return Encoded(sample.id, table, pixels, placements, size, left_out, part=sample.part, image_parts=parts, codes=codes)
 
     def measure(self, sample: Sample) -> tuple[int, int]:
         """The size of a sample's row without its pixels: of images at most the headers are read.

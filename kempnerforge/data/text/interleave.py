@@ -42,6 +42,7 @@ class Layout:
             image.
         token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
+        codes: ids that are codes of a written picture.
     """
 
     image_tokens: int
@@ -52,6 +53,7 @@ class Layout:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     token_side: int = 0
     cell: int = 0
+    codes: range = range(0)
 
 
 class ImageBlock(NamedTuple):

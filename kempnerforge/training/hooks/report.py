@@ -10,7 +10,7 @@ from kempnerforge.config import to_toml
 from kempnerforge.data.batching.order import drawn
 from kempnerforge.data.images.decode import load_image
 from kempnerforge.data.sample import SampleError
-from kempnerforge.eval.answers import Answer
+from kempnerforge.eval.answers import Answer, Drawn
 from kempnerforge.eval.evaluate import tasks_of
 from kempnerforge.eval.task import Score
 from kempnerforge.report.charts import Band
@@ -53,13 +53,15 @@ class Report(Hook):
         if (best := self.checkpoints.best) is not None:
             summary["best_checkpoint"] = f"step {best.step}: {best.key} = {best.score:.4g}"
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        seeing, blind = final.first.seeing, final.first.blind
+        seeing, blind, size = final.first.seeing, final.first.blind, trainer.assembly.data.layout.image_size
+        drawn = [found.seeing for found in final.tasks.values() if found.seeing is not None and any(map(_is_drawn, found.seeing.answers))]
+        shown = [seeing, *(score for score in drawn if score is not seeing)] if seeing is not None else []
         path = write_report(
             self.run_dir,
             config_toml=to_toml(job),
             changed=changed_on_the_way(trainer.history, trainer.step),
             stages=[Band(stage.start, stage.end, stage.name) for stage in trainer.stages],
-            examples=examples(seeing, blind, trainer.assembly.data.layout.image_size) if seeing is not None else [],
+            examples=[one for score in shown for one in examples(score, blind if score is seeing else None, size)],
             summary=summary | {"by_answer": final.by_answer},
             tasks=tasks_of(job.eval),
             remarks=self.evaluation.remarks,
@@ -81,7 +83,13 @@ def _some(answers: list[tuple[Answer, bool]], count: int) -> list[tuple[Answer, 
     return [answers[at] for at in drawn(len(answers), count, 0)]
 
 
+def _is_drawn(answer: Answer) -> bool:
+    return isinstance(answer.text, Drawn)
+
+
 def _example(answer: Answer, right: bool, blind: str | None, image_size: int) -> Example | None:
+    if isinstance(answer.text, Drawn):
+        return Example(answer.text.picture, answer.question.prompt, answer.question.truth, answer.text, right, drawn=True)
     if not answer.question.images:
         return None
     try:
