@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
+import numpy as np
 import torch
 
 from kempnerforge.data.batching.collate import prompt_batch

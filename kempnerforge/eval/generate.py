@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class Sampling:
         if self.beams == 1 and self.length_penalty != 1:
             raise InputError(f"length_penalty = {self.length_penalty}: is only read with beams above 1")
         assert self.beams == 1 or not self.allowed, "a beam search takes any id"
+
+
+class Prompts(Protocol):
+    """Prompts and the token that ends an answer to them, or several."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def end_id(self) -> int | Collection[int]: ...
 
 
 def choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:

@@ -13,9 +13,9 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,7 +25,7 @@ from torch import Tensor
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
-from kempnerforge.eval.generate import Sampling, generate
+from kempnerforge.eval.generate import Prompts, Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
@@ -75,16 +75,6 @@ class Output(NamedTuple):
         """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
         mean = self.total / (targets or 1)
         return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
-
-
-class Prompts(Protocol):
-    """Prompts and the token that ends an answer to them, or several."""
-
-    @property
-    def batch(self) -> Batch: ...
-
-    @property
-    def end_id(self) -> int | Collection[int]: ...
 
 
 class VLM(ExactBuffers):
