@@ -1,6 +1,7 @@
 """easy-VQA with the box around each figure, in PaliGemma's location tokens.
 
 python recipes/boxes/boxes.py make                    # writes data/boxes: pictures, train.jsonl, test.jsonl
+python recipes/boxes/boxes.py scenes                  # writes data/scenes: up to three shapes a picture, a box and a label for each
 python recipes/boxes/boxes.py score runs/recipes/boxes     # intersection over union on the test pictures
 """
 
@@ -10,11 +11,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from PIL import Image
 
-FOLDER = Path("data/boxes")
+FOLDER, SCENES = Path("data/boxes"), Path("data/scenes")
 QUESTION = "detect figure"
 
 
@@ -45,6 +47,27 @@ def bounds(path: Path) -> tuple[float, float, float, float]:
     return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
 
 
+def scenes() -> None:
+    from kempnerforge.data.collections.probe.draw import draw_scene
+    from kempnerforge.data.collections.probe.scene import COLOURS, SHAPES, Thing, arrange
+    from kempnerforge.eval.codecs import Box, encode_boxes
+
+    for split, pictures in (("train", 6000), ("test", 500)):
+        (SCENES / split).mkdir(parents=True, exist_ok=True)
+        with (SCENES / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for number in range(pictures):
+                rng = Random(f"{split} {number}")
+                shapes = rng.sample(SHAPES, rng.randint(1, 3))
+                placed = arrange([Thing(rng.choice([*COLOURS]), shape) for shape in shapes], rng, 0.2, 0.4)
+                (SCENES / split / f"{number}.png").write_bytes(draw_scene(placed, 64, rng, "varied"))
+                found = sorted(placed, key=lambda one: one.x)  # from left to right
+                boxes = [Box(one.x - one.size / 2, one.y - one.size / 2, one.x + one.size / 2, one.y + one.size / 2, one.thing.shape)
+                         for one in found]  # fmt: skip
+                row = {"image": f"{split}/{number}.png", "prompt": "detect shapes", "answer": encode_boxes(boxes)}
+                file.write(json.dumps(row) + "\n")
+    print(SCENES)
+
+
 def score(run: str) -> None:
     import kempnerforge
     from kempnerforge.eval.codecs import decode_boxes
@@ -68,4 +91,4 @@ def intersection_over_union(a, b) -> float:
 
 
 if __name__ == "__main__":
-    make() if sys.argv[1:] == ["make"] else score(*sys.argv[2:])
+    {"make": make, "scenes": scenes, "score": score}[sys.argv[1]](*sys.argv[2:])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 from kempnerforge.checkpoint.state import MODEL
 from kempnerforge.config import load_config
 from kempnerforge.training.setup import assemble
+from tests.model.test_hf_towers import SIGLIP
 from tests.params import quick
 from tests.training.test_resume_stages import EVERY_STEP, four_stages
-from tests.training.tiny import assert_same_tensors, call, losses, tensors, write_config
+from tests.training.tiny import CONFIG, assert_same_tensors, call, losses, make_job, tensors, write_config
 
 pytestmark = pytest.mark.usefixtures("random_may_stay_frozen")
 
@@ -197,3 +200,20 @@ def test_a_part_comes_from_another_model(tmp_path: Path) -> None:
     ):
         ended = call(*argv, *extra, f"--run.dir={tmp_path}/other")
         assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, (extra, ended)
+
+
+def test_a_second_run_sees_larger_images(tmp_path: Path) -> None:
+    """PaliGemma's stages: a tower of transformers interpolates its positions, so the weights are taken as they are, and train on."""
+    torch.manual_seed(0)
+    hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIGLIP)).save_pretrained(tmp_path / "tower")
+    tower = f'[vision_encoder]\ntype = "siglip"\npath = "{tmp_path}/tower"\n\n'
+    config = re.sub(r"\[vision_encoder\].*?\n\n", tower, CONFIG.replace("max_text_len = 48", "max_text_len = 32"), flags=re.S)
+    argv = ("train", make_job(tmp_path, config=config), "--eval.at_end=false", "--train.max_steps=2")
+    assert call(*argv, f"--run.dir={tmp_path}/small").code == 0
+    larger = ("--vision_encoder.image_size=40", f"--run.init_from={tmp_path}/small", f"--run.dir={tmp_path}/large")
+    ended = call(*argv, *larger)
+    assert ended.code == 0, ended.err
+    small, large = (tensors(tmp_path / name) for name in ("small", "large"))
+    assert small.keys() == large.keys()
+    name = f"{MODEL}vision_encoder.embeddings.position_embedding.weight"
+    assert large[name].shape == (9, 32) and not torch.equal(small[name], large[name])
