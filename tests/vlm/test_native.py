@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,12 +15,9 @@ from kempnerforge.config.adapter import AvgPoolConfig, PerceiverConfig
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.vision import Siglip2Config, SiglipConfig
-from kempnerforge.data.batching.batch import Batch, Kind, Part
-from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.batching.batch import Kind, Part
 from kempnerforge.data.images.tiling import native_grid
 from kempnerforge.data.sample import Sample, Text
-from kempnerforge.eval.generate import generate
-from kempnerforge.model.transformer import Cache
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.model.vit import ViT
 from kempnerforge.training.accounting import TrainingFlops
@@ -32,7 +26,8 @@ from tests.data.samples import noise
 from tests.interop.tiny_vlms import GRIDS
 from tests.training.tiny import call, make_job
 from tests.vlm.test_grids import GRID_OF_4, INNER, SECTIONS
-from tests.vlm.tiny import MODEL, Tiny, all_logits, gradients, tiny, with_answer
+from tests.vlm.tiny import MODEL, Tiny, all_logits, tiny
+from tests.vlm.views import asked, generation_is_the_full_forward_pass, samples_are_as_alone
 
 NATIVE = ImagesConfig(fit="native")
 WIDE, TALL, SMALL, WHOLE = noise(40, 15, 0), noise(9, 30, 1), noise(5, 9, 2), noise(16, 16, 3)
@@ -64,16 +59,6 @@ def build(arch: str = "joint_decoder", mask: str = "causal", images: ImagesConfi
     it = tiny(arch, mask, noise=0.3, **sections)
     it.model.train(it.model.causal_in_training)
     return it
-
-
-def asked(it: Tiny, rows: Sequence[tuple[str, tuple[bytes, ...]]]) -> Batch:
-    """A batch to generate from."""
-    prompts = [it.encoder.encode_question(prompt, images) for prompt, images in rows]
-    views = [it.encoder.views(Sample("", images, ())) for _, images in rows]
-    ends = np.cumsum([0, *(len(v) for v in views)])
-    pixels = torch.from_numpy(np.stack([view for v in views for view in v])).permute(0, 3, 1, 2)
-    which = [range(a, b) for a, b in pairwise(ends.tolist())]
-    return prompt_batch(prompts, pixels, which, it.encoder.layout, it.encoder.tokenizer.pad_id)
 
 
 # ---- shapes -------------------------------------------------------------------------------------------------------------------------
@@ -146,30 +131,15 @@ def test_whole_images_are_as_without(arch: str, mask: str) -> None:
 
 @each_arch
 def test_a_sample_in_a_pack_or_beside_others_is_as_alone(arch: str, mask: str) -> None:
-    it = build(arch, mask)
-    alone = [it.model(it.batch(sample)).loss for sample in SAMPLES]
-    torch.testing.assert_close(it.model(it.batch(*SAMPLES)).loss, sum(alone), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(it.model(it.pack(SAMPLES[:2], SAMPLES[2:])).loss, sum(alone), rtol=1e-5, atol=1e-5)
-    _, grads = gradients(it.model, it.batch(*SAMPLES))
-    for part in ("vision_encoder", "adapter.deepstack.1", "adapter.proj"):
-        assert any(float(g.abs().max()) > 0 for name, g in grads.items() if name.startswith(part)), part
+    samples_are_as_alone(build(arch, mask), SAMPLES, ("vision_encoder", "adapter.deepstack.1", "adapter.proj"))
 
 
 @each_arch
 def test_generation_with_a_cache_is_the_full_forward_pass(arch: str, mask: str) -> None:
     it = build(arch, mask)
-    it.model.eval()
     rows = [("what colour is it?", (WIDE,)), ("is <image> like <image> ?", (SMALL, TALL)), ("what?", ()), ("is it <image>", (WHOLE,))]
-    together = asked(it, rows)
-    assert together.image_parts == parts((2, 4), (2, 1), (4, 1), (4, 4))
-    made = torch.tensor(generate(it.model, together, max_new_tokens=4, eos_id=-1))
-    with torch.no_grad():
-        for step in range(4):
-            assert torch.equal(it.model(with_answer(together, made[:, :step])).logits.argmax(-1), made[:, step])
-        cached = it.model(together, Cache()).logits
-        for row, question in enumerate(rows):
-            if question[1]:
-                torch.testing.assert_close(it.model(asked(it, [question]), Cache()).logits[0], cached[row], rtol=1e-4, atol=1e-5)
+    assert asked(it, rows).image_parts == parts((2, 4), (2, 1), (4, 1), (4, 4))
+    generation_is_the_full_forward_pass(it, rows)
 
 
 def test_flops_are_counted_without_values() -> None:

@@ -20,14 +20,12 @@ from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.images.tiling import shown_parts
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.generate import generate
-from kempnerforge.model.transformer import Cache
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
 from tests.data.samples import noise
 from tests.vlm.test_grids import GRID_OF_4
-from tests.vlm.test_native import asked
-from tests.vlm.tiny import MODEL, Tiny, all_logits, gradients, shake, tiny_job, with_answer
+from tests.vlm.tiny import MODEL, Tiny, all_logits, shake, tiny_job
+from tests.vlm.views import generation_is_the_full_forward_pass, samples_are_as_alone
 
 PINPOINTS = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
 ANYRES = ImagesConfig(fit="tiles", tiling="anyres", pinpoints=PINPOINTS, markers=False, rows=True)
@@ -97,29 +95,14 @@ def test_overlapping_tiles_meet_in_the_middle() -> None:
 @each_arch
 def test_a_sample_in_a_pack_or_beside_others_is_as_alone(arch: str, images: ImagesConfig) -> None:
     it = build(arch, images)
-    alone = [it.model(it.batch(sample)).loss for sample in SAMPLES]
-    torch.testing.assert_close(it.model(it.batch(*SAMPLES)).loss, sum(alone), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(it.model(it.pack(SAMPLES[:2], SAMPLES[2:])).loss, sum(alone), rtol=1e-5, atol=1e-5)
-    _, grads = gradients(it.model, it.batch(*SAMPLES))
-    for part in ("vision_encoder", "adapter.proj"):
-        assert any(float(g.abs().max()) > 0 for name, g in grads.items() if name.startswith(part)), part
+    samples_are_as_alone(it, SAMPLES, ("vision_encoder", "adapter.proj"))
     assert it.encoder.measure(SAMPLES[1]) == (it.encode(SAMPLES[1]).table.shape[1], len(it.encode(SAMPLES[1]).images))
 
 
 @each_arch
 def test_generation_with_a_cache_is_the_full_forward_pass(arch: str, images: ImagesConfig) -> None:
-    it = build(arch, images)
-    it.model.eval()
     rows = [("what colour is it?", (WIDE,)), ("is <image> like <image> ?", (SQUARE, TALL)), ("what?", ()), ("is it <image>", (TALL,))]
-    together = asked(it, rows)
-    made = torch.tensor(generate(it.model, together, max_new_tokens=4, eos_id=-1))
-    with torch.no_grad():
-        for step in range(4):
-            assert torch.equal(it.model(with_answer(together, made[:, :step])).logits.argmax(-1), made[:, step])
-        cached = it.model(together, Cache()).logits
-        for row, question in enumerate(rows):
-            if question[1]:
-                torch.testing.assert_close(it.model(asked(it, [question]), Cache()).logits[0], cached[row], rtol=1e-4, atol=1e-5)
+    generation_is_the_full_forward_pass(build(arch, images), rows)
 
 
 def test_each_token_is_at_its_place() -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
-import numpy as np
 import pytest
 import torch
 
 from kempnerforge.config import TrainConfig
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.data.batching.collate import collate, prompt_batch
+from kempnerforge.data.batching.batch import Kind
+from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import Sample, Text
 from kempnerforge.data.text.tokenizer import Tokenizer
-from kempnerforge.eval.generate import generate
-from kempnerforge.model.transformer import Cache
 from kempnerforge.training.setup import assemble
 from tests.data.samples import noise
-from tests.vlm.tiny import Tiny, accepted_masks, all_logits, gradients, shake, tiny_job, with_answer
+from tests.vlm.tiny import Tiny, accepted_masks, all_logits, gradients, shake, tiny_job
+from tests.vlm.views import generation_is_the_full_forward_pass
 
 TILES = ImagesConfig(fit="tiles", max_side=32, marker_grid=2)
 CASES = [(arch, mask) for arch in ("joint_decoder", "cross_attention", "mot", "moma") for mask in accepted_masks(arch)]
@@ -44,16 +39,6 @@ def build(arch: str, mask: str) -> Tiny:
     assembly = assemble(job, tokenizer, data=False)
     shake(assembly.model, 0.3)
     return Tiny(assembly.job, assembly.model, assembly.stages, assembly.data.encoder(assembly.stages[0]))
-
-
-def asked(it: Tiny, rows: Sequence[tuple[str, tuple[bytes, ...]]]) -> Batch:
-    """A batch to generate from."""
-    prompts = [it.encoder.encode_question(prompt, images) for prompt, images in rows]
-    views = [it.encoder.views(Sample("", images, ())) for _, images in rows]
-    ends = np.cumsum([0, *(len(v) for v in views)])
-    pixels = torch.from_numpy(np.stack([view for v in views for view in v])).permute(0, 3, 1, 2)
-    which = [range(a, b) for a, b in pairwise(ends.tolist())]
-    return prompt_batch(prompts, pixels, which, it.encoder.layout, it.encoder.tokenizer.pad_id)
 
 
 @each_arch
@@ -90,16 +75,5 @@ def test_every_view_is_seen(arch: str, mask: str) -> None:
 
 @each_arch
 def test_generation_with_a_cache_is_the_full_forward_pass(arch: str, mask: str) -> None:
-    it = build(arch, mask)
-    it.model.eval()
     rows = [("what colour is it?", (WIDE,)), ("is <image> like <image> ?", (SQUARE, SMALL)), ("what?", ()), ("is it <image>", (SQUARE,))]
-    together = asked(it, rows)
-    made = torch.tensor(generate(it.model, together, max_new_tokens=4, eos_id=-1))
-    with torch.no_grad():
-        for step in range(4):
-            assert torch.equal(it.model(with_answer(together, made[:, :step])).logits.argmax(-1), made[:, step])
-        cached = it.model(together, Cache()).logits
-        torch.testing.assert_close(cached, it.model(with_answer(together, made[:, :0])).logits, rtol=1e-4, atol=1e-5)
-        for row, question in enumerate(rows):
-            if question[1]:
-                torch.testing.assert_close(it.model(asked(it, [question]), Cache()).logits[0], cached[row], rtol=1e-4, atol=1e-5)
+    generation_is_the_full_forward_pass(build(arch, mask), rows)
