@@ -21,8 +21,8 @@ from tests.params import quick
 MODELS: dict[str, Callable[[Path], object]] = TEXTS | VLMS
 OURS = ("nanovlm",)
 """Without a class in transformers, also when they are written here."""
-READ_ALONE = (*OURS, "llava original")
-"""Files that no class of transformers reads."""
+READ_ALONE = ("llava original",)
+"""Files that no class of transformers reads; what is exported is the class of another one here."""
 NEW = 24
 FRAMED = "User:<image>what is it?<end_of_utterance>\nAssistant:"
 PROMPTS = {"llava": "USER: <image>\nwhat is it? ASSISTANT:", "idefics3": FRAMED, "smolvlm": FRAMED}
@@ -63,7 +63,7 @@ def test_every_listed_token_ends_an_answer(name: str, tmp_path: Path) -> None:
     assert stop not in (0, 2)
     say(source, [2, stop], "config.json" if name in ("llama", "llava") else "generation_config.json")
 
-    for path in (source, run, out):
+    for path in (source, run) if name in READ_ALONE else (source, run, out):
         if path == run:
             import_model(source, run, verify=False)
             asker = TrainedModel.restore(run)
@@ -77,7 +77,7 @@ def test_every_listed_token_ends_an_answer(name: str, tmp_path: Path) -> None:
         inputs = processor(text=PROMPTS.get(name, "what is it"), **images)
         assert {2, stop} <= inputs.end_id
         assert model.generate(inputs, max_new_tokens=NEW)[0] == want, path.name
-        if path != run and name not in (READ_ALONE if path == source else OURS):
+        if path != run and name not in (*OURS, *READ_ALONE):
             theirs = load_class(path, json.loads((path / "config.json").read_text())["architectures"][0])
             assert {2, stop} <= {*theirs.generation_config.eos_token_id}
             if name != "mllama":  # whose class takes tiles
