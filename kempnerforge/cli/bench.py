@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from kempnerforge.cli.numbers import real, whole
 from kempnerforge.config import load_config
 from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import why_not_writable
+from kempnerforge.util.reading import irregular
 
 if TYPE_CHECKING:
     from kempnerforge.inspection.bench import Bench
 
 HELP = """Measure what a step of training costs, and where its time goes.
 
-Trains some steps of a stage without writing anything: some to warm up, then timed as they are, then with a stopwatch between phases, then
+Trains some steps of a stage without a run directory: some to warm up, then timed as they are, then with a stopwatch between phases, then
 under torch's profiler. FLOPs are counted, of forward and backward, the vision tower included. MFU = FLOPs a second / peak, where the peak
 is given, or the rate of the fastest matrix products that are measured in the same process. "products alone" is the rate that this machine
 reaches on the matrix products of a step, run one after the other without anything else: no step can be faster."""
@@ -48,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.pad_to and not args.against:
         raise InputError("--pad-to: only --against reads it")
+    if args.trace is not None and (kind := irregular(args.trace)):
+        raise InputError(f"--trace {args.trace}: is {kind}; name a file")
+    if args.trace is not None and (reason := why_not_writable(args.trace.parent)):
+        raise InputError(f"--trace {args.trace}: cannot be written: {reason}")
     against = args.pad_to if args.against else None
     found = bench(job, args.stage, warmup=args.warmup, steps=args.steps, peak_tflops=args.peak_tflops, trace=args.trace, against=against)
     if os.environ.get("RANK", "0") != "0":

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=whole(1, 1 << 20), default=0, metavar="N", help="also plan the job for N devices: memory, traffic, time of a step"
     )
-    parser.add_argument("--gpu", choices=("a100", "h100", "h200"), default="h200", help="of --gpus: which (default: h200)")
+    parser.add_argument("--gpu", choices=("a100", "h100", "h200"), help="of --gpus: which (default: h200)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the tables")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved TOML as well, sizes that follow from the data included"
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.gpu and not args.gpus:
+        raise InputError(f"--gpu {args.gpu}: only --gpus reads it")
+    args.gpu = args.gpu or "h200"
     job = load_config(args.config, args.overrides)
     from kempnerforge.inspection.data_remarks import data_remarks
     from kempnerforge.inspection.plan import plan

@@ -171,7 +171,7 @@ def schedule_is_reached(job: Job) -> Found:
 @_reads("vlm", "data", "stages", "model")
 def images_fit(job: Job) -> Found:
     """An arch whose words see the latest image alone would see one view of it."""
-    sections = _image_sections(job)
+    sections = image_sections(job)
     if job.vlm is not None and not job.vlm.residual_stream_image_tokens(1) and any(section.images.fit == "native" for section in sections):
         yield ("data",), f"images.fit = 'native': vlm.arch = {job.vlm.arch!r} has no image tokens in the stream"
     if job.vlm is not None and any(section.images.rows for section in sections):
@@ -192,7 +192,7 @@ def images_fit(job: Job) -> Found:
 @_reads("train", "data", "stages")
 def features_are_those_of_images(job: Job) -> Found:
     """Images that are changed at random are never seen twice, so there is nothing to keep."""
-    if job.train.feature_cache and any(section.images.augment.enabled for section in _image_sections(job)):
+    if job.train.feature_cache and any(section.images.augment.enabled for section in image_sections(job)):
         yield ("train",), f"feature_cache = {job.train.feature_cache!r}: data.images.augment changes the images; use one of the two"
 
 
@@ -236,7 +236,7 @@ def best_is_measured(job: Job) -> Found:
         yield ("checkpoint",), f"keep_best = {best!r}: nothing is evaluated; set eval.interval"
 
 
-def _image_sections(job: Job) -> list[DataConfig]:
+def image_sections(job: Job) -> list[DataConfig]:
     """All sections that samples come from."""
     sections = [changed["data"] for changed in job.staged_sections() if "data" in changed] if job.stages else [job.data]
     return [part for section in sections for part in section.sections()]

@@ -165,6 +165,11 @@ class ImagesConfig:
         return self.fit == "tiles"
 
     @property
+    def in_parts(self) -> bool:
+        """Whether a part of the tokens of a view may be in the stream (``Batch.image_parts``)."""
+        return self.rows or self.fit == "native"
+
+    @property
     def several(self) -> bool:
         """Whether an image may be several views."""
         return self.tiled or self.frames > 1

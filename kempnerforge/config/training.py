@@ -12,6 +12,8 @@ from kempnerforge.util.paths import PathText
 
 MOST_ROWS = 1 << 20
 """At once."""
+MOST_LENGTH_PENALTY = 10
+"""Either way: scores of long texts stay within fp32."""
 
 
 @dataclass
@@ -241,7 +243,7 @@ class EvalConfig:
         beams: texts that are followed at once for each answer, the best of which is the answer; 1 is greedy.
             ``batch_size`` times as many rows are computed together.
         length_penalty: of several beams: a text's score is its log-likelihood divided by the power
-            ``length_penalty`` of its length. Below 0 it favours short answers.
+            ``length_penalty`` of its length. Below 0 it favours short answers. From -10 to 10.
         shots: examples with their answers that are in front of each question, as earlier turns; tasks that
             score given answers take none.
         shots_split: the examples are from the "training" data, or "held_out" ones, never the question's own
@@ -304,7 +306,9 @@ class EvalConfig:
         only_if(self, self.shots > 0, "shots above 0", "shots_split", "shots_pool", "shots_by", "shots_images")
         at_least(self, 1, "batch_size", "max_new_tokens", "beams", "text_window")
         only_if(self, self.beams > 1, "beams above 1", "length_penalty")
-        at_most(self, MOST_ROWS, "batch_size")
+        at_least(self, -MOST_LENGTH_PENALTY, "length_penalty")
+        at_most(self, MOST_LENGTH_PENALTY, "length_penalty")
+        at_most(self, MOST_ROWS, "batch_size", "beams")
         only_if(self, bool(self.text_path), "text_path", "text_window")
         if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:
             raise InputError(f"tasks = {self.tasks}: {twice[0]!r} is there already; name each task but {', '.join(self.BUILT_IN)} once")

@@ -5,7 +5,6 @@ Shapes: B rows, S prompt positions (left padded), V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kempnerforge.config.training import MOST_LENGTH_PENALTY
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.eval.beams import beam_search
 from kempnerforge.model.transformer import Cache
@@ -56,8 +56,8 @@ class Sampling:
             )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed = {self.seed}: must be a 64-bit integer")
-        if not (self.beams >= 1 and math.isfinite(self.length_penalty)):
-            raise InputError(f"beams = {self.beams}, length_penalty = {self.length_penalty}: need at least 1, and a finite number")
+        if not (self.beams >= 1 and abs(self.length_penalty) <= MOST_LENGTH_PENALTY):
+            raise InputError(f"beams = {self.beams}, length_penalty = {self.length_penalty}: need at least 1, and a number from -10 to 10")
         if self.beams > 1 and self.temperature > 0:
             raise InputError(f"beams = {self.beams}: a beam search draws nothing; not with temperature = {self.temperature}")
         if self.beams == 1 and self.length_penalty != 1:

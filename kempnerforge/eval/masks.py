@@ -87,13 +87,13 @@ def load_mask_decoder(path: str | Path) -> MaskDecoder:
     first = tensors.get("decoder.0.weight")
     if CODES not in tensors or first is None or first.ndim != 4:
         raise InputError(
-            f"{path}: no mask decoder: needs {CODES!r} and 'decoder.0.weight', has {', '.join(sorted(tensors)[:5]) or 'nothing'}"
+            f"mask decoder = {path}: needs {CODES!r} and 'decoder.0.weight', has {', '.join(sorted(tensors)[:5]) or 'nothing'}"
         )
     decoder = MaskDecoder(first.shape[1], first.shape[0]).eval()
     try:
         decoder.load_state_dict({ours: tensors[name].float() for name, ours in found.items()})
     except RuntimeError as error:
-        raise InputError(f"{path}: no mask decoder: {' '.join(str(error).split())[:500]}") from None
+        raise InputError(f"mask decoder = {path}: is none: {' '.join(str(error).split())[:500]}") from None
     return decoder
 
 
@@ -104,4 +104,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as .npz or .safetensors: {error}") from None
+        raise InputError(f"mask decoder = {path}: cannot be read as .npz or .safetensors: {str(error).partition('. ')[0]}") from None

@@ -149,7 +149,11 @@ def _images_left_over(batch: Batch) -> Iterator[str]:
 
 
 def image_length(row: AuditRow, number: int) -> int:
-    """Positions of the row's image ``number``: to where the next one begins, or something else."""
+    """Positions of the row's image ``number``: those of its tokens that are shown, or all to where the next one
+    begins, or something else.
+    """
+    if row.shown:
+        return len(row.shown[number])
     start = row.images[number].start
     others = {image.start for image in row.images} - {start}
     end = start
@@ -161,7 +165,11 @@ def image_length(row: AuditRow, number: int) -> int:
 def _misplaced(row: AuditRow, image_positions: int) -> Iterator[tuple[str, int]]:
     """(what is wrong, position): images, ids and positions that contradict each other over one row."""
     starts = {image.start for image in row.images}
-    if row.images_take_positions:
+    if row.shown:
+        tokens = sorted(at for positions in row.shown for at in positions)
+        if tokens != (found := [at for at, kind in enumerate(row.kinds) if kind == Kind.IMAGE]):
+            yield "image positions without an image, or the other way round", min({*tokens} ^ {*found}, default=0)
+    elif row.images_take_positions:
         for at, kind in enumerate(row.kinds):
             begins = kind == Kind.IMAGE and (at == 0 or row.kinds[at - 1] != Kind.IMAGE)
             if (at in starts) > (kind == Kind.IMAGE) or begins > (at in starts):
@@ -169,7 +177,9 @@ def _misplaced(row: AuditRow, image_positions: int) -> Iterator[tuple[str, int]]
         for number, image in enumerate(row.images):
             if 0 < image_length(row, number) != image_positions:
                 yield f"image of fewer than {image_positions} positions", image.start
-    for image in row.images:
+    for number, image in enumerate(row.images):
+        if row.shown and not row.shown[number]:
+            continue  # nothing of it is in the row
         owner = row.owners[image.start] if image.start < len(row.owners) else (image.sample, image.text)
         if owner != (image.sample, image.text) and not _leads(row, image):
             yield "image of another sample or text than the position", image.start

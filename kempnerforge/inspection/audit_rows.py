@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Literal, NamedTuple, Protocol
 
-from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind, Part
 
 UNFINISHED = "\ufffd"
 """What a decoder makes of bytes that are no character, such as the first token of a character that is spread
@@ -59,6 +59,8 @@ class AuditRow:
         ids, labels, kinds, positions: as in ``Batch``.
         owners: (sample, text) of each position; sample -1 is padding, text 0 the shared part.
         images: in the order of the row.
+        shown: of each of ``images`` the positions of its tokens, where a part of its tokens is in the row
+            (``Batch.image_parts``); empty: all are, one after the other.
         samples: ids of its samples, by sample number; empty where the batch does not tell.
         parts: which section of a mixture each sample is of, by sample number.
         markers: ids of tokens around images that are part of them, such as the markers of tiles.
@@ -73,6 +75,7 @@ class AuditRow:
     samples: list[str] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     markers: frozenset[int] = frozenset()
+    shown: list[list[int]] = field(default_factory=list)
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -142,9 +145,14 @@ class AuditRow:
 def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[AuditRow]:
     """The rows of ``batch``."""
     images: list[list[PlacedImage]] = [[] for _ in batch.input_ids]
+    shown: list[list[list[int]]] = [[] for _ in batch.input_ids]
     placements = (batch.image_rows, batch.image_starts, batch.image_sample_ids, batch.image_text_ids, batch.image_index)
     for row, *placed in zip(*(column.tolist() for column in placements), strict=True):
-        images[row].append(PlacedImage(*placed))
+        images[row].append(image := PlacedImage(*placed))
+        if batch.image_parts:
+            part = batch.image_parts[image.picture] if 0 <= image.picture < len(batch.image_parts) else Part(0, 0)
+            begins = range(image.start, image.start + part.rows * (part.step or part.columns), part.step or part.columns or 1)
+            shown[row].append([at + column for at in begins for column in range(part.columns)])
     columns = (batch.input_ids, batch.labels, batch.kinds, batch.positions, batch.sample_ids, batch.text_ids)
     rows = []
     known = dict(zip(_named_samples(batch), zip(batch.sample_names, _parts(batch), strict=True), strict=False))
@@ -152,7 +160,7 @@ def rows_of(batch: Batch, markers: Collection[int] = ()) -> list[AuditRow]:
         known_samples = [known[number, sample] for sample in range(max([*samples, -1]) + 1) if (number, sample) in known]
         owners = list(zip(samples, texts, strict=True))
         names, parts = [name for name, _ in known_samples], [part for _, part in known_samples]
-        rows.append(AuditRow(ids, labels, kinds, positions, owners, images[number], names, parts, frozenset(markers)))
+        rows.append(AuditRow(ids, labels, kinds, positions, owners, images[number], names, parts, frozenset(markers), shown[number]))
     return rows
 
 
@@ -210,7 +218,7 @@ def pieces_of(row: AuditRow, segment: Segment, tokenizer: Decoder, names: Mappin
 def _items(row: AuditRow, segment: Segment, names: Mapping[int, str]) -> Iterator[ShownPiece]:
     """One piece for each position; texts are not decoded yet."""
     inside = [(slot, image) for slot, image in enumerate(row.images) if segment.start <= image.start < segment.end]
-    begins = {image.start: (slot, image) for slot, image in inside}
+    begins = {at: (slot, image) for slot, image in inside for at in (row.shown[slot] if row.shown else [image.start])}
     current: tuple[int, PlacedImage] | None = None
     for at in range(segment.start, segment.end):
         trained, kind = row.trained(at), row.kinds[at]

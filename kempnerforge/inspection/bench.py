@@ -1,4 +1,5 @@
-"""What a step of training costs and where its time goes. Nothing is written but a trace that is asked for.
+"""What a step of training costs and where its time goes. Nothing is written but a trace that is asked
+for, and caches that the config names (``data.images.cache_dir``, ``train.feature_cache``).
 
 A job is built as for training; some steps warm up. Then come three series of steps, since what looks into a
 step slows it down: timed as they are; with a stopwatch between phases; under torch's profiler. At the end
@@ -316,6 +317,7 @@ def _profiled(trainer: Trainer, trace: Path | None) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
         _run(trainer, PROFILED)
     if trace is not None and trainer.world.is_main:
+        trace.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(trace))
     kinds: defaultdict[str, float] = defaultdict(float)
     for event in found.key_averages():

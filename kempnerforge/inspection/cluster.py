@@ -148,7 +148,7 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
             f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes with grad_accum_steps = {accumulated} need a multiple "
             f"of {accumulated * processes}"
         )
-    shared = job.distributed.shard_size or processes
+    shared = (job.distributed.shard_size if processes > 1 else 0) or processes
     if processes % shared:
         raise InputError(f"distributed.shard_size = {shared}: must divide the number of processes, {processes}")
     copies, model = processes // shared, assembly.model

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kempnerforge.util.errors import InputError, library_call
+from kempnerforge.util.paths import start_of
 from kempnerforge.util.reading import regular
 
 GATED = re.compile(r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|.+\.(\d+)\.gated_cross_attn_layer)\.(.+)")
@@ -76,6 +77,8 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Names without the "module." of a training run."""
+    if not path.exists():
+        raise InputError(f"vlm.openflamingo_path = {str(path)!r}: no such file{start_of(path)}")
     if path.suffix != ".safetensors":
         raise InputError(
             f"{path}: a checkpoint of OpenFlamingo is read from safetensors alone, no pickle is; docs/weights.md has how to write it"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge.config.adapter import AdapterConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
+from kempnerforge.config.cross import image_sections
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
@@ -138,6 +139,8 @@ class StreamVLM(VLMFamily):
             raise InputError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {self.tower.type!r}")
         if job.model.rope_sections or job.vision_encoder.deepstack_layers:
             raise InputError("model.rope_sections and vision_encoder.deepstack_layers: its class has neither")
+        if any(section.images.rows for section in image_sections(job)):
+            raise InputError("data.images.rows: in its class the tokens of a tile follow one another")
         if (layers := job.vision_encoder.feature_layers) != [-1] and (self.tower is SiglipConfig or len(layers) > 1):
             allowed = "-1" if self.tower is SiglipConfig else "one layer"
             raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not {allowed}")

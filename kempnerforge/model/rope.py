@@ -50,12 +50,12 @@ def rope_of_layer(rope: Rope, cfg: ModelConfig, layer: int) -> Rope:
     rotary positions gets angles of 0.
     """
     cos, sin = rope
+    if cfg.rope_local_theta:
+        part = 0 if (layer + 1) % cfg.rope_global_interval == 0 else 1
+        cos, sin = cos.chunk(2, dim=-1)[part], sin.chunk(2, dim=-1)[part]
     if cfg.nope_interval and (layer + 1) % cfg.nope_interval == 0:
         return torch.ones_like(cos), torch.zeros_like(sin)
-    if not cfg.rope_local_theta:
-        return rope
-    part = 0 if (layer + 1) % cfg.rope_global_interval == 0 else 1
-    return cos.chunk(2, dim=-1)[part], sin.chunk(2, dim=-1)[part]
+    return cos, sin
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

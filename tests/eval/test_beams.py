@@ -99,6 +99,7 @@ def test_more_beams_find_likelier_texts_and_stream_them() -> None:
         ({"beams": 2, "temperature": 0.5}, "beams = 2: a beam search draws nothing; not with temperature = 0.5"),
         ({"length_penalty": 0.5}, "length_penalty = 0.5: is only read with beams above 1"),
         ({"beams": 2, "length_penalty": float("nan")}, "length_penalty = nan"),
+        ({"beams": 2, "length_penalty": 1e10}, "length_penalty = 10000000000.0: need at least 1, and a number from -10 to 10"),
     ],
 )
 def test_settings_that_contradict_each_other(bad: dict, message: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.pack import join
 from kempnerforge.inspection.audit import audit
 from kempnerforge.inspection.contact_sheet import contact_sheet
-from tests.data.samples import png
+from tests.data.samples import noise, png
 from tests.inspection.rendered import render_rows
 
 PAD, BOS, EOS = 0, 1, 2
@@ -490,6 +491,44 @@ def test_an_answer_goes_on_behind_its_tiles() -> None:
         assert len(unknown) == (image_tokens > 0)  # no one says that markers belong to the image
         row = render_rows(batch, tokenizer, False, tokenizer.special_names)[0]
         assert row.count("<|global_image|>") == 2 and row.count("<row_2_col_2>") == 2
+
+
+SHAPES = [(16, 16), (40, 10), (9, 33)]
+"""Widths and heights of images."""
+
+
+@pytest.mark.parametrize(
+    ("images", "rows"),
+    [
+        (ImagesConfig(fit="native"), ["[image x4]", "[image x2]", "[image x2]"]),
+        (
+            ImagesConfig(fit="tiles", tiling="anyres", markers=False, rows=True),
+            [
+                "[image x4]" + 2 * "[image x1][image x1]<image_newline>",
+                "[image x4]" + 2 * "[image x2][image x2][image x2]<image_newline>",
+                "[image x4]" + 6 * "[image x2]<image_newline>",
+            ],
+        ),
+        (
+            ImagesConfig(fit="tiles", tiling="overlap", overlap=0, markers=False, rows=True, global_view=False),
+            3 * ["<image_newline>[no<eos>]"],
+        ),
+    ],
+)
+def test_images_of_which_a_part_is_in_the_row(images: ImagesConfig, rows: list[str]) -> None:
+    """Images of other shapes take other numbers of positions, and a row of tiles has a token at its end; a part that
+    is not where the row says is found.
+    """
+    tokenizer = Tokenizer.train(["is it so?"], 300)
+    tokenizer.add_tokens(images.new_tokens())
+    encoder = Encoder(tokenizer, DataConfig(images=images), Layout(4, 16, 100, 900, 0, token_side=2, cell=8), seed=0)
+    samples = [Sample("s", (noise(*size),), (Text("", "a<image>no"),)) for size in SHAPES]
+    batch = collate([encoder.encode(sample, 0) for sample in samples], tokenizer.pad_id, None)
+    assert audit(batch, tokenizer.eos_id, markers=encoder.marker_ids) == []
+    for row, expected in zip(render_rows(batch, tokenizer, False, tokenizer.special_names), rows, strict=True):
+        assert expected in row
+    moved = replace(batch, image_starts=batch.image_starts + torch.arange(len(batch.image_starts)).eq(0))
+    assert any("image positions without an image" in line for line in audit(moved, tokenizer.eos_id, markers=encoder.marker_ids))
 
 
 # ---- contact sheet ---------------------------------------------------------------------------------------------------

@@ -60,10 +60,13 @@ def test_figures(arch: str, tmp_path: Path) -> None:
 
 def test_a_stage_and_a_trace(tmp_path: Path) -> None:
     config = make_job(tmp_path, extra='[[stages]]\nname = "a"\nsteps = 3\n[[stages]]\nname = "b"\nsteps = 40\n')
-    ended = call("bench", config, "--steps=2", "--warmup=1", "--stage=b", "--trace", tmp_path / "trace.json", "--train.max_steps=0")
+    ended = call("bench", config, "--steps=2", "--warmup=1", "--stage=b", "--trace", tmp_path / "new/trace.json", "--train.max_steps=0")
     assert ended.code == 0 and "stage b:" in ended.out and "matrix products" in ended.out
-    names = {event.get("name", "") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    names = {event.get("name", "") for event in json.loads((tmp_path / "new/trace.json").read_text())["traceEvents"]}
     assert any("aten::" in name for name in names)
+    for place, why in ((tmp_path, "is a directory; name a file"), (config / "trace.json", "job.toml is not a directory")):
+        ended = call("bench", config, "--trace", place)
+        assert ended.code == 2 and f"--trace {place}: " in ended.err and why in ended.err
     ended = call("bench", config, "--stage=c")
     assert ended.code == 2 and "--stage c: no such stage; there are a, b" in ended.err
     ended = call("bench", config, "--train.max_steps=0")

@@ -155,3 +155,7 @@ def test_the_command(tmp_path: Path) -> None:
     (stage,) = json.loads(call("check", config, "--gpus=2", "--json").out)["cluster"]
     assert stage["processes"] == 2 and stage["memory_bytes"]["weights"] > 0 and stage["tokens_per_s"] > 0
     assert "cluster" not in json.loads(call("check", config, "--json").out)
+    for gpus, code in ((1, 0), (4, 2)):  # one process trains with any, too
+        assert call("check", config, f"--gpus={gpus}", "--distributed.shard_size=3").code == code
+    ended = call("check", config, "--gpu=a100")
+    assert ended.code == 2 and "--gpu a100: only --gpus reads it" in ended.err

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kempnerforge.config import JobConfig
+from kempnerforge.config.images import ImagesConfig
+from kempnerforge.config.stages import StageConfig
 from kempnerforge.convert.verify import agreement, class_logits, load_class, make_probe, our_logits
 from kempnerforge.interop.external import ExternalModel
 from kempnerforge.interop.external_tokenizer import read_tokenizer
@@ -141,6 +143,18 @@ def test_a_model_that_is_no_class_says_why() -> None:
         ValueError, match=r"no class of transformers .*paligemma, llava, idefics3, smolvlm: vlm.arch is not 'joint_decoder'"
     ):
         fitting(JobConfig())
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava", "idefics3"])
+def test_tiles_in_rows_are_no_class(name: str, saved: dict[str, Path]) -> None:
+    """A class puts the tokens of a tile one after the other. Nor are they if only a stage has them."""
+    rows = {"fit": "tiles", "tiling": "anyres", "markers": False, "rows": True}
+    job = open_external(saved[name]).job
+    whole = replace(job, data=replace(job.data, images=ImagesConfig(**rows)))
+    staged = replace(job, stages=[StageConfig("a", 2), StageConfig("b", 2, data={"images": rows})])
+    for refused in (whole, staged):
+        with pytest.raises(ValueError, match=r"data.images.rows: in its class the tokens of a tile follow one another"):
+            fitting(refused)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "llava", "idefics3"])

@@ -158,7 +158,8 @@ def test_two_ranks_equal_one_process_that_accumulates(tmp_path: Path) -> None:
     [
         ("[1.0]", "loss_weights = [1.0]: must be 2, one for each of parts"),
         ("[-1.0, 1.0]", "none may be below 0"),
-        ("[0.0, 1.0]", "loss_weights = [0.0, 1.0]: each must be above 0"),
+        ("[0.0, 1.0]", "loss_weights = [0.0, 1.0]: each must be at least 1e-12"),
+        ("[1e-40, 1e-40]", "loss_weights = [1e-40, 1e-40]: each must be at least 1e-12"),
     ],
 )
 def test_weights_that_cannot_be(weights: str, message: str, tmp_path: Path) -> None:

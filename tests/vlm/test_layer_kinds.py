@@ -31,6 +31,7 @@ from tests.vlm.tiny import (
 
 KINDS: dict[str, dict[str, Any]] = {
     "smollm3": {"nope_interval": 2},
+    "without positions in layers with two bases": {"nope_interval": 2, "rope_local_theta": 100.0, "rope_global_interval": 2},
     "gemma3": {"rope_local_theta": 100.0, "rope_global_interval": 3, "post_norms": True, "norm_plus_one": True, "qk_norm": True},
     "vla_foundry": {"norm": "layer_norm", "embed_norm": True, "post_norms": True},
     "windows": {"sliding_window": 5, "window_pattern": "SSF"},

@@ -18,6 +18,7 @@ from kempnerforge.config.vision import Siglip2Config, SiglipConfig
 from kempnerforge.data.batching.batch import Kind, Part
 from kempnerforge.data.images.tiling import native_grid
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.data.sources.mixture import MixtureConfig
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.model.vit import ViT
 from kempnerforge.training.accounting import TrainingFlops
@@ -132,6 +133,21 @@ def test_whole_images_are_as_without(arch: str, mask: str) -> None:
 @each_arch
 def test_a_sample_in_a_pack_or_beside_others_is_as_alone(arch: str, mask: str) -> None:
     samples_are_as_alone(build(arch, mask), SAMPLES, ("vision_encoder", "adapter.deepstack.1", "adapter.proj"))
+
+
+@pytest.mark.parametrize("arch", ["joint_decoder", "mot", "moma"])
+def test_a_mixture_of_fits_is_each_of_them(arch: str) -> None:
+    """Images of which a part is in the stream, beside tiles and whole ones."""
+    tiles = ImagesConfig(fit="tiles", tiling="anyres", markers=False)
+    sections = [JsonlConfig(path="unread.jsonl", images=images) for images in (NATIVE, tiles, ImagesConfig())]
+    samples = [replace(sample, part=part) for part, sample in enumerate((SAMPLES[1], SAMPLES[0], SAMPLES[4]))]
+    it = build(arch, data=MixtureConfig(parts=list(sections)))
+    it.model.eval()
+    with torch.no_grad():
+        alone = [it.model(it.batch(sample)).loss for sample in samples]
+        for chosen in ((0, 1, 2), (2, 0), (1, 0), (2, 1)):
+            got = it.model(it.batch(*(samples[k] for k in chosen))).loss
+            torch.testing.assert_close(got, torch.stack([alone[k] for k in chosen]).sum(), rtol=1e-5, atol=1e-5)
 
 
 @each_arch

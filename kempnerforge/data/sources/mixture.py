@@ -24,9 +24,11 @@ from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.sources.keys import Ignoring
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.digest import digest
-from kempnerforge.util.errors import InputError, UnreadError
+from kempnerforge.util.errors import InputError, UnreadError, cut
 
 MIXTURE = "mixture"
+SMALLEST_LOSS_WEIGHT = 1e-12
+"""Sums of much smaller ones have no reciprocal in fp32."""
 
 
 @dataclass
@@ -93,7 +95,7 @@ class MixtureConfig(DataConfig):
         allowed = {*JOB_KEYS, "source", "parts", "weights", "temperature", "phases", "loss_weights"}
         for key in not_default(self):
             if key not in allowed:
-                raise UnreadError(key, f"{key} = {getattr(self, key)!r}: a mixture does not read it; set it in [[data.parts]]")
+                raise UnreadError(key, f"{key} = {cut(repr(getattr(self, key)))}: a mixture does not read it; set it in [[data.parts]]")
         for index, part in enumerate(self.parts):
             self._check_part(index, part)
         more_than(self, 0, "temperature")
@@ -103,9 +105,10 @@ class MixtureConfig(DataConfig):
             self._check_weights("weights", self.weights)
         if self.loss_weights:
             self._check_weights("loss_weights", self.loss_weights)
-            if min(self.loss_weights) == 0:
+            if min(self.loss_weights) < SMALLEST_LOSS_WEIGHT:
                 raise InputError(
-                    f"loss_weights = {self.loss_weights}: each must be above 0; a part that is not trained has weight 0 in weights"
+                    f"loss_weights = {self.loss_weights}: each must be at least {SMALLEST_LOSS_WEIGHT}; "
+                    "a part that is not trained has weight 0 in weights"
                 )
         for index, phase in enumerate(self.phases):
             if phase.start_step < 1:

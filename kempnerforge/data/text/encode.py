@@ -127,6 +127,8 @@ class Encoder:
         sections = data_cfg.sections()
         self.texts = [TextEncoder(tokenizer, section, layout) for section in sections]
         self.images = [Views(section.images, layout, tokenizer, cache) for section in sections]
+        side, in_parts = layout.token_side, any(section.images.in_parts for section in sections)
+        self._whole = (Part(side, side, alone=False),) if in_parts and layout.image_size else ()
 
     @property
     def marker_ids(self) -> frozenset[int]:
@@ -160,7 +162,7 @@ class Encoder:
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
-        parts = tuple(part for block in blocks for part in block.parts)
+        parts = tuple(part for block in blocks for part in block.parts or self._whole * len(block.starts))
         size, codes = self.layout.image_size, self.layout.codes
         return Encoded(sample.id, table, pixels, placements, size, left_out, part=sample.part, image_parts=parts, codes=codes)
 
