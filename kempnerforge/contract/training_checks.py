@@ -106,7 +106,7 @@ def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str, packed: b
 @pytest.mark.slow
 @each_arch
 def test_compile_changes_nothing(arch: str | None, world: World) -> None:
-    """Layers of one kind share their graphs: without a mask, with one, and with sizes that are not known yet."""
+    """Layers of one kind share their graphs, with and without a mask."""
     torch._dynamo.reset()
     counters.clear()
     results = []
@@ -118,7 +118,7 @@ def test_compile_changes_nothing(arch: str | None, world: World) -> None:
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(full(compiled_grads), full(grads), rtol=1e-4, atol=5e-6)
     kinds = {type(unit) for unit in it.model.shard_units()}
-    assert 0 < counters["stats"]["unique_graphs"] <= 4 * len(kinds)
+    assert 0 < counters["stats"]["unique_graphs"] <= 3 * len(kinds)
     assert not counters["graph_break"]
 
 

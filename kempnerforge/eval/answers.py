@@ -192,7 +192,7 @@ def _chunks(work: list[tuple[Hashable, Question]], encoder: Encoder, size: int) 
 
 
 def _look_for_examples(exam: Exam, asked: Mapping[int, Question]) -> None:
-    """Measures the images that ``eval.shots`` are chosen by, those that have not been."""
+    """Measures the images by which ``eval.shots`` are chosen, where that is not done yet."""
     shots = exam.shots
     if shots is None or not shots.by_similarity:
         return

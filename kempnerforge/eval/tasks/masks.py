@@ -39,7 +39,7 @@ def mean_overlap(predicted: Sequence[Box], true: Sequence[Box], decoder: MaskDec
 @registry.register_task("masks")
 @dataclass
 class Masks(QuestionTask):
-    """Mean IoU of the masks that PaliGemma's ``<seg>`` codes stand for, at their boxes (Beyer et al. 2024).
+    """Mean IoU of the masks of PaliGemma's ``<seg>`` codes, at their boxes (Beyer et al. 2024).
 
     Both answers are decoded by the same decoder, so a true answer is as good as its codes. Of one object a
     question it is the mean IoU of referring segmentation (Yu et al. 2016, "Modeling Context in Referring
