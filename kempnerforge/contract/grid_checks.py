@@ -106,6 +106,7 @@ CHECKS: dict[str, Check] = {
     "samples": lambda arch, mask, patch, world: model_checks.test_nothing_leaks_from_sample_to_sample(arch, mask, False, patch),
     "cache": lambda arch, mask, patch, world: generation_checks.test_the_cache_is_the_full_forward_pass(arch, mask, MODEL),
     "prompts": lambda arch, mask, patch, world: generation_checks.test_prompts_together_are_prompts_one_by_one(arch, mask),
+    "views": lambda arch, mask, patch, world: training_checks.test_no_layer_reads_a_view(arch),
     "recomputed": lambda arch, mask, patch, world: training_checks.test_activation_checkpointing_changes_nothing(arch, world),
     "flops": lambda arch, mask, patch, world: training_checks.test_flops_on_meta_are_those_that_run(arch, mask, True, patch),
 }

@@ -103,6 +103,16 @@ def test_flops_on_meta_are_those_that_run(arch: str | None, mask: str, packed: b
     assert counts[0] == counts[1] > 0
 
 
+@each_arch
+def test_no_layer_reads_a_view(arch: str | None) -> None:
+    """The compiler makes a graph of its own for a layer whose input is a view of another tensor."""
+    it, views = tiny(arch), []
+    for unit in it.model.shard_units():
+        unit.register_forward_pre_hook(lambda layer, args: views.append(type(layer).__name__) if args[0]._is_view() else None)
+    it.model(it.batch(*SAMPLES))
+    assert views == []
+
+
 @pytest.mark.slow
 @each_arch
 def test_compile_changes_nothing(arch: str | None, world: World) -> None:

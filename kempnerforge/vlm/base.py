@@ -197,9 +197,12 @@ class VLM(ExactBuffers):
         if features is None:
             return words
         columns = image_columns(batch, features.shape[1], nowhere=(length := words.shape[1]))  # (M, F)
-        words = F.pad(words, (0, 0, 0, 1)) if batch.image_parts else words
-        rows = batch.image_rows[:, None].expand_as(columns)
-        return words.index_put((rows, columns), features[batch.image_index].to(words.dtype))[:, :length]
+        rows, tokens = batch.image_rows[:, None].expand_as(columns), features[batch.image_index].to(words.dtype)
+        if not batch.image_parts:
+            return words.index_put((rows, columns), tokens)
+        return (
+            F.pad(words, (0, 0, 0, 1)).index_put((rows, columns), tokens).narrow_copy(1, 0, length)
+        )  # a view would be one graph more to compile
 
     def read_positions(self, batch: Batch) -> int:
         """Positions of images that are read, in the row that has most."""
