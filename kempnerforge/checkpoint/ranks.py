@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from kempnerforge.checkpoint.manifest import CheckpointError
 
 T = TypeVar("T")
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def in_group() -> bool:
@@ -31,12 +33,27 @@ def world_size() -> int:
     return dist.get_world_size() if in_group() else 1
 
 
+@contextmanager
+def talking_in(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """In this thread all functions here use ``group``, of all ranks; None: the usual one."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def group() -> dist.ProcessGroup | None:
+    """The group of ``talking_in``."""
+    return _group.get()
+
+
 def gather(value: T) -> list[T]:
     """``value`` of every rank, in the order of ranks, on every rank."""
     if not in_group():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group())
     return values
 
 
@@ -84,7 +101,7 @@ def from_rank0(decide: Callable[[], T], what: str = "") -> T:
         except Exception as caught:
             box[1] = f"{what}: {fault_reason(caught)}" if what else fault_reason(caught)
     if in_group():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group())
     if box[1] is not None:
         raise CheckpointError(box[1])
     return box[0]

@@ -142,6 +142,31 @@ def _is_finite(value: Tensor) -> bool:
     return bool((value.to_local() if isinstance(value, DTensor) else value).isfinite().all())
 
 
+def training_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], averages: Mapping[str, Tensor] | None, what: str
+) -> dict[str, Tensor]:
+    """Everything that a checkpoint has of a model and its optimizers. Call it on all ranks, between steps.
+
+    Args:
+        averages: parameter name -> average, sharded like the parameter.
+        what: cannot be done, for messages.
+
+    Raises:
+        CheckpointError: on all ranks: a weight, average or moment is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    with agreed(what):
+        averaged = {AVERAGED + name: value for name, value in (averages or {}).items()}
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers), **averaged}
+        buffers = {MODEL + name for name, _ in model.named_buffers()}
+        if spoilt := [name for name, value in tensors.items() if name not in buffers and not _is_finite(value)]:
+            raise CheckpointError(
+                f"{len(spoilt)} of {len(tensors)} tensors hold values that are not finite, such as {spoilt[0]!r}: an update was too large."
+                " Earlier checkpoints are kept; go on from the last one with a lower optimizer.lr"
+            )
+    return tensors
+
+
 def save_training(
     root: Path,
     step: int,
@@ -151,27 +176,13 @@ def save_training(
     files: dict[str, bytes],
     keep: int,
     averages: Mapping[str, Tensor] | None = None,
-    best: int | None = None,
 ) -> Path:
-    """``save`` of a model and its optimizers, which stay as they are. Call it on all ranks, between steps.
-
-    Args:
-        averages: parameter name -> average, sharded like the parameter.
+    """``save`` of ``training_tensors``; the model and its optimizers stay as they are. Call it on all ranks.
 
     Raises:
-        CheckpointError: as ``save``; or a weight, average or moment is not finite: nothing is written.
+        CheckpointError: as ``save`` and ``training_tensors``; then nothing is written.
     """
-    tensors: dict[str, Tensor] = {}
-    with agreed(f"cannot save step {step} in {root}"):
-        averaged = {AVERAGED + name: value for name, value in (averages or {}).items()}
-        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers), **averaged}
-        buffers = {MODEL + name for name, _ in model.named_buffers()}
-        if spoilt := [name for name, value in tensors.items() if name not in buffers and not _is_finite(value)]:
-            raise CheckpointError(
-                f"{len(spoilt)} of {len(tensors)} tensors hold values that are not finite, such as {spoilt[0]!r}: an update was too large."
-                " Earlier checkpoints are kept; go on from the last one with a lower optimizer.lr"
-            )
-    return save(root, step, tensors, state, files, keep, best)
+    return save(root, step, training_tensors(model, optimizers, averages, f"cannot save step {step} in {root}"), state, files, keep)
 
 
 def load_training(

@@ -44,7 +44,7 @@ from kempnerforge.checkpoint.manifest import (
     is_checkpoint,
     verify,
 )
-from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, in_group, rank, world_size
+from kempnerforge.checkpoint.ranks import agreed, from_rank0, gather, group, in_group, rank, world_size
 from kempnerforge.util.paths import start_of
 
 log = logging.getLogger("kempnerforge")
@@ -140,6 +140,7 @@ def _write(tmp: Path, tensors: dict[str, Tensor], files: dict[str, bytes], what:
             storage_writer=_Writer(tmp, overwrite=False),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=not in_group(),
+            process_group=group(),
         )
     written: dict[str, FileEntry] = {}
     with agreed(what):

@@ -155,12 +155,16 @@ class CheckpointConfig:
         keep_best: a score, such as "eval/exact_match": the checkpoint with the best one is also kept, and
             ``checkpoints/best`` names it. Empty keeps none.
         best_is: whether the "highest" or the "lowest" score is the best.
+        in_background: training goes on while a checkpoint is written from a copy in CPU memory, of the size
+            of this process' weights and optimizer state. If it cannot be written, the run ends with exit code
+            3 when the next one is due, or at its end.
     """
 
     interval: int = 500
     keep_last_n: int = 2
     keep_best: str = ""
     best_is: str = "highest"
+    in_background: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 0, "interval")

@@ -37,27 +37,28 @@ IN_A_SAVE: list[tuple[tuple[int, ...], str, bool]] = [
 """Which ranks die, where, and whether the step is saved by then."""
 
 
-def killed(job: Job, run: Path, faults: Faults) -> None:
+def killed(job: Job, run: Path, faults: Faults, *argv: str) -> None:
     """A part of a run in which the ranks of ``faults`` are killed. The other one ends by itself, for a restart."""
-    with job.ranks(run, "--checkpoint.keep_last_n=3", faults=faults) as ranks:
+    with job.ranks(run, "--checkpoint.keep_last_n=3", *argv, faults=faults) as ranks:
         ended = ranks.wait(30)
     assert codes(ended) == [KILLED if rank in faults else FAULT for rank in (0, 1)], ranks.err()
 
 
 @pytest.mark.slow
-def test_at_every_point_of_a_save(job: Job, tmp_path: Path, observe: Observe):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_at_every_point_of_a_save(in_background: bool, job: Job, tmp_path: Path, observe: Observe):
     """One run, killed ten times; what is found afterwards is the step that was complete."""
-    run = tmp_path / "run"
+    run, background = tmp_path / "run", f"--checkpoint.in_background={str(in_background).lower()}"
     for ranks, where, saved in IN_A_SAVE:
         before = newest(run)
         step = 8 if where == "while pruning" else before + 2
-        killed(job, run, {rank: [("kill_in_save", step, where)] for rank in ranks})
+        killed(job, run, {rank: [("kill_in_save", step, where)] for rank in ranks}, background)
         assert newest(run) == (step if saved else step - 2), where
-    exact = job.finish(run, "--checkpoint.keep_last_n=3")
+    exact = job.finish(run, "--checkpoint.keep_last_n=3", background)
     assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith((".", "step-00000002"))]
     points = ", ".join(sorted({where for _, where, _ in IN_A_SAVE}))
     observe(
-        f"kill -9 in a save: rank 0, rank 1 or both; {points}",
+        f"kill -9 in a save{' in the background' * in_background}: rank 0, rank 1 or both; {points}",
         f"{len(IN_A_SAVE)} of {len(IN_A_SAVE)} continue at the newest complete step, nothing half is left; the other rank ends with 3",
         exact,
     )

@@ -64,15 +64,20 @@ def test_a_full_disk(job: Job, tmp_path: Path, observe: Observe):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_in_the_tensors_or_in_the_manifest_and_a_file_limit(job: Job, tmp_path: Path, observe: Observe):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_disk_that_fills_in_the_tensors_or_in_the_manifest_and_a_file_limit(
+    in_background: bool, job: Job, tmp_path: Path, observe: Observe
+):
+    """In the background it is said where the next checkpoint is due."""
     run = tmp_path / "run"
+    limited = ({1: [("limit_files", 3, 1 << 14)]}, 4, "rank 1: [Errno 27] File too large")
     troubles = [
-        ({1: [("limit_files", 3, 1 << 14)]}, 4, "rank 1: [Errno 27] File too large"),
+        *([limited] if not in_background else []),  # there the save of step 2 may still be going on
         ({1: [("no_space", 6, "tensors")]}, 6, "rank 1: [Errno 28] No space left on device"),
         ({0: [("no_space", 8, "manifest.json")]}, 8, "[Errno 28] No space left on device"),
     ]
     for faults, step, says in troubles:
-        with job.ranks(run, faults=faults) as ranks:
+        with job.ranks(run, f"--checkpoint.in_background={str(in_background).lower()}", faults=faults) as ranks:
             ended = ranks.wait()
         assert codes(ended) == [3, 3], ranks.err()
         for one in ended:
@@ -80,9 +85,11 @@ def test_a_disk_that_fills_in_the_tensors_or_in_the_manifest_and_a_file_limit(jo
         assert checkpoint_steps(run) == list(range(2, step, 2))
         assert not list((run / "checkpoints").glob(".tmp*"))
     exact = job.finish(run)
-    observe(
-        "file-size limit (RLIMIT_FSIZE) on rank 1", "both ranks end with 3 and name rank, path and errno; earlier checkpoints whole", exact
-    )
+    says = "both ranks end with 3 and name rank, path and errno; earlier checkpoints whole"
+    if in_background:
+        observe("ENOSPC, as below, in the background", says, exact)
+        return
+    observe("file-size limit (RLIMIT_FSIZE) on rank 1", says, exact)
     observe("ENOSPC in rank 1's tensors, in rank 0's manifest (raised by the test)", "the same", exact)
 
 

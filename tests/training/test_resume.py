@@ -136,11 +136,12 @@ def test_signals_save_and_the_same_command_continues(tmp_path: Path):
     assert_same_run(tmp_path / "run", tmp_path / "reference")
 
 
-def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+def kill_at_random(folder: Path, kills: int, seed: int, *more: str) -> None:
     """A run that is killed ``kills`` times equals one that is not."""
     rng = random.Random(seed)
     argv = ("train", staged(folder, 8 * kills, 10 * kills), "--train.max_steps=0", "--checkpoint.interval=2", "--eval.interval=12")
     assert call(*argv, f"--run.dir={folder}/reference").code == 0
+    argv += more
     run = folder / "run"
     for _ in range(kills):
         lines = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
@@ -162,9 +163,9 @@ def test_three_kills(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_ten_kills(seed: int, tmp_path: Path):
-    kill_at_random(tmp_path, 10, seed)
+@pytest.mark.parametrize("more", [(), ("--checkpoint.in_background=true",)], ids=["", "in background"])
+def test_ten_kills(more: tuple[str, ...], tmp_path: Path):
+    kill_at_random(tmp_path, 10, 1 + len(more), *more)
 
 
 def test_a_kill_after_the_last_step_repeats_the_evaluation_alone(tmp_path: Path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
-from kempnerforge.checkpoint.state import load_training, save_training
+from kempnerforge.checkpoint import BackgroundSave, CheckpointError, load_training, save, training_tensors
 from kempnerforge.checkpoint.store import name_best
 from kempnerforge.config import CheckpointConfig, to_toml
 from kempnerforge.config.plugins import plugin_files, plugins_of
@@ -13,6 +14,8 @@ from kempnerforge.training.hooks.metrics import metrics_digest
 from kempnerforge.training.run_state import Best, RunState, SavedRun
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.util.errors import InputError
+
+log = logging.getLogger("kempnerforge")
 
 
 class Checkpoints(Hook):
@@ -27,6 +30,7 @@ class Checkpoints(Hook):
         self._better: Best | None = None
         self._files: dict[str, bytes] = {}
         self._data: dict[str, str] = {}
+        self._background: BackgroundSave | None = None
 
     def restore(self, trainer: Trainer, run: SavedRun) -> None:
         """Continues from ``run``. Called before training starts."""
@@ -42,6 +46,8 @@ class Checkpoints(Hook):
             self.best = state.best
 
     def start(self, trainer: Trainer) -> None:
+        if self.cfg.in_background:
+            self._background = BackgroundSave(trainer.job.distributed.timeout_s)
         tokenizer = self.run_dir / "tokenizer"
         self._files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.iterdir()) if file.is_file()}
         self._files["config.toml"] = to_toml(trainer.job).encode()
@@ -58,6 +64,8 @@ class Checkpoints(Hook):
         if (self._due and not result.skipped) or trainer.done or trainer.stopping:
             self._save(trainer)
             self._due = False
+        if trainer.done or trainer.stopping:
+            self._wait()
 
     def record(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Notes a better score: its step is saved next, unless it is saved already (after the last step, or
@@ -76,6 +84,7 @@ class Checkpoints(Hook):
             self._better = found
             return
         self.best = found
+        self._wait()
         if trainer.world.is_main:
             name_best(self.run_dir / "checkpoints", found.step)
 
@@ -96,9 +105,29 @@ class Checkpoints(Hook):
             asked=self._asked,
             history=trainer.history,
         )
-        root = self.run_dir / "checkpoints"
-        optimizers = trainer.optimizers
-        averages = optimizers.averages()
-        kept = self.best.step if self.best is not None else None
-        save_training(root, trainer.step, trainer.model, optimizers.all, state.to_json(), self._files, self.cfg.keep_last_n, averages, kept)
+        root, optimizers = self.run_dir / "checkpoints", trainer.optimizers
+        what = f"cannot save step {trainer.step} in {root}"
+        tensors = training_tensors(trainer.model, optimizers.all, optimizers.averages(), what)
+        write = save if self._background is None else self._background.save
+        write(
+            root,
+            trainer.step,
+            tensors,
+            state.to_json(),
+            self._files,
+            self.cfg.keep_last_n,
+            self.best.step if self.best is not None else None,
+        )
         self._saved_step = trainer.step
+
+    def _wait(self) -> None:
+        """Returns when no checkpoint is being written."""
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """After an error: the checkpoint that is being written is finished."""
+        try:
+            self._wait()
+        except CheckpointError as error:
+            log.error("%s", error)
