@@ -1,0 +1,78 @@
+"""``recipes/cluster/train.sbatch`` with made-up ``srun`` and ``scontrol``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.dist import ROOT
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+command = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+env = {{"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}}
+task = subprocess.Popen(command, env={{**os.environ, **env}})
+signal.signal(signal.SIGUSR1, lambda *_: task.send_signal(signal.SIGUSR1))
+sys.exit(task.wait())
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then printf 'n7\\nn8\\n'; else echo "$@" >> requeued; fi
+"""
+TRAIN = """#!/bin/sh
+echo "$RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT: $*" > command
+trap 'exit 130' USR1
+[ -z "$WAITS" ] || while :; do sleep 0.05; done
+exit $CODE
+"""
+
+
+def start(folder: Path, *argv: str, **env: str) -> subprocess.Popen[str]:
+    (folder / "bin").mkdir()
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL), ("kempnerforge", TRAIN)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "n[7-8]", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "recipes/cluster/train.sbatch"), *argv]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **slurm, **env}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (2, 0, False), (127, 0, False), (130, 0, True), (130, 9, True), (3, 0, True), (137, 4, True), (3, 5, False)],
+)
+def test_is_queued_again_by_exit_code(code: int, restarts: int, requeued: bool, tmp_path: Path) -> None:
+    process = start(tmp_path, "my job.toml", "--run.dir=a b", CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    assert (tmp_path / "command").read_text() == "1 of 2, local 1, n7:20042: train my job.toml --run.dir=a b\n"
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 20042\n"
+
+
+def test_waits_for_its_tasks_when_signals_come(tmp_path: Path) -> None:
+    process = start(tmp_path, "job.toml", CODE="0", WAITS="1")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "command").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # to the script itself
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.poll() is None
+    srun = next(path for path in Path("/proc").glob("[0-9]*") if f"{tmp_path}/bin/srun" in _command(path))
+    os.kill(int(srun.name), signal.SIGUSR1)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "saved; queued again" in out and (tmp_path / "requeued").exists()
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
