@@ -14,6 +14,7 @@ from kempnerforge.checkpoint.manifest import CheckpointError
 
 T = TypeVar("T")
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def in_group() -> bool:
@@ -22,7 +23,7 @@ def in_group() -> bool:
     NOTE: a group of one does not count. Every save through gloo starts a thread that stays, and on a CPU the
     steps after it took 40 % longer, most likely because OpenMP then sees more threads than cores.
     """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
@@ -31,6 +32,18 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if in_group() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In this thread all functions here are those of a process without others: rank 0 reads something that
+    the other ranks do not.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 @contextmanager

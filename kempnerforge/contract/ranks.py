@@ -63,7 +63,7 @@ def _rank(rank: int, port: int, folder: str, others: Sequence[Plugin], cases: Se
 
 
 def two_steps(case: str, world: World, out: Path) -> None:
-    it, how = prepared(case)
+    it, how = prepared(case, "meta" if world.rank else None)  # the second rank gets its weights from the first
     if TRACED in how:
         torch._dynamo.reset()
         it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))
@@ -84,10 +84,10 @@ def two_steps(case: str, world: World, out: Path) -> None:
         optimizer.zero_grad()
 
 
-def prepared(case: str) -> tuple[Tiny, set[str]]:
-    """The model of a case, and how it is run."""
+def prepared(case: str, device: str | None = None) -> tuple[Tiny, set[str]]:
+    """The model of a case, on ``device``, and how it is run."""
     arch, mask, how = case.split(":")
-    it = tiny(arch or None, mask, **(with_grids(arch) if GRIDS in how.split("+") else {}))
+    it = tiny(arch or None, mask, device=device, **(with_grids(arch) if GRIDS in how.split("+") else {}))
     if AUX in how.split("+"):
         add_losses(it.model)
     return it, set(how.split("+"))

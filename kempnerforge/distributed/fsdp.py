@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from kempnerforge.distributed.spread import spread, take_away
 from kempnerforge.distributed.world import World
 from kempnerforge.model.aux_loss import restore_losses, return_losses, with_aux_loss
 
@@ -18,9 +19,11 @@ RECOMPILE_LIMIT = 64
 def prepare(
     model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
 ) -> None:
-    """Installs recomputation, compilation and sharding, in this order, unit by unit. Names do not change.
+    """Installs recomputation, compilation and sharding, in this order, unit by unit. Names do not change. The
+    model is on ``world.device`` then, and the weights are those of rank 0.
 
     Args:
+        model: on ranks other than 0 it may be on the meta device: only rank 0 needs memory for all weights.
         units: modules that do not overlap; the root takes the other parameters.
         dtype: of compute; master weights and gradient reduction are fp32.
         reshard: free gathered weights after the forward pass.
@@ -39,6 +42,9 @@ def prepare(
     # reads
     param_dtype = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = take_away(model) if world.size > 1 else {}
+    if world.size == 1:
+        model.to(world.device)
     for unit in units:
         if aux_losses := with_aux_loss(unit):
             return_losses(unit, aux_losses)
@@ -51,6 +57,8 @@ def prepare(
         if aux_losses:
             restore_losses(unit, aux_losses)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.size > 1:
+        spread(model, whole, world.device)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one

@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kempnerforge.checkpoint.manifest import CheckpointError
 from kempnerforge.checkpoint.ranks import gather
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.watchdog import Watchdog
 from kempnerforge.util.errors import InputError
 
+T = TypeVar("T")
 _watchdog: Watchdog | None = None
 
 
@@ -62,6 +64,23 @@ class World:
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank. It is pickled."""
         return gather(value)
+
+    def together(self, act: Callable[[], T]) -> T:
+        """The result of ``act`` on this rank. All ranks call it.
+
+        Raises:
+            InputError, CheckpointError: on all ranks: ``act`` has raised it on one of them.
+        """
+        error: InputError | CheckpointError | None = None
+        result: list[T] = []
+        try:
+            result.append(act())
+        except (InputError, CheckpointError) as caught:
+            error = caught
+        for raised in self.gather(error):
+            if raised is not None:
+                raise raised
+        return result[0]
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kempnerforge.checkpoint.lock import RunLock
-from kempnerforge.checkpoint.ranks import from_rank0
+from kempnerforge.checkpoint.ranks import alone, from_rank0
 from kempnerforge.config import JobConfig
 from kempnerforge.config.dump import FlatConfig
 from kempnerforge.distributed import world as worlds
@@ -55,7 +55,7 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), end
     try:
         with claimed(run_dir, fresh) as locks:
             run = None if fresh else saved_run(run_dir)
-            assembly = _assemble(job, config, run, run_dir, allow)
+            assembly = _assemble(job, config, world, run, run_dir, allow)
             trainer = _make_trainer(assembly, config, world, run, run_dir, ends_process)
             if run is not None and trainer.done and from_rank0(lambda: is_complete(run_dir, run.manifest, config.table)):
                 LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / REPORT)
@@ -73,21 +73,30 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), end
         worlds.stop()
 
 
-def _assemble(job: JobConfig, config: FlatConfig, run: SavedRun | None, run_dir: Path, allow: Sequence[str]) -> Assembly:
-    """The job put together: checked against the ``run`` that it continues, or with initial weights."""
+def _assemble(job: JobConfig, config: FlatConfig, world: World, run: SavedRun | None, run_dir: Path, allow: Sequence[str]) -> Assembly:
+    """The job put together: checked against the ``run`` that it continues, or with initial weights, which
+    rank 0 alone has until the model is sharded.
+    """
     check_allowed_keys(allow)
     if run is not None:
         check_same_run(job, config, run, run_dir, allow)
         check_copies(config, run, run_dir, allow)
     # A new run in an old directory does not take the tokenizer there: the data may have been changed since.
-    assembly = assemble(job, saved_tokenizer(run.path) if run is not None else None)
+    tokenizer = saved_tokenizer(run.path) if run is not None else None
+    assembly = world.together(lambda: assemble(job, tokenizer, device=None if world.is_main else "meta"))
     assembly.data.check_held_out()
     if run is not None:
         check_same_data(assembly.data.fingerprints, run, run_dir, allow)
     else:
-        initialise(assembly.model, assembly.tokenizer)
-        assembly.freeze.refuse_random(assembly.model)
+        world.together(lambda: _initialise(assembly, world))
     return assembly
+
+
+def _initialise(assembly: Assembly, world: World) -> None:
+    if world.is_main:
+        with alone():
+            initialise(assembly.model, assembly.tokenizer)
+        assembly.freeze.refuse_random(assembly.model)
 
 
 def _make_trainer(assembly: Assembly, config: FlatConfig, world: World, run: SavedRun | None, run_dir: Path, ends_process: bool) -> Trainer:

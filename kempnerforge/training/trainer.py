@@ -146,7 +146,7 @@ class Trainer:
     def __init__(self, assembly: Assembly, world: World, hooks: Sequence[Hook]) -> None:
         job = assembly.job
         self.assembly, self.job, self.world, self.hooks = assembly, job, world, list(hooks)
-        self.stages, self.model = assembly.data.stages, assembly.model.to(world.device)
+        self.stages, self.model = assembly.data.stages, assembly.model
         self.freeze = assembly.freeze
         self.freeze.check()
         self.names, self.patterns = self.freeze.names, self.freeze.patterns

@@ -33,6 +33,13 @@ def test_two_ranks_add_their_gradients(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "shard_sizes"), [(2, [0]), pytest.param(4, [0, 2], marks=pytest.mark.slow)])
+def test_all_ranks_have_the_weights_of_rank_0(ranks: int, shard_sizes: list[int]) -> None:
+    for ended in run_ranks("tests.distributed.workers:weights_of_rank_0", ranks, *shard_sizes, timeout=60):
+        assert ended.returncode == 0, ended.stderr[-2000:]
+
+
 def test_a_world_of_one_is_one_unit_that_computes_the_same(world: World) -> None:
     plain, model = Stack(), Stack()
     install(model, world)

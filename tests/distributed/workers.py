@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.fsdp import fsdp_modules, prepare, sync_gradients
-from kempnerforge.distributed.world import World, start, stop
+from kempnerforge.distributed.world import World, _mesh, start, stop
 
 
 class Stack(nn.Module):
@@ -95,5 +96,42 @@ def two_ranks(out: str) -> None:
         results["bf16"] = gradients(model)
         if world.is_main:
             torch.save(results, out)
+
+    in_world(body)
+
+
+class Odd(nn.Module):
+    """A weight of two names, a buffer of bits, one that is not saved, fewer rows than ranks, a frozen one."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.row = nn.Parameter(torch.randn(1, 4))
+        self.frozen = nn.Parameter(torch.randn(1), requires_grad=False)
+        self.register_buffer("bits", torch.rand(5) > 0.5)
+        self.register_buffer("scratch", torch.rand(3, 3).t(), persistent=False)
+
+
+def weights_of_rank_0(*shard_sizes: str) -> None:
+    """Other ranks have no memory, or other weights, before the model is sharded; afterwards all have those of rank 0."""
+
+    def body(world: World) -> None:
+        for shard_size in map(int, shard_sizes):
+            mesh = _mesh("cpu", world.size, shard_size)
+            for device in ("meta", "cpu"):
+                with torch.device("cpu" if world.is_main else device):
+                    model = Odd(seed=world.rank)
+                prepare(model, model.layers, replace(world, mesh=mesh), torch.float32, reshard=True, recompute=False, compile_units=False)
+                want = Odd(seed=0)
+                assert model.head.weight is model.embed.weight
+                found = [*model.named_parameters(), *model.named_buffers()]
+                assert [name for name, _ in found] == [name for name, _ in [*want.named_parameters(), *want.named_buffers()]]
+                for name, tensor in found:
+                    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                    theirs = want.get_parameter(name) if isinstance(tensor, nn.Parameter) else want.get_buffer(name)
+                    assert torch.equal(whole, theirs) and tensor.requires_grad == theirs.requires_grad, name
 
     in_world(body)

@@ -212,6 +212,35 @@ def test_two_copies_of_two_shards(runs: Path, optimizer: str, tmp_path: Path):
         assert relative(ours, theirs) < (1e-3 if optimizer == "adamw" else 1e-2), key
 
 
+def test_rank_0_alone_has_all_weights_and_says_for_all_what_is_wrong_with_them(runs: Path, tmp_path: Path):
+    """What the other rank builds has no memory. It ends with the same message, at once, when the weights cannot be read."""
+    main = """
+import torch
+from kempnerforge.cli.main import main
+from kempnerforge.distributed import fsdp
+take_away = fsdp.take_away
+def look(model):
+    devices = {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
+    assert devices == ({"cpu"} if torch.distributed.get_rank() == 0 else {"meta"}), devices
+    return take_away(model)
+fsdp.take_away = look
+main()
+"""
+    argv = ("train", runs / "job.toml", *COMMON, "--eval.at_end=false", f"--run.dir={tmp_path}/run", "--train.max_steps=1")
+    began = f"--run.init_from={runs}/one"
+    for ended in run_ranks(main, 2, *argv, began):
+        assert ended.returncode == 0, ended
+    assert losses(tmp_path / "run")[0] < 0.9 * losses(runs / "one")[0]
+    for wrong, says in (
+        (f"--run.init_from={tmp_path}/none", "none: no such directory"),
+        ("--vlm.freeze=[{ module = 'transformer' }]", "random weights would stay frozen"),
+    ):
+        fresh = [*argv, f"--run.dir={tmp_path}/wrong", *([] if "freeze" in wrong else [began]), wrong]
+        for ended in run_ranks("from kempnerforge.cli.main import main; main()", 2, *fresh):
+            assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr, ended
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_copies_that_do_not_come_out_even(runs: Path, tmp_path: Path):
     ended = two_ranks("train", runs / "job.toml", f"--run.dir={tmp_path}/odd", "--distributed.shard_size=3")
     assert ended.code == 2 and "distributed.shard_size = 3: must divide the number of processes, 2" in ended.err
