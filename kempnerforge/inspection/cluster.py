@@ -157,6 +157,8 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     trained = [name for name in names if name in trainable]
     slots = state_copies(model, stage.optimizer, job.train.ema_decay > 0)
     width, reshard = found.dtype.itemsize, job.distributed.reshard_after_forward and processes > 1
+    at_once = job.distributed.accumulate_sharded
+    reductions = accumulated if at_once else 1
 
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
@@ -167,7 +169,7 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
         "gradients": MASTER * shards.part(trained),
         "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
         "gathered weights": cast * shown,
-        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and processes > 1 else 0,
+        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and processes > 1 and not at_once else 0,
         "activations": round(in_row * rows),
     }
     free = gpu.memory - (sum(memory.values()) - memory["activations"])
@@ -178,8 +180,8 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     first = next((k for k, unit in enumerate(shards.units) if part_of(unit[0]) in learns), len(sizes))
     forth, back = sum(sizes), sum(sizes[max(0, first - 1) :]) if reshard else 0  # the unit before them is fetched ahead, and not used
     gathered = accumulated * width * (forth + back + shards.received(shards.root))
-    reduced = REDUCED * sum(shards.received([name]) for name in trained)
-    copied = round(REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
+    reduced = reductions * REDUCED * sum(shards.received([name]) for name in trained)
+    copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
 
     speed = EFFICIENCY * gpu.flops * processes / batch
     again = counted.forward_flops if job.train.activation_checkpointing else 0.0
@@ -228,7 +230,8 @@ def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, g
         lines.append(f"{sum(memory.values()) / GIB:,.1f} GiB are needed, {gpu.memory / GIB:,.1f} are there: {fits}, not of {rows}")
     if memory["unsharded gradients"] > 0.25 * gpu.memory:
         size = memory["unsharded gradients"] / GIB
-        lines.append(f"train.grad_accum_steps: gradients of all parameters are added up unsharded, {size:,.1f} GiB; 1 avoids it")
+        avoids = "distributed.accumulate_sharded avoids it"
+        lines.append(f"train.grad_accum_steps: gradients of all parameters are added up unsharded, {size:,.1f} GiB; {avoids}")
     if exposed > 0.2:
         wider = "" if job.distributed.shard_size else "; distributed.shard_size = the GPUs of a node sends less between nodes"
         lines.append(f"{exposed:.0%} of a step waits for communication: more rows for each process would hide it{wider}")

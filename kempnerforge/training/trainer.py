@@ -233,7 +233,8 @@ class Trainer:
 
         loss_sum, weighted_sum, aux_sum, pair_sum = (torch.zeros((), device=self.world.device) for _ in range(4))
         for index, batch in enumerate(data.batches):
-            sync_gradients(self.model, index == len(data.batches) - 1)  # ranks exchange gradients once a step
+            is_last = index == len(data.batches) - 1
+            sync_gradients(self.model, is_last or self.job.distributed.accumulate_sharded)  # by default once a step
             batch = batch if self.features is None else self.features.attach(batch)
             output = self.model(batch.to(self.world.device))
             if self.features is not None:

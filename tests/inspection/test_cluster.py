@@ -86,6 +86,7 @@ def measured(config: Path, ranks: int, *words: str) -> dict[str, int]:
         (2, ("--distributed.reshard_after_forward=false", "--train.grad_accum_steps=2", "--vlm.arch=mot")),
         (2, ("--optimizer.name=muon", "--train.mixed_precision=bf16")),
         (4, ("--distributed.shard_size=2",)),
+        (4, ("--distributed.shard_size=2", "--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true", "--train.batch_size=8")),
     ],
 )
 def test_state_and_traffic_are_those_of_ranks(ranks: int, words: tuple[str, ...], tmp_path: Path) -> None:
@@ -126,7 +127,8 @@ def _units(_: int, found: object) -> list[int]:
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    found = plan(load_config(make_job(tmp_path), [STEPS, "--train.grad_accum_steps=2"]))
+    words = (STEPS, "--train.grad_accum_steps=2")
+    found = plan(load_config(config := make_job(tmp_path), words))
     (roomy,) = on_cluster(found, 2, GPUS["a100"])
     small = Gpu(float(roomy.total - 1), 1e12, 1e12, 1e12)
     (tight,) = on_cluster(found, 2, small)
@@ -134,7 +136,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     (line,) = [line for line in tight.warnings if "fits" in line]
     assert "not even one row fits, not of 1" in line
     tiny = Gpu(2.0 * roomy.memory["unsharded gradients"], 1e12, 1e12, 1e12)
-    assert any("added up unsharded" in line for line in on_cluster(found, 2, tiny)[0].warnings)
+    (wide,) = on_cluster(found, 2, tiny)
+    assert any("added up unsharded" in line for line in wide.warnings)
+    (sharded,) = on_cluster(plan(load_config(config, [*words, "--distributed.accumulate_sharded=true"])), 2, tiny)
+    assert wide.total - sharded.total == wide.memory["unsharded gradients"] > 0 and sharded.reduced == 2 * wide.reduced
     with pytest.raises(InputError, match="train.batch_size = 4: 3 processes with grad_accum_steps = 2 need a multiple of 6"):
         on_cluster(found, 3, small)
 

@@ -91,6 +91,13 @@ def test_two_ranks_equal_one_process_that_accumulates(runs: Path):
     assert relative(losses(runs / "two"), losses(runs / "micro")) < 1e-6
 
 
+def test_sums_of_gradients_that_are_held_sharded(runs: Path):
+    """Of two micro-batches on each of two ranks; reduced twice as often."""
+    argv = ("train", runs / "job.toml", *COMMON, "--eval.at_end=false", "--train.max_steps=0", "--train.grad_accum_steps=2")
+    assert two_ranks(*argv, f"--run.dir={runs}/sharded", "--distributed.accumulate_sharded=true").code == 0
+    assert relative(losses(runs / "sharded"), losses(runs / "one")) < 1e-5
+
+
 def test_counts_and_evaluation_are_over_all_ranks(runs: Path):
     one, two = ([row for row in metrics(runs / name) if "data/samples" in row][-1] for name in ("one", "two"))
     assert one["data/samples"] == two["data/samples"] == 4 * STEPS
