@@ -35,8 +35,8 @@ class DataConfig:
 
     Attributes:
         source: which source.
-        tokenizer: "train" makes a small byte-level BPE from the training text; otherwise a local directory or
-            a hub id.
+        tokenizer: "train" makes a small byte-level BPE from the training text (of 200,000 samples, where a
+            source has more); otherwise a local directory or a hub id.
         tokenizer_vocab_size: size of the trained one at most.
         template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by
             turn, EOS after each answer. "chat": by the tokenizer's own chat template. "plain": image, answer,

@@ -19,7 +19,7 @@ from kempnerforge.data.batching.order import Order
 from kempnerforge.data.fingerprint import file_fingerprint, pictures_fingerprint
 from kempnerforge.data.images.decode import load_image
 from kempnerforge.data.sample import Sample, SampleError, Text, text_size
-from kempnerforge.data.source import Source
+from kempnerforge.data.source import Source, corpus_numbers
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.sources.keys import Ignoring
 from kempnerforge.data.text.template import stretches
@@ -128,7 +128,7 @@ class PictureCodes(Source):
 
     def corpus(self) -> Iterator[str]:
         """Captions alone, as the tokens of pictures are in no text."""
-        for index in range(len(self)):
+        for index in corpus_numbers(len(self)):
             try:
                 for caption in captions(self.inner.texts(index)):
                     yield from stretches(self.cfg, Text(caption, ""))

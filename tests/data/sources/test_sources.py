@@ -11,6 +11,7 @@ import pytest
 
 from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig, JsonlConfig, TextConfig
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image
+from kempnerforge.data import source as data_source
 from kempnerforge.data.batching.loader import RowClasses
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.inspection.audit import audit
@@ -181,6 +182,20 @@ def test_interleaved_rows_of_a_file(root: Path, make_encoder: Callable[..., Enco
     assert RowClasses(source, Layout(32, 8, 100, 100, 0))(np.arange(4)).tolist() == [4, 2, 0, 2]
     corpus = list(source.corpus())
     assert not any("<image>" in text for text in corpus) and "see " in corpus
+
+
+def test_a_tokenizer_learns_from_some_of_many_samples(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": "sub/red.png", "prompt": "", "answer": f"word{number}"} for number in range(100)]
+    cfg = JsonlConfig(path=write_lines(root / "many.jsonl", *rows))
+    everything = [text for text in built(cfg).corpus() if "word" in text]
+    assert everything == [f"word{number}" for number in range(100)]
+    monkeypatch.setattr(data_source, "CORPUS_SAMPLES", 20)
+    some = [text for text in built(cfg).corpus() if "word" in text]
+    assert len(some) == 20 and some == [text for text in everything if text in some]
+    assert min(map(everything.index, some)) < 20 and max(map(everything.index, some)) >= 80
+    assert some == [text for text in built(cfg).corpus() if "word" in text]
+    monkeypatch.setattr(data_source, "CORPUS_SAMPLES", 100)
+    assert [text for text in built(cfg).corpus() if "word" in text] == everything
 
 
 def test_interleaved_rows_of_a_dataset(hf: Any, root: Path, make_encoder: Callable[..., Encoder]) -> None:
