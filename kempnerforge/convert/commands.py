@@ -16,7 +16,7 @@ from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.convert.card import model_card
 from kempnerforge.convert.processor import FILES, write_embedder, write_processor
-from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, load_class, make_probe, our_logits
+from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, compared, load_class, make_probe, our_logits
 from kempnerforge.inference.external import load_external
 from kempnerforge.inference.model import ASKED_FILE, JOB_FILE, TOKENIZER, TrainedModel
 from kempnerforge.interop.settings import hf_config
@@ -201,10 +201,10 @@ def _rounded(assembly: Assembly, how: How) -> str:
         p.data.copy_(rounded)
     if before is None or batch is None:
         return f"weights in {name}, rounded from float32"
-    found = agreement(before, our_logits(model, batch))
+    found, kind = agreement(before, our_logits(model, batch)), compared(model)
     return (
-        f"weights in {name}, rounded from float32: logits before and after, max|difference| {found.difference:.2g}, "
-        f"max|logit| {found.scale:.3g}"
+        f"weights in {name}, rounded from float32: {kind}s before and after, max|difference| {found.difference:.2g}, "
+        f"max|{kind}| {found.scale:.3g}"
     )
 
 

@@ -107,6 +107,11 @@ class ProbeBatch:
     inputs: dict[str, Tensor]
 
 
+def compared(model: VLM) -> str:
+    """What is compared of it: a "logit" or an "embedding"."""
+    return "logit" if "words" in model.gives else "embedding"
+
+
 def short_form(model: VLM) -> Form:
     """Two rows with an image each: in front where image and prompt see each other (as the classes have it),
     else after a few words.
@@ -305,8 +310,7 @@ def compare_models(assembly: Assembly, image_id: int | None, hf_model: Any) -> A
         found.append(agreement(logits, class_logits(hf_model, probe.inputs), farthest))
         probes.append(probe)
     worst = max(found, key=lambda one: one.excess)
-    kind = "logit" if "words" in assembly.model.gives else "embedding"
-    return replace(worst, kind=kind, covered=_covered(bounds, [probe.batch for probe in probes]))
+    return replace(worst, kind=compared(assembly.model), covered=_covered(bounds, [probe.batch for probe in probes]))
 
 
 def _covered(bounds: ModelLimits, batches: Sequence[Batch]) -> str:

@@ -95,7 +95,7 @@ class DualEncoderFamily(VLMFamily):
     def sections(self, config: dict[str, Any], rows: int, normalisation: Normalisation) -> VLMSections:
         full = complete(config)
         text, vision = full["text_config"], full["vision_config"]
-        width = full["projection_dim"] if self.projects_images else text["projection_size"]
+        width = number(full, "projection_dim") if self.projects_images else number(text, "projection_size")
         if not self.projects_images and width != vision["hidden_size"]:
             raise InputError(f"text_config.projection_size = {width}: must be vision_config.hidden_size = {vision['hidden_size']}")
         if vision.get("vision_use_head") is False:
@@ -136,9 +136,10 @@ class DualEncoderFamily(VLMFamily):
     def check(self, job: JobConfig) -> str:
         how, tower, fixed = vars(job.vlm), job.vision_encoder, {**self.vlm, "caption_weight": 0.0}
         wrong = [f"vlm.{key} = {how[key]!r}, not {value!r}" for key, value in fixed.items() if how[key] != value]
-        if type(tower) is not self.tower or not tower.pooled:
-            pooled = str(getattr(tower, "pooled", False)).lower()
-            wrong.append(f"vision_encoder.type = {tower.type!r} with pooled = {pooled}, not {self.tower.type!r} with pooled = true")
+        if not isinstance(tower, self.tower):
+            wrong.append(f"vision_encoder.type = {tower.type!r}, not {self.tower.type!r}")
+        elif not tower.pooled:
+            wrong.append("vision_encoder.pooled = false, not true")
         elif tower.image_size not in (0, tower.settings.get("image_size")):
             wrong.append(f"vision_encoder.image_size = {tower.image_size}, not the size that its positions are for")
         if not isinstance(job.adapter, NoAdapterConfig):
@@ -193,7 +194,14 @@ def text_tower(config: Mapping[str, Any]) -> ModelConfig:
     """
     if (name := config["hidden_act"]) not in ACTIVATIONS:
         raise InputError(f"text_config.hidden_act = {show(name)}: the backbone has {', '.join(ACTIVATIONS)}")
-    return ModelConfig(**{key: config[theirs] for key, theirs in TEXT.items()}, activation=ACTIVATIONS[name], **FIXED)
+    return ModelConfig(**{key: number(config, theirs) for key, theirs in TEXT.items()}, activation=ACTIVATIONS[name], **FIXED)
+
+
+def number(config: Mapping[str, Any], key: str) -> Any:
+    """A number of a config; raises InputError if it is null."""
+    if config[key] is None:
+        raise InputError(f"{key} = null: must be a number")
+    return config[key]
 
 
 def text_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor, nn
 
@@ -154,6 +155,25 @@ def test_loss_and_gradients_are_those_of_transformers(saved: Path, ours: Assembl
     theirs.zero_grad()
 
 
+def test_files_of_the_hub_say_more_and_less(tmp_path: Path) -> None:
+    """What is older or without meaning is passed over, and what is left out is the class's default."""
+    save("clip", tmp_path / "new")
+    rename(tmp_path / "new", tmp_path / "old", {})
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    config |= {"text_config_dict": None, "vision_config_dict": None, "logit_scale_init_value": 2.6592, "_commit_hash": None}
+    for section, known in (("text_config", hf.CLIPTextConfig()), ("vision_config", hf.CLIPVisionConfig())):
+        named = config[section] | {"add_cross_attention": False, "num_beams": 1, "prefix": None, "torchscript": False, "dropout": 0.0}
+        config[section] = {key: value for key, value in named.items() if getattr(known, key, None) != value}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    ids = {f"{part}_model.embeddings.position_ids": torch.arange(12)[None] for part in ("text", "vision")}
+    save_file(tensors | ids, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    old, new = open_external(tmp_path / "old"), open_external(tmp_path / "new")
+    assert old.job == new.job and "hidden_act" not in config["text_config"]
+    got, want = old.read(), new.read()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("key", ["text_model.encoder.layers.1.mlp.fc2.bias", "logit_scale", "vision_model.post_layernorm.weight"])
 def test_a_renamed_key_is_named(key: str, saved: Path, tmp_path: Path) -> None:
     rename(saved, tmp_path, {key: key + "_"})
@@ -165,6 +185,8 @@ def test_a_renamed_key_is_named(key: str, saved: Path, tmp_path: Path) -> None:
     ("kind", "section", "values", "message"),
     [
         ("clip", "text_config", {"hidden_act": "relu"}, 'text_config.hidden_act = "relu": the backbone has quick_gelu, gelu'),
+        ("clip", "text_config", {"layer_norm_eps": None}, "layer_norm_eps = null: must be a number"),
+        ("clip", "", {"projection_dim": None}, "projection_dim = null: must be a number"),
         ("clip", "text_config", {"eos_token_id": 9}, "eos_token_id = 9, at which the class pools a text, and the tokenizer's EOS is 172"),
         ("siglip", "text_config", {"projection_size": 32}, "projection_size = 32: must be vision_config.hidden_size = 24"),
         ("siglip", "vision_config", {"vision_use_head": False}, "vision_use_head = false: without its pooling head"),
@@ -173,7 +195,7 @@ def test_a_renamed_key_is_named(key: str, saved: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_refused(kind: str, section: str, values: dict[str, Any], message: str, tmp_path: Path) -> None:
     save(kind, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config[section] |= values
+    (config[section] if section else config).update(values)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         load_external(tmp_path)
@@ -224,7 +246,7 @@ def test_trained_on_and_out(saved: Path, theirs: Any, tmp_path: Path) -> None:
         ("model", {"n_kv_heads": 2}, "model.n_kv_heads = 2, not 4"),
         ("model", {"activation": "swiglu"}, "model.activation = 'swiglu', not 'quick_gelu' or 'gelu_exact' or 'gelu'"),
         ("vlm", {"pooling": "mean", "caption_weight": 0.5}, "vlm.pooling = 'mean', not 'last'; vlm.caption_weight = 0.5, not 0.0"),
-        ("vision_encoder", {"pooled": False}, "with pooled = false, not 'clip' with pooled = true"),
+        ("vision_encoder", {"pooled": False}, "vision_encoder.pooled = false, not true"),
         ("vision_encoder", {"image_size": 56}, "vision_encoder.image_size = 56"),
         ("", {"adapter": LinearAdapterConfig()}, "adapter.type = 'linear', not 'none'"),
     ],

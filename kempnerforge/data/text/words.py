@@ -277,14 +277,15 @@ class TextEncoder:
         """``line`` with the token that it starts with. Where nothing is read before the answer, and there is
         no BOS, that is EOS: the first answer token needs one before it, if it is trained.
         """
-        bare = not line.front and not self.template.bare
+        alone = self.template.bare and bool(line.ids)
+        bare = not line.front and not alone
         start = self.tokenizer.start_id if self.template.bos else None
         if bare or self.template.own_bos:
             start = self.tokenizer.bos_id
         if start is None and bare:
             start = self.tokenizer.eos_id
         if start is None:
-            return _Line(line.ids, [False, *line.trained[1:]], line.at, line.front) if self.template.bare and line.ids else line
+            return _Line(line.ids, [False, *line.trained[1:]], line.at, line.front) if alone else line
         lead = self._lead(line)
         return _Line([start, *line.ids], [False, *line.trained], [0] * lead + [k + 1 for k in line.at[lead:]], line.front)
 

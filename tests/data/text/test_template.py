@@ -538,6 +538,7 @@ def test_captions_have_nothing_in_front_but_what_the_tokenizer_puts_there(bos: s
     for template, filled in (("caption", 0), ("padded_caption", 20)):
         encoder = TextEncoder(tokenizer, DataConfig(template=template), Layout(0, 8, 20, 20, 0))
         table = encoder.encode(Text("What is it?", "A cat.")).table
+        assert encoder.encode_prompt("What is it?", 0).ids, "a prompt alone is not empty"
         padding = [tokenizer.pad_id] * max(0, filled - len(start) - len(ids) - 1)
         assert table[INPUT_IDS].tolist() == [*start, *ids, end, *padding] and (filled in (0, table.shape[1]))
         assert [one for run in trained_runs(encoder, Text("", "A cat.")) for one in run] == [*ids[not adds :], end]
