@@ -15,7 +15,7 @@ from torch import Tensor
 from kempnerforge.config.adapter import NoAdapterConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.vision import ClipConfig, SiglipConfig
+from kempnerforge.config.vision import ClipConfig, ResizedTowerConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.settings import complete
@@ -81,7 +81,7 @@ class DualEncoderFamily(VLMFamily):
             them.
     """
 
-    tower: type[ClipConfig] | type[SiglipConfig]
+    tower: type[ResizedTowerConfig]
     vlm: Mapping[str, Any]
     others: Mapping[str, str]
 

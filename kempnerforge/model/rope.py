@@ -38,7 +38,8 @@ def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
     """Tables for ``positions``: (B, S), or (3, B, S) with ``rope_sections``, time, row and column."""
     if cfg.positions == "learned":
-        return (positions[:, None, :, None],) * 2
+        numbers = positions[:, None, :, None]
+        return numbers, numbers
     if positions.ndim == 3:
         turns = torch.stack([positions[axis] for axis in cfg.rope_axes * (2 if cfg.rope_local_theta else 1)], dim=-1)[:, None]
     else:

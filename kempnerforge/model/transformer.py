@@ -154,7 +154,9 @@ class Attention(nn.Module):
         """``x`` (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E), q and k rotated if positions are."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H or G, E)
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        return *((rotate(q, rope), rotate(k, rope)) if self.turns else (q, k)), v.transpose(1, 2)
+        if self.turns:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v.transpose(1, 2)
 
     def out(self, o: Tensor) -> Tensor:
         """The heads' outputs, projected: (B, S, H * E) -> (B, S, D)."""
