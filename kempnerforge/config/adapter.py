@@ -57,6 +57,18 @@ class LinearAdapterConfig(AdapterConfig):
 
 @registry.register_adapter_config
 @dataclass
+class NoAdapterConfig(AdapterConfig):
+    """The features as they are, for archs that read any width: ``cross_attention`` and ``dual_encoder``."""
+
+    type: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        only_if(self, False, "a type with a projection", "hidden_dim", "bias")
+
+
+@registry.register_adapter_config
+@dataclass
 class MLPAdapterConfig(AdapterConfig):
     """Linear, GELU, linear (LLaVA-1.5). ``hidden_dim`` 0 means the language model's width."""
 

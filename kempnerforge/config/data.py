@@ -41,7 +41,9 @@ class DataConfig:
         template: how texts are written. "prompt": by ``prompt_template`` and ``answer_template``, turn by
             turn, EOS after each answer. "chat": by the tokenizer's own chat template. "plain": image, answer,
             line break; prompts are left out (LLaVA's first stage). "paligemma": BOS, prompt, line break,
-            answer, EOS; one turn. "turns": by ``turns``. The loss is on answers and their ends alone.
+            answer, EOS; one turn. "turns": by ``turns``. "caption": the answer and EOS alone, for embeddings
+            (CLIP); "padded_caption": and then padding up to ``vlm.max_text_len``, which is read (SigLIP). The
+            loss is on answers and their ends alone.
         prompt_template, answer_template: what the model reads and what it is trained to write; "{prompt}" and
             "{answer}" are replaced by the sample's. BOS goes before the first prompt.
         system: the system prompt of conversations that have none, for templates that have a place for it.

@@ -1,5 +1,5 @@
 """``[model]``: the text backbone, with the knobs that the Llama, Mistral, SmolLM2, SmolLM3, Qwen and Gemma
-families need.
+families need, and the text towers of CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from kempnerforge.config.checks import at_least, at_most, more_than, one_of, onl
 from kempnerforge.util.errors import InputError
 
 MAX_LAYERS = 4096
+GATED = ("swiglu", "geglu")
+"""Values of ``activation`` with a third matrix, whose product multiplies the activation."""
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_local_theta", "nope_interval", "rope_sections")
 BEGIN_PICTURE, END_PICTURE = "<boi>", "<eoi>"
 CODE = re.compile(r"<code_(\d+)>")
 """Tokens of a picture that is written: its codes, in rows from the upper left, between these two."""
@@ -59,15 +62,19 @@ class ModelConfig:
         n_kv_heads: key/value heads: 0 means ``n_heads``, 1 is multi-query (Shazeer 2019), between is
             grouped-query (Ainslie et al. 2023).
         head_dim: 0 means ``dim / n_heads``; otherwise free of ``dim``.
-        ffn_dim: hidden width of the feed-forward; 0 means ``4 * dim`` for "gelu", 8/3 of ``dim`` rounded up
-            to 32 for the gated ones.
-        activation: "swiglu", "geglu" (Shazeer 2020; tanh GELU) or "gelu" (not gated).
+        ffn_dim: hidden width of the feed-forward; 0 means 8/3 of ``dim`` rounded up to 32 for the gated
+            ones, ``4 * dim`` for the others.
+        activation: gated "swiglu" or "geglu" (Shazeer 2020; tanh GELU); not gated "gelu" (tanh), "gelu_exact"
+            or "quick_gelu" (``x * sigmoid(1.702 * x)``: CLIP).
+        bias: biases on all linear layers of attention and feed-forward (GPT-2, CLIP, SigLIP).
+        positions: "rope", or "learned": ``max_seq_len`` embeddings, one added at each position of the stream
+            (GPT-2, CLIP, SigLIP).
         vocab_size: 0 takes the tokenizer's; a larger one pads the embedding, unless there are ``new_tokens``;
             a smaller one is an error.
         new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a
             separate module, ``transformer.new_tokens``, so that they can train while the rest of the
             embedding is frozen.
-        max_seq_len: positions that RoPE is meant for; longer streams are refused.
+        max_seq_len: positions that the model is meant for; longer streams are refused.
         norm: "rms_norm", or "layer_norm" with gain and bias (Ba et al. 2016; VLA Foundry).
         embed_norm: norm of the stream before the first layer, images included (VLA Foundry's
             ``post_embed_norm``).
@@ -108,6 +115,8 @@ class ModelConfig:
     head_dim: int = 0
     ffn_dim: int = 0
     activation: str = "swiglu"
+    bias: bool = False
+    positions: str = "rope"
     vocab_size: int = 0
     max_seq_len: int = 2048
     norm: str = "rms_norm"
@@ -141,7 +150,9 @@ class ModelConfig:
         at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
         at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval", "sliding_window")
         more_than(self, 0, "norm_eps", "rope_theta")
-        one_of(self, "activation", ("swiglu", "geglu", "gelu"))
+        one_of(self, "activation", (*GATED, "gelu", "gelu_exact", "quick_gelu"))
+        one_of(self, "positions", ("rope", "learned"))
+        only_if(self, self.positions == "rope", "positions = 'rope'", *ROPE_KEYS)
         one_of(self, "norm", ("rms_norm", "layer_norm"))
         only_if(self, self.norm == "rms_norm", "norm = 'rms_norm'", "norm_plus_one")
         if not self.window_pattern or set(self.window_pattern) - set("SF"):
@@ -157,7 +168,7 @@ class ModelConfig:
             raise InputError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
         if self.n_heads % self.kv_heads:
             raise InputError(f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}")
-        if self.head_width % 2:
+        if self.positions == "rope" and self.head_width % 2:
             raise InputError(f"head_dim = {self.head_width}: rotary positions need an even one")
         only_if(self, self.rope_sections, "rope_sections", "rope_interleaved")
         if self.rope_sections and [self.rope_axes.count(axis) for axis in range(len(self.rope_sections))] != self.rope_sections:
@@ -205,4 +216,4 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        return self.ffn_dim or (4 * self.dim if self.activation == "gelu" else -(-8 * self.dim // 3 // 32) * 32)
+        return self.ffn_dim or (-(-8 * self.dim // 3 // 32) * 32 if self.activation in GATED else 4 * self.dim)

@@ -10,7 +10,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import one_of, only_if
 from kempnerforge.util.errors import InputError, UnreadError
 
-TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns")
+TEMPLATES = ("prompt", "chat", "plain", "paligemma", "turns", "caption", "padded_caption")
 WITH_SYSTEM = ("chat", "turns")
 """Templates that have a place for a system prompt."""
 

@@ -245,12 +245,17 @@ class ResizedTowerConfig(HFTowerConfig):
     Attributes:
         image_size: pixels of a side; 0 means the tower's own. For another size its positions are
             interpolated: PaliGemma's tower of 224 sees 448 pixels, DINOv2's of 518 sees 224.
+        pooled: an image is one feature, the ``pooler_output`` of its class: CLIP's and DINOv2's CLS token
+            after the last norm, SigLIP's attention pooling with an MLP.
     """
 
     image_size: int = 0
+    pooled: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pooled and self.feature_layers != [-1]:
+            raise InputError(f"pooled = true: is made of the last layer, feature_layer = -1 alone, not of {self.feature_layers}")
         at_least(self, 0, "image_size")
         at_most(self, LARGEST_SIDE, "image_size")
 
@@ -274,7 +279,7 @@ class Siglip2Config(ResizedTowerConfig):
 @registry.register_vision_config
 @dataclass
 class ClipConfig(ResizedTowerConfig):
-    """CLIP (Radford et al. 2021); the CLS token is dropped."""
+    """CLIP (Radford et al. 2021); the CLS token is dropped, or all but it."""
 
     type: str = "clip"
 

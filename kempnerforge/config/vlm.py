@@ -56,14 +56,14 @@ class VLMConfig:
             (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (causal, an
             image sees all of the prompt: Wang et al. 2025, arXiv 2503.02597). One of several texts sees none.
         masks: no key: the values that ``attention_mask`` takes.
-        stands_for: no key either: ``model_type`` in transformers of models with its blocks.
+        stands_for: no key either: ``model_type`` in transformers of the models that it can be.
 
     Raises:
         ValueError: a value is out of range, or ``arch`` has another class.
     """
 
     masks: ClassVar[tuple[str, ...]] = MASKS
-    stands_for: ClassVar[str] = ""
+    stands_for: ClassVar[tuple[str, ...]] = ()
 
     arch: str = "joint_decoder"
     max_text_len: int = 512
@@ -191,7 +191,7 @@ class CrossAttentionConfig(CrossAttentionBlockConfig, VLMConfig):
             no rows for them (Llama 3.2 Vision: an image's). Not with tied embeddings or ``model.new_tokens``.
     """
 
-    stands_for: ClassVar[str] = "mllama"
+    stands_for: ClassVar[tuple[str, ...]] = ("mllama",)
 
     arch: str = "cross_attention"
     module_patterns: dict[str, list[str]] = field(

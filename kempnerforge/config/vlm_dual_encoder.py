@@ -20,17 +20,22 @@ class DualEncoderConfig(VLMConfig):
     captions, too (CoCa: Yu et al. 2022). Images take no positions of the stream.
 
     Attributes:
+        attention_mask: "bidirectional": all words of a text see each other (SigLIP).
         loss: "clip": softmax over all pairs of a micro-batch on all ranks, both ways; "siglip": a yes or no
             for each image with each text.
         pooling: the embedding of a text is from its "last" token, or the "mean" of its tokens. Of an image it
             is the mean of the tokens that the adapter gives.
         embed_dim: width of the embeddings.
+        image_projection: false: the mean of an image's tokens is its embedding as it is (SigLIP), and
+            ``embed_dim`` their width.
+        text_projection_bias: whether the projection of texts has a bias (SigLIP).
         caption_weight: of the cross-entropy of a trained token, added to the loss of a pair. 0: the model
             learns embeddings alone and writes no text. Above 0 the lower half of the layers is the text
             tower, and each layer of the upper half reads the images through gated cross-attention.
     """
 
-    masks: ClassVar[tuple[str, ...]] = ("causal", "prefix")
+    masks: ClassVar[tuple[str, ...]] = ("causal", "prefix", "bidirectional")
+    stands_for: ClassVar[tuple[str, ...]] = ("clip", "siglip")
 
     arch: str = "dual_encoder"
     module_patterns: dict[str, list[str]] = field(
@@ -42,6 +47,8 @@ class DualEncoderConfig(VLMConfig):
     loss: str = field(default="clip", kw_only=True)
     pooling: str = field(default="last", kw_only=True)
     embed_dim: int = field(default=512, kw_only=True)
+    image_projection: bool = field(default=True, kw_only=True)
+    text_projection_bias: bool = field(default=False, kw_only=True)
     caption_weight: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -50,6 +57,8 @@ class DualEncoderConfig(VLMConfig):
         one_of(self, "pooling", ("last", "mean"))
         at_least(self, 1, "embed_dim")
         at_least(self, 0, "caption_weight")
+        if self.caption_weight and self.attention_mask == "bidirectional":
+            raise InputError(f"attention_mask = 'bidirectional': a word would see what it predicts, caption_weight = {self.caption_weight}")
 
     def residual_stream_image_tokens(self, num_tokens: int) -> int:
         """0: the residual stream carries text only."""
@@ -58,7 +67,7 @@ class DualEncoderConfig(VLMConfig):
     @property
     def captioning(self) -> CrossAttentionConfig:
         """Of the layers that read images."""
-        return CrossAttentionConfig(cross_attention_every_n_layers=1, attention_mask=self.attention_mask)
+        return CrossAttentionConfig(cross_attention_every_n_layers=1)
 
     def check(self, job: JobSections) -> None:
         if self.caption_weight and job.model.n_layers < 2:

@@ -15,8 +15,8 @@ import torch
 from kempnerforge.checkpoint import CheckpointError, save_training
 from kempnerforge.config import to_toml
 from kempnerforge.convert.card import model_card
-from kempnerforge.convert.processor import FILES, write_processor
-from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, load_class, make_probe, our_logits
+from kempnerforge.convert.processor import FILES, write_embedder, write_processor
+from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, compared, load_class, make_probe, our_logits
 from kempnerforge.inference.external import load_external
 from kempnerforge.inference.model import ASKED_FILE, JOB_FILE, TOKENIZER, TrainedModel
 from kempnerforge.interop.settings import hf_config
@@ -201,10 +201,10 @@ def _rounded(assembly: Assembly, how: How) -> str:
         p.data.copy_(rounded)
     if before is None or batch is None:
         return f"weights in {name}, rounded from float32"
-    found = agreement(before, our_logits(model, batch))
+    found, kind = agreement(before, our_logits(model, batch)), compared(model)
     return (
-        f"weights in {name}, rounded from float32: logits before and after, max|difference| {found.difference:.2g}, "
-        f"max|logit| {found.scale:.3g}"
+        f"weights in {name}, rounded from float32: {kind}s before and after, max|difference| {found.difference:.2g}, "
+        f"max|{kind}| {found.scale:.3g}"
     )
 
 
@@ -231,22 +231,24 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
         return _export_as_it_is(assembly, out, architecture, how)
     job, tokenizer = assembly.job, assembly.tokenizer
     lines, image_id, rows = [], None, 0
-    if kind:
+    if kind and VLM_FAMILIES[kind].image_key:
         image_id, rows, line = _image_token(assembly)
         lines.append(line)
     cfg, tensors = plain_embedding(job.model, dict(assembly.model.named_parameters()), rows)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if kind:
-        assert image_id is not None
         vlm, encoder, plain = VLM_FAMILIES[kind], assembly.model.vision_encoder, replace(job, model=cfg)
         write_config(out, vlm.config(plain, encoder, assembly.data.layout.image_tokens, image_id, ids))
         save_tensors(out, vlm.tensors(plain, encoder, tensors), progress=how.progress)
     else:
         write_language_model(out, cfg, tensors, ids, chosen, progress=how.progress)
     cast_files(out, how.dtype)
+    lines.insert(0, _described(assembly, architecture))
+    if "words" not in assembly.model.gives:
+        return _verified(assembly, out, architecture, None, [*lines, *write_embedder(out, assembly, kind)], how)
     (tokenizer if kind else tokenizer.starting()).save(out)
     _write_ends(out, assembly)
-    lines = [_described(assembly, architecture), *lines, *write_processor(out, assembly, kind)]
+    lines += write_processor(out, assembly, kind)
     return _verified(assembly, out, architecture, image_id, lines, how)
 
 

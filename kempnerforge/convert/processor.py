@@ -16,19 +16,25 @@ from PIL import Image
 from torch import Tensor
 
 from kempnerforge.config.data import DataConfig, TextConfig
+from kempnerforge.data.sample import Text
 from kempnerforge.data.text import rendering
+from kempnerforge.data.text.interleave import INPUT_IDS
 from kempnerforge.data.text.rendering import TemplateError
 from kempnerforge.data.text.tokenizer import CHAT_TEMPLATE
-from kempnerforge.inference.processor import Processor
+from kempnerforge.inference.processor import Processor, other_pixels
 from kempnerforge.interop.chat_template import chat_template, render_template
-from kempnerforge.interop.processors import followed_processor, processor_candidates
+from kempnerforge.interop.processors import followed_processor, image_settings, processor_candidates
+from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.interop.write import write_config
-from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, pil_processor
+from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, pil_processor, read_image_settings
 from kempnerforge.model.quiet import quiet
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import reason
+from kempnerforge.util.reading import read_object
 
 FILES = (PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, "chat_template.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CAPTION = "a cat"
 QUESTIONS = ("what is in the picture?", " Name two things,\nplease: a and é. ", "\nand this?")
 TOLERANCE = 1e-5
 """Of pixels, which are about 1 in size: both are fp32, computed in another order."""
@@ -112,6 +118,32 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
     if given:
         what = "the processor is copied from the source, which does otherwise than training"
     return [*lines, f"{what}: {'; '.join(dict.fromkeys(reasons))}. The processor of kempnerforge.load_pretrained does what training does"]
+
+
+def write_embedder(out: Path, assembly: Assembly, kind: str) -> list[str]:
+    """Writes tokenizer and image processor of a class that gives embeddings: it encloses a text as "caption"
+    does, and makes the pixels that training reads, or is not there.
+
+    Returns:
+        Lines that say which, for people.
+    """
+    encoder, family, words = assembly.data.encoder(assembly.stages[-1]), VLM_FAMILIES[kind], assembly.tokenizer.enclosing()
+    words.save(out)
+    write_config(out, read_object(out / TOKENIZER_CONFIG) | {"model_max_length": assembly.job.model.max_seq_len}, TOKENIZER_CONFIG)
+    made, ids = words.backend.encode(CAPTION).ids, encoder.texts[0].encode(Text("", CAPTION)).table[INPUT_IDS].tolist()
+    padding = [words.pad_id] * (len(ids) - len(made))
+    how = " with padding = 'max_length'" if encoder.texts[0].template.fills else ""
+    lines = [f"the tokenizer{how} writes captions as in training"]
+    if made + padding != ids:
+        lines = [f"the tokenizer writes {made} of {CAPTION!r}, and training reads {ids}"]
+    name, fit = f"{family.architecture.removesuffix('Model')}Processor", encoder.texts[0].cfg.images
+    size, norm = assembly.data.layout.image_size, assembly.model.normalisation
+    write_config(out, image_settings(family, name, size, norm, fit), PREPROCESSOR)
+    other = other_pixels(Processor(assembly), read_image_settings(out))
+    if not other:
+        return [*lines, f"processor: {name} (written here); pixels are those of training"]
+    (out / PREPROCESSOR).unlink()
+    return [*lines, f"no image processor is written, as it does otherwise than training: {'; '.join(other)}"]
 
 
 def _ways(out: Path, assembly: Assembly, cfg: DataConfig, kind: str, given: bool) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
+from kempnerforge.interop.dual_encoders import DualEncoderFamily
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.hf_checks import check_room, class_call, names_keys
 from kempnerforge.model.hf_files import load_whole, read_config
@@ -48,16 +49,18 @@ class Agreement:
     """The difference of two models.
 
     Attributes:
-        difference: the largest difference of two logits.
-        scale: the largest logit.
+        difference: the largest difference of two logits, or of two numbers of embeddings.
+        scale: the largest one.
         farthest: the largest position.
         covered: the rows that were compared, for people.
+        kind: "logit" or "embedding".
     """
 
     difference: float
     scale: float
     farthest: int = 0
     covered: str = ""
+    kind: str = "logit"
 
     @property
     def excess(self) -> float:
@@ -71,7 +74,8 @@ class Agreement:
         Raises:
             InputError: the difference is more than ``tolerance`` times ``scale``.
         """
-        line = f"logits of {what}: max|difference| {self.difference:.2g}, max|logit| {self.scale:.3g}; compared: {self.covered}"
+        sizes = f"max|difference| {self.difference:.2g}, max|{self.kind}| {self.scale:.3g}"
+        line = f"{self.kind}s of {what}: {sizes}; compared: {self.covered}"
         if not self.excess <= tolerance:
             raise InputError(f"{line}; more than {tolerance:g} of it: these are two different models")
         return line
@@ -103,6 +107,11 @@ class ProbeBatch:
     inputs: dict[str, Tensor]
 
 
+def compared(model: VLM) -> str:
+    """What is compared of it: a "logit" or an "embedding"."""
+    return "logit" if "words" in model.gives else "embedding"
+
+
 def short_form(model: VLM) -> Form:
     """Two rows with an image each: in front where image and prompt see each other (as the classes have it),
     else after a few words.
@@ -123,8 +132,11 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
     model, layout = assembly.model, assembly.data.layout
     form = form or short_form(model)
     rng = torch.Generator().manual_seed(0)
-    allowed = torch.tensor([i for i in range(min(vocab_size, 10_000)) if i != image_id])
+    embeds, end = "words" not in model.gives, assembly.tokenizer.eos_id
+    allowed = torch.tensor([i for i in range(min(vocab_size, 10_000)) if i != image_id and not (embeds and i == end)])
     rows: list[list[int]] = allowed[torch.randint(len(allowed), (form.rows, form.words), generator=rng)].tolist()  # (B, words)
+    for row in rows if embeds else ():  # a class may look for the end of a text
+        row[-1] = end
     images, at = None, form.image_at
     if model.has_images:
         count = form.rows * len(at)
@@ -149,6 +161,8 @@ def class_arguments(model: VLM, batch: Batch, image_id: int | None, scored: Tens
     """Arguments of the class in transformers; ``scored`` columns (K,) have logits."""
     ids, kinds = batch.input_ids, batch.kinds
     inputs = {"attention_mask": torch.ones_like(ids)}
+    if "words" not in model.gives and batch.images is not None:
+        return inputs | {"input_ids": ids, "pixel_values": model.normalise(batch.images)}
     taken = getattr(model, "images", None)  # of a class of transformers that is used as it is
     if batch.images is not None and image_id is not None:
         ids = model.with_image_ids(batch, image_id)
@@ -185,14 +199,18 @@ def load_class(path: Path, architecture: str) -> Any:
 
 @torch.no_grad()
 def our_logits(model: VLM, batch: Batch) -> Tensor:
-    """(B, K, V) logits of our model, on the CPU in fp32."""
-    return model(batch).logits.unflatten(0, (len(batch.input_ids), -1))
+    """(B, K, V) logits of our model, on the CPU in fp32; (P, 2, E) embeddings, if it gives nothing else."""
+    found = model(batch)
+    return found.logits.unflatten(0, (len(batch.input_ids), -1)) if "words" in model.gives else found.embeddings
 
 
 @torch.no_grad()
 def class_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, K, V) logits of a class of transformers."""
+    """(B, K, V) logits of a class of transformers; (P, 2, E) embeddings, if it gives nothing else."""
     family = VLM_FAMILIES.get(model.config.model_type)
+    if isinstance(family, DualEncoderFamily):
+        with library_call(model.config.model_type, f"{type(model).__name__} of transformers cannot run what it has loaded"):
+            return family.class_embeddings(model, inputs)
     inputs = dict(inputs) if family is None else family.class_inputs(inputs, model.config)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     scored = None if keeps else inputs.pop("logits_to_keep", None)
@@ -260,6 +278,8 @@ def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
     by.
     """
     model, taken = assembly.model, assembly.data.layout.image_tokens
+    if "words" not in model.gives:
+        return [short_form(model), Form(limits.room, (0,), rows=2)]
     found, prefix = [short_form(model)], model.attention_mask == "prefix"
     far = min(TIMES * max(limits.rope, default=0), assembly.job.model.max_seq_len) - 1
     if not limits.windows and far >= LONG_WORDS:
@@ -290,7 +310,7 @@ def compare_models(assembly: Assembly, image_id: int | None, hf_model: Any) -> A
         found.append(agreement(logits, class_logits(hf_model, probe.inputs), farthest))
         probes.append(probe)
     worst = max(found, key=lambda one: one.excess)
-    return replace(worst, covered=_covered(bounds, [probe.batch for probe in probes]))
+    return replace(worst, kind=compared(assembly.model), covered=_covered(bounds, [probe.batch for probe in probes]))
 
 
 def _covered(bounds: ModelLimits, batches: Sequence[Batch]) -> str:

@@ -63,6 +63,7 @@ class ExternalModel:
             sees its image.
         added_tokens: tokens that the code of these files adds after the tokenizer's vocabulary, in the order
             of their ids.
+        end_id: the token that its class looks for at the end of a text; None: it looks for none.
         notes: differences between that code and ours, for people.
         tied: both names of a tied head, if the files have both.
     """
@@ -78,6 +79,7 @@ class ExternalModel:
     image_is_word: bool = False
     added_tokens: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    end_id: int | None = None
 
     @property
     def can_be_compared(self) -> bool:
@@ -98,7 +100,7 @@ class ExternalModel:
         for source, whole in read_tensors(self.files, by_tensor):
             for name in by_tensor[source]:
                 _, part, parts = self.file_tensors[name]
-                tensor, wanted = whole.chunk(parts)[part], self.parameters[name]
+                tensor, wanted = torch.atleast_1d(whole).chunk(parts)[part], self.parameters[name]
                 if tensor.dim() == wanted.dim() + 1 and len(tensor) == 1:
                     tensor = tensor[0]
                 check_tensor(self.path, f"{source} ({name})", tensor, wanted)
@@ -219,6 +221,6 @@ def image_job(job: JobConfig, data: Mapping[str, Any], fit: str = "squash", view
     if room <= positions:
         raise InputError(f"an image takes {positions} positions and the text model has {room} (max_position_embeddings)")
     text = min(MAX_TEXT, room - positions)
-    section = JsonlConfig(path="train.jsonl", prompt_column="prompt", **{"images": ImagesConfig(fit=fit), **data})
+    section = JsonlConfig(path="train.jsonl", **{"prompt_column": "prompt", "images": ImagesConfig(fit=fit), **data})
     length = min(room, views * (positions + section.images.has_markers) + text)
     return replace(job, vlm=replace(job.vlm, max_text_len=text), data=section, train=TrainConfig(max_steps=1000, seq_len=length))

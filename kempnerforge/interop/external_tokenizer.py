@@ -39,6 +39,10 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
         words = words.changed(stops={*words.stop_ids, *stop_ids(external.path)})
     if external.added_tokens:
         words = _with_tokens(words, external)
+    if external.end_id not in (None, words.eos_id):
+        raise InputError(
+            f"{external.path / CONFIG}: eos_token_id = {external.end_id}, at which the class pools a text, and the tokenizer's EOS is {words.eos_id}"
+        )
     if not external.image_is_word:
         return words
     name = external.job.data.image_placeholder

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kempnerforge.config import registry
 from kempnerforge.config.adapter import LinearAdapterConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
@@ -27,7 +26,7 @@ from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.families import EMBEDDING, HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
-from kempnerforge.interop.vlm_family import FileLayout, Ids, Normalisation, VLMFamily, VLMSections, tower_settings
+from kempnerforge.interop.vlm_family import FileLayout, Ids, Normalisation, VLMFamily, VLMSections, arch_of, tower_settings
 from kempnerforge.model.mllama import MllamaTower, grids
 from kempnerforge.util.errors import InputError
 
@@ -58,11 +57,6 @@ _DATA: Mapping[str, Any] = {
     ),
 }
 """Keys of ``[data]``: the format of the instruct models, with one image in front of the prompt."""
-
-
-def arch() -> str:
-    """The arch whose blocks these are."""
-    return next(name for name in registry.vlm_configs if registry.vlm_configs.get(name).stands_for == KIND)
 
 
 def options(model: ModelConfig, tile_tokens: int) -> dict[str, Any]:
@@ -166,9 +160,9 @@ class Mllama(VLMFamily):
         )
         tile_tokens = (int(tower.settings["image_size"]) // int(tower.settings["patch_size"])) ** 2 + 1
         how = {"cross_attention_every_n_layers": every, "unwritten_tokens": SPARE} | options(model, tile_tokens)
-        return VLMSections(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch(), **how))
+        return VLMSections(model, tower, LinearAdapterConfig(), VLMConfig.for_arch(arch_of(KIND), **how))
 
-    def image_id(self, config: Mapping[str, Any]) -> int:
+    def image_id(self, config: Mapping[str, Any]) -> int | None:
         return super().image_id(complete(dict(config)))
 
     def parameters(self, job: JobConfig) -> dict[str, Tensor]:
@@ -204,7 +198,7 @@ class Mllama(VLMFamily):
         if (name := job.data.image_placeholder) not in tokenizer.appended:
             raise InputError(f"data.image_placeholder = {name!r}: in a {KIND} this is a token of the stream, and here it is not")
 
-    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int, ids: Ids) -> dict[str, Any]:
+    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int | None, ids: Ids) -> dict[str, Any]:
         how, cfg, tower = vars(job.vlm), job.model, encoder.tower.config
         every = how["cross_attention_every_n_layers"]
         text = hf_config(cfg, FAMILY) | dict(ids)

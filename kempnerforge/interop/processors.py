@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.interop.vlm_family import FRAMED, LLAVA
+from kempnerforge.interop.vlm_family import FRAMED, LLAVA, VLMFamily
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, ImageSettings, processor_classes
 
@@ -21,6 +21,30 @@ BICUBIC = 3
 
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
+
+
+def image_settings(
+    family: VLMFamily, name: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig
+) -> dict[str, Any]:  # fmt: skip
+    """The file of an image processor that makes one view of ``size`` pixels of an image, for the processor
+    ``name``. Arguments: see ``processor_candidates``.
+    """
+    (mean, std), square = normalisation, _square(size)
+    return {
+        "processor_class": name,
+        "image_processor_type": family.image_processor if images.fit == "squash" else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if images.fit == "crop" else square,
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_center_crop": images.fit == "crop",
+        "crop_size": square,
+    }
 
 
 def processor_candidates(
@@ -42,29 +66,16 @@ def processor_candidates(
     framed = family.processors[0] in FRAMED
     if images.fit not in (("squash",) if framed else ("squash", "crop")):
         return {}
-    (mean, std), square = normalisation, _square(size)
-    pixels: dict[str, Any] = {
-        "image_processor_type": family.image_processor if images.fit == "squash" else "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size} if images.fit == "crop" else square,
-        "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "image_seq_length": image_tokens,
-    }
-    if framed:
-        pixels |= {"do_image_splitting": False, "max_image_size": {"longest_edge": size}}
-    else:
-        pixels |= {"do_center_crop": images.fit == "crop", "crop_size": square}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in family.processors:
         settings = _settings(name, size, image_tokens, placeholder)
-        if settings is not None:
-            found[name] = {PREPROCESSOR: {"processor_class": name, **pixels}, PROCESSOR: {"processor_class": name, **settings}}
+        if settings is None:
+            continue
+        pixels = image_settings(family, name, size, normalisation, images) | {"image_seq_length": image_tokens}
+        if framed:
+            del pixels["do_center_crop"], pixels["crop_size"]
+            pixels |= {"do_image_splitting": False, "max_image_size": {"longest_edge": size}}
+        found[name] = {PREPROCESSOR: pixels, PROCESSOR: {"processor_class": name, **settings}}
     return found
 
 

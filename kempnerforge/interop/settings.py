@@ -13,11 +13,11 @@ from kempnerforge.util.errors import InputError, cut, show
 
 PLAIN = (
     *("dim", "n_layers", "n_heads", "activation", "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "nope_interval"),
-    *("attention_softcap", "logit_softcap", "norm"),
+    *("attention_softcap", "logit_softcap", "norm", "bias", "positions"),
 )
 
 ABSENT = {"rope_local_theta": 0.0, "rope_global_interval": 0, "nope_interval": 0, "attention_softcap": 0.0, "logit_softcap": 0.0,
-          "norm": "rms_norm"}  # fmt: skip
+          "norm": "rms_norm", "bias": False, "positions": "rope"}  # fmt: skip
 """``[model]`` key -> its value in families without such a setting."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
@@ -65,7 +66,8 @@ class VLMFamily(ABC):
         architecture: its name in transformers.
         layouts: the forms that its files have had; the first is written.
         data: keys of ``[data]`` that say how its texts are written, with one image in front of the prompt.
-        image_key: the key of ``config.json`` with the token of an image, as it is written.
+        image_key: the key of ``config.json`` with the token of an image, as it is written; empty: there is
+            none.
         processors: classes of processors in transformers that can serve it; its own is the first. Empty: none
             makes single views.
         image_processor: the class of its image processor.
@@ -78,7 +80,7 @@ class VLMFamily(ABC):
     architecture: str
     layouts: tuple[FileLayout, ...]
     data: Mapping[str, Any]
-    image_key: str
+    image_key: str = ""
     processors: tuple[str, ...] = ()
     image_processor: str = ""
     images_by_row: bool = False
@@ -96,12 +98,16 @@ class VLMFamily(ABC):
             InputError: a model of the class that ours cannot be.
         """
 
-    def image_id(self, config: Mapping[str, Any]) -> int:
-        """The token of an image."""
+    def image_id(self, config: Mapping[str, Any]) -> int | None:
+        """The token of an image; None: its texts have none."""
         key = next((key for key in ("image_token_index", "image_token_id") if key in config), "image_token_id")
         if not isinstance(found := config.get(key), int) or found < 0:
             raise InputError(f"{key} = {show(found)}: must be the id of a token")
         return found
+
+    def end_id(self, config: dict[str, Any]) -> int | None:
+        """The token that its class looks for at the end of a text; None: it looks for none."""
+        return None
 
     def parameters(self, job: JobConfig) -> dict[str, Tensor]:
         """The parameters of ``job``'s model on the meta device, by our names."""
@@ -132,9 +138,9 @@ class VLMFamily(ABC):
         return
 
     @abstractmethod
-    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int, ids: Ids) -> dict[str, Any]:
+    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int | None, ids: Ids) -> dict[str, Any]:
         """The ``config.json`` of ``job``'s model, with ``image_tokens`` of one image. ``encoder`` is a tower
-        of transformers.
+        of transformers; ``image_id`` is None without an ``image_key``.
         """
 
     @abstractmethod
@@ -155,6 +161,11 @@ class VLMFamily(ABC):
         if self.images_by_row and "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(inputs["input_ids"]), -1))  # (B, images of a row, 3, H, W)
         return inputs
+
+
+def arch_of(kind: str) -> str:
+    """The arch that a class with this ``model_type`` is."""
+    return next(name for name in registry.vlm_configs if kind in registry.vlm_configs.get(name).stands_for)
 
 
 def tower_settings(config: Mapping[str, Any], known: Any) -> Settings:

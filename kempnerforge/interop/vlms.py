@@ -3,7 +3,7 @@ each.
 
 Most are one stream of image tokens and words: the class's vision tower under its own names, an adapter, and a
 text backbone of one of the ``FAMILIES``. Such a family is a ``StreamVLM``. A family of another kind is a file
-with a subclass of ``VLMFamily``, as ``interop/mllama.py``.
+with a subclass of ``VLMFamily``, as ``interop/mllama.py`` and ``interop/dual_encoders.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kempnerforge.config.job import JobConfig
 from kempnerforge.config.template import TurnsConfig
 from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.interop.dual_encoders import DUAL_ENCODERS
 from kempnerforge.interop.families import HEAD, hf_name
 from kempnerforge.interop.mllama import MLLAMA
 from kempnerforge.interop.settings import complete, hf_config, model_config
@@ -162,7 +163,7 @@ class StreamVLM(VLMFamily):
                 problems.append(str(error))
         raise InputError(problems[0])
 
-    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int, ids: Ids) -> dict[str, Any]:
+    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int | None, ids: Ids) -> dict[str, Any]:
         tower, more = encoder.tower.config, self.more(job.model.dim, image_tokens)
         text = hf_config(job.model, self.check(job)) | dict(ids)
         del text["architectures"]
@@ -264,6 +265,7 @@ _FAMILIES = (
     _idefics("idefics3", "Idefics3"),
     _idefics("smolvlm", "SmolVLM"),
     MLLAMA,
+    *DUAL_ENCODERS,
 )
 VLM_FAMILIES: dict[str, VLMFamily] = {family.kind: family for family in _FAMILIES}
 """``model_type`` -> family. A model of ours is written as the first that can be it."""
@@ -292,12 +294,12 @@ def fitting(job: JobConfig) -> Fitting:
     Raises:
         InputError: there is none; the message says why, class by class.
     """
-    kind = "" if job.vlm is None else job.vlm.stands_for
+    kinds = () if job.vlm is None else job.vlm.stands_for
     reasons: dict[str, list[str]] = {}
-    for family in [VLM_FAMILIES[kind]] if kind else [one for one in _FAMILIES if isinstance(one, StreamVLM)]:
+    for family in [VLM_FAMILIES[kind] for kind in kinds] or [one for one in _FAMILIES if isinstance(one, StreamVLM)]:
         try:
             return Fitting(family, family.check(job))
         except InputError as error:
             reasons.setdefault(str(error), []).append(family.kind)
-    listed = "; ".join(f"{', '.join(kinds)}: {reason}" for reason, kinds in reasons.items())
+    listed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise InputError(f"no class of transformers is this model ({listed})")

@@ -80,6 +80,17 @@ class ProjectingAdapter(Adapter):
         return self.proj(self.prepare(features))
 
 
+@registry.register_adapter("none")
+class NoAdapter(Adapter):
+    """The features as they are."""
+
+    def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
+        super().__init__(cfg, in_dim, in_dim, num_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
 @registry.register_adapter("linear")
 class LinearAdapter(ProjectingAdapter):
     """One linear layer (PaliGemma, Beyer et al. 2024)."""

@@ -26,7 +26,7 @@ from kempnerforge.util.errors import InputError, cut
 
 class HFTower(VisionEncoder):
     """A vision tower of transformers, cut down to what its features need. Patches only: CLS and register
-    tokens are dropped.
+    tokens are dropped. With ``pooled`` the one feature is what the class pools.
 
     ``feature_layer`` counts as ``hidden_states`` in transformers does: -1 is ``last_hidden_state`` (after the
     final norm of SigLIP and DINOv2; CLIP's norm is for the CLS token alone), -k the output of layer n - k +
@@ -57,9 +57,10 @@ class HFTower(VisionEncoder):
         side, pixels = self.sides(cfg, tower.config)
         layer_dim = tower.config.hidden_size
         width = layer_dim * len(cfg.feature_layers)
-        super().__init__(num_tokens=side**2, dim=width, image_size=pixels, mean=mean, std=std, layer_dim=layer_dim)
+        self.pooled = getattr(cfg, "pooled", False)
+        super().__init__(num_tokens=1 if self.pooled else side**2, dim=width, image_size=pixels, mean=mean, std=std, layer_dim=layer_dim)
         self.layers_used = cfg.layers_used
-        if cfg.unused_layers or not self.patches_pass_norm:
+        if cfg.unused_layers or not (self.patches_pass_norm or self.pooled):
             setattr(tower, self.final_norm, nn.Identity())
         # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward
         # runs, with its own names.
@@ -85,7 +86,7 @@ class HFTower(VisionEncoder):
         layers = config.num_hidden_layers
         cfg.check_depth(layers, f"the tower in {cfg.path or 'settings'!r} has only {layers} layers")
         config.num_hidden_layers = layers - cfg.unused_layers
-        config.vision_use_head = False
+        config.vision_use_head = getattr(cfg, "pooled", False)
         return build_tower(model_class, config, cfg)
 
     def sides(self, cfg: Any, config: Any) -> tuple[int, int]:
@@ -116,6 +117,8 @@ class HFTower(VisionEncoder):
         pixels = self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:]))
         earlier = [layer for layer in self.layers_used if layer != -1]
         found = self.run(pixels, output_hidden_states=earlier or False, **how)
+        if self.pooled:
+            return found.pooler_output[: len(images), None].clone()  # (N, 1, D); FSDP's hooks do not want a view
         states = [found.last_hidden_state if layer == -1 else found.hidden_states[layer] for layer in self.layers_used]
         first = states[0].shape[1] - self.num_tokens  # after CLS and registers
         return torch.cat([state[: len(images), first:] for state in states], dim=-1)  # (N, F, D); FSDP's hooks do not want a view
@@ -146,6 +149,8 @@ class Siglip2(Siglip):
         side, pixels = super().sides(cfg, config)
         if config.model_type == "siglip2_vision_model" and pixels % config.patch_size:
             raise InputError(f"image_size = {pixels}: must be a multiple of {config.patch_size}, the pixels of a patch")
+        if config.model_type == "siglip2_vision_model" and cfg.pooled:
+            raise InputError("pooled = true: of a NaFlex tower the patches are used; take a SigLIP 2 of one resolution")
         return side, pixels
 
     def __init__(self, cfg: HFTowerConfig) -> None:

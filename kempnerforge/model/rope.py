@@ -14,7 +14,7 @@ from kempnerforge.config.model import ModelConfig, RopeScaling
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (B, 1, S, E / 2) fp32; with ``rope_local_theta`` (B, 1, S, E), the second half for local
-layers."""
+layers. With learned positions both are the positions themselves, (B, 1, S, 1) int64, and turn nothing."""
 
 
 def inverse_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -37,6 +37,9 @@ def _scale(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 def rope_tables(positions: Tensor, cfg: ModelConfig) -> Rope:
     """Tables for ``positions``: (B, S), or (3, B, S) with ``rope_sections``, time, row and column."""
+    if cfg.positions == "learned":
+        numbers = positions[:, None, :, None]
+        return numbers, numbers
     if positions.ndim == 3:
         turns = torch.stack([positions[axis] for axis in cfg.rope_axes * (2 if cfg.rope_local_theta else 1)], dim=-1)[:, None]
     else:

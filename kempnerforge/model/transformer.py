@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.model import GATED, ModelConfig
 from kempnerforge.model.attention import ByWindow, Mask, Segments, attend
 from kempnerforge.model.rope import Rope, rope_of_layer, rotate
 
@@ -136,11 +136,12 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = cfg.head_width
-        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+        self.head_dim, self.turns = cfg.head_width, cfg.positions == "rope"
+        qkv_bias = cfg.qkv_bias or cfg.bias
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=cfg.bias)
         self.post_norm = _post_norm(cfg)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         if cfg.qk_norm:
@@ -150,10 +151,12 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E), q and k rotated."""
+        """``x`` (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E), q and k rotated if positions are."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H or G, E)
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
+        if self.turns:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v.transpose(1, 2)
 
     def out(self, o: Tensor) -> Tensor:
         """The heads' outputs, projected: (B, S, H * E) -> (B, S, D)."""
@@ -165,14 +168,14 @@ def _post_norm(cfg: ModelConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """Feed-forward: SwiGLU or GeGLU (Shazeer 2020, eq. 6), or two layers with a tanh GELU."""
+    """Feed-forward: SwiGLU or GeGLU (Shazeer 2020, eq. 6), or two layers with a GELU between them."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.activation = F.silu if cfg.activation == "swiglu" else _gelu
-        self.gate_proj = None if cfg.activation == "gelu" else nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
-        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=False)
-        self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=False)
+        self.activation = _ACTIVATIONS.get(cfg.activation, _gelu)
+        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=cfg.bias) if cfg.activation in GATED else None
+        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=cfg.bias)
+        self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=cfg.bias)
         self.post_norm = _post_norm(cfg)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
@@ -184,6 +187,14 @@ class MLP(nn.Module):
 
 def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"swiglu": F.silu, "gelu_exact": F.gelu, "quick_gelu": _quick_gelu}
+"""The other ones are a tanh GELU."""
 
 
 class Block(nn.Module):
@@ -276,6 +287,11 @@ class Transformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=std)
         if self.output_head is not None:
             init_weights(self.output_head, cfg)
+        self.position_embedding = None
+        if cfg.positions == "learned":
+            with separate_draws("positions"):
+                self.position_embedding = nn.Embedding(cfg.max_seq_len, cfg.dim)
+                nn.init.normal_(self.position_embedding.weight, std=std)
         self.new_tokens = None
         if cfg.new_tokens:
             with separate_draws():
@@ -287,7 +303,11 @@ class Transformer(nn.Module):
         return x * torch.tensor(self.cfg.dim**0.5, dtype=x.dtype, device=x.device) if self.cfg.embed_scale else x
 
     def run(self, x: Tensor, ctx: Context, layers: slice = slice(None)) -> Tensor:
-        """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). ``ctx`` passes unread."""
+        """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). Of ``ctx`` learned positions are read, and
+        no more.
+        """
+        if self.position_embedding is not None and not layers.start:
+            x = x + self.position_embedding(ctx.rope[0][:, 0, :, 0]).to(x.dtype)
         if self.embed_norm is not None and not layers.start:
             x = self.embed_norm(x)
         for layer in self.layers[layers]:

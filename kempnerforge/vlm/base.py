@@ -159,7 +159,7 @@ class VLM(ExactBuffers):
         self.adapter: Adapter = build_adapter(self.job.adapter, encoder.dim - deeper, self.job.model.dim, encoder.num_tokens)
         if self.adapter.out_dim != self.job.model.dim and not self.reads_any_width:
             width = f"gives tokens {self.adapter.out_dim} wide, and vlm.arch = {self.job.vlm.arch if self.job.vlm else None!r}"
-            raise InputError(f"adapter.project = false: the adapter {width} takes model.dim = {self.job.model.dim}")
+            raise InputError(f"adapter.type = {self.job.adapter.type!r}: {width} takes model.dim = {self.job.model.dim}")
 
     def build_deepstack(self) -> None:
         """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``."""
@@ -341,7 +341,7 @@ class VLM(ExactBuffers):
         words = self.transformer.embed(batch.input_ids)  # (B, S, D)
         features, deeper = self.features(batch), ()
         if features is not None:
-            features, *deeper = features.split(words.shape[-1], dim=-1)  # (N, F, D) each
+            features, *deeper = features.split(self.adapter.out_dim, dim=-1)  # (N, F, D) each
         x, ctx = self.place(words, features, batch, cache)
         x = self.run(x, ctx, batch, deeper)
         if cache is not None:

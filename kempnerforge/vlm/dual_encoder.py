@@ -1,8 +1,8 @@
 """Images and texts in one space of embeddings (CLIP: Radford et al. 2021; SigLIP: Zhai et al. 2023), and
 captions from the same model if wanted (CoCa: Yu et al. 2022).
 
-Shapes: B rows, S positions, D ``model.dim``, N images, F tokens of one image, P pairs of a text and its image
-on this rank, A pairs on all ranks, E ``embed_dim``.
+Shapes: B rows, S positions, D ``model.dim``, N images, F tokens of one image, Dm their width, P pairs of a
+text and its image on this rank, A pairs on all ranks, E ``embed_dim``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class DualEncoder(CrossAttention):
 
     The text tower is the text backbone, the same as in all archs, and no layer of it knows images: they are
     not in the stream. Of an image's tokens after the adapter the mean is projected (so ``adapter.type =
-    "perceiver"`` is attention pooling), of a text the last token or the mean, after the final norm.
+    "perceiver"`` is attention pooling; ``vision_encoder.pooled`` is CLIP's and SigLIP's way), of a text the
+    last token or the mean, after the final norm.
 
     With ``caption_weight`` the lower half of the layers is that tower, as in CoCa; in the upper half every
     layer has a gated cross-attention block of ``CrossAttention`` in front of it, and the next token is
@@ -45,16 +46,17 @@ class DualEncoder(CrossAttention):
     of the same image are neither positive nor negative. In evaluation, negatives are of this rank alone.
     """
 
-    reads_any_width = False
-
     def build(self) -> None:
         super().build()
         cfg = self.dual
         with separate_draws("contrastive"):
-            self.image_projection = nn.Linear(self.job.model.dim, cfg.embed_dim, bias=False)
-            self.text_projection = nn.Linear(self.job.model.dim, cfg.embed_dim, bias=False)
+            width = self.adapter.out_dim
+            self.image_projection = nn.Linear(width, cfg.embed_dim, bias=False) if cfg.image_projection else nn.Identity()
+            self.text_projection = nn.Linear(self.job.model.dim, cfg.embed_dim, bias=cfg.text_projection_bias)
             init_weights(self.image_projection, self.job.model)
             init_weights(self.text_projection, self.job.model)
+        if not cfg.image_projection and width != cfg.embed_dim:
+            raise InputError(f"vlm.embed_dim = {cfg.embed_dim}: image_projection = false, and the adapter gives tokens {width} wide")
         siglip = cfg.loss == "siglip"
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0 if siglip else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if siglip else None
@@ -120,7 +122,7 @@ class DualEncoder(CrossAttention):
         """The embeddings of image and text of each pair, of length 1, in fp32.
 
         Args:
-            features: (N, F, D) adapted images.
+            features: (N, F, Dm) adapted images.
             x: (B, S, D) the stream after the text tower.
 
         Returns:

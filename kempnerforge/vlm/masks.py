@@ -43,6 +43,8 @@ def _groups(kind: str, batch: Batch, text_ids: Tensor) -> tuple[Tensor | None, T
     if kind == "causal":
         return None, None
     image = batch.kinds == Kind.IMAGE
+    if kind == "bidirectional":
+        return (batch.kinds > Kind.IMAGE).long(), None
     if kind in SEES_PROMPT:
         prompt, texts = batch.kinds == Kind.PROMPT, ~_after_an_answer(batch) * (1 + text_ids)
         return ((image | prompt) * texts, None) if kind == "prefix" else (prompt * texts, image * texts)

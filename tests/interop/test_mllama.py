@@ -29,6 +29,7 @@ from kempnerforge.data.text.tokenizer import put_in_front
 from kempnerforge.interop import mllama
 from kempnerforge.interop.external_tokenizer import tokenizer_of
 from kempnerforge.interop.open_external import open_external
+from kempnerforge.interop.vlm_family import arch_of
 from kempnerforge.interop.vlms import fitting
 from kempnerforge.model.mllama import MllamaTower
 from kempnerforge.training.setup import Assembly, assemble
@@ -316,7 +317,7 @@ def ready(**how: Any) -> JobConfig:
     tower = MllamaTowerConfig(settings=settings, intermediate_layers=[0, 2])
     options = mllama.options(model, 17) | {"cross_attention_every_n_layers": 2} | how
     return JobConfig(
-        model=model, vision_encoder=tower, adapter=mllama.LinearAdapterConfig(), vlm=VLMConfig.for_arch(mllama.arch(), **options)
+        model=model, vision_encoder=tower, adapter=mllama.LinearAdapterConfig(), vlm=VLMConfig.for_arch(arch_of(mllama.KIND), **options)
     )
 
 

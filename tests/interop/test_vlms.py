@@ -117,7 +117,7 @@ def test_a_head_that_should_be_tied_is_compared(saved: dict[str, Path], tmp_path
         (
             "llava",
             {"model_type": "mixtral"},
-            "language models are read of llama, .* vision-language models of paligemma, .*, mllama and nanoVLM",
+            "language models are read of llama, .* vision-language models of paligemma, .*, clip, siglip and nanoVLM",
         ),
         ("llava", {"model_type": None}, "model_type = None: is not read; language models are read of llama, .*nanoVLM$"),
         ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "of a llava it can be 'clip_vision_model'"),

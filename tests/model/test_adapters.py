@@ -19,6 +19,7 @@ from kempnerforge.config.adapter import (
     AvgPoolConfig,
     LinearAdapterConfig,
     MLPAdapterConfig,
+    NoAdapterConfig,
     PerceiverConfig,
     PixelShuffleConfig,
 )
@@ -119,6 +120,13 @@ def test_layers(cfg: AdapterConfig, widths: list[tuple[int, int]], bias: bool) -
     layers = [m for m in build_adapter(cfg, 6, 10, 16).modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in layers] == widths
     assert all((m.bias is not None) == bias for m in layers)
+
+
+def test_none_is_nothing() -> None:
+    adapter, x = build_adapter(NoAdapterConfig(), 6, 10, 5), torch.randn(2, 5, 6)
+    assert adapter(x) is x and (adapter.out_dim, adapter.num_tokens) == (6, 5) and not list(adapter.parameters())
+    with pytest.raises(ValueError, match="bias = False: only a type with a projection reads it"):
+        NoAdapterConfig(bias=False)
 
 
 def test_mlp_is_llavas() -> None:

@@ -128,6 +128,26 @@ def test_positions_are_interpolated_for_another_size(case: Case, tmp_path: Path)
 
 
 @by_case
+def test_one_feature_is_what_the_class_pools(case: Case, tmp_path: Path) -> None:
+    theirs = saved(case.model, tmp_path)
+    cfg = case.config(path=str(tmp_path), pooled=True)
+    if isinstance(theirs, hf.Siglip2VisionModel):
+        with pytest.raises(ValueError, match="pooled = true: of a NaFlex tower the patches are used"):
+            build_vision_encoder(cfg)
+        return
+    ours = build_vision_encoder(cfg)
+    with torch.no_grad():
+        want = theirs(pixel_values=ours.normalise(images(2))).pooler_output[:, None]
+    assert (ours(images(2)) - want).abs().max() < 1e-6
+    assert ours(images(0)).shape == (0, ours.num_tokens, 32) == (0, 1, 32)
+    ours(images(2)).sum().backward()
+    assert [name for name, p in ours.named_parameters() if p.grad is None] == []
+    assert len(theirs.state_dict()) - len(ours.state_dict()) == (case.config is Dinov2Config), "all weights but DINOv2's mask token"
+    with pytest.raises(ValueError, match="pooled = true: is made of the last layer"):
+        case.config(path=str(tmp_path), pooled=True, feature_layer=-2)
+
+
+@by_case
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_features_and_names_are_the_originals(case: Case, feature_layer: int, tmp_path: Path) -> None:
     theirs = saved(case.model, tmp_path)

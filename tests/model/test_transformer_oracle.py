@@ -174,3 +174,37 @@ def test_the_scalings_change_something() -> None:
     for family in ("llama 3.1", "linear scaling"):
         scaled = rope_tables(positions, ModelConfig(**OURS | FAMILIES[family][0]))
         assert (scaled[0] - plain[0]).abs().max() > 0.5
+
+
+GPT2 = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "norm", "ln_1": "attention_norm", "ln_2": "mlp_norm"}
+GPT2 |= {"attn.c_proj": "attention.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj", "h": "layers"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("activation", "theirs_name"), [("gelu", "gelu_new"), ("gelu_exact", "gelu"), ("quick_gelu", "quick_gelu")])
+def test_gpt2(activation: str, theirs_name: str) -> None:
+    """Learned positions, biases everywhere, a feed-forward that is not gated; at once and one token at a time."""
+    config = hf.GPT2Config(n_embd=48, n_layer=2, n_head=4, n_inner=80, vocab_size=VOCAB, n_positions=16, activation_function=theirs_name)
+    theirs: Any = hf.GPT2LMHeadModel(config).eval()
+    for name, p in theirs.named_parameters():
+        nn.init.normal_(p, mean=float("ln_" in name and "weight" in name), std=0.2)
+    knobs: dict[str, Any] = {"activation": activation, "positions": "learned", "bias": True, "max_seq_len": 16}
+    ours = Transformer(ModelConfig(**OURS | knobs, norm="layer_norm", norm_eps=1e-5)).eval()
+    weights: dict[str, Tensor] = {}
+    for name, value in theirs.transformer.state_dict().items():
+        value = value.T if name.endswith("weight") and "c_" in name else value
+        for old, new in GPT2.items():
+            name = f".{name}".replace(f".{old}.", f".{new}.").removeprefix(".")
+        if "c_attn" in name:
+            weights |= {name.replace("attn.c_attn", f"attention.{part}_proj"): row for part, row in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            weights[name] = value
+    ours.load_state_dict(weights)
+    ids, cache = tokens(12), Cache()
+    want = theirs(input_ids=ids, use_cache=False).logits
+    assert (logits(ours, ids, torch.arange(12).expand(2, -1)) - want).abs().max() < 1e-4 < want.std()
+    steps = [(0, 5), (5, 6), (6, 11), (11, 12)]
+    got = [logits(ours, ids[:, first:last], torch.arange(first, last).expand(2, -1), cache) for first, last in steps]
+    assert (torch.cat(got, dim=1) - want).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="rope_theta = 100.0: only positions = 'rope' reads it"):
+        ModelConfig(positions="learned", rope_theta=100.0)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config import DistributedConfig
+from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig, NoAdapterConfig
 from kempnerforge.config.vlm_dual_encoder import DualEncoderConfig
 from kempnerforge.distributed.world import start, stop
 from kempnerforge.eval.generate import generate
@@ -44,9 +45,9 @@ both = pytest.mark.parametrize("loss", LOSSES)
 OTHER = replace(ONE, images=(picture(20),))
 
 
-def dual(loss: str = "clip", *, noise: float = 0.1, **keys: Any) -> Tiny:
+def dual(loss: str = "clip", *, noise: float = 0.1, adapter: AdapterConfig | None = None, **keys: Any) -> Tiny:
     vlm = DualEncoderConfig(**{"max_text_len": 64, "freeze": [], "loss": loss, "embed_dim": 24, **keys})
-    return tiny("dual_encoder", noise=noise, vlm=vlm)
+    return tiny("dual_encoder", noise=noise, vlm=vlm, adapter=adapter or MLPAdapterConfig())
 
 
 def arch(it: Tiny) -> DualEncoder:
@@ -146,11 +147,11 @@ def test_the_scale_ends_at_100() -> None:
 # ---- what embeddings are made of ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize(("weight", "mask"), [(0.0, "causal"), (0.5, "causal"), (0.0, "bidirectional")])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_text_does_not_know_its_image(pooling: str, weight: float) -> None:
+def test_a_text_does_not_know_its_image(pooling: str, weight: float, mask: str) -> None:
     """Nor the other texts and samples of its row, nor padding; an image knows no text."""
-    it = dual(pooling=pooling, caption_weight=weight)
+    it = dual(pooling=pooling, caption_weight=weight, attention_mask=mask)
     batch = it.pack((THREE, ONE, TWICE), (OTHER,))
     want = it.model(batch).embeddings
     assert batch.images is not None
@@ -183,6 +184,21 @@ def test_pooling_takes_the_last_word_or_all() -> None:
         assert features is not None and features.shape[:2] == (2, 4)
         want = F.normalize(model.image_projection(features.sum(1)[batch.pair_images]), dim=-1)
         torch.testing.assert_close(model(batch).embeddings[:, 0], want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_without_a_projection() -> None:
+    """Its tokens' mean is its embedding, in the width that they have."""
+    it = dual(image_projection=False, embed_dim=32)
+    batch = it.batch(ONE, OTHER)
+    features = it.model.features(batch)
+    assert features is not None and not [name for name, _ in it.model.named_parameters() if "image_projection" in name]
+    torch.testing.assert_close(it.model(batch).embeddings[:, 0], F.normalize(features.mean(1), dim=-1))
+    with pytest.raises(InputError, match="vlm.embed_dim = 24: image_projection = false, and the adapter gives tokens 32 wide"):
+        dual(image_projection=False)
+    other = dual(caption_weight=0.5, adapter=NoAdapterConfig())
+    assert arch(other).image_projection.in_features == 16 != other.job.model.dim
+    prompts = other.prompts([("what?", [0])], [picture(0)])
+    assert len(generate(other.model.eval(), prompts, max_new_tokens=2, eos_id=-1)[0]) == 2
 
 
 @both
@@ -226,6 +242,7 @@ def test_too_few_pairs_are_an_error_in_training(samples: tuple[Any, ...]) -> Non
         ({"pooling": "first"}, "pooling = 'first'"),
         ({"embed_dim": 0}, "embed_dim = 0"),
         ({"caption_weight": -1.0}, "caption_weight = -1.0"),
+        ({"attention_mask": "bidirectional", "caption_weight": 0.5}, "a word would see what it predicts, caption_weight = 0.5"),
         ({"attention_mask": "image_bidirectional"}, "attention_mask = 'image_bidirectional'"),
     ],
 )

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "without positions in layers with two bases": {"nope_interval": 2, "rope_local_theta": 100.0, "rope_global_interval": 2},
     "gemma3": {"rope_local_theta": 100.0, "rope_global_interval": 3, "post_norms": True, "norm_plus_one": True, "qk_norm": True},
     "vla_foundry": {"norm": "layer_norm", "embed_norm": True, "post_norms": True},
+    "gpt2": {"positions": "learned", "bias": True, "norm": "layer_norm", "activation": "gelu", "ffn_dim": 96},
     "windows": {"sliding_window": 5, "window_pattern": "SSF"},
 }
 by_kind = pytest.mark.parametrize("kind", KINDS)
@@ -81,11 +82,11 @@ def test_the_kind_is_seen(kind: str) -> None:
 
 
 @by_arch
-@pytest.mark.parametrize("apart", [True, False], ids=["apart", "dense"])
-def test_windows_do_not_count_what_else_is_in_a_row(arch: str | None, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither other samples nor other texts of the same image."""
+@pytest.mark.parametrize(("apart", "kind"), [(True, "windows"), (False, "windows"), (True, "gpt2")])
+def test_positions_do_not_count_what_else_is_in_a_row(arch: str | None, apart: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither windows nor learned positions count other samples or other texts of the same image."""
     monkeypatch.setattr(attention, "DOCUMENTS_FROM", 1)
-    it = tiny(arch, model=replace(MODEL, **KINDS["windows"]))
+    it = tiny(arch, model=replace(MODEL, **KINDS[kind]))
     it.model.eval()
     together = it.pack((LATE, THREE, ONE), (TWICE, INTERLEAVED))
     together = together if apart else replace(together, documents=())

@@ -192,7 +192,7 @@ def test_files_that_are_no_checkpoint(content: bytes | dict[str, Tensor], tmp_pa
 
 
 def test_keys_that_do_not_go_together() -> None:
-    with pytest.raises(InputError, match="adapter.project = false: the adapter gives tokens 24 wide, and vlm.arch = 'joint_decoder'"):
+    with pytest.raises(InputError, match="adapter.type = 'perceiver': gives tokens 24 wide, and vlm.arch = 'joint_decoder'"):
         ours(vlm=JointDecoderConfig(max_text_len=64, freeze=[]))
     for keys, message in (
         ({"cross_attention_block": "llama"}, "cross_attention_block = 'llama'"),

@@ -56,6 +56,8 @@ class Template(ABC):
         turns: whether it can write more than one.
         by_turn: it writes earlier answers in another way than the last one, so a conversation is a text for
             each turn, up to its answer, which is the only one that is trained there.
+        bare: a text may begin with its answer, whose first token is not trained then.
+        fills: a text is filled up to ``vlm.max_text_len`` with padding, which is part of it and not trained.
     """
 
     bos = True
@@ -65,6 +67,8 @@ class Template(ABC):
     own = ""
     turns = True
     by_turn = False
+    bare = False
+    fills = False
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
         self.cfg = cfg
@@ -124,6 +128,30 @@ class PlainTemplate(Template):
         name = self.cfg.image_placeholder
         images = name * prompt.count(name) if text.leading is None else ""
         return [Piece(images, False, "prompt"), Piece(answer, True, "answer"), Piece("\n", True), EOS_PIECE]
+
+
+@registry.register_template("caption")
+class CaptionTemplate(PlainTemplate):
+    """Images, answer, EOS, for embeddings: as CLIP's tokenizer writes a text (Radford et al. 2021, section
+    2.4). BOS is in front only if the tokenizer puts it there.
+    """
+
+    bare = True
+
+    @classmethod
+    def answer_template(cls, cfg: DataConfig) -> str:
+        return "{answer}"
+
+    def pieces(self, text: Text, system: str) -> list[Piece]:
+        images, answer, _, end = super().pieces(text, system)
+        return [images, answer, end]
+
+
+@registry.register_template("padded_caption")
+class PaddedCaptionTemplate(CaptionTemplate):
+    """As "caption", filled up with padding, which SigLIP reads (Zhai et al. 2023: texts of 64 tokens)."""
+
+    fills = True
 
 
 @registry.register_template("paligemma")

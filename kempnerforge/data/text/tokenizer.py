@@ -182,8 +182,19 @@ class Tokenizer:
         """The same, with a backend that puts the token there that a text starts with."""
         if self.start_id is None or self.backend.encode("").ids[:1] == [self.start_id]:
             return self
+        return self._around(put_in_front(str(self.bos), self.start_id))
+
+    def enclosing(self) -> Tokenizer:
+        """The same, with a backend that puts the token there that a text starts with, and EOS after it."""
+        start = [] if self.start_id is None else [(str(self.bos), self.start_id)]
+        if self.backend.encode("").ids == [*(id_ for _, id_ in start), self.eos_id]:
+            return self
+        single = " ".join([*(name for name, _ in start), "$A", self.eos])
+        return self._around(processors.TemplateProcessing(single=single, special_tokens=[*start, (self.eos, self.eos_id)]))
+
+    def _around(self, post_processor: Any) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.post_processor = put_in_front(str(self.bos), self.start_id)
+        backend.post_processor = post_processor
         return Tokenizer(backend, **self._named)
 
     def _encode(self, text: str, after: str = "") -> tuple[int, ...]:

@@ -275,16 +275,17 @@ class TextEncoder:
 
     def _begin(self, line: _Line) -> _Line:
         """``line`` with the token that it starts with. Where nothing is read before the answer, and there is
-        no BOS, that is EOS: the first answer token needs one before it.
+        no BOS, that is EOS: the first answer token needs one before it, if it is trained.
         """
-        bare = not line.front
+        alone = self.template.bare and bool(line.ids)
+        bare = not line.front and not alone
         start = self.tokenizer.start_id if self.template.bos else None
         if bare or self.template.own_bos:
             start = self.tokenizer.bos_id
         if start is None and bare:
             start = self.tokenizer.eos_id
         if start is None:
-            return line
+            return _Line(line.ids, [False, *line.trained[1:]], line.at, line.front) if alone else line
         lead = self._lead(line)
         return _Line([start, *line.ids], [False, *line.trained], [0] * lead + [k + 1 for k in line.at[lead:]], line.front)
 
@@ -352,6 +353,8 @@ class TextEncoder:
         return line, self._lead(line)
 
     def _words(self, line: _Line, lead: int) -> TextTokens:
+        if self.template.fills:
+            line.add([self.tokenizer.pad_id] * (self.layout.max_text_len - len(line.ids)), False)
         trained = np.array(line.trained)
         seen_late = [k for k in line.at if k < len(line.ids)]
         if self._needs_token_after and trained[seen_late].any():

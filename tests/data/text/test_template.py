@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.template import TurnsConfig, around_field
 from kempnerforge.data import IGNORE, Encoder, Layout, Sample, SampleError, Text, Tokenizer, collate
+from kempnerforge.data.batching.batch import Kind
 from kempnerforge.data.text.chat import DATE
 from kempnerforge.data.text.interleave import INPUT_IDS, KINDS
 from kempnerforge.data.text.template import build_template
@@ -526,3 +527,19 @@ def test_turns_that_lack_their_field(keys: dict[str, str]) -> None:
 def test_fill_takes_escapes_and_leaves_values_alone() -> None:
     assert around_field("{{a}} {prompt} }}") == ("{a} ", " }")
     assert VICUNA.count("eos_token") == 1
+
+
+@pytest.mark.parametrize(("bos", "adds"), [("<bos>", True), ("<bos>", False), (None, False)])
+def test_captions_have_nothing_in_front_but_what_the_tokenizer_puts_there(bos: str | None, adds: bool) -> None:
+    """Prompts are left out; the first token of an answer is not trained where no token is before it; padding is read."""
+    trained = Tokenizer.train(CORPUS, 300)
+    tokenizer = Tokenizer(trained.backend, eos="<eos>", bos=bos, pad="<pad>", adds_bos=adds)
+    start, ids, end = [1] if adds else [], tokenizer.encode("A cat."), tokenizer.eos_id
+    for template, filled in (("caption", 0), ("padded_caption", 20)):
+        encoder = TextEncoder(tokenizer, DataConfig(template=template), Layout(0, 8, 20, 20, 0))
+        table = encoder.encode(Text("What is it?", "A cat.")).table
+        assert encoder.encode_prompt("What is it?", 0).ids, "a prompt alone is not empty"
+        padding = [tokenizer.pad_id] * max(0, filled - len(start) - len(ids) - 1)
+        assert table[INPUT_IDS].tolist() == [*start, *ids, end, *padding] and (filled in (0, table.shape[1]))
+        assert [one for run in trained_runs(encoder, Text("", "A cat.")) for one in run] == [*ids[not adds :], end]
+        assert set(table[KINDS][len(start) + len(ids) + 1 :].tolist()) <= {Kind.PROMPT}
