@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
     if len(text) > MAX_JSON:
         raise InputError(f"{start}has {len(text):,} bytes; of JSON at most {MAX_JSON:,} are read")
     try:
-        found = json.loads(text, **hooks)
+        found = _decoder(**hooks).decode(text) if type(text) is str and text[:1] != "\ufeff" else json.loads(text, **hooks)
     except RecursionError:
         found = None
     except json.JSONDecodeError as error:
@@ -148,6 +149,11 @@ def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
         if not deeper_than(found, MAX_DEPTH):
             return found
     raise InputError(f"{start}not read: nested more than {MAX_DEPTH} levels deep")
+
+
+@lru_cache(maxsize=16)
+def _decoder(**hooks: Any) -> json.JSONDecoder:
+    return json.JSONDecoder(**hooks)
 
 
 def deeper_than(value: Any, levels: int) -> bool:

@@ -60,6 +60,10 @@ class Judge(Protocol):
     def judge_keys(self, row: Callable[[int], Mapping[str, Any]], count: int) -> None: ...
 
 
+MOST_OUTLINES = 10_000
+"""That are kept, of one file."""
+
+
 class Rows(ABC):
     """Rows by number.
 
@@ -107,7 +111,7 @@ class IndexedRows(Rows):
     Args:
         key: the config key that names it, for messages.
         measure: what to keep of each row for batching.
-        problems: what is wrong with the keys of each row.
+        problems: what is wrong with the keys of a row; asked once for rows of the same ``outline``.
 
     Attributes:
         counts: rows that have each column.
@@ -124,6 +128,7 @@ class IndexedRows(Rows):
         self._begins, self._sizes, self._numbers, self._lengths, self._images = kept
         bad: list[str] = []
         wrong: dict[str, list[int]] = {}
+        found: dict[Any, tuple[str, ...]] = {}
         try:
             with open(path, "rb") as file:
                 for begin, size, number, values in self._scan(file):
@@ -134,7 +139,11 @@ class IndexedRows(Rows):
                         bad.append(f"{self.unit} {number}: {values}" if len(bad) < SHOWN_ROWS else "")
                     else:
                         self.counts.update(values.keys())
-                        for problem in dict.fromkeys(problems(values)):
+                        if (wrong_here := found.get(shape := outline(values))) is None:
+                            wrong_here = tuple(dict.fromkeys(problems(values)))
+                            if len(found) < MOST_OUTLINES:
+                                found[shape] = wrong_here
+                        for problem in wrong_here:
                             first_and_count = wrong.setdefault(problem, [number, 0])
                             first_and_count[1] += 1
         except OSError as error:
@@ -296,6 +305,13 @@ class CsvRows(IndexedRows):
         if bad is not None:
             raise InputError(f"not UTF-8: {bad[:40]!a}")
         return dict(zip(self._names, values, strict=True))
+
+
+def outline(value: Any) -> Any:
+    """Of a row all that says whether its keys are right: their names, what is nested, and what is null."""
+    if isinstance(value, dict):
+        return tuple([(key, outline(entry)) for key, entry in value.items()])
+    return ("list", *dict.fromkeys(map(outline, value))) if isinstance(value, list) else value is None
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kempnerforge.config.data import DataConfig, EasyVQAConfig, HFDatasetConfig,
 from kempnerforge.data import Encoder, Layout, Sample, SampleError, Source, Text, Tokenizer, build_source, collate, load_image
 from kempnerforge.data import source as data_source
 from kempnerforge.data.batching.loader import RowClasses
+from kempnerforge.data.sources import rows
 from kempnerforge.data.sources.pictures import resolve_image
 from kempnerforge.inspection.audit import audit
 from tests.data.samples import built
@@ -196,6 +197,20 @@ def test_a_tokenizer_learns_from_some_of_many_samples(root: Path, monkeypatch: p
     assert some == [text for text in built(cfg).corpus() if "word" in text]
     monkeypatch.setattr(data_source, "CORPUS_SAMPLES", 100)
     assert [text for text in built(cfg).corpus() if "word" in text] == everything
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10_000])
+def test_keys_are_judged_once_for_rows_of_one_form(kept: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MOST_OUTLINES", kept)
+    good = {"image": "sub/red.png", "texts": [{"prompt": "a", "answer": "b"}]}
+    typo = {"image": "sub/red.png", "texts": [{"prompt": "a", "answer": "b", "anwser": "c"}]}
+    listed = [good, typo, good, typo, {**good, "id": None}, {**good, "extra": 1}, {**good, "extra": "x"}]
+    path = write_lines(root / "many.jsonl", *listed)
+    with pytest.raises(ValueError, match="read by nothing") as raised:
+        built(JsonlConfig(path=path))
+    message = str(raised.value)
+    assert "line 2: key 'texts.anwser' is read by nothing (nearest is 'answer') (2 times)" in message
+    assert "line 6: key 'extra' is read by nothing" in message and message.count("(2 times)") == 2
 
 
 def test_interleaved_rows_of_a_dataset(hf: Any, root: Path, make_encoder: Callable[..., Encoder]) -> None:
