@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kempnerforge.config import Stage
 from kempnerforge.convert.commands import class_of, export_model, write_run
-from kempnerforge.convert.verify import class_arguments, load_class
+from kempnerforge.convert.verify import class_arguments, in_rows, load_class
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import SampleError
@@ -60,6 +60,8 @@ class TransformersLoop:
     def __post_init__(self) -> None:
         if self.stage.freeze:
             raise InputError("--against transformers: the plain loop trains all parameters; set vlm.freeze = []")
+        if in_rows(self.assembly) is not None:
+            raise InputError("--against transformers: data.images.rows: its class needs the sizes of images, which a batch does not have")
         self.name = class_of(self.assembly).name
         with tempfile.TemporaryDirectory() as folder:
             run, out = Path(folder, "run"), Path(folder, "export")

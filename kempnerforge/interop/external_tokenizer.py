@@ -39,6 +39,8 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
         words = words.changed(stops={*words.stop_ids, *stop_ids(external.path)})
     if external.added_tokens:
         words = _with_tokens(words, external)
+    if external.job.model.new_tokens:
+        words = _up_to(words, external.job.model.vocab_size)
     if not external.image_is_word:
         return words
     name = external.job.data.image_placeholder
@@ -48,6 +50,13 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
         )
     marks = dict.fromkeys([*words.appended, name])
     return words.changed(appended=[*marks])
+
+
+def _up_to(words: Tokenizer, rows: int) -> Tokenizer:
+    """``words`` with a token for each of ``rows`` of the embedding, as new ones follow them."""
+    spare = [AddedToken(f"<unused_{number}>", special=True, normalized=False) for number in range(words.vocab_size, rows)]
+    words.backend.add_tokens(spare)
+    return words.changed()
 
 
 def _with_tokens(words: Tokenizer, external: ExternalModel) -> Tokenizer:

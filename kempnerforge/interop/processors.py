@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.interop.vlm_family import FRAMED, LLAVA
+from kempnerforge.interop.vlm_family import FRAMED, LLAVA, LLAVA_NEXT
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, ImageSettings, processor_classes
 
@@ -39,15 +39,15 @@ def processor_candidates(
     family = VLM_FAMILIES.get(kind)
     if family is None or not family.processors:
         return {}
-    framed = family.processors[0] in FRAMED
-    if images.fit not in (("squash",) if framed else ("squash", "crop")):
+    framed, in_rows = family.processors[0] in FRAMED, family.newline and images.padding == "black"
+    if images.fit not in (("squash",) if framed else ("tiles",) if in_rows else ("squash", "crop")):
         return {}
     (mean, std), square = normalisation, _square(size)
     pixels: dict[str, Any] = {
-        "image_processor_type": family.image_processor if images.fit == "squash" else "CLIPImageProcessor",
+        "image_processor_type": family.image_processor if images.fit != "crop" else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size} if images.fit == "crop" else square,
+        "size": {"shortest_edge": size} if images.fit != "squash" else square,
         "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -59,7 +59,9 @@ def processor_candidates(
     if framed:
         pixels |= {"do_image_splitting": False, "max_image_size": {"longest_edge": size}}
     else:
-        pixels |= {"do_center_crop": images.fit == "crop", "crop_size": square}
+        pixels |= {"do_center_crop": images.fit != "squash", "crop_size": square}
+    if in_rows:
+        pixels |= {"do_pad": True, "image_grid_pinpoints": [[rows * size, columns * size] for rows, columns in images.pinpoints]}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in family.processors:
         settings = _settings(name, size, image_tokens, placeholder)
@@ -70,7 +72,7 @@ def processor_candidates(
 
 def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict[str, Any] | None:
     """Settings of the processor itself; None: it cannot serve."""
-    if name != LLAVA:
+    if name not in (LLAVA, LLAVA_NEXT):
         return ({"image_seq_len": image_tokens} if name in FRAMED else {}) if placeholder == "<image>" else None
     side = math.isqrt(image_tokens)
     patch = size // side  # what it counts the tokens of an image with
