@@ -97,6 +97,11 @@ class TransformersLoop:
                 rows.append(self._encoder.encode(replace(sample, texts=sample.texts[:1]), 0))
             except SampleError:
                 continue
+        longest = max(row.table.shape[1] for row in rows)
+        if 0 < self.pad_to < longest:
+            raise InputError(
+                f"--pad-to = {self.pad_to}: a row has {longest} positions; set at least the length of the longest, or leave it out"
+            )
         return collate(rows, self._encoder.tokenizer.pad_id, self.pad_to or None)
 
     def loss(self, batch: Batch) -> Tensor:
