@@ -171,8 +171,8 @@ class TrainedModel:
         Raises:
             InputError: they cannot be shared out.
         """
-        encoder = self.processor.encoder
-        together = encoder.count_placeholders(prompt)
+        encoder, literal = self.processor.encoder, self.processor.follows  # the text is the whole prompt
+        together = prompt.count(self.processor.placeholder) if literal else encoder.count_placeholders(prompt)
         usual = encoder.asking.together
         step = together or (usual if usual and not len(images) % usual else 1)
         if len(images) % step or (together and not images and self.has_images):

@@ -33,6 +33,7 @@ from kempnerforge.util.errors import InputError
 from tests.interop.test_processors import asked, pictures, rows, run_of, tokenizer_of
 from tests.interop.test_vlms import HUB, MEMORY
 from tests.interop.tiny_vlms import IMAGE, SQUARES, TEXT, TOWER, VOCAB, rename, write_tokenizer
+from tests.training.tiny import call
 
 SHAPES = [(28, 28), (56, 28), (41, 30), (17, 90), (90, 17), (33, 64), (97, 49), (5, 7), (200, 120)]
 """Width and height: of one and several rows of tiles, with and without padding, up and down."""
@@ -138,6 +139,21 @@ def test_import_and_export_leave_every_weight_as_it_is(theirs: Path, tmp_path: P
     assert config["image_grid_pinpoints"] == SQUARES and config["text_config"]["vocab_size"] == VOCAB
     assert NEWLINE not in hf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     same_answers(theirs, tmp_path / "out", [[noise((41, 30))], [noise((17, 90))]])  # read here again
+
+
+def test_generate_asks_what_is_on_the_hub(theirs: Path, tmp_path: Path) -> None:
+    shown = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, size in zip(shown, SHAPES[2:], strict=False):
+        noise(size).save(path)
+    ended = call("generate", theirs, *shown, "--prompt", PROMPT, "--json", "--max-new-tokens=5")
+    assert ended.code == 0, ended.err
+    model, reader = load_class(theirs, "LlavaNextForConditionalGeneration"), pil_processor(theirs)
+    for path, answer in zip(shown, json.loads(ended.out)["answers"], strict=True):
+        inputs = reader(images=Image.open(path), text=PROMPT, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer["answer"] == reader.decode(made, skip_special_tokens=True)
+    ended = call("generate", theirs, shown[0], "--prompt", "what?")
+    assert ended.code == 2 and "0 of '<image>' in the text and 1 images" in ended.err, ended.err
 
 
 def test_newline_has_no_logit_and_follows_the_vocabulary(theirs: Path, tmp_path: Path) -> None:
