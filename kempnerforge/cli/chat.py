@@ -24,7 +24,7 @@ stdout; the exit code is 2 if one of them could not be answered."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory, export, or directory of transformers")
     parser.add_argument("images", type=Path, nargs="*", help="image files")
     add_sampling(parser)
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from kempnerforge.serve.terminal import Chat
 
     sampling = sampling_of(args)
-    model = TrainedModel.restore(args.checkpoint, args.overrides)
+    model = TrainedModel.open(args.checkpoint, args.overrides)
     chat = Chat(model, answer_stream(), note, has_turns=model.has_turns, max_new_tokens=args.max_new_tokens, sampling=sampling)
     chat.add(args.images)
     if sys.stdin.isatty():

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 HELP = """Ask a trained model about images.
 
-Takes a checkpoint or run directory, images, and a prompt as in the training data (the template is added). Each image is asked about alone,
+Takes a checkpoint, run or export, images, and a prompt as in the training data (the template is added; a directory of transformers takes
+the text as its processor does, with its token for an image). Each image is asked about alone,
 unless the prompt says where images are: with "<image>" in it k times, k images at a time are asked about together. Greedy unless
 --temperature is given. Text-only models take no image. Boxes and points that an answer holds (PaliGemma's <loc> tokens, Molmo's <point> tags) are
 decoded: --json lists them as shares of width and height, --draw draws them, never on the files that are asked about."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint or run directory, export, or directory of transformers")
     parser.add_argument("images", type=Path, nargs="*", help="image files, or folders of them")
     parser.add_argument("--prompt", default="", help="the question (default: empty, as for captions)")
     add_sampling(parser)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     decoder = _mask_decoder(args)
     images = [image for path in args.images for image in _images_at(path)]
-    model = TrainedModel.restore(args.checkpoint, args.overrides)
+    model = TrainedModel.open(args.checkpoint, args.overrides)
     groups = model.groups(args.prompt, images)
     places = _places(args.draw, groups, images)
     answers, failed, out = [], False, answer_stream()

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from kempnerforge.config import registry
 from kempnerforge.config.build import build
-from kempnerforge.config.data import DataConfig
+from kempnerforge.config.checks import not_default
+from kempnerforge.config.data import DataConfig, TextConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
@@ -209,6 +210,14 @@ def tasks_are_known(job: Job) -> Found:
             continue
         build(cls, job.eval.options.get(name, {}), ("options", name), problems := Problems())
         yield from ((("eval",), line.replace(f"[options] {name}", f"options.{name}", 1)) for line in problems.lines)
+
+
+@_reads("eval", "data", "stages")
+def questions_are_asked(job: Job) -> Found:
+    """Nothing is asked about running text, so no answer is searched for and no example is in front of it."""
+    if all(isinstance(section, TextConfig) for section in image_sections(job)):
+        for key in [key for key in ("shots", "beams") if key in not_default(job.eval)]:
+            yield ("eval",), f"{key} = {getattr(job.eval, key)}: data.source = 'text' asks no questions; leave it out"
 
 
 @_reads("optimizer", "metrics", "hooks")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -109,6 +110,20 @@ class DataConfig:
     def tokens(self) -> list[str]:
         """Names of tokens that its texts need; a tokenizer that does not have them gets them."""
         return []
+
+    def check_tokens(self, names: Sequence[str], grows: bool) -> None:
+        """
+        Args:
+            names: the new tokens of the model.
+            grows: further ones may follow them.
+
+        Raises:
+            InputError: ``tokens`` cannot all be among them.
+        """
+
+    def codec_fingerprint(self) -> str:
+        """A digest of what, besides the tokenizer, decides which tokens an answer is; empty: nothing."""
+        return ""
 
     def never_reached(self, steps: int) -> str:
         """What of this section would come into force only after ``steps`` optimizer steps, with key and

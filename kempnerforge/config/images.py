@@ -101,6 +101,8 @@ class ImagesConfig:
         rows: of "anyres" and "overlap", without ``markers``: the tiles' tokens are in rows across the image, a
             learned token at the end of each. Padding of "anyres" is left out (LLaVA-NeXT's "spatial_unpad"); of
             "overlap" each tile is shown up to the middle of what it shares with the next one (Molmo).
+        padding: of "letterbox" and "tiles": the colour around an image that is fitted: "mean" of the encoder's
+            normalisation, or "black" (LLaVA-NeXT, Molmo).
         frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
             in the middle of as many equal parts. Each is a view like an image. 0: videos are refused. Not
             with "native" and "tiles".
@@ -125,6 +127,7 @@ class ImagesConfig:
     global_view: bool = True
     markers: bool = True
     rows: bool = False
+    padding: str = "mean"
     frames: int = 0
     frame_times: bool = False
     number_images: bool = False
@@ -146,6 +149,8 @@ class ImagesConfig:
         only_if(self, self.fit == "tiles", "fit = 'tiles'", *_OF_TILES, *chain(*_OF_TILING.values()))
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
+        one_of(self, "padding", ("mean", "black"))
+        only_if(self, self.fit in ("letterbox", "tiles"), "fit = 'letterbox' or 'tiles'", "padding")
         only_if(self, self.fit not in ("native", "tiles"), "fit other than 'native' and 'tiles'", "frames")
         only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")

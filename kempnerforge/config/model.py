@@ -74,6 +74,8 @@ class ModelConfig:
         new_tokens: tokens that the tokenizer gets in addition, such as "<image>". Their embeddings are a
             separate module, ``transformer.new_tokens``, so that they can train while the rest of the
             embedding is frozen.
+        unwritten_new_tokens: the last of ``new_tokens``, so many, are read and never written: there is no
+            logit of them (LLaVA-NeXT's vector at the end of a row of image tokens).
         max_seq_len: positions that the model is meant for; longer streams are refused.
         norm: "rms_norm", or "layer_norm" with gain and bias (Ba et al. 2016; VLA Foundry).
         embed_norm: norm of the stream before the first layer, images included (VLA Foundry's
@@ -143,12 +145,14 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.0
     new_tokens: list[str] = field(default_factory=list)
+    unwritten_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "dim", "n_layers", "n_heads", "max_seq_len", "rope_global_interval")
         at_most(self, MAX_LAYERS, "n_layers")
         at_least(self, 0, "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "init_std")
         at_least(self, 0, "attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta", "nope_interval", "sliding_window")
+        at_least(self, 0, "unwritten_new_tokens")
         more_than(self, 0, "norm_eps", "rope_theta")
         one_of(self, "activation", (*GATED, "gelu", "gelu_exact", "quick_gelu"))
         one_of(self, "positions", ("rope", "learned"))
@@ -164,6 +168,10 @@ class ModelConfig:
             raise InputError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
         if "" in self.new_tokens or len(set(self.new_tokens)) != len(self.new_tokens):
             raise InputError(f"new_tokens = {self.new_tokens}: needs names, each once")
+        if self.unwritten_new_tokens > len(self.new_tokens):
+            raise InputError(
+                f"unwritten_new_tokens = {self.unwritten_new_tokens}: must be at most the number of names in new_tokens = {self.new_tokens}"
+            )
         if not self.head_dim and self.dim % self.n_heads:
             raise InputError(f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or set head_dim")
         if self.n_heads % self.kv_heads:

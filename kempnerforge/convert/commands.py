@@ -13,22 +13,25 @@ from typing import Any, NamedTuple
 import torch
 
 from kempnerforge.checkpoint import CheckpointError, save_training
-from kempnerforge.config import to_toml
+from kempnerforge.config import ModelConfig, to_toml
 from kempnerforge.convert.card import model_card
 from kempnerforge.convert.processor import FILES, write_embedder, write_processor
 from kempnerforge.convert.verify import TOLERANCE, agreement, compare_models, compared, load_class, make_probe, our_logits
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.inference.external import load_external
 from kempnerforge.inference.model import ASKED_FILE, JOB_FILE, TOKENIZER, TrainedModel
 from kempnerforge.interop.settings import hf_config
 from kempnerforge.interop.vlms import VLM_FAMILIES, fitting
 from kempnerforge.interop.write import (
     DTYPES,
+    NEW_EMBEDDING,
     Progress,
     cast_files,
     fresh,
     nothing,
     plain_embedding,
     save_tensors,
+    without_last_token,
     write_config,
     write_language_model,
 )
@@ -230,16 +233,20 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
     if assembly.model.hf_model is not None:
         return _export_as_it_is(assembly, out, architecture, how)
     job, tokenizer = assembly.job, assembly.tokenizer
-    lines, image_id, rows = [], None, 0
+    lines, image_id, rows, newline = [], None, 0, {}
+    cfg, tensors = job.model, dict(assembly.model.named_parameters())
+    if kind and VLM_FAMILIES[kind].newline:
+        cfg, tensors, vector = without_last_token(cfg, tensors)
+        tokenizer, newline = tokenizer.without_last(), {f"transformer.{NEW_EMBEDDING}": vector}
     if kind and VLM_FAMILIES[kind].image_key:
-        image_id, rows, line = _image_token(assembly)
+        image_id, rows, line = _image_token(tokenizer, job.data.image_placeholder, cfg)
         lines.append(line)
-    cfg, tensors = plain_embedding(job.model, dict(assembly.model.named_parameters()), rows)
+    cfg, tensors = plain_embedding(cfg, tensors, rows)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if kind:
         vlm, encoder, plain = VLM_FAMILIES[kind], assembly.model.vision_encoder, replace(job, model=cfg)
         write_config(out, vlm.config(plain, encoder, assembly.data.layout.image_tokens, image_id, ids))
-        save_tensors(out, vlm.tensors(plain, encoder, tensors), progress=how.progress)
+        save_tensors(out, vlm.tensors(plain, encoder, tensors | newline), progress=how.progress)
     else:
         write_language_model(out, cfg, tensors, ids, chosen, progress=how.progress)
     cast_files(out, how.dtype)
@@ -248,7 +255,7 @@ def _export_hf(restored: TrainedModel, out: Path, how: How) -> Converted:
         return _verified(assembly, out, architecture, None, [*lines, *write_embedder(out, assembly, kind)], how)
     (tokenizer if kind else tokenizer.starting()).save(out)
     _write_ends(out, assembly)
-    lines += write_processor(out, assembly, kind)
+    lines += write_processor(out, assembly, kind, image_id)
     return _verified(assembly, out, architecture, image_id, lines, how)
 
 
@@ -321,9 +328,8 @@ class ImageToken(NamedTuple):
     line: str
 
 
-def _image_token(assembly: Assembly) -> ImageToken:
+def _image_token(tokenizer: Tokenizer, name: str, rows: ModelConfig) -> ImageToken:
     """A tokenizer without such a token gets it, after its vocabulary."""
-    tokenizer, name, rows = assembly.tokenizer, assembly.job.data.image_placeholder, assembly.job.model
     found = tokenizer.token_id(name)
     origin = "the tokenizer"
     if found is None:

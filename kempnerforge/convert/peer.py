@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kempnerforge.config import Stage
 from kempnerforge.convert.commands import class_of, export_model, write_run
-from kempnerforge.convert.verify import class_arguments, load_class
+from kempnerforge.convert.verify import class_arguments, in_rows, load_class
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.collate import collate
 from kempnerforge.data.sample import SampleError
@@ -60,6 +60,8 @@ class TransformersLoop:
     def __post_init__(self) -> None:
         if self.stage.freeze:
             raise InputError("--against transformers: the plain loop trains all parameters; set vlm.freeze = []")
+        if in_rows(self.assembly) is not None:
+            raise InputError("--against transformers: data.images.rows: its class needs the sizes of images, which a batch does not have")
         self.name = class_of(self.assembly).name
         with tempfile.TemporaryDirectory() as folder:
             run, out = Path(folder, "run"), Path(folder, "export")
@@ -95,6 +97,11 @@ class TransformersLoop:
                 rows.append(self._encoder.encode(replace(sample, texts=sample.texts[:1]), 0))
             except SampleError:
                 continue
+        longest = max(row.table.shape[1] for row in rows)
+        if 0 < self.pad_to < longest:
+            raise InputError(
+                f"--pad-to = {self.pad_to}: a row has {longest} positions; set at least the length of the longest, or leave it out"
+            )
         return collate(rows, self._encoder.tokenizer.pad_id, self.pad_to or None)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -73,13 +73,14 @@ class Different(Exception):
     """Ids or pixels differ from the ones that training reads."""
 
 
-def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = False) -> list[str]:
+def write_processor(out: Path, assembly: Assembly, kind: str, image_id: int | None = None, *, given: bool = False) -> list[str]:
     """Writes processor and chat template beside the tokenizer, if some class of transformers makes of images
     and questions what ours does.
 
     Args:
         out: has config and tokenizer of the model, and nothing of a processor unless ``given``.
         kind: its ``model_type`` if it takes images; empty: a language model.
+        image_id: the token of an image; None: the one that the tokenizer has.
         given: a processor's files are there already. They are tried first, and stay if nothing does what ours
             does.
 
@@ -101,7 +102,7 @@ def write_processor(out: Path, assembly: Assembly, kind: str, *, given: bool = F
         template = chat_template(cfg, words, encoder.asking, processor=attempt.name, **adds)
         (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
         try:
-            fine = compare_processors(out, assembly, bool(kind))
+            fine = compare_processors(out, assembly, bool(kind), image_id)
         except Different as error:
             reasons.append(f"{attempt.name or 'the tokenizer'} {error}")
             continue
@@ -171,7 +172,7 @@ def _prompt_line(cfg: DataConfig, assembly: Assembly, end: str) -> str:
     return f"an answer ends with `{end}`"
 
 
-def compare_processors(out: Path, assembly: Assembly, images: bool) -> str:
+def compare_processors(out: Path, assembly: Assembly, images: bool, image_id: int | None = None) -> str:
     """Ids and pixels of questions about none, one and two images of several modes and shapes, ours and
     through the chat template in ``out``.
 
@@ -183,7 +184,7 @@ def compare_processors(out: Path, assembly: Assembly, images: bool) -> str:
     """
     from transformers import AutoTokenizer
 
-    training = Processor(assembly)
+    training = Processor(assembly, image_id=image_id)
     equal, refused = set[int](), dict[int, str]()
     try:
         with quiet():
@@ -252,6 +253,8 @@ def _messages(pictures: Sequence[Image.Image | None], question: str) -> list[dic
 
 def _same(pixels: Tensor, wanted: Tensor | None) -> bool:
     flat = pixels.reshape(-1, *pixels.shape[-3:])  # (N, 3, H, W)
+    if pixels.dim() == 5:  # of images with fewer views the rest is 0
+        flat = flat[flat.flatten(1).any(1)]
     return wanted is not None and flat.shape == wanted.shape and bool((flat - wanted).abs().max() <= TOLERANCE)
 
 

@@ -6,17 +6,23 @@ Shapes: B rows, S positions, K of them that are scored, N images, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from kempnerforge.config.images import NEWLINE
 from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.data.batching.collate import prompt_batch
+from kempnerforge.data.batching.collate import prompt_batch, stack_views
+from kempnerforge.data.images.views import Views
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.interop.dual_encoders import DualEncoderFamily
 from kempnerforge.interop.vlms import VLM_FAMILIES
@@ -147,14 +153,45 @@ def make_probe(assembly: Assembly, image_id: int | None, vocab_size: int, form: 
             for index in at:
                 row.insert(index, image_id)
     numbers = [range(row * len(at), (row + 1) * len(at)) for row in range(form.rows)]
-    batch = prompt_batch([Prompt(row, at) for row in rows], images, numbers, layout, 0)
+    prompts, sizes = [Prompt(row, at) for row in rows], dict[str, Tensor]()
+    if at and (views := in_rows(assembly)) is not None:
+        drawn = [[_picture(views, number, number - row[0]) for number in row] for row in numbers]
+        prompts = [
+            prompt._replace(blocks=tuple(views.blocks([one.png for one in row]))) for prompt, row in zip(prompts, drawn, strict=True)
+        ]
+        images = stack_views([view for row in drawn for one in row for view in views.load(one.png)], layout.image_size)
+        ends = accumulate((sum(len(block.starts) for block in prompt.blocks) for prompt in prompts), initial=0)
+        numbers = [range(begin, end) for begin, end in pairwise(ends)]
+        sizes["image_sizes"] = torch.tensor([one.size for row in drawn for one in row])  # (N, 2)
+    batch = prompt_batch(prompts, images, numbers, layout, 0)
     length = batch.kinds.shape[1]
     kinds, scored = batch.kinds.clone(), torch.linspace(0, length - 1, min(length, SCORED)).long()  # (B, S), (K,)
     kinds[:, -form.answer :] = Kind.ANSWER
     targets = (torch.arange(form.rows)[:, None] * length + scored).flatten()  # (B * K,)
     positions = torch.linspace(0, form.farthest, length).long().expand_as(kinds) if form.farthest else batch.positions
     batch = replace(batch, kinds=kinds, targets=targets, positions=positions)
-    return ProbeBatch(batch, class_arguments(model, batch, image_id, scored, spread=form.farthest > 0))
+    return ProbeBatch(batch, class_arguments(model, batch, image_id, scored, spread=form.farthest > 0) | sizes)
+
+
+def in_rows(assembly: Assembly) -> Views | None:
+    """The maker of views whose tokens are in rows across an image, each with a token at its end, if there is one."""
+    return next((views for views in assembly.data.encoder(assembly.stages[-1]).images if views.cfg.rows), None)
+
+
+class Picture(NamedTuple):
+    """An image of noise; ``size`` is height and width."""
+
+    png: bytes
+    size: tuple[int, int]
+
+
+def _picture(views: Views, seed: int, place: int) -> Picture:
+    """The image at ``place`` of its row: wide ones and tall ones, in turns."""
+    side = views.layout.image_size
+    size = ((side, side + side // 2), (2 * side, side // 2 + 1))[place % 2]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    return Picture(buffer.getvalue(), size)
 
 
 def class_arguments(model: VLM, batch: Batch, image_id: int | None, scored: Tensor, spread: bool) -> dict[str, Tensor]:
@@ -280,6 +317,8 @@ def forms(assembly: Assembly, limits: ModelLimits) -> list[Form]:
     model, taken = assembly.model, assembly.data.layout.image_tokens
     if "words" not in model.gives:
         return [short_form(model), Form(limits.room, (0,), rows=2)]
+    if (views := in_rows(assembly)) is not None:
+        taken = max(len(block.ids) for block in views.blocks([_picture(views, 0, place).png for place in range(2)]))
     found, prefix = [short_form(model)], model.attention_mask == "prefix"
     far = min(TIMES * max(limits.rope, default=0), assembly.job.model.max_seq_len) - 1
     if not limits.windows and far >= LONG_WORDS:
@@ -304,9 +343,11 @@ def compare_models(assembly: Assembly, image_id: int | None, hf_model: Any) -> A
         hf_model: as from ``load_class``.
     """
     bounds, found, probes = limits(assembly, hf_model), list[Agreement](), list[ProbeBatch]()
+    new = assembly.job.model.new_tokens
+    shared = assembly.job.model.vocab_size + len(new) - (new[-1:] == [NEWLINE])  # that one is no token there
     for form in forms(assembly, bounds):
         probe = make_probe(assembly, image_id, assembly.tokenizer.base_vocab_size, form)
-        logits, farthest = our_logits(assembly.model, probe.batch), int(probe.batch.positions.max())
+        logits, farthest = our_logits(assembly.model, probe.batch)[..., :shared], int(probe.batch.positions.max())
         found.append(agreement(logits, class_logits(hf_model, probe.inputs), farthest))
         probes.append(probe)
     worst = max(found, key=lambda one: one.excess)

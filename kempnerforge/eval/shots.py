@@ -68,7 +68,10 @@ class Shots:
             chosen += [example] if example.part == question.part and not _same(example, question) else []
             if len(chosen) == self.cfg.shots:
                 return chosen[::-1]
-        raise InputError(f"eval.shots = {self.cfg.shots}: there are {len(chosen)} examples for a question of sample {question.sample_id}")
+        pool = f"; eval.shots_pool = {self.cfg.shots_pool} samples are drawn, 0 takes all" if self.cfg.shots_pool else ""
+        raise InputError(
+            f"eval.shots = {self.cfg.shots}: there are {len(chosen)} examples for a question of sample {question.sample_id}{pool}"
+        )
 
     def _nearest(self, question: Question) -> list[int]:
         assert self.known is not None

@@ -33,6 +33,7 @@ from kempnerforge.inference.processor import AS_IT_IS, Processor, processing
 from kempnerforge.model.hf_files import CONFIG, INDEX, WEIGHTS, read_tensors, tensor_files
 from kempnerforge.model.lora import merge_adapters
 from kempnerforge.training.run_state import RunState
+from kempnerforge.training.same_run import changed_data
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.training.tokenizer import saved_tokenizer
 from kempnerforge.util.errors import InputError
@@ -106,6 +107,28 @@ class TrainedModel:
         return replace(found, follows=follows if as_written and follows["follows"] == AS_IT_IS else {})
 
     @classmethod
+    def open(cls, path: Path, overrides: Sequence[str] = ()) -> TrainedModel:
+        """What ``restore`` reads, an export, or a directory of transformers: for commands that ask.
+
+        Args:
+            overrides: of the config of a checkpoint or of our own export.
+
+        Raises:
+            CheckpointError, ValueError: as ``restore`` and ``load``; or a directory of transformers is given
+                overrides.
+        """
+        path = place_of(path)
+        if not _is_foreign(path) and not _is_export(path):
+            return cls.restore(path, overrides)
+        if overrides and _is_foreign(path):
+            raise InputError(f"{overrides[0]}: {path} is a model of transformers, which has no config of ours to change")
+        check_files(path)
+        found = _external(path, verify=True) if _is_foreign(path) else _exported(path, overrides)
+        found.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found.model.to(found.device).eval()
+        return found
+
+    @classmethod
     def load(
         cls, path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         plugins: Sequence[str | Path] = (), trust_plugins: bool = False, verify: bool = True,
@@ -148,8 +171,8 @@ class TrainedModel:
         Raises:
             InputError: they cannot be shared out.
         """
-        encoder = self.processor.encoder
-        together = encoder.count_placeholders(prompt)
+        encoder, literal = self.processor.encoder, self.processor.follows  # the text is the whole prompt
+        together = prompt.count(self.processor.placeholder) if literal else encoder.count_placeholders(prompt)
         usual = encoder.asking.together
         step = together or (usual if usual and not len(images) % usual else 1)
         if len(images) % step or (together and not images and self.has_images):
@@ -209,6 +232,11 @@ class TrainedModel:
         """
         assembly, job, last = self.assembly, self.assembly.job, self.assembly.stages[-1]
         assembly.data.read_held_out()
+        if changed := changed_data(assembly.data.codecs, self.state):
+            raise InputError(
+                f"data.codec: the {changed[0]} is no longer the one that {self.path} was trained with, so its codes are other pictures; "
+                "put it back"
+            )
         if assembly.data.held_out is None and assembly.data.plain_text is None:
             raise InputError(f"data.eval_path = '': {self.path} has no held-out data, and eval.text_path = '' names no plain text")
         assembly.data.require_held_out()
@@ -262,11 +290,21 @@ def load_pretrained(
 # ---- where a model may be ------------------------------------------------------------------------
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether this is a directory of transformers, an export among them, or of nanoVLM."""
+    return (path / CONFIG).is_file()
+
+
+def _is_export(path: Path) -> bool:
+    """Whether ``kempnerforge export --format kempnerforge`` has written this."""
+    return (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 def _loaded(path: Path, given: Sequence[str], verify: bool) -> TrainedModel:
     check_files(path)
-    if (path / CONFIG).is_file():
+    if _is_foreign(path):
         return _external(path, verify)
-    if (path / JOB_FILE).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+    if _is_export(path):
         return _exported(path, given)
     try:
         found = reading(path, lambda checkpoint: _restored(checkpoint, given))

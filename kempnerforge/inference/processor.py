@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.collate import prompt_batch, stack_views
-from kempnerforge.data.images.decode import opened
+from kempnerforge.data.images.decode import image_size, opened
 from kempnerforge.data.sample import ImageSource, Sample
 from kempnerforge.data.text.encode import Encoded
 from kempnerforge.data.text.interleave import Prompt
@@ -51,6 +51,7 @@ class Inputs(Mapping[str, Tensor]):
         attention_mask: (B, S) int64.
         pixel_values: (N, 3, H, W) fp32, normalised; (B, images of a row, 3, H, W), filled up with zeros,
             where the class takes it so; None without images.
+        image_sizes: (N, 2) heights and widths of the images, where the class reads them (LLaVA-NeXT).
         batch: the same as a ``Batch``.
         end_id: the token that ends an answer, or several.
     """
@@ -60,6 +61,7 @@ class Inputs(Mapping[str, Tensor]):
     pixel_values: Tensor | None
     batch: Batch
     end_id: int | frozenset[int]
+    image_sizes: Tensor | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
@@ -73,7 +75,8 @@ class Inputs(Mapping[str, Tensor]):
     @property
     def _tensors(self) -> dict[str, Tensor]:
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return found if self.pixel_values is None else found | {"pixel_values": self.pixel_values}
+        images = {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
+        return found | {name: tensor for name, tensor in images.items() if tensor is not None}
 
 
 class Processor:
@@ -133,10 +136,12 @@ class Processor:
         ids = batch.input_ids
         if self.image_token_id is not None:
             ids = self.assembly.model.with_image_ids(batch, self.image_token_id)
-        normalised = None
+        normalised = shapes = None
         if batch.images is not None and len(batch.images):
             normalised = self._normalised(batch.images, batch.image_rows.bincount(minlength=len(texts)).tolist())
-        return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id)
+            if self.encoder.images[0].cfg.rows:
+                shapes = torch.tensor([image_size(source)[::-1] for group in sources for source in group])  # (N, 2)
+        return Inputs(ids, (batch.kinds != Kind.PAD).long(), normalised, batch, self.end_id, shapes)
 
     def answered(self, images: Sequence[Picture], text: str, answer: str) -> Encoded:
         """One row of a prompt and its answer, by the template: its labels are the answer and the token that
@@ -159,10 +164,10 @@ class Processor:
             numbers = [range(end - len(row), end) for row, end in zip(views, ends.tolist(), strict=True)]
         return prompt_batch(prompts, pixels, numbers, self.layout, self.tokenizer.pad_id)
 
-    def view(self, image: Picture) -> Tensor:
-        """(1, 3, H, W) normalised pixels of an image that makes one view."""
-        pixels = stack_views(self.encoder.images[0].load(_encoded(image, literally=True), 1), self.encoder.layout.image_size)
-        return self._normalised(pixels, [1]).reshape(pixels.shape)  # (1, 3, H, W)
+    def normalised_views(self, image: Picture) -> Tensor:
+        """(V, 3, H, W) normalised pixels of the views of an image."""
+        pixels = stack_views(self.encoder.images[0].load(_encoded(image, literally=True)), self.encoder.layout.image_size)
+        return self._normalised(pixels, [len(pixels)]).reshape(pixels.shape)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, without special tokens."""
@@ -270,16 +275,15 @@ def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any],
         return kept, ""
     files, side, family = read_image_settings(external.path), assembly.data.layout.image_size, _family(external.architecture)
     name, other = followed_processor(external.path, family.kind if family else ""), other_pixels(Processor(assembly), files)
-    if other and files is not None:
+    tiled = assembly.job.data.images.tiled
+    if other and files is not None and not tiled:
         other += differing_settings(files, side)
     called = name or "image processor"
     if name in FRAMED and assembly.tokenizer.token_id(FAKE) is None:
         name = LLAVA
         other.append(f"{FAKE!r} around images, which the tokenizer does not have")
-    line = (
-        f"its {called} does otherwise with images ({'; '.join(other)}): here an image is one square of {side} pixels, "
-        "bicubic, so ids and pixels are not the same"
-    )
+    here = "its views are made as data.images says" if tiled else f"an image is one square of {side} pixels, bicubic"
+    line = f"its {called} does otherwise with images ({'; '.join(other)}): here {here}, so ids and pixels are not the same"
     return kept | ({"processor": name} if name else {}), line if other else ""
 
 
@@ -299,9 +303,11 @@ def other_pixels(ours: Processor, files: ImageSettings | None) -> list[str]:
             return [f"it refuses an image of {width} x {height} pixels: {reason(error)}"]
         views = made.reshape(-1, *made.shape[-3:])  # (views, 3, H, W)
         views = torch.stack([view for number, view in enumerate(views) if not number or view.any()])  # without empty tiles
-        want = ours.view(noise)
+        want = ours.normalised_views(noise)
         if views.shape != want.shape:
-            return [f"an image of {width} x {height} pixels becomes {len(views)} x {tuple(views.shape[1:])}, here {tuple(want.shape[1:])}"]
+            return [
+                f"an image of {width} x {height} pixels becomes {len(views)} x {tuple(views.shape[1:])}, here {len(want)} x {tuple(want.shape[1:])}"
+            ]
         furthest = max(furthest, (views - want).abs().max().item())
     return [f"pixels up to {furthest:.2g} apart"] if furthest > SAME_PIXELS else []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +104,8 @@ class ExternalModel:
                 tensor, wanted = torch.atleast_1d(whole).chunk(parts)[part], self.parameters[name]
                 if tensor.dim() == wanted.dim() + 1 and len(tensor) == 1:
                     tensor = tensor[0]
+                elif tensor.dim() == wanted.dim() - 1 and len(wanted) == 1:
+                    tensor = tensor[None]
                 check_tensor(self.path, f"{source} ({name})", tensor, wanted)
                 tensors[name] = tensor.float().contiguous()
             progress(f"reading {self.files[source].name}", len(tensors), len(self.file_tensors))
@@ -222,5 +225,6 @@ def image_job(job: JobConfig, data: Mapping[str, Any], fit: str = "squash", view
         raise InputError(f"an image takes {positions} positions and the text model has {room} (max_position_embeddings)")
     text = min(MAX_TEXT, room - positions)
     section = JsonlConfig(path="train.jsonl", **{"prompt_column": "prompt", "images": ImagesConfig(fit=fit), **data})
-    length = min(room, views * (positions + section.images.has_markers) + text)
+    besides = math.isqrt(positions) if section.images.rows else section.images.has_markers
+    length = min(room, views * (positions + besides) + text)
     return replace(job, vlm=replace(job.vlm, max_text_len=text), data=section, train=TrainConfig(max_steps=1000, seq_len=length))

@@ -43,6 +43,8 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
         raise InputError(
             f"{external.path / CONFIG}: eos_token_id = {external.end_id}, at which the class pools a text, and the tokenizer's EOS is {words.eos_id}"
         )
+    if external.job.model.new_tokens:
+        words = _up_to(words, external.job.model.vocab_size)
     if not external.image_is_word:
         return words
     name = external.job.data.image_placeholder
@@ -52,6 +54,13 @@ def tokenizer_of(external: ExternalModel, given: Path | None = None) -> Tokenize
         )
     marks = dict.fromkeys([*words.appended, name])
     return words.changed(appended=[*marks])
+
+
+def _up_to(words: Tokenizer, rows: int) -> Tokenizer:
+    """``words`` with a token for each of ``rows`` of the embedding, as new ones follow them."""
+    spare = [AddedToken(f"<unused_{number}>", special=True, normalized=False) for number in range(words.vocab_size, rows)]
+    words.backend.add_tokens(spare)
+    return words.changed()
 
 
 def _with_tokens(words: Tokenizer, external: ExternalModel) -> Tokenizer:

@@ -77,7 +77,9 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Ext
     normalisation = (images.normalisation if images else None) or Normalisation([], [])
     embeddings = [name for name in files if name.endswith(HF_EMBEDDING)]
     sections = family.sections(config, num_rows(files, embeddings[0]) if embeddings else 0, normalisation)
-    job = image_job(JobConfig(**vars(sections)), family.data, images.fit if images else "squash")
+    shown = family.images(config, images.fit if images else "squash")
+    views = 1 + max(rows * columns for rows, columns in shown.pinpoints) if shown.tiled else 1
+    job = image_job(JobConfig(**vars(sections)), {"images": shown, **family.data}, views=views)
     parameters, text_family = family.parameters(job), complete(config)["text_config"]["model_type"]
     choices = [{name: FileTensor(family.tensor_name(name, job, text_family, layout)) for name in parameters} for layout in family.layouts]
     names = max(choices, key=lambda found: sum(source.name in files for source in found.values()))

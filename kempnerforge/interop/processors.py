@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.images import ImagesConfig
-from kempnerforge.interop.vlm_family import FRAMED, LLAVA, VLMFamily
+from kempnerforge.interop.vlm_family import FRAMED, LLAVA, LLAVA_NEXT, VLMFamily
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.image_processor import PREPROCESSOR, PROCESSOR, ImageSettings, processor_classes
 
@@ -26,23 +26,23 @@ def _square(side: int) -> dict[str, int]:
 def image_settings(
     family: VLMFamily, name: str, size: int, normalisation: tuple[Sequence[float], Sequence[float]], images: ImagesConfig
 ) -> dict[str, Any]:  # fmt: skip
-    """The file of an image processor that makes one view of ``size`` pixels of an image, for the processor
+    """The file of an image processor that makes views of ``size`` pixels of an image, for the processor
     ``name``. Arguments: see ``processor_candidates``.
     """
     (mean, std), square = normalisation, _square(size)
     return {
         "processor_class": name,
-        "image_processor_type": family.image_processor if images.fit == "squash" else "CLIPImageProcessor",
+        "image_processor_type": family.image_processor if images.fit != "crop" else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size} if images.fit == "crop" else square,
+        "size": {"shortest_edge": size} if images.fit != "squash" else square,
         "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
-        "do_center_crop": images.fit == "crop",
+        "do_center_crop": images.fit != "squash",
         "crop_size": square,
     }
 
@@ -63,8 +63,8 @@ def processor_candidates(
     family = VLM_FAMILIES.get(kind)
     if family is None or not family.processors:
         return {}
-    framed = family.processors[0] in FRAMED
-    if images.fit not in (("squash",) if framed else ("squash", "crop")):
+    framed, in_rows = family.processors[0] in FRAMED, family.newline and images.padding == "black"
+    if images.fit not in (("squash",) if framed else ("tiles",) if in_rows else ("squash", "crop")):
         return {}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in family.processors:
@@ -75,13 +75,15 @@ def processor_candidates(
         if framed:
             del pixels["do_center_crop"], pixels["crop_size"]
             pixels |= {"do_image_splitting": False, "max_image_size": {"longest_edge": size}}
+        if in_rows:
+            pixels |= {"do_pad": True, "image_grid_pinpoints": [[rows * size, columns * size] for rows, columns in images.pinpoints]}
         found[name] = {PREPROCESSOR: pixels, PROCESSOR: {"processor_class": name, **settings}}
     return found
 
 
 def _settings(name: str, size: int, image_tokens: int, placeholder: str) -> dict[str, Any] | None:
     """Settings of the processor itself; None: it cannot serve."""
-    if name != LLAVA:
+    if name not in (LLAVA, LLAVA_NEXT):
         return ({"image_seq_len": image_tokens} if name in FRAMED else {}) if placeholder == "<image>" else None
     side = math.isqrt(image_tokens)
     patch = size // side  # what it counts the tokens of an image with

@@ -212,6 +212,8 @@ def hf_config(cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
     """
     if family is not None and family not in FAMILIES:
         raise InputError(f"family {family!r}: allowed are {', '.join(FAMILIES)}")
+    if cfg.unwritten_new_tokens:
+        raise InputError(f"model.unwritten_new_tokens = {cfg.unwritten_new_tokens}: its head has a row for each token")
     problems = []
     for name in FAMILIES if family is None else [family]:
         try:

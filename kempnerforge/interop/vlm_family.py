@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.vision import HFTowerConfig, square_side
@@ -26,8 +27,8 @@ from kempnerforge.util.errors import InputError, show
 BOOKKEEPING = {"initializer_range", "initializer_factor", "projection_dim", "vocab_size", "vision_use_head", "num_image_tokens"}
 """Keys of a tower's config that do not change its patches."""
 
-LLAVA, PALIGEMMA = "LlavaProcessor", "PaliGemmaProcessor"
-"""The first writes nothing but the tokens of the images into a text."""
+LLAVA, LLAVA_NEXT, PALIGEMMA = "LlavaProcessor", "LlavaNextProcessor", "PaliGemmaProcessor"
+"""The first two write nothing but the tokens of the images into a text."""
 FRAMED = ("Idefics3Processor", "SmolVLMProcessor")
 """These write ``FRAME`` in the place of "<image>"."""
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
@@ -73,6 +74,8 @@ class VLMFamily(ABC):
         image_processor: the class of its image processor.
         images_by_row: its ``pixel_values`` have an axis for the images of a row.
         image_is_word: images take no position in the stream; the token of an image is a word of it.
+        newline: the last of ``model.new_tokens`` is no token there, but a vector, at the end of each row of image
+            tokens.
         text_unread: keys of ``text_config`` that say what ``vlm.attention_mask`` says here.
     """
 
@@ -85,6 +88,7 @@ class VLMFamily(ABC):
     image_processor: str = ""
     images_by_row: bool = False
     image_is_word: bool = False
+    newline: bool = False
     text_unread: tuple[str, ...] = ()
 
     # ---- reading
@@ -108,6 +112,14 @@ class VLMFamily(ABC):
     def end_id(self, config: dict[str, Any]) -> int | None:
         """The token that its class looks for at the end of a text; None: it looks for none."""
         return None
+
+    def images(self, config: dict[str, Any], fit: str) -> ImagesConfig:
+        """``data.images``; ``fit`` is what the files of the image processor say.
+
+        Raises:
+            InputError: ours cannot be so.
+        """
+        return ImagesConfig(fit=fit)
 
     def parameters(self, job: JobConfig) -> dict[str, Tensor]:
         """The parameters of ``job``'s model on the meta device, by our names."""
@@ -145,7 +157,9 @@ class VLMFamily(ABC):
 
     @abstractmethod
     def tensors(self, job: JobConfig, encoder: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters under the names of the first layout, and tensors that only the class has."""
+        """Our parameters under the names of the first layout, and tensors that only the class has. With
+        ``newline`` the embedding of new tokens is its vector, (D,).
+        """
 
     # ---- running
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from kempnerforge.config.adapter import AdapterConfig, LinearAdapterConfig, MLPAdapterConfig, PixelShuffleConfig
 from kempnerforge.config.cross import image_sections
+from kempnerforge.config.data import TextConfig
+from kempnerforge.config.images import NEWLINE, ImagesConfig
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.template import TurnsConfig
-from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
+from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig, square_side
 from kempnerforge.config.vlm import VLMConfig
+from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.dual_encoders import DUAL_ENCODERS
 from kempnerforge.interop.families import HEAD, hf_name
 from kempnerforge.interop.mllama import MLLAMA
@@ -29,6 +32,7 @@ from kempnerforge.interop.settings import complete, hf_config, model_config
 from kempnerforge.interop.vlm_family import (
     FRAME,
     LLAVA,
+    LLAVA_NEXT,
     PALIGEMMA,
     FileLayout,
     Ids,
@@ -38,6 +42,8 @@ from kempnerforge.interop.vlm_family import (
     VLMSections,
     tower_settings,
 )
+from kempnerforge.interop.write import NEW_EMBEDDING, without_last_name
+from kempnerforge.model.hf_checks import pinpoint_grids
 from kempnerforge.util.errors import InputError
 
 UNREAD = re.compile(r"(post_layernorm\.(weight|bias)|head\..*|embeddings\.position_ids)$")
@@ -140,8 +146,7 @@ class StreamVLM(VLMFamily):
             raise InputError(f"vision_encoder.type = {job.vision_encoder.type!r}, not {self.tower.type!r}")
         if job.model.rope_sections or job.vision_encoder.deepstack_layers:
             raise InputError("model.rope_sections and vision_encoder.deepstack_layers: its class has neither")
-        if any(section.images.rows for section in image_sections(job)):
-            raise InputError("data.images.rows: in its class the tokens of a tile follow one another")
+        self.check_images(job)
         if (layers := job.vision_encoder.feature_layers) != [-1] and (self.tower is SiglipConfig or len(layers) > 1):
             allowed = "-1" if self.tower is SiglipConfig else "one layer"
             raise InputError(f"vision_encoder.feature_layer = {job.vision_encoder.feature_layer}, not {allowed}")
@@ -162,6 +167,14 @@ class StreamVLM(VLMFamily):
             except InputError as error:
                 problems.append(str(error))
         raise InputError(problems[0])
+
+    def check_images(self, job: JobConfig) -> None:
+        """
+        Raises:
+            InputError: its class does not put the images of ``job`` in the stream as ``data.images`` does.
+        """
+        if any(section.images.rows for section in image_sections(job)):
+            raise InputError("data.images.rows: in its class the tokens of a tile follow one another")
 
     def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int | None, ids: Ids) -> dict[str, Any]:
         tower, more = encoder.tower.config, self.more(job.model.dim, image_tokens)
@@ -186,6 +199,63 @@ class StreamVLM(VLMFamily):
         for name, fill in zip(NORM_OF_CLS, (torch.ones, torch.zeros), strict=True):
             found.setdefault(layout.vision + name, fill(encoder.tower.config.hidden_size))
         return found
+
+
+NEW_TOKENS = f"transformer.{NEW_EMBEDDING}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaNext(StreamVLM):
+    """LLaVA-NeXT, also called LLaVA 1.6 (Liu et al. 2024): the whole image, then tiles of it, without their
+    padding and in rows, with one vector at the end of each: our token ``NEWLINE``, of which there is no logit.
+    """
+
+    def sections(self, config: dict[str, Any], rows: int, normalisation: Normalisation) -> VLMSections:
+        found = super().sections(config, rows, normalisation)
+        return replace(found, model=replace(found.model, new_tokens=[NEWLINE], unwritten_new_tokens=1))
+
+    def images(self, config: dict[str, Any], fit: str) -> ImagesConfig:
+        full = complete(config)
+        side = square_side("vision_config.image_size", full["vision_config"]["image_size"])
+        grids = pinpoint_grids("", full["image_grid_pinpoints"], side)
+        if (1, 1) in grids:
+            raise InputError(f"image_grid_pinpoints has {[side, side]}: its class shows such an image as a whole and as a tile, ours once")
+        return ImagesConfig(fit="tiles", tiling="anyres", pinpoints=grids, markers=False, rows=True, padding="black")
+
+    def tensor_name(self, name: str, job: JobConfig, text_family: str, layout: FileLayout) -> str:
+        if name == NEW_TOKENS:
+            return layout.projector.removesuffix("multi_modal_projector.") + "image_newline"
+        return super().tensor_name(name, job, text_family, layout)
+
+    def check(self, job: JobConfig) -> str:
+        if job.model.new_tokens[-1:] == [NEWLINE]:
+            job = replace(job, model=without_last_name(job.model))
+        return super().check(job)
+
+    def check_images(self, job: JobConfig) -> None:
+        shown = _shown(job)
+        rows = [one.tiling == "anyres" and one.rows and one.global_view and one.pinpoints == shown[0].pinpoints for one in shown]
+        if not rows or not all(rows):
+            raise InputError(
+                "data.images: in its class all images are a whole view and tiles in rows, with the same pinpoints (fit = 'tiles', "
+                "tiling = 'anyres', markers = false, rows = true, global_view = true)"
+            )
+        if any(tuple(grid) == (1, 1) for grid in shown[0].pinpoints):
+            raise InputError(f"data.images.pinpoints = {shown[0].pinpoints}: its class shows an image of [1, 1] as a tile, too")
+
+    def check_built(self, job: JobConfig, encoder: Any, tokenizer: Tokenizer) -> None:
+        if job.model.new_tokens[-1:] != [NEWLINE]:
+            raise InputError(f"model.new_tokens = {job.model.new_tokens}: the last must be {NEWLINE!r}, which its class has as a vector")
+
+    def config(self, job: JobConfig, encoder: Any, image_tokens: int, image_id: int | None, ids: Ids) -> dict[str, Any]:
+        side, pinpoints = encoder.image_size, _shown(job)[0].pinpoints
+        pixels = [[rows * side, columns * side] for rows, columns in pinpoints]
+        return super().config(job, encoder, image_tokens, image_id, ids) | {"image_grid_pinpoints": pixels}
+
+
+def _shown(job: JobConfig) -> list[ImagesConfig]:
+    """``data.images`` of all data that may have some."""
+    return [section.images for section in image_sections(job) if not isinstance(section, TextConfig)]
 
 
 _LLAVA_KEYS = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default"}
@@ -221,6 +291,32 @@ def _idefics(kind: str, name: str) -> StreamVLM:
     )
 
 
+_LLAVA = StreamVLM(
+    kind="llava",
+    architecture="LlavaForConditionalGeneration",
+    families=("llama", "mistral", "qwen2", "qwen3"),
+    tower=ClipConfig,
+    tower_type="clip_vision_model",
+    layouts=(HUB, SAVED, MEMORY),
+    adapter=lambda config: MLPAdapterConfig(hidden_dim=config["text_config"]["hidden_size"]),
+    adapter_config=lambda adapter: _LLAVA_KEYS,
+    adapter_names={f"proj.fc{k}.{part}": f"linear_{k}.{part}" for k in (1, 2) for part in ("weight", "bias")},
+    fixed=_LLAVA_KEYS,
+    image_key="image_token_index",
+    more=lambda dim, image_tokens: MoreKeys({"image_seq_length": image_tokens, "vision_feature_layer": -1}, {}, {}),
+    processors=(LLAVA,),
+    image_processor="CLIPImageProcessor",
+    data={"prompt_template": "USER: <image>\n{prompt} ASSISTANT:", "answer_template": " {answer}"},
+)
+_LLAVA_NEXT: dict[str, Any] = {
+    **vars(_LLAVA),
+    "kind": "llava_next",
+    "architecture": "LlavaNextForConditionalGeneration",
+    "processors": (LLAVA_NEXT,),
+    "image_processor": "LlavaNextImageProcessor",
+    "newline": True,
+}
+
 _FAMILIES = (
     StreamVLM(
         kind="paligemma",
@@ -245,23 +341,8 @@ _FAMILIES = (
         image_processor="SiglipImageProcessor",
         data={"template": "paligemma"},
     ),
-    StreamVLM(
-        kind="llava",
-        architecture="LlavaForConditionalGeneration",
-        families=("llama", "mistral", "qwen2", "qwen3"),
-        tower=ClipConfig,
-        tower_type="clip_vision_model",
-        layouts=(HUB, SAVED, MEMORY),
-        adapter=lambda config: MLPAdapterConfig(hidden_dim=config["text_config"]["hidden_size"]),
-        adapter_config=lambda adapter: _LLAVA_KEYS,
-        adapter_names={f"proj.fc{k}.{part}": f"linear_{k}.{part}" for k in (1, 2) for part in ("weight", "bias")},
-        fixed=_LLAVA_KEYS,
-        image_key="image_token_index",
-        more=lambda dim, image_tokens: MoreKeys({"image_seq_length": image_tokens, "vision_feature_layer": -1}, {}, {}),
-        processors=(LLAVA,),
-        image_processor="CLIPImageProcessor",
-        data={"prompt_template": "USER: <image>\n{prompt} ASSISTANT:", "answer_template": " {answer}"},
-    ),
+    _LLAVA,
+    LlavaNext(**_LLAVA_NEXT),
     _idefics("idefics3", "Idefics3"),
     _idefics("smolvlm", "SmolVLM"),
     MLLAMA,

@@ -75,6 +75,23 @@ def plain_embedding(cfg: ModelConfig, tensors: Mapping[str, Tensor], rows: int =
     return replace(cfg, vocab_size=cfg.vocab_size + len(cfg.new_tokens) + rows, new_tokens=[]), tensors
 
 
+def without_last_name(cfg: ModelConfig) -> ModelConfig:
+    """``cfg`` without the last of its new tokens."""
+    return replace(cfg, new_tokens=cfg.new_tokens[:-1], unwritten_new_tokens=max(0, cfg.unwritten_new_tokens - 1))
+
+
+def without_last_token(cfg: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor], Tensor]:
+    """The same model without the last of its new tokens, and the embedding of that token, (D,). Arguments:
+    as of ``plain_embedding``.
+    """
+    tensors, kept = dict(tensors), len(cfg.new_tokens) - 1
+    vector = tensors[f"transformer.{NEW_EMBEDDING}"][-1]
+    for name in (f"transformer.{NEW_EMBEDDING}", f"transformer.{NEW_HEAD}"):
+        if name in tensors and len(rows := tensors.pop(name)[:kept]):
+            tensors[name] = rows
+    return without_last_name(cfg), tensors, vector
+
+
 def write_language_model(
     path: Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None], family: str | None = None,
     shard_bytes: int = SHARD_BYTES, progress: Progress = nothing,

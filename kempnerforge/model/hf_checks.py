@@ -137,3 +137,27 @@ def check_room(make: Callable[[], object], where: str, what: str, config: Mappin
     """
     with class_call(where, what, config), torch.device("meta"), within_memory(config, meta=True):
         make()
+
+
+def pinpoint_grids(path: str, pairs: Any, side: int) -> list[tuple[int, int]]:
+    """Rows and columns of each of ``image_grid_pinpoints``.
+
+    Args:
+        path: of the model, for messages.
+        pairs: height and width in pixels.
+        side: of a view.
+
+    Raises:
+        InputError: these are no multiples of ``side``.
+    """
+    if not pairs or any(
+        not isinstance(pair, list | tuple)
+        or len(pair) != 2
+        or any(type(length) is not int or length < 1 or length % side for length in pair)
+        for pair in pairs
+    ):
+        raise InputError(
+            f"{path}image_grid_pinpoints = {show(pairs)}: must be pairs of height and width that are multiples of {side}, "
+            "the side of a view"
+        )
+    return [(height // side, width // side) for height, width in pairs]

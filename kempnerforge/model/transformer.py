@@ -247,12 +247,14 @@ class NewTokens(nn.Module):
         dim: D.
         tied: the output head reads the embedding, too.
         std: of fresh embeddings.
+        written: w, how many have a logit: the first ones.
     """
 
-    def __init__(self, count: int, dim: int, tied: bool, std: float) -> None:
+    def __init__(self, count: int, dim: int, tied: bool, std: float, written: int) -> None:
         super().__init__()
+        self.written = written
         self.embedding = nn.Embedding(count, dim)
-        self.output_head = None if tied else nn.Linear(dim, count, bias=False)
+        self.output_head = None if tied or not written else nn.Linear(dim, written, bias=False)
         nn.init.normal_(self.embedding.weight, std=std)
 
     def embed(self, ids: Tensor, base: nn.Embedding) -> Tensor:
@@ -262,8 +264,8 @@ class NewTokens(nn.Module):
         return torch.where(is_new, self.embedding((ids - first).clamp(min=0)), base(ids.clamp(max=first - 1)))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., n)."""
-        return F.linear(x, self.embedding.weight) if self.output_head is None else self.output_head(x)
+        """(..., D) -> (..., w)."""
+        return F.linear(x, self.embedding.weight[: self.written]) if self.output_head is None else self.output_head(x)
 
 
 class Transformer(nn.Module):
@@ -295,7 +297,8 @@ class Transformer(nn.Module):
         self.new_tokens = None
         if cfg.new_tokens:
             with separate_draws():
-                self.new_tokens = NewTokens(len(cfg.new_tokens), cfg.dim, cfg.tie_embeddings, std)
+                count = len(cfg.new_tokens)
+                self.new_tokens = NewTokens(count, cfg.dim, cfg.tie_embeddings, std, count - cfg.unwritten_new_tokens)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) -> (B, S, D)."""
@@ -318,7 +321,7 @@ class Transformer(nn.Module):
         """Final norm and head: (..., D) -> (..., V) in fp32."""
         x = self.norm(x)
         logits = F.linear(x, self.token_embedding.weight) if self.output_head is None else self.output_head(x)
-        if self.new_tokens is not None:
+        if self.new_tokens is not None and self.new_tokens.written:
             logits = torch.cat([logits, self.new_tokens.logits(x)], dim=-1)
         logits = logits.float()
         cap = self.cfg.logit_softcap

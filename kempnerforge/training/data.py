@@ -19,6 +19,7 @@ from kempnerforge.eval.evaluate import require_tasks
 from kempnerforge.eval.plain_text import PlainText
 from kempnerforge.eval.questions import HeldOut, Question, examine
 from kempnerforge.eval.shots import Shots, read_pool
+from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 
@@ -71,6 +72,8 @@ class JobData:
     def read_held_out(self) -> None:
         """Opens what the last stage is evaluated on: held-out data and plain text."""
         cfg, last = self.eval, self.stages[-1]
+        for section in last.data.sections():
+            section.check_tokens(self.tokenizer.new_tokens, grows=False)
         self.plain_text = PlainText(cfg.text_path, cfg.text_window, self.tokenizer, self.seed) if cfg.text_path else None
         self.held_out = build_source(last.data, "test", self.tokenizer, last.train.seq_len)
 
@@ -104,7 +107,13 @@ class JobData:
         prints |= {f"shards of {name}": shards_fingerprint(source.shards()) for name, source in named.items() if source.shards()}
         if self.has_images:
             prints |= {f"images of {name}": pictures_fingerprint(source) for name, source in named.items()}
-        return prints
+        return prints | self.codecs
+
+    @property
+    def codecs(self) -> dict[str, str]:
+        """Digests of the picture tokenizers of the stages, by names for messages."""
+        prints = {stage.name: [section.codec_fingerprint() for section in stage.data.sections()] for stage in self.stages}
+        return {f"picture tokenizer of {name}": digest(*found) for name, found in prints.items() if any(found)}
 
     @cached_property
     def examined(self) -> HeldOut | None:

@@ -15,7 +15,7 @@ from kempnerforge.config import JobConfig, Stage, diff
 from kempnerforge.config.build import convert_fields, known_key
 from kempnerforge.config.dump import FlatConfig
 from kempnerforge.config.plugins import plugin_changes, plugins_of
-from kempnerforge.training.run_state import SavedRun
+from kempnerforge.training.run_state import RunState, SavedRun
 from kempnerforge.util.errors import InputError, Problems
 
 LOG = logging.getLogger("kempnerforge")
@@ -92,7 +92,7 @@ def check_same_data(now: Mapping[str, str], run: SavedRun, run_dir: Path, allow:
     Raises:
         InputError: other data, and ``allow`` does not name them.
     """
-    changed = [name for name, before in run.state.data.items() if now.get(name, before) != before]
+    changed = changed_data(now, run.state)
     refused = [name for name in changed if "data" not in allow and not (name.startswith("eval.") and name.startswith(_allowed(allow)))]
     if refused:
         raise InputError(
@@ -101,6 +101,13 @@ def check_same_data(now: Mapping[str, str], run: SavedRun, run_dir: Path, allow:
         )
     if changed:
         LOG.warning("changed, as it is meant to be: the data (%s)", ", ".join(changed))
+
+
+def changed_data(now: Mapping[str, str], state: RunState) -> list[str]:
+    """Names of the data in ``now`` that are others than at the start of the run with ``state``; ``now`` as in
+    ``check_same_data``.
+    """
+    return [name for name, before in state.data.items() if now.get(name, before) != before]
 
 
 def config_changes(old: Mapping[str, Any], config: FlatConfig) -> list[str]:

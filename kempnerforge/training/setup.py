@@ -92,6 +92,8 @@ def assemble(
         tokenizer = new_tokenizer(job.data, chain(sources, (training_source(stage.data) for stage in later_stages)))
     image_tokens = [name for section in sections for name in section.images.new_tokens()] if job.vlm is not None else []
     if data:
+        for section in sections:
+            section.check_tokens(job.model.new_tokens or tokenizer.appended, grows=True)
         image_tokens += [name for section in sections for name in section.tokens()]
     else:  # a trained model is read without its picture tokenizer
         image_tokens += [name for name in tokenizer.appended if is_picture_token(name)]

@@ -59,11 +59,17 @@ def fit_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, image_tokens: Iterabl
         image_tokens: names that the images of the data need. Missing ones become new tokens.
 
     Raises:
-        InputError: ``vocab_size`` is smaller than the tokenizer.
+        InputError: ``vocab_size`` is smaller than the tokenizer, or new tokens are missing that would follow
+            unwritten ones.
     """
     added = set(tokenizer.appended)
     missing = [name for name in image_tokens if name in added or tokenizer.token_id(name) is None]
     new = list(dict.fromkeys([*cfg.new_tokens, *missing]))
+    if cfg.unwritten_new_tokens and new != cfg.new_tokens:
+        raise InputError(
+            f"model.new_tokens = {cfg.new_tokens}: the data needs {new[len(cfg.new_tokens) :]} as well, and with "
+            f"model.unwritten_new_tokens = {cfg.unwritten_new_tokens} all must be listed, those that are not written last"
+        )
     if new:
         tokenizer.add_tokens(new)
     size = tokenizer.base_vocab_size

@@ -18,8 +18,9 @@ from torch import Tensor
 from kempnerforge.config.vision import square_side
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.text.tokenizer import Tokenizer
+from kempnerforge.model.hf_checks import pinpoint_grids
 from kempnerforge.model.image_processor import PROCESSOR
-from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.errors import InputError
 from kempnerforge.util.reading import read_object
 from kempnerforge.vlm.hf_images import SquareImages, check_multiple
 
@@ -38,16 +39,7 @@ class Views(SquareImages):
         config = model.config
         path = f"path = {config.name_or_path!r}"
         self.view, pairs = square_side(f"{path}: vision_config.image_size", config.vision_config.image_size), config.image_grid_pinpoints
-        if not pairs or any(
-            not isinstance(pair, list | tuple)
-            or len(pair) != 2
-            or any(type(side) is not int or side < 1 or side % self.view for side in pair)
-            for pair in pairs
-        ):
-            raise InputError(
-                f"{path}: image_grid_pinpoints = {show(pairs)}: must be pairs of height and width that are multiples of {self.view}, "
-                "the side of a view"
-            )
+        pinpoint_grids(f"{path}: ", pairs, self.view)
         if not image_size:
             largest = max((height for height, width in pairs if height == width), default=self.view)
             raise InputError(

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers as hf
 from PIL import Image
 
 from kempnerforge.cli.main import COMMANDS, parser, split_overrides
 from kempnerforge.config import load_config, to_toml
 from tests.cli.conftest import Trained
+from tests.interop.tiny_vlms import TEXT, write_tokenizer
 from tests.training.tiny import call, end_of, launch, make_job, metrics, start
 
 TWO_STAGES = """
@@ -329,6 +331,23 @@ def test_generate_streams_the_text_that_json_has(trained: Trained):
     both = call("generate", trained.run, *images, "--prompt", "what is on the left?")
     answers = json.loads(call("generate", trained.run, *images, "--prompt", "what is on the left?", "--json").out)["answers"]
     assert both.out == "".join(f"{image}: {a['answer']}\n" for image, a in zip(images, answers, strict=True))
+
+
+def test_generate_takes_an_export(trained: Trained, tmp_path: Path):
+    """Of ours it is the run's answer. A directory of transformers has no config of ours."""
+    words = (trained.folder / "0.png", "--prompt", "what is on the left?", "--json")
+    assert call("export", trained.run, tmp_path / "own", "--format=kempnerforge").code == 0
+    found = call("generate", tmp_path / "own", *words, "--train.mixed_precision=fp32")
+    assert found.code == 0, found.err
+    want = json.loads(call("generate", trained.run, *words, "--train.mixed_precision=fp32").out)["answers"]
+    assert json.loads(found.out) == {"checkpoint": str(tmp_path / "own"), "answers": want}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", prefix=True)
+    found = call("generate", tmp_path / "hf", "--prompt", "what is", "--json", "--max-new-tokens=4")
+    assert found.code == 0 and len(json.loads(found.out)["answers"]) == 1, found.err
+    ended = call("generate", tmp_path / "hf", "--train.seed=3")
+    assert ended.code == 2 and f"--train.seed=3: {tmp_path}/hf is a model of transformers" in ended.err, ended.err
 
 
 def test_generate_without_an_image_says_so(trained: Trained):

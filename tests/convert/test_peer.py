@@ -80,6 +80,17 @@ def test_beside_ours(tmp_path: Path) -> None:
     assert peer["tokens_per_s"] < 31 * peer["samples_per_s"], "padding is not counted"
 
 
+def test_rows_that_are_longer_than_what_they_are_padded_to(tmp_path: Path) -> None:
+    ended = call("bench", text_job(tmp_path), "--steps=2", "--warmup=1", "--against=transformers", "--pad-to=12")
+    assert ended.code == 2 and "--pad-to = 12: a row has 24 positions; set at least the length of the longest" in ended.err, ended.err
+
+
+@pytest.mark.parametrize(("key", "value"), [("shots", 2), ("beams", 4)])
+def test_running_text_asks_no_questions(key: str, value: int, tmp_path: Path) -> None:
+    ended = call("check", text_job(tmp_path), f"--eval.{key}={value}")
+    assert ended.code == 2 and f"[eval] {key} = {value}: data.source = 'text' asks no questions" in ended.err, ended.err
+
+
 def test_what_has_no_peer(tmp_path: Path) -> None:
     ended = call("bench", make_job(tmp_path), "--against=transformers", "--train.max_steps=90")
     assert ended.code == 2 and "no class of transformers is this model" in ended.err

@@ -61,6 +61,32 @@ def test_a_run_writes_pictures_and_shows_them(arch: str, job: Path) -> None:
     assert ended.code == 0, "a trained model is read without its picture tokenizer"
 
 
+def test_another_picture_tokenizer_than_in_training_is_refused(job: Path) -> None:
+    """By training and evaluation alike; its codes are other pictures."""
+    again = ("train", job, "--train.max_steps=1")
+    assert call(*again, "--checkpoint.interval=1").code == 0
+    run, codec = job.parent / "run", job.parent / "codec"
+    assert call("eval", run, "--limit=2").code == 0
+    kept = shutil.copytree(codec, job.parent / "kept")
+    torch.manual_seed(5)
+    VQVAE(VQConfig(image_size=8, codes=5, code_dim=4, width=8)).save(codec)
+    for command in (
+        ("train", job, "--train.max_steps=2", "--scheduler.name=constant", "--allow-change=scheduler"),
+        ("eval", run, "--limit=2"),
+    ):
+        ended = call(*command)
+        assert ended.code == 2 and "picture tokenizer of train" in ended.err, ended.err
+    ended = call("eval", run, f"--data.codec={kept}", "--limit=2")
+    assert ended.code == 0, "the same one elsewhere"
+    more = job.parent / "more"
+    VQVAE(VQConfig(image_size=8, codes=9, code_dim=4, width=8)).save(more)
+    says = f"data.codec = '{more}': its config.json has codes = 9, and the model's vocabulary 5 of them (model.new_tokens); set data.codec"
+    ended = call("eval", run, f"--data.codec={more}", "--limit=2")
+    assert ended.code == 2 and says in ended.err, ended.err
+    ended = call("train", job, f"--data.codec={more}", f"--run.dir={job.parent}/other", '--model.new_tokens=["<code_0>", "<x>"]')
+    assert ended.code == 2 and "has codes = 9, and the model's vocabulary 1 of them (model.new_tokens), and '<x>' after them" in ended.err
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_score_as_one(job: Path) -> None:

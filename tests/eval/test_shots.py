@@ -208,6 +208,7 @@ def test_a_run_is_evaluated_with_examples(tmp_path: Path) -> None:
         (["--eval.shots=3"], "eval.shots = 3: a prompt takes .* more than model.max_seq_len = 64; take fewer examples"),
         (["--eval.shots=1", "--data.template=plain"], "data.template = 'plain' writes one turn, and examples are turns"),
         (["--eval.shots=8", "--eval.shots_split=held_out", "--model.max_seq_len=512"], "eval.shots = 8: there are 7 examples"),
+        (["--eval.shots=7", "--eval.shots_pool=3"], "there are . examples for .*; eval.shots_pool = 3 samples are drawn, 0 takes all"),
         (["--eval.shots=1", '--eval.tasks=["choice_likelihood"]'], "'choice_likelihood' takes no examples"),
         (["--eval.shots_pool=3"], "shots_pool = 3: only shots above 0 reads it"),
         (["--eval.shots=1", "--eval.shots_by=luck"], "shots_by = 'luck': allowed are 'random', 'similarity'"),

@@ -32,7 +32,7 @@ from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.training.initial_weights import initialise
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
-from tests.interop import families, test_llava_original, test_mllama, test_nanovlm, tiny_vlms
+from tests.interop import families, test_llava_next, test_llava_original, test_mllama, test_nanovlm, tiny_vlms
 from tests.model import test_hf_towers as towers
 from tests.params import quick
 from tests.training.tiny import CONFIG, call, make_job
@@ -94,6 +94,7 @@ VLMS: dict[str, Open] = {name: _vlm(name) for name in tiny_vlms.MODELS} | {
     "mllama": test_mllama.save,
     "nanovlm": _nanovlm,
     "llava original": _llava_original,
+    "llava_next": test_llava_next.make,
 }
 WHOLE: dict[str, Open] = {name: _vlm(name) for name in (*tiny_vlms.MODELS, *tiny_vlms.IMAGE_SIZES, "internvl")}
 TOWERS: dict[str, Open] = {name: _tower(case) for name, case in towers.CASES.items()} | {"mllama": test_mllama.save}

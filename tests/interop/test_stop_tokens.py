@@ -25,7 +25,7 @@ READ_ALONE = ("llava original",)
 """Files that no class of transformers reads; what is exported is the class of another one here."""
 NEW = 24
 FRAMED = "User:<image>what is it?<end_of_utterance>\nAssistant:"
-PROMPTS = {"llava": "USER: <image>\nwhat is it? ASSISTANT:", "idefics3": FRAMED, "smolvlm": FRAMED}
+PROMPTS = dict.fromkeys(("llava", "llava_next"), "USER: <image>\nwhat is it? ASSISTANT:") | {"idefics3": FRAMED, "smolvlm": FRAMED}
 """As their processors take them."""
 
 

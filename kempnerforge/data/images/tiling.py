@@ -1,5 +1,5 @@
 """Geometry of views: which part of which enlargement of an image each of them shows. No pixels here; what
-decides is computed in whole numbers.
+decides is computed in whole numbers, except where a published rule does otherwise.
 
 All sizes are (width, height) in pixels, all grids (rows, columns). A view is a square of ``side`` pixels.
 """
@@ -154,11 +154,8 @@ def best_pinpoint(size: Size, side: int, pinpoints: Sequence[Grid]) -> Grid:
 
     def merit(grid: Grid) -> tuple[int, int]:
         width, height = grid[1] * side, grid[0] * side
-        if width * size[1] < height * size[0]:
-            fitted = width * (size[1] * width // size[0])
-        else:
-            fitted = (size[0] * height // size[1]) * height
-        kept = min(fitted, size[0] * size[1])
+        scale = min(width / size[0], height / size[1])  # NOTE: no whole numbers, as its rounding decides between close grids
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
         return kept, kept - width * height
 
     return max(((int(rows), int(columns)) for rows, columns in pinpoints), key=merit)

@@ -27,7 +27,7 @@ from kempnerforge.data.text.interleave import ImageBlock, Layout
 from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.util.errors import InputError
 
-VERSION = 1
+VERSION = 2
 """Of what is done to pixels, for the cache on disk."""
 
 
@@ -80,7 +80,7 @@ class Views:
             if found is None:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
-        self._fill = tuple(int(255 * value) for value in layout.image_mean)
+        self._fill = tuple(int(255 * value) for value in layout.image_mean) if cfg.padding == "mean" else (0, 0, 0)
         deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "rows", "number_images", "frame_times"))
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import defaults, not_default
@@ -23,6 +23,7 @@ from kempnerforge.data.source import Source, corpus_numbers
 from kempnerforge.data.sources.build import build_source
 from kempnerforge.data.sources.keys import Ignoring
 from kempnerforge.data.text.template import stretches
+from kempnerforge.model.hf_files import CONFIG
 from kempnerforge.model.vq import VQVAE
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError, UnreadError
@@ -46,6 +47,8 @@ class PictureCodesConfig(DataConfig):
             is not read. Templates and all else are keys of this section.
     """
 
+    unread: ClassVar[tuple[str, ...]] = ("images",)
+
     source: str = "picture_codes"
     codec: PathText = ""
     pictures: DataConfig | None = None
@@ -64,6 +67,19 @@ class PictureCodesConfig(DataConfig):
             InputError: there is no picture tokenizer.
         """
         return picture_tokens(VQVAE.load(self.codec, "data.codec").cfg.codes)
+
+    def check_tokens(self, names: Sequence[str], grows: bool) -> None:
+        known, codes = [name for name in names if CODE.fullmatch(name)], len(self.tokens()) - len(picture_tokens(0))
+        if len(known) < codes and not (grows and (not known or CODE.fullmatch(names[-1]))):
+            last = "" if CODE.fullmatch(names[-1] if names else "") or not known else f", and {names[-1]!r} after them"
+            raise InputError(
+                f"data.codec = {self.codec!r}: its {CONFIG} has codes = {codes}, and the model's vocabulary {len(known)} of them "
+                f"(model.new_tokens){last}; set data.codec to the picture tokenizer of this model, or train one with all {codes} in "
+                "model.new_tokens, one after another"
+            )
+
+    def codec_fingerprint(self) -> str:
+        return file_fingerprint(self.codec)
 
 
 @registry.register_source("picture_codes")

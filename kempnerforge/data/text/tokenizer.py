@@ -178,6 +178,12 @@ class Tokenizer:
         """The same with other arguments of the constructor."""
         return Tokenizer(self.backend, **self._named | named)
 
+    def without_last(self) -> Tokenizer:
+        """The same without the last of its ``new_tokens``."""
+        parts, name = json.loads(self.backend.to_str()), self.new_tokens[-1]
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] != name]
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parts)), **self._named).changed(appended=self.appended[:-1])
+
     def starting(self) -> Tokenizer:
         """The same, with a backend that puts the token there that a text starts with."""
         if self.start_id is None or self.backend.encode("").ids[:1] == [self.start_id]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
 
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.data import Layout, Tokenizer
@@ -172,6 +173,14 @@ def test_the_pinpoint_keeps_most_and_wastes_least(width: int, height: int) -> No
     rounding = 336 * 3
     assert all(kept(other) <= kept((rows, columns)) + rounding for other in pinpoints)
     assert best_pinpoint((height, width), 336, [(c, r) for r, c in pinpoints]) == (columns, rows)
+
+
+@pytest.mark.parametrize("size", [(55, 112), (111, 57), (49, 95), (97, 49), (30, 30)])
+def test_close_pinpoints_are_chosen_as_by_transformers(size: tuple[int, int]) -> None:
+    """In the first four what floating point loses decides."""
+    pinpoints = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    height, width = select_best_resolution(size[::-1], [[14 * rows, 14 * columns] for rows, columns in pinpoints])
+    assert best_pinpoint(size, 14, pinpoints) == (height // 14, width // 14)
 
 
 @pytest.mark.parametrize(

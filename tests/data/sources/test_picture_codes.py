@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from kempnerforge.config.build import build
-from kempnerforge.config.data import DataConfig
+from kempnerforge.config.data import DataConfig, JsonlConfig
+from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.model import ModelConfig, picture_tokens
 from kempnerforge.data import Encoder, Layout, Text, Tokenizer, collate
 from kempnerforge.data.sources import build_source
@@ -93,6 +94,8 @@ def test_another_tokenizer_or_picture_is_another_fingerprint(folder: Path) -> No
 def test_what_cannot_be_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"pictures.template"):
         config(folder, template="chat")
+    with pytest.raises(ValueError, match=r"images: only a source of prompts, answers and images reads it"):
+        PictureCodesConfig(codec="x", pictures=JsonlConfig(path="x"), images=ImagesConfig(fit="crop"))
     with pytest.raises(ValueError, match=r"pictures: needs one table"):
         PictureCodesConfig(codec=str(folder / "codec"))
     with pytest.raises(ValueError, match=r"data.pictures: data.path = .*rows.json"):

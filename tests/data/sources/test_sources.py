@@ -209,8 +209,8 @@ def test_keys_are_judged_once_for_rows_of_one_form(kept: int, root: Path, monkey
     with pytest.raises(ValueError, match="read by nothing") as raised:
         built(JsonlConfig(path=path))
     message = str(raised.value)
-    assert "line 2: key 'texts.anwser' is read by nothing (nearest is 'answer') (2 times)" in message
-    assert "line 6: key 'extra' is read by nothing" in message and message.count("(2 times)") == 2
+    assert """line 2: key "texts.anwser" is read by nothing (nearest is 'answer') (2 times)""" in message
+    assert 'line 6: key "extra" is read by nothing' in message and message.count("(2 times)") == 2
 
 
 def test_interleaved_rows_of_a_dataset(hf: Any, root: Path, make_encoder: Callable[..., Encoder]) -> None:
