@@ -123,7 +123,9 @@ def model_parameters(job: JobConfig) -> dict[str, Tensor]:
     parts = nn.Module()
     with torch.device("meta"):
         encoder = parts.vision_encoder = build_vision_encoder(job.vision_encoder)
-        parts.adapter = build_adapter(job.adapter, encoder.dim, job.model.dim, encoder.num_tokens)
+        count, width = len(job.vision_encoder.deepstack_layers), encoder.layer_dim
+        adapter = parts.adapter = build_adapter(job.adapter, encoder.dim - count * width, job.model.dim, encoder.num_tokens)
+        adapter.deepstack.extend(build_adapter(job.adapter.of_layers, width, job.model.dim, encoder.num_tokens) for _ in range(count))
     return {**backbone_parameters(job.model), **dict(parts.named_parameters())}
 
 

@@ -24,6 +24,7 @@ from kempnerforge.config.vision import ClipConfig, HFTowerConfig, SiglipConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.families import HEAD, hf_name
 from kempnerforge.interop.mllama import MLLAMA
+from kempnerforge.interop.qwen_vl import QWEN_VL
 from kempnerforge.interop.settings import complete, hf_config, model_config
 from kempnerforge.interop.vlm_family import (
     FRAME,
@@ -263,6 +264,7 @@ _FAMILIES = (
     ),
     _idefics("idefics3", "Idefics3"),
     _idefics("smolvlm", "SmolVLM"),
+    *QWEN_VL,
     MLLAMA,
 )
 VLM_FAMILIES: dict[str, VLMFamily] = {family.kind: family for family in _FAMILIES}
@@ -294,7 +296,7 @@ def fitting(job: JobConfig) -> Fitting:
     """
     kind = "" if job.vlm is None else job.vlm.stands_for
     reasons: dict[str, list[str]] = {}
-    for family in [VLM_FAMILIES[kind]] if kind else [one for one in _FAMILIES if isinstance(one, StreamVLM)]:
+    for family in [VLM_FAMILIES[kind]] if kind else [one for one in _FAMILIES if one is not MLLAMA]:
         try:
             return Fitting(family, family.check(job))
         except InputError as error:

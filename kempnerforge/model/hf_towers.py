@@ -283,8 +283,8 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
     else:
         with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_named_config(cfg.path)):
             config = config_class.from_pretrained(cfg.path)
-    if config.num_channels != 3:
-        raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
+    if (channels := getattr(config, "num_channels", getattr(config, "in_channels", 3))) != 3:
+        raise InputError(f"{where(cfg)}: num_channels = {channels}: only towers for square images with 3 channels can be used")
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(value := getattr(config, key, 1), int) or value < 1:
             raise InputError(f"{where(cfg)}: {key} = {value}: must be a whole number above 0")
