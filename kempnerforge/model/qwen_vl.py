@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most
 from kempnerforge.config.vision import LARGEST_SIDE, HFTowerConfig
+from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.hf_files import read_tensors, tensor_files
 from kempnerforge.model.hf_towers import Clip, Siglip, build_tower, chosen_normalisation, plain_settings, tower_config, tower_kind, where
+from kempnerforge.model.rope import rotate
 from kempnerforge.model.vision import VisionEncoder, inside
 from kempnerforge.util.errors import InputError, show
 
@@ -60,6 +62,47 @@ class QwenTowerConfig(HFTowerConfig):
             raise InputError(f"settings.{given[0]}: the adapter does this; see adapter.type = 'patch_merger'")
         if self.path and self.full_attention_layers:
             raise InputError(f"full_attention_layers = {self.full_attention_layers}: with path they are in its config.json")
+
+
+class Groups(NamedTuple):
+    """Which patches see each other: S groups of L patches or fewer.
+
+    Attributes:
+        at: (S, L) the patches of each group, filled up with its first one.
+        real: (S, 1, 1, L) bool: what is no filling; None: all.
+        back: (P,) where each patch is among S * L.
+    """
+
+    at: Tensor
+    real: Tensor | None
+    back: Tensor
+
+    @classmethod
+    def of(cls, ends: Tensor, device: torch.device) -> Groups:
+        """Groups that follow one another: ``ends`` (S + 1,) on the CPU are 0 and where each of them ends."""
+        lengths = ends.diff()[:, None]  # (S, 1)
+        steps = torch.arange(int(lengths.max()), device=ends.device)
+        real = steps < lengths  # (S, L)
+        at, back = ends[:-1, None] + steps * real, real.flatten().nonzero()[:, 0]
+        return cls(at.to(device), None if real.all() else real[:, None, None].to(device), back.to(device))
+
+
+class GroupAttention(nn.Module):
+    """The attention of a block, whose parameters it takes over, on all groups at once: the class goes through
+    them one by one, which is slow, and each number of them another graph to compile.
+    """
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = theirs.num_heads, theirs.qkv, theirs.proj
+
+    def forward(self, x: Tensor, cu_seqlens: Groups, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
+        """(P, D) -> (P, D). The tables are (P, E), both halves alike."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (P, H, E) each
+        cos, sin = (table[:, None, : table.shape[-1] // 2] for table in position_embeddings)
+        q, k, v = (each[cu_seqlens.at].transpose(1, 2) for each in (rotate(q, (cos, sin)), rotate(k, (cos, sin)), v))  # (S, H, L, E)
+        mask = None if cu_seqlens.real is None else additive(cu_seqlens.real, q.dtype)
+        return self.proj(attend(q, k, v, mask, causal=False).flatten(0, 1)[cu_seqlens.back])
 
 
 @registry.register_vision_encoder("qwen_vl")
@@ -125,6 +168,8 @@ class QwenTower(VisionEncoder):
             raise InputError(f"image_size = {cfg.image_size}: must be a multiple of the patch size, {config.patch_size} pixels")
         tower = build_tower(model_class, config, cfg.without_weights())
         tower.merger = nn.Identity()
+        for block in tower.blocks:
+            block.attn = GroupAttention(block.attn)
         if hasattr(config, "deepstack_visual_indexes"):
             tower.deepstack_merger_list = nn.ModuleList(nn.Identity() for _ in cfg.deepstack_layers)
         if cfg.has_weights and torch.get_default_device().type != "meta":
@@ -154,7 +199,9 @@ class QwenTower(VisionEncoder):
         image, place = inside(sizes, self.side, torch.device("cpu")).flatten(1).nonzero().T.to(pixels.device)  # (P,) each
         patches = cut(pixels, config.patch_size, config.temporal_patch_size)[image, place]  # (P, 3 * frames * patch * patch)
         grid = torch.tensor([(1, *size) for size in sizes], device="cpu")
-        found = self.tower(patches, grid_thw=grid, **known_of_grids(self.tower, grid, pixels.device))
+        known: dict[str, Any] = known_of_grids(self.tower, grid, pixels.device)
+        known |= {name: Groups.of(ends, pixels.device) for name, ends in known.items() if name.startswith("cu_")}
+        found = self.tower(patches, grid_thw=grid, **known)
         deeper = dict(zip(sorted(self.layers), getattr(found, "deepstack_features", ()), strict=True))
         features = torch.cat([found.pooler_output, *(deeper[layer] for layer in self.layers)], dim=-1)  # (P, D')
         whole = features.new_zeros(len(pixels), self.num_tokens, features.shape[-1])
