@@ -1,5 +1,5 @@
-"""Qwen2.5-VL and Qwen3-VL (Bai et al. 2025, arXiv 2502.13923 and 2511.21631) in both directions: one stream with
-positions by row and column, the class's tower under its own names, and its patch mergers as adapters.
+"""Qwen2.5-VL and Qwen3-VL (Bai et al. 2025, arXiv 2502.13923 and 2511.21631) in both directions: one stream
+with positions by row and column, the class's tower under its own names, and its patch mergers as adapters.
 
 An image is one frame, which fills its patches in time. Videos, whose patches hold two frames, are not read.
 """
@@ -21,6 +21,7 @@ from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.interop.families import HEAD, hf_name
 from kempnerforge.interop.settings import complete, hf_config, model_config
 from kempnerforge.interop.vlm_family import FileLayout, Ids, Normalisation, VLMFamily, VLMSections
+from kempnerforge.model.hf_checks import names_keys
 from kempnerforge.model.patch_merger import PatchMergerConfig
 from kempnerforge.model.qwen_vl import QwenTowerConfig, cut, qwen_settings
 from kempnerforge.util.errors import InputError, show
@@ -50,26 +51,34 @@ class QwenVL(VLMFamily):
     merger: Mapping[str, str]
 
     def sections(self, config: dict[str, Any], rows: int, normalisation: Normalisation) -> VLMSections:
+        for part in ("text", "vision"):
+            allowed = f"{self.kind}_{part}", self.kind  # the second in older files
+            if (named := (config.get(f"{part}_config") or {}).get("model_type", self.kind)) not in allowed:
+                raise InputError(f"{part}_config.model_type = {show(named)}: of a {self.kind} it can be {allowed[0]!r}")
         full = complete(config)
         text, vision = full["text_config"], full["vision_config"]
-        for key, part, kind in (("text_config", text, "text"), ("vision_config", vision, "vision")):
-            if part["model_type"] != f"{self.kind}_{kind}":
-                raise InputError(f"{key}.model_type = {show(part['model_type'])}: of a {self.kind} it can be '{self.kind}_{kind}'")
         rope = text.get("rope_parameters") or {}
         found = {"rope_parameters": {key: value for key, value in rope.items() if key not in _OF_GRIDS}}
         found |= {"model_type": self.text, "tie_word_embeddings": full["tie_word_embeddings"]}
-        sections = list(rope.get("mrope_section", self.rope_sections))
-        model = replace(model_config(text | found, rows or 1), rope_sections=sections, rope_interleaved=self.interleaved)
+        model, parts = model_config(text | found, rows or 1), rope.get("mrope_section", self.rope_sections)
+        if not isinstance(parts, list | tuple) or [type(part) for part in parts] != [int] * 3 or 2 * sum(parts) != model.head_width:
+            wanted = f"must be three whole numbers whose sum is {model.head_width // 2}, half the width of a head"
+            raise InputError(f"text_config.rope_parameters.mrope_section = {show(parts)}: {wanted}")
+        with names_keys({"mrope_section": parts}):
+            model = replace(model, rope_sections=list(parts), rope_interleaved=self.interleaved)
         return VLMSections(model, self._tower(vision, normalisation), self._adapter(vision, model), VLMConfig())
 
     def _tower(self, vision: dict[str, Any], normalisation: Normalisation) -> QwenTowerConfig:
+        known = self._vision_config()
+        if (rope := vision["rope_parameters"]) != known.rope_parameters:
+            raise InputError(f"vision_config.rope_parameters = {show(rope)}: must be {known.rope_parameters}")
         depth, indexes = vision["depth"], list(vision.get("deepstack_visual_indexes", ()))
         if any(not 0 <= index < depth for index in indexes) or indexes != sorted({*indexes}):
-            raise InputError(f"vision_config.deepstack_visual_indexes = {indexes}: must be layers from 0 to {depth - 1}, in order")
+            raise InputError(f"vision_config.deepstack_visual_indexes = {indexes}: must be layers in order, from 0; depth = {depth}")
         return QwenTowerConfig(
             deepstack_layers=[index - depth for index in indexes],
             full_attention_layers=list(vision.get("fullatt_block_indexes", ())),
-            settings=qwen_settings(vision, self._vision_config()),
+            settings=qwen_settings(vision, known),
             image_size=SIDE * vision["spatial_merge_size"] * vision["patch_size"],
             mean=normalisation.mean,
             std=normalisation.std,
@@ -187,7 +196,6 @@ _DATA: Mapping[str, Any] = {
 }
 """Keys of ``[data]``: the format of the instruct models, with one image in front of the prompt."""
 _NOW = _layout("model.visual.", "model.language_model.")
-_COMMON: dict[str, Any] = {"data": _DATA, "image_key": "image_token_id"}
 
 QWEN_VL = (
     QwenVL(
@@ -199,7 +207,8 @@ QWEN_VL = (
         interleaved=False,
         rope_sections=(16, 24, 24),
         merger=_names("ln_q", "mlp.0", "mlp.2"),
-        **_COMMON,
+        data={**_DATA, "system": "You are a helpful assistant."},
+        image_key="image_token_id",
     ),
     QwenVL(
         kind="qwen3_vl",
@@ -210,6 +219,7 @@ QWEN_VL = (
         interleaved=True,
         rope_sections=(24, 20, 20),
         merger=_names("norm", "linear_fc1", "linear_fc2"),
-        **_COMMON,
+        data=_DATA,
+        image_key="image_token_id",
     ),
 )

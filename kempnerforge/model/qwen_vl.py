@@ -263,7 +263,7 @@ def _check(name: str, config: Any) -> None:
         raise InputError(f"{name}: window_size = {config.window_size}: must be at least patch_size = {config.patch_size}")
     full = getattr(config, "fullatt_block_indexes", [])
     if any(not isinstance(layer, int) or not 0 <= layer < config.depth for layer in full):
-        raise InputError(f"{name}: full_attention_layers = {show(full)}: layers from 0 to {config.depth - 1}")
+        raise InputError(f"{name}: full_attention_layers = {show(full)} (fullatt_block_indexes): layers from 0 to {config.depth - 1}")
 
 
 @torch.no_grad()

@@ -17,16 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kempnerforge import load_pretrained
+from kempnerforge.config import JobConfig, ModelConfig, VLMConfig
 from kempnerforge.config.freeze import FreezeSpec
+from kempnerforge.config.vision import SiglipConfig
 from kempnerforge.convert.commands import export_model, import_model
 from kempnerforge.convert.verify import compare_models, load_class
 from kempnerforge.data.batching.batch import Batch, Kind, Part
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import ImageBlock, Prompt
-from kempnerforge.interop.external import ExternalModel
+from kempnerforge.interop.external import ExternalModel, image_job
 from kempnerforge.interop.external_tokenizer import tokenizer_of
 from kempnerforge.interop.open_external import open_external
-from kempnerforge.interop.vlms import VLM_FAMILIES
+from kempnerforge.interop.vlms import VLM_FAMILIES, fitting
+from kempnerforge.model.image_processor import Normalisation
+from kempnerforge.model.patch_merger import PatchMergerConfig
 from kempnerforge.model.qwen_vl import cut
 from kempnerforge.training.freeze import trainable_names
 from kempnerforge.training.setup import Assembly, assemble
@@ -192,7 +196,8 @@ def test_prompts_are_those_of_the_instruct_models(kind: str, saved: dict[str, Pa
     """As many tokens between start and end as the image's shape needs; asked directly and from a run."""
     import_model(saved[kind], tmp_path / "run")
     begin, image, end = SPECIAL
-    text = f"<|im_start|>user\n{begin}{image * 6}{end}what is it?<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" if kind == "qwen2_5_vl" else ""
+    text = f"{system}<|im_start|>user\n{begin}{image * 6}{end}what is it?<|im_end|>\n<|im_start|>assistant\n"
     want = hf.AutoTokenizer.from_pretrained(saved[kind])(text, add_special_tokens=False)["input_ids"]
     picture = Image.fromarray(np.full((30, 43, 3), 90, np.uint8))
     for path in (saved[kind], tmp_path / "run"):
@@ -200,3 +205,119 @@ def test_prompts_are_those_of_the_instruct_models(kind: str, saved: dict[str, Pa
         inputs = processor(images=picture, text="what is it?")
         assert inputs.input_ids.tolist() == [want]
         assert len(model.generate(inputs, max_new_tokens=2)[0]) <= 2
+
+
+# ---- configs ------------------------------------------------------------------------------------------------------------------------
+
+HUB: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 2048,
+            "patch_size": 14,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "head_dim": 128,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rope_theta": 5000000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": True,
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 2560,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    },
+}
+"""As the files of Qwen2.5-VL 3B and Qwen3-VL 4B say it, without keys that have no meaning here."""
+
+
+@pytest.mark.parametrize(("kind", "count"), [("qwen2_5_vl", 3_754_622_976), ("qwen3_vl", 4_437_815_808)])
+def test_configs_of_the_hub(kind: str, count: int) -> None:
+    """As many parameters as the released models, and an image of 256 tokens at most."""
+    family, config = VLM_FAMILIES[kind], {"model_type": kind, **HUB[kind]}
+    job = image_job(JobConfig(**vars(family.sections(config, 151936, Normalisation([], [])))), family.data)
+    assert sum(p.numel() for p in family.parameters(job).values()) == count
+    assert job.train.seq_len == 256 + 512 and family.image_id(config) == 151655
+    assert job.vision_encoder.deepstack_layers == ([-19, -13, -7] if kind == "qwen3_vl" else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "values", "message"),
+    [
+        ("qwen2_5_vl", "vision_config", {"out_hidden_size": 24}, "out_hidden_size = 24: must be text_config.hidden_size = 32"),
+        ("qwen2_5_vl", "vision_config", {"window_size": 21}, "window_size = 21: must be a multiple of a token's 14 pixels"),
+        ("qwen2_5_vl", "vision_config", {"in_channels": 1}, "in_channels = 1: only towers for square images with 3 channels"),
+        ("qwen2_5_vl", "text_config", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ("qwen3_vl", "text_config", {"model_type": "qwen2_5_vl_text"}, "of a qwen3_vl it can be 'qwen3_vl_text'"),
+        (
+            "qwen3_vl",
+            "vision_config",
+            {"deepstack_visual_indexes": [1, 0]},
+            r"deepstack_visual_indexes = \[1, 0\]: must be layers in order",
+        ),
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [3]}, "deepstack_visual_indexes"),
+        ("qwen3_vl", "text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 4]}}, r"mrope_section = \[4, 4\]"),
+        ("qwen3_vl", "vision_config", {"rope_parameters": {"rope_type": "axial", "rope_theta": 5.0}}, "rope_parameters"),
+        ("qwen3_vl", "", {"image_token_id": -1}, "image_token_id = -1: must be the id of a token"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(kind: str, section: str, values: Any, message: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    tiny_vlms.rename(saved[kind], tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config[section] if section else config).update(values)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        open_external(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vlm": VLMConfig(attention_mask="prefix")}, "vlm.attention_mask = 'prefix', not 'causal'"),
+        ({"adapter": PatchMergerConfig(norm="layer_norm", hidden_dim=8)}, r"\[adapter\] is PatchMergerConfig\(.*hidden_dim=8"),
+        ({"vision_encoder": SiglipConfig(path="tower")}, "vision_encoder.type = 'siglip', not 'qwen_vl'"),
+        ({"model": ModelConfig(dim=32, n_heads=4, qk_norm=True)}, r"model.rope_sections = \[\], .* three counts"),
+    ],
+)
+def test_what_is_no_qwen_says_why(changes: dict[str, Any], message: str, ours: dict[str, Assembly]) -> None:
+    job = ours["qwen3_vl"].job
+    assert fitting(job).family.kind == "qwen3_vl"
+    with pytest.raises(ValueError, match=f"no class of transformers .*{message}"):
+        fitting(replace(job, **changes))

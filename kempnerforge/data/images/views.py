@@ -71,7 +71,7 @@ class Views:
         if cfg.fit == "native" and not layout.cell:
             raise InputError(
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
-                " stride and cls_token, or a NaFlex 'siglip2'), an adapter that keeps the grid, and image tokens in the stream"
+                " stride and cls_token, a NaFlex 'siglip2' or 'qwen_vl'), an adapter that keeps the grid, and image tokens in the stream"
             )
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
