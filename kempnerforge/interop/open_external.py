@@ -85,4 +85,6 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Ext
     image_id = family.image_id(config)
     tensors = match_tensors(path, names, files, lambda name: family.is_unread(name, layout, used))
     tied = tied_head(tensors, files, layout.head)
-    return ExternalModel(path, family.architecture, job, parameters, tensors, files, image_id, tied, family.image_is_word)
+    return ExternalModel(
+        path, family.architecture, job, parameters, tensors, files, image_id, tied, family.image_is_word, notes=family.notes
+    )

@@ -196,6 +196,13 @@ _DATA: Mapping[str, Any] = {
 }
 """Keys of ``[data]``: the format of the instruct models, with one image in front of the prompt."""
 _NOW = _layout("model.visual.", "model.language_model.")
+_COMMON: dict[str, Any] = {
+    "image_key": "image_token_id",
+    "notes": (
+        "an image keeps its shape inside a square of vision_encoder.image_size and is never enlarged; there min_pixels and max_pixels "
+        "bound its area",
+    ),
+}
 
 QWEN_VL = (
     QwenVL(
@@ -208,7 +215,7 @@ QWEN_VL = (
         rope_sections=(16, 24, 24),
         merger=_names("ln_q", "mlp.0", "mlp.2"),
         data={**_DATA, "system": "You are a helpful assistant."},
-        image_key="image_token_id",
+        **_COMMON,
     ),
     QwenVL(
         kind="qwen3_vl",
@@ -220,6 +227,6 @@ QWEN_VL = (
         rope_sections=(24, 20, 20),
         merger=_names("norm", "linear_fc1", "linear_fc2"),
         data=_DATA,
-        image_key="image_token_id",
+        **_COMMON,
     ),
 )

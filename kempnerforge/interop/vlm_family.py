@@ -72,6 +72,7 @@ class VLMFamily(ABC):
         images_by_row: its ``pixel_values`` have an axis for the images of a row.
         image_is_word: images take no position in the stream; the token of an image is a word of it.
         text_unread: keys of ``text_config`` that say what ``vlm.attention_mask`` says here.
+        notes: what its image processor does otherwise, for people; empty: it is run to find out.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class VLMFamily(ABC):
     images_by_row: bool = False
     image_is_word: bool = False
     text_unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     # ---- reading
 

@@ -29,7 +29,7 @@ from kempnerforge.interop.external import ExternalModel, image_job
 from kempnerforge.interop.external_tokenizer import tokenizer_of
 from kempnerforge.interop.open_external import open_external
 from kempnerforge.interop.vlms import VLM_FAMILIES, fitting
-from kempnerforge.model.image_processor import Normalisation
+from kempnerforge.model.image_processor import Normalisation, read_image_settings
 from kempnerforge.model.patch_merger import PatchMergerConfig
 from kempnerforge.model.qwen_vl import cut
 from kempnerforge.training.freeze import trainable_names
@@ -51,6 +51,10 @@ def save(kind: str, path: Path) -> None:
     config["text_config"]["max_position_embeddings"] = 1024
     config["image_token_id"] = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(SPECIAL[1])
     (path / "config.json").write_text(json.dumps(config))
+    mean = [0.5] * 3 if kind == "qwen3_vl" else [0.48145466, 0.4578275, 0.40821073]
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 196, "max_pixels": 12845056, "image_mean": mean}
+    images |= {"image_std": [0.5] * 3, "patch_size": 7, "temporal_patch_size": 2, "merge_size": 2}
+    (path / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,7 @@ def test_there_and_back(kind: str, saved: dict[str, Path], tmp_path: Path) -> No
     """Bitwise the same tensors under the same names, and the same config."""
     there = import_model(saved[kind], tmp_path / "run")
     back = export_model(tmp_path / "run", tmp_path / "back")
+    assert any("there min_pixels and max_pixels bound its area" in line for line in there.lines)
     assert there.difference is not None and back.difference is not None and max(there.difference, back.difference) <= 1e-5
     got, want = (load_file(path / "model.safetensors") for path in (tmp_path / "back", saved[kind]))
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
@@ -205,6 +210,21 @@ def test_prompts_are_those_of_the_instruct_models(kind: str, saved: dict[str, Pa
         inputs = processor(images=picture, text="what is it?")
         assert inputs.input_ids.tolist() == [want]
         assert len(model.generate(inputs, max_new_tokens=2)[0]) <= 2
+
+
+@each
+def test_pixels_are_those_of_their_processor(kind: str, saved: dict[str, Path]) -> None:
+    """Of images that are neither smaller than its smallest area nor longer than the square."""
+    settings, (model, processor) = read_image_settings(saved[kind]), load_pretrained(saved[kind], device="cpu")
+    assert settings is not None and settings.processor is not None
+    rng = np.random.default_rng(0)
+    for width, height in ((224, 224), (90, 131), (200, 60), (15, 49)):
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        want, batch = settings.processor(images=[picture], return_tensors="pt"), processor(images=picture, text="what?").batch
+        part = batch.image_parts[0] if batch.image_parts else Part(16, 16)
+        assert batch.images is not None and want["image_grid_thw"].tolist() == [[1, 2 * part.rows, 2 * part.columns]]
+        got = model.normalise(batch.images)[:, :, : 14 * part.rows, : 14 * part.columns]
+        torch.testing.assert_close(cut(got, 7, 2, 2)[0], want["pixel_values"], rtol=0, atol=1e-5)
 
 
 # ---- configs ------------------------------------------------------------------------------------------------------------------------
