@@ -222,5 +222,5 @@ def image_job(job: JobConfig, data: Mapping[str, Any], fit: str = "squash", view
         raise InputError(f"an image takes {positions} positions and the text model has {room} (max_position_embeddings)")
     text = min(MAX_TEXT, room - positions)
     section = JsonlConfig(path="train.jsonl", prompt_column="prompt", **{"images": ImagesConfig(fit=fit), **data})
-    length = min(room, views * (positions + section.images.has_markers) + text)
+    length = min(room, views * (positions + section.images.has_markers) + len(section.images.around) + text)
     return replace(job, vlm=replace(job.vlm, max_text_len=text), data=section, train=TrainConfig(max_steps=1000, seq_len=length))

@@ -184,10 +184,10 @@ _IMAGE = "<|image_pad|>"
 _DATA: Mapping[str, Any] = {
     "template": "turns",
     "image_placeholder": _IMAGE,
-    "images": ImagesConfig(fit="native"),
+    "images": ImagesConfig(fit="native", around=["<|vision_start|>", "<|vision_end|>"]),
     "turns": TurnsConfig(
         system="<|im_start|>system\n{system}<|im_end|>\n",
-        user=f"<|im_start|>user\n<|vision_start|>{_IMAGE}<|vision_end|>{{prompt}}<|im_end|>\n",
+        user=f"<|im_start|>user\n{_IMAGE}{{prompt}}<|im_end|>\n",
         assistant="<|im_start|>assistant\n",
         end="<|im_end|>",
         separator="\n",

@@ -25,6 +25,7 @@ from kempnerforge.convert.verify import compare_models, load_class
 from kempnerforge.data.batching.batch import Batch, Kind, Part
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import ImageBlock, Prompt
+from kempnerforge.inference.processor import Processor
 from kempnerforge.interop.external import ExternalModel, image_job
 from kempnerforge.interop.external_tokenizer import tokenizer_of
 from kempnerforge.interop.open_external import open_external
@@ -212,6 +213,19 @@ def test_prompts_are_those_of_the_instruct_models(kind: str, saved: dict[str, Pa
         assert len(model.generate(inputs, max_new_tokens=2)[0]) <= 2
 
 
+def test_several_images_are_placed_by_the_prompt(saved: dict[str, Path]) -> None:
+    """Each between its two tokens, without the one that the template places."""
+    external = open_external(saved["qwen3_vl"])
+    data = external.job.data
+    plain = replace(data, turns=replace(data.turns, user="<|im_start|>user\n{prompt}<|im_end|>\n"))
+    processor = Processor(assemble(replace(external.job, data=plain), tokenizer_of(external), data=False))
+    (begin, image, end), pictures = SPECIAL, [Image.fromarray(np.zeros((h, w, 3), np.uint8)) for h, w in ((30, 43), (14, 28))]
+    text = f"<|im_start|>user\nis {begin}{image * 6}{end} like {begin}{image * 2}{end}?<|im_end|>\n<|im_start|>assistant\n"
+    want = hf.AutoTokenizer.from_pretrained(saved["qwen3_vl"])(text, add_special_tokens=False)["input_ids"]
+    found = processor(images=[pictures], text=[f"is {image} like {image}?"])
+    assert found.input_ids.tolist() == [want] and [part[:2] for part in found.batch.image_parts] == [(2, 3), (1, 2)]
+
+
 @each
 def test_pixels_are_those_of_their_processor(kind: str, saved: dict[str, Path]) -> None:
     """Of images that are neither smaller than its smallest area nor longer than the square."""
@@ -294,7 +308,7 @@ def test_configs_of_the_hub(kind: str, count: int) -> None:
     family, config = VLM_FAMILIES[kind], {"model_type": kind, **HUB[kind]}
     job = image_job(JobConfig(**vars(family.sections(config, 151936, Normalisation([], [])))), family.data)
     assert sum(p.numel() for p in family.parameters(job).values()) == count
-    assert job.train.seq_len == 256 + 512 and family.image_id(config) == 151655
+    assert job.train.seq_len == 256 + 2 + 512 and family.image_id(config) == 151655
     assert job.vision_encoder.deepstack_layers == ([-19, -13, -7] if kind == "qwen3_vl" else [])
 
 
