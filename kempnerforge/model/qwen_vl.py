@@ -128,7 +128,7 @@ class QwenTower(VisionEncoder):
         tower = self._load(cfg)
         config, side = tower.config, cfg.image_size // tower.config.patch_size
         self.layers: list[int] = list(cfg.deepstack_layers)
-        mean, std = chosen_normalisation(cfg, self.models[config.model_type][1])
+        mean, std = chosen_normalisation(cfg, self.models[type(config).model_type][1])
         dim = config.hidden_size
         super().__init__(
             num_tokens=side**2,
