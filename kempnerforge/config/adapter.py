@@ -33,6 +33,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         at_least(self, 0, "hidden_dim")
 
+    @property
+    def of_layers(self) -> AdapterConfig:
+        """The config of the adapters of ``vision_encoder.deepstack_layers``."""
+        return self
+
     def num_tokens(self, num_features: int) -> int:
         """Tokens that leave the adapter when ``num_features`` enter it.
 

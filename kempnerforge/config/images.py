@@ -109,6 +109,8 @@ class ImagesConfig:
         frame_times: before each frame its time as text, "<1.5 seconds>" (Qwen3-VL).
         number_images: with several images in a sample, each begins with its number from 0 as text, "<image:
             0>" (nanoVLM).
+        around: two tokens, by name: one before and one after each image, with all of its views
+            (["<|vision_start|>", "<|vision_end|>"]: Qwen-VL); empty: none.
         augment: random changes in training.
         cache_dir: a directory where the views of every image are kept, uncompressed, for later epochs and
             runs; empty keeps none. Images that ``augment`` changes are not kept. Several processes may share
@@ -131,6 +133,7 @@ class ImagesConfig:
     frames: int = 0
     frame_times: bool = False
     number_images: bool = False
+    around: list[str] = field(default_factory=list)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     cache_dir: PathText = ""
 
@@ -141,6 +144,8 @@ class ImagesConfig:
         at_least(self, 0, "frames")
         at_most(self, MOST_TILES, "frames")
         at_most(self, 1 << 16, "max_side")
+        if len(self.around) not in (0, 2) or not all(self.around):
+            raise InputError(f"around = {self.around}: must be the names of two tokens, or empty")
         at_most(self, MOST_TILES, "marker_grid", "max_tiles")
         if not 0 <= self.overlap <= 0.5:
             raise InputError(f"overlap = {self.overlap}: must be between 0 and 0.5")
@@ -184,14 +189,14 @@ class ImagesConfig:
         return grid != (1, 1) or self.single_tile or not self.global_view
 
     def new_tokens(self) -> list[str]:
-        """The tokens that the tokenizer must have for this section: first the token of the global view, then
-        the tokens of tiles, row by row; or the token of ``rows``.
+        """The tokens that the tokenizer must have for this section: ``around``; the token of the global view,
+        then the tokens of tiles, row by row; or the token of ``rows``.
         """
         if self.rows:
-            return [NEWLINE]
+            return [*self.around, NEWLINE]
         if not self.has_markers:
-            return []
-        return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
+            return self.around
+        return [*self.around, *([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
 
     def _cells(self) -> Iterator[tuple[int, int]]:
         """Rows and columns at which a tile may be."""

@@ -271,7 +271,7 @@ def origin(assembly: Assembly, external: ExternalModel) -> tuple[dict[str, Any],
     its processor, or nothing.
     """
     kept: dict[str, Any] = {"source": str(external.path), "architecture": external.architecture, "image_id": external.image_id}
-    if not assembly.model.has_images or not external.can_be_compared:
+    if not assembly.model.has_images or not external.can_be_compared or external.notes:  # which say it
         return kept, ""
     files, side, family = read_image_settings(external.path), assembly.data.layout.image_size, _family(external.architecture)
     name, other = followed_processor(external.path, family.kind if family else ""), other_pixels(Processor(assembly), files)

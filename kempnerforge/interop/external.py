@@ -128,7 +128,9 @@ def model_parameters(job: JobConfig) -> dict[str, Tensor]:
     parts = nn.Module()
     with torch.device("meta"):
         encoder = parts.vision_encoder = build_vision_encoder(job.vision_encoder)
-        parts.adapter = build_adapter(job.adapter, encoder.dim, job.model.dim, encoder.num_tokens)
+        count, width = len(job.vision_encoder.deepstack_layers), encoder.layer_dim
+        adapter = parts.adapter = build_adapter(job.adapter, encoder.dim - count * width, job.model.dim, encoder.num_tokens)
+        adapter.deepstack.extend(build_adapter(job.adapter.of_layers, width, job.model.dim, encoder.num_tokens) for _ in range(count))
     return {**backbone_parameters(job.model), **dict(parts.named_parameters())}
 
 
@@ -226,5 +228,5 @@ def image_job(job: JobConfig, data: Mapping[str, Any], fit: str = "squash", view
     text = min(MAX_TEXT, room - positions)
     section = JsonlConfig(path="train.jsonl", **{"prompt_column": "prompt", "images": ImagesConfig(fit=fit), **data})
     besides = math.isqrt(positions) if section.images.rows else section.images.has_markers
-    length = min(room, views * (positions + besides) + text)
+    length = min(room, views * (positions + besides) + len(section.images.around) + text)
     return replace(job, vlm=replace(job.vlm, max_text_len=text), data=section, train=TrainConfig(max_steps=1000, seq_len=length))

@@ -88,4 +88,5 @@ def _open_vlm(path: Path, config: dict[str, Any], files: dict[str, Path]) -> Ext
     tensors = match_tensors(path, names, files, lambda name: family.is_unread(name, layout, used))
     tied = tied_head(tensors, files, layout.head)
     known = image_id, tied, family.image_is_word
-    return ExternalModel(path, family.architecture, job, parameters, tensors, files, *known, end_id=family.end_id(config))
+    more = {"notes": family.notes, "end_id": family.end_id(config)}
+    return ExternalModel(path, family.architecture, job, parameters, tensors, files, *known, **more)

@@ -77,6 +77,7 @@ class VLMFamily(ABC):
         newline: the last of ``model.new_tokens`` is no token there, but a vector, at the end of each row of image
             tokens.
         text_unread: keys of ``text_config`` that say what ``vlm.attention_mask`` says here.
+        notes: what its image processor does otherwise, for people; empty: it is run to find out.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class VLMFamily(ABC):
     image_is_word: bool = False
     newline: bool = False
     text_unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     # ---- reading
 

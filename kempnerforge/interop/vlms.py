@@ -28,6 +28,7 @@ from kempnerforge.data.text.tokenizer import Tokenizer
 from kempnerforge.interop.dual_encoders import DUAL_ENCODERS
 from kempnerforge.interop.families import HEAD, hf_name
 from kempnerforge.interop.mllama import MLLAMA
+from kempnerforge.interop.qwen_vl import QWEN_VL
 from kempnerforge.interop.settings import complete, hf_config, model_config
 from kempnerforge.interop.vlm_family import (
     FRAME,
@@ -345,6 +346,7 @@ _FAMILIES = (
     LlavaNext(**_LLAVA_NEXT),
     _idefics("idefics3", "Idefics3"),
     _idefics("smolvlm", "SmolVLM"),
+    *QWEN_VL,
     MLLAMA,
     *DUAL_ENCODERS,
 )
@@ -377,7 +379,7 @@ def fitting(job: JobConfig) -> Fitting:
     """
     kinds = () if job.vlm is None else job.vlm.stands_for
     reasons: dict[str, list[str]] = {}
-    for family in [VLM_FAMILIES[kind] for kind in kinds] or [one for one in _FAMILIES if isinstance(one, StreamVLM)]:
+    for family in [VLM_FAMILIES[kind] for kind in kinds] or [one for one in _FAMILIES if one not in (MLLAMA, *DUAL_ENCODERS)]:
         try:
             return Fitting(family, family.check(job))
         except InputError as error:

@@ -288,11 +288,13 @@ def tower_config(config_class: Any, cfg: HFTowerConfig, **more: Any) -> Any:
     else:
         with class_call(where(cfg), f"{config_class.__name__} does not take its config.json", read_named_config(cfg.path)):
             config = config_class.from_pretrained(cfg.path)
-    if config.num_channels != 3:
-        raise InputError(f"{where(cfg)}: num_channels = {config.num_channels}: only towers for square images with 3 channels can be used")
+    own = {"num_channels": "in_channels"} | config.attribute_map  # names of keys in this class
+    name = "num_channels" if hasattr(config, "num_channels") else own["num_channels"]
+    if (channels := getattr(config, name)) != 3:
+        raise InputError(f"{where(cfg)}: {name} = {channels}: only towers for square images with 3 channels can be used")
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(value := getattr(config, key, 1), int) or value < 1:
-            raise InputError(f"{where(cfg)}: {key} = {value}: must be a whole number above 0")
+            raise InputError(f"{where(cfg)}: {own.get(key, key)} = {value}: must be a whole number above 0")
     for key in ("image_size", "patch_size"):
         if hasattr(config, key):
             setattr(config, key, square_side(f"{where(cfg)}: {key}", getattr(config, key)))

@@ -163,12 +163,12 @@ class VLM(ExactBuffers):
 
     def build_deepstack(self) -> None:
         """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``."""
-        cfg, encoder = self.job.vision_encoder, self.vision_encoder
+        cfg, encoder, how = self.job.vision_encoder, self.vision_encoder, self.job.adapter.of_layers
         if cfg.deepstack_layers and not encoder.layer_dim:
             raise InputError(f"vision_encoder.deepstack_layers = {cfg.deepstack_layers}: {type(encoder).__name__} gives no inner layers")
         with separate_draws("deepstack"):
             for _ in cfg.deepstack_layers:
-                self.adapter.deepstack.append(build_adapter(self.job.adapter, encoder.layer_dim, self.job.model.dim, encoder.num_tokens))
+                self.adapter.deepstack.append(build_adapter(how, encoder.layer_dim, self.job.model.dim, encoder.num_tokens))
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.model.hf_towers import Clip, Siglip
+from kempnerforge.model.qwen_vl import cut, known_of_grids
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, show
 from kempnerforge.vlm.hf_images import SquareImages, check_multiple
@@ -48,7 +49,7 @@ class Grid(SquareImages):
         """
         arguments = self.arguments(pixels)
         if pixels.is_meta:
-            arguments |= self._known_without_values(arguments["image_grid_thw"])
+            arguments |= known_of_grids(self.model.model.visual, arguments["image_grid_thw"], pixels.device)
         found = self.model.get_image_features(**arguments, return_dict=True)
         deeper = getattr(found, "deepstack_features", None) or []
         return torch.cat([torch.stack(list(each)) for each in (found.pooler_output, *deeper)], dim=-1)
@@ -56,31 +57,8 @@ class Grid(SquareImages):
     def arguments(self, pixels: Tensor) -> dict[str, Tensor]:
         """The arguments of the class that hold the normalised ``pixels`` (N, 3, H, H)."""
         cells, device = self.side * self.merge, "cpu" if pixels.is_meta else pixels.device  # the class reads the values of the grid
-        return {"pixel_values": self._patches(pixels), "image_grid_thw": torch.tensor([[1, cells, cells]] * len(pixels), device=device)}
-
-    def _known_without_values(self, grid: Tensor) -> dict[str, Tensor]:
-        """What the class would compute on the device of the pixels, which has no values here."""
-        from transformers import vision_utils as known
-
-        tower = self.model.model.visual
-        with torch.device("cpu"):  # the default may be meta
-            found = {"position_ids": known.get_vision_position_ids(grid, self.merge)}
-            lengths = {"cu_seqlens": known.get_vision_cu_seqlens(grid)}
-            if hasattr(tower, "window_size"):
-                index, lengths["cu_window_seqlens"] = known.get_vision_window_index(grid, self.merge, tower.window_size, self.patch)
-                found["window_index"] = index
-            if hasattr(tower, "num_grid_per_side"):
-                taps = known.get_vision_interpolation_indices_and_weights(grid, tower.num_grid_per_side, spatial_merge_size=self.merge)
-                found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
-        return {name: value.to("meta") for name, value in found.items()} | lengths
-
-    def _patches(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, H) -> (N * patches, 3 * frames * patch * patch), the patches that are merged into one
-        token next to each other. A still image is ``frames`` equal frames.
-        """
-        blocks = pixels.unflatten(3, (self.side, self.merge, self.patch)).unflatten(2, (self.side, self.merge, self.patch))
-        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, row, column, row in token, column in token, 3, patch, patch)
-        return blocks.unsqueeze(6).expand(*[-1] * 6, self.frames, -1, -1).flatten(5).flatten(0, 4)
+        patches = cut(pixels, self.patch, self.frames, self.merge).flatten(0, 1)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, cells, cells]] * len(pixels), device=device)}
 
     def positions(self, batch: Batch, cache: Cache | None) -> Tensor:
         return grid_positions(batch, cache, self.side)

@@ -140,7 +140,10 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("lr = 1e-3\n[train]\nmax_steps = 1", "[lr]: unknown section; did you mean [optimizer] lr?"),
         ("[vlm]\narch = 'mot'\ncross_attention_n_heads = 2", "a key of arch = 'cross_attention'; here arch = 'mot'"),
         ("[vlm]\narch = 'joint_decoder'\nfactor = 2", "did you mean [adapter] factor?"),
-        ("[adapter]\nfactor = 2", "a key of type = 'attention_pool', 'avg_pool', 'pixel_shuffle'; here type = 'mlp_2layer'"),
+        (
+            "[adapter]\nfactor = 2",
+            "a key of type = 'attention_pool', 'avg_pool', 'patch_merger', 'pixel_shuffle'; here type = 'mlp_2layer'",
+        ),
         ("[vision_encoder]\ntype = 'vit'\npretrained = true", "; here type = 'vit'"),
         ("[data]\nsource = 'easy_vqa'\ntexts_column = 'x'", "; here source = 'easy_vqa'"),
         ("[model]\ndimm = 2", "did you mean 'dim'?"),

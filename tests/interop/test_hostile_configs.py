@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from kempnerforge.interop.open_external import open_external
 from kempnerforge.model import memory
 from kempnerforge.model.hf_checks import check_config, class_call
 from kempnerforge.model.memory import within_memory
+from kempnerforge.model.qwen_vl import QwenTowerConfig
 from kempnerforge.model.vision import build_vision_encoder
 from kempnerforge.training.initial_weights import initialise
 from kempnerforge.training.setup import assemble
 from kempnerforge.util.errors import InputError
-from tests.interop import families, test_llava_next, test_llava_original, test_mllama, test_nanovlm, tiny_vlms
+from tests.interop import families, test_llava_next, test_llava_original, test_mllama, test_nanovlm, test_qwen_vl, tiny_vlms
 from tests.model import test_hf_towers as towers
 from tests.params import quick
 from tests.training.tiny import CONFIG, call, make_job
@@ -92,12 +94,15 @@ def _tower(case: towers.Case) -> Open:
 TEXTS: dict[str, Open] = {name: _text(name) for name in families.FAMILIES}
 VLMS: dict[str, Open] = {name: _vlm(name) for name in tiny_vlms.MODELS} | {
     "mllama": test_mllama.save,
+    **{name: partial(test_qwen_vl.save, name) for name in test_qwen_vl.KINDS},
     "nanovlm": _nanovlm,
     "llava original": _llava_original,
     "llava_next": test_llava_next.make,
 }
 WHOLE: dict[str, Open] = {name: _vlm(name) for name in (*tiny_vlms.MODELS, *tiny_vlms.IMAGE_SIZES, "internvl")}
-TOWERS: dict[str, Open] = {name: _tower(case) for name, case in towers.CASES.items()} | {"mllama": test_mllama.save}
+TOWERS: dict[str, Open] = {name: _tower(case) for name, case in towers.CASES.items()} | {
+    name: VLMS[name] for name in ("mllama", *test_qwen_vl.KINDS)
+}
 MAKERS = {"import": TEXTS | VLMS, "init": TEXTS | {name: VLMS[name] for name in tiny_vlms.MODELS}, "hf": WHOLE, "tower": TOWERS}
 EVERY = [(door, name) for door, names in MAKERS.items() for name in names]
 
@@ -116,6 +121,8 @@ def opener(door: str, name: str, path: Path, whole: bool) -> Open:
         return lambda p: read_weights(p, model)
     if door == "hf":
         return lambda p: _start(p, whole, image_size=tiny_vlms.IMAGE_SIZES.get(name, 0))
+    if name in test_qwen_vl.KINDS:
+        return lambda p: _build(QwenTowerConfig(path=str(p), pretrained=whole, image_size=28), whole)
     config = MllamaTowerConfig if name == "mllama" else towers.CASES[name].config
     return lambda p: _build(config(path=str(p), pretrained=whole), whole)
 

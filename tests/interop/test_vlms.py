@@ -140,7 +140,8 @@ def test_the_job_is_written_as_the_same_class(name: str, saved: dict[str, Path])
 
 def test_a_model_that_is_no_class_says_why() -> None:
     with pytest.raises(
-        ValueError, match=r"no class of transformers .*paligemma, llava, llava_next, idefics3, smolvlm: vlm.arch is not 'joint_decoder'"
+        ValueError,
+        match=r"no class of transformers .*paligemma, llava, llava_next, idefics3, smolvlm, qwen2_5_vl, qwen3_vl: vlm.arch is not 'joint_decoder'",
     ):
         fitting(JobConfig())
 

@@ -71,7 +71,7 @@ class Views:
         if cfg.fit == "native" and not layout.cell:
             raise InputError(
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
-                " stride and cls_token, or a NaFlex 'siglip2'), an adapter that keeps the grid, and image tokens in the stream"
+                " stride and cls_token, a NaFlex 'siglip2' or 'qwen_vl'), an adapter that keeps the grid, and image tokens in the stream"
             )
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
@@ -81,7 +81,9 @@ class Views:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean) if cfg.padding == "mean" else (0, 0, 0)
-        deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "rows", "number_images", "frame_times"))
+        deciding = dataclasses.asdict(cfg) | dict.fromkeys(
+            ("augment", "cache_dir", "markers", "rows", "number_images", "around", "frame_times")
+        )
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
         if cfg.cache_dir:
@@ -131,7 +133,8 @@ class Views:
         """The block of an image with this shape, and with ``number`` in front."""
         block = self._blocks.get((shape, number))
         if block is None:
-            markers = self._before_views(shape)
+            markers, around = self._before_views(shape), [self._markers[name] for name in self.cfg.around]
+            markers[0] = (*around[:1], *markers[0])
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
             if isinstance(shape, InRows):
@@ -139,6 +142,7 @@ class Views:
             else:
                 parts = (Part(*shape),) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
                 block = ImageBlock.of(markers, self.layout.image_tokens, parts)
+            block = block._replace(ids=(*block.ids, *around[1:]))
             if not isinstance(shape, FrameTexts):  # of which there are as many as videos
                 self._blocks[shape, number] = block
         return block

@@ -144,6 +144,21 @@ def test_several_images_are_numbered() -> None:
     assert columns(row(encoder_of(images=tiled), (FLAT, FLAT), ("a", "b")))["input_ids"][: len(zero) + 1] == [*zero, GLOBAL]
 
 
+def test_two_tokens_are_around_each_image() -> None:
+    """Around all of its views, and its number."""
+    begin, end = BARE.token_id("c"), BARE.token_id("d")
+    a, b = ids("ab")
+    around = ["c", "d"]
+    batch = row(encoder_of(images=ImagesConfig(around=around), tokenizer=BARE), (FLAT, SQUARE), ("<image>a<image>", "b"))
+    assert columns(batch)["input_ids"] == [begin, 0, 0, end, 1, a, begin, 0, 0, end, b, 2]
+    assert [start for _, _, start, _, _ in placements(batch)] == [1, 7]
+    tiles = ImagesConfig(fit="tiles", max_side=16, markers=False, around=around)
+    assert columns(row(encoder_of(images=tiles, tokenizer=BARE), (FLAT,), ("a", "b")))["input_ids"] == [begin, *[0] * 6, end, 1, a, b, 2]
+    assert encoder_of(images=ImagesConfig(around=around), tokenizer=BARE).measure(Sample("s", (FLAT,), (Text("a", "b"),))) == (8, 1)
+    with pytest.raises(ValueError, match=r"around = \['c'\]: must be the names of two tokens"):
+        ImagesConfig(around=["c"])
+
+
 @pytest.mark.parametrize("fit", ["crop", "letterbox", "squash"])
 def test_one_view_is_laid_out_as_ever(fit: str) -> None:
     plain, other = encoder_of(images=ImagesConfig()), encoder_of(images=ImagesConfig(fit=fit))
