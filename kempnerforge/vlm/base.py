@@ -35,7 +35,7 @@ from kempnerforge.model.transformer import Block, Cache, Context, Transformer, s
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
-from kempnerforge.vlm.placements import grid_positions, image_columns
+from kempnerforge.vlm.placements import grid_positions, image_columns, with_answers
 
 
 class Output(NamedTuple):
@@ -343,7 +343,7 @@ class VLM(ExactBuffers):
         if features is not None:
             features, *deeper = features.split(words.shape[-1], dim=-1)  # (N, F, D) each
         x, ctx = self.place(words, features, batch, cache)
-        x = self.run(x, ctx, batch, deeper)
+        x = self.run(x, with_answers(ctx, batch, self.job.model, self.stored), batch, deeper)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)

@@ -8,17 +8,27 @@ of one image.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.model.transformer import Cache
+from kempnerforge.config import ModelConfig
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.model.transformer import Cache, Context
 
 NOTHING = -2
 """Sample id of a slot that holds no image; no position has it."""
 SKIPPED = "skipped_positions"
 """Name in the cache: (B, 1), positions that the images of each row take and do not count."""
+
+
+def with_answers(ctx: Context, batch: Batch, cfg: ModelConfig, stored: Callable[[Tensor, Context], Tensor]) -> Context:
+    """``ctx``, with ``answers`` if the model needs them; ``stored`` as of the arch."""
+    if not cfg.answer_dropout or ctx.cache is not None:
+        return ctx
+    return replace(ctx, answers=stored(batch.labels != IGNORE, ctx))
 
 
 def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
