@@ -15,16 +15,13 @@ GLOBAL_MARKER = "<|global_image|>"
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers", "rows")
+OF_ROWS = ("row_token", "start_token", "end_token")
 _OF_TILING = {
     "grid": ("max_side", "resize_to_max_side", "marker_grid"),
     "anyres": ("pinpoints",),
     "overlap": ("max_tiles", "overlap", "single_tile"),
 }
-"""Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
-
-
-NEWLINE = "<image_newline>"
-"""The token at the end of a row of tokens with ``rows``."""
+"""Keys that only ``fit = "tiles"`` reads, those that only ``rows`` does, and those that only one ``tiling`` does."""
 
 
 def tile_marker(row: int, column: int) -> str:
@@ -101,6 +98,9 @@ class ImagesConfig:
         rows: of "anyres" and "overlap", without ``markers``: the tiles' tokens are in rows across the image, a
             learned token at the end of each. Padding of "anyres" is left out (LLaVA-NeXT's "spatial_unpad"); of
             "overlap" each tile is shown up to the middle of what it shares with the next one (Molmo).
+        row_token: that token.
+        start_token, end_token: of ``rows``, both or none: tokens before and after the view of the whole image,
+            whose rows then end with ``row_token``, too, and before and after the tiles (Molmo).
         frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
             in the middle of as many equal parts. Each is a view like an image. 0: videos are refused. Not
             with "native" and "tiles".
@@ -125,6 +125,9 @@ class ImagesConfig:
     global_view: bool = True
     markers: bool = True
     rows: bool = False
+    row_token: str = "<image_newline>"
+    start_token: str = ""
+    end_token: str = ""
     frames: int = 0
     frame_times: bool = False
     number_images: bool = False
@@ -152,6 +155,11 @@ class ImagesConfig:
         if self.rows and (self.markers or self.tiling == "grid"):
             given = "markers = true" if self.markers else f"tiling = {self.tiling!r}"
             raise InputError(f"rows = true: needs tiling = 'anyres' or 'overlap' with markers = false, not {given}")
+        only_if(self, self.rows, "rows = true", *OF_ROWS)
+        names = self._of_rows()
+        if not self.row_token or len(names) == 2 or len({*names}) < len(names):
+            given = ", ".join(f"{key} = {getattr(self, key)!r}" for key in OF_ROWS)
+            raise InputError(f"{given}: needs a row_token, and both or none of the others, with different names")
         only_if(self, self.global_view, "global_view = true", "single_tile")
 
     @property
@@ -180,13 +188,16 @@ class ImagesConfig:
 
     def new_tokens(self) -> list[str]:
         """The tokens that the tokenizer must have for this section: first the token of the global view, then
-        the tokens of tiles, row by row; or the token of ``rows``.
+        the tokens of tiles, row by row; or the tokens of ``rows``.
         """
         if self.rows:
-            return [NEWLINE]
+            return self._of_rows()
         if not self.has_markers:
             return []
         return [*([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
+
+    def _of_rows(self) -> list[str]:
+        return [name for name in (self.row_token, self.start_token, self.end_token) if name]
 
     def _cells(self) -> Iterator[tuple[int, int]]:
         """Rows and columns at which a tile may be."""

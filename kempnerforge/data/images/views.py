@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from kempnerforge.config.images import GLOBAL_MARKER, NEWLINE, ImagesConfig, tile_marker
+from kempnerforge.config.images import GLOBAL_MARKER, OF_ROWS, ImagesConfig, tile_marker
 from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
@@ -81,7 +81,9 @@ class Views:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
-        deciding = dataclasses.asdict(cfg) | dict.fromkeys(("augment", "cache_dir", "markers", "rows", "number_images", "frame_times"))
+        deciding = dataclasses.asdict(cfg) | dict.fromkeys(
+            ("augment", "cache_dir", "markers", "rows", *OF_ROWS, "number_images", "frame_times")
+        )
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
         if cfg.cache_dir:
@@ -135,7 +137,7 @@ class Views:
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
             if isinstance(shape, InRows):
-                block = ImageBlock.in_rows(shape.whole, shape.tiles, self._markers[NEWLINE], markers[0])
+                block = ImageBlock.in_rows(shape.whole, shape.tiles, [self._markers[name] for name in self.cfg.new_tokens()], markers[0])
             else:
                 parts = (Part(*shape),) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
                 block = ImageBlock.of(markers, self.layout.image_tokens, parts)

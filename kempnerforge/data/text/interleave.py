@@ -88,27 +88,32 @@ class ImageBlock(NamedTuple):
         return cls(tuple(ids), tuple(starts), parts)
 
     @classmethod
-    def in_rows(cls, whole: Part | None, tiles: Sequence[Sequence[Part]], newline: int, first: Sequence[int] = ()) -> ImageBlock:
+    def in_rows(cls, whole: Part | None, tiles: Sequence[Sequence[Part]], tokens: Sequence[int], first: Sequence[int] = ()) -> ImageBlock:
         """A view of the whole image, then the tiles' tokens in rows across the image, each row with a token at
         its end; without tiles that token is after the view.
 
         Args:
             whole: None: there is no such view.
             tiles: what is shown of each, row by row of tiles; in a row of them all have as many rows.
-            newline: the token.
+            tokens: the one at the end of a row; and, if the rows of ``whole`` end with it as well, those
+                before and after it and before and after the tiles.
             first: tokens before everything.
         """
         ids, starts, parts = [*first], list[int](), list[Part]()
-        if whole is not None:
+        newline, *around = tokens
+        if whole is not None and not around:
             starts.append(len(ids))
             parts.append(whole)
             ids += [VIEW] * (whole.rows * whole.columns) + ([] if tiles else [newline])
-        for across in tiles:
-            width = sum(tile.columns for tile in across)
-            for number, tile in enumerate(across):
-                starts.append(len(ids) + sum(before.columns for before in across[:number]))
-                parts.append(tile._replace(step=width + 1))
-            ids += ([VIEW] * width + [newline]) * across[0].rows
+        for group in ([[whole]] if whole is not None and around else [], tiles):
+            ids += around[:1] if group else []
+            for across in group:
+                width = sum(tile.columns for tile in across)
+                for number, tile in enumerate(across):
+                    starts.append(len(ids) + sum(before.columns for before in across[:number]))
+                    parts.append(tile._replace(step=width + 1))
+                ids += ([VIEW] * width + [newline]) * across[0].rows
+            ids += around[1:] if group else []
         return cls(tuple(ids), tuple(starts), tuple(parts))
 
 
