@@ -252,7 +252,7 @@ class TrainingFlops:
         images = None if batch.images is None else batch.images.shape
         layout = (
             batch.row_images,
-            batch.image_parts and batch.row_image_tokens,
+            batch.image_parts and (batch.row_image_tokens, sum(not part.view for part in batch.image_parts)),
             batch.row_words,
             batch.row_codes,
             batch.leading_images,

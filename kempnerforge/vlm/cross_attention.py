@@ -200,7 +200,7 @@ class CrossAttention(VLM):
         if left := weights.keys() - here:
             raise InputError(
                 f"vlm.openflamingo_path = {path!r}: has {some(left)}, for which this model has no place; the adapter must be a perceiver"
-                " with project = false, and vlm.cross_attention_every_n_layers as there"
+                " with project = false, max_num_frames and max_num_media, and vlm.cross_attention_every_n_layers, as there"
             )
         self.loaded |= take_weights(self, weights, path)
 

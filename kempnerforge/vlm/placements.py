@@ -31,6 +31,12 @@ def with_answers(ctx: Context, batch: Batch, cfg: ModelConfig, stored: Callable[
     return replace(ctx, answers=stored(batch.labels != IGNORE, ctx))
 
 
+def told_views(batch: Batch) -> dict[str, list[tuple[int, int]]]:
+    """What an adapter is told that reads the views of an image together, see ``AdapterConfig.view_limits``."""
+    views = [(part.image, part.view) for part in batch.image_parts]
+    return {"views": views} if views and views[0][0] >= 0 else {}
+
+
 def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
     """``values`` (M,) of placements -> (B, 1, K), ``nothing`` where a row has fewer."""
     table = values.new_full((len(batch.input_ids), max(1, batch.row_images)), nothing)

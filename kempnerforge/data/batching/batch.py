@@ -36,6 +36,8 @@ class Part(NamedTuple):
         top, left: rows above and columns left of it.
         step: positions from one row of it to the next, if others are between them; 0: ``columns``.
         alone: the encoder sees nothing else of the view.
+        image, view: which image of its sample it is of, and which view of that, for adapters that read the
+            views of an image together (``AdapterConfig.view_limits``); -1: not told.
     """
 
     rows: int
@@ -44,6 +46,8 @@ class Part(NamedTuple):
     left: int = 0
     step: int = 0
     alone: bool = True
+    image: int = -1
+    view: int = 0
 
 
 @dataclass

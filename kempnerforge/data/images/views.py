@@ -73,6 +73,12 @@ class Views:
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
                 " stride and cls_token, or a NaFlex 'siglip2'), an adapter that keeps the grid, and image tokens in the stream"
             )
+        if layout.view_limits is not None:
+            most, keys = layout.view_limits[0], "adapter.max_num_frames and max_num_media"
+            if layout.image_tokens or cfg.tiled or cfg.frame_times:
+                raise InputError(f"{keys}: not with image tokens in the stream, data.images.fit = 'tiles' or frame_times")
+            if 0 < most < cfg.frames:
+                raise InputError(f"data.images.frames = {cfg.frames}: adapter.max_num_frames = {most}")
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
         for name in cfg.new_tokens():
@@ -105,6 +111,8 @@ class Views:
         """
         if not self.layout.image_size:
             return [ImageBlock.of([()], 0)] * len(images)
+        if self.layout.view_limits is not None and 0 < self.layout.view_limits[1] < len(images):
+            raise ImageError(f"{len(images)} images in a sample, adapter.max_num_media = {self.layout.view_limits[1]}")
         numbered = self.cfg.number_images and len(images) > 1
         return [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
 
@@ -136,7 +144,9 @@ class Views:
             markers = self._before_views(shape)
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            if isinstance(shape, InRows):
+            if self.layout.view_limits is not None:
+                block = ImageBlock.together(len(markers), markers[0])
+            elif isinstance(shape, InRows):
                 block = ImageBlock.in_rows(shape.whole, shape.tiles, [self._markers[name] for name in self.cfg.new_tokens()], markers[0])
             else:
                 parts = (Part(*shape),) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()

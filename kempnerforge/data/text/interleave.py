@@ -43,6 +43,7 @@ class Layout:
         token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
         codes: ids that are codes of a written picture.
+        view_limits: as of ``AdapterConfig``.
     """
 
     image_tokens: int
@@ -54,6 +55,7 @@ class Layout:
     token_side: int = 0
     cell: int = 0
     codes: range = range(0)
+    view_limits: tuple[int, int] | None = None
 
 
 class ImageBlock(NamedTuple):
@@ -64,12 +66,26 @@ class ImageBlock(NamedTuple):
         starts: for each view its first position in the block. Where views take no position: the position of
             the token before it in the block, which is the first to see it; without one 0, the position of the
             token after the block.
-        parts: what of each view is in the row; empty: all.
+        parts: what of each view is in the row; empty: all. Views that are read together have a single start.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...] = (0,)
     parts: tuple[Part, ...] = ()
+
+    @property
+    def views(self) -> int:
+        """How many there are."""
+        return len(self.parts or self.starts)
+
+    def parts_of(self, image: int) -> tuple[Part, ...]:
+        """``parts`` of a block that is number ``image`` of its sample."""
+        return tuple(part if part.image < 0 else part._replace(image=image) for part in self.parts)
+
+    @classmethod
+    def together(cls, views: int, first: tuple[int, ...] = ()) -> ImageBlock:
+        """So many views that are read together and take no position, and the tokens before them."""
+        return cls(first, (max(0, len(first) - 1),), tuple(Part(0, 0, alone=False, image=0, view=view) for view in range(views)))
 
     @classmethod
     def of(cls, markers: Sequence[Sequence[int]], image_tokens: int, parts: tuple[Part, ...] = ()) -> ImageBlock:
@@ -233,7 +249,7 @@ def lay_out(texts: Sequence[TextTokens], shared: int, blocks: Sequence[ImageBloc
     columns = np.concatenate([images, *(table for table, _ in spread)], axis=1)  # (5, S)
     columns[TEXT_IDS, front:] = np.repeat(np.arange(1, len(texts) + 1), sizes)
     columns[POSITIONS, front:] += front
-    firsts = list(accumulate((len(block.starts) for block in blocks), initial=0))  # the number of each image's first view
+    firsts = list(accumulate((block.views for block in blocks), initial=0))  # the number of each image's first view
     placements = _place(0, begins, blocks, firsts)
     begin = front
     for number, ((_, inside), size) in enumerate(zip(spread, sizes, strict=True), start=1):
