@@ -48,6 +48,11 @@ class AdapterConfig:
         """
         return None
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the adapter must be told where a view shows nothing of its image."""
+        return False
+
 
 @registry.register_adapter_config
 @dataclass

@@ -333,9 +333,7 @@ class VLM(ExactBuffers):
         if not self.has_images or batch.images is None:
             return None
         images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-        whole = (side := math.isqrt(self.num_image_tokens), side)
-        grids = [part[:2] if part.alone else whole for part in batch.image_parts]
-        return self.encode(images, batch.known_features, **({"grids": grids} if {*grids} - {whole} else told_views(batch)))
+        return self.encode(images, batch.known_features, **told_views(batch, math.isqrt(self.num_image_tokens), self.image_size))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it."""

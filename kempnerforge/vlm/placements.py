@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,20 @@ def with_answers(ctx: Context, batch: Batch, cfg: ModelConfig, stored: Callable[
     return replace(ctx, answers=stored(batch.labels != IGNORE, ctx))
 
 
-def told_views(batch: Batch) -> dict[str, list[tuple[int, int]]]:
-    """What an adapter is told that reads the views of an image together, see ``AdapterConfig.view_limits``."""
-    views = [(part.image, part.view) for part in batch.image_parts]
-    return {"views": views} if views and views[0][0] >= 0 else {}
+def told_views(batch: Batch, side: int, size: int) -> dict[str, Any]:
+    """What encoder and adapter are told of the views of ``batch``, of ``side`` tokens and ``size`` pixels along a
+    side, if they need it: "grids" of those that have fewer tokens, and for adapters with ``view_limits`` or
+    ``reads_padding`` "views" and "contents".
+    """
+    told, parts = dict[str, Any](), batch.image_parts
+    grids = [part[:2] if part.alone else (side, side) for part in parts]
+    if {*grids} - {(side, side)}:
+        told["grids"] = grids
+    if any(part.content for part in parts):
+        told["contents"] = [(*(part.content or (0, 0, size, size)), size) for part in parts]
+    if any(part.image >= 0 for part in parts):
+        told["views"] = [(part.image, part.view) for part in parts]
+    return told
 
 
 def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:

@@ -55,7 +55,7 @@ def build(arch: str = "joint_decoder", images: ImagesConfig = ANYRES, mask: str 
     """With a tokenizer that no other test has: it gets a token."""
     train = TrainConfig(max_steps=4, seq_len=200, mixed_precision="fp32")
     sections = {"model": replace(MODEL, max_seq_len=256), "vision_encoder": GRID_OF_4, "train": train, **sections}
-    job = tiny_job(arch, mask, data=JsonlConfig(path="unread.jsonl", images=images), **sections)
+    job = tiny_job(arch, mask, **{"data": JsonlConfig(path="unread.jsonl", images=images), **sections})
     tokenizer = Tokenizer.train(["what colour is it?\n", "red", "blue", "yes", "no"] * 4, 300)
     tokenizer.add_tokens(MODEL.new_tokens)
     assembly = assemble(job, tokenizer, data=False)

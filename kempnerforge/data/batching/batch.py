@@ -38,6 +38,8 @@ class Part(NamedTuple):
         alone: the encoder sees nothing else of the view.
         image, view: which image of its sample it is of, and which view of that, for adapters that read the
             views of an image together (``AdapterConfig.view_limits``); -1: not told.
+        content: first row, first column, and those after the last ones, of the view's pixels that show the
+            image, for adapters that read it (``reads_padding``); empty: all, or not told.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class Part(NamedTuple):
     alone: bool = True
     image: int = -1
     view: int = 0
+    content: tuple[int, ...] = ()
 
 
 @dataclass

@@ -31,6 +31,13 @@ class Frame(NamedTuple):
     offset: Size = (0, 0)
     corners: tuple[Size, ...] = ((0, 0),)
 
+    def contents(self, side: int) -> list[tuple[int, int, int, int]]:
+        """What each view shows of the image: its first row and column, and those after the last ones."""
+        left, top = self.offset
+        right, bottom = left + self.content[0], top + self.content[1]
+        inside = lambda at, corner: min(side, max(0, at - corner))
+        return [(inside(top, y), inside(left, x), inside(bottom, y), inside(right, x)) for x, y in self.corners]
+
 
 def grid_of(cfg: ImagesConfig, side: int, size: Size) -> Grid:
     """The grid of tiles of an image with ``data.images.fit = "tiles"``."""

@@ -79,6 +79,8 @@ class Views:
                 raise InputError(f"{keys}: not with image tokens in the stream, data.images.fit = 'tiles' or frame_times")
             if 0 < most < cfg.frames:
                 raise InputError(f"data.images.frames = {cfg.frames}: adapter.max_num_frames = {most}")
+        if layout.reads_padding and cfg.frames:
+            raise InputError(f"data.images.frames = {cfg.frames}: adapter.pad_embed is for images alone")
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
         for name in cfg.new_tokens():
@@ -86,6 +88,7 @@ class Views:
             if found is None:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
+        self._pads = layout.reads_padding and cfg.fit in ("letterbox", "tiles")
         self._fill = tuple(int(255 * value) for value in layout.image_mean)
         deciding = dataclasses.asdict(cfg) | dict.fromkeys(
             ("augment", "cache_dir", "markers", "rows", *OF_ROWS, "number_images", "frame_times")
@@ -114,7 +117,13 @@ class Views:
         if self.layout.view_limits is not None and 0 < self.layout.view_limits[1] < len(images):
             raise ImageError(f"{len(images)} images in a sample, adapter.max_num_media = {self.layout.view_limits[1]}")
         numbered = self.cfg.number_images and len(images) > 1
-        return [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
+        blocks = [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
+        return [self._with_contents(*both) for both in zip(blocks, images, strict=True)] if self._pads else blocks
+
+    def _with_contents(self, block: ImageBlock, image: ImageSource) -> ImageBlock:
+        side = self.layout.image_size
+        frames = frames_of(self.cfg, side, image_size(image), self.layout.cell)
+        return block.with_contents([content for frame in frames for content in frame.contents(side)], self.layout.token_side)
 
     def _shape(self, image: ImageSource) -> Shape:
         if self.cfg.tiled:

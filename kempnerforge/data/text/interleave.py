@@ -43,7 +43,7 @@ class Layout:
         token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
         codes: ids that are codes of a written picture.
-        view_limits: as of ``AdapterConfig``.
+        view_limits, reads_padding: as of ``AdapterConfig``.
     """
 
     image_tokens: int
@@ -56,6 +56,7 @@ class Layout:
     cell: int = 0
     codes: range = range(0)
     view_limits: tuple[int, int] | None = None
+    reads_padding: bool = False
 
 
 class ImageBlock(NamedTuple):
@@ -81,6 +82,11 @@ class ImageBlock(NamedTuple):
     def parts_of(self, image: int) -> tuple[Part, ...]:
         """``parts`` of a block that is number ``image`` of its sample."""
         return tuple(part if part.image < 0 else part._replace(image=image) for part in self.parts)
+
+    def with_contents(self, contents: Sequence[tuple[int, ...]], side: int) -> ImageBlock:
+        """With the ``content`` of each view, which has ``side`` tokens along a side."""
+        parts = self.parts or (Part(side, side, alone=False),) * len(self.starts)
+        return self._replace(parts=tuple(part._replace(content=content) for part, content in zip(parts, contents, strict=True)))
 
     @classmethod
     def together(cls, views: int, first: tuple[int, ...] = ()) -> ImageBlock:
