@@ -78,6 +78,8 @@ class ImagesConfig:
             encoder's square has room for it, both rounded to whole tokens; only these tokens are in the
             stream: Qwen2-VL, NaViT), or "tiles" (several views: one of the whole image
             and a grid of tiles from an enlarged one).
+        longer_sides: of "native", with a NaFlex encoder: the image may have as many tokens as the square, in
+            any shape, 8 x 32 instead of 16 x 16 (SigLIP 2).
         tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a
             tile. "anyres" (LLaVA-NeXT, its "flat" form): it is fitted, padded, into the best of
             ``pinpoints``. "overlap" (Molmo's crops, each of them whole): it is fitted into overlapping tiles.
@@ -114,6 +116,7 @@ class ImagesConfig:
     """
 
     fit: str = "squash"
+    longer_sides: bool = False
     tiling: str = "grid"
     max_side: int = 2048
     resize_to_max_side: bool = True
@@ -150,6 +153,7 @@ class ImagesConfig:
         for tiling, keys in _OF_TILING.items():
             only_if(self, self.tiling == tiling, f"tiling = {tiling!r}", *keys)
         only_if(self, self.fit not in ("native", "tiles"), "fit other than 'native' and 'tiles'", "frames")
+        only_if(self, self.fit == "native", "fit = 'native'", "longer_sides")
         only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")
         if self.rows and (self.markers or self.tiling == "grid"):

@@ -185,6 +185,8 @@ def row_layouts(stages: Sequence[Stage], vlm: VLMConfig | None, model: VLM) -> l
         return layouts
     mean, _ = model.normalisation
     facts: dict[str, Any] = {"token_side": model.token_side, "cell": model.cell} if image_tokens else {}
+    if model.cell:
+        facts["any_shape"] = model.vision_encoder.any_shape
     facts |= {"image_size": model.image_size, "image_mean": mean, "view_limits": model.job.adapter.view_limits}
     facts["reads_padding"] = model.job.adapter.reads_padding
     return [replace(layout, **facts) for layout in layouts]

@@ -148,7 +148,7 @@ class VLM(ExactBuffers):
             if self.job.adapter.keeps_grid and side**2 == self.num_image_tokens:
                 self.token_side = side
             if encoder.side and self.job.adapter.keeps_grid and not encoder.side % side and not encoder.image_size % encoder.side:
-                self.cell = encoder.image_size // side
+                self.cell, encoder.joined = encoder.image_size // side, encoder.side // side
 
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""

@@ -109,7 +109,9 @@ def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:
     height, width, top, left, step = _parts(batch).T[..., None]  # (M, 1) each
     row, column = steps // side - top, steps % side - left
     shown = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    return torch.where(shown, starts + row * step + column, nowhere)
+    longer = height.maximum(width) > side
+    place, shown = torch.where(longer, steps, row * step + column), torch.where(longer, steps < height * width, shown)
+    return torch.where(shown, starts + place, nowhere)
 
 
 def grid_positions(batch: Batch, cache: Cache | None, side: int) -> Tensor:

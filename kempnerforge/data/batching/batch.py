@@ -32,7 +32,8 @@ class Part(NamedTuple):
     """The tokens of a view that are in the stream: a rectangle of the view's grid, row by row.
 
     Attributes:
-        rows, columns: its size; with 0 of them nothing of the view is in the stream.
+        rows, columns: its size; with 0 of them nothing of the view is in the stream. If one is more than the
+            view's grid has, they are the grid's first tokens, row by row.
         top, left: rows above and columns left of it.
         step: positions from one row of it to the next, if others are between them; 0: ``columns``.
         alone: the encoder sees nothing else of the view.

@@ -73,6 +73,8 @@ class Views:
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
                 " stride and cls_token, or a NaFlex 'siglip2'), an adapter that keeps the grid, and image tokens in the stream"
             )
+        if cfg.longer_sides and not layout.any_shape:
+            raise InputError("data.images.longer_sides = true: needs a NaFlex 'siglip2', whose positions are for any shape")
         if layout.view_limits is not None:
             most, keys = layout.view_limits[0], "adapter.max_num_frames and max_num_media"
             if layout.image_tokens or cfg.tiled or cfg.frame_times:
@@ -129,7 +131,7 @@ class Views:
         if self.cfg.tiled:
             return self._tiles(image_size(image))
         if self.cfg.fit == "native":
-            return native_grid(image_size(image), self.layout.image_size, self.layout.cell)
+            return native_grid(image_size(image), self.layout.image_size, self.layout.cell, self.cfg.longer_sides)
         if not self.cfg.frames:
             return 1, 1
         with opened(image, whole=False) as picture:
@@ -253,4 +255,17 @@ def cut_views(image: Image.Image, frame: Frame, side: int, change: Change, fill:
         canvas.paste(image, frame.offset)
         image = canvas
     pixels = np.asarray(image)  # (H, W, 3)
+    if frame.cell:
+        pixels = _one_after_another(pixels, frame.cell, side, fill)
     return [np.ascontiguousarray(pixels[top : top + side, left : left + side]) for left, top in frame.corners]
+
+
+def _one_after_another(pixels: np.ndarray, cell: int, side: int, fill: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 3) -> (side, side, 3): the squares of ``cell`` pixels, row by row, in rows of the view; ``fill`` after
+    the last.
+    """
+    across = side // cell
+    cells = pixels.reshape(len(pixels) // cell, cell, -1, cell, 3).swapaxes(1, 2).reshape(-1, cell, cell, 3)
+    view = np.empty((across * across, cell, cell, 3), np.uint8)
+    view[: len(cells)], view[len(cells) :] = cells, fill
+    return view.reshape(across, across, cell, cell, 3).swapaxes(1, 2).reshape(side, side, 3)

@@ -42,6 +42,7 @@ class Layout:
             image.
         token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
+        any_shape: whether a view may have its tokens in a grid that is longer than its side.
         codes: ids that are codes of a written picture.
         view_limits, reads_padding: as of ``AdapterConfig``.
     """
@@ -54,6 +55,7 @@ class Layout:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     token_side: int = 0
     cell: int = 0
+    any_shape: bool = False
     codes: range = range(0)
     view_limits: tuple[int, int] | None = None
     reads_padding: bool = False
