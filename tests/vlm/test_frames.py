@@ -17,6 +17,7 @@ from kempnerforge.config.data import JsonlConfig
 from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.vlm import JointDecoderConfig
 from kempnerforge.data.sample import Sample, Text
+from kempnerforge.inspection.audit import audit
 from kempnerforge.training.accounting import TrainingFlops
 from kempnerforge.training.initial_weights import initialise
 from tests.data.images.test_video import recorded
@@ -66,6 +67,8 @@ def test_the_resampler_is_that_of_the_equations(clips: list[bytes], tmp_path: Pa
     batch = it.batch(*samples(clips))
     assert batch.images is not None and len(batch.images) == 7 + 3 + 4 and batch.row_images == 3
     assert batch.image_index.tolist() == [0, 3, 4, 7, 10, 11]
+    eos = it.encoder.tokenizer.eos_id
+    assert audit(batch, eos, ends=frozenset({eos}), every_turn=True, markers=it.encoder.marker_ids) == []
     with torch.no_grad():
         seen, got = it.model.vision_encoder(batch.images), it.model.features(batch)
         assert got is not None
