@@ -46,6 +46,18 @@ class AdapterConfig:
         """
         return num_features
 
+    @property
+    def view_limits(self) -> tuple[int, int] | None:
+        """Views of an image and images of a sample at most (0: any number), if the adapter reads the views of
+        an image together and tells images apart; None: it reads each view alone.
+        """
+        return None
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the adapter must be told where a view shows nothing of its image."""
+        return False
+
 
 @registry.register_adapter_config
 @dataclass
@@ -132,6 +144,11 @@ class PerceiverConfig(AdapterConfig):
         ff_mult: hidden width of the feed-forward, in widths of the vision features.
         project: false: the tokens keep the width of the vision features (OpenFlamingo), for
             ``vlm.arch = "cross_attention"``, whose blocks read any width.
+        max_num_frames: rows of a learned table (OpenFlamingo's ``frame_embs``), of which row f is added to
+            the features of frame f of a video; 0: there is none.
+        max_num_media: the same for the images and videos of a sample (``media_time_embs``). With either, the
+            frames of a video are read together and become ``latents`` tokens, not so many each; for archs
+            whose images are not in the stream.
     """
 
     keeps_grid: ClassVar[bool] = False
@@ -143,13 +160,20 @@ class PerceiverConfig(AdapterConfig):
     head_dim: int = 64
     ff_mult: int = 4
     project: bool = True
+    max_num_frames: int = 0
+    max_num_media: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         only_if(self, self.project, "project = true", "hidden_dim", "bias")
         at_least(self, 1, "latents", "depth", "heads", "head_dim", "ff_mult")
+        at_least(self, 0, "max_num_frames", "max_num_media")
         at_most(self, MAX_LAYERS, "depth")
 
     def num_tokens(self, num_features: int) -> int:
         """``latents``, whatever ``num_features`` is."""
         return self.latents
+
+    @property
+    def view_limits(self) -> tuple[int, int] | None:
+        return (self.max_num_frames, self.max_num_media) if self.max_num_frames or self.max_num_media else None

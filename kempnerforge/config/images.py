@@ -15,16 +15,14 @@ GLOBAL_MARKER = "<|global_image|>"
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers", "rows")
+NEWLINE = "<image_newline>"
+OF_ROWS = ("row_token", "start_token", "end_token")
 _OF_TILING = {
     "grid": ("max_side", "resize_to_max_side", "marker_grid"),
     "anyres": ("pinpoints",),
     "overlap": ("max_tiles", "overlap", "single_tile"),
 }
-"""Keys that only ``fit = "tiles"`` reads, and those that only one ``tiling`` does."""
-
-
-NEWLINE = "<image_newline>"
-"""The token at the end of a row of tokens with ``rows``."""
+"""Keys that only ``fit = "tiles"`` reads, those that only ``rows`` does, and those that only one ``tiling`` does."""
 
 
 def tile_marker(row: int, column: int) -> str:
@@ -81,6 +79,8 @@ class ImagesConfig:
             encoder's square has room for it, both rounded to whole tokens; only these tokens are in the
             stream: Qwen2-VL, NaViT), or "tiles" (several views: one of the whole image
             and a grid of tiles from an enlarged one).
+        longer_sides: of "native", with a NaFlex encoder: the image may have as many tokens as the square, in
+            any shape, 8 x 32 instead of 16 x 16 (SigLIP 2).
         tiling: of "tiles". "grid" (nanoVLM): the image is stretched so that both sides are multiples of a
             tile. "anyres" (LLaVA-NeXT, its "flat" form): it is fitted, padded, into the best of
             ``pinpoints``. "overlap" (Molmo's crops, each of them whole): it is fitted into overlapping tiles.
@@ -101,6 +101,9 @@ class ImagesConfig:
         rows: of "anyres" and "overlap", without ``markers``: the tiles' tokens are in rows across the image, a
             learned token at the end of each. Padding of "anyres" is left out (LLaVA-NeXT's "spatial_unpad"); of
             "overlap" each tile is shown up to the middle of what it shares with the next one (Molmo).
+        row_token: that token.
+        start_token, end_token: of ``rows``, both or none: tokens before and after the view of the whole image,
+            whose rows then end with ``row_token``, too, and before and after the tiles (Molmo).
         padding: of "letterbox" and "tiles": the colour around an image that is fitted: "mean" of the encoder's
             normalisation, or "black" (LLaVA-NeXT, Molmo).
         frames: of a video (MP4, MOV, WebM, Matroska or AVI; extra ``video``) how many frames are taken: those
@@ -118,6 +121,7 @@ class ImagesConfig:
     """
 
     fit: str = "squash"
+    longer_sides: bool = False
     tiling: str = "grid"
     max_side: int = 2048
     resize_to_max_side: bool = True
@@ -129,6 +133,9 @@ class ImagesConfig:
     global_view: bool = True
     markers: bool = True
     rows: bool = False
+    row_token: str = NEWLINE
+    start_token: str = ""
+    end_token: str = ""
     padding: str = "mean"
     frames: int = 0
     frame_times: bool = False
@@ -157,11 +164,17 @@ class ImagesConfig:
         one_of(self, "padding", ("mean", "black"))
         only_if(self, self.fit in ("letterbox", "tiles"), "fit = 'letterbox' or 'tiles'", "padding")
         only_if(self, self.fit not in ("native", "tiles"), "fit other than 'native' and 'tiles'", "frames")
+        only_if(self, self.fit == "native", "fit = 'native'", "longer_sides")
         only_if(self, self.frames, "frames", "frame_times")
         only_if(self, self.markers, "markers = true", "marker_grid")
         if self.rows and (self.markers or self.tiling == "grid"):
             given = "markers = true" if self.markers else f"tiling = {self.tiling!r}"
             raise InputError(f"rows = true: needs tiling = 'anyres' or 'overlap' with markers = false, not {given}")
+        only_if(self, self.rows, "rows = true", *OF_ROWS)
+        names = self.row_tokens()
+        if not self.row_token or len(names) == 2 or len({*names}) < len(names):
+            given = ", ".join(f"{key} = {getattr(self, key)!r}" for key in OF_ROWS)
+            raise InputError(f"{given}: needs a row_token, and both or none of the others, with different names")
         only_if(self, self.global_view, "global_view = true", "single_tile")
 
     @property
@@ -190,13 +203,17 @@ class ImagesConfig:
 
     def new_tokens(self) -> list[str]:
         """The tokens that the tokenizer must have for this section: ``around``; the token of the global view,
-        then the tokens of tiles, row by row; or the token of ``rows``.
+        then the tokens of tiles, row by row; or the tokens of ``rows``.
         """
         if self.rows:
-            return [*self.around, NEWLINE]
+            return [*self.around, *self.row_tokens()]
         if not self.has_markers:
             return self.around
         return [*self.around, *([GLOBAL_MARKER] if self.global_view else []), *(tile_marker(row, column) for row, column in self._cells())]
+
+    def row_tokens(self) -> list[str]:
+        """Of ``rows``: the token at the end of a row, then those before and after, if there are any."""
+        return [name for name in (self.row_token, self.start_token, self.end_token) if name]
 
     def _cells(self) -> Iterator[tuple[int, int]]:
         """Rows and columns at which a tile may be."""

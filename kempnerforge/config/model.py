@@ -106,6 +106,8 @@ class ModelConfig:
         attention_scale: of the scores; 0 means ``head_dim ** -0.5``.
         attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` (Gemma 2); 0 is off.
         dropout: on what attention and feed-forward add to the stream, in training (Srivastava et al. 2014).
+        answer_dropout: in place of ``dropout`` at positions whose next token is trained (Molmo's
+            ``response_residual_dropout``); 0: there as elsewhere.
         init_std: normal init of all matrices; 0 keeps PyTorch's default for linear layers, the embedding has
             0.02 then.
     """
@@ -143,6 +145,7 @@ class ModelConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     dropout: float = 0.0
+    answer_dropout: float = 0.0
     init_std: float = 0.0
     new_tokens: list[str] = field(default_factory=list)
     unwritten_new_tokens: int = 0
@@ -164,8 +167,9 @@ class ModelConfig:
         only_if(self, self.sliding_window, "sliding_window", "window_pattern")
         if self.sliding_window and not any(self.windows):
             raise InputError(f"sliding_window = {self.sliding_window}: window_pattern = {self.window_pattern!r} has it in no layer")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout = {self.dropout}: must be at least 0 and less than 1")
+        for name in ("dropout", "answer_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 0 and less than 1")
         if "" in self.new_tokens or len(set(self.new_tokens)) != len(self.new_tokens):
             raise InputError(f"new_tokens = {self.new_tokens}: needs names, each once")
         if self.unwritten_new_tokens > len(self.new_tokens):

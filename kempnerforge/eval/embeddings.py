@@ -60,7 +60,8 @@ def embed(
     batch = replace(batch, targets=batch.targets[:0])  # no word is predicted
     if blind and batch.images is not None:
         first = torch.zeros_like(batch.image_index), torch.zeros_like(batch.pair_images)
-        batch = replace(batch, images=batch.images[:1].fill_(BLANK), image_index=first[0], pair_images=first[1])
+        parts = batch.image_parts[:1]
+        batch = replace(batch, images=batch.images[:1].fill_(BLANK), image_index=first[0], pair_images=first[1], image_parts=parts)
     if rows and batch.num_pairs < len(rows):
         raise InputError('data.images.fit = "tiles", or frames: an image of several views has no embedding')
     return dict(zip(rows, exam.model(batch.to(exam.device)).embeddings.float().cpu(), strict=bool(rows)))

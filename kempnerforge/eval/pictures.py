@@ -27,7 +27,7 @@ class Pictures:
         if image is None:
             return [self.blank(shown) for shown in block.parts] or [self.blank()] * len(block.starts)
         if (image, part) not in self._places:
-            self._places[image, part] = self._add(self.encoder.images[part].load(image, len(block.starts)))
+            self._places[image, part] = self._add(self.encoder.images[part].load(image, block.views))
         return self._places[image, part]
 
     def blank(self, shown: Part | None = None) -> int:

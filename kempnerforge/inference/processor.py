@@ -208,7 +208,7 @@ class Processor:
     def views(self, prompt: Prompt, images: Sequence[ImageSource]) -> list[np.ndarray]:
         """The views of ``images``, (H, W, 3) uint8 each."""
         blocks = zip(images, prompt.blocks_of(self.layout.image_tokens), strict=True)
-        return [view for image, block in blocks for view in self.encoder.images[0].load(image, len(block.starts))]
+        return [view for image, block in blocks for view in self.encoder.images[0].load(image, block.views)]
 
     def _sources(self, images: Sequence[Picture], literally: bool) -> list[ImageSource]:
         if images and not self.assembly.model.has_images:

@@ -144,6 +144,7 @@ def _images_left_over(batch: Batch) -> Iterator[str]:
     used = set(batch.image_index.tolist())
     if beyond := sorted(index for index in used if not 0 <= index < batch.num_images):
         yield f"image_index: {beyond[0]} is none of the batch's {counted(batch.num_images, 'image')}"
+    used |= {number for number, part in enumerate(batch.image_parts) if part.view}  # read with the view before
     if idle := batch.num_images - len(used & set(range(batch.num_images))):
         yield f"images: {idle} of {batch.num_images} are in no row"
 

@@ -121,7 +121,7 @@ def _first_prompt(assembly: Assembly, stage: Stage) -> Batch:
                 prompt = encoder.encode_question(text.prompt, sample.images, sample.part)
         except InputError:
             continue
-        size, count = layout.image_size, sum(len(block.starts) for block in prompt.blocks)
+        size, count = layout.image_size, sum(block.views for block in prompt.blocks)
         images = torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta") if size else None
         return prompt_batch([prompt], images, [list(range(count))], layout, encoder.tokenizer.pad_id)
     raise InputError(f"data.source = {stage.data.source!r}: no sample of stage {stage.name!r} can be read")

@@ -34,7 +34,6 @@ RESAMPLER_LAYER = {
     "1.1": "mlp.fc1",
     "1.3": "mlp.fc2",
 }
-EMBEDDINGS = ("perceiver.frame_embs", "perceiver.media_time_embs")
 
 
 def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
@@ -51,8 +50,6 @@ def read_openflamingo(path: Path | str) -> dict[str, Tensor]:
     """
     found = dict[str, Tensor]()
     for name, tensor in _read(Path(path)).items():
-        if name in EMBEDDINGS:
-            raise InputError(f"{path}: has {name}; a resampler with embeddings of frames or of images is not built here")
         if (gated := GATED.fullmatch(name)) is not None:
             place, rest, table = f"transformer.layers.{gated[1] or gated[2]}.cross_attention", gated[3], BLOCK
         elif (layer := RESAMPLED.fullmatch(name)) is not None:

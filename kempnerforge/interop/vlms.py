@@ -236,10 +236,11 @@ class LlavaNext(StreamVLM):
     def check_images(self, job: JobConfig) -> None:
         shown = _shown(job)
         rows = [one.tiling == "anyres" and one.rows and one.global_view and one.pinpoints == shown[0].pinpoints for one in shown]
+        rows += [one.row_tokens() == [NEWLINE] for one in shown]
         if not rows or not all(rows):
             raise InputError(
                 "data.images: in its class all images are a whole view and tiles in rows, with the same pinpoints (fit = 'tiles', "
-                "tiling = 'anyres', markers = false, rows = true, global_view = true)"
+                f"tiling = 'anyres', markers = false, rows = true, row_token = {NEWLINE!r}, global_view = true)"
             )
         if any(tuple(grid) == (1, 1) for grid in shown[0].pinpoints):
             raise InputError(f"data.images.pinpoints = {shown[0].pinpoints}: its class shows an image of [1, 1] as a tile, too")

@@ -7,6 +7,7 @@ heads, E head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -193,11 +194,17 @@ class PerceiverAdapter(ProjectingAdapter):
 
     It works at the width of the vision features, as Flamingo's does; a projection to the language model's
     width follows, unless ``project`` is false.
+
+    Attributes:
+        frame_embs: (``max_num_frames``, Di), added to each frame of a video; None: there are none.
+        media_time_embs: (``max_num_media``, 1, Di), added to each image or video of a sample.
     """
 
     def __init__(self, cfg: PerceiverConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__(cfg, in_dim, out_dim, num_features)
         self.latents = nn.Parameter(torch.randn(cfg.latents, in_dim))
+        self.frame_embs = nn.Parameter(torch.randn(cfg.max_num_frames, in_dim)) if cfg.max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.randn(cfg.max_num_media, 1, in_dim)) if cfg.max_num_media else None
         self.layers = nn.ModuleList(PerceiverLayer(cfg, in_dim) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(in_dim)
         self.out_dim = out_dim if cfg.project else in_dim
@@ -208,6 +215,33 @@ class PerceiverAdapter(ProjectingAdapter):
         for layer in self.layers:
             x = layer(x, features)
         return self.norm(x)
+
+    def forward(self, features: Tensor, views: Sequence[tuple[int, int]] = ()) -> Tensor:
+        """(N, F, Di) -> (N, T, Do).
+
+        Args:
+            views: (image of its sample, view of its image) of each of the N, if there are embeddings of
+                them; the views of an image follow one another, and their tokens are at the first of them,
+                zeros at the others. Empty: each is the only view of a first image.
+        """
+        if self.frame_embs is None and self.media_time_embs is None:
+            return super().forward(features)
+        views = views or [(0, 0)] * len(features)
+        firsts = [number for number, (_, view) in enumerate(views) if not view]
+        sizes = [end - first for first, end in zip(firsts, [*firsts[1:], len(views)], strict=True)]
+        order, found = list[int](), list[Tensor]()
+        for count in sorted(set(sizes)):
+            alike = [first for first, size in zip(firsts, sizes, strict=True) if size == count]
+            x = torch.stack([features[first : first + count] for first in alike])  # (images, views of one, F, Di)
+            if self.frame_embs is not None:
+                x = x + self.frame_embs[:count, None]
+            x = x.flatten(1, 2)
+            if self.media_time_embs is not None:
+                x = x + self.media_time_embs[[views[first][0] for first in alike]]
+            order += alike
+            found.append(super().forward(x))
+        tokens = torch.cat(found)
+        return tokens.new_zeros(len(features), *tokens.shape[1:]).index_put((torch.tensor(order, device=tokens.device),), tokens)
 
 
 def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:

@@ -8,6 +8,7 @@ head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,15 +34,23 @@ class AttentionPoolConfig(GridAdapterConfig):
         bias: whether the layers of the attention have biases; the MLP has none.
         heads, head_dim: of the attention; their product is its width, in Molmo the width of one layer of the
             encoder.
+        pad_embed: two learned vectors are added to features before they are pooled, one where a patch shows
+            nothing of its image and one where it shows it in part (Molmo's ``pad_and_partial_pad``); with
+            ``data.images.fit = "letterbox"`` and "tiles", which fill up views.
     """
 
     type: str = "attention_pool"
     heads: int = 16
     head_dim: int = 64
+    pad_embed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "heads", "head_dim")
+
+    @property
+    def reads_padding(self) -> bool:
+        return self.pad_embed
 
     def num_tokens(self, num_features: int) -> int:
         side = math.isqrt(num_features)
@@ -63,6 +72,24 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def padding_of(contents: Tensor, side: int) -> Tensor:
+    """What patches show: 0, the image; 1, nothing of it; 2, a part.
+
+    Args:
+        contents: (N, 5) int64, as of ``AttentionPoolAdapter.forward``.
+        side: patches along a side.
+
+    Returns:
+        (N, side * side) int64.
+    """
+    top, left, bottom, right = (contents[:, :4] * side).T[..., None]  # (N, 1) each, a pixel is ``side`` long
+    size = contents[:, 4:]
+    begins = torch.arange(side, device=contents.device) * size  # (N, side)
+    rows, columns = ((end.minimum(begins + size) - first.maximum(begins)).clamp(min=0) for first, end in ((top, bottom), (left, right)))
+    shown = (rows[:, :, None] * columns[:, None]).flatten(1)
+    return torch.where(shown == 0, 1, torch.where(shown < size**2, 2, 0))
+
+
 @registry.register_adapter("attention_pool")
 class AttentionPoolAdapter(GridAdapter):
     """Attention over windows with their mean as query, then ``proj``, a gated MLP; the result is added to
@@ -81,6 +108,7 @@ class AttentionPoolAdapter(GridAdapter):
         self.o_proj = nn.Linear(width, width, bias=cfg.bias)
         self.proj = GatedMLP(width, cfg.hidden_dim or 4 * out_dim, out_dim)
         self.image_token = nn.Parameter(0.02 * torch.randn(out_dim))
+        self.pad_embed = nn.Parameter(torch.zeros(2, in_dim)) if cfg.pad_embed else None
 
     def prepare(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, T, H * E)."""
@@ -93,5 +121,16 @@ class AttentionPoolAdapter(GridAdapter):
         scores = torch.einsum("nthe,ntshe->nths", q, k).float() / math.sqrt(q.shape[-1])
         return self.o_proj(torch.einsum("nths,ntshe->nthe", scores.softmax(dim=-1).to(v.dtype), v).flatten(2))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, contents: Sequence[Sequence[int]] = ()) -> Tensor:
+        """(N, F, Di) -> (N, T, Do).
+
+        Args:
+            contents: of each view the first row and column of its pixels that show the image, those after the
+                last, and how many are along its side, if there are embeddings of padding; empty: all show it.
+        """
+        if self.pad_embed is not None:
+            kinds = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
+            if contents:
+                kinds = padding_of(torch.tensor(contents, device=features.device), math.isqrt(features.shape[1]))
+            features = features + F.embedding(kinds, F.pad(self.pad_embed, (0, 0, 1, 0)))
         return self.image_token + super().forward(features)

@@ -20,7 +20,7 @@ from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.hf_checks import check_config, check_room, class_call
 from kempnerforge.model.hf_files import load_whole, read_named_config
 from kempnerforge.model.image_processor import Normalisation, read_image_settings
-from kempnerforge.model.vision import VisionEncoder, inside
+from kempnerforge.model.vision import VisionEncoder, patch_order
 from kempnerforge.util.errors import InputError, cut
 
 
@@ -155,13 +155,14 @@ class Siglip2(Siglip):
 
     def __init__(self, cfg: HFTowerConfig) -> None:
         super().__init__(cfg)
-        self.side = math.isqrt(self.num_tokens) if self.tower.config.model_type == "siglip2_vision_model" else 0
+        self.any_shape = self.tower.config.model_type == "siglip2_vision_model"
+        self.side = math.isqrt(self.num_tokens) if self.any_shape else 0
 
     def forward(self, images: Tensor, grids: Sequence[tuple[int, int]] = (), **how: Any) -> Tensor:
         """With ``grids`` each image has positions for its shape (NaFlex, Tschannen et al. 2025, section 2.4)."""
         if not grids:
             return super().forward(images, **how)
-        first = inside(grids, self.side, images.device).flatten(1).int().argsort(dim=1, descending=True, stable=True)  # (N, F)
+        first = torch.stack([patch_order(grid, self.side, self.joined) for grid in grids]).to(images.device)  # (N, F)
         features = super().forward(images, order=first, shapes=torch.tensor(grids, device="cpu"), **how)
         return features.gather(1, first.argsort(dim=1)[..., None].expand_as(features))
 
@@ -181,7 +182,8 @@ class Siglip2(Siglip):
             shapes = torch.full((n, 2), side, device="cpu")  # read as Python numbers: on the CPU nothing waits for them
         else:  # the patches of the image come first
             x = x.gather(1, order[..., None].expand_as(x))
-            mask = torch.arange(self.num_tokens, device=x.device) < shapes.prod(-1, keepdim=True).to(x.device)
+            own = torch.arange(self.num_tokens, device=x.device) < shapes.prod(-1, keepdim=True).to(x.device)
+            mask = None if x.is_meta else own  # the tower looks whether any is False
         return self.tower(pixel_values=x, pixel_attention_mask=mask, spatial_shapes=shapes, **how)
 
 

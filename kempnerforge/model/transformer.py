@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,11 +71,13 @@ class Context:
         mask: which position sees which, for all layers; None is plain causal. A block takes the mask of its
             window.
         cache: keys and values of earlier positions, when generating.
+        answers: (B, S) bool, where ``ModelConfig.answer_dropout`` acts; None: the model has none.
     """
 
     rope: Rope
     mask: Mask | ByWindow | None = None
     cache: Cache | None = None
+    answers: Tensor | None = field(default=None, kw_only=True)
 
 
 @contextmanager
@@ -131,6 +133,27 @@ def stream_norm(cfg: ModelConfig) -> nn.Module:
     return RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_plus_one)
 
 
+class StreamDropout(nn.Module):
+    """Dropout of what is added to the stream: ``answer_dropout`` at answers, if there is one, and ``dropout``
+    elsewhere, each with what is kept divided by the share of it.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.p, self.at_answers = cfg.dropout, cfg.answer_dropout
+
+    def forward(self, x: Tensor, answers: Tensor | None = None) -> Tensor:
+        """(B, S, D), (B, S) -> (B, S, D)."""
+        if not self.at_answers or not self.training:
+            return F.dropout(x, self.p, self.training) if self.p else x
+        assert answers is not None, "model.answer_dropout: a layer must be told Context.answers in training"
+        kept = torch.where(answers, 1 - self.at_answers, 1 - self.p)[..., None]  # (B, S, 1) fp32
+        return (x * (torch.rand_like(x, dtype=kept.dtype) < kept) / kept).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, at_answers={self.at_answers}"
+
+
 class Attention(nn.Module):
     """Projections of self-attention; the product itself is ``attend``."""
 
@@ -143,7 +166,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=cfg.bias)
         self.post_norm = _post_norm(cfg)
-        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+        self.dropout = StreamDropout(cfg)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
             self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps, cfg.norm_plus_one)
@@ -158,9 +181,9 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v.transpose(1, 2)
 
-    def out(self, o: Tensor) -> Tensor:
-        """The heads' outputs, projected: (B, S, H * E) -> (B, S, D)."""
-        return self.dropout(self.post_norm(self.o_proj(o)))
+    def out(self, o: Tensor, answers: Tensor | None = None) -> Tensor:
+        """The heads' outputs, projected: (B, S, H * E) -> (B, S, D); ``answers`` as of ``Context``."""
+        return self.dropout(self.post_norm(self.o_proj(o)), answers)
 
 
 def _post_norm(cfg: ModelConfig) -> nn.Module:
@@ -177,12 +200,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=cfg.bias)
         self.down_proj = nn.Linear(cfg.ffn_width, cfg.dim, bias=cfg.bias)
         self.post_norm = _post_norm(cfg)
-        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+        self.dropout = StreamDropout(cfg)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, answers: Tensor | None = None) -> Tensor:
         hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x)
         hidden = self.activation(hidden) if self.gate_proj is None else self.activation(hidden) * self.up_proj(x)
-        return self.dropout(self.post_norm(self.down_proj(hidden)))
+        return self.dropout(self.post_norm(self.down_proj(hidden)), answers)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -227,15 +250,16 @@ class Block(nn.Module):
         assert mask is not None or not 0 < self.window < k.shape[2], "beyond the window a layer needs the mask of Segments"
         return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
 
-    def post(self, x: Tensor, o: Tensor) -> Tensor:
+    def post(self, x: Tensor, o: Tensor, answers: Tensor | None = None) -> Tensor:
         """Output projection and feed-forward, each added to the stream: (B, S, D), (B, S, H * E) -> (B, S,
-        D).
+        D); ``answers`` as of ``Context``.
         """
-        x = x + self.attention.out(o)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention.out(o, answers)
+        return x + self.mlp(self.mlp_norm(x), answers)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.post(x, self.attend(*self.pre(x, self.rope(ctx)), ctx))
+        told = () if ctx.answers is None else (ctx.answers,)  # a subclass may have a ``post`` without
+        return self.post(x, self.attend(*self.pre(x, self.rope(ctx)), ctx), *told)
 
 
 class NewTokens(nn.Module):

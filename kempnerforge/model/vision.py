@@ -35,6 +35,11 @@ class VisionEncoder(ExactBuffers):
         side: patches along a side, if ``forward`` takes ``grids`` as well: how many rows and columns of patches
             each image has, in the upper left of the square. None of these sees another patch, and what the
             others give is not used. 0: it takes whole images alone.
+        any_shape: with ``side``: an image may have more rows or columns than that, of ``side ** 2`` patches in
+            all. Its squares of ``joined`` x ``joined`` patches are then, row by row, in rows of the square.
+
+    Attributes:
+        joined: patches along a side of what the adapter makes one token; set by who knows the adapter.
     """
 
     mean: Tensor
@@ -50,10 +55,11 @@ class VisionEncoder(ExactBuffers):
         std: Sequence[float],
         layer_dim: int = 0,
         side: int = 0,
+        any_shape: bool = False,
     ) -> None:
         super().__init__()
         self.num_tokens, self.dim, self.image_size, self.layer_dim = num_tokens, dim, image_size, layer_dim
-        self.side = side
+        self.side, self.any_shape, self.joined = side, any_shape, 1
         self.normalisation = (tuple(mean), tuple(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -105,6 +111,20 @@ def inside(grids: Sequence[tuple[int, int]], side: int, device: torch.device) ->
     """(N, side, side) bool: which patches each image of ``grids`` has."""
     sizes, steps = torch.tensor(grids, device=device)[..., None, None], torch.arange(side, device=device)  # (N, 2, 1, 1)
     return (steps[:, None] < sizes[:, 0]) & (steps < sizes[:, 1])
+
+
+def patch_order(grid: tuple[int, int], side: int, joined: int) -> Tensor:
+    """(side ** 2,) int64: where in the square the patches of an image are, row by row, and then the others;
+    see ``any_shape``.
+    """
+    rows, columns = grid
+    row, column = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
+    if max(grid) > side:
+        token = row // joined * (columns // joined) + column // joined
+        row, column = (token // (side // joined) * joined + row % joined), (token % (side // joined) * joined + column % joined)
+    at = (row * side + column).flatten()
+    other = torch.ones(side**2, dtype=torch.bool, device="cpu").index_fill(0, at, False)
+    return torch.cat([at, other.nonzero().flatten()])
 
 
 def build_vision_encoder(cfg: VisionEncoderConfig) -> VisionEncoder:

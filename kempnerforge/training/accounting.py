@@ -252,7 +252,7 @@ class TrainingFlops:
         images = None if batch.images is None else batch.images.shape
         layout = (
             batch.row_images,
-            batch.image_parts and batch.row_image_tokens,
+            batch.image_parts and (batch.row_image_tokens, sum(not part.view for part in batch.image_parts)),
             batch.row_words,
             batch.row_codes,
             batch.leading_images,
@@ -302,6 +302,12 @@ def generation_cost(model: VLM, prompt: Batch) -> GenerationCost:
         NotImplementedError: the arch does not generate.
     """
     metered = _Metered(Meter(model))
-    with mode(model, training=False):
-        generate(metered, prompt, max_new_tokens=2, eos_id=-1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # NOTE: without a graph a view of a parameter that trains has no gradient function, which the counter asks for.
+    nn.ParameterList(trained).requires_grad_(False)
+    try:
+        with mode(model, training=False):
+            generate(metered, prompt, max_new_tokens=2, eos_id=-1)
+    finally:
+        nn.ParameterList(trained).requires_grad_(True)
     return GenerationCost(prompt.input_ids.shape[1], *metered.flops)

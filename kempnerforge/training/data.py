@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from kempnerforge.config import DataConfig, EvalConfig, Stage, VLMConfig
 from kempnerforge.data.batching.batch import Batch
@@ -192,5 +193,9 @@ def row_layouts(stages: Sequence[Stage], vlm: VLMConfig | None, model: VLM) -> l
     if not model.has_images:
         return layouts
     mean, _ = model.normalisation
-    grid = {"token_side": model.token_side, "cell": model.cell} if image_tokens else {}
-    return [replace(layout, image_size=model.image_size, image_mean=mean, **grid) for layout in layouts]
+    facts: dict[str, Any] = {"token_side": model.token_side, "cell": model.cell} if image_tokens else {}
+    if model.cell:
+        facts["any_shape"] = model.vision_encoder.any_shape
+    facts |= {"image_size": model.image_size, "image_mean": mean, "view_limits": model.job.adapter.view_limits}
+    facts["reads_padding"] = model.job.adapter.reads_padding
+    return [replace(layout, **facts) for layout in layouts]

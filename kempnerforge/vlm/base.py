@@ -35,7 +35,7 @@ from kempnerforge.model.transformer import Block, Cache, Context, Transformer, s
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
-from kempnerforge.vlm.placements import grid_positions, image_columns
+from kempnerforge.vlm.placements import grid_positions, image_columns, told_views, with_answers
 
 
 class Output(NamedTuple):
@@ -148,7 +148,7 @@ class VLM(ExactBuffers):
             if self.job.adapter.keeps_grid and side**2 == self.num_image_tokens:
                 self.token_side = side
             if encoder.side and self.job.adapter.keeps_grid and not encoder.side % side and not encoder.image_size % encoder.side:
-                self.cell = encoder.image_size // side
+                self.cell, encoder.joined = encoder.image_size // side, encoder.side // side
 
     def build_vision(self) -> None:
         """Sets ``vision_encoder`` and ``adapter``."""
@@ -295,27 +295,28 @@ class VLM(ExactBuffers):
         """The modules that may add an auxiliary loss."""
         return with_aux_loss(self)
 
-    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
+    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = (), **told: Any) -> Tensor:
         """Images (N, 3, H, W) uint8 -> (N, F, D + L * D): the tokens, and with L ``deepstack_layers`` the
         features of each. A frozen encoder saves nothing for a backward pass.
 
         Args:
             known: features of images that are known already.
             grids: rows and columns of tokens of each image; empty: all.
+            told: for the adapter.
         """
         encoder = self.vision_encoder
         patches = encoder.side // math.isqrt(self.num_image_tokens)  # along a side of a token
         if known is not None and known.complete:
-            return self.adapt(known.all(encoder.num_tokens, encoder.dim, images.device))
+            return self.adapt(known.all(encoder.num_tokens, encoder.dim, images.device), **told)
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features = encoder(images, [(rows * patches, columns * patches) for rows, columns in grids]) if grids else encoder(images)
-        return self.adapt(features if known is None else known.merge(features))
+        return self.adapt(features if known is None else known.merge(features), **told)
 
-    def adapt(self, features: Tensor) -> Tensor:
+    def adapt(self, features: Tensor, **told: Any) -> Tensor:
         """All features of the encoder, (N, F, E), through their adapters -> as of ``encode``."""
         if not self.adapter.deepstack:
-            return self.adapter(features)
+            return self.adapter(features, **told)
         width, count = self.vision_encoder.layer_dim, len(self.adapter.deepstack)
         own, *deeper = features.split([features.shape[-1] - width * count, *[width] * count], dim=-1)
         return torch.cat(
@@ -332,9 +333,7 @@ class VLM(ExactBuffers):
         if not self.has_images or batch.images is None:
             return None
         images = batch.images if len(batch.images) else batch.images.new_zeros(1, *batch.images.shape[1:])
-        whole = (side := math.isqrt(self.num_image_tokens), side)
-        grids = [part[:2] if part.alone else whole for part in batch.image_parts]
-        return self.encode(images, batch.known_features, **({"grids": grids} if {*grids} - {whole} else {}))
+        return self.encode(images, batch.known_features, **told_views(batch, math.isqrt(self.num_image_tokens), self.image_size))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:
         """Training and evaluation without ``cache``; one step of generation with it."""
@@ -343,7 +342,7 @@ class VLM(ExactBuffers):
         if features is not None:
             features, *deeper = features.split(self.adapter.out_dim, dim=-1)  # (N, F, D) each
         x, ctx = self.place(words, features, batch, cache)
-        x = self.run(x, ctx, batch, deeper)
+        x = self.run(x, with_answers(ctx, batch, self.job.model, self.stored), batch, deeper)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)

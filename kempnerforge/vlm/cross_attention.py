@@ -21,7 +21,7 @@ from kempnerforge.interop.weights import take_weights
 from kempnerforge.model.adapters import TwoLayerMLP
 from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.hf_files import some
-from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, init_weights, separate_draws
+from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, StreamDropout, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.placements import images_of_text, visible_images
@@ -76,7 +76,7 @@ class GatedCrossAttention(nn.Module):
         openflamingo: bool = False, media_dim: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.head_dim, media_dim = head_dim or cfg.head_width, media_dim or cfg.dim
+        self.head_dim, media_dim, self.openflamingo = head_dim or cfg.head_width, media_dim or cfg.dim, openflamingo
         kind = nn.LayerNorm if openflamingo else lambda dim: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one)
         norm = lambda dim, used=True: kind(dim) if used else nn.Identity()
         self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(media_dim, media_norm), norm(cfg.dim)
@@ -85,7 +85,7 @@ class GatedCrossAttention(nn.Module):
         self.k_proj = nn.Linear(media_dim, n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(media_dim, n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * self.head_dim, cfg.dim, bias=False)
-        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+        self.dropout = StreamDropout(cfg)
         self.mlp = TwoLayerMLP(cfg.dim, 4 * cfg.dim, cfg.dim, bias=False) if openflamingo else MLP(cfg)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.mlp_gate = nn.Parameter(torch.zeros(1))
@@ -104,12 +104,13 @@ class GatedCrossAttention(nn.Module):
         media = self.media_norm(media.view_as(media))
         return self.k_norm(self.heads(self.k_proj(media))), self.heads(self.v_proj(media))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, sight: Sight, answers: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D); ``answers`` as of ``Context``."""
         q = self.q_norm(self.heads(self.q_proj(self.norm(x))))  # (B, H, S, E)
-        read = self.dropout(self.o_proj(attend(q, k, v, sight.mask, causal=False)))  # (B, S, D)
+        read = self.dropout(self.o_proj(attend(q, k, v, sight.mask, causal=False)), answers)  # (B, S, D)
         x = x + self.attention_gate.tanh() * sight.seeing * read
-        hidden = self.mlp(self.mlp_norm(x))
+        hidden = self.mlp_norm(x)
+        hidden = self.mlp(hidden) if self.openflamingo else self.mlp(hidden, answers)
         return x + self.mlp_gate.tanh() * (hidden if sight.acting is None else sight.acting * hidden)
 
 
@@ -149,7 +150,7 @@ class CrossAttentionBlock(Block):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, MediaContext) and ctx.sight is not None
-        return super().forward(self.cross_attention(x, *self.media_heads(ctx), ctx.sight), ctx)
+        return super().forward(self.cross_attention(x, *self.media_heads(ctx), ctx.sight, ctx.answers), ctx)
 
 
 @registry.register_arch("cross_attention")
@@ -199,7 +200,7 @@ class CrossAttention(VLM):
         if left := weights.keys() - here:
             raise InputError(
                 f"vlm.openflamingo_path = {path!r}: has {some(left)}, for which this model has no place; the adapter must be a perceiver"
-                " with project = false, and vlm.cross_attention_every_n_layers as there"
+                " with project = false, max_num_frames and max_num_media, and vlm.cross_attention_every_n_layers, as there"
             )
         self.loaded |= take_weights(self, weights, path)
 

@@ -22,6 +22,7 @@ from kempnerforge.model.transformer import Block, Cache, Context, init_weights, 
 from kempnerforge.util.errors import InputError, NotBuiltError
 from kempnerforge.vlm.base import Output
 from kempnerforge.vlm.cross_attention import CrossAttention
+from kempnerforge.vlm.placements import with_answers
 
 LARGEST_SCALE = 100.0
 """Of CLIP's logits (Radford et al. 2021, section 2.5). A scale that is larger gets no gradient."""
@@ -106,6 +107,7 @@ class DualEncoder(CrossAttention):
         features = self.features(batch)
         assert features is not None
         x, ctx = self.place(self.transformer.embed(batch.input_ids), features, batch, None)
+        ctx = with_answers(ctx, batch, self.job.model, self.stored)
         x = self.transformer.run(x, ctx, slice(self.text_layers))
         embeddings = self.embed(features, x, batch)  # (P, 2, E)
         pair_loss = self.contrast(embeddings, batch.pair_images)

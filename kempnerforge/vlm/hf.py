@@ -116,8 +116,8 @@ class HF(VLM):
     def with_image_ids(self, batch: Batch, image_id: int) -> Tensor:
         return self.images.ids(batch, image_id)
 
-    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
-        assert known is None and not grids, "the config refuses a feature cache, and cell is 0"
+    def encode(self, images: Tensor, known: KnownFeatures | None = None, grids: Sequence[tuple[int, int]] = (), **told: Any) -> Tensor:
+        assert known is None and not grids and not told, "the config refuses a feature cache, and cell is 0"
         return self.images.features(self.normalise(images).to(self.hf_model.get_input_embeddings().weight.dtype))
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Output:

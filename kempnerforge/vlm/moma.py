@@ -113,7 +113,7 @@ class MoMaBlock(Block):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, MoMaContext), "MoMaBlock reads the context of MoMa"
-        x = x + self.attention.out(self.attend(*self.pre(x, self.rope(ctx)), ctx))
+        x = x + self.attention.out(self.attend(*self.pre(x, self.rope(ctx)), ctx), ctx.answers)
         h = self.mlp_norm(x)
         mixed, losses = torch.zeros_like(h), []
         for modality, tokens in ctx.tokens.items():
@@ -121,7 +121,8 @@ class MoMaBlock(Block):
             losses += [] if loss is None else [loss]
             for number, expert in enumerate(self.group(modality)):
                 at = index[:, number, :, None].expand(-1, -1, h.shape[-1])  # (B, C, D)
-                taken = expert(h.gather(1, at)) * weights[:, number, :, None].to(h.dtype)
+                answers = None if ctx.answers is None else ctx.answers.gather(1, index[:, number])
+                taken = expert(h.gather(1, at), answers) * weights[:, number, :, None].to(h.dtype)
                 mixed.scatter_add_(1, at, taken)
         self.aux_loss = self.router_loss_weight * torch.stack(losses).sum() if losses else None
         return x + mixed

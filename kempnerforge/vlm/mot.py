@@ -117,18 +117,19 @@ class MoTBlock(Block):
         heads = [self._qkv(tower, part, rope) for tower, part, rope in zip(self.towers, sections, ropes, strict=True)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*heads, strict=True))  # (B, H or G, K, E)
         o = self.attend(q, k, v, ctx).split(ctx.sizes, dim=1)  # (B, K of the modality, H * E) each
-        return torch.cat([self._mix(tower, part, out) for tower, part, out in zip(self.towers, sections, o, strict=True)], dim=1)
+        answers = [None] * len(o) if ctx.answers is None else ctx.answers.split(ctx.sizes, dim=1)
+        return torch.cat([self._mix(*of_one) for of_one in zip(self.towers, sections, o, answers, strict=True)], dim=1)
 
     def _qkv(self, tower: TowerParts, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return tower.attention.qkv(tower.attention_norm(x) if self.pre_norm else x, rope)
 
-    def _mix(self, tower: TowerParts, x: Tensor, o: Tensor) -> Tensor:
+    def _mix(self, tower: TowerParts, x: Tensor, o: Tensor, answers: Tensor | None) -> Tensor:
         """Output projection and feed-forward of one tower: (B, k, D), (B, k, H * E) -> (B, k, D)."""
         if self.pre_norm:
-            x = x + tower.attention.out(o)
-            return x + tower.mlp(tower.mlp_norm(x))
-        x = x + tower.attention_norm(tower.attention.out(o))
-        return x + tower.mlp_norm(tower.mlp(x))
+            x = x + tower.attention.out(o, answers)
+            return x + tower.mlp(tower.mlp_norm(x), answers)
+        x = x + tower.attention_norm(tower.attention.out(o, answers))
+        return x + tower.mlp_norm(tower.mlp(x, answers))
 
 
 @registry.register_arch("mot")

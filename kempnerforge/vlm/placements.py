@@ -8,17 +8,44 @@ of one image.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kempnerforge.data.batching.batch import Batch, Kind
-from kempnerforge.model.transformer import Cache
+from kempnerforge.config import ModelConfig
+from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.model.transformer import Cache, Context
 
 NOTHING = -2
 """Sample id of a slot that holds no image; no position has it."""
 SKIPPED = "skipped_positions"
 """Name in the cache: (B, 1), positions that the images of each row take and do not count."""
+
+
+def with_answers(ctx: Context, batch: Batch, cfg: ModelConfig, stored: Callable[[Tensor, Context], Tensor]) -> Context:
+    """``ctx``, with ``answers`` if the model needs them; ``stored`` as of the arch."""
+    if not cfg.answer_dropout or ctx.cache is not None:
+        return ctx
+    return replace(ctx, answers=stored(batch.labels != IGNORE, ctx))
+
+
+def told_views(batch: Batch, side: int, size: int) -> dict[str, Any]:
+    """What encoder and adapter are told of the views of ``batch``, of ``side`` tokens and ``size`` pixels along a
+    side, if they need it: "grids" of those that have fewer tokens, and for adapters with ``view_limits`` or
+    ``reads_padding`` "views" and "contents".
+    """
+    told, parts = dict[str, Any](), batch.image_parts
+    grids = [part[:2] if part.alone else (side, side) for part in parts]
+    if {*grids} - {(side, side)}:
+        told["grids"] = grids
+    if any(part.content for part in parts):
+        told["contents"] = [(*(part.content or (0, 0, size, size)), size) for part in parts]
+    if any(part.image >= 0 for part in parts):
+        told["views"] = [(part.image, part.view) for part in parts]
+    return told
 
 
 def by_slot(batch: Batch, values: Tensor, nothing: int) -> Tensor:
@@ -82,7 +109,9 @@ def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:
     height, width, top, left, step = _parts(batch).T[..., None]  # (M, 1) each
     row, column = steps // side - top, steps % side - left
     shown = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    return torch.where(shown, starts + row * step + column, nowhere)
+    longer = height.maximum(width) > side
+    place, shown = torch.where(longer, steps, row * step + column), torch.where(longer, steps < height * width, shown)
+    return torch.where(shown, starts + place, nowhere)
 
 
 def grid_positions(batch: Batch, cache: Cache | None, side: int) -> Tensor:

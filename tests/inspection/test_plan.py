@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.config import load_config, registry
+from kempnerforge.config.adapter import PerceiverConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.eval.generate import generate
 from kempnerforge.inspection.plan import dry_run, plan
@@ -244,9 +245,17 @@ def test_counting_leaves_the_mode_alone():
     it.model.vision_encoder.eval()
     before = [m.training for m in it.model.modules()]
     counted(it, it.batch(ONE))
+    trained = [name for name, parameter in it.model.named_parameters() if parameter.requires_grad]
     generation_cost(it.model, it.prompts([("what?", [0])], [picture(0)]))
+    assert trained == [name for name, parameter in it.model.named_parameters() if parameter.requires_grad] != []
     assert [m.training for m in it.model.modules()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in it.model.modules())
+
+
+def test_generation_of_a_resampler_costs_something() -> None:
+    """Its latents are a view of a parameter in the module that reads them."""
+    it = tiny("joint_decoder", device="meta", adapter=PerceiverConfig(latents=4, depth=1))
+    assert generation_cost(it.model, it.prompts([("what?", [0])], [picture(0)])).prefill_flops > 0
 
 
 def test_an_arch_that_does_not_generate_says_so(job_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -96,7 +96,7 @@ def training_lines(run: Path) -> list[dict[str, float]]:
 
 # ---- stopped at every step ---------------------------------------------------------------------------------------------
 
-DROPOUT = ("--train.max_steps=0", "--model.dropout=0.2", "--eval.interval=2", "--metrics.interval=1")
+DROPOUT = ("--train.max_steps=0", "--model.dropout=0.2", "--model.answer_dropout=0.1", "--eval.interval=2", "--metrics.interval=1")
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_the_language_model_is_unchanged_until_gates_open() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"perceiver.frame_embs": torch.zeros(2)}, "frame_embs; a resampler with embeddings of frames"),
+        ({"perceiver.frame_embs": torch.zeros(2, WIDE)}, "has adapter.frame_embs, .* max_num_frames and max_num_media"),
         ({"perceiver.layers.0.0.to_x.weight": torch.zeros(2)}, "to_x.weight is no tensor of OpenFlamingo"),
         (
             {"lang_encoder.model.layers.0.gated_cross_attn_layer.attn_gate": torch.zeros(1)},

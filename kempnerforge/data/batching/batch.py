@@ -32,10 +32,15 @@ class Part(NamedTuple):
     """The tokens of a view that are in the stream: a rectangle of the view's grid, row by row.
 
     Attributes:
-        rows, columns: its size; with 0 of them nothing of the view is in the stream.
+        rows, columns: its size; with 0 of them nothing of the view is in the stream. If one is more than the
+            view's grid has, they are the grid's first tokens, row by row.
         top, left: rows above and columns left of it.
         step: positions from one row of it to the next, if others are between them; 0: ``columns``.
         alone: the encoder sees nothing else of the view.
+        image, view: which image of its sample it is of, and which view of that, for adapters that read the
+            views of an image together (``AdapterConfig.view_limits``); -1: not told.
+        content: first row, first column, and those after the last ones, of the view's pixels that show the
+            image, for adapters that read it (``reads_padding``); empty: all, or not told.
     """
 
     rows: int
@@ -44,6 +49,9 @@ class Part(NamedTuple):
     left: int = 0
     step: int = 0
     alone: bool = True
+    image: int = -1
+    view: int = 0
+    content: tuple[int, ...] = ()
 
 
 @dataclass

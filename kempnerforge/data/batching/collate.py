@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from kempnerforge.data.text.interleave import (
     STARTS,
     TEXT_IDS,
     TEXTS,
+    ImageBlock,
     Layout,
     Prompt,
     TextTokens,
@@ -81,19 +83,21 @@ def prompt_batch(
         pad_id: the id on padding and on positions of images.
     """
     chosen = range(len(prompts)) if image_of_row is None else image_of_row
-    rows, indices = [], []
+    rows, indices, together = [], [], dict[tuple[int, ...], tuple[int, tuple[Part, ...]]]()
     side = math.isqrt(layout.image_tokens)
     shown = [Part(side, side)] * (0 if images is None else len(images))
     for prompt, which in zip(prompts, chosen, strict=True):
         numbers = [] if images is None else [which] if isinstance(which, int) else list(which)
         blocks = prompt.blocks_of(layout.image_tokens)
-        views = sum(len(block.starts) for block in blocks)
+        views = sum(block.views for block in blocks)
         assert len(numbers) == views and len(blocks) == len(prompt.image_at), f"{views} views in the prompt, {len(numbers)} given"
         lead = sum(at == 0 for at in prompt.image_at)
         words = TextTokens.of(prompt.ids, np.zeros(len(prompt.ids), dtype=bool), prompt.image_at, lead)
         table, placements = lay_out([words], lead, blocks)
         row = join([Encoded("", table, [], placements, 0)])
         rows.append((row.table, row.placements))
+        if layout.view_limits is not None:
+            numbers = _together(numbers, blocks, together)
         indices.append(np.asarray(numbers, dtype=np.int64))
         for number, part in zip(numbers, [part for block in blocks for part in block.parts], strict=False):
             shown[number] = part
@@ -103,7 +107,26 @@ def prompt_batch(
     others = {"images": images, "has_documents": any(begins), "sample_names": names}
     if side**2 == layout.image_tokens and set(shown) - {Part(side, side)}:
         others["image_parts"] = tuple(shown)
+    if layout.view_limits is not None and images is not None:
+        order = [view for _, *views in together for view in views]
+        others |= {"images": images[order], "image_parts": tuple(part for _, parts in together.values() for part in parts)}
     return _batch(rows, indices, begins, max(lengths), pad_id, layout.codes, **others)
+
+
+def _together(views: Sequence[int], blocks: Sequence[ImageBlock], order: dict[tuple[int, ...], tuple[int, tuple[Part, ...]]]) -> list[int]:
+    """For each image of a prompt the place of its first view in ``order``, where its views follow one another.
+
+    Args:
+        views: of all images, one after the other.
+        order: (number of an image in its prompt, its views) -> that place, and what of its views is shown; images
+            that are not there are added.
+    """
+    firsts = []
+    for image, (block, end) in enumerate(zip(blocks, accumulate(block.views for block in blocks), strict=True)):
+        place = sum(len(parts) for _, parts in order.values())
+        parts = (block if block.parts else ImageBlock.together(1)).parts_of(image)
+        firsts.append(order.setdefault((image, *views[end - block.views : end]), (place, parts))[0])
+    return firsts
 
 
 def _batch(

@@ -6,6 +6,7 @@ All sizes are (width, height) in pixels, all grids (rows, columns). A view is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,12 +25,22 @@ class Frame(NamedTuple):
         canvas: what it is laid on.
         offset: where its left upper corner comes to lie; below 0, a part of it is lost.
         corners: left upper corners of the views on the canvas, row by row.
+        cell: if not 0, squares of so many pixels of the canvas, row by row, are one after the other in rows of
+            a single view, which the canvas may be wider or higher than.
     """
 
     content: Size
     canvas: Size
     offset: Size = (0, 0)
     corners: tuple[Size, ...] = ((0, 0),)
+    cell: int = 0
+
+    def contents(self, side: int) -> list[tuple[int, int, int, int]]:
+        """What each view shows of the image: its first row and column, and those after the last ones."""
+        left, top = self.offset
+        right, bottom = left + self.content[0], top + self.content[1]
+        inside = lambda at, corner: min(side, max(0, at - corner))
+        return [(inside(top, y), inside(left, x), inside(bottom, y), inside(right, x)) for x, y in self.corners]
 
 
 def grid_of(cfg: ImagesConfig, side: int, size: Size) -> Grid:
@@ -44,8 +55,9 @@ def grid_of(cfg: ImagesConfig, side: int, size: Size) -> Grid:
 def frames_of(cfg: ImagesConfig, side: int, size: Size, cell: int = 0) -> list[Frame]:
     """The frames of an image, in the order of its views; ``cell`` as of ``native_grid``."""
     if cfg.fit == "native":
-        rows, columns = native_grid(size, side, cell)
-        return [Frame((columns * cell, rows * cell), (side, side))]
+        rows, columns = native_grid(size, side, cell, cfg.longer_sides)
+        content = columns * cell, rows * cell
+        return [Frame(content, content, cell=cell) if max(content) > side else Frame(content, (side, side))]
     if cfg.fit == "squash":
         return [Frame((side, side), (side, side))]
     if cfg.fit == "crop":
@@ -88,10 +100,18 @@ def letterboxed(size: Size, canvas: Size) -> Frame:
     return Frame(content, canvas, ((canvas[0] - content[0]) // 2, (canvas[1] - content[1]) // 2))
 
 
-def native_grid(size: Size, side: int, cell: int) -> Grid:
+def native_grid(size: Size, side: int, cell: int, longer: bool = False) -> Grid:
     """Rows and columns of tokens of an image that keeps its shape: at its own size, or as large as the view
     lets it be; each side is rounded to ``cell`` pixels.
+
+    Args:
+        longer: the view limits the number of tokens, not each side.
     """
+    if longer:
+        most, scale = (side // cell) ** 2, min(1.0, side / math.sqrt(size[0] * size[1]))
+        short = min(most, max(1, round(min(size) * scale / cell)))
+        long = min(most // short, max(1, round(max(size) * scale / cell)))
+        return (short, long) if size[0] >= size[1] else (long, short)
     scale = min(1.0, side / max(size))
     width, height = (min(side // cell, max(1, round(length * scale / cell))) for length in size)
     return height, width

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from kempnerforge.config.images import GLOBAL_MARKER, NEWLINE, ImagesConfig, tile_marker
+from kempnerforge.config.images import GLOBAL_MARKER, OF_ROWS, ImagesConfig, tile_marker
 from kempnerforge.data.batching.batch import Part
 from kempnerforge.data.images.augment import Change, draw_changes
 from kempnerforge.data.images.cache import DiskCache, ImageCache, content_key
@@ -73,6 +73,16 @@ class Views:
                 "data.images.fit = 'native': needs an encoder that sees a part of its square (vision_encoder.type = 'vit' without"
                 " stride and cls_token, a NaFlex 'siglip2' or 'qwen_vl'), an adapter that keeps the grid, and image tokens in the stream"
             )
+        if cfg.longer_sides and not layout.any_shape:
+            raise InputError("data.images.longer_sides = true: needs a NaFlex 'siglip2', whose positions are for any shape")
+        if layout.view_limits is not None:
+            most, keys = layout.view_limits[0], "adapter.max_num_frames and max_num_media"
+            if layout.image_tokens or cfg.tiled or cfg.frame_times:
+                raise InputError(f"{keys}: not with image tokens in the stream, data.images.fit = 'tiles' or frame_times")
+            if 0 < most < cfg.frames:
+                raise InputError(f"data.images.frames = {cfg.frames}: adapter.max_num_frames = {most}")
+        if layout.reads_padding and cfg.frames:
+            raise InputError(f"data.images.frames = {cfg.frames}: adapter.pad_embed is for images alone")
         if cfg.frames and not can_read_videos():
             raise InputError(f"data.images.frames = {cfg.frames}: {MISSING}")
         for name in cfg.new_tokens():
@@ -80,9 +90,10 @@ class Views:
             if found is None:
                 raise InputError(f"data.images: the tokenizer has no token {name!r}; add it, or set markers = false")
             self._markers[name] = found
+        self._pads = layout.reads_padding and cfg.fit in ("letterbox", "tiles")
         self._fill = tuple(int(255 * value) for value in layout.image_mean) if cfg.padding == "mean" else (0, 0, 0)
         deciding = dataclasses.asdict(cfg) | dict.fromkeys(
-            ("augment", "cache_dir", "markers", "rows", "number_images", "around", "frame_times")
+            ("augment", "cache_dir", "markers", "rows", *OF_ROWS, "number_images", "around", "frame_times")
         )
         cell = [layout.cell] if cfg.fit == "native" else []
         self._transform = json.dumps([VERSION, PIL.__version__, layout.image_size, self._fill, deciding, *cell], sort_keys=True)
@@ -105,14 +116,22 @@ class Views:
         """
         if not self.layout.image_size:
             return [ImageBlock.of([()], 0)] * len(images)
+        if self.layout.view_limits is not None and 0 < self.layout.view_limits[1] < len(images):
+            raise ImageError(f"{len(images)} images in a sample, adapter.max_num_media = {self.layout.view_limits[1]}")
         numbered = self.cfg.number_images and len(images) > 1
-        return [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
+        blocks = [self._block(self._shape(image), k if numbered else None) for k, image in enumerate(images)]
+        return [self._with_contents(*both) for both in zip(blocks, images, strict=True)] if self._pads else blocks
+
+    def _with_contents(self, block: ImageBlock, image: ImageSource) -> ImageBlock:
+        side = self.layout.image_size
+        frames = frames_of(self.cfg, side, image_size(image), self.layout.cell)
+        return block.with_contents([content for frame in frames for content in frame.contents(side)], self.layout.token_side)
 
     def _shape(self, image: ImageSource) -> Shape:
         if self.cfg.tiled:
             return self._tiles(image_size(image))
         if self.cfg.fit == "native":
-            return native_grid(image_size(image), self.layout.image_size, self.layout.cell)
+            return native_grid(image_size(image), self.layout.image_size, self.layout.cell, self.cfg.longer_sides)
         if not self.cfg.frames:
             return 1, 1
         with opened(image, whole=False) as picture:
@@ -137,8 +156,10 @@ class Views:
             markers[0] = (*around[:1], *markers[0])
             if number is not None:
                 markers[0] = (*self.tokenizer.encode(f"<image: {number}>"), *markers[0])
-            if isinstance(shape, InRows):
-                block = ImageBlock.in_rows(shape.whole, shape.tiles, self._markers[NEWLINE], markers[0])
+            if self.layout.view_limits is not None:
+                block = ImageBlock.together(len(markers), markers[0])
+            elif isinstance(shape, InRows):
+                block = ImageBlock.in_rows(shape.whole, shape.tiles, [self._markers[name] for name in self.cfg.row_tokens()], markers[0])
             else:
                 parts = (Part(*shape),) if self.cfg.fit == "native" and not isinstance(shape, FrameTexts) else ()
                 block = ImageBlock.of(markers, self.layout.image_tokens, parts)
@@ -236,4 +257,17 @@ def cut_views(image: Image.Image, frame: Frame, side: int, change: Change, fill:
         canvas.paste(image, frame.offset)
         image = canvas
     pixels = np.asarray(image)  # (H, W, 3)
+    if frame.cell:
+        pixels = _one_after_another(pixels, frame.cell, side, fill)
     return [np.ascontiguousarray(pixels[top : top + side, left : left + side]) for left, top in frame.corners]
+
+
+def _one_after_another(pixels: np.ndarray, cell: int, side: int, fill: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 3) -> (side, side, 3): the squares of ``cell`` pixels, row by row, in rows of the view; ``fill`` after
+    the last.
+    """
+    across = side // cell
+    cells = pixels.reshape(len(pixels) // cell, cell, -1, cell, 3).swapaxes(1, 2).reshape(-1, cell, cell, 3)
+    view = np.empty((across * across, cell, cell, 3), np.uint8)
+    view[: len(cells)], view[len(cells) :] = cells, fill
+    return view.reshape(across, across, cell, cell, 3).swapaxes(1, 2).reshape(side, side, 3)

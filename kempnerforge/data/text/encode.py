@@ -158,11 +158,11 @@ class Encoder:
             pixels: list[np.ndarray] = []
             for k, image in enumerate(images):
                 rng = np.random.default_rng((self.seed, seed, 1 + k)) if training and views.cfg.augment.enabled else None
-                pixels += views.load(image, len(blocks[k].starts), rng)
+                pixels += views.load(image, blocks[k].views, rng)
         except SampleError as error:
             raise SampleError(f"sample {sample.id}: {error}") from None
         table, placements = lay_out(words, shared, blocks)
-        parts = tuple(part for block in blocks for part in block.parts or self._whole * len(block.starts))
+        parts = tuple(part for k, block in enumerate(blocks) for part in block.parts_of(k) or self._whole * len(block.starts))
         size, codes = self.layout.image_size, self.layout.codes
         return Encoded(sample.id, table, pixels, placements, size, left_out, part=sample.part, image_parts=parts, codes=codes)
 
@@ -184,7 +184,7 @@ class Encoder:
         if left_out:
             room = max(self.layout.max_text_len, *(text.length for text in words))
             positions = min(self.layout.seq_len, front + room + inside * len(words))
-        return positions, sum(len(block.starts) for block in blocks)
+        return positions, sum(block.views for block in blocks)
 
     def views(self, sample: Sample) -> list[np.ndarray]:
         """All views of a sample's images, (H, W, 3) uint8 each, as evaluation sees them.
@@ -304,5 +304,5 @@ def _positions(blocks: Sequence[ImageBlock]) -> int:
 def _counted(blocks: Sequence[ImageBlock]) -> str:
     """What images take of a row, in words."""
     image = sum(block.ids.count(VIEW) for block in blocks)
-    views, others = sum(len(block.starts) for block in blocks), _positions(blocks) - image
+    views, others = sum(block.views for block in blocks), _positions(blocks) - image
     return f"{image} image" + (f" (of {views} views), {others} marker" if others or views > len(blocks) else "")

@@ -42,7 +42,9 @@ class Layout:
             image.
         token_side: tokens along a side of a view, if they are a grid; else 0.
         cell: pixels along a side of a token, where a view may have fewer tokens than ``image_tokens``; else 0.
+        any_shape: whether a view may have its tokens in a grid that is longer than its side.
         codes: ids that are codes of a written picture.
+        view_limits, reads_padding: as of ``AdapterConfig``.
     """
 
     image_tokens: int
@@ -53,7 +55,10 @@ class Layout:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     token_side: int = 0
     cell: int = 0
+    any_shape: bool = False
     codes: range = range(0)
+    view_limits: tuple[int, int] | None = None
+    reads_padding: bool = False
 
 
 class ImageBlock(NamedTuple):
@@ -64,12 +69,31 @@ class ImageBlock(NamedTuple):
         starts: for each view its first position in the block. Where views take no position: the position of
             the token before it in the block, which is the first to see it; without one 0, the position of the
             token after the block.
-        parts: what of each view is in the row; empty: all.
+        parts: what of each view is in the row; empty: all. Views that are read together have a single start.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...] = (0,)
     parts: tuple[Part, ...] = ()
+
+    @property
+    def views(self) -> int:
+        """How many there are."""
+        return len(self.parts or self.starts)
+
+    def parts_of(self, image: int) -> tuple[Part, ...]:
+        """``parts`` of a block that is number ``image`` of its sample."""
+        return tuple(part if part.image < 0 else part._replace(image=image) for part in self.parts)
+
+    def with_contents(self, contents: Sequence[tuple[int, ...]], side: int) -> ImageBlock:
+        """With the ``content`` of each view, which has ``side`` tokens along a side."""
+        parts = self.parts or (Part(side, side, alone=False),) * len(self.starts)
+        return self._replace(parts=tuple(part._replace(content=content) for part, content in zip(parts, contents, strict=True)))
+
+    @classmethod
+    def together(cls, views: int, first: tuple[int, ...] = ()) -> ImageBlock:
+        """So many views that are read together and take no position, and the tokens before them."""
+        return cls(first, (max(0, len(first) - 1),), tuple(Part(0, 0, alone=False, image=0, view=view) for view in range(views)))
 
     @classmethod
     def of(cls, markers: Sequence[Sequence[int]], image_tokens: int, parts: tuple[Part, ...] = ()) -> ImageBlock:
@@ -88,27 +112,32 @@ class ImageBlock(NamedTuple):
         return cls(tuple(ids), tuple(starts), parts)
 
     @classmethod
-    def in_rows(cls, whole: Part | None, tiles: Sequence[Sequence[Part]], newline: int, first: Sequence[int] = ()) -> ImageBlock:
+    def in_rows(cls, whole: Part | None, tiles: Sequence[Sequence[Part]], tokens: Sequence[int], first: Sequence[int] = ()) -> ImageBlock:
         """A view of the whole image, then the tiles' tokens in rows across the image, each row with a token at
         its end; without tiles that token is after the view.
 
         Args:
             whole: None: there is no such view.
             tiles: what is shown of each, row by row of tiles; in a row of them all have as many rows.
-            newline: the token.
+            tokens: the one at the end of a row; and, if the rows of ``whole`` end with it as well, those
+                before and after it and before and after the tiles.
             first: tokens before everything.
         """
         ids, starts, parts = [*first], list[int](), list[Part]()
-        if whole is not None:
+        newline, *around = tokens
+        if whole is not None and not around:
             starts.append(len(ids))
             parts.append(whole)
             ids += [VIEW] * (whole.rows * whole.columns) + ([] if tiles else [newline])
-        for across in tiles:
-            width = sum(tile.columns for tile in across)
-            for number, tile in enumerate(across):
-                starts.append(len(ids) + sum(before.columns for before in across[:number]))
-                parts.append(tile._replace(step=width + 1))
-            ids += ([VIEW] * width + [newline]) * across[0].rows
+        for group in ([[whole]] if whole is not None and around else [], tiles):
+            ids += around[:1] if group else []
+            for across in group:
+                width = sum(tile.columns for tile in across)
+                for number, tile in enumerate(across):
+                    starts.append(len(ids) + sum(before.columns for before in across[:number]))
+                    parts.append(tile._replace(step=width + 1))
+                ids += ([VIEW] * width + [newline]) * across[0].rows
+            ids += around[1:] if group else []
         return cls(tuple(ids), tuple(starts), tuple(parts))
 
 
@@ -228,7 +257,7 @@ def lay_out(texts: Sequence[TextTokens], shared: int, blocks: Sequence[ImageBloc
     columns = np.concatenate([images, *(table for table, _ in spread)], axis=1)  # (5, S)
     columns[TEXT_IDS, front:] = np.repeat(np.arange(1, len(texts) + 1), sizes)
     columns[POSITIONS, front:] += front
-    firsts = list(accumulate((len(block.starts) for block in blocks), initial=0))  # the number of each image's first view
+    firsts = list(accumulate((block.views for block in blocks), initial=0))  # the number of each image's first view
     placements = _place(0, begins, blocks, firsts)
     begin = front
     for number, ((_, inside), size) in enumerate(zip(spread, sizes, strict=True), start=1):

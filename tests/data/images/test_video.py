@@ -229,16 +229,26 @@ def test_pictures_of_videos_are_their_middle(clip: bytes) -> None:
 # ---- from a file to an answer -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_trains_on_videos_and_answers(tmp_path: Path, clip: bytes) -> None:
-    """With M-RoPE, where frames come one after the other in time; a cut file is an unusable sample like a cut image."""
+TIMED = ("--data.images.frame_times=true", "--model.rope_sections=[4,2,2]")
+JOINED = (
+    *("--vlm.arch=cross_attention", "--vlm.cross_attention_every_n_layers=1"),
+    *("--adapter.type=perceiver", "--adapter.latents=3", "--adapter.depth=1", "--adapter.max_num_frames=3"),
+)
+
+
+@pytest.mark.parametrize("how", [TIMED, JOINED], ids=["timed", "joined"])
+def test_a_run_trains_on_videos_and_answers(how: tuple[str, ...], tmp_path: Path, clip: bytes) -> None:
+    """With M-RoPE, where frames come one after the other in time, and with frames that are read together; a cut file is an unusable
+    sample like a cut image.
+    """
     job = make_job(tmp_path)
     (tmp_path / "clip.mp4").write_bytes(clip)
     (tmp_path / "cut.mp4").write_bytes(clip[: len(clip) // 2])
     rows = [{"video": name, "prompt": "what?", "answer": "red"} for name in ("clip.mp4", "0.png", "clip.mp4", "cut.mp4")]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", rows[:1])
-    keys = ("--data.image_column=video", "--data.images.frames=3", "--data.images.frame_times=true", "--data.batching=pack")
-    sizes = ("--model.rope_sections=[4,2,2]", "--train.max_steps=2", "--data.max_bad_fraction=0.5", "--train.seq_len=128")
+    keys = ("--data.image_column=video", "--data.images.frames=3", "--data.batching=pack", *how)
+    sizes = ("--train.max_steps=2", "--data.max_bad_fraction=0.5", "--train.seq_len=128")
     found = json.loads(call("data", "check", job, *keys, *sizes, "--model.max_seq_len=128", "--json").out)["sources"][0]
     assert (found["read"], found["bad"], found["totals"]["images"], found["totals"]["views"]) == (4, 1, 3, 7)
     ended = call("train", job, *keys, *sizes, "--model.max_seq_len=128")
