@@ -37,24 +37,15 @@ class BackgroundSave:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(
-        self,
-        root: Path,
-        step: int,
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        files: dict[str, bytes],
-        keep: int,
-        best: int | None = None,
-    ) -> None:
-        """As ``store.save``, after waiting for the one before.
+    def save(self, root: Path, step: int, tensors: dict[str, Tensor], *others: Any) -> None:
+        """As ``store.save``, which takes the ``others``, after waiting for the one before.
 
         Raises:
             CheckpointError: on all ranks: the one before has failed.
         """
         self.wait()
         copies = self._stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
-        self._writing = self._thread.submit(self._write, root, step, copies, state, files, keep, best)
+        self._writing = self._thread.submit(self._write, root, step, copies, *others)
 
     def _write(self, *args: Any) -> None:
         with talking_in(self._group):

@@ -12,10 +12,11 @@ from kempnerforge.util.paths import PathText
 
 GLOBAL_MARKER = "<|global_image|>"
 """The token before the view of a whole image (nanoVLM's name)."""
+NEWLINE = "<image_newline>"
+"""The token at the end of a row of tokens of tiles (LLaVA-NeXT), unless the config names another."""
 MOST_TILES = 256
 """In a row, in a column and of an image: markers are tokens."""
 _OF_TILES = ("tiling", "global_view", "markers", "rows")
-NEWLINE = "<image_newline>"
 OF_ROWS = ("row_token", "start_token", "end_token")
 _OF_TILING = {
     "grid": ("max_side", "resize_to_max_side", "marker_grid"),

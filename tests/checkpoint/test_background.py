@@ -24,7 +24,7 @@ def test_what_is_saved_are_the_values_at_the_call(tmp_path: Path, held: threadin
     writer, tensors = BackgroundSave(60), some_tensors()
     for step in (1, 2):  # the second one fills the copies of the first
         want = snapshot(tensors)
-        writer.save(tmp_path, step, tensors, {"step": step}, {"config.toml": b"x = 1\n"}, keep=1)
+        writer.save(tmp_path, step, tensors, {"step": step}, {"config.toml": b"x = 1\n"}, 1)
         for tensor in tensors.values():
             tensor.add_(1)
         assert find(tmp_path) is None or step == 2
@@ -40,10 +40,10 @@ def test_what_is_saved_are_the_values_at_the_call(tmp_path: Path, held: threadin
 
 def test_the_next_save_waits_for_the_last(tmp_path: Path, held: threading.Event) -> None:
     writer, tensors = BackgroundSave(60), {"w": torch.zeros(4)}
-    writer.save(tmp_path, 1, tensors, {}, {}, keep=2)
+    writer.save(tmp_path, 1, tensors, {}, {}, 2)
     threading.Timer(0.2, held.set).start()
     tensors["w"] += 1
-    writer.save(tmp_path, 2, tensors, {}, {}, keep=2)
+    writer.save(tmp_path, 2, tensors, {}, {}, 2)
     assert (tmp_path / "step-00000001").exists()
     writer.wait()
     for step in (1, 2):
@@ -55,10 +55,10 @@ def test_the_next_save_waits_for_the_last(tmp_path: Path, held: threading.Event)
 def test_a_failure_is_raised_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     writer = BackgroundSave(60)
-    writer.save(tmp_path / "file", 1, {"w": torch.zeros(1)}, {}, {}, keep=1)
+    writer.save(tmp_path / "file", 1, {"w": torch.zeros(1)}, {}, {}, 1)
     with pytest.raises(CheckpointError, match="cannot save .*step-00000001"):
-        writer.save(tmp_path, 2, {"w": torch.zeros(1)}, {}, {}, keep=1)
+        writer.save(tmp_path, 2, {"w": torch.zeros(1)}, {}, {}, 1)
     writer.wait()
-    writer.save(tmp_path, 3, {"w": torch.zeros(1)}, {}, {}, keep=1)
+    writer.save(tmp_path, 3, {"w": torch.zeros(1)}, {}, {}, 1)
     writer.wait()
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000003"]
