@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def take_away(model: nn.Module) -> dict[str, Tensor]:
-    """Leaves ``model`` on the meta device. Returns its parameters and buffers by name."""
+    """Leaves ``model`` on the meta device. Returns its parameters, buffers and other tensors by name."""
     whole: dict[str, Tensor] = {}
 
     def take(name: str, tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def spread(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> 
             value = mine.to(device).contiguous()
         else:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        dist.broadcast(value.view(torch.uint8) if value.dtype == torch.bool else value, src=0)
+        dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)  # backends do not have all dtypes
         if isinstance(tensor, DTensor):
             return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).clone()  # not a view of the whole
         return value
@@ -47,15 +47,16 @@ def spread(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> 
 
 
 def _replace(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Puts ``make(name, tensor)`` at the place of each parameter and buffer. One that several modules share
-    stays one, which the functions of ``nn.Module`` do not promise.
+    """Puts ``make(name, tensor)`` at the place of each parameter, buffer and tensor that is a plain attribute
+    of a module. One that several modules share stays one, which the functions of ``nn.Module`` do not
+    promise.
     """
     made: dict[int, Tensor] = {}
     old: list[Tensor] = []  # an id is reused when its tensor is gone
     for path, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
+        for table in (module._parameters, module._buffers, vars(module)):
             for name, tensor in table.items():
-                if tensor is None:
+                if not isinstance(tensor, Tensor):
                     continue
                 if id(tensor) not in made:
                     new = make(f"{path}.{name}" if path else name, tensor)

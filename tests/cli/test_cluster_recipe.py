@@ -15,7 +15,7 @@ from tests.dist import ROOT
 
 SRUN = """#!{python}
 import os, signal, subprocess, sys
-command = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+command = [word for word in sys.argv[1:] if not word.startswith(("--kill-on-bad-exit=0", "--wait", "--cpus-per-task=8"))]
 env = {{"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}}
 task = subprocess.Popen(command, env={{**os.environ, **env}})
 signal.signal(signal.SIGUSR1, lambda *_: task.send_signal(signal.SIGUSR1))
@@ -23,6 +23,9 @@ sys.exit(task.wait())
 """
 SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then printf 'n7\\nn8\\n'; else echo "$@" >> requeued; fi
+"""
+SQUEUE = """#!/bin/sh
+echo $STATE
 """
 TRAIN = """#!/bin/sh
 echo "$RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT: $*" > command
@@ -34,26 +37,44 @@ exit $CODE
 
 def start(folder: Path, *argv: str, **env: str) -> subprocess.Popen[str]:
     (folder / "bin").mkdir()
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL), ("kempnerforge", TRAIN)):
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("kempnerforge", TRAIN)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "n[7-8]", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    slurm = {
+        "SLURM_JOB_ID": "20042",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_CPUS_PER_TASK": "8",
+        "STATE": "RUNNING",
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+    }
     command = ["bash", str(ROOT / "recipes/cluster/train.sbatch"), *argv]
     return subprocess.Popen(command, cwd=folder, env={**os.environ, **slurm, **env}, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
-    [(0, 0, False), (2, 0, False), (127, 0, False), (130, 0, True), (130, 9, True), (3, 0, True), (137, 4, True), (3, 5, False)],
+    ("code", "faults", "requeued", "left"),
+    [(0, 2, False, 0), (2, 0, False, 0), (127, 0, False, 0), (130, 9, True, 0), (3, 0, True, 1), (137, 4, True, 5), (3, 5, False, 0)],
 )
-def test_is_queued_again_by_exit_code(code: int, restarts: int, requeued: bool, tmp_path: Path) -> None:
-    process = start(tmp_path, "my job.toml", "--run.dir=a b", CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
+def test_is_queued_again_by_exit_code(code: int, faults: int, requeued: bool, left: int, tmp_path: Path) -> None:
+    """Faults count, not starts, and those in a row."""
+    count = tmp_path / "slurm-20042.faults"
+    count.write_text("3\n" * faults)
+    process = start(tmp_path, "my job.toml", "--run.dir=a b", CODE=str(code), SLURM_RESTART_COUNT="40")
     process.communicate(timeout=30)
     assert process.returncode == code
     assert (tmp_path / "command").read_text() == "1 of 2, local 1, n7:20042: train my job.toml --run.dir=a b\n"
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 20042\n"
+    assert len(count.read_text().splitlines() if count.exists() else []) == left
+
+
+@pytest.mark.parametrize("code", [130, 137])
+def test_a_cancelled_job_is_not_queued_again(code: int, tmp_path: Path) -> None:
+    """SLURM would queue it again, although it is cancelled."""
+    process = start(tmp_path, "job.toml", CODE=str(code), STATE="COMPLETING")
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == code and not (tmp_path / "requeued").exists() and "not queued again" in out
 
 
 def test_waits_for_its_tasks_when_signals_come(tmp_path: Path) -> None:

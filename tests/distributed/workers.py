@@ -101,7 +101,7 @@ def two_ranks(out: str) -> None:
 
 
 class Odd(nn.Module):
-    """A weight of two names, a buffer of bits, one that is not saved, fewer rows than ranks, a frozen one."""
+    """A weight of two names, a buffer of bits, one that is not saved, fewer rows than ranks, a frozen one, tensors that are no buffers."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -113,6 +113,7 @@ class Odd(nn.Module):
         self.frozen = nn.Parameter(torch.randn(1), requires_grad=False)
         self.register_buffer("bits", torch.rand(5) > 0.5)
         self.register_buffer("scratch", torch.rand(3, 3).t(), persistent=False)
+        self.angles, self.scale = torch.polar(torch.ones(3), torch.rand(3)), torch.rand(())
 
 
 def weights_of_rank_0(*shard_sizes: str) -> None:
@@ -127,6 +128,7 @@ def weights_of_rank_0(*shard_sizes: str) -> None:
                 prepare(model, model.layers, replace(world, mesh=mesh), torch.float32, reshard=True, recompute=False, compile_units=False)
                 want = Odd(seed=0)
                 assert model.head.weight is model.embed.weight
+                assert torch.equal(model.angles, want.angles) and torch.equal(model.scale, want.scale)
                 found = [*model.named_parameters(), *model.named_buffers()]
                 assert [name for name, _ in found] == [name for name, _ in [*want.named_parameters(), *want.named_buffers()]]
                 for name, tensor in found:
