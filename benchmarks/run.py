@@ -29,6 +29,13 @@ from PIL import Image
 
 PROBE = "configs/data/probe.toml"
 ONE_KIND = ("--train.batch_size=16", "--data.skills=['counting']", "--data.samples=2000")
+TILES = (
+    "--data.images.fit=tiles",
+    "--data.images.tiling=overlap",
+    "--data.picture_size=128",
+    "--model.max_seq_len=512",
+    "--train.seq_len=512",
+)
 TEXT = ("configs/text.toml", "--model.dim=256", "--model.n_layers=6", "--model.n_heads=8", "--model.n_kv_heads=8", "--train.batch_size=16")
 Facts = dict[str, Any]
 
@@ -169,7 +176,7 @@ MEASUREMENTS = {
     "batch": Measurement("time grows with samples", grown("train.batch_size", (4, 8, 16, 32)), GROWTH, bench),
     "tiles": Measurement(
         "time grows with images a sample",
-        grown("data.images.max_tiles", (1, 2, 4), "--data.picture_size=128", "--model.max_seq_len=512"),
+        grown("data.images.max_tiles", (1, 4, 9), *TILES),
         GROWTH,
         bench,
     ),
