@@ -39,7 +39,7 @@ NEEDS = {
 }
 """By the start of a key or the name of a class: what has to be said besides."""
 ELSEWHERE = {"hf", "hf_dataset", "hf_stream", "webdataset", "captions", "llava", "finevision", "interleaved", "mixture", "easy_vqa", "digits"} | {
-    "openmoji", "text", "siglip", "siglip2", "clip", "dinov2", "mllama", "efficientnet_lite0",
+    "openmoji", "text", "siglip", "siglip2", "clip", "dinov2", "mllama", "efficientnet_lite0", "qwen_vl",
 }  # fmt: skip
 """Classes that need files of their own."""
 
