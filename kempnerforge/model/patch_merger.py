@@ -26,8 +26,8 @@ class PatchMergerConfig(PixelShuffleConfig):
     Attributes:
         hidden_dim: 0 means the width of ``factor`` x ``factor`` features, as there.
         norm: "layer_norm" (Qwen3-VL) or "rms_norm" (Qwen2.5-VL).
-        norm_after: the norm is over all features of a token; false: over each of them. Qwen3-VL's adapters of
-            ``vision_encoder.deepstack_layers`` have it after, whatever this key says.
+        norm_after: the norm is over all features of a token; false: over each of them. Always true for the
+            adapters of ``vision_encoder.deepstack_layers``, as in Qwen3-VL.
     """
 
     type: str = "patch_merger"

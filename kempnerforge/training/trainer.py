@@ -327,14 +327,7 @@ class Trainer:
         Raises:
             ValueError: on all ranks: they cannot be read, no token is trained, or too many samples are bad.
         """
-        problem = ""
-        try:
-            batches = self.next_batches()
-        except InputError as error:
-            batches, problem = [], str(error)
-        if problems := [each for each in self.world.gather(problem) if each]:
-            raise InputError(problems[0])
-        self._ahead = self._count(batches)
+        self._ahead = self._count(self.world.together(self.next_batches))
 
     def _count(self, batches: list[Batch]) -> StepData:
         """Adds up what is in the ``batches`` of all ranks, for this step and for the run.
