@@ -49,7 +49,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         one_of(self, "type", ("linear", "llama3"))
         at_least(self, 1, "factor", "original_max_seq_len")
-        more_than(self, self.low_freq_factor, "high_freq_factor")
+        if not self.high_freq_factor > self.low_freq_factor:
+            low = self.low_freq_factor
+            raise InputError(f"high_freq_factor = {self.high_freq_factor}: must be larger than low_freq_factor = {low}")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import GridAdapterConfig
 from kempnerforge.config.checks import at_least
 from kempnerforge.model.adapters import GridAdapter
+from kempnerforge.util.errors import InputError
 
 
 @registry.register_adapter_config
@@ -54,6 +55,8 @@ class AttentionPoolConfig(GridAdapterConfig):
 
     def num_tokens(self, num_features: int) -> int:
         side = math.isqrt(num_features)
+        if self.factor > side:
+            raise InputError(f"factor = {self.factor}: is larger than the grid of {side} x {side} vision features")
         full = side + -side % self.factor
         return super().num_tokens(full**2 if side**2 == num_features else num_features)
 

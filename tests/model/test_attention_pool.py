@@ -90,5 +90,7 @@ def test_sizes_of_molmo_7b_d() -> None:
 def test_bad_values() -> None:
     with pytest.raises(ValueError, match=r"heads = 0: must be >= 1"):
         AttentionPoolConfig(heads=0)
+    with pytest.raises(ValueError, match=r"factor = 5: is larger than the grid of 4 x 4 vision features"):
+        build_adapter(AttentionPoolConfig(factor=5), 4, 4, 16)
     with pytest.raises(ValueError, match=r"square grid.*gives 15"):
         build_adapter(AttentionPoolConfig(), 4, 4, 15)
