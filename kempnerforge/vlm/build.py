@@ -42,11 +42,16 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     """
     cls = arch_class(job)
     sizes = {name: asdict(part) for name in SIZED if (part := getattr(job, name)) is not None}
-    if torch.device(device or "cpu").type != "meta":  # filling memory until there is no more takes minutes
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), within_memory(sizes, meta=True, most=memory_bytes()):
-            cls(job)
-    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes):
-        torch.manual_seed(job.train.seed)
+    sizes["lora"] = {str(number): asdict(table) for number, table in enumerate(job.lora)}
+
+    def built() -> VLM:
         model = cls(job)
         adapt(model, job.lora, job.module_patterns())
-    return model
+        return model
+
+    if torch.device(device or "cpu").type != "meta":  # filling memory until there is no more takes minutes
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), within_memory(sizes, meta=True, most=memory_bytes()):
+            built()
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes):
+        torch.manual_seed(job.train.seed)
+        return built()

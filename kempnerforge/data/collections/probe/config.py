@@ -89,6 +89,8 @@ class ProbeConfig(DataConfig):
         at_least(self, 3, "held_out_every")
         at_least(self, 8, "picture_size")
         at_most(self, 1 << 12, "picture_size")
+        at_most(self, 1 << 24, "samples", "eval_samples")
+        at_most(self, 1 << 6, "reading_length", "grid")
         more_than(self, 0, "min_size")
         fraction(self, "noise")
         only_if(self, self.reading != "words", "reading = 'digits' or 'letters'", "reading_length")
