@@ -22,7 +22,7 @@ LARGEST, LONGEST = 2**31 - 1, 1 << 16
 BOOKKEEPING = ("dtype", "model_type", "transformers_version", "_name_or_path")
 POSITIVE = re.compile(
     r"hidden_size|intermediate_size|vocab_size|image_size|patch_size|spatial_merge_size|(resampler_)?head_dim|max_position_embeddings"
-    r"|num_channels|scale_factor|embed_dim|resampler_n_latents|num_(heads|hidden_layers|attention_heads|key_value_heads|patches)|attention_heads|max_num_tiles|projection_dim|query_pre_attn_scalar"
+    r"|num_channels|scale_factor|embed_dim|resampler_n_latents|num_(heads|hidden_layers|attention_heads|key_value_heads|patches|position_embeddings)|attention_heads|max_num_tiles|projection_dim|query_pre_attn_scalar"
 )
 SIZE = re.compile(r"(num|n|max_num)_\w+|\w+_(size|dim|heads|length|embeddings|channels|ratio|width|prob|rate|eps)|depth")
 ROPE = re.compile(r"(low_freq_|high_freq_)?factor|rope_theta|original_max_position_embeddings")
