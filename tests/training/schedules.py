@@ -22,7 +22,23 @@ from kempnerforge.data.sample import Sample
 from kempnerforge.training.data import JobData
 from kempnerforge.training.setup import Assembly, assemble
 from tests.training.tiny import optimizer_config, scheduler_config
-from tests.vlm.tiny import ANSWERED, FOREIGN, INTERLEAVED, LATE, MODEL, NO_IMAGE, ONE, THREE, TWICE, TWO_IMAGES, shake, tiny_job, tokenizer
+from tests.vlm.tiny import (
+    ANSWERED,
+    FOREIGN,
+    INTERLEAVED,
+    KEYS,
+    LATE,
+    MODEL,
+    NO_IMAGE,
+    ONE,
+    THREE,
+    TWICE,
+    TWO_IMAGES,
+    shake,
+    tiny,
+    tiny_job,
+    tokenizer,
+)
 
 ARCHS: list[str | None] = [None, *(arch for arch in registries.archs if arch not in FOREIGN)]
 CUTS: tuple[tuple[Sample, ...], ...] = ((ONE, THREE, LATE), (TWO_IMAGES, INTERLEAVED), (TWICE, ONE), (ANSWERED,))
@@ -69,9 +85,14 @@ def facts(arch: str | None) -> tuple[list[str], dict[str, list[str]], frozenset[
     reached = set(names)
     for samples in CUTS:
         model.zero_grad()
-        model(scripted(assembly).collate(samples)).total.backward()
+        model(scripted(assembly).collate(samples)).mean(1, 1).backward()
         reached &= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-5}
     return names, assembly.job.vlm.module_patterns if assembly.job.vlm is not None else {}, frozenset(reached)
+
+
+@cache
+def makes_pairs(arch: str | None) -> bool:
+    return "embeddings" in tiny(arch, device="meta").model.gives
 
 
 def decide(names: Sequence[str], specs: Sequence[FreezeSpec], patterns: dict[str, list[str]]) -> frozenset[str]:
@@ -115,7 +136,8 @@ def schedule(number: int, *, ranks: bool = False, compiled: bool = False) -> Sch
         compiled: it is going to be compiled, and short.
     """
     rng = random.Random(f"{number} {ranks} {compiled}")
-    arch = ARCHS[number % len(ARCHS)]
+    archs = [arch for arch in ARCHS if not (ranks and makes_pairs(arch))]  # negatives of two ranks are not those of one process
+    arch = archs[number % len(archs)]
     names, patterns, reached = facts(arch)
 
     def specs(before: tuple[FreezeSpec, ...] = ()) -> tuple[FreezeSpec, ...]:
@@ -174,7 +196,9 @@ def schedule(number: int, *, ranks: bool = False, compiled: bool = False) -> Sch
     )
     job = tiny_job(
         arch,
-        vlm=None if arch is None else VLMConfig.for_arch(arch, max_text_len=64, freeze=list(base), freeze_schedule=changes),
+        vlm=None
+        if arch is None
+        else VLMConfig.for_arch(arch, **{"max_text_len": 64, "freeze": list(base), "freeze_schedule": changes} | KEYS.get(arch, {})),
         model=replace(MODEL, dropout=0.0 if ranks or compiled else rng.choice([0.0, 0.2])),
         train=train,
         stages=stages,
@@ -246,14 +270,14 @@ def run_plainly(it: Schedule, ranks: int = 1) -> dict[str, Tensor]:
             if inside and not inside & want:
                 module.eval()
         batches = [scripted(assembly).micro_batch(step, index) for index in range(ranks * train.grad_accum_steps)]
-        targets = sum(batch.num_targets for batch in batches)
+        targets, pairs = sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)
         sums = []
         for rank in range(ranks):
             torch.manual_seed(hash((train.seed, step - stage.start, rank)))
             sums.append([])
             for batch in batches[rank::ranks]:
                 model.zero_grad()
-                (model(batch).total / targets).backward()
+                model(batch).mean(targets, pairs).backward()
                 sums[-1].append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
         for name, parameter in weights.items():
             of_ranks = [part for parts in sums if (part := added([grads[name] for grads in parts if name in grads])) is not None]
