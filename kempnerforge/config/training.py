@@ -133,6 +133,11 @@ class DistributedConfig:
             copies as that goes into all processes, and gradients are summed over copies, too (hybrid
             sharding, Zhao et al. 2023, section 3.2.2). On a cluster: the processes of one node. 0: all share
             one copy.
+        tensor_parallel: processes that compute each layer together, on the same samples: each has some of the
+            heads and of the feed-forward's channels (Shoeybi et al. 2019). They exchange activations in every
+            layer: the processes of one node at most.
+        context_parallel: processes that share each row, a section of its positions each, and exchange keys
+            and values: for rows that are too long for one.
         accumulate_sharded: with ``train.grad_accum_steps`` each micro-batch's gradients are reduced at once,
             and only a process' part of the sum is held: 4 bytes a parameter less in memory, and as many more
             reductions. False: the sum is reduced once a step.
@@ -141,12 +146,27 @@ class DistributedConfig:
 
     reshard_after_forward: bool = True
     shard_size: int = 0
+    tensor_parallel: int = 1
+    context_parallel: int = 1
     accumulate_sharded: bool = False
     timeout_s: int = 600
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "timeout_s")
+        at_least(self, 1, "timeout_s", "tensor_parallel", "context_parallel")
         at_least(self, 0, "shard_size")
+        group = self.tensor_parallel * self.context_parallel
+        if self.shard_size % group:
+            together = f"tensor_parallel = {self.tensor_parallel} times context_parallel = {self.context_parallel}"
+            raise InputError(f"shard_size = {self.shard_size}: must be a multiple of {together}")
+
+    def check_processes(self, count: int) -> None:
+        """Refuses groups that ``count`` processes cannot be divided into."""
+        group = self.tensor_parallel * self.context_parallel
+        if count % group:
+            keys = f"distributed.tensor_parallel = {self.tensor_parallel}, context_parallel = {self.context_parallel}"
+            raise InputError(f"{keys}: their product must divide the number of processes, {count}")
+        if self.shard_size and count % self.shard_size and count > 1:
+            raise InputError(f"distributed.shard_size = {self.shard_size}: must divide the number of processes, {count}")
 
 
 @dataclass

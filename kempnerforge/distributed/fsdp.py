@@ -52,7 +52,7 @@ def prepare(
             recompute_unit(unit)
         if compile_units:
             unit.compile(dynamic=True)
-        if world.size > 1:
+        if world.parts > 1:
             fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
         if aux_losses:
             restore_losses(unit, aux_losses)

@@ -33,21 +33,50 @@ class World:
         rank: of this process, from 0.
         size: number of processes.
         device: of this process.
-        mesh: one axis over all ranks, or two with ``distributed.shard_size``: the copies of the weights, and
-            the ranks that share a copy.
+        mesh: of FSDP: one axis, or two with ``distributed.shard_size``: the copies of the weights, and the
+            ranks that share a copy.
+        tensor: the ranks that compute each layer together, one after the other in rank order; None: each by
+            itself.
+        context: the ranks that share the rows of a batch position by position; None: each has its own rows.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    tensor: DeviceMesh | None = None
+    context: DeviceMesh | None = None
 
     @property
-    def copies(self) -> int:
-        """How many copies of the weights there are; a sum of shards over all ranks is so many times the sum
-        of the whole.
+    def parts(self) -> int:
+        """How many groups of ranks each compute something of their own; the ranks of one are those of
+        ``tensor``.
         """
-        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        return self.size // _size(self.tensor)
+
+    @property
+    def part(self) -> int:
+        """The group of this rank, from 0."""
+        return self.rank // _size(self.tensor)
+
+    @property
+    def data_size(self) -> int:
+        """How many shares the samples of a step have."""
+        return self.parts // _size(self.context)
+
+    @property
+    def data_rank(self) -> int:
+        """The share of this rank, from 0."""
+        return self.part // _size(self.context)
+
+    def once(self, values: Sequence[float], *, of_batch: bool = False) -> list[float]:
+        """``values`` that all ranks of ``tensor`` have alike, for a sum over all ranks that counts them once.
+
+        Args:
+            of_batch: the ranks of ``context`` have them alike, too.
+        """
+        first = self.rank % _size(self.tensor) == 0 and (not of_batch or self.part % _size(self.context) == 0)
+        return list(values) if first else [0.0] * len(values)
 
     @property
     def is_main(self) -> bool:
@@ -64,6 +93,10 @@ class World:
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank. It is pickled."""
         return gather(value)
+
+    def gather_parts(self, value: T) -> list[T]:
+        """``value`` of every one of ``parts``, in their order, on every rank. It is pickled."""
+        return gather(value)[:: _size(self.tensor)]
 
     def together(self, act: Callable[[], T]) -> T:
         """The result of ``act`` on this rank. All ranks call it.
@@ -92,14 +125,13 @@ def start(cfg: DistributedConfig) -> World:
     """Joins the process group of the environment (``RANK``, ``WORLD_SIZE``), or makes one of size 1.
 
     Raises:
-        InputError: ``cfg.shard_size`` does not divide the number of processes.
+        InputError: the number of processes is no multiple of a group's size.
 
     With other ranks a ``Watchdog`` prints all stacks when a collective takes longer than ``timeout_s``.
     """
     global _watchdog
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.shard_size and size % cfg.shard_size and size > 1:
-        raise InputError(f"distributed.shard_size = {cfg.shard_size}: must divide the number of processes, {size}")
+    cfg.check_processes(size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -114,13 +146,28 @@ def start(cfg: DistributedConfig) -> World:
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _watchdog = Watchdog(store, rank, size, cfg.timeout_s)
-    return World(rank, size, device, _mesh(device.type, size, cfg.shard_size))
+    return World(rank, size, device, *meshes(device.type, size, cfg))
 
 
-def _mesh(device: str, size: int, shard_size: int) -> DeviceMesh:
-    if not 0 < shard_size < size:
-        return init_device_mesh(device, (size,), mesh_dim_names=("data",))
-    return init_device_mesh(device, (size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
+def meshes(device: str, size: int, cfg: DistributedConfig) -> tuple[DeviceMesh, DeviceMesh | None, DeviceMesh | None]:
+    """``World.mesh``, ``World.tensor`` and ``World.context`` of ``size`` ranks."""
+    parts, shared = size // cfg.tensor_parallel, cfg.shard_size // cfg.tensor_parallel
+    axes = {"copies": parts // shared, "shards": shared} if 0 < shared < parts else {"data": parts}
+    names = tuple(axes)
+    if cfg.tensor_parallel > 1:
+        axes |= {"tensor": cfg.tensor_parallel}
+    mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    context = None
+    if cfg.context_parallel > 1:
+        by_batch = (parts // cfg.context_parallel, cfg.context_parallel, cfg.tensor_parallel)
+        context = init_device_mesh(device, by_batch, mesh_dim_names=("batch", "context", "layer"))["context"]
+    if cfg.tensor_parallel == 1:
+        return mesh, None, context
+    return mesh[names], mesh["tensor"], context
+
+
+def _size(mesh: DeviceMesh | None) -> int:
+    return 1 if mesh is None else mesh.size()
 
 
 def stop() -> None:

@@ -246,7 +246,7 @@ def bench(
             samples=statistics.mean(result.counts.samples for result in timed),
             tokens=statistics.mean(result.counts.tokens for result in timed),
             images=statistics.mean(result.counts.images for result in timed),
-            flops=world.sum([counted.flops])[0] / steps,
+            flops=world.sum(world.once([counted.flops], of_batch=True))[0] / steps,
             phases={name: watched.seconds[name] / steps for name in PHASES if name in watched.seconds},
             kinds=kinds,
             products_rate=products_rate,

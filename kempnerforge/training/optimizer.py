@@ -7,6 +7,7 @@ of the step and are written into the groups at each step, so they are not saved.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from kempnerforge.config import OptimizerConfig, Stage, registry
@@ -158,9 +160,29 @@ def local_gradients(model: nn.Module) -> list[torch.Tensor]:
     return [local(p.grad) for p in model.parameters() if p.grad is not None]
 
 
-def squared_norm(grads: Sequence[torch.Tensor]) -> float:
-    """The squared norm of this rank's shards; summed over ranks it is the global one."""
-    return get_total_norm(grads).square().item() if grads else 0.0
+def holders(model: nn.Module, ranks: int) -> list[int]:
+    """How many of ``ranks`` have the same shard as this one, for each of ``local_gradients``."""
+    return [held_by(p, ranks) for p in model.parameters() if p.grad is not None]
+
+
+def held_by(parameter: Tensor, ranks: int) -> int:
+    """How many of ``ranks`` have the same shard of ``parameter`` as this one."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        ranks //= math.prod(mesh.size(axis) for axis, placement in enumerate(placements) if not placement.is_replicate())
+    return ranks
+
+
+def squared_norm(shards: Sequence[torch.Tensor], held: Sequence[int]) -> float:
+    """What this rank adds to the squared norm of the whole tensors, the sum over all ranks.
+
+    Args:
+        held: how many ranks have the same shard, for each of ``shards``.
+    """
+    groups: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for shard, count in zip(shards, held, strict=True):
+        groups[count].append(shard)
+    return sum(get_total_norm(group).square().item() / count for count, group in groups.items())
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:

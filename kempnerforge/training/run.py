@@ -102,7 +102,7 @@ def _initialise(assembly: Assembly, world: World) -> None:
 def _make_trainer(assembly: Assembly, config: FlatConfig, world: World, run: SavedRun | None, run_dir: Path, ends_process: bool) -> Trainer:
     """The trainer, at the last step of ``run``, with the data of its next step."""
     for stage in assembly.data.stages:  # errors of later stages, too, are found now
-        assembly.data.batches(stage, stage.start, world.rank, world.size)
+        assembly.data.batches(stage, stage.start, world.data_rank, world.data_size)
     hooks, checkpoints = default_hooks(assembly, run_dir, ends_process)
     trainer = Trainer(assembly, world, hooks)
     if run is not None:

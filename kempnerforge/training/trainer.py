@@ -21,7 +21,7 @@ from kempnerforge.distributed.world import World, compute_dtype
 from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze
 from kempnerforge.training.history import Span
-from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, squared_norm
+from kempnerforge.training.optimizer import Optimizers, clip, holders, local_gradients, squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError
@@ -228,7 +228,7 @@ class Trainer:
 
         # A function of seed, step of the stage and rank: there is no random state to save, and a stage trains
         # the same when it is a separate run.
-        torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.rank)))
+        torch.manual_seed(hash((self.job.train.seed, self.step - self.stage.start, self.world.part)))
         rates = self.optimizers.set_step(self.stage, self.step)
 
         loss_sum, weighted_sum, aux_sum, pair_sum = (torch.zeros((), device=self.world.device) for _ in range(4))
@@ -249,9 +249,9 @@ class Trainer:
                 pair_sum += output.pair_loss.detach()
 
         grads = local_gradients(self.model)
-        sums = [loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)]
-        total, weighted, aux, paired, squared = self.sum(sums)
-        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared / self.world.copies)
+        losses = self.world.once([loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item()])
+        total, weighted, aux, paired, squared = self.sum([*losses, squared_norm(grads, holders(self.model, self.world.size))])
+        pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
         if finite:
@@ -316,7 +316,7 @@ class Trainer:
         """This rank's micro-batches of the current step."""
         if self._batches is None or self._batches_of is not self.stage:
             self._batches_of = self.stage
-            self._batches = self.assembly.data.batches(self.stage, self.step, self.world.rank, self.world.size)
+            self._batches = self.assembly.data.batches(self.stage, self.step, self.world.data_rank, self.world.data_size)
         weights = self.stage.data.loss_weights_by_section()
         return [next(self._batches).weighted(weights) for _ in range(self.stage.train.grad_accum_steps)]
 
@@ -337,7 +337,7 @@ class Trainer:
         """
         sections = self.stage.data.sections()
         rows = [[batch.weight, *Counts.of(batch), *map(batch.parts.count, range(len(sections)))] for batch in batches]
-        weight, *others = self.world.sum([sum(column) for column in zip(*rows, strict=True)])
+        weight, *others = self.world.sum(self.world.once([sum(column) for column in zip(*rows, strict=True)], of_batch=True))
         totals = [int(total) for total in others]
         counts, by_section = Counts(*totals[: -len(sections)]), totals[-len(sections) :]
         self.bad_samples = [row for batch in batches for row in batch.skipped]

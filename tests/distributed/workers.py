@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.fsdp import fsdp_modules, prepare, sync_gradients
-from kempnerforge.distributed.world import World, _mesh, start, stop
+from kempnerforge.distributed.world import World, meshes, start, stop
 
 
 class Stack(nn.Module):
@@ -121,7 +121,7 @@ def weights_of_rank_0(*shard_sizes: str) -> None:
 
     def body(world: World) -> None:
         for shard_size in map(int, shard_sizes):
-            mesh = _mesh("cpu", world.size, shard_size)
+            mesh, *_ = meshes("cpu", world.size, DistributedConfig(shard_size=shard_size))
             for device in ("meta", "cpu"):
                 with torch.device("cpu" if world.is_main else device):
                     model = Odd(seed=world.rank)

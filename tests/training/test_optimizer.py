@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kempnerforge.config import JobConfig, load_config
-from kempnerforge.training.optimizer import Optimizers, clip, local_gradients, settings, squared_norm
+from kempnerforge.training.optimizer import Optimizers, clip, holders, local_gradients, settings, squared_norm
 from kempnerforge.training.optimizers.muon import Muon, MuonRule
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
@@ -152,12 +152,12 @@ def test_clip_is_that_of_torch():
             p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
             q.grad = p.grad.clone()
         model = torch.nn.ParameterList(ours)
-        norm = math.sqrt(squared_norm(local_gradients(model)))
+        norm = math.sqrt(squared_norm(local_gradients(model), holders(model, 1)))
         assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 1.0)), rel=1e-6)
         clip(local_gradients(model), norm, 1.0)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=0)
-    assert squared_norm([]) == 0.0
+    assert squared_norm([], []) == 0.0
     grad = torch.full((4,), 3.0)
     clip([grad], 6.0, 0.0)
     assert torch.equal(grad, torch.full((4,), 3.0))
@@ -165,4 +165,4 @@ def test_clip_is_that_of_torch():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_norm_of_a_bad_gradient_is_not_finite(bad: float):
-    assert not math.isfinite(squared_norm([torch.ones(3), torch.tensor([1.0, bad])]))
+    assert not math.isfinite(squared_norm([torch.ones(3), torch.tensor([1.0, bad])], [1, 1]))

@@ -17,7 +17,7 @@ from kempnerforge.config import MetricsConfig
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.training.accounting import TrainingFlops
 from kempnerforge.training.hooks.attention_share import AttentionShare
-from kempnerforge.training.optimizer import squared_norm
+from kempnerforge.training.optimizer import held_by, squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.vlm.parts import parts
@@ -49,6 +49,7 @@ class Diagnosis(Hook):
         self._handles: list[Any] = []
         self._before: dict[str, list[torch.Tensor]] = {}
         self._squares: dict[str, list[float]] = {}
+        self._held: dict[str, list[int]] = {}
 
     def start(self, trainer: Trainer) -> None:
         self._trainer, self._counted = trainer, TrainingFlops(trainer.assembly.job)
@@ -104,7 +105,8 @@ class Diagnosis(Hook):
         if self._due(self._trainer.step + 1):
             trained = {name: parameter for name, parameter in self._trainer.model.named_parameters() if parameter.grad is not None}
             of = lambda part, value: [value(trained[name]) for name in self._parts[part] if name in trained]
-            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad)))] for part in self._parts}
+            held = self._held = {part: of(part, lambda p: held_by(p, self._trainer.world.size)) for part in self._parts}
+            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad)), held[part])] for part in self._parts}
             self._before = {part: of(part, lambda p: local(p.detach()).clone()) for part in self._parts}
             self._trained = trained
         self._running.start("optimizer")
@@ -115,17 +117,18 @@ class Diagnosis(Hook):
             for part, before in self._before.items():
                 after = [local(self._trained[name].detach()) for name in self._parts[part] if name in self._trained]
                 moved = [new - old for new, old in zip(after, before, strict=True)]
-                self._squares[part] += [squared_norm(moved), squared_norm(before)]
+                self._squares[part] += [squared_norm(values, self._held[part]) for values in (moved, before)]
             self._before, self._trained = {}, {}
 
     def _found(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
         """What is recorded, the same on all ranks."""
         squares, self._squares = self._squares or {part: [0.0] * 3 for part in self._parts}, {}
-        gates = [float(local(trainer.model.get_parameter(name).detach()).sum()) for name in self._gates]
-        shares = self._shares.take()
-        flops, *rest = trainer.sum([self._flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
+        gates = [trainer.model.get_parameter(name).detach() for name in self._gates]
+        gates = [float(local(gate).sum()) / held_by(gate, trainer.world.size) for gate in gates]
+        shares = trainer.world.once(self._shares.take())
+        flops = trainer.world.once([self._flops], of_batch=True)
+        flops, *rest = trainer.sum([*flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
         gates, shares, rest = rest[: len(gates)], rest[len(gates) :][: len(shares)], rest[len(gates) + len(shares) :]
-        gates, rest = ([value / trainer.world.copies for value in values] for values in (gates, rest))
         by_part = dict(zip(self._parts, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True))
         values = {f"gate/{name}": value for name, value in zip(self._gates, gates, strict=True)}
         by_layer = zip(self._shares.layers, shares[::2], shares[1::2], strict=True)

@@ -27,16 +27,16 @@ class Voting(Ranks):
     """The ranks of an evaluation, which ends when one of them is asked to stop."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.rank, self.size = trainer, trainer.world.rank, trainer.world.size
+        self.trainer, self.rank, self.size = trainer, trainer.world.part, trainer.world.parts
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        totals = self.trainer.sum(values)
+        totals = self.trainer.sum(self.trainer.world.once(values))
         if self.trainer.stopping:
             raise Interrupted
         return totals
 
     def gather(self, value: Any) -> list[Any]:
-        return self.trainer.world.gather(value)
+        return self.trainer.world.gather_parts(value)
 
 
 class Evaluation(Hook):
