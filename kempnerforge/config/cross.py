@@ -15,7 +15,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
+from kempnerforge.config.training import CheckpointConfig, DistributedConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -29,6 +29,7 @@ class Job(JobSections, Protocol):
     data: DataConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
+    distributed: DistributedConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
     metrics: MetricsConfig
@@ -130,6 +131,22 @@ def arch_fits(job: Job) -> Found:
             job.vlm.check(job)
         except (ValueError, NotImplementedError) as error:
             yield ("vlm",), str(error)
+
+
+@_reads("distributed", "model", "vlm")
+def layers_can_be_shared(job: Job) -> Found:
+    """``distributed.tensor_parallel`` divides heads and channels."""
+    count = job.distributed.tensor_parallel
+    if count == 1:
+        return
+    try:
+        sizes = job.model.shared_sizes() | (job.vlm.shared_sizes(job.model) if job.vlm is not None else {})
+    except ValueError as error:
+        yield ("distributed",), f"tensor_parallel = {count}: {error}"
+        return
+    for key, size in sizes.items():
+        if size % count:
+            yield ("distributed",), f"tensor_parallel = {count}: must divide {key} = {size}"
 
 
 @_reads("model", "vlm", "vision_encoder")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, defaults, divides, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
+from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.vlm_cross_attention import CrossAttentionBlockConfig
 from kempnerforge.util.errors import InputError, NotBuiltError
@@ -143,6 +144,14 @@ class VLMConfig:
             ValueError: it does not hold.
         """
 
+    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
+        """As ``ModelConfig.shared_sizes``, of what the arch adds.
+
+        Raises:
+            ValueError: its layers cannot be shared.
+        """
+        return {}
+
     def warnings(self, job: JobSections) -> list[str]:
         """What is allowed but may not be meant."""
         return []
@@ -251,6 +260,11 @@ class CrossAttentionConfig(CrossAttentionBlockConfig, VLMConfig):
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
             raise InputError(f"unwritten_tokens = {self.unwritten_tokens}: are in the embedding and not in the head; not with {reason}")
+
+    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        sizes = {"vlm.cross_attention_n_heads": heads, "vlm.cross_attention_n_kv_heads": kv_heads}
+        return sizes | ({"4 * model.dim": 4 * model.dim} if self.cross_attention_block == "openflamingo" else {})
 
     def warnings(self, job: JobSections) -> list[str]:
         """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""

@@ -80,6 +80,9 @@ class HFConfig(VLMConfig):
     def names_weights(self) -> bool:
         return self.pretrained
 
+    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
+        raise InputError(f"vlm.arch = {self.arch!r}: its layers are those of transformers, and have no plan; use 1")
+
     def check(self, job: JobSections) -> None:
         if not self.path:
             raise InputError(f"path = '': arch {self.arch!r} needs a directory or a hub id")
