@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from kempnerforge.model.aux_loss import with_aux_loss
+from kempnerforge.model.lora import LoRALinear
 from kempnerforge.model.tensor_plan import HasTensorPlan, Share, mine
 from kempnerforge.util.errors import InputError
 
@@ -38,21 +39,57 @@ class Columns(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O / R)."""
-        weight = self.weight
-        assert isinstance(weight, DTensor)
-        x = input if isinstance(input, DTensor) else DTensor.from_local(input, weight.device_mesh, [Replicate()], run_check=False)
-        return F.linear(mine(x), mine(weight), None if self.bias is None else mine(self.bias))
+        return F.linear(entered(input, self.weight), mine(self.weight), None if self.bias is None else mine(self.bias))
 
 
 class Rows(nn.Linear):
     """A linear layer with a share of its inputs: ``weight`` (O, I / R), ``bias`` (O,)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I / R) -> (..., O), the sum over the ranks."""
-        weight = self.weight
-        assert isinstance(weight, DTensor)
-        y = DTensor.from_local(F.linear(input, mine(weight)), weight.device_mesh, [Partial()], run_check=False).full_tensor()
+        """(..., I / R) -> (..., O)."""
+        y = summed(F.linear(input, mine(self.weight)), self.weight)
         return y if self.bias is None else y + self.bias
+
+
+class LoRAColumns(LoRALinear):
+    """``Columns`` with an adapter: of ``lora_b`` and ``magnitude`` a rank has what belongs to its outputs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(entered(input, self.weight))
+
+
+class LoRARows(LoRALinear):
+    """``Rows`` with an adapter: of ``lora_a`` a rank has what belongs to its inputs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = summed(self.with_bias(input, None), self.weight)
+        return y if self.bias is None else y + self.bias
+
+    def lengths(self, weight: Tensor) -> Tensor:
+        return summed(super().lengths(weight).square(), self.weight).sqrt()
+
+
+def entered(x: Tensor, like: Tensor) -> Tensor:
+    """``x``, which all ranks that share ``like`` have alike. What is sent back is summed over them."""
+    assert isinstance(like, DTensor)
+    return mine(x if isinstance(x, DTensor) else DTensor.from_local(x, like.device_mesh, [Replicate()], run_check=False))
+
+
+def summed(x: Tensor, like: Tensor) -> Tensor:
+    """The sum over the ranks that share ``like``."""
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(x, like.device_mesh, [Partial()], run_check=False).full_tensor()
+
+
+KINDS: dict[type[nn.Module], dict[Share, type[nn.Module]]] = {
+    nn.Linear: {Share.COLUMNS: Columns, Share.ROWS: Rows},
+    LoRALinear: {Share.COLUMNS: LoRAColumns, Share.ROWS: LoRARows},
+}
+PLACEMENTS: dict[Share, dict[str, Placement]] = {
+    Share.COLUMNS: {"weight": Shard(0), "bias": Shard(0), "lora_a": Replicate(), "lora_b": Shard(0), "magnitude": Shard(0)},
+    Share.ROWS: {"weight": Shard(1), "lora_a": Shard(1), "lora_b": Replicate(), "magnitude": Replicate()},
+}
+"""Of parameters of a linear layer; of those that are not here each rank has all, and its gradient is whole."""
 
 
 def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -85,18 +122,15 @@ def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _share(name: str, part: nn.Module, share: Share, mesh: DeviceMesh) -> None:
-    if share is Share.INSIDE:
-        for key, parameter in part.named_parameters():
-            owner, _, last = key.rpartition(".")
-            part.get_submodule(owner).register_parameter(last, _divided(name, parameter, mesh, Replicate()))
-        return
-    if type(part) is not nn.Linear:
+    kinds = {share: type(part)} if share is Share.INSIDE else KINDS.get(type(part))
+    if kinds is None:
         raise InputError(f"{KEY} = {mesh.size()}: {name} is a {type(part).__name__}; only plain linear layers can be shared")
-    of_weight = Shard(0) if share is Share.COLUMNS else Shard(1)
-    part.weight = _divided(name, part.weight, mesh, of_weight)
-    if part.bias is not None and share is Share.COLUMNS:
-        part.bias = _divided(name, part.bias, mesh, Shard(0))
-    part.__class__ = Columns if share is Share.COLUMNS else Rows
+    for key, parameter in [*part.named_parameters()]:
+        placement = Replicate() if share is Share.INSIDE else PLACEMENTS[share].get(key)
+        if placement is not None:
+            owner, _, last = key.rpartition(".")
+            part.get_submodule(owner).register_parameter(last, _divided(f"{name}.{key}", parameter, mesh, placement))
+    part.__class__ = kinds[share]
 
 
 def _divided(name: str, parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:

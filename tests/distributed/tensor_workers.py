@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.config import DistributedConfig, ModelConfig, VLMConfig
+from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.contract.cases import LATE, MODEL, ONE, TWICE, Tiny, full, install, tiny
 from kempnerforge.contract.ranks import freeze_some, shares
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, meshes
+from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import holders, local_gradients, squared_norm
 from tests.distributed.workers import in_world
 
@@ -36,8 +38,10 @@ class Case(NamedTuple):
     packed: bool = False
     recompute: bool = False
     frozen: bool = False
+    lora: tuple[LoRAConfig, ...] = ()
 
 
+ADAPTERS = (LoRAConfig("transformer.layers.*", rank=4), LoRAConfig("transformer.layers.[01].*", rank=2, dora=True))
 CASES = {
     "text-grouped": Case(None, GROUPED, packed=True),
     "joint-biased": Case("joint_decoder", BIASED, recompute=True, frozen=True),
@@ -46,6 +50,7 @@ CASES = {
     "cross-openflamingo": Case("cross_attention", BIASED, {"cross_attention_block": "openflamingo"}, recompute=True, frozen=True),
     "mot-paper": Case("mot", GROUPED, {"norm_placement": "paper"}, packed=True, recompute=True),
     "mot-shared": Case("mot", BIASED, {"untie": ["ffn"]}, frozen=True),
+    "adapters": Case("joint_decoder", BIASED, recompute=True, lora=ADAPTERS),
     "moma": Case("moma", GEMMA, recompute=True),
     "captions": Case("dual_encoder", GROUPED, {"caption_weight": 1.0, "loss": "siglip"}, recompute=True),
 }  # fmt: skip
@@ -53,7 +58,7 @@ CASES = {
 
 def made(case: Case, device: str | None = None) -> Tiny:
     vlm = None if case.arch is None else {"vlm": VLMConfig.for_arch(case.arch, **{"max_text_len": 64, "freeze": []} | case.vlm)}
-    return tiny(case.arch, device=device, model=case.model, **(vlm or {}))
+    return tiny(case.arch, device=device, model=case.model, lora=list(case.lora), **(vlm or {}))
 
 
 def batches_of(it: Tiny, case: Case) -> list[Batch]:
@@ -68,6 +73,9 @@ def steps(it: Tiny, case: Case, batches: list[Batch], world: World | None = None
     """
     if case.frozen:
         freeze_some(it)
+    if case.lora:
+        names = [name for name, _ in it.model.named_parameters()]
+        apply_freeze(it.model, trainable_names(names, [], {}))
     add = (lambda values: list(values)) if world is None else (lambda values: world.sum(world.once(values)))
     targets, pairs = map(int, add([sum(b.num_targets for b in batches), sum(b.num_pairs for b in batches)]))
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)

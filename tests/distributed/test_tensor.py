@@ -32,4 +32,5 @@ def test_two_ranks_share_layers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["4,0", "2,0", "2,2"], ids=["four", "two-of-two", "copies"])
 def test_four_ranks(layout: str, tmp_path: Path) -> None:
-    same_as_one_process(tmp_path, 4, layout, *CASES)
+    ranks = int(layout[0])
+    same_as_one_process(tmp_path, 4, layout, *(name for name, case in CASES.items() if not case.model.ffn_width % ranks))
