@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
 from kempnerforge.config import FreezeSpec
 from kempnerforge.contract.cases import (
+    FOREIGN,
     LATE,
     MODEL,
-    FOREIGN,
     ONE,
     SAMPLES,
     THREE,

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _group: dist.ProcessGroup | None = None
 
 

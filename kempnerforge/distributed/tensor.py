@@ -7,6 +7,8 @@ Shapes: I input, O output features of a layer, R ranks that share it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +94,62 @@ PLACEMENTS: dict[Share, dict[str, Placement]] = {
 """Of parameters of a linear layer; of those that are not here each rank has all, and its gradient is whole."""
 
 
+class SharedPart(NamedTuple):
+    """A part of a module with a plan.
+
+    Attributes:
+        whole: the module.
+        name: of the part in the model.
+    """
+
+    whole: nn.Module
+    name: str
+    part: nn.Module
+    share: Share
+
+    def axis(self, parameter: str) -> int | None:
+        """Along which ``parameter`` of the part is divided; None: each rank has all of it."""
+        placement = self.placement(parameter)
+        return placement.dim if isinstance(placement, Shard) else None
+
+    def placement(self, parameter: str) -> Placement | None:
+        """Of ``parameter`` over the ranks; None: it is no concern of theirs, as its gradient is whole."""
+        return Replicate() if self.share is Share.INSIDE else PLACEMENTS[self.share].get(parameter)
+
+
+def shared_parts(model: nn.Module, count: int) -> list[SharedPart]:
+    """The parts of ``model`` of which ``count`` ranks each have a share.
+
+    Raises:
+        InputError: there are none, a module with a plan has a parameter or a layer that the plan does not
+            fit, or ``count`` does not divide a size.
+    """
+    planned = [(path, module) for path, module in model.named_modules() if isinstance(module, HasTensorPlan)]
+    found = list[SharedPart]()
+    for path, module in planned:
+        assert isinstance(module, nn.Module)
+        if with_aux_loss(module):
+            raise InputError(f"{KEY} = {count}: {path} has an auxiliary loss, which would be of a share of its values")
+        plan = module.tensor_plan
+        for name, _ in module.named_parameters():
+            if sum(name == part or name.startswith(f"{part}.") for part in plan) != 1:
+                raise InputError(f"{KEY} = {count}: {path} has a parameter {name!r} of which its tensor_plan says nothing")
+        parts = dict(module.named_modules())
+        for name in plan.keys() & parts.keys():
+            if plan[name] is not Share.WHOLE:
+                found.append(SharedPart(module, f"{path}.{name}", parts[name], plan[name]))
+    if not found:
+        raise InputError(f"{KEY} = {count}: {type(model).__name__} has no layers that several processes can share")
+    for one in found:
+        if one.share is not Share.INSIDE and type(one.part) not in KINDS:
+            raise InputError(f"{KEY} = {count}: {one.name} is a {type(one.part).__name__}; only plain linear layers can be shared")
+        for key, parameter in one.part.named_parameters():
+            axis = one.axis(key)
+            if axis is not None and parameter.shape[axis] % count:
+                raise InputError(f"{KEY} = {count}: does not divide {one.name}.{key} of shape {tuple(parameter.shape)}")
+    return found
+
+
 def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     """Gives each rank of ``mesh`` its share of the modules with a plan; names stay.
 
@@ -99,47 +157,27 @@ def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:
         model: on the meta device.
 
     Raises:
-        InputError: no module has a plan, one has a parameter that is not in its plan, or a size cannot be
-            divided.
+        InputError: as of ``shared_parts``.
     """
-    planned = [(path, module) for path, module in model.named_modules() if isinstance(module, HasTensorPlan)]
-    if not planned:
-        raise InputError(f"{KEY} = {mesh.size()}: {type(model).__name__} has no layers that several processes can share")
-    for path, module in planned:
-        assert isinstance(module, nn.Module)
-        if with_aux_loss(module):
-            raise InputError(f"{KEY} = {mesh.size()}: {path} has an auxiliary loss, which would be of a share of its values")
-        plan = module.tensor_plan
-        for name, _ in module.named_parameters():
-            if sum(name == part or name.startswith(f"{part}.") for part in plan) != 1:
-                raise InputError(f"{KEY} = {mesh.size()}: {path} has a parameter {name!r} of which its tensor_plan says nothing")
-        for name, share in plan.items():
-            part = dict(module.named_modules()).get(name)
-            if part is not None and share is not Share.WHOLE:
-                _share(f"{path}.{name}", part, share, mesh)
-        if "enter" in dict(module.named_children()):
-            module.add_module("enter", Enter(mesh))
+    for one in shared_parts(model, mesh.size()):
+        for key, parameter in [*one.part.named_parameters()]:
+            placement = one.placement(key)
+            if placement is not None:
+                owner, _, last = key.rpartition(".")
+                one.part.get_submodule(owner).register_parameter(last, _divided(parameter, mesh, placement))
+        if one.share is not Share.INSIDE:
+            one.part.__class__ = KINDS[type(one.part)][one.share]
+        if "enter" in dict(one.whole.named_children()):
+            one.whole.add_module("enter", Enter(mesh))
 
 
-def _share(name: str, part: nn.Module, share: Share, mesh: DeviceMesh) -> None:
-    kinds = {share: type(part)} if share is Share.INSIDE else KINDS.get(type(part))
-    if kinds is None:
-        raise InputError(f"{KEY} = {mesh.size()}: {name} is a {type(part).__name__}; only plain linear layers can be shared")
-    for key, parameter in [*part.named_parameters()]:
-        placement = Replicate() if share is Share.INSIDE else PLACEMENTS[share].get(key)
-        if placement is not None:
-            owner, _, last = key.rpartition(".")
-            part.get_submodule(owner).register_parameter(last, _divided(f"{name}.{key}", parameter, mesh, placement))
-    part.__class__ = kinds[share]
-
-
-def _divided(name: str, parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    """``parameter`` as ``placement`` says."""
-    shape = list(parameter.shape)
-    if isinstance(placement, Shard):
-        if shape[placement.dim] % mesh.size():
-            raise InputError(f"{KEY} = {mesh.size()}: does not divide {name} of shape {tuple(parameter.shape)}")
-        shape[placement.dim] //= mesh.size()
+def _divided(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    shape = share_of(parameter, placement.dim if isinstance(placement, Shard) else None, mesh.size())
     local = torch.empty(shape, dtype=parameter.dtype, device="meta")
     whole = DTensor.from_local(local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def share_of(parameter: Tensor, axis: int | None, count: int) -> list[int]:
+    """The shape of what each of ``count`` ranks has of ``parameter``, divided along ``axis``; None: all."""
+    return [size // count if number == axis else size for number, size in enumerate(parameter.shape)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Case(NamedTuple):
 
     arch: str | None
     model: ModelConfig
-    vlm: dict[str, Any] = {}
+    vlm: Mapping[str, Any] = MappingProxyType({})
     packed: bool = False
     recompute: bool = False
     frozen: bool = False
@@ -57,7 +58,7 @@ CASES = {
 
 
 def made(case: Case, device: str | None = None) -> Tiny:
-    vlm = None if case.arch is None else {"vlm": VLMConfig.for_arch(case.arch, **{"max_text_len": 64, "freeze": []} | case.vlm)}
+    vlm = None if case.arch is None else {"vlm": VLMConfig.for_arch(case.arch, **{"max_text_len": 64, "freeze": [], **case.vlm})}
     return tiny(case.arch, device=device, model=case.model, lora=list(case.lora), **(vlm or {}))
 
 
