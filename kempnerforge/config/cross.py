@@ -15,7 +15,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import CheckpointConfig, DistributedConfig, EvalConfig, HookConfig, MetricsConfig
+from kempnerforge.config.training import CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -29,7 +29,6 @@ class Job(JobSections, Protocol):
     data: DataConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    distributed: DistributedConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
     metrics: MetricsConfig
@@ -123,7 +122,7 @@ def sequence_fits(job: Job) -> Found:
         yield ("vlm",), str(error)
 
 
-@_reads("model", "vlm")
+@_reads("model", "vlm", "distributed")
 def arch_fits(job: Job) -> Found:
     """What the arch itself demands of the other sections."""
     if job.vlm is not None:
@@ -135,18 +134,12 @@ def arch_fits(job: Job) -> Found:
 
 @_reads("distributed", "model", "vlm")
 def layers_can_be_shared(job: Job) -> Found:
-    """``distributed.tensor_parallel`` divides heads and channels."""
-    count = job.distributed.tensor_parallel
-    if count == 1:
-        return
-    try:
-        sizes = job.model.shared_sizes() | (job.vlm.shared_sizes(job.model) if job.vlm is not None else {})
-    except ValueError as error:
-        yield ("distributed",), f"tensor_parallel = {count}: {error}"
-        return
-    for key, size in sizes.items():
-        if size % count:
-            yield ("distributed",), f"tensor_parallel = {count}: must divide {key} = {size}"
+    """``distributed.tensor_parallel`` divides heads and channels. (A whole model of transformers refuses it.)"""
+    if job.vlm is None or not job.vlm.files:
+        try:
+            job.distributed.check_shared({"n_heads": job.model.n_heads, "n_kv_heads": job.model.kv_heads, "ffn_dim": job.model.ffn_width})
+        except ValueError as error:
+            yield ("model",), str(error)
 
 
 @_reads("model", "vlm", "vision_encoder")

@@ -226,10 +226,6 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.head_dim or self.dim // self.n_heads
 
-    def shared_sizes(self) -> dict[str, int]:
-        """What the processes of ``distributed.tensor_parallel`` divide among them, by key."""
-        return {"model.n_heads": self.n_heads, "model.n_kv_heads": self.kv_heads, "model.ffn_dim": self.ffn_width}
-
     @property
     def ffn_width(self) -> int:
         return self.ffn_dim or (-(-8 * self.dim // 3 // 32) * 32 if self.activation in GATED else 4 * self.dim)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, defaults, divides, more_than, one_of
 from kempnerforge.config.freeze import DEFAULT_MODULE_PATTERNS, FreezeSpec, FreezeStage, aliases, named
-from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.vlm_cross_attention import CrossAttentionBlockConfig
 from kempnerforge.util.errors import InputError, NotBuiltError
@@ -144,14 +143,6 @@ class VLMConfig:
             ValueError: it does not hold.
         """
 
-    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
-        """As ``ModelConfig.shared_sizes``, of what the arch adds.
-
-        Raises:
-            ValueError: its layers cannot be shared.
-        """
-        return {}
-
     def warnings(self, job: JobSections) -> list[str]:
         """What is allowed but may not be meant."""
         return []
@@ -254,17 +245,13 @@ class CrossAttentionConfig(CrossAttentionBlockConfig, VLMConfig):
         every, model = self.cross_attention_every_n_layers, job.model
         if every > model.n_layers:
             raise InputError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
-        heads, _ = self.resolved_heads(model.n_heads)
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        job.distributed.check_shared({"cross_attention_n_heads": heads, "cross_attention_n_kv_heads": kv_heads})
         if not (model.head_dim or self.cross_attention_head_dim) and model.dim % heads:
             raise InputError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
             reason = f"model.new_tokens = {model.new_tokens}" if model.new_tokens else "model.tie_embeddings = true"
             raise InputError(f"unwritten_tokens = {self.unwritten_tokens}: are in the embedding and not in the head; not with {reason}")
-
-    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
-        heads, kv_heads = self.resolved_heads(model.n_heads)
-        sizes = {"vlm.cross_attention_n_heads": heads, "vlm.cross_attention_n_kv_heads": kv_heads}
-        return sizes | ({"4 * model.dim": 4 * model.dim} if self.cross_attention_block == "openflamingo" else {})
 
     def warnings(self, job: JobSections) -> list[str]:
         """Gates start closed, and through closed ones no gradient reaches the adapter or the encoder."""
@@ -358,8 +345,7 @@ class MoTConfig(VLMConfig):
 
     def check(self, job: JobSections) -> None:
         text = (job.model.n_heads, job.model.kv_heads)
-        image = self.resolved_image_heads(*text)
-        if image != text:
+        if self.resolved_image_heads(*text) != text:
             keys = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
             raise InputError(f"{keys}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, one_of
 from kempnerforge.config.freeze import aliases, named
-from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.vlm import CrossAttentionConfig, VLMConfig
 from kempnerforge.util.errors import InputError
@@ -69,9 +68,6 @@ class DualEncoderConfig(VLMConfig):
     def captioning(self) -> CrossAttentionConfig:
         """Of the layers that read images."""
         return CrossAttentionConfig(cross_attention_every_n_layers=1)
-
-    def shared_sizes(self, model: ModelConfig) -> dict[str, int]:
-        return self.captioning.shared_sizes(model) if self.caption_weight else {}
 
     def check(self, job: JobSections) -> None:
         if self.caption_weight and job.model.n_layers < 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -164,14 +165,18 @@ class Exchanged:
                 mine = nn.Parameter(parameter.new_empty(share_of(parameter, one.axis(key), count)))
                 one.part.get_submodule(owner).register_parameter(last, mine)
             if one.share is Share.ROWS:
-                one.part.register_forward_hook(lambda _, args, found: self._add(found))
+                one.part.register_forward_hook(self._left)
             if one.share is Share.COLUMNS:
-                one.part.register_forward_pre_hook(lambda _, args, whole=one.whole: self._enter(whole, args[0]))
+                one.part.register_forward_pre_hook(partial(self._enter, one.whole))
 
     def _add(self, values: Tensor) -> None:
         self.numbers += values.numel()
 
-    def _enter(self, whole: nn.Module, x: Tensor) -> None:
+    def _left(self, _: nn.Module, args: tuple[Tensor], found: Tensor) -> None:
+        self._add(found)
+
+    def _enter(self, whole: nn.Module, _: nn.Module, args: tuple[Tensor]) -> None:
+        (x,) = args
         if x.requires_grad and self._entered.get(whole) is not x:  # layers that read the same make one sum of what they send back
             x.register_hook(self._add)  # not called for what is recomputed
         self._entered[whole] = x

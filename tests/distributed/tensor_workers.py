@@ -19,6 +19,7 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, meshes
 from kempnerforge.training.freeze import apply_freeze, trainable_names
 from kempnerforge.training.optimizer import holders, local_gradients, squared_norm
+from kempnerforge.training.optimizers.foreach import local
 from tests.distributed.workers import in_world
 
 FOUR = replace(MODEL, n_heads=4)
@@ -94,6 +95,12 @@ def steps(it: Tiny, case: Case, batches: list[Batch], world: World | None = None
         optimizer.zero_grad()
 
 
+def of_ranks(parameter: DTensor) -> bool:
+    """Whether the ranks that share layers have different parts of it."""
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(name == "tensor" and not placement.is_replicate() for name, placement in zip(names, parameter.placements, strict=True))
+
+
 def share(out: str, layout: str, *names: str) -> None:
     """Runs cases on all ranks; rank 0 writes what they find.
 
@@ -115,6 +122,11 @@ def share(out: str, layout: str, *names: str) -> None:
             held = sum(p.to_local().numel() for p in it.model.transformer.layers.parameters() if isinstance(p, DTensor))
             assert held < 1.25 * whole / parallel / here.mesh.size(-1)
             found = list(steps(it, case, batches[here.data_rank :: here.data_size], here))
+            whole = [local(p) for p in it.model.parameters() if not isinstance(p, DTensor) or not of_ranks(p)]
+            sums = here.gather(torch.stack([p.detach().double().sum() for p in whole if p.numel()]))
+            assert all(torch.equal(sums[rank], sums[rank - rank % parallel]) for rank in range(world.size)), (
+                "what ranks have whole is the same"
+            )
             if world.is_main:
                 torch.save(found, f"{out}/{name}.pt")
 
