@@ -125,7 +125,7 @@ def sequence_fits(job: Job) -> Found:
         yield ("vlm",), str(error)
 
 
-@_reads("model", "vlm")
+@_reads("model", "vlm", "distributed")
 def arch_fits(job: Job) -> Found:
     """What the arch itself demands of the other sections."""
     if job.vlm is not None:
@@ -133,6 +133,16 @@ def arch_fits(job: Job) -> Found:
             job.vlm.check(job)
         except (ValueError, NotImplementedError) as error:
             yield ("vlm",), str(error)
+
+
+@_reads("distributed", "model", "vlm")
+def layers_can_be_shared(job: Job) -> Found:
+    """``distributed.tensor_parallel`` divides heads and channels. (A whole model of transformers refuses it.)"""
+    if job.vlm is None or not job.vlm.files:
+        try:
+            job.distributed.check_shared({"n_heads": job.model.n_heads, "n_kv_heads": job.model.kv_heads, "ffn_dim": job.model.ffn_width})
+        except ValueError as error:
+            yield ("model",), str(error)
 
 
 @_reads("model", "vlm", "vision_encoder")

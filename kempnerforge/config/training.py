@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -135,7 +136,8 @@ class DistributedConfig:
             one copy.
         tensor_parallel: processes that compute each layer together, on the same samples: each has some of the
             heads and of the feed-forward's channels (Shoeybi et al. 2019). They exchange activations in every
-            layer: the processes of one node at most.
+            layer: the processes of one node at most. Must divide ``model.n_heads``, ``n_kv_heads`` and
+            ``ffn_dim``.
         context_parallel: processes that share each row, a section of its positions each, and exchange keys
             and values: for rows that are too long for one.
         accumulate_sharded: with ``train.grad_accum_steps`` each micro-batch's gradients are reduced at once,
@@ -158,6 +160,11 @@ class DistributedConfig:
         if self.shard_size % group:
             together = f"tensor_parallel = {self.tensor_parallel} times context_parallel = {self.context_parallel}"
             raise InputError(f"shard_size = {self.shard_size}: must be a multiple of {together}")
+
+    def check_shared(self, sizes: Mapping[str, int]) -> None:
+        """Refuses ``sizes``, by key, that ``tensor_parallel`` does not divide."""
+        if wrong := [f"{key} = {size}" for key, size in sizes.items() if size % self.tensor_parallel]:
+            raise InputError(f"{', '.join(wrong)}: distributed.tensor_parallel = {self.tensor_parallel} must divide it")
 
     def check_processes(self, count: int) -> None:
         """Refuses groups that ``count`` processes cannot be divided into."""

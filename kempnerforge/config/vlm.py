@@ -245,7 +245,8 @@ class CrossAttentionConfig(CrossAttentionBlockConfig, VLMConfig):
         every, model = self.cross_attention_every_n_layers, job.model
         if every > model.n_layers:
             raise InputError(f"cross_attention_every_n_layers = {every}: gives no block in model.n_layers = {model.n_layers} layers")
-        heads, _ = self.resolved_heads(model.n_heads)
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        job.distributed.check_shared({"cross_attention_n_heads": heads, "cross_attention_n_kv_heads": kv_heads})
         if not (model.head_dim or self.cross_attention_head_dim) and model.dim % heads:
             raise InputError(f"cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or set model.head_dim")
         if self.unwritten_tokens and (model.tie_embeddings or model.new_tokens):
@@ -344,8 +345,7 @@ class MoTConfig(VLMConfig):
 
     def check(self, job: JobSections) -> None:
         text = (job.model.n_heads, job.model.kv_heads)
-        image = self.resolved_image_heads(*text)
-        if image != text:
+        if self.resolved_image_heads(*text) != text:
             keys = f"mot_image_n_heads = {self.mot_image_n_heads}, mot_image_n_kv_heads = {self.mot_image_n_kv_heads}"
             raise InputError(f"{keys}: one attention over both modalities needs model.n_heads = {text[0]} and model.n_kv_heads = {text[1]}")
 

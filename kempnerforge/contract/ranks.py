@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -18,12 +19,12 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from kempnerforge.config import DistributedConfig
 from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.distributed.world import World, start, stop
+from kempnerforge.distributed.world import World, meshes, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
-AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS = "aux", "frozen", "recomputed", "compiled", "traced", "grids"
+AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS, SHARED = "aux", "frozen", "recomputed", "compiled", "traced", "grids", "shared"
 """``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
-is made of them, which takes minutes."""
+is made of them, which takes minutes. ``SHARED``: the two ranks compute each layer together."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 
@@ -64,6 +65,10 @@ def _rank(rank: int, port: int, folder: str, others: Sequence[Plugin], cases: Se
 
 def two_steps(case: str, world: World, out: Path) -> None:
     it, how = prepared(case, "meta" if world.rank else None)  # the second rank gets its weights from the first
+    batches = [it.batch(*SHARES[world.rank])]
+    if SHARED in how:
+        mesh, tensor, _ = meshes("cpu", world.size, DistributedConfig(tensor_parallel=world.size))
+        world, batches = replace(world, mesh=mesh, tensor=tensor), shares(it)
     if TRACED in how:
         torch._dynamo.reset()
         it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))
@@ -71,13 +76,16 @@ def two_steps(case: str, world: World, out: Path) -> None:
     if FROZEN in how:
         freeze_some(it)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
-    batch = it.batch(*SHARES[world.rank])
+    counts = world.once([sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)])
+    targets, pairs = map(int, world.sum(counts))
     for step in range(2):
-        targets, pairs = map(int, world.sum([batch.num_targets, batch.num_pairs]))
-        loss = it.model(batch).mean(targets, pairs)
-        loss.backward()
+        losses = []
+        for batch in batches:
+            loss = it.model(batch).mean(targets, pairs)
+            loss.backward()
+            losses.append(loss.item())
         result = full({name: p.grad for name, p in it.model.named_parameters() if p.grad is not None})
-        (result["loss"],) = map(torch.tensor, world.sum([loss.item()]))
+        (result["loss"],) = map(torch.tensor, world.sum(world.once([sum(losses)])))
         if world.is_main:
             torch.save(result, f"{out}-{step}.pt")
         optimizer.step()

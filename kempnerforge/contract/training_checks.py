@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kempnerforge.checkpoint import load_training, model_tensors, optimizer_tensors, save_training
 from kempnerforge.config import FreezeSpec
 from kempnerforge.contract.cases import (
+    FOREIGN,
     LATE,
     MODEL,
     ONE,
@@ -37,7 +38,7 @@ from kempnerforge.contract.cases import (
     tiny_job,
 )
 from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, each_arch, masked, most_archs, most_masks, ranked, with_images
-from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, RECOMPUTED, TRACED, freeze_some, prepared, shares
+from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, RECOMPUTED, SHARED, TRACED, freeze_some, prepared, shares
 from kempnerforge.distributed.world import World
 from kempnerforge.model import attention
 from kempnerforge.training.freeze import apply_freeze, trainable_names
@@ -155,6 +156,14 @@ def test_two_ranks_with_auxiliary_losses(ranked: str, ranks: Callable[[str], lis
     """Of what units return, and of what is inside them: their weights are sharded when the loss is
     differentiated.
     """
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked([(arch, mask) for arch, mask in FIRST_MASKED if arch not in FOREIGN], SHARED)
+def test_two_ranks_share_each_layer(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    """``distributed.tensor_parallel = 2``: each rank has some of the heads and channels, both see all data."""
     same_as_one_process(ranked, ranks(ranked))
 
 

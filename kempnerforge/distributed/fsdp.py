@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from kempnerforge.distributed.rows import gather_among
 from kempnerforge.distributed.spread import spread, take_away
+from kempnerforge.distributed.tensor import share_layers
 from kempnerforge.distributed.world import World
 from kempnerforge.model.aux_loss import restore_losses, return_losses, with_aux_loss
 
@@ -19,7 +22,7 @@ RECOMPILE_LIMIT = 64
 def prepare(
     model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
 ) -> None:
-    """Installs recomputation, compilation and sharding, in this order, unit by unit. Names do not change. The
+    """Installs shared layers, recomputation, compilation and sharding, in this order, unit by unit. Names do not change. The
     model is on ``world.device`` then, and the weights are those of rank 0.
 
     Args:
@@ -45,6 +48,11 @@ def prepare(
     whole = take_away(model) if world.size > 1 else {}
     if world.size == 1:
         model.to(world.device)
+    gather_among(None)
+    if world.tensor is not None:
+        share_layers(model, world.tensor)
+        by_part = init_device_mesh(world.device.type, (world.parts, world.tensor.size()), mesh_dim_names=("part", "layer"))
+        gather_among(by_part["part"].get_group())
     for unit in units:
         if aux_losses := with_aux_loss(unit):
             return_losses(unit, aux_losses)

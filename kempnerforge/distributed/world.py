@@ -75,8 +75,13 @@ class World:
         Args:
             of_batch: the ranks of ``context`` have them alike, too.
         """
-        first = self.rank % _size(self.tensor) == 0 and (not of_batch or self.part % _size(self.context) == 0)
+        first = self.is_first_of_batch if of_batch else self.rank % _size(self.tensor) == 0
         return list(values) if first else [0.0] * len(values)
+
+    @property
+    def is_first_of_batch(self) -> bool:
+        """Whether this is the first of the ranks that have the same samples."""
+        return self.rank % (_size(self.tensor) * _size(self.context)) == 0
 
     @property
     def is_main(self) -> bool:

@@ -2,7 +2,8 @@
 counted, as ``fully_shard`` cuts and sends them; time follows from a stated model.
 
 The model of time: products reach ``EFFICIENCY`` of a GPU's peak. Gathers overlap with computing and are
-exposed where they take longer, in the forward and in the backward pass each, and the first unit's always.
+exposed where they take longer, in the forward and in the backward pass each, and the first unit's always; sums
+of activations (``distributed.tensor_parallel``) overlap with nothing.
 Links have their full rate. Nothing else costs time: no waiting for data, no evaluation, no saving.
 """
 
@@ -10,11 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
+from typing import NamedTuple
+
+from torch import Tensor, nn
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.fsdp import recompute_unit
+from kempnerforge.distributed.tensor import share_of, shared_parts
 from kempnerforge.inspection.plan import Plan
+from kempnerforge.model.tensor_plan import Share
 from kempnerforge.training.accounting import Cost, cost
 from kempnerforge.training.optimizer import state_copies
 from kempnerforge.util.errors import InputError
@@ -66,6 +73,8 @@ class ClusterStage:
         largest_rows: of a micro-batch that fits; 0: not even one.
         gathered, reduced, copied: bytes that a process receives in a step: weights; gradients; gradients
             between copies of the weights.
+        exchanged: bytes of activations, and of what is sent back to them, from the processes of
+            ``distributed.tensor_parallel``. (Not counted: gradients of norms of heads, a few hundred.)
         compute_s, exposed_s: of a step: products, and communication that does not overlap with them.
         tokens: useful ones of a step, over all processes.
         mfu: FLOPs of forward and backward over all that the devices could do in that time.
@@ -80,6 +89,7 @@ class ClusterStage:
     gathered: int
     reduced: int
     copied: int
+    exchanged: int
     compute_s: float
     exposed_s: float
     tokens: float
@@ -102,7 +112,7 @@ class Shards:
     processes hold equally much.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; with layers that are shared, what one process has of it.
         processes: that share a copy of the weights.
     """
 
@@ -139,37 +149,86 @@ def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
     return [_stage(found, stage.stage, stage.cost, stage.useful * stage.row_length, processes, gpu) for stage in found.stages]
 
 
+class Exchanged:
+    """Numbers that a process sums with those that it shares layers with, in one pass forth and back.
+
+    Args:
+        model: on the meta device; it becomes what one of ``count`` processes has of it.
+    """
+
+    def __init__(self, model: VLM, count: int) -> None:
+        self.numbers = 0
+        self._entered: dict[nn.Module, Tensor] = {}
+        for one in shared_parts(model, count) if count > 1 else ():
+            for key, parameter in [*one.part.named_parameters()]:
+                owner, _, last = key.rpartition(".")
+                mine = nn.Parameter(parameter.new_empty(share_of(parameter, one.axis(key), count)))
+                one.part.get_submodule(owner).register_parameter(last, mine)
+            if one.share is Share.ROWS:
+                one.part.register_forward_hook(self._left)
+            if one.share is Share.COLUMNS:
+                one.part.register_forward_pre_hook(partial(self._enter, one.whole))
+
+    def _add(self, values: Tensor) -> None:
+        self.numbers += values.numel()
+
+    def _left(self, _: nn.Module, args: tuple[Tensor], found: Tensor) -> None:
+        self._add(found)
+
+    def _enter(self, whole: nn.Module, _: nn.Module, args: tuple[Tensor]) -> None:
+        (x,) = args
+        if x.requires_grad and self._entered.get(whole) is not x:  # layers that read the same make one sum of what they send back
+            x.register_hook(self._add)  # not called for what is recomputed
+        self._entered[whole] = x
+
+
+class OneProcess(NamedTuple):
+    """What one process has and computes of a micro-batch that is not divided.
+
+    Attributes:
+        model: on the meta device.
+        activations: bytes.
+        exchanged: numbers.
+    """
+
+    model: VLM
+    cost: Cost
+    activations: float
+    exchanged: int
+
+
 def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, processes: int, gpu: Gpu) -> ClusterStage:
     job, assembly = found.assembly.job, found.assembly
-    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
-    rows, rest = divmod(batch, accumulated * processes)
+    accumulated, batch, together = stage.train.grad_accum_steps, stage.train.batch_size, job.distributed.tensor_parallel
+    job.distributed.check_processes(processes)
+    parts = processes // together
+    rows, rest = divmod(batch, accumulated * parts)
     if rest or not rows:
         raise InputError(
             f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes with grad_accum_steps = {accumulated} need a multiple "
-            f"of {accumulated * processes}"
+            f"of {accumulated * parts}"
         )
-    shared = (job.distributed.shard_size if processes > 1 else 0) or processes
-    if processes % shared:
-        raise InputError(f"distributed.shard_size = {shared}: must divide the number of processes, {processes}")
-    copies, model = processes // shared, assembly.model
-    shards, trainable = Shards(model, shared), assembly.freeze.trainable(stage.start)
+    shared = (job.distributed.shard_size // together if processes > 1 else 0) or parts
+    copies, trainable = parts // shared, assembly.freeze.trainable(stage.start)
+    slots = state_copies(assembly.model, stage.optimizer, job.train.ema_decay > 0)
+    one = _one_process(found, stage, counted, trainable, slots)
+    shards = Shards(one.model, shared)
     names = [*shards.root, *(name for unit in shards.units for name in unit)]
     trained = [name for name in names if name in trainable]
-    slots = state_copies(model, stage.optimizer, job.train.ema_decay > 0)
-    width, reshard = found.dtype.itemsize, job.distributed.reshard_after_forward and processes > 1
+    width, reshard = found.dtype.itemsize, job.distributed.reshard_after_forward and parts > 1
     at_once = job.distributed.accumulate_sharded
     reductions = accumulated if at_once else 1
 
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
     cast = width if shared > 1 or width < MASTER else 0
-    in_row = _activations(found, stage, counted, trainable, slots) / max(1, batch // accumulated)  # bytes of one row
+    in_row = one.activations / max(1, batch // accumulated)  # bytes of one row
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
         "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
         "gathered weights": cast * shown,
-        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and processes > 1 and not at_once else 0,
+        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and parts > 1 and not at_once else 0,
         "activations": round(in_row * rows),
     }
     free = gpu.memory - (sum(memory.values()) - memory["activations"])
@@ -182,13 +241,14 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     gathered = accumulated * width * (forth + back + shards.received(shards.root))
     reduced = reductions * REDUCED * sum(shards.received([name]) for name in trained)
     copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
+    exchanged = round(2 * (together - 1) / together * width * one.exchanged / max(1, batch // accumulated) * rows * accumulated)
 
-    speed = EFFICIENCY * gpu.flops * processes / batch
-    again = counted.forward_flops if job.train.activation_checkpointing else 0.0
-    forward, backward = counted.forward_flops / speed, (counted.backward_flops + again) / speed
-    link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (shared, processes))
+    speed = EFFICIENCY * gpu.flops * parts / batch
+    again = one.cost.forward_flops if job.train.activation_checkpointing else 0.0
+    forward, backward = one.cost.forward_flops / speed, (one.cost.backward_flops + again) / speed
+    inside, link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (together, shared * together, processes))
     exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
-    exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward)
+    exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward) + exchanged / inside
     computed = forward + backward
     return ClusterStage(
         stage=stage,
@@ -199,6 +259,7 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
         gathered=gathered,
         reduced=reduced,
         copied=copied,
+        exchanged=exchanged,
         compute_s=computed,
         exposed_s=exposed,
         tokens=tokens_a_row * batch,
@@ -207,20 +268,24 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     )
 
 
-def _activations(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> float:
-    """Bytes of one micro-batch: all that is kept; with activation checkpointing what enters each unit, and one
-    unit's own while it is recomputed.
+def _one_process(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> OneProcess:
+    """Of one micro-batch: with activation checkpointing what enters each unit is kept, and one unit's own
+    while it is recomputed.
     """
-    job = found.assembly.job
+    job, batch = found.assembly.job, next(found.assembly.data.batches(stage, stage.start))
+    model, sums, count = found.assembly.model, 0, job.distributed.tensor_parallel
+    if count > 1:
+        model = build_model(job, "meta")
+        exchanged = Exchanged(model, count)
+        counted, sums = cost(model, batch, trainable, slots, found.dtype.itemsize), exchanged.numbers
     if not job.train.activation_checkpointing:
-        return counted.activation_bytes
-    model = build_model(job, "meta")
-    units = [*model.shard_units()]
+        return OneProcess(model, counted, counted.activation_bytes, sums)
+    again = build_model(job, "meta")
+    exchanged, units = Exchanged(again, count), [*again.shard_units()]
     for unit in units:
         recompute_unit(unit)
-    batch = next(found.assembly.data.batches(stage, stage.start))
-    kept = cost(model, batch, trainable, slots, found.dtype.itemsize).activation_bytes
-    return kept + max(0, counted.activation_bytes - kept) / len(units)
+    kept = cost(again, batch, trainable, slots, found.dtype.itemsize).activation_bytes
+    return OneProcess(model, counted, kept + max(0, counted.activation_bytes - kept) / len(units), exchanged.numbers)
 
 
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:

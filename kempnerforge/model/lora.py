@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config.lora import LORA_PARAMETERS, LoRAConfig
+from kempnerforge.model.tensor_plan import mine
 from kempnerforge.model.transformer import separate_draws
 from kempnerforge.util.name_rules import matches_any, no_match, patterns_of
 
@@ -63,21 +64,24 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        return self.with_bias(input, None if self.bias is None else mine(self.bias))
+
+    def with_bias(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """As ``forward``, with ``bias`` (O,) in place of its own."""
         x = F.dropout(input, self.dropout, self.training) if self.dropout else input
-        update = F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale  # (..., O)
+        weight, update = mine(self.weight), F.linear(F.linear(x, mine(self.lora_a)), mine(self.lora_b)) * self.scale  # (O, I), (..., O)
         if self.magnitude is None:
-            return F.linear(input, self.weight, self.bias) + update
-        stretch = self.magnitude.float() / self.lengths(self.combined())
-        y = (F.linear(input, self.weight) + update) * stretch.to(update.dtype)
-        return y if self.bias is None else y + self.bias
+            return F.linear(input, weight, bias) + update
+        stretch = mine(self.magnitude).float() / self.lengths(self.combined())
+        y = (F.linear(input, weight) + update) * stretch.to(update.dtype)
+        return y if bias is None else y + bias
 
     @torch.no_grad()
     def combined(self) -> Tensor:
         """``W + alpha / r * B A``: (O, I) fp32."""
-        return torch.addmm(self.weight.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
+        return torch.addmm(mine(self.weight).float(), mine(self.lora_b).float(), mine(self.lora_a).float(), alpha=self.scale)
 
-    @staticmethod
-    def lengths(weight: Tensor) -> Tensor:
+    def lengths(self, weight: Tensor) -> Tensor:
         """Of the rows: (O, I) -> (O,), never 0."""
         return torch.linalg.vector_norm(weight, dim=1).clamp(min=1e-12)
 

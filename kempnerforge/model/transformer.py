@@ -6,10 +6,10 @@ Shapes: B rows, S positions, D ``dim``, H query heads, G key/value heads, E head
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from torch import Tensor
 from kempnerforge.config.model import GATED, ModelConfig
 from kempnerforge.model.attention import ByWindow, Mask, Segments, attend
 from kempnerforge.model.rope import Rope, rope_of_layer, rotate
+from kempnerforge.model.tensor_plan import Share, mine
 
 
 class Cache:
@@ -118,9 +119,10 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x32.shape[-1]
         x32 = x32 * torch.rsqrt(mean_square + self.eps)
+        weight = mine(self.weight)
         if self.plus_one:  # Gemma multiplies before it casts back
-            return (x32 * (1.0 + self.weight.float())).to(x.dtype)
-        return x32.to(x.dtype) * self.weight
+            return (x32 * (1.0 + weight.float())).to(x.dtype)
+        return x32.to(x.dtype) * weight
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, plus_one={self.plus_one}"
@@ -157,10 +159,18 @@ class StreamDropout(nn.Module):
 class Attention(nn.Module):
     """Projections of self-attention; the product itself is ``attend``."""
 
+    tensor_plan: ClassVar[Mapping[str, Share]] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), Share.COLUMNS),
+        **dict.fromkeys(("q_norm", "k_norm"), Share.INSIDE),
+        "o_proj": Share.ROWS,
+        "post_norm": Share.WHOLE,
+    }
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.head_dim, self.turns = cfg.head_width, cfg.positions == "rope"
         qkv_bias = cfg.qkv_bias or cfg.bias
+        self.enter = nn.Identity()
         self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=qkv_bias)
@@ -175,6 +185,7 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` (B, S, D) -> q (B, H, S, E), k and v (B, G, S, E), q and k rotated if positions are."""
+        x = self.enter(x)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, S, H or G, E)
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
         if self.turns:
@@ -193,8 +204,16 @@ def _post_norm(cfg: ModelConfig) -> nn.Module:
 class MLP(nn.Module):
     """Feed-forward: SwiGLU or GeGLU (Shazeer 2020, eq. 6), or two layers with a GELU between them."""
 
+    tensor_plan: ClassVar[Mapping[str, Share]] = {
+        "gate_proj": Share.COLUMNS,
+        "up_proj": Share.COLUMNS,
+        "down_proj": Share.ROWS,
+        "post_norm": Share.WHOLE,
+    }
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        self.enter = nn.Identity()
         self.activation = _ACTIVATIONS.get(cfg.activation, _gelu)
         self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=cfg.bias) if cfg.activation in GATED else None
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_width, bias=cfg.bias)
@@ -203,6 +222,7 @@ class MLP(nn.Module):
         self.dropout = StreamDropout(cfg)
 
     def forward(self, x: Tensor, answers: Tensor | None = None) -> Tensor:
+        x = self.enter(x)
         hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x)
         hidden = self.activation(hidden) if self.gate_proj is None else self.activation(hidden) * self.up_proj(x)
         return self.dropout(self.post_norm(self.down_proj(hidden)), answers)

@@ -340,7 +340,7 @@ class Trainer:
         weight, *others = self.world.sum(self.world.once([sum(column) for column in zip(*rows, strict=True)], of_batch=True))
         totals = [int(total) for total in others]
         counts, by_section = Counts(*totals[: -len(sections)]), totals[-len(sections) :]
-        self.bad_samples = [row for batch in batches for row in batch.skipped]
+        self.bad_samples = [row for batch in batches for row in batch.skipped] if self.world.is_first_of_batch else []
         self.samples_seen += counts.samples
         self.samples_bad += counts.bad_samples
         if len(sections) > 1:

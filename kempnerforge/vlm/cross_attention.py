@@ -7,6 +7,7 @@ their width, H query heads, G key/value heads, E head width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -21,6 +22,7 @@ from kempnerforge.interop.weights import take_weights
 from kempnerforge.model.adapters import TwoLayerMLP
 from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.hf_files import some
+from kempnerforge.model.tensor_plan import Share
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, StreamDropout, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
@@ -77,6 +79,7 @@ class GatedCrossAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.head_dim, media_dim, self.openflamingo = head_dim or cfg.head_width, media_dim or cfg.dim, openflamingo
+        self.enter = nn.Identity()
         kind = nn.LayerNorm if openflamingo else lambda dim: RMSNorm(dim, cfg.norm_eps, cfg.norm_plus_one)
         norm = lambda dim, used=True: kind(dim) if used else nn.Identity()
         self.norm, self.media_norm, self.mlp_norm = norm(cfg.dim), norm(media_dim, media_norm), norm(cfg.dim)
@@ -91,6 +94,13 @@ class GatedCrossAttention(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(1))
         init_weights(self, cfg)
 
+    @property
+    def tensor_plan(self) -> Mapping[str, Share]:
+        plan = dict.fromkeys(("norm", "media_norm", "mlp_norm", "attention_gate", "mlp_gate"), Share.WHOLE)
+        plan |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), Share.COLUMNS) | {"o_proj": Share.ROWS}
+        plan |= dict.fromkeys(("q_norm", "k_norm"), Share.INSIDE)
+        return plan | ({"mlp.fc1": Share.COLUMNS, "mlp.fc2": Share.ROWS} if self.openflamingo else {"mlp": Share.WHOLE})
+
     def heads(self, x: Tensor) -> Tensor:
         """(B, L, heads * E) -> (B, heads, L, E)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -101,7 +111,7 @@ class GatedCrossAttention(nn.Module):
         NOTE: with the view, the gradients of this layer are summed before they are added to the gradients of
         other layers. Otherwise the order of the sum, and so its last bit, would depend on the sharding.
         """
-        media = self.media_norm(media.view_as(media))
+        media = self.enter(self.media_norm(media.view_as(media)))
         return self.k_norm(self.heads(self.k_proj(media))), self.heads(self.v_proj(media))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, sight: Sight, answers: Tensor | None = None) -> Tensor:

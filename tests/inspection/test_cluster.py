@@ -18,6 +18,7 @@ MEASURE = """
 import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as sends
+from torch.utils._python_dispatch import TorchDispatchMode
 from kempnerforge.config import load_config
 from kempnerforge.distributed import world as worlds
 from kempnerforge.training.optimizers.foreach import local
@@ -31,7 +32,7 @@ trainer = Trainer(assemble(job), world, [])
 trainer.apply_freeze()
 trainer.train_step()
 trainer.step += 1
-got = {"gathered": 0, "reduced": 0, "copied": 0}
+got = {"gathered": 0, "reduced": 0, "copied": 0, "exchanged": 0}
 
 def counted(owner, name, kind, received):
     call = getattr(owner, name)
@@ -47,7 +48,15 @@ def of_all(sizes, group):  # of a reduction over copies; the others of a step ar
 counted(sends.DefaultAllGather, "__call__", "gathered", lambda sizes, group: max(sizes) - min(sizes))
 counted(sends.DefaultReduceScatter, "__call__", "reduced", lambda sizes, group: max(sizes) - min(sizes))
 counted(dist, "all_reduce", "copied", of_all)
-trainer.train_step()
+
+class Sums(TorchDispatchMode):  # of DTensor
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "all_reduce" in str(func) and "_c10d_functional" in str(func):
+            got["exchanged"] += 2 * args[0].nbytes * (world.tensor.size() - 1) // world.tensor.size()
+        return func(*args, **(kwargs or {}))
+
+with Sums():
+    trainer.train_step()
 size = lambda tensors: sum(local(t).nbytes for t in tensors)
 state = [value for each in trainer.optimizers.all for slots in each.state.values() for value in slots.values() if value.ndim]
 got |= {"weights": size(trainer.model.parameters()), "optimizer": size(state)}
@@ -85,7 +94,9 @@ def measured(config: Path, ranks: int, *words: str) -> dict[str, int]:
         (2, ()),
         (2, ("--distributed.reshard_after_forward=false", "--train.grad_accum_steps=2", "--vlm.arch=mot")),
         (2, ("--optimizer.name=muon", "--train.mixed_precision=bf16")),
+        (2, ("--distributed.tensor_parallel=2", "--train.activation_checkpointing=true", "--vlm.arch=mot")),
         (4, ("--distributed.shard_size=2",)),
+        (4, ("--distributed.tensor_parallel=2", "--vlm.arch=cross_attention", "--vlm.cross_attention_every_n_layers=1")),
         (4, ("--distributed.shard_size=2", "--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true", "--train.batch_size=8")),
     ],
 )
@@ -96,6 +107,7 @@ def test_state_and_traffic_are_those_of_ranks(ranks: int, words: tuple[str, ...]
     assert found["weights"] <= stage.memory["weights"] <= 1.05 * found["weights"]
     assert found["optimizer"] <= stage.memory["optimizer"] <= 1.05 * found["optimizer"]
     assert (found["gathered"], found["reduced"], found["copied"]) == (stage.gathered, stage.reduced, stage.copied)
+    assert found["exchanged"] == stage.exchanged and (found["exchanged"] > 0) == ("tensor_parallel" in str(words))
 
 
 def test_time_follows_from_the_stated_model(tmp_path: Path) -> None:

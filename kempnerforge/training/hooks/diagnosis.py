@@ -125,7 +125,7 @@ class Diagnosis(Hook):
         squares, self._squares = self._squares or {part: [0.0] * 3 for part in self._parts}, {}
         gates = [trainer.model.get_parameter(name).detach() for name in self._gates]
         gates = [float(local(gate).sum()) / held_by(gate, trainer.world.size) for gate in gates]
-        shares = trainer.world.once(self._shares.take())
+        shares = [value * trainer.world.parts / trainer.world.size for value in self._shares.take()]  # means over a rank's heads
         flops = trainer.world.once([self._flops], of_batch=True)
         flops, *rest = trainer.sum([*flops, *gates, *shares, *(value for part in self._parts for value in squares[part])])
         gates, shares, rest = rest[: len(gates)], rest[len(gates) :][: len(shares)], rest[len(gates) + len(shares) :]

@@ -65,7 +65,7 @@ class StudyHook(Hook):
         trainable = trainer.freeze.trainable(trainer.step - 1)
         flops_here = float(sum(flops.count(batch, trainable) for batch in data.batches))
         ids = float(sum(hash_of(name) for batch in data.batches for name in batch.sample_names))
-        total, seen = trainer.sum([flops_here, ids])
+        total, seen = trainer.sum(trainer.world.once([flops_here, ids], of_batch=True))
         trainer.record(
             {
                 "study/samples": float(data.counts.samples),
