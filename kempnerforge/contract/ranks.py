@@ -16,16 +16,18 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
-from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
+from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, TWICE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
 from kempnerforge.data.batching.batch import Batch
-from kempnerforge.distributed.world import World, start, stop
+from kempnerforge.distributed.world import World, meshes, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
-AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS = "aux", "frozen", "recomputed", "compiled", "traced", "grids"
-"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
+AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS, SHARED = "aux", "frozen", "recomputed", "compiled", "traced", "grids", "shared"
+"""With ``SHARED`` the ranks have the same rows, some positions of them each. ``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
 is made of them, which takes minutes."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
+ROWS = ((ONE, THREE, LATE), (NO_IMAGE, TWICE))
+"""Of several samples, which ranks share."""
 
 
 def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
@@ -71,9 +73,12 @@ def two_steps(case: str, world: World, out: Path) -> None:
     if FROZEN in how:
         freeze_some(it)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
-    batch = it.batch(*SHARES[world.rank])
+    batch, of_batch = it.batch(*SHARES[world.rank]), True
+    if SHARED in how:
+        _, _, it.model.row_ranks = meshes(world.device.type, world.size, DistributedConfig(context_parallel=world.size))
+        batch, of_batch = it.pack(*ROWS), world.is_main
     for step in range(2):
-        targets, pairs = map(int, world.sum([batch.num_targets, batch.num_pairs]))
+        targets, pairs = map(int, world.sum([of_batch * batch.num_targets, of_batch * batch.num_pairs]))
         loss = it.model(batch).mean(targets, pairs)
         loss.backward()
         result = full({name: p.grad for name, p in it.model.named_parameters() if p.grad is not None})
@@ -93,9 +98,9 @@ def prepared(case: str, device: str | None = None) -> tuple[Tiny, set[str]]:
     return it, set(how.split("+"))
 
 
-def shares(it: Tiny) -> list[Batch]:
+def shares(it: Tiny, how: set[str]) -> list[Batch]:
     """What the ranks have, in one process."""
-    return [it.batch(*samples) for samples in SHARES]
+    return [it.pack(*ROWS)] if SHARED in how else [it.batch(*samples) for samples in SHARES]
 
 
 # ---- auxiliary losses wherever a plugin may have them --------------------------------------------

@@ -66,26 +66,39 @@ class RowShare:
         ``index``. A gradient is the sum over the ranks, each of which has differentiated its own queries.
         """
         both: Tensor = _Gather.apply(torch.stack([k, v]), self.group)  # (R, 2, B, G, n, E)
-        k, v = both.movedim(0, 3).flatten(3, 4)
+        batch, heads, _, width = k.shape  # told, not found in the result: the compiler would make symbols of them
+        k, v = both.movedim(0, 3).reshape(2, batch, heads, -1, width)
         return k, v
 
 
 def share_row(parts: Sequence[int], ranks: DeviceMesh, device: torch.device) -> RowShare:
-    """Cuts a stream for ``ranks``.
-
-    Args:
-        parts: positions of each part of the stream. Of each part every rank gets equally many, two stretches: the
-            i-th from the front and the i-th from the end of 2 R, so that under a causal mask all have as many
-            keys to look at.
-    """
-    count, places, before = ranks.size(), [], 0
-    for size in parts:
-        stretches = before + torch.arange(2 * count * -(-size // (2 * count)), device=device).view(2 * count, -1)
-        stretches = torch.where(stretches < before + size, stretches, -1)
-        places.append(torch.cat([stretches[:count], stretches[count:].flip(0)], dim=1))  # (R, n of the part)
-        before += size
+    """Cuts a stream for ``ranks``; ``parts`` as of ``cut``."""
+    places = cut(parts, ranks.size(), device)
     sizes = tuple(part.shape[1] for part in places)
     return RowShare(torch.cat(places, dim=1).flatten(), ranks.get_local_rank(), sizes, ranks.get_group())
+
+
+def cut(parts: Sequence[int], ranks: int, device: torch.device | None = None) -> list[Tensor]:
+    """The places of each part of a stream that each rank has, (R, n of the part) int64; -1 is padding.
+
+    Args:
+        parts: positions of each part. Of each part every rank gets equally many, two stretches: the i-th from the
+            front and the i-th from the end of 2 R, so that under a causal mask all ranks have about as many keys
+            to look at.
+    """
+    places, before = [], 0
+    for size in parts:
+        length = -(-size // (2 * ranks))  # of a stretch
+        steps = torch.arange(2 * ranks * length, device=device).view(2 * ranks, length)
+        steps = torch.where(steps < size, before + steps, -1)
+        places.append(torch.cat([steps[:ranks], steps[ranks:].flip(0)], dim=1))
+        before += size
+    return places
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""The second names are those of torch 2.11, which warn in later versions."""
 
 
 class _Gather(torch.autograd.Function):
@@ -95,12 +108,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         found = x.new_empty(group.size(), *x.shape)
-        dist.all_gather_into_tensor(found.flatten(0, 1), x.contiguous(), group)
+        _all_gather(found.flatten(0, 1), x.contiguous(), group)
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         own = gradient.new_empty(gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous().flatten(0, 1), group=ctx.group)
+        _reduce_scatter(own, gradient.contiguous().flatten(0, 1), group=ctx.group)
         return own, None
