@@ -66,8 +66,7 @@ class RowShare:
         ``index``. A gradient is the sum over the ranks, each of which has differentiated its own queries.
         """
         both: Tensor = _Gather.apply(torch.stack([k, v]), self.group)  # (R, 2, B, G, n, E)
-        batch, heads, _, width = k.shape  # told, not found in the result: the compiler would make symbols of them
-        k, v = both.movedim(0, 3).reshape(2, batch, heads, -1, width)
+        k, v = both.movedim(0, 3).flatten(3, 4)
         return k, v
 
 
