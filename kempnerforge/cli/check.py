@@ -107,6 +107,7 @@ def _cluster_json(stage: ClusterStage) -> dict[str, Any]:
         "gathered_bytes": stage.gathered,
         "reduced_bytes": stage.reduced,
         "copied_bytes": stage.copied,
+        "exchanged_bytes": stage.exchanged,
         "compute_s": stage.compute_s,
         "exposed_s": stage.exposed_s,
         "tokens_per_s": stage.tokens / stage.step_s,
@@ -117,7 +118,7 @@ def _cluster_json(stage: ClusterStage) -> dict[str, Any]:
 def _show_cluster(stage: ClusterStage, gpu: str) -> None:
     gib = lambda size: f"{size / 2**30:,.1f} GiB"
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in stage.memory.items() if size)
-    sent = stage.gathered + stage.reduced + stage.copied
+    sent = stage.gathered + stage.reduced + stage.copied + stage.exchanged
     print(f"stage {stage.stage.name} on {stage.processes} x {gpu}, a process: {gib(stage.total)} ({kinds})")
     print(f"  micro-batches of {stage.rows} rows, at most {stage.largest_rows} fit; a step receives {gib(sent)}")
     print(

@@ -14,7 +14,7 @@ from math import ceil, prod
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.fsdp import recompute_unit
-from kempnerforge.inspection.plan import Plan
+from kempnerforge.inspection.plan import Plan, StagePlan
 from kempnerforge.training.accounting import Cost, cost
 from kempnerforge.training.optimizer import state_copies
 from kempnerforge.util.errors import InputError
@@ -64,8 +64,8 @@ class ClusterStage:
         memory: bytes by kind, at the moment when most is held.
         rows: samples of a micro-batch on one process.
         largest_rows: of a micro-batch that fits; 0: not even one.
-        gathered, reduced, copied: bytes that a process receives in a step: weights; gradients; gradients
-            between copies of the weights.
+        gathered, reduced, copied, exchanged: bytes that a process receives in a step: weights; gradients; gradients
+            between copies of the weights; keys, values and their gradients where rows are shared.
         compute_s, exposed_s: of a step: products, and communication that does not overlap with them.
         tokens: useful ones of a step, over all processes.
         mfu: FLOPs of forward and backward over all that the devices could do in that time.
@@ -80,6 +80,7 @@ class ClusterStage:
     gathered: int
     reduced: int
     copied: int
+    exchanged: int
     compute_s: float
     exposed_s: float
     tokens: float
@@ -136,18 +137,27 @@ def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
     Raises:
         InputError: a batch cannot be divided among them.
     """
-    return [_stage(found, stage.stage, stage.cost, stage.useful * stage.row_length, processes, gpu) for stage in found.stages]
+    found.assembly.job.distributed.check_processes(processes)
+    return [_stage(found, stage, processes, gpu) for stage in found.stages]
 
 
-def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, processes: int, gpu: Gpu) -> ClusterStage:
-    job, assembly = found.assembly.job, found.assembly
-    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
-    rows, rest = divmod(batch, accumulated * processes)
+def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
+    """Rows of a micro-batch that a process has, or shares with others."""
+    accumulated, batch, together = stage.train.grad_accum_steps, stage.train.batch_size, job.distributed.context_parallel
+    rows, rest = divmod(batch * together, accumulated * processes)
     if rest or not rows:
+        shared = f" that share rows by {together}" if together > 1 else ""
         raise InputError(
-            f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes with grad_accum_steps = {accumulated} need a multiple "
-            f"of {accumulated * processes}"
+            f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes{shared} with grad_accum_steps = {accumulated} need a "
+            f"multiple of {accumulated * processes // together}"
         )
+    return rows
+
+
+def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> ClusterStage:
+    job, assembly, stage, counted = found.assembly.job, found.assembly, planned.stage, planned.cost
+    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
+    rows = _rows(job, stage, processes)
     shared = (job.distributed.shard_size if processes > 1 else 0) or processes
     if processes % shared:
         raise InputError(f"distributed.shard_size = {shared}: must divide the number of processes, {processes}")
@@ -163,7 +173,9 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
     cast = width if shared > 1 or width < MASTER else 0
+    again, others = job.train.activation_checkpointing, _keys_and_values(job, planned.row_length, width)
     in_row = _activations(found, stage, counted, trainable, slots) / max(1, batch // accumulated)  # bytes of one row
+    in_row = in_row / job.distributed.context_parallel + others * (1 if again else job.model.n_layers)
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
@@ -184,11 +196,12 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
 
     speed = EFFICIENCY * gpu.flops * processes / batch
-    again = counted.forward_flops if job.train.activation_checkpointing else 0.0
-    forward, backward = counted.forward_flops / speed, (counted.backward_flops + again) / speed
+    forward, backward = counted.forward_flops / speed, (counted.backward_flops + again * counted.forward_flops) / speed
     link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (shared, processes))
     exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
     exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward)
+    exchanged = round(accumulated * rows * others * job.model.n_layers * (3 if again else 2))
+    exposed += exchanged / link
     computed = forward + backward
     return ClusterStage(
         stage=stage,
@@ -199,9 +212,10 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
         gathered=gathered,
         reduced=reduced,
         copied=copied,
+        exchanged=exchanged,
         compute_s=computed,
         exposed_s=exposed,
-        tokens=tokens_a_row * batch,
+        tokens=planned.useful * planned.row_length * batch,
         mfu=counted.flops * batch / (gpu.flops * processes * (computed + exposed)),
         warnings=_warnings(job, memory, largest, rows, gpu, exposed / (computed + exposed)),
     )
@@ -223,8 +237,16 @@ def _activations(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[
     return kept + max(0, counted.activation_bytes - kept) / len(units)
 
 
+def _keys_and_values(job: JobConfig, length: int, width: int) -> float:
+    """Bytes of a row's keys and values in one layer that a process receives from those that it shares the row with."""
+    ranks = job.distributed.context_parallel
+    return 2 * width * job.model.kv_heads * job.model.head_width * length * (ranks - 1) / ranks
+
+
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:
     lines = []
+    if job.distributed.context_parallel > 1 and job.vlm is not None:
+        lines.append("distributed.context_parallel: activations and products of the images are counted as if they were shared, too; they are not")
     if largest < rows:
         fits = f"micro-batches of {largest} rows fit" if largest else "not even one row fits"
         lines.append(f"{sum(memory.values()) / GIB:,.1f} GiB are needed, {gpu.memory / GIB:,.1f} are there: {fits}, not of {rows}")

@@ -20,6 +20,7 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as sends
 from kempnerforge.config import load_config
 from kempnerforge.distributed import world as worlds
+from kempnerforge.model import row_share
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Trainer
@@ -31,7 +32,7 @@ trainer = Trainer(assemble(job), world, [])
 trainer.apply_freeze()
 trainer.train_step()
 trainer.step += 1
-got = {"gathered": 0, "reduced": 0, "copied": 0}
+got = {"gathered": 0, "reduced": 0, "copied": 0, "exchanged": 0}
 
 def counted(owner, name, kind, received):
     call = getattr(owner, name)
@@ -47,6 +48,8 @@ def of_all(sizes, group):  # of a reduction over copies; the others of a step ar
 counted(sends.DefaultAllGather, "__call__", "gathered", lambda sizes, group: max(sizes) - min(sizes))
 counted(sends.DefaultReduceScatter, "__call__", "reduced", lambda sizes, group: max(sizes) - min(sizes))
 counted(dist, "all_reduce", "copied", of_all)
+for name in ("_all_gather", "_reduce_scatter"):
+    counted(row_share, name, "exchanged", lambda sizes, group: max(sizes) - min(sizes))
 trainer.train_step()
 size = lambda tensors: sum(local(t).nbytes for t in tensors)
 state = [value for each in trainer.optimizers.all for slots in each.state.values() for value in slots.values() if value.ndim]
@@ -86,6 +89,8 @@ def measured(config: Path, ranks: int, *words: str) -> dict[str, int]:
         (2, ("--distributed.reshard_after_forward=false", "--train.grad_accum_steps=2", "--vlm.arch=mot")),
         (2, ("--optimizer.name=muon", "--train.mixed_precision=bf16")),
         (4, ("--distributed.shard_size=2",)),
+        (2, ("--distributed.context_parallel=2", "--data.batching=pack")),
+        (4, ("--distributed.context_parallel=2", "--data.batching=pack", "--train.activation_checkpointing=true")),
         (4, ("--distributed.shard_size=2", "--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true", "--train.batch_size=8")),
     ],
 )
@@ -96,6 +101,7 @@ def test_state_and_traffic_are_those_of_ranks(ranks: int, words: tuple[str, ...]
     assert found["weights"] <= stage.memory["weights"] <= 1.05 * found["weights"]
     assert found["optimizer"] <= stage.memory["optimizer"] <= 1.05 * found["optimizer"]
     assert (found["gathered"], found["reduced"], found["copied"]) == (stage.gathered, stage.reduced, stage.copied)
+    assert stage.exchanged <= found["exchanged"] <= 1.1 * stage.exchanged, "rows are padded to what can be divided"
 
 
 def test_time_follows_from_the_stated_model(tmp_path: Path) -> None:
@@ -142,6 +148,23 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert wide.total - sharded.total == wide.memory["unsharded gradients"] > 0 and sharded.reduced == 2 * wide.reduced
     with pytest.raises(InputError, match="train.batch_size = 4: 3 processes with grad_accum_steps = 2 need a multiple of 6"):
         on_cluster(found, 3, small)
+
+
+def test_ranks_that_share_rows(tmp_path: Path) -> None:
+    """Two processes have the rows of one, half of each; what images cost is said to be left out."""
+    config = make_job(tmp_path)
+    (whole,) = on_cluster(plan(load_config(config, [STEPS])), 2, GPUS["h200"])
+    found = plan(load_config(config, [STEPS, "--distributed.context_parallel=2"]))
+    (shared,) = on_cluster(found, 2, GPUS["h200"])
+    assert shared.rows == 2 * whole.rows and whole.exchanged == 0 < shared.exchanged
+    others = 2 * shared.rows * found.dtype.itemsize * 2 * 32 * found.stages[0].row_length / 2  # of two layers, keys and values 32 wide
+    assert shared.memory["activations"] == pytest.approx(whole.memory["activations"] + others, rel=1e-4)
+    assert shared.exchanged == pytest.approx(2 * others) and shared.exposed_s > whole.exposed_s
+    assert any("context_parallel: activations and products of the images" in line for line in shared.warnings)
+    with pytest.raises(InputError, match="their product must divide the number of processes, 3"):
+        on_cluster(found, 3, GPUS["h200"])
+    with pytest.raises(InputError, match="batch_size = 4: 16 processes that share rows by 2 with grad_accum_steps = 1 need a multiple of 8"):
+        on_cluster(found, 16, GPUS["h200"])
 
 
 def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:
