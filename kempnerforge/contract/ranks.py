@@ -22,8 +22,8 @@ from kempnerforge.distributed.world import World, meshes, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
 AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS, SHARED = "aux", "frozen", "recomputed", "compiled", "traced", "grids", "shared"
-"""With ``SHARED`` the ranks have the same rows, some positions of them each. ``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
-is made of them, which takes minutes."""
+"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
+is made of them, which takes minutes. ``SHARED``: the ranks have the same rows, some positions of them each."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 ROWS = ((ONE, THREE, LATE), (NO_IMAGE, TWICE))

@@ -246,7 +246,9 @@ def _keys_and_values(job: JobConfig, length: int, width: int) -> float:
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:
     lines = []
     if job.distributed.context_parallel > 1 and job.vlm is not None:
-        lines.append("distributed.context_parallel: activations and products of the images are counted as if they were shared, too; they are not")
+        lines.append(
+            "distributed.context_parallel: activations and products of the images are counted as if they were shared, too; they are not"
+        )
     if largest < rows:
         fits = f"micro-batches of {largest} rows fit" if largest else "not even one row fits"
         lines.append(f"{sum(memory.values()) / GIB:,.1f} GiB are needed, {gpu.memory / GIB:,.1f} are there: {fits}, not of {rows}")

@@ -163,7 +163,9 @@ def test_ranks_that_share_rows(tmp_path: Path) -> None:
     assert any("context_parallel: activations and products of the images" in line for line in shared.warnings)
     with pytest.raises(InputError, match="their product must divide the number of processes, 3"):
         on_cluster(found, 3, GPUS["h200"])
-    with pytest.raises(InputError, match="batch_size = 4: 16 processes that share rows by 2 with grad_accum_steps = 1 need a multiple of 8"):
+    with pytest.raises(
+        InputError, match="batch_size = 4: 16 processes that share rows by 2 with grad_accum_steps = 1 need a multiple of 8"
+    ):
         on_cluster(found, 16, GPUS["h200"])
 
 

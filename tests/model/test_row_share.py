@@ -71,7 +71,9 @@ def check_rows(whole: Segments, ranks: int, window: int) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("found", [structure(ROWS, 96, True), structure(ROWS, 96, True, True), one_text(96, 6)], ids=["", "shuffled", "causal"])
+@pytest.mark.parametrize(
+    "found", [structure(ROWS, 96, True), structure(ROWS, 96, True, True), one_text(96, 6)], ids=["", "shuffled", "causal"]
+)
 def test_blocks_are_the_dense_mask(found: Segments, monkeypatch: pytest.MonkeyPatch) -> None:
     found = found if found.positions is not None else counted(found, 6)
     (index,) = cut([found.num_keys], 2)
@@ -95,7 +97,9 @@ def test_blocks_on_cuda() -> None:
     moved: dict[str, Any] = {f.name: x.cuda() for f in fields(found) if isinstance(x := getattr(found, f.name), Tensor)}
     (index,) = cut([found.num_keys], 2, torch.device("cuda"))
     shared, length = replace(found, **moved).shared(index.flatten()), index.shape[1]
-    q, k, v = (torch.randn(2, heads, n, 32, device="cuda", dtype=torch.bfloat16) for heads, n in ((4, length), (2, 2 * length), (2, 2 * length)))
+    q, k, v = (
+        torch.randn(2, heads, n, 32, device="cuda", dtype=torch.bfloat16) for heads, n in ((4, length), (2, 2 * length), (2, 2 * length))
+    )
     for rank in range(2):
         mask = shared.mask(length, torch.bfloat16, first=rank * length)
         assert isinstance(mask, ByWindow) and isinstance(mask.masks[40], BlockMask)

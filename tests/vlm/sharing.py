@@ -210,7 +210,8 @@ def memory(length: str) -> None:
 
     def body(world: World) -> None:
         text = Sample("a long text", (), (Text("", tuple(11 + k % 100 for k in range(int(length) + 1))),))
-        sizes = {"model": replace(MODEL, dim=64, n_heads=4, n_kv_heads=1, max_seq_len=int(length)), "train": TrainConfig(max_steps=4, seq_len=int(length), mixed_precision="fp32")}
+        train = TrainConfig(max_steps=4, seq_len=int(length), mixed_precision="fp32")
+        sizes = {"model": replace(MODEL, dim=64, n_heads=4, n_kv_heads=1, max_seq_len=int(length)), "train": train}
         kept = []
         for shared in (False, True):
             it = tiny(None, **sizes)

@@ -17,7 +17,13 @@ STAGES = f"""
 name = "all"
 steps = {STEPS}
 """
-ARGV = ("--data.batching=pack", "--checkpoint.interval=3", "--checkpoint.keep_last_n=3", "--train.grad_clip_norm=0", "--metrics.diagnosis=true")
+ARGV = (
+    "--data.batching=pack",
+    "--checkpoint.interval=3",
+    "--checkpoint.keep_last_n=3",
+    "--train.grad_clip_norm=0",
+    "--metrics.diagnosis=true",
+)
 SHARED = ("--distributed.context_parallel=2",)
 MAIN = "from kempnerforge.cli.main import main; main()"
 
@@ -44,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same_curve(a: Path, b: Path) -> None:
     """Losses, norms, counts and scores of two runs, up to rounding of sums in another order."""
-    found, want = ([row for row in metrics(path)] for path in (a, b))
+    found, want = (metrics(path) for path in (a, b))
     assert len(losses(a)) == STEPS and [sorted(row) for row in found] == [sorted(row) for row in want]
     skipped = ("time/", "attention_on", "train/tflops", "train/peak", "train/products", "train/mfu")
     for row, its in zip(found, want, strict=True):
@@ -73,7 +79,9 @@ def test_checkpoints_change_hands(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("--distributed.shard_size=2",), ("--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true")])
+@pytest.mark.parametrize(
+    "extra", [(), ("--distributed.shard_size=2",), ("--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true")]
+)
 def test_two_groups_of_two_ranks_are_two_ranks(extra: tuple[str, ...], tmp_path: Path) -> None:
     job = make_job(tmp_path, extra=STAGES)
     for name, ranks, more in (("two", 2, ()), ("four", 4, SHARED)):
