@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ def share(it: Tiny, world: World, **how: bool) -> None:
     it.model.row_ranks = all_ranks(world)
 
 
+@cache
 def all_ranks(world: World) -> DeviceMesh | None:
     return meshes("cpu", world.size, DistributedConfig(context_parallel=world.size))[2]
 
