@@ -263,13 +263,16 @@ class Segments:
         """``num_queries`` positions (default: all) from ``first`` on against all, for FlexAttention (Dong et al.
         2024).
         """
-        rule, queries = self.rule(window), self.num_keys if num_queries is None else num_queries
+        rows, device, queries = self.sample_ids.shape[0], self.sample_ids.device, self.num_keys if num_queries is None else num_queries
+        rule, places = (
+            self.rule(window),
+            torch.arange(first, first + queries, device=device),
+        )  # the kernel is compiled for each number it knows
 
-        def shifted(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return rule(row, head, query + first, key)
+        def of_places(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return rule(row, head, places[query], key)
 
-        rows, device = self.sample_ids.shape[0], self.sample_ids.device
-        return create_block_mask(shifted if first else rule, rows, None, queries, self.num_keys, device=device)
+        return create_block_mask(rule if num_queries is None else of_places, rows, None, queries, self.num_keys, device=device)
 
 
 def on_cuda(tensor: Tensor) -> bool:

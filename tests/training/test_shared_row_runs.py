@@ -66,6 +66,38 @@ def test_two_ranks_follow_the_curve_of_one_process(runs: Path) -> None:
     same_curve(runs / "shared", runs / "one")
 
 
+def test_a_bad_sample_is_counted_and_written_once(tmp_path: Path) -> None:
+    job = make_job(tmp_path, extra=STAGES)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    found = {}
+    for name, ranks, extra in (("one", 1, ()), ("shared", 2, SHARED)):
+        ended = on(ranks, "train", job, *ARGV, *extra, f"--run.dir={tmp_path}/{name}", "--data.max_bad_fraction=0.5", "--eval.at_end=false")
+        assert ended.code == 0, ended
+        lines = (tmp_path / name / "bad_samples.jsonl").read_text().splitlines()
+        found[name] = len(lines), [row["data/bad_samples"] for row in metrics(tmp_path / name) if "data/bad_samples" in row][-1]
+    assert found["shared"] == found["one"] and found["one"][0] == 1 <= found["one"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["cross_attention", "mot"])
+def test_other_archs_follow_the_curve_of_one_process(arch: str, tmp_path: Path) -> None:
+    job = make_job(tmp_path, extra=STAGES)
+    for name, ranks, extra in (("one", 1, ()), ("shared", 2, (*SHARED, "--train.activation_checkpointing=true"))):
+        argv = (
+            "train",
+            job,
+            *ARGV,
+            f"--vlm.arch={arch}",
+            "--model.n_layers=4",
+            "--train.max_steps=0",
+            *extra,
+            f"--run.dir={tmp_path}/{name}",
+        )
+        ended = on(ranks, *argv)
+        assert ended.code == 0, ended
+    same_curve(tmp_path / "shared", tmp_path / "one")
+
+
 def test_checkpoints_change_hands(runs: Path) -> None:
     """Two ranks that stop and go on end bitwise as those that did not stop; one process goes on where they stopped."""
     for name, ranks, extra in (("again", 2, SHARED), ("alone", 1, ())):
