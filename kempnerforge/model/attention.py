@@ -263,16 +263,15 @@ class Segments:
         """``num_queries`` positions (default: all) from ``first`` on against all, for FlexAttention (Dong et al.
         2024).
         """
-        rows, device, queries = self.sample_ids.shape[0], self.sample_ids.device, self.num_keys if num_queries is None else num_queries
-        rule, places = (
-            self.rule(window),
-            torch.arange(first, first + queries, device=device),
-        )  # the kernel is compiled for each number it knows
+        rows, device, rule = self.sample_ids.shape[0], self.sample_ids.device, self.rule(window)
+        if num_queries is None:
+            return create_block_mask(rule, rows, None, self.num_keys, self.num_keys, device=device)
+        places = torch.arange(first, first + num_queries, device=device)  # for a number the kernel would be compiled anew
 
         def of_places(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return rule(row, head, places[query], key)
 
-        return create_block_mask(rule if num_queries is None else of_places, rows, None, queries, self.num_keys, device=device)
+        return create_block_mask(of_places, rows, None, num_queries, self.num_keys, device=device)
 
 
 def on_cuda(tensor: Tensor) -> bool:

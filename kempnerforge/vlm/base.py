@@ -333,15 +333,19 @@ class VLM(ExactBuffers):
         if features is not None:
             features, *deeper = features.split(self.adapter.out_dim, dim=-1)  # (N, F, D) each
         x, ctx = self.place(words, features, batch, cache)
-        weight = batch.weight
+        own = batch
         if ctx.share is not None:
-            weight, x = weight / ctx.share.ranks, ctx.share.take(x)
-            ctx, batch = own_targets(ctx, batch, self.stored)
+            x = ctx.share.take(x)
+            ctx, own = own_targets(ctx, batch, self.stored)
         x = self.run(x, with_answers(ctx, batch, self.job.model, self.stored), batch, deeper)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        return self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch, weight)  # the head runs on trained positions only
+        logits = self.transformer.unembed(self.read(x, ctx, own))  # the head runs on trained positions only
+        output = self.score(logits, own, batch)
+        if ctx.share is None or output.aux_loss is None:
+            return output
+        return output._replace(aux_loss=output.aux_loss / ctx.share.ranks)  # each has the mean over its positions
 
     def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
         """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
@@ -357,22 +361,22 @@ class VLM(ExactBuffers):
             x = x + F.embedding(at, F.pad(features.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0).to(x.dtype)
         return self.transformer.run(x, ctx, slice(len(deeper), None))
 
-    def score(self, logits: Tensor, batch: Batch, weight: float | None = None) -> Output:
-        """The loss of ``logits`` (T, V) at ``batch.targets``; ``weight`` of the auxiliary losses (None: that of the
-        targets).
+    def score(self, logits: Tensor, batch: Batch, whole: Batch | None = None) -> Output:
+        """The loss of ``logits`` (T, V) at ``batch.targets``, and auxiliary losses for the targets of ``whole``
+        (None: of ``batch``).
         """
-        labels, weight = batch.labels.flatten()[batch.targets], batch.weight if weight is None else weight
+        labels, whole = batch.labels.flatten()[batch.targets], whole or batch
         if batch.target_weights is not None:
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
             weighted = (losses * batch.target_weights).sum()
-            return Output(losses.detach().sum(), logits, self.extra_loss(weight), weighted_loss=weighted)
+            return Output(losses.detach().sum(), logits, self.extra_loss(whole), weighted_loss=weighted)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return Output(loss, logits, self.extra_loss(weight))
+        return Output(loss, logits, self.extra_loss(whole))
 
-    def extra_loss(self, weight: float) -> Tensor | None:
-        """``Output.aux_loss`` of the pass that has just run, for targets of ``weight`` together."""
+    def extra_loss(self, batch: Batch) -> Tensor | None:
+        """``Output.aux_loss`` of the pass that has just run."""
         extra = [loss for loss in take_losses(self.with_aux_loss) if loss is not None]
-        return torch.stack(extra).sum() * weight if extra else None
+        return torch.stack(extra).sum() * batch.weight if extra else None
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> list[list[int]]:
         """Continues prompts, greedily unless ``sampling`` says otherwise.

@@ -119,7 +119,7 @@ class DualEncoder(CrossAttention):
             weighted = None if output.weighted_loss is None else weight * output.weighted_loss
             output = output._replace(loss=weight * output.loss, weighted_loss=weighted) if self.training else output
         else:
-            output = Output(pair_loss.new_zeros(()), pair_loss.new_zeros(0, self.job.model.vocab_size), self.extra_loss(batch.weight))
+            output = Output(pair_loss.new_zeros(()), pair_loss.new_zeros(0, self.job.model.vocab_size), self.extra_loss(batch))
         return output._replace(pair_loss=pair_loss, embeddings=embeddings.detach())
 
     def embed(self, features: Tensor, x: Tensor, batch: Batch) -> Tensor:
