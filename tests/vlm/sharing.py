@@ -83,6 +83,7 @@ def cases(arch: str) -> dict[str, tuple[Make, dict[str, Any]]]:
         "windows": (plain, {"model": replace(MODEL, sliding_window=5, window_pattern="SSF")}),
         "window": (lambda it: it.batch(NO_IMAGE, pad_to=29), {"model": replace(MODEL, sliding_window=4)}),
         "learned": (plain, {"model": replace(MODEL, positions="learned", norm="layer_norm", embed_norm=True)}),
+        "answers": (plain, {"model": replace(MODEL, answer_dropout=1e-9)}),  # of which none is dropped
         "grouped": (lambda it: it.pack((ONE, THREE), (TWICE,)), {"model": replace(GQA, new_tokens=MODEL.new_tokens, nope_interval=2)}),
     }
     if arch in ("joint_decoder", "mot"):

@@ -13,7 +13,7 @@ from tests.dist import run_ranks
 from tests.vlm.sharing import ARCHS, cases
 from tests.vlm.tiny import tiny_job, tokenizer
 
-FEW = ("documents", "weighted", "three positions", "losses", "windows", "learned", "grids", "latest")
+FEW = ("documents", "weighted", "three positions", "losses", "windows", "learned", "answers", "grids", "latest")
 WORKERS = "tests.vlm.sharing"
 
 
