@@ -32,7 +32,7 @@ from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
-from kempnerforge.model.row_share import RowShare, share_row
+from kempnerforge.model.row_share import share_row
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer, separate_draws
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
@@ -246,14 +246,8 @@ class VLM(ExactBuffers):
             ahead=ahead,
         )
 
-    def mask(
-        self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype, share: RowShare | None = None
-    ) -> Mask | ByWindow | None:
-        """The mask of a stream with the structure ``segments``, in its cheapest form; None is plain causal. With
-        ``share`` its queries are of this rank and its keys of all.
-        """
-        if share is not None:
-            return segments.shared(share.index).mask(share.length, dtype, first=share.first)
+    def mask(self, segments: Segments, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Mask | ByWindow | None:
+        """The mask of a stream with the structure ``segments``, in its cheapest form; None is plain causal."""
         queries = segments.num_keys
         if cache is not None:
             cache.segments = segments if cache.segments is None else cache.segments.extend(segments)
@@ -272,12 +266,11 @@ class VLM(ExactBuffers):
 
     def laid_out(self, segments: Segments, positions: Tensor, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
         """The context of a stream with the structure ``segments`` and ``positions`` as of ``rope_positions``."""
-        share = None
-        if self.row_ranks is not None and self.training:
-            share = share_row(self.stream_parts(batch), self.row_ranks, positions.device)
-            positions = share.take(positions, -1)
-        mask = self.mask(segments, batch, cache, dtype, share)
-        return Context(rope_tables(positions, self.job.model), mask, cache, share=share)
+        if self.row_ranks is None or not self.training:
+            return Context(rope_tables(positions, self.job.model), self.mask(segments, batch, cache, dtype), cache)
+        share = share_row(self.stream_parts(batch), self.row_ranks, positions.device)
+        mask = segments.shared(share.index).mask(share.length, dtype, first=share.first)  # own queries, all keys
+        return Context(rope_tables(share.take(positions, -1), self.job.model), mask, share=share)
 
     # ---- the same for every arch -----------------------------------------------------------------
 
@@ -342,10 +335,12 @@ class VLM(ExactBuffers):
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
         logits = self.transformer.unembed(self.read(x, ctx, own))  # the head runs on trained positions only
+        if ctx.share is None:
+            return self.score(logits, own)
         output = self.score(logits, own, batch)
-        if ctx.share is None or output.aux_loss is None:
-            return output
-        return output._replace(aux_loss=output.aux_loss / ctx.share.ranks)  # each has the mean over its positions
+        return (
+            output if output.aux_loss is None else output._replace(aux_loss=output.aux_loss / ctx.share.ranks)
+        )  # of means over own positions
 
     def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
         """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
