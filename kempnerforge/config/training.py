@@ -138,8 +138,9 @@ class DistributedConfig:
             heads and of the feed-forward's channels (Shoeybi et al. 2019). They exchange activations in every
             layer: the processes of one node at most. Must divide ``model.n_heads``, ``n_kv_heads`` and
             ``ffn_dim``.
-        context_parallel: processes that share each row, a section of its positions each, and exchange keys
-            and values: for rows that are too long for one.
+        context_parallel: processes that share each row in training, some of its positions each, and exchange
+            keys and values in every layer (Grattafiori et al. 2024, section 3.3.2): for rows that are too long
+            for one. Archs that need whole rows refuse it.
         accumulate_sharded: with ``train.grad_accum_steps`` each micro-batch's gradients are reduced at once,
             and only a process' part of the sum is held: 4 bytes a parameter less in memory, and as many more
             reductions. False: the sum is reduced once a step.

@@ -15,6 +15,9 @@ ARCHS: list[str | None] = [*CHOSEN] or [None, *registry.archs]
 MASKED = [(arch, mask) for arch in ARCHS for mask in accepted_masks(arch)]
 FIRST_MASKED = [(arch, accepted_masks(arch)[0]) for arch in ARCHS]
 
+SHARING = [arch for arch in ARCHS if arch_class(tiny_job(arch)).shares_rows]
+"""Those whose rows ranks can share."""
+
 
 def _between(arch: str | None, mask: str) -> bool:
     """Whether ``mask`` is neither the first nor the last of ``arch``, and no user checks this arch."""

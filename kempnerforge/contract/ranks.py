@@ -17,16 +17,20 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kempnerforge.config import DistributedConfig
-from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
+from kempnerforge.contract.cases import LATE, NO_IMAGE, ONE, THREE, TWICE, Plugin, Tiny, full, install, load, plugins, tiny, with_grids
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, meshes, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
-AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS, SHARED = "aux", "frozen", "recomputed", "compiled", "traced", "grids", "shared"
+AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS = "aux", "frozen", "recomputed", "compiled", "traced", "grids"
+LAYERS, ROWS = "layers", "rows"
 """``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
-is made of them, which takes minutes. ``SHARED``: the two ranks compute each layer together."""
+is made of them, which takes minutes. ``LAYERS``: the ranks compute each layer together. ``ROWS``: they have the
+same rows, some positions of them each."""
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
+PACKED = ((ONE, THREE, LATE), (NO_IMAGE, TWICE))
+"""The samples of each row that ranks share."""
 
 
 def run_two_ranks(folder: Path, cases: Sequence[str], timeout_s: float) -> str:
@@ -66,9 +70,12 @@ def _rank(rank: int, port: int, folder: str, others: Sequence[Plugin], cases: Se
 def two_steps(case: str, world: World, out: Path) -> None:
     it, how = prepared(case, "meta" if world.rank else None)  # the second rank gets its weights from the first
     batches = [it.batch(*SHARES[world.rank])]
-    if SHARED in how:
-        mesh, tensor, _ = meshes("cpu", world.size, DistributedConfig(tensor_parallel=world.size))
-        world, batches = replace(world, mesh=mesh, tensor=tensor), shares(it)
+    if LAYERS in how:
+        mesh, tensor, _ = meshes(world.device.type, world.size, DistributedConfig(tensor_parallel=world.size))
+        world, batches = replace(world, mesh=mesh, tensor=tensor), shares(it, how)
+    if ROWS in how:
+        *_, it.model.row_ranks = meshes(world.device.type, world.size, DistributedConfig(context_parallel=world.size))
+        world, batches = replace(world, context=it.model.row_ranks), shares(it, how)
     if TRACED in how:
         torch._dynamo.reset()
         it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))
@@ -76,9 +83,9 @@ def two_steps(case: str, world: World, out: Path) -> None:
     if FROZEN in how:
         freeze_some(it)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
-    counts = world.once([sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)])
-    targets, pairs = map(int, world.sum(counts))
+    counts = world.once([sum(batch.num_targets for batch in batches), sum(batch.num_pairs for batch in batches)], of_batch=True)
     for step in range(2):
+        targets, pairs = map(int, world.sum(counts))
         losses = []
         for batch in batches:
             loss = it.model(batch).mean(targets, pairs)
@@ -101,9 +108,9 @@ def prepared(case: str, device: str | None = None) -> tuple[Tiny, set[str]]:
     return it, set(how.split("+"))
 
 
-def shares(it: Tiny) -> list[Batch]:
+def shares(it: Tiny, how: set[str]) -> list[Batch]:
     """What the ranks have, in one process."""
-    return [it.batch(*samples) for samples in SHARES]
+    return [it.pack(*PACKED)] if ROWS in how else [it.batch(*samples) for samples in SHARES]
 
 
 # ---- auxiliary losses wherever a plugin may have them --------------------------------------------

@@ -37,8 +37,8 @@ from kempnerforge.contract.cases import (
     tiny,
     tiny_job,
 )
-from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, each_arch, masked, most_archs, most_masks, ranked, with_images
-from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, RECOMPUTED, SHARED, TRACED, freeze_some, prepared, shares
+from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, SHARING, each_arch, masked, most_archs, most_masks, ranked, with_images
+from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, LAYERS, RECOMPUTED, ROWS, TRACED, freeze_some, prepared, shares
 from kempnerforge.distributed.world import World
 from kempnerforge.model import attention
 from kempnerforge.training.freeze import apply_freeze, trainable_names
@@ -161,7 +161,7 @@ def test_two_ranks_with_auxiliary_losses(ranked: str, ranks: Callable[[str], lis
 
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-@ranked([(arch, mask) for arch, mask in FIRST_MASKED if arch not in FOREIGN], SHARED)
+@ranked([(arch, mask) for arch, mask in FIRST_MASKED if arch not in FOREIGN], LAYERS)
 def test_two_ranks_share_each_layer(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
     """``distributed.tensor_parallel = 2``: each rank has some of the heads and channels, both see all data."""
     same_as_one_process(ranked, ranks(ranked))
@@ -176,6 +176,30 @@ def test_two_ranks_with_the_graphs_of_the_compiler(ranked: str, ranks: Callable[
     same_as_one_process(ranked, ranks(ranked))
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked([(arch, accepted_masks(arch)[0]) for arch in SHARING], ROWS, f"{ROWS}+{FROZEN}+{RECOMPUTED}")
+def test_two_ranks_that_share_rows(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    """Each has some of the positions of packed rows; for archs with ``shares_rows``."""
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked([(arch, mask) for arch in SHARING for mask in accepted_masks(arch)[1:]], ROWS)
+def test_two_ranks_that_share_rows_under_other_masks(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    same_as_one_process(ranked, ranks(ranked))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1200)
+@ranked([(arch, accepted_masks(arch)[0]) for arch in SHARING], f"{ROWS}+{TRACED}")
+def test_two_ranks_that_share_rows_with_the_graphs_of_the_compiler(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    same_as_one_process(ranked, ranks(ranked))
+
+
 def same_as_one_process(case: str, found: list[dict[str, Tensor]]) -> None:
     it, how = prepared(case)
     if FROZEN in how:
@@ -183,7 +207,7 @@ def same_as_one_process(case: str, found: list[dict[str, Tensor]]) -> None:
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)
     rtol, atol = (1e-3, 1e-5) if COMPILED in how else (1e-4, 1e-6)
     for got in found:
-        loss, grads = gradients(it.model, *shares(it))
+        loss, grads = gradients(it.model, *shares(it, how))
         torch.testing.assert_close(got.pop("loss"), loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got, grads, rtol=rtol, atol=atol)
         optimizer.step()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.fsdp import recompute_unit
 from kempnerforge.distributed.tensor import share_of, shared_parts
-from kempnerforge.inspection.plan import Plan
+from kempnerforge.inspection.plan import Plan, StagePlan
 from kempnerforge.model.tensor_plan import Share
 from kempnerforge.training.accounting import Cost, cost
 from kempnerforge.training.optimizer import state_copies
@@ -73,8 +73,8 @@ class ClusterStage:
         largest_rows: of a micro-batch that fits; 0: not even one.
         gathered, reduced, copied: bytes that a process receives in a step: weights; gradients; gradients
             between copies of the weights.
-        exchanged: bytes of activations, and of what is sent back to them, from the processes of
-            ``distributed.tensor_parallel``. (Not counted: gradients of norms of heads, a few hundred.)
+        exchanged: bytes of activations and of what is sent back to them, where processes share layers or rows:
+            sums of vectors; keys and values. (Not counted: gradients of norms of heads, a few hundred.)
         compute_s, exposed_s: of a step: products, and communication that does not overlap with them.
         tokens: useful ones of a step, over all processes.
         mfu: FLOPs of forward and backward over all that the devices could do in that time.
@@ -146,7 +146,8 @@ def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
     Raises:
         InputError: a batch cannot be divided among them.
     """
-    return [_stage(found, stage.stage, stage.cost, stage.useful * stage.row_length, processes, gpu) for stage in found.stages]
+    found.assembly.job.distributed.check_processes(processes)
+    return [_stage(found, stage, processes, gpu) for stage in found.stages]
 
 
 class Exchanged:
@@ -197,21 +198,29 @@ class OneProcess(NamedTuple):
     exchanged: int
 
 
-def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, processes: int, gpu: Gpu) -> ClusterStage:
-    job, assembly = found.assembly.job, found.assembly
-    accumulated, batch, together = stage.train.grad_accum_steps, stage.train.batch_size, job.distributed.tensor_parallel
-    job.distributed.check_processes(processes)
-    parts = processes // together
-    rows, rest = divmod(batch, accumulated * parts)
+def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
+    """Rows of a micro-batch that a process has, or shares with others."""
+    group = job.distributed.tensor_parallel * job.distributed.context_parallel
+    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
+    rows, rest = divmod(batch * group, accumulated * processes)
     if rest or not rows:
+        shared = f" in groups of {group}" if group > 1 else ""
         raise InputError(
-            f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes with grad_accum_steps = {accumulated} need a multiple "
-            f"of {accumulated * parts}"
+            f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes{shared} with grad_accum_steps = {accumulated} need a "
+            f"multiple of {accumulated * processes // group}"
         )
+    return rows
+
+
+def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> ClusterStage:
+    job, assembly, stage = found.assembly.job, found.assembly, planned.stage
+    accumulated, batch, by_row = stage.train.grad_accum_steps, stage.train.batch_size, job.distributed.context_parallel
+    rows, together = _rows(job, stage, processes), job.distributed.tensor_parallel
+    parts = processes // together
     shared = (job.distributed.shard_size // together if processes > 1 else 0) or parts
     copies, trainable = parts // shared, assembly.freeze.trainable(stage.start)
     slots = state_copies(assembly.model, stage.optimizer, job.train.ema_decay > 0)
-    one = _one_process(found, stage, counted, trainable, slots)
+    one = _one_process(found, stage, planned.cost, trainable, slots)
     shards = Shards(one.model, shared)
     names = [*shards.root, *(name for unit in shards.units for name in unit)]
     trained = [name for name in names if name in trainable]
@@ -222,7 +231,9 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
     cast = width if shared > 1 or width < MASTER else 0
-    in_row = one.activations / max(1, batch // accumulated)  # bytes of one row
+    again, others = job.train.activation_checkpointing, _keys_and_values(job, planned.row_length, width)
+    per_row = 1 / max(1, batch // accumulated)
+    in_row = one.activations * per_row / by_row + others * (1 if again else job.model.n_layers)  # bytes of one row
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
@@ -235,20 +246,23 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     largest = max(0, int(free / in_row)) if in_row else rows
 
     sizes = [shards.received(unit) for unit in shards.units]
-    learns = {module.name for module in counted.modules if module.backward_flops}  # parts that a backward pass goes through
+    learns = {module.name for module in one.cost.modules if module.backward_flops}  # parts that a backward pass goes through
     first = next((k for k, unit in enumerate(shards.units) if part_of(unit[0]) in learns), len(sizes))
     forth, back = sum(sizes), sum(sizes[max(0, first - 1) :]) if reshard else 0  # the unit before them is fetched ahead, and not used
     gathered = accumulated * width * (forth + back + shards.received(shards.root))
     reduced = reductions * REDUCED * sum(shards.received([name]) for name in trained)
     copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
-    exchanged = round(2 * (together - 1) / together * width * one.exchanged / max(1, batch // accumulated) * rows * accumulated)
+    summed = 2 * (together - 1) / together * width * one.exchanged * per_row / by_row * rows * accumulated
+    gathered_rows = accumulated * rows * others * job.model.n_layers * (3 if again else 2)
 
-    speed = EFFICIENCY * gpu.flops * parts / batch
-    again = one.cost.forward_flops if job.train.activation_checkpointing else 0.0
-    forward, backward = one.cost.forward_flops / speed, (one.cost.backward_flops + again) / speed
-    inside, link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (together, shared * together, processes))
+    speed, work = EFFICIENCY * gpu.flops * parts / batch, one.cost
+    forward, backward = work.forward_flops / speed, (work.backward_flops + again * work.forward_flops) / speed
+    inside, around, link, between = (
+        gpu.link if size <= gpu.per_node else gpu.network for size in (together, together * by_row, together * shared, processes)
+    )
     exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
-    exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward) + exchanged / inside
+    exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward)
+    exposed += summed / inside + gathered_rows / around
     computed = forward + backward
     return ClusterStage(
         stage=stage,
@@ -259,11 +273,11 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
         gathered=gathered,
         reduced=reduced,
         copied=copied,
-        exchanged=exchanged,
+        exchanged=round(summed + gathered_rows),
         compute_s=computed,
         exposed_s=exposed,
-        tokens=tokens_a_row * batch,
-        mfu=counted.flops * batch / (gpu.flops * processes * (computed + exposed)),
+        tokens=planned.useful * planned.row_length * batch,
+        mfu=planned.cost.flops * batch / (gpu.flops * processes * (computed + exposed)),
         warnings=_warnings(job, memory, largest, rows, gpu, exposed / (computed + exposed)),
     )
 
@@ -288,8 +302,19 @@ def _one_process(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[
     return OneProcess(model, counted, kept + max(0, counted.activation_bytes - kept) / len(units), exchanged.numbers)
 
 
+def _keys_and_values(job: JobConfig, length: int, width: int) -> float:
+    """Bytes of a row's keys and values in one layer that a process receives from those that it shares the row with."""
+    ranks = job.distributed.context_parallel
+    heads = job.model.kv_heads / job.distributed.tensor_parallel
+    return 2 * width * heads * job.model.head_width * length * (ranks - 1) / ranks
+
+
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:
     lines = []
+    if job.distributed.context_parallel > 1 and job.vlm is not None:
+        lines.append(
+            "distributed.context_parallel: activations and products of the images are counted as if they were shared, too; they are not"
+        )
     if largest < rows:
         fits = f"micro-batches of {largest} rows fit" if largest else "not even one row fits"
         lines.append(f"{sum(memory.values()) / GIB:,.1f} GiB are needed, {gpu.memory / GIB:,.1f} are there: {fits}, not of {rows}")

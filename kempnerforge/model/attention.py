@@ -174,19 +174,19 @@ class Segments:
 
         return may_look
 
-    def visible(self, num_queries: int | None = None, window: int = 0) -> Tensor:
-        """(B, 1, Q, K) bool, True where the last ``num_queries`` positions (default: all) may look in a layer
-        with ``window``.
+    def visible(self, num_queries: int | None = None, window: int = 0, first: int | None = None) -> Tensor:
+        """(B, 1, Q, K) bool, True where ``num_queries`` positions (default: all) from ``first`` on (default:
+        the last ones) may look in a layer with ``window``.
         """
         device = self.sample_ids.device
         row = torch.arange(self.sample_ids.shape[0], device=device)[:, None, None]
         key = torch.arange(self.num_keys, device=device)
-        query = key if num_queries is None else key[self.num_keys - num_queries :]
+        queries = self.num_keys if num_queries is None else num_queries
+        query = key.narrow(0, self.num_keys - queries if first is None else first, queries)
         return self.rule(window)(row, row, query[:, None], key)[:, None]
 
-    def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0) -> Mask | ByWindow | None:
-        """The mask of the last ``num_queries`` positions, in the cheapest form on this device; None is plain
-        causal.
+    def mask(self, num_queries: int, dtype: torch.dtype, leading: int = 0, first: int | None = None) -> Mask | ByWindow | None:
+        """The mask of ``num_queries`` positions, in the cheapest form on this device; None is plain causal.
 
         A window that every sample fits into is dropped, so that all layers share one mask.
 
@@ -196,13 +196,18 @@ class Segments:
             leading: that many positions at the start of every row form one bidirectional group and see
                 nothing else, and there is no other group where ``has_documents`` is False; 0 makes no such
                 promise.
+            first: the first of the queries; None: they are the last positions.
         """
         longest = max((length for row in self.documents for length, _ in row), default=0) if self.documents else self.num_keys
         reach = {window: window if window < longest else 0 for window in self.windows}
-        masks = {window: self._form(num_queries, dtype, leading, window) for window in sorted(set(reach.values()))}
+        masks = {window: self._form(num_queries, dtype, leading, window, first) for window in sorted(set(reach.values()))}
         return ByWindow(masks) if len(masks) > 1 else masks[reach[self.windows[0]]]
 
-    def _form(self, num_queries: int, dtype: torch.dtype, leading: int, window: int) -> Mask | None:
+    def _form(self, num_queries: int, dtype: torch.dtype, leading: int, window: int, first: int | None) -> Mask | None:
+        if first is not None:
+            if on_cuda(self.sample_ids) and self.num_keys >= FLEX_FROM:
+                return self.blocks(window, num_queries, first)
+            return additive(self.visible(num_queries, window, first), dtype)
         whole = num_queries == self.num_keys
         plain = whole and not self.has_documents and self.order is None
         alike = plain and self.groups is None
@@ -219,6 +224,17 @@ class Segments:
         if prefix:
             return Prefix(leading, additive(self.visible(num_queries - leading, window), dtype))
         return additive((self._any_row() if alike else self).visible(num_queries, window), dtype)
+
+    def shared(self, index: Tensor) -> Segments:
+        """The structure of the stream in the order in which ranks have it that share its rows.
+
+        Args:
+            index: (K,) int64, as of ``take``; the same for all rows.
+        """
+        flex = on_cuda(index) and len(index) >= FLEX_FROM  # whose kernel asks for each row
+        alike = not flex and not self.has_documents and self.order is None and self.groups is None
+        whole = replace(self._any_row(), windows=self.windows) if alike else self
+        return whole.take(index.expand(len(whole.sample_ids), -1))
 
     def _any_row(self) -> Segments:
         """The structure that all rows of one text, padded on the right, share."""
@@ -243,11 +259,19 @@ class Segments:
 
         return take_apart(rows, stored, batch * keys, mask, self.groups is not None, window)
 
-    def blocks(self, window: int = 0) -> BlockMask:
-        """All positions against all, for FlexAttention (Dong et al. 2024)."""
-        return create_block_mask(
-            self.rule(window), self.sample_ids.shape[0], None, self.num_keys, self.num_keys, device=self.sample_ids.device
-        )
+    def blocks(self, window: int = 0, num_queries: int | None = None, first: int = 0) -> BlockMask:
+        """``num_queries`` positions (default: all) from ``first`` on against all, for FlexAttention (Dong et al.
+        2024).
+        """
+        rows, device, rule = self.sample_ids.shape[0], self.sample_ids.device, self.rule(window)
+        if num_queries is None:
+            return create_block_mask(rule, rows, None, self.num_keys, self.num_keys, device=device)
+        places = torch.arange(first, first + num_queries, device=device)  # for a number the kernel would be compiled anew
+
+        def of_places(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return rule(row, head, places[query], key)
+
+        return create_block_mask(of_places, rows, None, num_queries, self.num_keys, device=device)
 
 
 def on_cuda(tensor: Tensor) -> bool:

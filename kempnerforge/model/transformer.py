@@ -19,6 +19,7 @@ from torch import Tensor
 from kempnerforge.config.model import GATED, ModelConfig
 from kempnerforge.model.attention import ByWindow, Mask, Segments, attend
 from kempnerforge.model.rope import Rope, rope_of_layer, rotate
+from kempnerforge.model.row_share import RowShare
 from kempnerforge.model.tensor_plan import Share, mine
 
 
@@ -73,12 +74,15 @@ class Context:
             window.
         cache: keys and values of earlier positions, when generating.
         answers: (B, S) bool, where ``ModelConfig.answer_dropout`` acts; None: the model has none.
+        share: the positions of the stream that this rank has, if others have the other ones. All that has
+            positions is of these alone, but for the keys of the mask, which are of all ranks.
     """
 
     rope: Rope
     mask: Mask | ByWindow | None = None
     cache: Cache | None = None
     answers: Tensor | None = field(default=None, kw_only=True)
+    share: RowShare | None = field(default=None, kw_only=True)
 
 
 @contextmanager
@@ -263,9 +267,11 @@ class Block(nn.Module):
         return self.attention.qkv(self.attention_norm(x), rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        """Attention with the cache and the mask of ``ctx`` -> (B, S, H * E)."""
+        """Attention with the cache, the other ranks and the mask of ``ctx`` -> (B, S, H * E)."""
         if ctx.cache is not None:
             k, v = ctx.cache.update(self.layer, k, v)
+        if ctx.share is not None:
+            k, v = ctx.share.gather(k, v)
         mask = ctx.mask.masks[self.window] if isinstance(ctx.mask, ByWindow) else ctx.mask
         assert mask is not None or not 0 < self.window < k.shape[2], "beyond the window a layer needs the mask of Segments"
         return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)

@@ -160,6 +160,7 @@ class Trainer:
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
         )
+        self.model.row_ranks = world.context
         self.history: list[Span] = []
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         caches = job.train.feature_cache and self.model.has_images

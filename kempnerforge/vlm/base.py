@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
@@ -31,50 +32,13 @@ from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
+from kempnerforge.model.row_share import share_row
 from kempnerforge.model.transformer import Block, Cache, Context, Transformer, separate_draws
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
-from kempnerforge.vlm.placements import grid_positions, image_columns, told_views, with_answers
-
-
-class Output(NamedTuple):
-    """What a forward pass gives.
-
-    NOTE: a tuple, as FSDP2 of torch 2.11 looks for outputs to hang its backward pass on in tuples, not in
-    dataclasses.
-
-    Attributes:
-        loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
-            ranks and micro-batches.
-        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
-        aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
-            there are none.
-        pair_loss: a loss SUMMED over the batch's pairs of a text and its image, fp32; the trainer divides it
-            by their count over all ranks and micro-batches. None: the arch has none.
-        embeddings: (P, 2, E) of image and text of each pair, of length 1 and without a graph; None: the arch
-            makes none.
-        weighted_loss: as ``loss``, each target times its weight; None: the batch has no weights. With weights
-            ``loss`` is for the record alone, and no gradient flows from it.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    aux_loss: Tensor | None = None
-    pair_loss: Tensor | None = None
-    embeddings: Tensor | None = None
-    weighted_loss: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """All losses that are sums over targets."""
-        loss = self.loss if self.weighted_loss is None else self.weighted_loss
-        return loss if self.aux_loss is None else loss + self.aux_loss
-
-    def mean(self, targets: float, pairs: int) -> Tensor:
-        """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
-        mean = self.total / (targets or 1)
-        return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
+from kempnerforge.vlm.output import Output
+from kempnerforge.vlm.placements import grid_positions, image_columns, own_targets, told_views, with_answers
 
 
 class VLM(ExactBuffers):
@@ -95,6 +59,13 @@ class VLM(ExactBuffers):
     causal_in_training: ClassVar[bool] = True
     """False: in training (never in evaluation) a position may depend on later ones, for instance through
     expert-choice routing."""
+
+    shares_rows: ClassVar[bool] = False
+    """Whether ranks can have some positions of each row (``distributed.context_parallel``): every value that
+    ``place`` gives for positions is of ``Context.share``, where there is one."""
+
+    row_ranks: DeviceMesh | None = None
+    """The ranks that share the rows of a batch in training; None: this one has them alone."""
 
     token_side = 0
     """Tokens along a side of an image, if they are a grid that ``insert`` may take parts of; else 0."""
@@ -131,7 +102,8 @@ class VLM(ExactBuffers):
                 placed nowhere; None if this pass encodes no images.
 
         Returns:
-            The stream, (B, S, D), and the other inputs of the blocks.
+            The stream, (B, S, D), and the other inputs of the blocks. With ``Context.share`` the stream is whole
+            and the other inputs are of this rank's positions.
         """
         raise NotImplementedError
 
@@ -172,11 +144,17 @@ class VLM(ExactBuffers):
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""
-        return x.flatten(0, 1)[batch.targets]
+        return x.flatten(0, 1)[batch.targets if ctx.share is None else ctx.share.scored]
 
     def stored(self, values: Tensor, ctx: Context) -> Tensor:
-        """``values`` (B, S) of the batch's positions in the order in which the stream has them, (B, K)."""
-        return values
+        """``values`` (B, S) of the batch's positions in the order in which the stream has them, (B, K), or with
+        ``Context.share`` those of this rank.
+        """
+        return values if ctx.share is None else ctx.share.take(values)
+
+    def stream_parts(self, batch: Batch) -> Sequence[int]:
+        """Positions of each part of the stream of which every rank that shares it gets some."""
+        return batch.input_ids.shape[1:]
 
     def last(self, x: Tensor, ctx: Context) -> Tensor:
         """The stream at the last token of each row, when generating: (B, S, D) -> (B, D)."""
@@ -284,9 +262,15 @@ class VLM(ExactBuffers):
 
     def context(self, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
         """Positions and mask of a stream that is laid out as ``batch`` says."""
-        return Context(
-            rope_tables(self.rope_positions(batch, cache), self.job.model), self.mask(self.segments(batch), batch, cache, dtype), cache
-        )
+        return self.laid_out(self.segments(batch), self.rope_positions(batch, cache), batch, cache, dtype)
+
+    def laid_out(self, segments: Segments, positions: Tensor, batch: Batch, cache: Cache | None, dtype: torch.dtype) -> Context:
+        """The context of a stream with the structure ``segments`` and ``positions`` as of ``rope_positions``."""
+        if self.row_ranks is None or not self.training:
+            return Context(rope_tables(positions, self.job.model), self.mask(segments, batch, cache, dtype), cache)
+        share = share_row(self.stream_parts(batch), self.row_ranks, positions.device)
+        mask = segments.shared(share.index).mask(share.length, dtype, first=share.first)  # own queries, all keys
+        return Context(rope_tables(share.take(positions, -1), self.job.model), mask, share=share)
 
     # ---- the same for every arch -----------------------------------------------------------------
 
@@ -342,11 +326,21 @@ class VLM(ExactBuffers):
         if features is not None:
             features, *deeper = features.split(self.adapter.out_dim, dim=-1)  # (N, F, D) each
         x, ctx = self.place(words, features, batch, cache)
+        own = batch
+        if ctx.share is not None:
+            x = ctx.share.take(x)
+            ctx, own = own_targets(ctx, batch, self.stored)
         x = self.run(x, with_answers(ctx, batch, self.job.model, self.stored), batch, deeper)
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        return self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)  # the head runs on trained positions only
+        logits = self.transformer.unembed(self.read(x, ctx, own))  # the head runs on trained positions only
+        if ctx.share is None:
+            return self.score(logits, own)
+        output = self.score(logits, own, batch)
+        return (
+            output if output.aux_loss is None else output._replace(aux_loss=output.aux_loss / ctx.share.ranks)
+        )  # of means over own positions
 
     def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
         """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
@@ -362,15 +356,17 @@ class VLM(ExactBuffers):
             x = x + F.embedding(at, F.pad(features.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0).to(x.dtype)
         return self.transformer.run(x, ctx, slice(len(deeper), None))
 
-    def score(self, logits: Tensor, batch: Batch) -> Output:
-        """The loss of ``logits`` (T, V) at ``batch.targets``."""
-        labels = batch.labels.flatten()[batch.targets]
+    def score(self, logits: Tensor, batch: Batch, whole: Batch | None = None) -> Output:
+        """The loss of ``logits`` (T, V) at ``batch.targets``, and auxiliary losses for the targets of ``whole``
+        (None: of ``batch``).
+        """
+        labels, whole = batch.labels.flatten()[batch.targets], whole or batch
         if batch.target_weights is not None:
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
             weighted = (losses * batch.target_weights).sum()
-            return Output(losses.detach().sum(), logits, self.extra_loss(batch), weighted_loss=weighted)
+            return Output(losses.detach().sum(), logits, self.extra_loss(whole), weighted_loss=weighted)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return Output(loss, logits, self.extra_loss(batch))
+        return Output(loss, logits, self.extra_loss(whole))
 
     def extra_loss(self, batch: Batch) -> Tensor | None:
         """``Output.aux_loss`` of the pass that has just run."""

@@ -9,7 +9,7 @@ import torch
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.model.lora import adapt
 from kempnerforge.model.memory import memory_bytes, within_memory
-from kempnerforge.util.errors import NotBuiltError
+from kempnerforge.util.errors import InputError, NotBuiltError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.text_only import TextOnly
 
@@ -38,9 +38,16 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
         device: where; "meta" builds shapes without memory.
 
     Raises:
-        InputError: this machine does not have the memory for it.
+        InputError: this machine does not have the memory for it, or ``distributed.context_parallel`` does not go
+            with the arch.
     """
     cls = arch_class(job)
+    if job.distributed.context_parallel > 1 and not cls.shares_rows:
+        known = [name for name in registry.archs if registry.archs.get(name).shares_rows]
+        raise InputError(
+            f"distributed.context_parallel = {job.distributed.context_parallel}: vlm.arch = {job.vlm and job.vlm.arch!r} needs whole rows;"
+            f" 1, or an arch that can share them: {', '.join(known)}"
+        )
     sizes = {name: asdict(part) for name in SIZED if (part := getattr(job, name)) is not None}
     sizes["lora"] = {str(number): asdict(table) for number, table in enumerate(job.lora)}
 

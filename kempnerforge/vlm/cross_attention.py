@@ -22,6 +22,7 @@ from kempnerforge.interop.weights import take_weights
 from kempnerforge.model.adapters import TwoLayerMLP
 from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.hf_files import some
+from kempnerforge.model.row_share import RowShare
 from kempnerforge.model.tensor_plan import Share
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, RMSNorm, StreamDropout, init_weights, separate_draws
 from kempnerforge.util.errors import InputError
@@ -170,6 +171,7 @@ class CrossAttention(VLM):
     """
 
     reads_any_width = True
+    shares_rows = True
 
     @property
     def config(self) -> CrossAttentionConfig:
@@ -219,21 +221,25 @@ class CrossAttention(VLM):
         if cache is not None and "sight" in cache.kept:  # words made after the prompt: no new media
             return words, MediaContext(ctx.rope, ctx.mask, cache, sight=cache.kept["sight"])
         media = gather_images(features, words, batch, self.adapter.out_dim)  # (B, K, F, Dm)
-        here = self.sight(batch, media.shape[2], words.dtype)
+        here = self.sight(batch, media.shape[2], words.dtype, share=ctx.share)
         if cache is not None:
             cache.kept["sight"] = self.sight(following(batch), media.shape[2], words.dtype, last=1)
-        return words, MediaContext(ctx.rope, ctx.mask, cache, media.flatten(1, 2), here)
+        return words, MediaContext(ctx.rope, ctx.mask, cache, media.flatten(1, 2), here, share=ctx.share)
 
-    def sight(self, batch: Batch, tokens: int, dtype: torch.dtype, last: int = 0) -> Sight:
-        """What the last so many words of ``batch`` see (0: all words), with images of ``tokens`` tokens each."""
+    def sight(self, batch: Batch, tokens: int, dtype: torch.dtype, last: int = 0, share: RowShare | None = None) -> Sight:
+        """What the last so many words of ``batch`` see (0: all words, or those of ``share``), with images of ``tokens``
+        tokens each.
+        """
         cfg = self.config
-        seen = visible_images(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")[
-            :, -last:
-        ]  # (B, S, K)
+        seen = visible_images(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")
+        seen = seen[:, -last:] if share is None else share.take(seen)  # (B, S, K)
         if cfg.cross_attention_blind == "feed_forward":
             return sight(seen, tokens, dtype, first=cfg.cross_attention_seen_tokens)
         acting = seen.any(-1, keepdim=True)  # (B, S, 1)
-        blind = images_of_text(batch)[:, -last:] & ~acting if cfg.cross_attention_blind == "attention" else None
+        blind = None
+        if cfg.cross_attention_blind == "attention":
+            of_text = images_of_text(batch)
+            blind = (of_text[:, -last:] if share is None else share.take(of_text)) & ~acting
         return sight(seen, tokens, dtype, blind, cfg.cross_attention_seen_tokens)._replace(acting=acting.to(dtype))
 
 

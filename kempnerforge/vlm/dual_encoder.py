@@ -47,6 +47,8 @@ class DualEncoder(CrossAttention):
     of the same image are neither positive nor negative. In evaluation, negatives are of this rank alone.
     """
 
+    shares_rows = False
+
     def build(self) -> None:
         super().build()
         cfg = self.dual

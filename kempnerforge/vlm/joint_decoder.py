@@ -15,6 +15,8 @@ from kempnerforge.vlm.base import VLM
 class JointDecoder(VLM):
     """Every image takes ``num_image_tokens`` positions of the stream, wherever its placeholder is."""
 
+    shares_rows = True
+
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         return self.insert(words, features, batch), self.context(batch, cache, words.dtype)
 

@@ -25,7 +25,7 @@ from kempnerforge.config import ModelConfig, MoTConfig, registry
 from kempnerforge.config.lora import is_adapter
 from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.interop import read_weights, take_weights
-from kempnerforge.model.rope import Rope, rope_tables
+from kempnerforge.model.rope import Rope
 from kempnerforge.model.transformer import MLP, Attention, Block, Cache, Context, init_weights, separate_draws, stream_norm
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
@@ -142,6 +142,8 @@ class MoT(VLM):
     modality without positions runs its tower on nothing, so its parameters have gradients of zero.
     """
 
+    shares_rows = True
+
     @property
     def cfg(self) -> MoTConfig:
         return cast(MoTConfig, self.job.vlm)
@@ -175,21 +177,23 @@ class MoT(VLM):
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         x = self.insert(words, features, batch)  # (B, S, D)
-        sizes = self.section_sizes(batch)
+        index = columns = None
         if self.is_sorted(batch):
             ctx = self.context(batch, cache, x.dtype)
-            before = sizes[:-1]
-            return x, SortedContext(ctx.rope, ctx.mask, ctx.cache, (*before, x.shape[1] - sum(before)))
-        index, columns = self._sort(batch, sizes)
-        place = index.clamp(min=0)  # (B, K)
-        x = x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
-        segments = self.segments(batch).take(index)
-        mask = self.mask(segments, batch, cache, x.dtype) if cache is not None else segments.mask(segments.num_keys, x.dtype)
-        positions = self.rope_positions(batch, cache)
-        rope = rope_tables(positions.gather(-1, place.expand(*positions.shape[:-1], -1)), self.job.model)
-        return x, SortedContext(rope, mask, cache, sizes, index, columns)
+        else:
+            index, columns = self._sort(batch, self.stream_parts(batch))
+            place, positions = index.clamp(min=0), self.rope_positions(batch, cache)  # (B, K)
+            x = x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
+            positions = positions.gather(-1, place.expand(*positions.shape[:-1], -1))
+            ctx = self.laid_out(self.segments(batch).take(index), positions, batch, cache, x.dtype)
+        sizes = self.stream_parts(batch) if ctx.share is None else ctx.share.sizes
+        return x, SortedContext(ctx.rope, ctx.mask, cache, sizes, index, columns, share=ctx.share)
 
-    def _sort(self, batch: Batch, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def stream_parts(self, batch: Batch) -> tuple[int, ...]:
+        sizes = self.section_sizes(batch)
+        return (*sizes[:-1], batch.input_ids.shape[1] - sum(sizes[:-1])) if self.is_sorted(batch) else sizes
+
+    def _sort(self, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """``index`` and ``columns`` of the sorted stream: each section keeps the order of the row and is
         padded after it.
         """
@@ -204,16 +208,16 @@ class MoT(VLM):
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         assert isinstance(ctx, SortedContext)
-        if ctx.columns is None:
+        if ctx.columns is None or ctx.share is not None:
             return super().read(x, ctx, batch)
         rows = batch.targets // ctx.columns.shape[1]
         return x[rows, ctx.columns.flatten()[batch.targets].clamp(max=x.shape[1] - 1)]  # (T, D)
 
     def stored(self, values: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, SortedContext)
-        if ctx.index is None:
-            return values
-        return values.gather(1, ctx.index.clamp(min=0)).masked_fill(ctx.index < 0, 0)
+        if ctx.index is not None:
+            values = values.gather(1, ctx.index.clamp(min=0)).masked_fill(ctx.index < 0, 0)
+        return super().stored(values, ctx)
 
     def last(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, SortedContext)

@@ -32,6 +32,22 @@ def with_answers(ctx: Context, batch: Batch, cfg: ModelConfig, stored: Callable[
     return replace(ctx, answers=stored(batch.labels != IGNORE, ctx))
 
 
+def own_targets(ctx: Context, batch: Batch, stored: Callable[[Tensor, Context], Tensor]) -> tuple[Context, Batch]:
+    """The targets of ``batch`` that are among the positions that this rank has of its rows, in the context and in
+    the batch; ``stored`` as of the arch.
+
+    NOTE: waits for the device, which alone knows how many there are.
+    """
+    assert ctx.share is not None
+    numbers = torch.zeros_like(batch.labels).flatten()  # of each target, from 1
+    numbers[batch.targets] = torch.arange(1, 1 + batch.num_targets, device=numbers.device)
+    here = (stored(numbers.view_as(batch.labels), ctx) * (ctx.share.own >= 0)).flatten()  # (B * n,)
+    scored = here.nonzero()[:, 0]
+    of_batch, weights = here[scored] - 1, batch.target_weights
+    own = replace(batch, targets=batch.targets[of_batch], target_weights=None if weights is None else weights[of_batch])
+    return replace(ctx, share=replace(ctx.share, scored=scored)), own
+
+
 def told_views(batch: Batch, side: int, size: int) -> dict[str, Any]:
     """What encoder and adapter are told of the views of ``batch``, of ``side`` tokens and ``size`` pixels along a
     side, if they need it: "grids" of those that have fewer tokens, and for adapters with ``view_limits`` or

@@ -13,6 +13,7 @@ class TextOnly(VLM):
     """The text backbone with the interface of every arch."""
 
     has_images = False
+    shares_rows = True
 
     def place(self, words: Tensor, features: Tensor | None, batch: Batch, cache: Cache | None) -> tuple[Tensor, Context]:
         return words, self.context(batch, cache, words.dtype)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives as sends
 from torch.utils._python_dispatch import TorchDispatchMode
 from kempnerforge.config import load_config
 from kempnerforge.distributed import world as worlds
+from kempnerforge.model import row_share
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Trainer
@@ -55,6 +56,8 @@ class Sums(TorchDispatchMode):  # of DTensor
             got["exchanged"] += 2 * args[0].nbytes * (world.tensor.size() - 1) // world.tensor.size()
         return func(*args, **(kwargs or {}))
 
+for name in ("_all_gather", "_reduce_scatter"):
+    counted(row_share, name, "exchanged", lambda sizes, group: max(sizes) - min(sizes))
 with Sums():
     trainer.train_step()
 size = lambda tensors: sum(local(t).nbytes for t in tensors)
@@ -97,6 +100,8 @@ def measured(config: Path, ranks: int, *words: str) -> dict[str, int]:
         (2, ("--distributed.tensor_parallel=2", "--train.activation_checkpointing=true", "--vlm.arch=mot")),
         (4, ("--distributed.shard_size=2",)),
         (4, ("--distributed.tensor_parallel=2", "--vlm.arch=cross_attention", "--vlm.cross_attention_every_n_layers=1")),
+        (2, ("--distributed.context_parallel=2", "--data.batching=pack")),
+        (4, ("--distributed.context_parallel=2", "--data.batching=pack", "--train.activation_checkpointing=true")),
         (4, ("--distributed.shard_size=2", "--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true", "--train.batch_size=8")),
     ],
 )
@@ -107,7 +112,10 @@ def test_state_and_traffic_are_those_of_ranks(ranks: int, words: tuple[str, ...]
     assert found["weights"] <= stage.memory["weights"] <= 1.05 * found["weights"]
     assert found["optimizer"] <= stage.memory["optimizer"] <= 1.05 * found["optimizer"]
     assert (found["gathered"], found["reduced"], found["copied"]) == (stage.gathered, stage.reduced, stage.copied)
-    assert found["exchanged"] == stage.exchanged and (found["exchanged"] > 0) == ("tensor_parallel" in str(words))
+    if "context_parallel" in str(words):
+        assert stage.exchanged <= found["exchanged"] <= 1.1 * stage.exchanged, "rows are padded to what can be divided"
+    else:
+        assert found["exchanged"] == stage.exchanged and (found["exchanged"] > 0) == ("tensor_parallel" in str(words))
 
 
 def test_time_follows_from_the_stated_model(tmp_path: Path) -> None:
@@ -154,6 +162,23 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert wide.total - sharded.total == wide.memory["unsharded gradients"] > 0 and sharded.reduced == 2 * wide.reduced
     with pytest.raises(InputError, match="train.batch_size = 4: 3 processes with grad_accum_steps = 2 need a multiple of 6"):
         on_cluster(found, 3, small)
+
+
+def test_ranks_that_share_rows(tmp_path: Path) -> None:
+    """Two processes have the rows of one, half of each; what images cost is said to be left out."""
+    config = make_job(tmp_path)
+    (whole,) = on_cluster(plan(load_config(config, [STEPS])), 2, GPUS["h200"])
+    found = plan(load_config(config, [STEPS, "--distributed.context_parallel=2"]))
+    (shared,) = on_cluster(found, 2, GPUS["h200"])
+    assert shared.rows == 2 * whole.rows and whole.exchanged == 0 < shared.exchanged
+    others = 2 * shared.rows * found.dtype.itemsize * 2 * 32 * found.stages[0].row_length / 2  # of two layers, keys and values 32 wide
+    assert shared.memory["activations"] == pytest.approx(whole.memory["activations"] + others, rel=1e-4)
+    assert shared.exchanged == pytest.approx(2 * others) and shared.exposed_s > whole.exposed_s
+    assert any("context_parallel: activations and products of the images" in line for line in shared.warnings)
+    with pytest.raises(InputError, match="their product must divide the number of processes, 3"):
+        on_cluster(found, 3, GPUS["h200"])
+    with pytest.raises(InputError, match="batch_size = 4: 16 processes in groups of 2 with grad_accum_steps = 1 need a multiple of 8"):
+        on_cluster(found, 16, GPUS["h200"])
 
 
 def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ class BadSamples(Hook):
         self._write(trainer, result.stage)
 
     def _write(self, trainer: Trainer, stage: Stage) -> None:
-        for sample_id, reason in trainer.bad_samples:
+        of_batch = any(trainer.world.once([1.0], of_batch=True))  # others have read the same samples
+        for sample_id, reason in trainer.bad_samples if of_batch else ():
             if sample_id not in self._known:
                 self._known.add(sample_id)
                 with self.path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,123 @@
+"""Training on ranks that share rows: the losses of one process, and checkpoints that change hands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist import run_ranks
+from tests.training.tiny import Ended, assert_same_tensors, call, losses, make_job, metrics, tensors
+
+pytestmark = pytest.mark.dist
+
+STEPS = 6
+STAGES = f"""
+[[stages]]
+name = "all"
+steps = {STEPS}
+"""
+ARGV = (
+    "--data.batching=pack",
+    "--checkpoint.interval=3",
+    "--checkpoint.keep_last_n=3",
+    "--train.grad_clip_norm=0",
+    "--metrics.diagnosis=true",
+)
+SHARED = ("--distributed.context_parallel=2",)
+MAIN = "from kempnerforge.cli.main import main; main()"
+
+
+def on(ranks: int, *argv: object) -> Ended:
+    """The command on so many ranks; its code is the first that is not 0."""
+    if ranks == 1:
+        return call(*argv)
+    ended = run_ranks(MAIN, ranks, *argv, timeout=240)
+    code = next((one.returncode for one in ended if one.returncode), 0)
+    return Ended(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run by one process and by two that share its rows."""
+    folder = tmp_path_factory.mktemp("shared")
+    job = make_job(folder, extra=STAGES)
+    for name, ranks, extra in (("one", 1, ()), ("shared", 2, SHARED)):
+        ended = on(ranks, "train", job, *ARGV, *extra, f"--run.dir={folder}/{name}", "--train.max_steps=0")
+        assert ended.code == 0, ended
+    return folder
+
+
+def same_curve(a: Path, b: Path) -> None:
+    """Losses, norms, counts and scores of two runs, up to rounding of sums in another order."""
+    found, want = (metrics(path) for path in (a, b))
+    assert len(losses(a)) == STEPS and [sorted(row) for row in found] == [sorted(row) for row in want]
+    skipped = ("time/", "attention_on", "train/tflops", "train/peak", "train/products", "train/mfu")
+    for row, its in zip(found, want, strict=True):
+        kept = {key: value for key, value in row.items() if not key.startswith(skipped)}
+        assert kept == pytest.approx({key: its[key] for key in kept}, rel=1e-4, abs=1e-6)
+        spent = {key: value for key, value in row.items() if key.startswith("attention_on")}
+        assert spent == pytest.approx({key: its[key] for key in spent}, rel=1e-4)
+    assert losses(a) == pytest.approx(losses(b), rel=1e-5)
+
+
+def test_two_ranks_follow_the_curve_of_one_process(runs: Path) -> None:
+    """The same samples in the same order, counted once; evaluation is as on any two ranks."""
+    same_curve(runs / "shared", runs / "one")
+
+
+def test_a_bad_sample_is_counted_and_written_once(tmp_path: Path) -> None:
+    job = make_job(tmp_path, extra=STAGES)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    found = {}
+    for name, ranks, extra in (("one", 1, ()), ("shared", 2, SHARED)):
+        ended = on(ranks, "train", job, *ARGV, *extra, f"--run.dir={tmp_path}/{name}", "--data.max_bad_fraction=0.5", "--eval.at_end=false")
+        assert ended.code == 0, ended
+        lines = (tmp_path / name / "bad_samples.jsonl").read_text().splitlines()
+        found[name] = len(lines), [row["data/bad_samples"] for row in metrics(tmp_path / name) if "data/bad_samples" in row][-1]
+    assert found["shared"] == found["one"] and found["one"][0] == 1 <= found["one"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["cross_attention", "mot"])
+def test_other_archs_follow_the_curve_of_one_process(arch: str, tmp_path: Path) -> None:
+    job = make_job(tmp_path, extra=STAGES)
+    for name, ranks, extra in (("one", 1, ()), ("shared", 2, (*SHARED, "--train.activation_checkpointing=true"))):
+        argv = (
+            "train",
+            job,
+            *ARGV,
+            f"--vlm.arch={arch}",
+            "--model.n_layers=4",
+            "--train.max_steps=0",
+            *extra,
+            f"--run.dir={tmp_path}/{name}",
+        )
+        ended = on(ranks, *argv)
+        assert ended.code == 0, ended
+    same_curve(tmp_path / "shared", tmp_path / "one")
+
+
+def test_checkpoints_change_hands(runs: Path) -> None:
+    """Two ranks that stop and go on end bitwise as those that did not stop; one process goes on where they stopped."""
+    for name, ranks, extra in (("again", 2, SHARED), ("alone", 1, ())):
+        argv = ("train", runs / "job.toml", *ARGV, f"--run.dir={runs}/{name}")
+        assert on(2, *argv, *SHARED, "--train.max_steps=3").code == 0
+        ended = on(ranks, *argv, *extra, "--train.max_steps=0")
+        assert ended.code == 0, ended
+    assert_same_tensors(tensors(runs / "again"), tensors(runs / "shared"))
+    assert losses(runs / "again") == losses(runs / "shared")
+    assert losses(runs / "alone") == pytest.approx(losses(runs / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra", [(), ("--distributed.shard_size=2",), ("--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true")]
+)
+def test_two_groups_of_two_ranks_are_two_ranks(extra: tuple[str, ...], tmp_path: Path) -> None:
+    job = make_job(tmp_path, extra=STAGES)
+    for name, ranks, more in (("two", 2, ()), ("four", 4, SHARED)):
+        argv = ("train", job, *ARGV, *extra, *more, "--train.max_steps=0", f"--run.dir={tmp_path}/{name}")
+        ended = on(ranks, *argv)
+        assert ended.code == 0, ended
+    same_curve(tmp_path / "four", tmp_path / "two")
