@@ -121,3 +121,15 @@ def test_two_groups_of_two_ranks_are_two_ranks(extra: tuple[str, ...], tmp_path:
         ended = on(ranks, *argv)
         assert ended.code == 0, ended
     same_curve(tmp_path / "four", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["joint_decoder", "mot"])
+def test_four_ranks_share_layers_and_rows(arch: str, tmp_path: Path) -> None:
+    """Two groups that share a row, of two ranks each that share every layer."""
+    job = make_job(tmp_path, extra=STAGES)
+    argv = ("train", job, *ARGV, f"--vlm.arch={arch}", "--train.max_steps=0")
+    for name, ranks, extra in (("one", 1, ()), ("shared", 4, (*SHARED, "--distributed.tensor_parallel=2"))):
+        ended = on(ranks, *argv, *extra, f"--run.dir={tmp_path}/{name}")
+        assert ended.code == 0, ended
+    same_curve(tmp_path / "shared", tmp_path / "one")
