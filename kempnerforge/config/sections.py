@@ -7,7 +7,7 @@ from typing import Protocol
 from kempnerforge.config.adapter import AdapterConfig
 from kempnerforge.config.freeze import FreezeSpec
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.training import RunConfig, TrainConfig
+from kempnerforge.config.training import DistributedConfig, RunConfig, TrainConfig
 from kempnerforge.config.vision import VisionEncoderConfig
 
 
@@ -19,6 +19,7 @@ class JobSections(Protocol):
     vision_encoder: VisionEncoderConfig
     adapter: AdapterConfig
     train: TrainConfig
+    distributed: DistributedConfig
 
     def freeze_at(self, step: int) -> tuple[FreezeSpec, ...]:
         """The freeze specs that apply at ``step``."""

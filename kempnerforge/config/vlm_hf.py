@@ -94,5 +94,7 @@ class HFConfig(VLMConfig):
                 same = type(given) is type(default)
                 keys = [f.name for f in fields(given) if not same or getattr(given, f.name) != getattr(default, f.name)]
                 raise InputError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
+        if job.distributed.balance_images:
+            raise InputError(f"arch = {self.arch!r}: encodes its images itself; set distributed.balance_images = false")
         if job.train.feature_cache:
             raise InputError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")
