@@ -107,6 +107,23 @@ def rows_fit(job: Job) -> Found:
         yield ("eval",), f"text_window = {job.eval.text_window}: must be at most model.max_seq_len = {job.model.max_seq_len}"
 
 
+@_reads("distributed", "data", "vlm", "stages")
+def images_can_be_balanced(job: Job) -> Found:
+    """Images that are sent to other ranks are all of one shape, and ranks that compute a layer together need
+    the same features to the last bit.
+    """
+    if not job.distributed.balance_images:
+        return
+    for key, sections in [(("data",), vars(job)), *((("stages", index), given) for index, given in enumerate(job.staged_sections()))]:
+        data = sections.get("data")
+        if data is not None and any(section.images.fit == "native" for section in data.sections()):
+            yield key, "images.fit = 'native': not with distributed.balance_images"
+    if job.vlm is None:
+        yield ("distributed",), "balance_images = true: there are no images without [vlm]"
+    if job.distributed.tensor_parallel > 1:
+        yield ("distributed",), f"balance_images = true: not with tensor_parallel = {job.distributed.tensor_parallel}"
+
+
 @_reads("vision_encoder", "adapter", "vlm", "model", "train")
 def sequence_fits(job: Job) -> Found:
     """The adapter takes the encoder's features, and image and text fit into model and row, as far as is known

@@ -144,6 +144,8 @@ class DistributedConfig:
         accumulate_sharded: with ``train.grad_accum_steps`` each micro-batch's gradients are reduced at once,
             and only a process' part of the sum is held: 4 bytes a parameter less in memory, and as many more
             reductions. False: the sum is reduced once a step.
+        balance_images: in training, processes with more images than others send some to them to be encoded:
+            for packed rows, of which some have many. Features are equal up to rounding.
         timeout_s: seconds that a collective may take before the run stops with exit code 3.
     """
 
@@ -152,6 +154,7 @@ class DistributedConfig:
     tensor_parallel: int = 1
     context_parallel: int = 1
     accumulate_sharded: bool = False
+    balance_images: bool = False
     timeout_s: int = 600
 
     def __post_init__(self) -> None:

@@ -96,5 +96,7 @@ class HFConfig(VLMConfig):
                 raise InputError(f"arch = {self.arch!r}: takes its sizes from path = {self.path!r} and does not read {name}.{keys[0]}")
         if (count := job.distributed.tensor_parallel) > 1:
             raise InputError(f"arch = {self.arch!r}: its layers are those of transformers, not for distributed.tensor_parallel = {count}")
+        if job.distributed.balance_images:
+            raise InputError(f"arch = {self.arch!r}: encodes its images itself; set distributed.balance_images = false")
         if job.train.feature_cache:
             raise InputError(f"arch = {self.arch!r}: keeps no features of images; set train.feature_cache = ''")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from kempnerforge.config import JobConfig, ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
+from kempnerforge.distributed.balance import balanced
 from kempnerforge.eval.generate import Prompts, Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
@@ -292,9 +293,10 @@ class VLM(ExactBuffers):
         patches = encoder.side // math.isqrt(self.num_image_tokens)  # along a side of a token
         if known is not None and known.complete:
             return self.adapt(known.all(encoder.num_tokens, encoder.dim, images.device), **told)
+        encode = partial(balanced, encoder) if self.training and self.job.distributed.balance_images else encoder
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = encoder(images, [(rows * patches, columns * patches) for rows, columns in grids]) if grids else encoder(images)
+            features = encoder(images, [(rows * patches, columns * patches) for rows, columns in grids]) if grids else encode(images)
         return self.adapt(features if known is None else known.merge(features), **told)
 
     def adapt(self, features: Tensor, **told: Any) -> Tensor:

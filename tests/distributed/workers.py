@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.config import DistributedConfig
+from kempnerforge.contract.cases import install as contract_install
+from kempnerforge.contract.cases import tiny
+from kempnerforge.contract.ranks import SHARES
 from kempnerforge.distributed.fsdp import fsdp_modules, prepare, sync_gradients
 from kempnerforge.distributed.world import World, meshes, start, stop
 
@@ -135,5 +140,29 @@ def weights_of_rank_0(*shard_sizes: str) -> None:
                     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                     theirs = want.get_parameter(name) if isinstance(tensor, nn.Parameter) else want.get_buffer(name)
                     assert torch.equal(whole, theirs) and tensor.requires_grad == theirs.requires_grad, name
+
+    in_world(body)
+
+
+def balanced_images(out: str, *archs: str) -> None:
+    """Whole gradients of each arch with balanced images, and how many images each rank has encoded; with an encoder that trains and a
+    frozen one.
+    """
+
+    def body(world: World) -> None:
+        for arch in archs:
+            for when in ("trains", "frozen"):
+                it = tiny(arch, device="meta" if world.rank else None, distributed=DistributedConfig(balance_images=True))
+                contract_install(it, world)
+                it.model.vision_encoder.requires_grad_(when == "trains")
+                encoded: list[int] = []
+                it.model.vision_encoder.register_forward_pre_hook(lambda _, inputs, encoded=encoded: encoded.append(len(inputs[0])))
+                batch = it.batch(*SHARES[world.rank])
+                targets, _ = world.sum([batch.num_targets, 0])
+                it.model(batch).mean(targets, 1).backward()
+                grads, counts = gradients(it.model), world.gather(sum(encoded))
+                if world.is_main:
+                    torch.save(grads, f"{out}/{arch}-{when}.pt")
+                    Path(f"{out}/{arch}-{when}.json").write_text(json.dumps(counts))
 
     in_world(body)
