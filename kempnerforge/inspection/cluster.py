@@ -163,7 +163,8 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
     cast = width if shared > 1 or width < MASTER else 0
-    in_row = _activations(found, stage, counted, trainable, slots) / max(1, batch // accumulated)  # bytes of one row
+    again, held_at_once = _recomputed(found, stage, counted, trainable, slots)
+    in_row = held_at_once / max(1, batch // accumulated)  # bytes of one row
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
@@ -184,7 +185,6 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
 
     speed = EFFICIENCY * gpu.flops * processes / batch
-    again = counted.forward_flops if job.train.activation_checkpointing else 0.0
     forward, backward = counted.forward_flops / speed, (counted.backward_flops + again) / speed
     link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (shared, processes))
     exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
@@ -207,20 +207,21 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     )
 
 
-def _activations(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> float:
-    """Bytes of one micro-batch: all that is kept; with activation checkpointing what enters each unit, and one
-    unit's own while it is recomputed.
+def _recomputed(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> tuple[float, float]:
+    """FLOPs of one sample that activation checkpointing repeats, and the bytes of one micro-batch: what enters
+    each unit, the outputs that are kept in it, and the rest of one unit while it is recomputed.
     """
-    job = found.assembly.job
-    if not job.train.activation_checkpointing:
-        return counted.activation_bytes
-    model = build_model(job, "meta")
+    train = found.assembly.job.train
+    if not train.activation_checkpointing:
+        return 0.0, counted.activation_bytes
+    model = build_model(found.assembly.job, "meta")
     units = [*model.shard_units()]
     for unit in units:
-        recompute_unit(unit)
+        recompute_unit(unit, train.activation_checkpointing_keeps == "products")
     batch = next(found.assembly.data.batches(stage, stage.start))
-    kept = cost(model, batch, trainable, slots, found.dtype.itemsize).activation_bytes
-    return kept + max(0, counted.activation_bytes - kept) / len(units)
+    recomputed = cost(model, batch, trainable, slots, found.dtype)
+    kept = recomputed.activation_bytes
+    return recomputed.flops - counted.flops, kept + max(0, counted.activation_bytes - kept) / len(units)
 
 
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:

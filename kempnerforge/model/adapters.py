@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig, PerceiverConfig
 from kempnerforge.model.attention import attend
+from kempnerforge.model.transfer import told
 from kempnerforge.util.errors import InputError, NotBuiltError
 
 
@@ -241,7 +242,7 @@ class PerceiverAdapter(ProjectingAdapter):
             order += alike
             found.append(super().forward(x))
         tokens = torch.cat(found)
-        return tokens.new_zeros(len(features), *tokens.shape[1:]).index_put((torch.tensor(order, device=tokens.device),), tokens)
+        return tokens.new_zeros(len(features), *tokens.shape[1:]).index_put((told(order, tokens.device),), tokens)
 
 
 def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:

@@ -158,9 +158,11 @@ def local_gradients(model: nn.Module) -> list[torch.Tensor]:
     return [local(p.grad) for p in model.parameters() if p.grad is not None]
 
 
-def squared_norm(grads: Sequence[torch.Tensor]) -> float:
-    """The squared norm of this rank's shards; summed over ranks it is the global one."""
-    return get_total_norm(grads).square().item() if grads else 0.0
+def squared_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The squared norm of this rank's shards, a scalar where they are; summed over ranks it is the global
+    one.
+    """
+    return get_total_norm(grads).square() if grads else torch.zeros(())
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kempnerforge.config import Stage
 from kempnerforge.data.batching.batch import Batch
@@ -159,6 +160,7 @@ class Trainer:
             reshard=job.distributed.reshard_after_forward,
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
+            keep_products=job.train.activation_checkpointing_keeps == "products",
         )
         self.history: list[Span] = []
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
@@ -249,8 +251,8 @@ class Trainer:
                 pair_sum += output.pair_loss.detach()
 
         grads = local_gradients(self.model)
-        sums = [loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item(), squared_norm(grads)]
-        total, weighted, aux, paired, squared = self.sum(sums)
+        sums = (loss_sum, weighted_sum, aux_sum, pair_sum, squared_norm(grads))
+        total, weighted, aux, paired, squared = self.sum(torch.stack([each.to(self.world.device) for each in sums]))  # one transfer
         pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared / self.world.copies)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
@@ -357,9 +359,12 @@ class Trainer:
 
     # ---- for hooks -------------------------------------------------------------------------------
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float] | Tensor) -> list[float]:
         """As ``World.sum``; afterwards ``stopping`` tells all ranks whether one of them was asked to stop."""
-        *totals, asked = self.world.sum([*values, float(self.stop_requested)])
+        asks = float(self.stop_requested)
+        *totals, asked = self.world.sum(
+            torch.cat([values, values.new_full((1,), asks)]) if isinstance(values, Tensor) else [*values, asks]
+        )
         self.stopping = self.stopping or asked > 0
         return totals
 

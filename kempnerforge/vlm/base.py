@@ -13,7 +13,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kempnerforge.config import JobConfig, ModelConfig
-from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.eval.generate import Prompts, Sampling, generate
 from kempnerforge.model.adapters import Adapter, build_adapter
@@ -36,6 +36,7 @@ from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
 from kempnerforge.vlm.placements import grid_positions, image_columns, told_views, with_answers
+from kempnerforge.vlm.word_loss import loss_in_pieces, word_loss
 
 
 class Output(NamedTuple):
@@ -47,7 +48,8 @@ class Output(NamedTuple):
     Attributes:
         loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
             ranks and micro-batches.
-        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
+        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row. (0, V) in
+            training passes that make them piece by piece (``train.logits_at_once``).
         aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
             there are none.
         pair_loss: a loss SUMMED over the batch's pairs of a text and its image, fp32; the trainer divides it
@@ -87,6 +89,7 @@ class VLM(ExactBuffers):
     Attributes:
         loaded: names of the parameters with weights from elsewhere; all others are random. Code that loads
             some adds their names.
+        logits_at_once: as ``train.logits_at_once``.
     """
 
     has_images = True
@@ -112,6 +115,7 @@ class VLM(ExactBuffers):
         self.job = job
         self.num_image_tokens = 0
         self.loaded: set[str] = set()
+        self.logits_at_once = job.train.logits_at_once
         self.build()
         if self.has_images:
             job.check_sequence(self.num_image_tokens)
@@ -346,7 +350,7 @@ class VLM(ExactBuffers):
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        return self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)  # the head runs on trained positions only
+        return self.score_stream(self.read(x, ctx, batch), batch)  # the head runs on trained positions only
 
     def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
         """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
@@ -362,15 +366,31 @@ class VLM(ExactBuffers):
             x = x + F.embedding(at, F.pad(features.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0).to(x.dtype)
         return self.transformer.run(x, ctx, slice(len(deeper), None))
 
+    def score_stream(self, x: Tensor, batch: Batch, head: Callable[[Tensor], Tensor] | None = None) -> Output:
+        """The loss of the stream at ``batch.targets``, with all logits, or in training with
+        ``train.logits_at_once`` of them in memory.
+
+        Args:
+            x: (T, D).
+            head: (t, D) -> (t, V) fp32, as of ``loss_in_pieces``; None: ``transformer.unembed``.
+        """
+        head = self.transformer.unembed if head is None else head
+        if not self.in_pieces(batch):
+            return self.score(head(x), batch)
+        labels = batch.labels.flatten()[batch.targets]
+        found = loss_in_pieces(head, x, labels, batch.target_weights, self.logits_at_once)
+        with torch.no_grad():
+            logits = head(x[:0])  # (0, V)
+        return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
+
+    def in_pieces(self, batch: Batch) -> bool:
+        """Whether this pass makes the logits of ``batch.targets`` piece by piece."""
+        return self.training and torch.is_grad_enabled() and 0 < self.logits_at_once < batch.num_targets
+
     def score(self, logits: Tensor, batch: Batch) -> Output:
         """The loss of ``logits`` (T, V) at ``batch.targets``."""
-        labels = batch.labels.flatten()[batch.targets]
-        if batch.target_weights is not None:
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
-            weighted = (losses * batch.target_weights).sum()
-            return Output(losses.detach().sum(), logits, self.extra_loss(batch), weighted_loss=weighted)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return Output(loss, logits, self.extra_loss(batch))
+        found = word_loss(logits, batch.labels.flatten()[batch.targets], batch.target_weights)
+        return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
 
     def extra_loss(self, batch: Batch) -> Tensor | None:
         """``Output.aux_loss`` of the pass that has just run."""

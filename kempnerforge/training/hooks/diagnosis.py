@@ -104,7 +104,7 @@ class Diagnosis(Hook):
         if self._due(self._trainer.step + 1):
             trained = {name: parameter for name, parameter in self._trainer.model.named_parameters() if parameter.grad is not None}
             of = lambda part, value: [value(trained[name]) for name in self._parts[part] if name in trained]
-            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad)))] for part in self._parts}
+            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad))).item()] for part in self._parts}
             self._before = {part: of(part, lambda p: local(p.detach()).clone()) for part in self._parts}
             self._trained = trained
         self._running.start("optimizer")
@@ -115,7 +115,7 @@ class Diagnosis(Hook):
             for part, before in self._before.items():
                 after = [local(self._trained[name].detach()) for name in self._parts[part] if name in self._trained]
                 moved = [new - old for new, old in zip(after, before, strict=True)]
-                self._squares[part] += [squared_norm(moved), squared_norm(before)]
+                self._squares[part] += [squared_norm(moved).item(), squared_norm(before).item()]
             self._before, self._trained = {}, {}
 
     def _found(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
