@@ -213,9 +213,10 @@ class Held(TorchDispatchMode):
         self._known: MutableMapping[torch.UntypedStorage, int] = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in given and storage not in self._known:
                 self._known[storage] = storage.nbytes()
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())

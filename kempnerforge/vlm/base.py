@@ -380,7 +380,7 @@ class VLM(ExactBuffers):
         labels = batch.labels.flatten()[batch.targets]
         found = loss_in_pieces(head, x, labels, batch.target_weights, self.logits_at_once)
         with torch.no_grad():
-            logits = head(x[:0])  # (0, V)
+            logits = head(x.detach()[:0])  # (0, V)
         return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
 
     def in_pieces(self, batch: Batch) -> bool:

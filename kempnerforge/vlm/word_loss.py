@@ -64,7 +64,8 @@ def loss_in_pieces(head: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, 
     for start in range(0, len(x), at_once):
         piece = slice(start, start + at_once)
         rows = x.detach()[piece].requires_grad_(x.requires_grad)
-        found = word_loss(head(rows), labels[piece], None if weights is None else weights[piece])
+        # a view: hooks of torch's counters of FLOPs refuse a module that reads a leaf
+        found = word_loss(head(rows.view_as(rows)), labels[piece], None if weights is None else weights[piece])
         leaves = _leaves(found.trained)
         for leaf, gradient in zip(leaves, torch.autograd.grad(found.trained, leaves) if leaves else (), strict=True):
             if leaf is rows:
