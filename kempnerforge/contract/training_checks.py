@@ -187,9 +187,9 @@ def test_two_ranks_piece_by_piece(ranked: str, ranks: Callable[[str], list[dict[
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(1200)
-@ranked(FIRST_MASKED, f"{AUX}+{FROZEN}+{RECOMPUTED}+{TRACED}")
+@ranked(FIRST_MASKED, f"{AUX}+{FROZEN}+{RECOMPUTED}+{TRACED}", f"{AUX}+{FROZEN}+{PIECES}+{RECOMPUTED}+{KEPT}+{TRACED}")
 def test_two_ranks_with_the_graphs_of_the_compiler(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
-    """About two minutes an arch on two cores."""
+    """About four minutes an arch on two cores."""
     same_as_one_process(ranked, ranks(ranked))
 
 

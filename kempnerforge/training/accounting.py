@@ -267,7 +267,9 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
         train = [parameters[name].numel() for name in names if name in trainable]
         shown = part or ("output head (tied)" if model.transformer.output_head is None else "outside of modules")
         modules.append(ModuleCost(shown, sum(sizes), sum(train), forward.get(part, 0) / rows, backward.get(part, 0) / rows))
-    state = sum(p.numel() * (4 + compute.itemsize % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items())
+    state = sum(
+        p.numel() * (4 + compute.itemsize % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items()
+    )
     return Cost(modules, state, held.peak)
 
 

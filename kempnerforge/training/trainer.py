@@ -362,9 +362,7 @@ class Trainer:
     def sum(self, values: Sequence[float] | Tensor) -> list[float]:
         """As ``World.sum``; afterwards ``stopping`` tells all ranks whether one of them was asked to stop."""
         asks = float(self.stop_requested)
-        *totals, asked = self.world.sum(
-            torch.cat([values, values.new_full((1,), asks)]) if isinstance(values, Tensor) else [*values, asks]
-        )
+        *totals, asked = self.world.sum(torch.cat([values, values.new_full((1,), asks)]) if isinstance(values, Tensor) else [*values, asks])
         self.stopping = self.stopping or asked > 0
         return totals
 

@@ -207,7 +207,9 @@ def test_the_plan_counts_it(at_once: int, dtype: torch.dtype) -> None:
 def test_a_cluster_holds_less(tmp_path: Path) -> None:
     words = ("--train.max_steps=9", "--model.vocab_size=50000", "--train.batch_size=32")
     config = make_job(tmp_path)
-    whole, pieces = (on_cluster(plan(load_config(config, [*words, *more])), 1, GPUS["h200"])[0] for more in ((), ["--train.logits_at_once=2"]))
+    whole, pieces = (
+        on_cluster(plan(load_config(config, [*words, *more])), 1, GPUS["h200"])[0] for more in ((), ["--train.logits_at_once=2"])
+    )
     targets = json_targets(config, words)
     assert whole.memory["activations"] - pieces.memory["activations"] > 4 * 50_000 * (targets - 2)
     assert whole.compute_s == pieces.compute_s and whole.largest_rows < pieces.largest_rows
