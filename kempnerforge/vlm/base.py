@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -35,48 +35,9 @@ from kempnerforge.model.transformer import Block, Cache, Context, Transformer, s
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
+from kempnerforge.vlm.output import Output
 from kempnerforge.vlm.placements import grid_positions, image_columns, told_views, with_answers
 from kempnerforge.vlm.word_loss import loss_in_pieces, word_loss
-
-
-class Output(NamedTuple):
-    """What a forward pass gives.
-
-    NOTE: a tuple, as FSDP2 of torch 2.11 looks for outputs to hang its backward pass on in tuples, not in
-    dataclasses.
-
-    Attributes:
-        loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
-            ranks and micro-batches.
-        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row. (0, V) in
-            training passes that make them piece by piece (``train.logits_at_once``).
-        aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
-            there are none.
-        pair_loss: a loss SUMMED over the batch's pairs of a text and its image, fp32; the trainer divides it
-            by their count over all ranks and micro-batches. None: the arch has none.
-        embeddings: (P, 2, E) of image and text of each pair, of length 1 and without a graph; None: the arch
-            makes none.
-        weighted_loss: as ``loss``, each target times its weight; None: the batch has no weights. With weights
-            ``loss`` is for the record alone, and no gradient flows from it.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    aux_loss: Tensor | None = None
-    pair_loss: Tensor | None = None
-    embeddings: Tensor | None = None
-    weighted_loss: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """All losses that are sums over targets."""
-        loss = self.loss if self.weighted_loss is None else self.weighted_loss
-        return loss if self.aux_loss is None else loss + self.aux_loss
-
-    def mean(self, targets: float, pairs: int) -> Tensor:
-        """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
-        mean = self.total / (targets or 1)
-        return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
 
 
 class VLM(ExactBuffers):
