@@ -57,8 +57,8 @@ def loss_in_pieces(head: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, 
         head: (t, D) -> (t, V), a function of its argument and of parameters alone.
         x: (T, D), T at least 1.
 
-    NOTE: torch 2.13 has ``linear_cross_entropy``, which torch 2.11 does not. It knows no softcap and no head in
-    several parts. On a CPU its policy "accurate" is faster than this, the one that it chooses many times
+    NOTE: torch 2.13 has ``linear_cross_entropy`` in pieces, torch 2.11 does not. It knows no softcap and no head
+    in several parts. On a CPU its policy "accurate" is faster than this, the one that it chooses many times
     slower; ``benchmarks/logits.py`` measures it.
     """
     losses, into_x, into_weights = [], [], dict[Tensor, Tensor]()
