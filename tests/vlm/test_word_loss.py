@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kempnerforge.config import load_config
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.contract.cases import GQA, MODEL, SAMPLES, Tiny, full, gradients, install, tiny, tiny_job
+from kempnerforge.contract.ranks import shares
 from kempnerforge.data.batching.batch import IGNORE, Batch
 from kempnerforge.distributed.world import World
 from kempnerforge.inspection.cluster import GPUS, on_cluster
@@ -21,6 +22,8 @@ from kempnerforge.inspection.plan import plan
 from kempnerforge.training.accounting import Held, TrainingFlops, cost
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.word_loss import loss_in_pieces, word_loss
+from tests.dist import run_ranks
+from tests.distributed.workers import in_world
 from tests.training.tiny import call, make_job
 
 TARGETS = 39
@@ -96,6 +99,34 @@ def test_bf16_is_no_further_from_fp32_than_the_whole(world: World) -> None:
     for found in errors[1:]:
         assert 0 < found[name] < 1.1 * errors[0][name] < 0.02
         assert sum(found.values()) < 1.1 * sum(errors[0].values())
+
+
+def two_ranks(out: str) -> None:
+    """Gradients of a rank's share each, in bf16 and piece by piece; rank 0 writes their sums."""
+
+    def body(world: World) -> None:
+        it = build(2, model=GQA)
+        install(it, world, torch.bfloat16)
+        grads = full(gradients(it.model, shares(it)[world.rank])[1])
+        if world.is_main:
+            torch.save(grads, out)
+
+    in_world(body)
+
+
+@pytest.mark.dist
+def test_two_ranks_in_bf16(tmp_path: Path, world: World) -> None:
+    """Weights are gathered in bf16 and used before the backward pass: they get the gradients of one process."""
+    for ended in run_ranks("tests.vlm.test_word_loss:two_ranks", 2, tmp_path / "grads.pt", timeout=100):
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    got = torch.load(tmp_path / "grads.pt", weights_only=True)
+    it = build(0, model=GQA)
+    install(it, world, torch.bfloat16)
+    parts = [full(gradients(it.model, batch)[1]) for batch in shares(it)]  # each divided by its own targets; the second adds to the first
+    assert got.keys() == parts[1].keys()
+    for name, grad in got.items():
+        limit = 0.01 if name == "transformer.output_head.weight" else 0.06  # of the norm; small layers are rounded more
+        assert (grad - parts[1][name]).norm() <= limit * parts[1][name].norm() + 1e-3, name
 
 
 def test_a_head_in_fewer_steps_than_its_pieces() -> None:
