@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import NamedTuple
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.fsdp import recompute_unit
@@ -163,17 +164,17 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
     shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
     cast = width if shared > 1 or width < MASTER else 0
-    again, held_at_once = _recomputed(found, stage, counted, trainable, slots)
-    in_row = held_at_once / max(1, batch // accumulated)  # bytes of one row
+    activations = _activations(found, stage, counted, trainable, slots)
+    in_row = activations.growing / max(1, batch // accumulated)  # bytes of one row
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
         "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
         "gathered weights": cast * shown,
         "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and processes > 1 and not at_once else 0,
-        "activations": round(in_row * rows),
+        "activations": round(in_row * rows) + activations.fixed,
     }
-    free = gpu.memory - (sum(memory.values()) - memory["activations"])
+    free = gpu.memory - (sum(memory.values()) - round(in_row * rows))
     largest = max(0, int(free / in_row)) if in_row else rows
 
     sizes = [shards.received(unit) for unit in shards.units]
@@ -185,7 +186,7 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
 
     speed = EFFICIENCY * gpu.flops * processes / batch
-    forward, backward = counted.forward_flops / speed, (counted.backward_flops + again) / speed
+    forward, backward = counted.forward_flops / speed, (counted.backward_flops + activations.again) / speed
     link, between = (gpu.link if size <= gpu.per_node else gpu.network for size in (shared, processes))
     exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
     exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward)
@@ -207,21 +208,33 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     )
 
 
-def _recomputed(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> tuple[float, float]:
-    """FLOPs of one sample that activation checkpointing repeats, and the bytes of one micro-batch: what enters
-    each unit, the outputs that are kept in it, and the rest of one unit while it is recomputed.
+class _Activations(NamedTuple):
+    """What is held of a micro-batch, and what that costs.
+
+    Attributes:
+        again: FLOPs of one sample that activation checkpointing repeats.
+        growing, fixed: bytes of a micro-batch, in proportion to its rows and not. With activation
+            checkpointing: what enters each unit, the outputs that are kept in it, and the rest of one unit
+            while it is recomputed.
     """
-    train = found.assembly.job.train
+
+    again: float
+    growing: float
+    fixed: int
+
+
+def _activations(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> _Activations:
+    train, growing = found.assembly.job.train, counted.activation_bytes - counted.fixed_bytes
     if not train.activation_checkpointing:
-        return 0.0, counted.activation_bytes
+        return _Activations(0.0, growing, counted.fixed_bytes)
     model = build_model(found.assembly.job, "meta")
     units = [*model.shard_units()]
     for unit in units:
         recompute_unit(unit, train.activation_checkpointing_keeps == "products")
     batch = next(found.assembly.data.batches(stage, stage.start))
     recomputed = cost(model, batch, trainable, slots, found.dtype)
-    kept = recomputed.activation_bytes
-    return recomputed.flops - counted.flops, kept + max(0, counted.activation_bytes - kept) / len(units)
+    kept = recomputed.activation_bytes - recomputed.fixed_bytes
+    return _Activations(recomputed.flops - counted.flops, kept + max(0, growing - kept) / len(units), recomputed.fixed_bytes)
 
 
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:

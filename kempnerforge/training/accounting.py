@@ -63,11 +63,14 @@ class Cost:
             dtype.
         activation_bytes: that the forward pass of one micro-batch holds at most, most of it for the backward
             pass.
+        fixed_bytes: of these, what is the same for any number of rows: with ``train.logits_at_once`` the
+            logits of a piece, and the gradients of the head.
     """
 
     modules: list[ModuleCost]
     state_bytes: int
     activation_bytes: int
+    fixed_bytes: int = 0
 
     @property
     def forward_flops(self) -> float:
@@ -204,12 +207,13 @@ class Held(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is entered, as long as they are there.
 
     Attributes:
+        now: that are there.
         peak: the most at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._now = 0
+        self.peak = self.now = 0
         self._known: MutableMapping[torch.UntypedStorage, int] = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -223,8 +227,8 @@ class Held(TorchDispatchMode):
         return made
 
     def _add(self, size: int) -> None:
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute: torch.dtype) -> Cost:
@@ -243,14 +247,13 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
     parameters, at_once = dict(model.named_parameters()), model.logits_at_once
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
-    meter, held = Meter(model), Held()
+    meter, held, fixed = Meter(model), Held(), 0
     moved = batch.to("meta")
     model.to(compute)
     try:
         with mode(model, training=True):
             if at_once:
-                with held:
-                    model(moved)
+                fixed = _hold_in_pieces(model, moved, held)
                 model.logits_at_once = 0
             with nullcontext() if at_once else held:
                 total, forward = meter.forward(moved)
@@ -270,7 +273,19 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
     state = sum(
         p.numel() * (4 + compute.itemsize % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items()
     )
-    return Cost(modules, state, held.peak)
+    return Cost(modules, state, held.peak, fixed)
+
+
+def _hold_in_pieces(model: VLM, batch: Batch, held: Held) -> int:
+    """A forward pass within ``held``. Returns ``Cost.fixed_bytes`` of it."""
+    score, before = model.score_stream, list[int]()
+    model.score_stream = lambda *args, **named: (before.append(held.now), score(*args, **named))[1]  # on the instance
+    try:
+        with held:
+            model(batch)
+    finally:
+        del model.score_stream
+    return held.peak - before[0] if before and model.in_pieces(batch) else 0
 
 
 class TrainingFlops:

@@ -246,6 +246,19 @@ def test_a_cluster_holds_less(tmp_path: Path) -> None:
     assert whole.compute_s == pieces.compute_s and whole.largest_rows < pieces.largest_rows
 
 
+def test_what_does_not_grow_with_rows(tmp_path: Path) -> None:
+    """Gradients of the head and a piece of its logits are on each of eight processes as on one."""
+    found = plan(load_config(make_job(tmp_path), ["--train.max_steps=9", "--train.batch_size=32", "--train.logits_at_once=2"]))
+    cost = found.stages[0].cost
+    model = found.assembly.model
+    head = 4 * sum(p.numel() for p in (model.transformer.token_embedding.weight, model.transformer.norm.weight))
+    assert head < cost.fixed_bytes < 3 * head < cost.activation_bytes
+    one, eight = (on_cluster(found, processes, GPUS["h200"])[0].memory["activations"] for processes in (1, 8))
+    assert one == cost.activation_bytes and eight == pytest.approx((one - cost.fixed_bytes) / 8 + cost.fixed_bytes, abs=1)
+    assert "score_stream" not in vars(model)
+    assert plan(load_config(tmp_path / "job.toml", ["--train.max_steps=9"])).stages[0].cost.fixed_bytes == 0
+
+
 def json_targets(config: Path, words: tuple[str, ...]) -> int:
     """Trained tokens of the first batch."""
     found = plan(load_config(config, words))
