@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -279,7 +279,12 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
 def _hold_in_pieces(model: VLM, batch: Batch, held: Held) -> int:
     """A forward pass within ``held``. Returns ``Cost.fixed_bytes`` of it."""
     score, before = model.score_stream, list[int]()
-    model.score_stream = lambda *args, **named: (before.append(held.now), score(*args, **named))[1]  # on the instance
+
+    def score_stream(x: Tensor, batch: Batch, head: Callable[[Tensor], Tensor] | None = None) -> Output:
+        before.append(held.now)
+        return score(x, batch, head)
+
+    model.score_stream = score_stream  # on the instance
     try:
         with held:
             model(batch)

@@ -77,6 +77,8 @@ class VLM(ExactBuffers):
         self.num_image_tokens = 0
         self.loaded: set[str] = set()
         self.logits_at_once = job.train.logits_at_once
+        if self.logits_at_once and "words" not in self.gives:
+            raise InputError(f"train.logits_at_once = {self.logits_at_once}: the model makes no logits; leave it out")
         self.build()
         if self.has_images:
             job.check_sequence(self.num_image_tokens)

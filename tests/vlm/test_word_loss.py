@@ -301,6 +301,13 @@ def test_a_class_that_changes_its_logits_is_refused(monkeypatch: pytest.MonkeyPa
     assert len(it.model(batch).logits) == TARGETS
 
 
+def test_a_model_without_words_has_no_logits() -> None:
+    vlm = replace(tiny_job("dual_encoder").vlm, caption_weight=0.0)
+    with pytest.raises(InputError, match="train.logits_at_once = 3: the model makes no logits"):
+        build(3, "dual_encoder", vlm=vlm)
+    build(0, "dual_encoder", vlm=vlm)
+
+
 def test_it_is_a_number_of_tokens(tmp_path: Path) -> None:
     ended = call("check", make_job(tmp_path), "--train.logits_at_once=-1")
     assert ended.code == 2 and "logits_at_once = -1" in ended.err
