@@ -92,6 +92,12 @@ def bench_captions(cell: Sequence[str], args: argparse.Namespace) -> Facts:
     return bench([*TEXT, *written(args.out, 4000, 200), *cell], args)
 
 
+def head_and_loss(cell: Sequence[str], args: argparse.Namespace) -> Facts:
+    """What ``benchmarks/logits.py`` says."""
+    script = Path(__file__).with_name("logits.py")
+    return json.loads(subprocess.run([sys.executable, str(script), *cell], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 def first_step(cell: Sequence[str], args: argparse.Namespace) -> Facts:
     """Seconds and memory until the first batch of so many rows is there, in a new process, with a tokenizer of few of them."""
     tokenizer = args.out / "rows" / "run" / "tokenizer"
@@ -185,6 +191,18 @@ MEASUREMENTS = {
         {f"{rows:,} rows": (str(rows),) for rows in (10_000, 100_000, 1_000_000)},
         {"until the first batch": seconds, "times the first": ratio("step_s"), "peak memory": memory},
         first_step,
+    ),
+    "logits": Measurement(
+        "in pieces of 1,024, head and loss take at most a fifth more time, and the memory of a piece",
+        {
+            f"{dtype}, {targets:,} targets of {words:,} words, {way}": (way, str(words), str(targets), dtype)
+            for dtype in ("float32", "bfloat16")
+            for targets in (512, 4096)
+            for words in (8192, 32768, 131072)
+            for way in ("all", "256", "1024", "torch:256")
+        },
+        {"processor time": seconds, "peak memory": memory},
+        head_and_loss,
     ),
     "start-up": Measurement(
         "commands that need no torch do not import it",

@@ -294,9 +294,11 @@ def gradients(model: nn.Module, *batches: Batch) -> tuple[Tensor, dict[str, Tens
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def install(it: Tiny, world: World, dtype: torch.dtype = torch.float32, *, recompute: bool = False, compile_units: bool = False) -> None:
-    """Shards as the trainer does."""
-    prepare(it.model, it.model.shard_units(), world, dtype, reshard=True, recompute=recompute, compile_units=compile_units)
+def install(
+    it: Tiny, world: World, dtype: torch.dtype = torch.float32, *, recompute: bool = False, compile_units: bool = False, **options: bool
+) -> None:
+    """Shards as the trainer does; ``options`` as of ``prepare``."""
+    prepare(it.model, it.model.shard_units(), world, dtype, reshard=True, recompute=recompute, compile_units=compile_units, **options)
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:

@@ -22,11 +22,14 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.world import World, meshes, start, stop
 from kempnerforge.training.freeze import apply_freeze
 
-AUX, FROZEN, RECOMPUTED, COMPILED, TRACED, GRIDS = "aux", "frozen", "recomputed", "compiled", "traced", "grids"
-LAYERS, ROWS = "layers", "rows"
-"""``TRACED`` is compiled but for the last part: graphs are taken, differentiated and run, and no machine code
-is made of them, which takes minutes. ``LAYERS``: the ranks compute each layer together. ``ROWS``: they have the
-same rows, some positions of them each."""
+AUX, FROZEN, RECOMPUTED, KEPT, COMPILED, TRACED, GRIDS, PIECES, LAYERS, ROWS = (
+    "aux", "frozen", "recomputed", "kept", "compiled", "traced", "grids", "pieces", "layers", "rows"
+)  # fmt: skip
+"""``KEPT``: what is recomputed keeps its products. ``TRACED`` is compiled but for the last part: graphs are
+taken, differentiated and run, and no machine code is made of them, which takes minutes. ``PIECES``: logits of
+``AT_ONCE`` targets are in memory at once. ``LAYERS``: the ranks compute each layer together. ``ROWS``: they have
+the same rows, some positions of them each."""
+AT_ONCE = 2
 SHARES = ((ONE, THREE, LATE), (NO_IMAGE,))
 """The samples of each rank; one of them has no image."""
 PACKED = ((ONE, THREE, LATE), (NO_IMAGE, TWICE))
@@ -79,7 +82,8 @@ def two_steps(case: str, world: World, out: Path) -> None:
     if TRACED in how:
         torch._dynamo.reset()
         it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))
-    install(it, world, recompute=RECOMPUTED in how, compile_units=COMPILED in how or TRACED in how)
+    install(it, world, recompute=RECOMPUTED in how, compile_units=COMPILED in how or TRACED in how, keep_products=KEPT in how)
+    it.model.logits_at_once = AT_ONCE if PIECES in how else 0
     if FROZEN in how:
         freeze_some(it)
     optimizer = torch.optim.SGD(it.model.parameters(), lr=0.1)

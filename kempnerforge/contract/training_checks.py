@@ -28,6 +28,7 @@ from kempnerforge.contract.cases import (
     TWICE,
     Tiny,
     accepted_masks,
+    all_logits,
     copies,
     differing,
     full,
@@ -38,7 +39,7 @@ from kempnerforge.contract.cases import (
     tiny_job,
 )
 from kempnerforge.contract.marks import ARCHS, FIRST_MASKED, SHARING, each_arch, masked, most_archs, most_masks, ranked, with_images
-from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, LAYERS, RECOMPUTED, ROWS, TRACED, freeze_some, prepared, shares
+from kempnerforge.contract.ranks import AUX, COMPILED, FROZEN, KEPT, LAYERS, PIECES, RECOMPUTED, ROWS, TRACED, freeze_some, prepared, shares
 from kempnerforge.distributed.world import World
 from kempnerforge.model import attention
 from kempnerforge.training.freeze import apply_freeze, trainable_names
@@ -50,10 +51,10 @@ from kempnerforge.training.optimizer import Optimizers
 @each_arch
 def test_activation_checkpointing_changes_nothing(arch: str | None, world: World) -> None:
     results, calls = [], []
-    for recompute in (False, True):
+    for recompute, keep_products in ((False, False), (True, False), (True, True)):
         it = tiny(arch)
         units = list(it.model.shard_units())
-        install(it, world, recompute=recompute)
+        install(it, world, recompute=recompute, keep_products=keep_products)
         count = [0]
         for unit in units:
             next(m for m in unit.modules() if isinstance(m, nn.Linear)).register_forward_hook(
@@ -61,9 +62,26 @@ def test_activation_checkpointing_changes_nothing(arch: str | None, world: World
             )
         results.append(gradients(it.model, it.batch(*SAMPLES)))
         calls.append(count[0] / len(units))
-    assert calls == [1, 2]
-    assert torch.equal(results[0][0], results[1][0])
-    assert differing(results[0][1], results[1][1]) == []
+    assert calls == [1, 2, 2]
+    for loss, grads in results[1:]:
+        assert torch.equal(results[0][0], loss)
+        assert differing(results[0][1], grads) == []
+
+
+@each_arch
+def test_logits_in_pieces_change_nothing(arch: str | None) -> None:
+    """``train.logits_at_once``: loss and gradients up to rounding; no logits are kept, nor made where nothing
+    trains.
+    """
+    it = tiny(arch)
+    batch, logits = it.batch(*SAMPLES), all_logits(it.model, it.batch(*SAMPLES))
+    loss, grads = gradients(it.model, batch)
+    for at_once in (1, 7):
+        it.model.logits_at_once = at_once
+        it.model.zero_grad()
+        assert len(it.model(batch).logits) == 0, "train.logits_at_once: the arch makes all logits; does it call score_stream?"
+        torch.testing.assert_close(gradients(it.model, batch), (loss, grads), rtol=1e-5, atol=1e-6)
+        assert torch.equal(all_logits(it.model, batch), logits)
 
 
 @each_arch
@@ -167,12 +185,20 @@ def test_two_ranks_share_each_layer(ranked: str, ranks: Callable[[str], list[dic
     same_as_one_process(ranked, ranks(ranked))
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@ranked(FIRST_MASKED, f"{AUX}+{FROZEN}+{PIECES}+{RECOMPUTED}+{KEPT}")
+def test_two_ranks_piece_by_piece(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    """Against one process with all logits and all activations."""
+    same_as_one_process(ranked, ranks(ranked))
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(1200)
-@ranked(FIRST_MASKED, f"{AUX}+{FROZEN}+{RECOMPUTED}+{TRACED}")
+@ranked(FIRST_MASKED, f"{AUX}+{FROZEN}+{RECOMPUTED}+{TRACED}", f"{AUX}+{FROZEN}+{PIECES}+{RECOMPUTED}+{KEPT}+{TRACED}")
 def test_two_ranks_with_the_graphs_of_the_compiler(ranked: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
-    """About two minutes an arch on two cores."""
+    """About four minutes an arch on two cores."""
     same_as_one_process(ranked, ranks(ranked))
 
 

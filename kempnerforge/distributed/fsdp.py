@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kempnerforge.distributed.rows import gather_among
 from kempnerforge.distributed.spread import spread, take_away
@@ -17,10 +19,33 @@ from kempnerforge.distributed.world import World
 from kempnerforge.model.aux_loss import restore_losses, return_losses, with_aux_loss
 
 RECOMPILE_LIMIT = 64
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.higher_order.flex_attention,
+]
+"""What a unit keeps the outputs of when it is recomputed but for its products."""
 
 
 def prepare(
-    model: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype, *, reshard: bool, recompute: bool, compile_units: bool
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    *,
+    reshard: bool,
+    recompute: bool,
+    compile_units: bool,
+    keep_products: bool = False,
 ) -> None:
     """Installs shared layers, recomputation, compilation and sharding, in this order, unit by unit. Names do not change. The
     model is on ``world.device`` then, and the weights are those of rank 0.
@@ -30,7 +55,7 @@ def prepare(
         units: modules that do not overlap; the root takes the other parameters.
         dtype: of compute; master weights and gradient reduction are fp32.
         reshard: free gathered weights after the forward pass.
-        recompute: activation checkpointing.
+        recompute: activation checkpointing; ``keep_products`` as of ``recompute_unit``.
         compile_units: ``torch.compile`` each unit.
 
     NOTE: in a world of one only the root is wrapped, and stays unsharded: a wrapped unit costs 1.5 ms a step
@@ -57,7 +82,7 @@ def prepare(
         if aux_losses := with_aux_loss(unit):
             return_losses(unit, aux_losses)
         if recompute:
-            recompute_unit(unit)
+            recompute_unit(unit, keep_products)
         if compile_units:
             unit.compile(dynamic=True)
         if world.parts > 1:
@@ -83,7 +108,13 @@ def sync_gradients(model: nn.Module, sync: bool) -> None:
         module.set_requires_gradient_sync(sync, recurse=False)
 
 
-def recompute_unit(unit: nn.Module) -> None:
-    """Makes ``unit`` keep its inputs alone and run again in the backward pass."""
+def recompute_unit(unit: nn.Module, keep_products: bool = False) -> None:
+    """Makes ``unit`` keep its inputs alone and run again in the backward pass; with ``keep_products`` it keeps
+    the outputs of ``PRODUCTS``, too, and runs nothing of them again.
+
+    NOTE: on CUDA a FlexAttention of a unit that is not compiled is a compiled function of its own, whose
+    insides are not seen here: it runs again.
+    """
     forward = unit.forward  # replaced on the instance, so that no parameter name changes
-    unit.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    options: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if keep_products else {}
+    unit.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)

@@ -87,11 +87,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Adds ``values`` over all ranks, in float64."""
+    def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
+        """Adds ``values``, numbers or a vector on ``device``, over all ranks, in float64."""
         if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         dist.all_reduce(total)
         return total.tolist()
 

@@ -188,13 +188,17 @@ class OneProcess(NamedTuple):
 
     Attributes:
         model: on the meta device.
-        activations: bytes.
+        again: FLOPs of one sample that activation checkpointing repeats.
+        growing, fixed: bytes, in proportion to the rows and not. With activation checkpointing: what enters
+            each unit, the outputs that are kept in it, and the rest of one unit while it is recomputed.
         exchanged: numbers.
     """
 
     model: VLM
     cost: Cost
-    activations: float
+    again: float
+    growing: float
+    fixed: int
     exchanged: int
 
 
@@ -233,16 +237,16 @@ def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> Cluster
     cast = width if shared > 1 or width < MASTER else 0
     again, others = job.train.activation_checkpointing, _keys_and_values(job, planned.row_length, width)
     per_row = 1 / max(1, batch // accumulated)
-    in_row = one.activations * per_row / by_row + others * (1 if again else job.model.n_layers)  # bytes of one row
+    in_row = one.growing * per_row / by_row + others * (1 if again else job.model.n_layers)  # bytes of one row
     memory = {
         "weights": MASTER * shards.part(names),
         "gradients": MASTER * shards.part(trained),
         "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
         "gathered weights": cast * shown,
         "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and parts > 1 and not at_once else 0,
-        "activations": round(in_row * rows),
+        "activations": round(in_row * rows) + one.fixed,
     }
-    free = gpu.memory - (sum(memory.values()) - memory["activations"])
+    free = gpu.memory - (sum(memory.values()) - round(in_row * rows))
     largest = max(0, int(free / in_row)) if in_row else rows
 
     sizes = [shards.received(unit) for unit in shards.units]
@@ -256,7 +260,7 @@ def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> Cluster
     gathered_rows = accumulated * rows * others * job.model.n_layers * (3 if again else 2)
 
     speed, work = EFFICIENCY * gpu.flops * parts / batch, one.cost
-    forward, backward = work.forward_flops / speed, (work.backward_flops + again * work.forward_flops) / speed
+    forward, backward = work.forward_flops / speed, (work.backward_flops + one.again) / speed
     inside, around, link, between = (
         gpu.link if size <= gpu.per_node else gpu.network for size in (together, together * by_row, together * shared, processes)
     )
@@ -283,23 +287,24 @@ def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> Cluster
 
 
 def _one_process(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> OneProcess:
-    """Of one micro-batch: with activation checkpointing what enters each unit is kept, and one unit's own
-    while it is recomputed.
-    """
+    """What a process has of a micro-batch; of what activation checkpointing recomputes one unit at a time."""
     job, batch = found.assembly.job, next(found.assembly.data.batches(stage, stage.start))
     model, sums, count = found.assembly.model, 0, job.distributed.tensor_parallel
     if count > 1:
         model = build_model(job, "meta")
         exchanged = Exchanged(model, count)
-        counted, sums = cost(model, batch, trainable, slots, found.dtype.itemsize), exchanged.numbers
+        counted, sums = cost(model, batch, trainable, slots, found.dtype), exchanged.numbers
+    growing = counted.activation_bytes - counted.fixed_bytes
     if not job.train.activation_checkpointing:
-        return OneProcess(model, counted, counted.activation_bytes, sums)
+        return OneProcess(model, counted, 0.0, growing, counted.fixed_bytes, sums)
     again = build_model(job, "meta")
     exchanged, units = Exchanged(again, count), [*again.shard_units()]
     for unit in units:
-        recompute_unit(unit)
-    kept = cost(again, batch, trainable, slots, found.dtype.itemsize).activation_bytes
-    return OneProcess(model, counted, kept + max(0, counted.activation_bytes - kept) / len(units), exchanged.numbers)
+        recompute_unit(unit, job.train.activation_checkpointing_keeps == "products")
+    recomputed = cost(again, batch, trainable, slots, found.dtype)
+    kept = recomputed.activation_bytes - recomputed.fixed_bytes
+    growing = kept + max(0, growing - kept) / len(units)
+    return OneProcess(model, counted, recomputed.flops - counted.flops, growing, recomputed.fixed_bytes, exchanged.numbers)
 
 
 def _keys_and_values(job: JobConfig, length: int, width: int) -> float:

@@ -82,7 +82,7 @@ def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePl
     settings_of = settings(freeze.names, stage.optimizer, freeze.patterns)
     rules = rules_of(model, stage.optimizer)
     batch = next(assembly.data.batches(stage, stage.start))
-    counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype.itemsize)
+    counted = cost(model, batch, trainable, state_copies(model, stage.optimizer, job.train.ema_decay > 0), dtype)
     by_part: dict[str, set[float]] = {}
     for name in freeze.names:
         by_part.setdefault(part_of(name), set()).add(getattr(settings_of[name], rules[name].lr_key))

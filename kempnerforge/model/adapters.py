@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kempnerforge.config import registry
+from kempnerforge.config import JobConfig, registry
 from kempnerforge.config.adapter import AdapterConfig, GridAdapterConfig, PerceiverConfig
 from kempnerforge.model.attention import attend
+from kempnerforge.model.transfer import told
+from kempnerforge.model.transformer import separate_draws
+from kempnerforge.model.vision import VisionEncoder
 from kempnerforge.util.errors import InputError, NotBuiltError
 
 
@@ -241,7 +244,7 @@ class PerceiverAdapter(ProjectingAdapter):
             order += alike
             found.append(super().forward(x))
         tokens = torch.cat(found)
-        return tokens.new_zeros(len(features), *tokens.shape[1:]).index_put((torch.tensor(order, device=tokens.device),), tokens)
+        return tokens.new_zeros(len(features), *tokens.shape[1:]).index_put((told(order, tokens.device),), tokens)
 
 
 def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> Adapter:
@@ -269,3 +272,17 @@ def build_adapter(cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: i
         raise
     assert isinstance(adapter, Adapter), f"{type(adapter).__name__} is not an Adapter"
     return adapter
+
+
+def add_deepstack(adapter: Adapter, job: JobConfig, encoder: VisionEncoder) -> None:
+    """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``.
+
+    Raises:
+        InputError: the encoder does not give them.
+    """
+    layers = job.vision_encoder.deepstack_layers
+    if layers and not encoder.layer_dim:
+        raise InputError(f"vision_encoder.deepstack_layers = {layers}: {type(encoder).__name__} gives no inner layers")
+    with separate_draws("deepstack"):
+        for _ in layers:
+            adapter.deepstack.append(build_adapter(job.adapter.of_layers, encoder.layer_dim, job.model.dim, encoder.num_tokens))

@@ -19,6 +19,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.adapter import GridAdapterConfig
 from kempnerforge.config.checks import at_least
 from kempnerforge.model.adapters import GridAdapter
+from kempnerforge.model.transfer import told
 from kempnerforge.util.errors import InputError
 
 
@@ -134,6 +135,6 @@ class AttentionPoolAdapter(GridAdapter):
         if self.pad_embed is not None:
             kinds = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
             if contents:
-                kinds = padding_of(torch.tensor(contents, device=features.device), math.isqrt(features.shape[1]))
+                kinds = padding_of(told(contents, features.device), math.isqrt(features.shape[1]))
             features = features + F.embedding(kinds, F.pad(self.pad_embed, (0, 0, 1, 0)))
         return self.image_token + super().forward(features)

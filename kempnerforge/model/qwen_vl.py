@@ -22,6 +22,7 @@ from kempnerforge.model.attention import additive, attend
 from kempnerforge.model.hf_files import read_tensors, tensor_files
 from kempnerforge.model.hf_towers import Clip, Siglip, build_tower, chosen_normalisation, plain_settings, tower_config, tower_kind, where
 from kempnerforge.model.rope import rotate
+from kempnerforge.model.transfer import moved
 from kempnerforge.model.vision import VisionEncoder, inside
 from kempnerforge.util.errors import InputError, show
 
@@ -84,7 +85,7 @@ class Groups(NamedTuple):
         steps = torch.arange(int(lengths.max()), device=ends.device)
         real = steps < lengths  # (S, L)
         at, back = ends[:-1, None] + steps * real, real.flatten().nonzero()[:, 0]
-        return cls(at.to(device), None if real.all() else real[:, None, None].to(device), back.to(device))
+        return cls(moved(at, device), None if real.all() else moved(real[:, None, None], device), moved(back, device))
 
 
 class GroupAttention(nn.Module):
@@ -196,7 +197,7 @@ class QwenTower(VisionEncoder):
         """
         pixels = self.normalise(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # the class cannot run on nothing
         sizes, config = grids or [(self.side, self.side)] * len(pixels), self.tower.config
-        image, place = inside(sizes, self.side, torch.device("cpu")).flatten(1).nonzero().T.to(pixels.device)  # (P,) each
+        image, place = moved(inside(sizes, self.side, torch.device("cpu")).flatten(1).nonzero().T, pixels.device)  # (P,) each
         patches = cut(pixels, config.patch_size, config.temporal_patch_size)[image, place]  # (P, 3 * frames * patch * patch)
         grid = torch.tensor([(1, *size) for size in sizes], device="cpu")
         known: dict[str, Any] = known_of_grids(self.tower, grid, pixels.device)
@@ -234,7 +235,7 @@ def known_of_grids(tower: Any, grid: Tensor, device: torch.device) -> dict[str, 
             how = {"mode": tower.interpolation_mode, "align_corners": tower.interpolation_align_corners}
             taps = known.get_vision_interpolation_indices_and_weights(grid, tower.num_grid_per_side, spatial_merge_size=merge, **how)
             found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
-    return {name: value.to(device) for name, value in found.items()} | lengths
+    return {name: moved(value, device) for name, value in found.items()} | lengths
 
 
 def qwen_settings(config: Mapping[str, Any], known: Any) -> dict[str, Any]:

@@ -353,7 +353,7 @@ class Transformer(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) -> (B, S, D)."""
         x = self.token_embedding(ids) if self.new_tokens is None else self.new_tokens.embed(ids, self.token_embedding)
-        return x * torch.tensor(self.cfg.dim**0.5, dtype=x.dtype, device=x.device) if self.cfg.embed_scale else x
+        return x * x.new_full((), self.cfg.dim**0.5) if self.cfg.embed_scale else x
 
     def run(self, x: Tensor, ctx: Context, layers: slice = slice(None)) -> Tensor:
         """All layers, or ``layers`` of them: (B, S, D) -> (B, S, D). Of ``ctx`` learned positions are read, and

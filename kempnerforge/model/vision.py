@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.model.buffers import ExactBuffers
+from kempnerforge.model.transfer import told
 from kempnerforge.util.errors import NotBuiltError
 
 
@@ -109,7 +110,7 @@ class VisionEncoder(ExactBuffers):
 
 def inside(grids: Sequence[tuple[int, int]], side: int, device: torch.device) -> Tensor:
     """(N, side, side) bool: which patches each image of ``grids`` has."""
-    sizes, steps = torch.tensor(grids, device=device)[..., None, None], torch.arange(side, device=device)  # (N, 2, 1, 1)
+    sizes, steps = told(grids, device)[..., None, None], torch.arange(side, device=device)  # (N, 2, 1, 1)
     return (steps[:, None] < sizes[:, 0]) & (steps < sizes[:, 1])
 
 

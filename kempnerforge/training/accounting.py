@@ -4,16 +4,21 @@ by a formula per arch.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kempnerforge.config import JobConfig
 from kempnerforge.data.batching.batch import Batch
@@ -56,12 +61,16 @@ class Cost:
         modules: the parts; they cover the model.
         state_bytes: fp32 weights and gradients, optimizer state, and the weights once more in the compute
             dtype.
-        activation_bytes: kept for the backward pass of one micro-batch.
+        activation_bytes: that the forward pass of one micro-batch holds at most, most of it for the backward
+            pass.
+        fixed_bytes: of these, what is the same for any number of rows: with ``train.logits_at_once`` the
+            logits of a piece, and the gradients of the head.
     """
 
     modules: list[ModuleCost]
     state_bytes: int
     activation_bytes: int
+    fixed_bytes: int = 0
 
     @property
     def forward_flops(self) -> float:
@@ -194,7 +203,35 @@ def _nodes(total: Tensor) -> Iterator[torch.autograd.graph.Node]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute_bytes: int) -> Cost:
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered, as long as they are there.
+
+    Attributes:
+        now: that are there.
+        peak: the most at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._known: MutableMapping[torch.UntypedStorage, int] = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in given and storage not in self._known:
+                self._known[storage] = storage.nbytes()
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return made
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: Mapping[str, int], compute: torch.dtype) -> Cost:
     """Counts one micro-batch of a stage.
 
     Args:
@@ -202,22 +239,29 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
         batch: a real one, for its shapes.
         trainable: names of the parameters that train.
         optimizer_slots: name -> fp32 numbers that the optimizer keeps per number of the parameter.
-        compute_bytes: of one number in the compute dtype.
+        compute: the compute dtype.
+
+    NOTE: products are counted with all logits at once: they are the same ones, and those of the backward pass
+    are found by their nodes.
     """
-    parameters = dict(model.named_parameters())
+    parameters, at_once = dict(model.named_parameters()), model.logits_at_once
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[id(tensor.untyped_storage())] = tensor.numel() * compute_bytes
-        return tensor
-
-    meter = Meter(model)
-    with mode(model, training=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total, forward = meter.forward(batch.to("meta"))
-        backward = meter.backward(total)
+    meter, held, fixed = Meter(model), Held(), 0
+    moved = batch.to("meta")
+    model.to(compute)
+    try:
+        with mode(model, training=True):
+            if at_once:
+                fixed = _hold_in_pieces(model, moved, held)
+                model.logits_at_once = 0
+            with nullcontext() if at_once else held:
+                total, forward = meter.forward(moved)
+            backward = meter.backward(total)
+    finally:
+        model.logits_at_once = at_once
+        model.to(torch.float32)
+    model.zero_grad(set_to_none=True)
     rows = max(1, len(batch.sample_names))
     modules, by_part = [], parts(list(parameters))
     for part in [*by_part, *(p for p in forward | backward if p not in by_part)]:
@@ -226,8 +270,27 @@ def cost(model: VLM, batch: Batch, trainable: frozenset[str], optimizer_slots: M
         train = [parameters[name].numel() for name in names if name in trainable]
         shown = part or ("output head (tied)" if model.transformer.output_head is None else "outside of modules")
         modules.append(ModuleCost(shown, sum(sizes), sum(train), forward.get(part, 0) / rows, backward.get(part, 0) / rows))
-    state = sum(p.numel() * (4 + compute_bytes % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items())
-    return Cost(modules, state, sum(kept.values()))
+    state = sum(
+        p.numel() * (4 + compute.itemsize % 4 + (4 + 4 * optimizer_slots[n] if n in trainable else 0)) for n, p in parameters.items()
+    )
+    return Cost(modules, state, held.peak, fixed)
+
+
+def _hold_in_pieces(model: VLM, batch: Batch, held: Held) -> int:
+    """A forward pass within ``held``. Returns ``Cost.fixed_bytes`` of it."""
+    score, before = model.score_stream, list[int]()
+
+    def score_stream(x: Tensor, batch: Batch, head: Callable[[Tensor], Tensor] | None = None) -> Output:
+        before.append(held.now)
+        return score(x, batch, head)
+
+    model.score_stream = score_stream  # on the instance
+    try:
+        with held:
+            model(batch)
+    finally:
+        del model.score_stream
+    return held.peak - before[0] if before and model.in_pieces(batch) else 0
 
 
 class TrainingFlops:

@@ -173,8 +173,9 @@ def held_by(parameter: Tensor, ranks: int) -> int:
     return ranks
 
 
-def squared_norm(shards: Sequence[torch.Tensor], held: Sequence[int]) -> float:
-    """What this rank adds to the squared norm of the whole tensors, the sum over all ranks.
+def squared_norm(shards: Sequence[torch.Tensor], held: Sequence[int]) -> torch.Tensor:
+    """What this rank adds to the squared norm of the whole tensors, the sum over all ranks: a scalar in fp64,
+    where the shards are.
 
     Args:
         held: how many ranks have the same shard, for each of ``shards``.
@@ -182,7 +183,8 @@ def squared_norm(shards: Sequence[torch.Tensor], held: Sequence[int]) -> float:
     groups: dict[int, list[torch.Tensor]] = defaultdict(list)
     for shard, count in zip(shards, held, strict=True):
         groups[count].append(shard)
-    return sum(get_total_norm(group).square().item() / count for count, group in groups.items())
+    squares = [get_total_norm(group).square().double() / count for count, group in groups.items()]
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def clip(grads: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:

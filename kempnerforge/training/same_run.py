@@ -23,7 +23,7 @@ LOG = logging.getLogger("kempnerforge")
 MAY_CHANGE = (
     "run.", "metrics.", "eval.", "checkpoint.", "distributed.", "train.max_steps", "train.total_samples",
     "train.grad_accum_steps",
-    "data.num_workers", "data.image_cache_mib",
+    "train.logits_at_once", "data.num_workers", "data.image_cache_mib",
 )  # fmt: skip
 """Keys that may change when a run continues: none of them changes what is learned from which samples.
 ``train.max_steps`` does where the

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kempnerforge.config import Stage
 from kempnerforge.data.batching.batch import Batch
@@ -159,6 +160,7 @@ class Trainer:
             reshard=job.distributed.reshard_after_forward,
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
+            keep_products=job.train.activation_checkpointing_keeps == "products",
         )
         self.model.row_ranks = world.context
         self.history: list[Span] = []
@@ -250,8 +252,10 @@ class Trainer:
                 pair_sum += output.pair_loss.detach()
 
         grads = local_gradients(self.model)
-        losses = self.world.once([loss_sum.item(), weighted_sum.item(), aux_sum.item(), pair_sum.item()])
-        total, weighted, aux, paired, squared = self.sum([*losses, squared_norm(grads, holders(self.model, self.world.size))])
+        (counts,) = self.world.once([1.0])
+        losses = counts * torch.stack([loss_sum, weighted_sum, aux_sum, pair_sum]).double()
+        squared_sum = squared_norm(grads, holders(self.model, self.world.size)).to(losses.device)
+        total, weighted, aux, paired, squared = self.sum(torch.cat([losses, squared_sum[None]]))  # one transfer
         pair_loss, aux_loss, norm = paired / max(1, pairs), aux / weight, math.sqrt(squared)
         loss = total / targets + pair_loss
         finite = all(map(math.isfinite, (loss, aux, norm)))  # equal on all ranks: all step, or none
@@ -358,9 +362,10 @@ class Trainer:
 
     # ---- for hooks -------------------------------------------------------------------------------
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float] | Tensor) -> list[float]:
         """As ``World.sum``; afterwards ``stopping`` tells all ranks whether one of them was asked to stop."""
-        *totals, asked = self.world.sum([*values, float(self.stop_requested)])
+        asks = float(self.stop_requested)
+        *totals, asked = self.world.sum(torch.cat([values, values.new_full((1,), asks)]) if isinstance(values, Tensor) else [*values, asks])
         self.stopping = self.stopping or asked > 0
         return totals
 

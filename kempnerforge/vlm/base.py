@@ -13,7 +13,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -24,22 +24,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from kempnerforge.config import JobConfig, ModelConfig
-from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.distributed.balance import balanced
 from kempnerforge.eval.generate import Prompts, Sampling, generate
-from kempnerforge.model.adapters import Adapter, build_adapter
+from kempnerforge.model.adapters import Adapter, add_deepstack, build_adapter
 from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.rope import rope_tables
 from kempnerforge.model.row_share import share_row
-from kempnerforge.model.transformer import Block, Cache, Context, Transformer, separate_draws
+from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
 from kempnerforge.vlm.output import Output
 from kempnerforge.vlm.placements import grid_positions, image_columns, own_targets, told_views, with_answers
+from kempnerforge.vlm.word_loss import loss_in_pieces, word_loss
 
 
 class VLM(ExactBuffers):
@@ -52,6 +53,7 @@ class VLM(ExactBuffers):
     Attributes:
         loaded: names of the parameters with weights from elsewhere; all others are random. Code that loads
             some adds their names.
+        logits_at_once: as ``train.logits_at_once``.
     """
 
     has_images = True
@@ -84,6 +86,9 @@ class VLM(ExactBuffers):
         self.job = job
         self.num_image_tokens = 0
         self.loaded: set[str] = set()
+        self.logits_at_once = job.train.logits_at_once
+        if self.logits_at_once and "words" not in self.gives:
+            raise InputError(f"train.logits_at_once = {self.logits_at_once}: the model makes no logits; leave it out")
         self.build()
         if self.has_images:
             job.check_sequence(self.num_image_tokens)
@@ -115,7 +120,7 @@ class VLM(ExactBuffers):
         self.transformer = Transformer(self.job.model, self.block)
         if self.has_images:
             self.build_vision()
-            self.build_deepstack()
+            add_deepstack(self.adapter, self.job, self.vision_encoder)
             self.num_image_tokens = self.adapter.num_tokens
             side, encoder = math.isqrt(self.num_image_tokens), self.vision_encoder
             if self.job.adapter.keeps_grid and side**2 == self.num_image_tokens:
@@ -133,15 +138,6 @@ class VLM(ExactBuffers):
         if self.adapter.out_dim != self.job.model.dim and not self.reads_any_width:
             width = f"gives tokens {self.adapter.out_dim} wide, and vlm.arch = {self.job.vlm.arch if self.job.vlm else None!r}"
             raise InputError(f"adapter.type = {self.job.adapter.type!r}: {width} takes model.dim = {self.job.model.dim}")
-
-    def build_deepstack(self) -> None:
-        """Gives ``adapter`` one more adapter for each of ``vision_encoder.deepstack_layers``."""
-        cfg, encoder, how = self.job.vision_encoder, self.vision_encoder, self.job.adapter.of_layers
-        if cfg.deepstack_layers and not encoder.layer_dim:
-            raise InputError(f"vision_encoder.deepstack_layers = {cfg.deepstack_layers}: {type(encoder).__name__} gives no inner layers")
-        with separate_draws("deepstack"):
-            for _ in cfg.deepstack_layers:
-                self.adapter.deepstack.append(build_adapter(how, encoder.layer_dim, self.job.model.dim, encoder.num_tokens))
 
     def read(self, x: Tensor, ctx: Context, batch: Batch) -> Tensor:
         """The stream where it is scored: (B, S, D) -> (T, D) at ``batch.targets``."""
@@ -336,13 +332,9 @@ class VLM(ExactBuffers):
         if cache is not None:
             logits = self.transformer.unembed(self.last(x, ctx))  # (B, V)
             return Output(logits.new_zeros(()), logits)
-        logits = self.transformer.unembed(self.read(x, ctx, own))  # the head runs on trained positions only
-        if ctx.share is None:
-            return self.score(logits, own)
-        output = self.score(logits, own, batch)
-        return (
-            output if output.aux_loss is None else output._replace(aux_loss=output.aux_loss / ctx.share.ranks)
-        )  # of means over own positions
+        aux = None if ctx.share is None else self.extra_loss(batch)  # of means over own positions
+        output = self.score_stream(self.read(x, ctx, own), own)  # the head runs on trained positions only
+        return output if ctx.share is None or aux is None else output._replace(aux_loss=aux / ctx.share.ranks)
 
     def run(self, x: Tensor, ctx: Context, batch: Batch, deeper: Sequence[Tensor]) -> Tensor:
         """All layers: (B, K, D) -> (B, K, D). After layer i the features ``deeper[i]`` (N, F, D) are added to
@@ -358,17 +350,28 @@ class VLM(ExactBuffers):
             x = x + F.embedding(at, F.pad(features.flatten(0, 1), (0, 0, 1, 0)), padding_idx=0).to(x.dtype)
         return self.transformer.run(x, ctx, slice(len(deeper), None))
 
-    def score(self, logits: Tensor, batch: Batch, whole: Batch | None = None) -> Output:
-        """The loss of ``logits`` (T, V) at ``batch.targets``, and auxiliary losses for the targets of ``whole``
-        (None: of ``batch``).
+    def score_stream(self, x: Tensor, batch: Batch, head: Callable[[Tensor], Tensor] | None = None) -> Output:
+        """The loss of the stream at ``batch.targets``, (T, D), piece by piece or of all logits at once.
+
+        Args:
+            head: (t, D) -> (t, V) fp32, as of ``loss_in_pieces``; None: ``transformer.unembed``.
         """
-        labels, whole = batch.labels.flatten()[batch.targets], whole or batch
-        if batch.target_weights is not None:
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (T,)
-            weighted = (losses * batch.target_weights).sum()
-            return Output(losses.detach().sum(), logits, self.extra_loss(whole), weighted_loss=weighted)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return Output(loss, logits, self.extra_loss(whole))
+        head = self.transformer.unembed if head is None else head
+        if not self.in_pieces(batch):
+            return self.score(head(x), batch)
+        found = loss_in_pieces(head, x, batch.labels.flatten()[batch.targets], batch.target_weights, self.logits_at_once)
+        with torch.no_grad():
+            logits = head(x.detach()[:0])  # (0, V)
+        return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
+
+    def in_pieces(self, batch: Batch) -> bool:
+        """Whether this pass makes the logits of ``batch.targets`` piece by piece: ``logits_at_once`` in training."""
+        return self.training and torch.is_grad_enabled() and 0 < self.logits_at_once < batch.num_targets
+
+    def score(self, logits: Tensor, batch: Batch) -> Output:
+        """The loss of ``logits`` (T, V) at ``batch.targets``."""
+        found = word_loss(logits, batch.labels.flatten()[batch.targets], batch.target_weights)
+        return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
 
     def extra_loss(self, batch: Batch) -> Tensor | None:
         """``Output.aux_loss`` of the pass that has just run."""

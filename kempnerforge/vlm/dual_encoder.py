@@ -115,7 +115,7 @@ class DualEncoder(CrossAttention):
         pair_loss = self.contrast(embeddings, batch.pair_images)
         if weight:
             x = self.transformer.run(x, ctx, slice(self.text_layers, None))
-            output = self.score(self.transformer.unembed(self.read(x, ctx, batch)), batch)
+            output = self.score_stream(self.read(x, ctx, batch), batch)
             weighted = None if output.weighted_loss is None else weight * output.weighted_loss
             output = output._replace(loss=weight * output.loss, weighted_loss=weighted) if self.training else output
         else:

@@ -33,6 +33,7 @@ from kempnerforge.model.hf_checks import check_room, class_call
 from kempnerforge.model.hf_files import load_whole, read_named_config
 from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2
 from kempnerforge.model.image_processor import read_image_settings
+from kempnerforge.model.transfer import told
 from kempnerforge.model.transformer import Cache
 from kempnerforge.util.errors import InputError, cut
 from kempnerforge.vlm.base import VLM, Output
@@ -110,7 +111,7 @@ class HF(VLM):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, H) uint8 -> fp32, the views that the class takes of them."""
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.normalisation)
+        mean, std = (told(values, images.device).view(3, 1, 1) for values in self.normalisation)
         return self.images.cut(images).float().div_(255).sub_(mean).div_(std)
 
     def with_image_ids(self, batch: Batch, image_id: int) -> Tensor:
@@ -130,17 +131,28 @@ class HF(VLM):
         if features is not None:
             features, *deeper = features.split(words.shape[-1], dim=-1)
         stream = self.insert(words, features, batch)
-        if cache is None:
+        if cache is not None:
+            logits = self._logits(stream, batch, cache, deeper)  # (B, V)
+            return Output(logits.new_zeros(()), logits)
+        if not self.in_pieces(batch):
             return self.score(self._logits(stream, batch, None, deeper), batch)
-        logits = self._logits(stream, batch, cache, deeper)  # (B, V)
-        return Output(logits.new_zeros(()), logits)
+        rows: list[Tensor] = []
+        self._logits(stream, batch, None, deeper, apart=rows)
+        head = self.hf_model.get_output_embeddings()
+        return self.score_stream(rows[0], batch, lambda x: head(x).float())
 
-    def _logits(self, stream: Tensor, batch: Batch, cache: Cache | None, deeper: Sequence[Tensor]) -> Tensor:
+    def _logits(
+        self, stream: Tensor, batch: Batch, cache: Cache | None, deeper: Sequence[Tensor], apart: list[Tensor] | None = None
+    ) -> Tensor:
         """(B, S, D) -> (T, V) at the targets; with a cache (B, V) at the last position. The head runs on no
         others.
 
         Args:
             deeper: (N, F, D) each, what is added to the image tokens after the first layers.
+            apart: gets what the head would read, (T, D), and the head runs on nothing.
+
+        Raises:
+            InputError: ``apart``, and the class changes what its head gives.
         """
         segments, past = replace(self.segments(batch), positions=batch.positions), None
         self.hf_model.training = self.training  # it is outside of the module tree
@@ -149,7 +161,13 @@ class HF(VLM):
             past = cache.kept.setdefault("past", _empty_cache())
 
         def chosen(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0].flatten(0, 1)[batch.targets] if cache is None else args[0][:, -1],)  # (T, D) or (B, D)
+            rows = args[0].flatten(0, 1)[batch.targets] if cache is None else args[0][:, -1]  # (T, D) or (B, D)
+            if apart is None:
+                return (rows,)
+            apart.append(rows)
+            return (rows[:0],)
+
+        from_head: list[Tensor] = []
 
         masks = self._masks(segments, stream)
         mask = next(iter(masks.values()))
@@ -165,6 +183,7 @@ class HF(VLM):
         decoder = self.hf_model.get_decoder()
         handles = [
             self.hf_model.get_output_embeddings().register_forward_pre_hook(chosen),
+            self.hf_model.get_output_embeddings().register_forward_hook(lambda _, args, out: from_head.append(out)),
             decoder.register_forward_pre_hook(masked, with_kwargs=True),
             *(layer.register_forward_hook(deepened(each)) for layer, each in zip(decoder.layers, deeper, strict=False)),
         ]
@@ -179,6 +198,9 @@ class HF(VLM):
         finally:
             for handle in handles:
                 handle.remove()
+        if apart is not None and found.logits is not from_head[0]:
+            name, at_once = type(self.hf_model).__name__, self.logits_at_once
+            raise InputError(f"train.logits_at_once = {at_once}: {name} changes what its head gives, by a softcap or a scale; set it to 0")
         return found.logits.float()
 
     def _masks(self, segments: Segments, stream: Tensor) -> dict[str, Tensor]:

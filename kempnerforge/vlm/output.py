@@ -1,6 +1,6 @@
-"""What a forward pass of an arch gives.
+"""What a model gives to the trainer, to evaluation and to generation.
 
-Shapes: B rows, T trained positions, V vocabulary, P pairs, E width of an embedding.
+Shapes: B rows, T trained positions, V vocabulary, P pairs of a text and its image, E their width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Output(NamedTuple):
     Attributes:
         loss: cross-entropy SUMMED over the batch's targets, fp32; the trainer divides by the count over all
             ranks and micro-batches.
-        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row.
+        logits: (T, V) fp32 at the targets; with a cache (B, V), of the token after each row. (0, V) in
+            training passes that make them piece by piece (``train.logits_at_once``).
         aux_loss: the sum of the auxiliary losses of the model's modules, times the number of targets; None if
             there are none.
         pair_loss: a loss SUMMED over the batch's pairs of a text and its image, fp32; the trainer divides it

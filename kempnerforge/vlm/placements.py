@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kempnerforge.config import ModelConfig
 from kempnerforge.data.batching.batch import IGNORE, Batch, Kind
+from kempnerforge.model.transfer import told
 from kempnerforge.model.transformer import Cache, Context
 
 NOTHING = -2
@@ -111,7 +112,7 @@ def grid_sizes(batch: Batch, side: int) -> Tensor:
 def _parts(batch: Batch) -> Tensor:
     """(M, 5): ``Part`` of each placement, without ``alone``."""
     shown = [[*part[:4], part.step or part.columns] for part in batch.image_parts]
-    return torch.tensor(shown, device=batch.image_index.device)[batch.image_index]
+    return told(shown, batch.image_index.device)[batch.image_index]
 
 
 def image_columns(batch: Batch, tokens: int, nowhere: int) -> Tensor:

@@ -118,7 +118,7 @@ def test_parts_cover_every_name():
 
 def counted(it: Tiny, batch: Batch, trainable: frozenset[str] | None = None) -> Cost:
     names = [name for name, _ in it.model.named_parameters()]
-    return cost(it.model, batch, frozenset(names) if trainable is None else trainable, dict.fromkeys(names, 2), 4)
+    return cost(it.model, batch, frozenset(names) if trainable is None else trainable, dict.fromkeys(names, 2), torch.float32)
 
 
 def by_part(found: Cost) -> dict[str, tuple[float, float]]:

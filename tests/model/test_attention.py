@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -406,6 +407,50 @@ def test_blocks_are_the_dense_mask(groups: int, softcap: float, order: bool) -> 
     q, k, v = qkv(4, groups, 200, 200, width=16)
     want = attend(q, k, v, additive(structure.visible(), q.dtype), softcap=softcap)
     torch.testing.assert_close(attend(q, k, v, structure.blocks(), softcap=softcap), want, rtol=1e-5, atol=1e-5)
+
+
+SAFE_FROM = 128
+"""Keys of one block of FlexAttention. Compiled for fewer, it is known to let a query see other documents; not measured here."""
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("window", [0, 16])
+def test_short_rows_are_never_blocks(order: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on CUDA either, whatever else is asked: documents, groups, a prefix, a window, some queries of a cache."""
+    monkeypatch.setattr(attention, "on_cuda", lambda tensor: True)
+    monkeypatch.setattr(Segments, "blocks", lambda *args: pytest.fail("FlexAttention for a short row"))
+    assert FLEX_FROM >= SAFE_FROM
+    for length in (8, 64, SAFE_FROM - 1, SAFE_FROM, FLEX_FROM - 1):
+        found = replace(documents(length, order), positions=torch.arange(length).expand(2, -1), windows=tuple({0, window}))
+        for structure in (found, replace(found, groups=None), replace(found, documents=(((length, 1),),) * 2)):
+            for leading in (0, length // 2):
+                for queries in (length, 1):
+                    assert structure.mask(queries, torch.bfloat16, leading) is not None
+        assert found.extend(found).mask(length, torch.bfloat16) is not None, "a cache has more keys than queries"
+    with pytest.raises(pytest.fail.Exception, match="FlexAttention for a short row"):
+        documents(FLEX_FROM, order).mask(FLEX_FROM, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [48, 100, 127, 128, 200, FLEX_FROM])
+def test_no_document_knows_another_on_cuda(length: int, record_property: Callable[[str, object], None]) -> None:
+    """Keys and values of one document are changed, and what comes out at the other must not move. From ``SAFE_FROM`` on that is a rule;
+    below, where a model never takes this kernel, the difference is recorded as a property of the test and the form that is taken must
+    keep it.
+    """
+    half, g = length // 2, torch.Generator(device="cuda").manual_seed(0)
+    ids = (torch.arange(length, device="cuda") >= half).long().expand(2, -1)
+    structure = Segments(ids, torch.zeros_like(ids), has_documents=True)
+    q, k, v = (torch.randn(2, 4, length, 32, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(3))
+    later = [x.clone() for x in (k, v)]
+    for x in later:
+        x[:, :, :half] += 1  # the first document, which comes before the second one
+    taken = structure.mask(length, torch.bfloat16)
+    assert isinstance(taken, BlockMask) == (length >= FLEX_FROM)
+    moved = {name: (attend(q, k, v, mask) - attend(q, *later, mask))[:, half:].abs().max() for name, mask in
+             (("blocks", structure.blocks()), ("taken", taken))}  # fmt: skip
+    record_property("compiled FlexAttention leaks", float(moved["blocks"]))
+    assert moved["taken"] == 0 and (length < SAFE_FROM or moved["blocks"] == 0)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kempnerforge.config import load_config
 from kempnerforge.study import budget as budgets
@@ -170,7 +171,7 @@ def test_flops_are_those_of_torch_for_every_batch(tmp_path: Path, arch: str, bat
     flops, batches = TrainingFlops(assembly.job), assembly.data.batches(assembly.stages[0], 0)
     trainable = frozenset(name for name, _ in assembly.model.named_parameters() if not name.startswith("vision_encoder"))
     for batch in (next(batches) for _ in range(12)):
-        expected = cost(assembly.model, batch, trainable, dict.fromkeys(trainable, 2), 4).flops * len(batch.sample_names)
+        expected = cost(assembly.model, batch, trainable, dict.fromkeys(trainable, 2), torch.float32).flops * len(batch.sample_names)
         assert flops.count(batch, trainable) == pytest.approx(expected, rel=1e-12)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge.data.batching.known_features import KnownFeatures
+from kempnerforge.model.transfer import moved
 
 IGNORE = -100
 """The label of a position that is not trained."""
@@ -173,5 +174,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all tensors on ``device``."""
-        moved = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        there = {f.name: moved(value, device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **there)

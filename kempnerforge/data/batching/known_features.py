@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kempnerforge.model.transfer import moved
+
 
 @dataclass
 class KnownFeatures:
@@ -28,7 +30,7 @@ class KnownFeatures:
         """(N, F, E) of images whose features are all known; without images zeros, for one blank image."""
         known = [features for features in self.features if features is not None]
         assert len(known) == len(self.keys), "not all features are known"
-        return (torch.stack(known) if known else torch.zeros(1, num_tokens, dim, dtype=self.dtype)).to(device)
+        return moved(torch.stack(known) if known else torch.zeros(1, num_tokens, dim, dtype=self.dtype), device)
 
     def merge(self, computed: Tensor) -> Tensor:
         """``computed`` (N, F, E), with what was known before in its place: the value of an image never

@@ -106,7 +106,7 @@ class Diagnosis(Hook):
             trained = {name: parameter for name, parameter in self._trainer.model.named_parameters() if parameter.grad is not None}
             of = lambda part, value: [value(trained[name]) for name in self._parts[part] if name in trained]
             held = self._held = {part: of(part, lambda p: held_by(p, self._trainer.world.size)) for part in self._parts}
-            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad)), held[part])] for part in self._parts}
+            self._squares = {part: [squared_norm(of(part, lambda p: local(p.grad)), held[part]).item()] for part in self._parts}
             self._before = {part: of(part, lambda p: local(p.detach()).clone()) for part in self._parts}
             self._trained = trained
         self._running.start("optimizer")
@@ -117,7 +117,7 @@ class Diagnosis(Hook):
             for part, before in self._before.items():
                 after = [local(self._trained[name].detach()) for name in self._parts[part] if name in self._trained]
                 moved = [new - old for new, old in zip(after, before, strict=True)]
-                self._squares[part] += [squared_norm(values, self._held[part]) for values in (moved, before)]
+                self._squares[part] += [squared_norm(values, self._held[part]).item() for values in (moved, before)]
             self._before, self._trained = {}, {}
 
     def _found(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
