@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
@@ -112,7 +112,7 @@ def prepared(case: str, device: str | None = None) -> tuple[Tiny, set[str]]:
     return it, set(how.split("+"))
 
 
-def shares(it: Tiny, how: set[str]) -> list[Batch]:
+def shares(it: Tiny, how: Collection[str] = ()) -> list[Batch]:
     """What the ranks have, in one process."""
     return [it.pack(*PACKED)] if ROWS in how else [it.batch(*samples) for samples in SHARES]
 

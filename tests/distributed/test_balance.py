@@ -36,7 +36,7 @@ def test_two_ranks_equal_one_process_and_encode_alike(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stderr[-2000:]
     for arch in ARCHS:
         it = tiny(arch)
-        parts = shares(it, set())
+        parts = shares(it)
         targets, images = sum(batch.num_targets for batch in parts), [len(batch.images) for batch in parts if batch.images is not None]
         for batch in parts:
             it.model(batch).mean(targets, 1).backward()
