@@ -88,7 +88,7 @@ def steps(it: Tiny, case: Case, batches: list[Batch], world: World | None = None
             loss.backward()
             losses.append(loss.item())
         grads = {name: p.grad for name, p in it.model.named_parameters() if p.grad is not None}
-        mine = squared_norm(local_gradients(it.model), holders(it.model, world.size if world is not None else 1))
+        mine = squared_norm(local_gradients(it.model), holders(it.model, world.size if world is not None else 1)).item()
         squared = mine if world is None else world.sum([mine])[0]
         yield full(grads) | {"loss": torch.tensor(add([sum(losses)])[0]), "norm": torch.tensor(squared).sqrt()}
         optimizer.step()
