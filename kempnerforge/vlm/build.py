@@ -43,7 +43,7 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     """
     cls = arch_class(job)
     if job.distributed.context_parallel > 1 and not cls.shares_rows:
-        known = [name for name in registry.archs if registry.archs.get(name).shares_rows]
+        known = [name for name in registry.archs.names() if registry.archs.get(name).shares_rows]
         raise InputError(
             f"distributed.context_parallel = {job.distributed.context_parallel}: vlm.arch = {job.vlm and job.vlm.arch!r} needs whole rows;"
             f" 1, or an arch that can share them: {', '.join(known)}"

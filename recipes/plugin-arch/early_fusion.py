@@ -103,6 +103,8 @@ class PatchEmbedding(Adapter):
 class EarlyFusion(VLM):
     """A ``joint_decoder`` whose image tokens are patches of pixels."""
 
+    shares_rows = True
+
     def build_vision(self) -> None:
         cfg, images = self.job.vlm, self.job.vision_encoder
         assert isinstance(cfg, EarlyFusionConfig) and isinstance(images, ViTConfig), "checked when the job was loaded"

@@ -66,6 +66,18 @@ def test_two_ranks_follow_the_curve_of_one_process(runs: Path) -> None:
     same_curve(runs / "shared", runs / "one")
 
 
+def test_an_arch_that_needs_whole_rows_is_refused(tmp_path: Path) -> None:
+    argv = ("train", make_job(tmp_path), *SHARED, "--vlm.arch=moma")
+    for ended in run_ranks(MAIN, 2, *argv):
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended
+        assert (
+            "context_parallel = 2: vlm.arch = 'moma' needs whole rows; 1, or an arch that can share them: cross_attention" in ended.stderr
+        )
+    ended = call("train", tmp_path / "job.toml", *SHARED)
+    assert ended.code == 2 and "context_parallel = 2: their product must divide the number of processes, 1" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bad_sample_is_counted_and_written_once(tmp_path: Path) -> None:
     job = make_job(tmp_path, extra=STAGES)
     (tmp_path / "3.png").write_bytes(b"no picture")
