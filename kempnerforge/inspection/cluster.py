@@ -8,17 +8,15 @@ Links have their full rate. Nothing else costs time: no waiting for data, no eva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil, prod
+from dataclasses import dataclass, replace
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.distributed.fsdp import recompute_unit
-from kempnerforge.inspection.plan import Plan
-from kempnerforge.training.accounting import Cost, cost
-from kempnerforge.training.optimizer import state_copies
+from kempnerforge.inspection.plan import Plan, StagePlan
+from kempnerforge.training.accounting import cost
+from kempnerforge.training.batch_size import Chooser, numbers
+from kempnerforge.training.memory import REDUCED, State
 from kempnerforge.util.errors import InputError
-from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
 from kempnerforge.vlm.parts import part_of
 
@@ -26,8 +24,6 @@ EFFICIENCY = 0.6
 """Share of a GPU's peak that a step without communication reaches: 57.8 % were measured of 7 billion parameters
 on one H200."""
 GIB = 2**30
-MASTER, REDUCED = 4, 4
-"""Bytes of a number of the weights, the optimizer's state and reduced gradients: fp32."""
 
 
 @dataclass(frozen=True)
@@ -97,81 +93,40 @@ class ClusterStage:
         return self.compute_s + self.exposed_s
 
 
-class Shards:
-    """How ``fully_shard`` cuts a model: unit by unit, every parameter along its first axis, padded so that all
-    processes hold equally much.
-
-    Args:
-        model: on the meta device.
-        processes: that share a copy of the weights.
-    """
-
-    def __init__(self, model: VLM, processes: int) -> None:
-        units, taken = [*model.shard_units()], set[str]()
-        names = {id(p): name for name, p in model.named_parameters()}
-        self.units: list[list[str]] = []
-        for unit in units:
-            self.units.append([names[id(p)] for p in unit.parameters()])
-            taken |= {*self.units[-1]}
-        self.root = [name for name in names.values() if name not in taken]
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.processes = processes
-
-    def part(self, names: Sequence[str]) -> int:
-        """Numbers of ``names`` that a process holds."""
-        return sum(ceil((self.shapes[name] or (1,))[0] / self.processes) * prod(self.shapes[name][1:]) for name in names)
-
-    def whole(self, names: Sequence[str]) -> int:
-        """Numbers of ``names`` once they are gathered, padding included."""
-        return self.processes * self.part(names)
-
-    def received(self, names: Sequence[str]) -> int:
-        """Numbers that a process gets from the others, to gather ``names`` or to reduce them."""
-        return self.whole(names) - self.part(names)
-
-
 def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
     """The stages of ``found`` on ``processes`` devices.
 
     Raises:
         InputError: a batch cannot be divided among them.
     """
-    return [_stage(found, stage.stage, stage.cost, stage.useful * stage.row_length, processes, gpu) for stage in found.stages]
+    chooser = Chooser(found.assembly, found.dtype, on_cpu=False)
+    stages = []
+    for plan in found.stages:
+        stage = plan.stage
+        if stage.index in found.choices:
+            choice = chooser.choose(stage, processes, int(gpu.memory))
+            stage = replace(stage, train=numbers(stage.train, choice.accumulated))
+        stages.append(_stage(found, plan, stage, processes, gpu))
+    return stages
 
 
-def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, processes: int, gpu: Gpu) -> ClusterStage:
-    job, assembly = found.assembly.job, found.assembly
-    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
+def _stage(found: Plan, plan: StagePlan, stage: Stage, processes: int, gpu: Gpu) -> ClusterStage:
+    """``stage`` is the one of ``plan``, with the micro-batches that these devices take."""
+    job, assembly, counted, tokens_a_row = found.assembly.job, found.assembly, plan.cost, plan.useful * plan.row_length
+    accumulated, batch = stage.train.grad_accum_steps, stage.train.step_rows
     rows, rest = divmod(batch, accumulated * processes)
     if rest or not rows:
         raise InputError(
             f"stage {stage.name!r}: train.batch_size = {batch}: {processes} processes with grad_accum_steps = {accumulated} need a multiple "
             f"of {accumulated * processes}"
         )
-    shared = (job.distributed.shard_size if processes > 1 else 0) or processes
-    if processes % shared:
-        raise InputError(f"distributed.shard_size = {shared}: must divide the number of processes, {processes}")
-    copies, model = processes // shared, assembly.model
-    shards, trainable = Shards(model, shared), assembly.freeze.trainable(stage.start)
-    names = [*shards.root, *(name for unit in shards.units for name in unit)]
-    trained = [name for name in names if name in trainable]
-    slots = state_copies(model, stage.optimizer, job.train.ema_decay > 0)
-    width, reshard = found.dtype.itemsize, job.distributed.reshard_after_forward and processes > 1
-    at_once = job.distributed.accumulate_sharded
-    reductions = accumulated if at_once else 1
-
-    held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
-    shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
-    cast = width if shared > 1 or width < MASTER else 0
-    in_row = _activations(found, stage, counted, trainable, slots) / max(1, batch // accumulated)  # bytes of one row
-    memory = {
-        "weights": MASTER * shards.part(names),
-        "gradients": MASTER * shards.part(trained),
-        "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
-        "gathered weights": cast * shown,
-        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and processes > 1 and not at_once else 0,
-        "activations": round(in_row * rows),
-    }
+    trainable = assembly.freeze.trainable(stage.start)
+    state = State(assembly, stage, trainable, found.dtype, processes)
+    shared, copies, shards, trained = state.shared, state.copies, state.shards, state.trained
+    width, reshard = state.width, state.reshard
+    reductions = accumulated if state.at_once else 1
+    in_row = _activations(found, plan, trainable, state.slots) / max(1, batch // plan.stage.train.grad_accum_steps)  # bytes of one row
+    memory = state.bytes(accumulated) | {"activations": round(in_row * rows)}
     free = gpu.memory - (sum(memory.values()) - memory["activations"])
     largest = max(0, int(free / in_row)) if in_row else rows
 
@@ -207,11 +162,11 @@ def _stage(found: Plan, stage: Stage, counted: Cost, tokens_a_row: float, proces
     )
 
 
-def _activations(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> float:
+def _activations(found: Plan, plan: StagePlan, trainable: frozenset[str], slots: dict[str, int]) -> float:
     """Bytes of one micro-batch: all that is kept; with activation checkpointing what enters each unit, and one
     unit's own while it is recomputed.
     """
-    job = found.assembly.job
+    job, stage, counted = found.assembly.job, plan.stage, plan.cost
     if not job.train.activation_checkpointing:
         return counted.activation_bytes
     model = build_model(job, "meta")
