@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kempnerforge.config import JobConfig, Stage
-from kempnerforge.distributed.fsdp import recompute_unit
 from kempnerforge.inspection.plan import Plan, StagePlan
-from kempnerforge.training.accounting import cost
 from kempnerforge.training.batch_size import Chooser, numbers
-from kempnerforge.training.memory import REDUCED, State
+from kempnerforge.training.memory import REDUCED, Passes, State
 from kempnerforge.util.errors import InputError
-from kempnerforge.vlm.build import build_model
 from kempnerforge.vlm.parts import part_of
 
 EFFICIENCY = 0.6
@@ -106,11 +103,11 @@ def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
         if stage.index in found.choices:
             choice = chooser.choose(stage, processes, int(gpu.memory))
             stage = replace(stage, train=numbers(stage.train, choice.accumulated))
-        stages.append(_stage(found, plan, stage, processes, gpu))
+        stages.append(_stage(found, plan, stage, chooser.passes, processes, gpu))
     return stages
 
 
-def _stage(found: Plan, plan: StagePlan, stage: Stage, processes: int, gpu: Gpu) -> ClusterStage:
+def _stage(found: Plan, plan: StagePlan, stage: Stage, passes: Passes, processes: int, gpu: Gpu) -> ClusterStage:
     """``stage`` is the one of ``plan``, with the micro-batches that these devices take."""
     job, assembly, counted, tokens_a_row = found.assembly.job, found.assembly, plan.cost, plan.useful * plan.row_length
     accumulated, batch = stage.train.grad_accum_steps, stage.train.step_rows
@@ -125,7 +122,8 @@ def _stage(found: Plan, plan: StagePlan, stage: Stage, processes: int, gpu: Gpu)
     shared, copies, shards, trained = state.shared, state.copies, state.shards, state.trained
     width, reshard = state.width, state.reshard
     reductions = accumulated if state.at_once else 1
-    in_row = _activations(found, plan, trainable, state.slots) / max(1, batch // plan.stage.train.grad_accum_steps)  # bytes of one row
+    first = next(assembly.data.batches(plan.stage, plan.stage.start))
+    in_row = passes.run(first, trainable).peak / first.input_ids.shape[0]  # bytes of one row
     memory = state.bytes(accumulated) | {"activations": round(in_row * rows)}
     free = gpu.memory - (sum(memory.values()) - memory["activations"])
     largest = max(0, int(free / in_row)) if in_row else rows
@@ -160,22 +158,6 @@ def _stage(found: Plan, plan: StagePlan, stage: Stage, processes: int, gpu: Gpu)
         mfu=counted.flops * batch / (gpu.flops * processes * (computed + exposed)),
         warnings=_warnings(job, memory, largest, rows, gpu, exposed / (computed + exposed)),
     )
-
-
-def _activations(found: Plan, plan: StagePlan, trainable: frozenset[str], slots: dict[str, int]) -> float:
-    """Bytes of one micro-batch: all that is kept; with activation checkpointing what enters each unit, and one
-    unit's own while it is recomputed.
-    """
-    job, stage, counted = found.assembly.job, plan.stage, plan.cost
-    if not job.train.activation_checkpointing:
-        return counted.activation_bytes
-    model = build_model(job, "meta")
-    units = [*model.shard_units()]
-    for unit in units:
-        recompute_unit(unit)
-    batch = next(found.assembly.data.batches(stage, stage.start))
-    kept = cost(model, batch, trainable, slots, found.dtype.itemsize).activation_bytes
-    return kept + max(0, counted.activation_bytes - kept) / len(units)
 
 
 def _warnings(job: JobConfig, memory: dict[str, int], largest: int, rows: int, gpu: Gpu, exposed: float) -> list[str]:

@@ -26,10 +26,10 @@ from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError
 
 LOG = logging.getLogger("kempnerforge")
-SHARE = {"cuda": 0.8, "cpu": 0.5}
+SHARE = {"cuda": 0.8, "cpu": 0.4}
 """Of the memory that is there, what may be planned for. The rest is for what is not counted: longer rows later
 in the data, kernels' own buffers, evaluation, blocks that were let go and do not fit again. On a CPU a process
-took 0.95 to 1.04 times the count with an allocator that returns every block at once, and 1.3 to 2.1 times with
+took 0.99 to 1.05 times the count with an allocator that returns every block at once, and up to 2.4 times with
 glibc's, which keeps them (25 million parameters, 8 steps)."""
 GIB = 2**30
 

@@ -5,14 +5,15 @@ micro-batch takes at most, found by running it on the meta device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil, prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -144,10 +145,10 @@ class Passes:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trainable)
         hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in self.model.parameters() if p.requires_grad]
-        batch = batch.to(next(self.model.parameters()).device)
+        live = Live([*self.model.parameters(), *self.model.buffers()])
         try:
-            with mode(self.model, training=True), Live() as live, _Fused(live, fused_from(self.dtype) if self.on_cpu else 0):
-                self.model(batch).mean(1, 1).backward()
+            with mode(self.model, training=True), live, _fused(live, fused_from(self.dtype) if self.on_cpu else 0):
+                self.model(batch.to(next(self.model.parameters()).device)).mean(1, 1).backward()
         finally:
             nn.ParameterList(self.model.parameters()).requires_grad_(True)
             for hook in hooks:
@@ -162,20 +163,23 @@ def _let_go(parameter: Tensor) -> None:
 class Live(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is active.
 
+    Args:
+        known: tensors that were there before; views of them take nothing.
+
     Attributes:
         bytes, peak: that live, and did so at most.
         draws: whether something random was drawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.bytes = self.peak = 0
         self.draws = False
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        attention = "scaled_dot_product" in str(func)  # could draw, see ``_Fused``
+        attention = "scaled_dot_product" in str(func)  # could draw, see ``_fused``
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags and not attention
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._known:
@@ -190,20 +194,21 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-class _Fused(TorchFunctionMode):
+@contextmanager
+def _fused(live: Live, least: int) -> Iterator[None]:
     """Attention over at least ``least`` keys by a kernel that keeps no scores: on the meta device torch writes
     it out.
+
+    NOTE: a ``TorchFunctionMode`` would be off in the backward pass, where units are recomputed.
     """
+    written_out = F.scaled_dot_product_attention
 
-    def __init__(self, live: Live, least: int) -> None:
-        super().__init__()
-        self._live, self._least = live, least
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[1].shape[-2] < self._least:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        self._live.draws |= bool(kwargs.get("dropout_p"))
+    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        live.draws |= bool(kwargs.get("dropout_p"))
+        if k.shape[-2] < least or rest or kwargs.get("dropout_p"):
+            return written_out(q, k, v, *rest, **kwargs)
         k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) if q.shape[1] != each.shape[1] else each for each in (k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+    with patch.object(F, "scaled_dot_product_attention", attention):
+        yield

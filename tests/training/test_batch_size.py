@@ -57,6 +57,11 @@ def room_for(assembly: Assembly, rows: int) -> int:
     return int(needed(assembly, rows) / SHARE["cpu"]) + 2
 
 
+def cuts(assembly: Assembly, memory: int) -> int:
+    """Micro-batches of a step with ``memory``, with one process."""
+    return chooser(assembly).choose(assembly.stages[0], 1, memory).accumulated
+
+
 def stub(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(BYTES, lambda device, ranks, weights: size)
 
@@ -161,13 +166,14 @@ def test_a_step_has_the_same_samples_however_it_is_cut(config: Path, batching: s
 def test_two_machines_have_one_curve(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str) -> None:
     words, curves = (*AUTO, *NO_EVAL, "--train.max_steps=4", f"--data.batching={batching}"), {}
     assembly = assembled(config, f"--data.batching={batching}")
-    for rows in (12, 3):
-        stub(monkeypatch, room_for(assembly, rows))
+    for rows in (12, 1):
+        stub(monkeypatch, memory := room_for(assembly, rows))
         run_dir = tmp_path / str(rows)
         assert call("train", config, *words, f"--run.dir={run_dir}").code == 0
-        assert read_toml(run_dir / "config.toml")["train"]["grad_accum_steps"] == ROWS // rows
+        accumulated = read_toml(run_dir / "config.toml")["train"]["grad_accum_steps"]
+        assert accumulated == cuts(assembly, memory) and (accumulated == 1) == (rows == 12)
         curves[rows] = losses(run_dir)
-    assert curves[3] == pytest.approx(curves[12], rel=1e-5) and len(curves[3]) == 4
+    assert curves[1] == pytest.approx(curves[12], rel=1e-5) and len(curves[1]) == 4
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,9 @@ def test_rows_are_divided_among_processes(config: Path) -> None:
 
 def test_a_run_goes_on_as_it_began(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assembly = assembled(config)
-    small, run_dir = room_for(assembly, 3), tmp_path / "run"
+    small, run_dir = room_for(assembly, 1), tmp_path / "run"
+    accumulated = cuts(assembly, small)
+    assert accumulated > 1
     words = (*AUTO, *NO_EVAL, f"--run.dir={run_dir}")
     stub(monkeypatch, small)
     assert call("train", config, *words, "--train.max_steps=6").code == 0
@@ -204,14 +212,14 @@ def test_a_run_goes_on_as_it_began(config: Path, tmp_path: Path, monkeypatch: py
     shutil.rmtree(run_dir)
     assert call("train", config, *words, "--train.max_steps=3").code == 0
     before = read_toml(run_dir / "config.toml")["train"]
-    assert (before["batch_size"], before["rows_per_step"], before["grad_accum_steps"]) == (12, 0, 4)
+    assert (before["batch_size"], before["rows_per_step"], before["grad_accum_steps"]) == (12, 0, accumulated)
     for memory in (LARGE, 1):  # more of it, and too little for a single row
         stub(monkeypatch, memory)
         copy = tmp_path / str(memory)
         shutil.copytree(run_dir, copy)
         ended = call("train", config, *words, "--train.max_steps=6", f"--run.dir={copy}")
         assert ended.code == 0, ended
-        assert read_toml(copy / "config.toml")["train"]["grad_accum_steps"] == 4
+        assert read_toml(copy / "config.toml")["train"]["grad_accum_steps"] == accumulated
         assert_same_tensors(tensors(copy), straight)
         caplog.set_level("INFO")
         assert call("train", config, *words, "--train.max_steps=6", f"--run.dir={copy}").code == 0
@@ -251,16 +259,16 @@ def test_stages_have_choices_of_their_own(
     staged.write_text(config.read_text() + STAGES)
     stub(monkeypatch, room_for(assembled(config), 4))
     words = (*AUTO, *NO_EVAL, f"--run.dir={tmp_path / 'run'}")
-    cuts = lambda: [stage["train"] for stage in read_toml(tmp_path / "run" / "config.toml")["stages"]]
+    numbers = lambda: [stage["train"] for stage in read_toml(tmp_path / "run" / "config.toml")["stages"]]
     assert call("train", staged, *words, "--train.max_steps=2").code == 0
-    assert cuts()[:2] == [{"batch_size": 12, "grad_accum_steps": 3}, {"batch_size": "auto", "rows_per_step": 6}]
+    assert numbers()[:2] == [{"batch_size": 12, "grad_accum_steps": 3}, {"batch_size": "auto", "rows_per_step": 6}]
     stub(monkeypatch, LARGE)
     caplog.clear()
     caplog.set_level("INFO")
     ended = call("train", staged, *words, "--train.max_steps=0")
     assert ended.code == 0, ended
     assert "stage 'own': micro-batches of 6 rows" in caplog.text and "stage 'whole'" not in caplog.text
-    assert cuts() == [
+    assert numbers() == [
         {"batch_size": 12, "grad_accum_steps": 3},
         {"batch_size": 6, "grad_accum_steps": 1},
         {"batch_size": 4, "grad_accum_steps": 2},
