@@ -16,6 +16,7 @@ from kempnerforge.config import load_config
 from kempnerforge.config.files import read_toml
 from kempnerforge.inspection.cluster import Gpu, on_cluster
 from kempnerforge.inspection.plan import plan
+from kempnerforge.study.budget import _with_batches
 from kempnerforge.study.run import is_finished
 from kempnerforge.training.batch_size import SHARE, Chooser, memory_here
 from kempnerforge.training.memory import Passes
@@ -234,6 +235,14 @@ def test_a_finished_cell_of_a_study_stays_finished(config: Path, tmp_path: Path)
     cell = lambda job: cast(Any, SimpleNamespace(dir=tmp_path / "run", job=job))
     assert is_finished(cell(job))
     assert not is_finished(cell(load_config(config, [*AUTO, *NO_EVAL, "--train.rows_per_step=24", "--train.max_steps=2"])))
+
+
+def test_a_study_scales_the_rows_of_a_step(config: Path) -> None:
+    staged = config.read_text() + STAGES
+    (config.parent / "staged.toml").write_text(staged)
+    made = _with_batches(load_config(config.parent / "staged.toml", AUTO), 2.0, 2)
+    assert [stage.train.step_rows for stage in made.resolved_stages()] == [24, 12, 8]
+    assert [stage.train.batch_size for stage in made.resolved_stages()] == ["auto", "auto", 8]
 
 
 STAGES = """
