@@ -211,6 +211,10 @@ def test_a_run_goes_on_as_it_began(config: Path, tmp_path: Path, monkeypatch: py
     assert call("train", config, *words, "--train.max_steps=6").code == 0
     straight = tensors(run_dir)
     shutil.rmtree(run_dir)
+    numbers = (f"--train.batch_size={ROWS}", "--train.rows_per_step=0", f"--train.grad_accum_steps={accumulated}")
+    assert call("train", config, *words, *numbers, "--train.max_steps=6").code == 0
+    assert_same_tensors(tensors(run_dir), straight)
+    shutil.rmtree(run_dir)
     assert call("train", config, *words, "--train.max_steps=3").code == 0
     before = read_toml(run_dir / "config.toml")["train"]
     assert (before["batch_size"], before["rows_per_step"], before["grad_accum_steps"]) == (12, 0, accumulated)
