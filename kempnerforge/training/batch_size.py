@@ -1,7 +1,7 @@
 """``train.batch_size = "auto"``: the largest micro-batch that fits, chosen once and kept in the run's config.
 
-What a step is computed from is ``train.rows_per_step``; the memory decides only into how many micro-batches it
-is cut. Nothing is tried out: bytes are counted on the meta device, with the heaviest rows of the data.
+What a step is computed from is ``train.rows_per_step``; the memory decides only into how many micro-batches
+it is cut. Nothing is tried out: bytes are counted on the meta device, with the heaviest rows of the data.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from kempnerforge.util.errors import InputError
 
 LOG = logging.getLogger("kempnerforge")
 SHARE = {"cuda": 0.8, "cpu": 0.4}
-"""Of the memory that is there, what may be planned for. The rest is for what is not counted: longer rows later
-in the data, kernels' own buffers, evaluation, blocks that were let go and do not fit again. On a CPU a process
-took 0.99 to 1.05 times the count with an allocator that returns every block at once, and up to 2.4 times with
-glibc's, which keeps them (25 million parameters, 8 steps)."""
+"""Of the memory that is there, what may be planned for. The rest is for what is not counted: longer rows
+later in the data, kernels' own buffers, evaluation, blocks that were let go and do not fit again. On a CPU a
+process took 0.99 to 1.05 times the count with an allocator that returns every block at once, and up to 2.4
+times with glibc's, which keeps them (25 million parameters, 8 steps)."""
 GIB = 2**30
 
 
@@ -155,7 +155,7 @@ class Chooser:
         return _Counter(state, whole, beside, peak=lambda rows: run(heaviest, rows).peak)
 
     def _beside(self, stage: Stage, state: State) -> int:
-        """Bytes in the memory of the machine that no device has: decoded images, a checkpoint in the making."""
+        """Bytes in the machine's memory that no device has: decoded images, a checkpoint in the making."""
         cached = sum(section.image_cache_mib for section in stage.data.sections()) * max(1, stage.data.num_workers) * 2**20
         saved = state.bytes(1)
         return cached + (saved["weights"] + saved["optimizer"] if self.assembly.job.checkpoint.in_background else 0)
