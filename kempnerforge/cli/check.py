@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,15 @@ from kempnerforge.util.errors import InputError, visible
 if TYPE_CHECKING:
     from kempnerforge.inspection.cluster import ClusterStage
     from kempnerforge.inspection.plan import Plan, StagePlan
+    from kempnerforge.training.batch_size import Choice
     from kempnerforge.training.setup import Assembly
 
 HELP = """Check a config without training: every cross check, and what each stage trains and costs.
 
 Reads the data, takes the first batch of every stage and runs the model on the meta device, so that a model that does not fit here can be
 checked here. FLOPs are counted, not estimated: of one training sample, forward and backward, and of an answer to the stage's first prompt.
-Memory is what one process holds for one micro-batch. The line "export" says what `kempnerforge export` can write of it."""
+Memory is what one process holds for one micro-batch. With train.batch_size = "auto" the micro-batch is the one that one process takes
+here. The line "export" says what `kempnerforge export` can write of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
     warnings = [*found.assembly.warnings(), *(held_out.remarks() if held_out else ()), *data_remarks(found.assembly)]
     export = _export(found.assembly)
     cluster = _on_cluster(found, args)
+    warnings += [str(choice) for choice in found.choices.values() if not choice.rows]
     warnings += [f"{args.gpus} x {args.gpu}, stage {stage.stage.name!r}: {line}" for stage in cluster for line in stage.warnings]
     if args.json:
-        stages = [_as_json(stage) for stage in found.stages]
+        stages = [_as_json(stage, found.choices.get(stage.stage.index)) for stage in found.stages]
         counts = held_out.counts() if held_out else None
         print(
             json.dumps(
@@ -66,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"tokenizer {job.data.tokenizer}: {tokenizer.vocab_size} tokens; {layout.image_tokens} positions an image; compute {found.dtype}")
     for stage in found.stages:
         _show(stage)
+        if (choice := found.choices.get(stage.stage.index)) and choice.rows:
+            print(choice)
         for note in found.assembly.data.notes(stage.stage):
             print(f"note: {visible(note)}")
     for stage in cluster:
@@ -127,7 +133,7 @@ def _show_cluster(stage: ClusterStage, gpu: str) -> None:
     )
 
 
-def _as_json(plan: StagePlan) -> dict[str, Any]:
+def _as_json(plan: StagePlan, choice: Choice | None) -> dict[str, Any]:
     from kempnerforge.training.accounting import GenerationCost
 
     modules = {
@@ -155,6 +161,7 @@ def _as_json(plan: StagePlan) -> dict[str, Any]:
         "activation_bytes": plan.cost.activation_bytes,
         "row_length": plan.row_length,
         "useful_share": plan.useful,
+        "auto": asdict(choice) if choice else None,
     }
 
 

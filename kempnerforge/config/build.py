@@ -374,6 +374,8 @@ def type_name(wanted: Any) -> str:
     """What a value of type ``wanted`` is in TOML."""
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_name(option) for option in typing.get_args(wanted) if option is not type(None)))
+    if typing.get_origin(wanted) is typing.Literal:
+        return " or ".join(show(option) for option in typing.get_args(wanted))
     if typing.get_origin(wanted) in (list, tuple):
         return "an array"
     if typing.get_origin(wanted) is typing.Annotated:

@@ -23,13 +23,13 @@ from kempnerforge.config.checks import at_least, not_default
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
-from kempnerforge.config.training import TrainConfig
+from kempnerforge.config.training import AUTO, TrainConfig
 from kempnerforge.config.vlm import FreezeSpec
 from kempnerforge.util.errors import InputError, Key, Problems
 
 _FIXED = {"data": ("tokenizer", "tokenizer_vocab_size", "validation"), "optimizer": ("name",), "scheduler": ()}
 """Keys that hold for the whole run."""
-_TRAIN_KEYS = ("batch_size", "grad_accum_steps", "seq_len")
+_TRAIN_KEYS = ("batch_size", "rows_per_step", "grad_accum_steps", "seq_len")
 STAGED = ("data", "train", "optimizer", "scheduler")
 
 
@@ -136,6 +136,8 @@ def _replace(section: Any, table: dict[str, Any], key: Key, problems: Problems, 
     values = _convert(type(section), table, key, problems)
     if keys_only:
         return INVALID
+    if isinstance(section, TrainConfig) and "batch_size" in values:  # keys of the other way to say it do not hold here
+        values = {"grad_accum_steps": 1} | values if values["batch_size"] == AUTO else {"rows_per_step": 0} | values
     return construct(type(section), partial(replace, section), values, table, key, problems, complete=True)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, one_of, only_if
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, UnreadError
 from kempnerforge.util.paths import PathText
 
 MOST_ROWS = 1 << 20
 """At once."""
+AUTO: Final = "auto"
+"""``train.batch_size`` that the memory decides."""
 MOST_LENGTH_PENALTY = 10
 """Either way: scores of long texts stay within fp32."""
 
@@ -62,8 +64,11 @@ class TrainConfig:
         total_samples: instead of ``max_steps``, without stages: as many steps as these samples make whole
             batches (VLA Foundry's ``total_train_samples``).
         batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of
-            ranks.
-        grad_accum_steps: micro-batches that one step is made of, on each rank.
+            ranks. "auto": as many as ``rows_per_step`` says, in the largest micro-batches that fit into the memory
+            of each rank. The run's config.toml keeps the numbers that were chosen.
+        rows_per_step: of ``batch_size = "auto"``: what ``batch_size`` is otherwise, so that the machine decides
+            how a step is cut, and not what is computed.
+        grad_accum_steps: micro-batches that one step is made of, on each rank; "auto" chooses it.
         seq_len: positions of one row at most, image tokens included; windows of plain text are this long.
         seed: of weights, order and sampling.
         mixed_precision: compute dtype: "bf16", "fp32", or "auto": bf16 where the hardware has it. Master
@@ -90,7 +95,8 @@ class TrainConfig:
 
     max_steps: int = 0
     total_samples: int = 0
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32
+    rows_per_step: int = 0
     grad_accum_steps: int = 1
     seq_len: int = 1024
     seed: int = 0
@@ -106,28 +112,45 @@ class TrainConfig:
     feature_cache: PathText = ""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size", "grad_accum_steps", "seq_len")
-        at_least(self, 0, "max_steps", "total_samples", "seed", "logits_at_once", "grad_clip_norm", "max_skipped_steps")
+        at_least(self, 1, *(["batch_size"] if self.batch_size != AUTO else []), "grad_accum_steps", "seq_len")
+        at_least(self, 0, "rows_per_step", "max_steps", "total_samples", "seed", "logits_at_once", "grad_clip_norm", "max_skipped_steps")
         one_of(self, "activation_checkpointing_keeps", ("inputs", "products"))
         only_if(self, self.activation_checkpointing, "activation_checkpointing = true", "activation_checkpointing_keeps")
-        at_most(self, MOST_ROWS, "batch_size")
+        at_most(self, MOST_ROWS, *(["batch_size"] if self.batch_size != AUTO else []), "rows_per_step")
+        self._check_auto()
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay = {self.ema_decay}: must lie in [0, 1)")
-        if self.batch_size % self.grad_accum_steps:
+        if self.step_rows % self.grad_accum_steps:
             raise InputError(f"batch_size = {self.batch_size}: must be a multiple of grad_accum_steps = {self.grad_accum_steps}")
         if self.total_samples:
             self._count_steps()
 
+    def _check_auto(self) -> None:
+        """``rows_per_step`` belongs to "auto", and ``grad_accum_steps`` does not."""
+        only_if(self, self.batch_size == AUTO, 'batch_size = "auto"', "rows_per_step")
+        if self.batch_size != AUTO:
+            return
+        if not self.rows_per_step:
+            raise InputError('batch_size = "auto": needs rows_per_step, the rows of one optimizer step over all ranks and micro-batches')
+        if self.grad_accum_steps != 1:
+            message = f'grad_accum_steps = {self.grad_accum_steps}: batch_size = "auto" chooses it; leave it out'
+            raise UnreadError("grad_accum_steps", message)
+
+    @property
+    def step_rows(self) -> int:
+        """Samples (of packed rows: rows) of one optimizer step, over all ranks and micro-batches."""
+        return self.rows_per_step if self.batch_size == AUTO else self.batch_size
+
     def _count_steps(self) -> None:
         """Sets ``max_steps`` by ``total_samples``."""
-        steps = self.total_samples // self.batch_size
+        steps = self.total_samples // self.step_rows
         if not steps:
-            raise InputError(f"total_samples = {self.total_samples}: must be at least one batch, batch_size = {self.batch_size}")
+            raise InputError(f"total_samples = {self.total_samples}: must be at least one batch, batch_size = {self.step_rows}")
         if self.max_steps not in (0, steps):
             raise InputError(
-                f"max_steps = {self.max_steps}: total_samples = {self.total_samples} makes {steps} steps of {self.batch_size}; "
+                f"max_steps = {self.max_steps}: total_samples = {self.total_samples} makes {steps} steps of {self.step_rows}; "
                 "leave one of the two out, or set it to 0"
             )
         self.max_steps = steps
@@ -170,8 +193,7 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "timeout_s", "tensor_parallel", "context_parallel")
         at_least(self, 0, "shard_size")
-        group = self.tensor_parallel * self.context_parallel
-        if self.shard_size % group:
+        if self.shard_size % self.group:
             together = f"tensor_parallel = {self.tensor_parallel} times context_parallel = {self.context_parallel}"
             raise InputError(f"shard_size = {self.shard_size}: must be a multiple of {together}")
 
@@ -180,10 +202,14 @@ class DistributedConfig:
         if wrong := [f"{key} = {size}" for key, size in sizes.items() if size % self.tensor_parallel]:
             raise InputError(f"{', '.join(wrong)}: distributed.tensor_parallel = {self.tensor_parallel} must divide it")
 
+    @property
+    def group(self) -> int:
+        """Processes that have the same samples."""
+        return self.tensor_parallel * self.context_parallel
+
     def check_processes(self, count: int) -> None:
         """Refuses groups that ``count`` processes cannot be divided into."""
-        group = self.tensor_parallel * self.context_parallel
-        if count % group:
+        if count % self.group:
             keys = f"distributed.tensor_parallel = {self.tensor_parallel}, context_parallel = {self.context_parallel}"
             raise InputError(f"{keys}: their product must divide the number of processes, {count}")
         if self.shard_size and count % self.shard_size and count > 1:

@@ -91,7 +91,7 @@ class TransformersLoop:
     def batch(self) -> Batch:
         """The next samples, one text each, padded on the right."""
         rows: list[Encoded] = []
-        while len(rows) < self.stage.train.batch_size:
+        while len(rows) < self.stage.train.step_rows:
             try:
                 sample = self._source[int(self._rng.integers(len(self._source)))]
                 rows.append(self._encoder.encode(replace(sample, texts=sample.texts[:1]), 0))

@@ -243,7 +243,7 @@ class TrainedModel:
         held_out = assembly.data.examined
         if predictions is not None and not (held_out and held_out.questions and (job.eval.exact_match or job.eval.tasks)):
             raise InputError(f"--predictions {predictions}: no question is asked; eval.exact_match = {str(job.eval.exact_match).lower()}")
-        found = assembly.evaluate(Ranks(), self.device, rows=job.train.batch_size, limit=limit)
+        found = assembly.evaluate(Ranks(), self.device, rows=job.train.step_rows, limit=limit)
         if predictions is not None and held_out is not None:
             write_predictions(predictions, found, held_out.skipped)
         values = {key.removeprefix("eval/"): value for key, value in found.values.items()}

@@ -25,6 +25,7 @@ from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World, compute_dtype
 from kempnerforge.inspection.products import ATTENTION, PRODUCTS, Products, largest_rate
 from kempnerforge.training.accounting import TrainingFlops
+from kempnerforge.training.batch_size import decide
 from kempnerforge.training.hooks.diagnosis import Stopwatch, peak_memory_gib
 from kempnerforge.training.initial_weights import initialise
 from kempnerforge.training.setup import Assembly, assemble
@@ -220,6 +221,7 @@ def bench(
     world = worlds.start(job.distributed)
     try:
         assembly = assemble(job)
+        decide(assembly, world)
         initialise(assembly.model, assembly.tokenizer)
         chosen = _chosen(assembly.stages, stage, warmup + (2 if against is None else 3) * steps + 2 * PROFILED)
         peer = None

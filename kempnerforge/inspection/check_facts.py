@@ -153,7 +153,7 @@ def batching_modes(found: Found, source: Source, layout: Layout, train_cfg: Trai
     if not sizes.usable:
         return []
     order = source.order(train_cfg.seed) if len(found.indices) == len(source) else _Chosen(found.indices, train_cfg.seed)
-    batch, accum, seed = train_cfg.batch_size, train_cfg.grad_accum_steps, train_cfg.seed
+    batch, accum, seed = train_cfg.step_rows, train_cfg.grad_accum_steps, train_cfg.seed
     modes = []
     by_size = lambda indices: sizes(indices)[:, 0] // CLASS_POSITIONS  # a stream is not read again for it
     for mode, classes in (("pad", None), ("group", RowClasses(source, layout) if order.window is None else by_size)):

@@ -9,10 +9,8 @@ Links have their full rate. Nothing else costs time: no waiting for data, no eva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +21,8 @@ from kempnerforge.distributed.tensor import share_of, shared_parts
 from kempnerforge.inspection.plan import Plan, StagePlan
 from kempnerforge.model.tensor_plan import Share
 from kempnerforge.training.accounting import Cost, cost
+from kempnerforge.training.batch_size import Chooser, numbers
+from kempnerforge.training.memory import REDUCED, State
 from kempnerforge.training.optimizer import state_copies
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
@@ -33,8 +33,6 @@ EFFICIENCY = 0.6
 """Share of a GPU's peak that a step without communication reaches: 57.8 % were measured of 7 billion parameters
 on one H200."""
 GIB = 2**30
-MASTER, REDUCED = 4, 4
-"""Bytes of a number of the weights, the optimizer's state and reduced gradients: fp32."""
 
 
 @dataclass(frozen=True)
@@ -107,39 +105,6 @@ class ClusterStage:
         return self.compute_s + self.exposed_s
 
 
-class Shards:
-    """How ``fully_shard`` cuts a model: unit by unit, every parameter along its first axis, padded so that all
-    processes hold equally much.
-
-    Args:
-        model: on the meta device; with layers that are shared, what one process has of it.
-        processes: that share a copy of the weights.
-    """
-
-    def __init__(self, model: VLM, processes: int) -> None:
-        units, taken = [*model.shard_units()], set[str]()
-        names = {id(p): name for name, p in model.named_parameters()}
-        self.units: list[list[str]] = []
-        for unit in units:
-            self.units.append([names[id(p)] for p in unit.parameters()])
-            taken |= {*self.units[-1]}
-        self.root = [name for name in names.values() if name not in taken]
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.processes = processes
-
-    def part(self, names: Sequence[str]) -> int:
-        """Numbers of ``names`` that a process holds."""
-        return sum(ceil((self.shapes[name] or (1,))[0] / self.processes) * prod(self.shapes[name][1:]) for name in names)
-
-    def whole(self, names: Sequence[str]) -> int:
-        """Numbers of ``names`` once they are gathered, padding included."""
-        return self.processes * self.part(names)
-
-    def received(self, names: Sequence[str]) -> int:
-        """Numbers that a process gets from the others, to gather ``names`` or to reduce them."""
-        return self.whole(names) - self.part(names)
-
-
 def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
     """The stages of ``found`` on ``processes`` devices.
 
@@ -147,7 +112,15 @@ def on_cluster(found: Plan, processes: int, gpu: Gpu) -> list[ClusterStage]:
         InputError: a batch cannot be divided among them.
     """
     found.assembly.job.distributed.check_processes(processes)
-    return [_stage(found, stage, processes, gpu) for stage in found.stages]
+    chooser = Chooser(found.assembly, found.dtype, on_cpu=False)
+    stages = []
+    for planned in found.stages:
+        stage = planned.stage
+        if stage.index in found.choices:
+            choice = chooser.choose(stage, processes, int(gpu.memory))
+            stage = replace(stage, train=numbers(stage.train, choice.accumulated))
+        stages.append(_stage(found, planned, stage, processes, gpu))
+    return stages
 
 
 class Exchanged:
@@ -204,8 +177,7 @@ class OneProcess(NamedTuple):
 
 def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
     """Rows of a micro-batch that a process has, or shares with others."""
-    group = job.distributed.tensor_parallel * job.distributed.context_parallel
-    accumulated, batch = stage.train.grad_accum_steps, stage.train.batch_size
+    group, accumulated, batch = job.distributed.group, stage.train.grad_accum_steps, stage.train.step_rows
     rows, rest = divmod(batch * group, accumulated * processes)
     if rest or not rows:
         shared = f" in groups of {group}" if group > 1 else ""
@@ -216,36 +188,23 @@ def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
     return rows
 
 
-def _stage(found: Plan, planned: StagePlan, processes: int, gpu: Gpu) -> ClusterStage:
-    job, assembly, stage = found.assembly.job, found.assembly, planned.stage
-    accumulated, batch, by_row = stage.train.grad_accum_steps, stage.train.batch_size, job.distributed.context_parallel
+def _stage(found: Plan, planned: StagePlan, stage: Stage, processes: int, gpu: Gpu) -> ClusterStage:
+    """``stage`` is the one of ``planned``, with the micro-batches that these devices take."""
+    job, assembly = found.assembly.job, found.assembly
+    accumulated, batch, by_row = stage.train.grad_accum_steps, stage.train.step_rows, job.distributed.context_parallel
     rows, together = _rows(job, stage, processes), job.distributed.tensor_parallel
-    parts = processes // together
-    shared = (job.distributed.shard_size // together if processes > 1 else 0) or parts
-    copies, trainable = parts // shared, assembly.freeze.trainable(stage.start)
+    trainable = assembly.freeze.trainable(stage.start)
     slots = state_copies(assembly.model, stage.optimizer, job.train.ema_decay > 0)
-    one = _one_process(found, stage, planned.cost, trainable, slots)
-    shards = Shards(one.model, shared)
-    names = [*shards.root, *(name for unit in shards.units for name in unit)]
-    trained = [name for name in names if name in trainable]
-    width, reshard = found.dtype.itemsize, job.distributed.reshard_after_forward and parts > 1
-    at_once = job.distributed.accumulate_sharded
-    reductions = accumulated if at_once else 1
+    one = _one_process(found, planned.stage, planned.cost, trainable, slots)
+    state = State(assembly, stage, trainable, found.dtype, processes, one.model)
+    parts, shared, copies, shards, trained = state.parts, state.shared, state.copies, state.shards, state.trained
+    width, reshard = state.width, state.reshard
+    reductions = accumulated if state.at_once else 1
 
-    held = sorted((shards.whole(unit) for unit in shards.units), reverse=True)
-    shown = shards.whole(shards.root) + (sum(held[:2]) if reshard else sum(held))  # the unit at work and the next one
-    cast = width if shared > 1 or width < MASTER else 0
     again, others = job.train.activation_checkpointing, _keys_and_values(job, planned.row_length, width)
-    per_row = 1 / max(1, batch // accumulated)
+    per_row = 1 / max(1, planned.stage.train.step_rows // planned.stage.train.grad_accum_steps)  # of the batch that was counted
     in_row = one.growing * per_row / by_row + others * (1 if again else job.model.n_layers)  # bytes of one row
-    memory = {
-        "weights": MASTER * shards.part(names),
-        "gradients": MASTER * shards.part(trained),
-        "optimizer": MASTER * sum(slots[name] * shards.part([name]) for name in trained),
-        "gathered weights": cast * shown,
-        "unsharded gradients": REDUCED * shards.whole(trained) if accumulated > 1 and parts > 1 and not at_once else 0,
-        "activations": round(in_row * rows) + one.fixed,
-    }
+    memory = state.bytes(accumulated) | {"activations": round(in_row * rows) + one.fixed}
     free = gpu.memory - (sum(memory.values()) - round(in_row * rows))
     largest = max(0, int(free / in_row)) if in_row else rows
 

@@ -15,6 +15,7 @@ from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
+from kempnerforge.training.batch_size import Choice, decide
 from kempnerforge.training.optimizer import rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
@@ -42,11 +43,16 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole job."""
+    """A whole job.
+
+    Attributes:
+        choices: of ``train.batch_size = "auto"`` for one process here, by index of the stage.
+    """
 
     assembly: Assembly
     dtype: torch.dtype
     stages: list[StagePlan]
+    choices: dict[int, Choice]
 
 
 def plan(job: JobConfig) -> Plan:
@@ -59,7 +65,8 @@ def plan(job: JobConfig) -> Plan:
     assembly.data.check_held_out()
     check_patterns(assembly)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages])
+    choices = decide(assembly)
+    return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages], choices)
 
 
 def check_patterns(assembly: Assembly) -> None:
@@ -137,6 +144,9 @@ def dry_run(job: JobConfig) -> list[str]:
     assembly.data.check_held_out()
     check_patterns(assembly)
     lines = [f"warning: {line}" for line in assembly.warnings()]
+    for choice in decide(assembly).values():
+        choice.require()
+        lines.append(str(choice))
     for stage in assembly.stages:
         batch = next(assembly.data.batches(stage, stage.start))
         with torch.no_grad():

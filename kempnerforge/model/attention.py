@@ -285,6 +285,11 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+def fused_from(dtype: torch.dtype) -> int:
+    """Keys from which the fused kernel is taken on a CPU, see ``attend``."""
+    return 513 if dtype == torch.bfloat16 else 65
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, scale: float | None = None, softcap: float = 0.0, causal: bool = True
 ) -> Tensor:
@@ -312,8 +317,7 @@ def attend(
         return mask.attend(q, k, v, partial(attend, scale=scale, softcap=softcap))
     if isinstance(mask, BlockMask):
         return _attend_blocks(q, k, v, mask, scale, softcap)
-    short = q.device.type == "cpu" and k.shape[2] <= (512 if q.dtype == torch.bfloat16 else 64)
-    if softcap or short:
+    if softcap or (q.device.type == "cpu" and k.shape[2] < fused_from(q.dtype)):
         return written_out(q, k, v, mask, scale, softcap, causal)
     aligned = causal and mask is None and q.shape[2] != k.shape[2]
     if aligned:  # SDPA's causal mask starts at the upper left, a cache needs the lower right

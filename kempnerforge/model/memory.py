@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,49 @@ MOST_TENSORS, HINT = 100_000, "; look at "
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, or the limit of the control group that this process is in."""
+    """Memory of this machine, or the limit of a control group that this process is in."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # "max", or none
-        return whole
+        groups = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        groups = ""
+    return min([whole, *group_limits(groups, Path("/sys/fs/cgroup"))])
+
+
+def group_limits(groups: str, root: Path) -> list[int]:
+    """The limits of memory, in bytes, of control groups and of those around them.
+
+    Args:
+        groups: as in ``/proc/self/cgroup``: "0::/path" (version 2), "4:memory:/path" (version 1).
+        root: where they are; in a container its own group is there, whatever its path says.
+    """
+    found = []
+    for line in ["0::/", *groups.splitlines()]:
+        _, kinds, path = line.split(":", 2)
+        top = root / kinds if kinds else root
+        own = top / path.lstrip("/")
+        for folder in [own, *own.parents] if kinds in ("", "memory") else []:
+            if folder.is_relative_to(top):
+                with suppress(OSError, ValueError):  # no such limit, or "max"
+                    found.append(int((folder / ("memory.limit_in_bytes" if kinds else "memory.max")).read_text()))
+    return found
+
+
+def available_bytes() -> int:
+    """Memory of this machine that no process uses, caches of files not counted as used."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else memory_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now; where that is not Linux: that it had at most."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class TooLargeError(InputError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.build import MAX_INT, build_record, known_key
-from kempnerforge.config.training import CheckpointConfig, EvalConfig, MetricsConfig, RunConfig
+from kempnerforge.config.training import AUTO, CheckpointConfig, EvalConfig, MetricsConfig, RunConfig
 from kempnerforge.data.batching.sampler import check_cut
 from kempnerforge.inspection.plan import check_patterns
 from kempnerforge.study.cells import Row, job_of, override
@@ -211,7 +211,7 @@ def _check_ranks(row: Row, job: JobConfig, ranks: int) -> None:
     """
     for stage in job.resolved_stages():
         try:
-            check_cut(stage.train.batch_size, ranks, stage.train.grad_accum_steps)
+            check_cut(stage.train.step_rows, ranks, stage.train.grad_accum_steps)
         except InputError as error:
             raise InputError(f"row {row.name!r}: [study] ranks = {ranks}: {error}") from None
 
@@ -268,13 +268,11 @@ def _with_batches(job: JobConfig, factor: float, ranks: int) -> JobConfig:
     accum = job.train.grad_accum_steps
     stages = []
     for stage in job.stages:
-        own = stage.train | (
-            {"batch_size": scaled(stage.train["batch_size"], stage.train.get("grad_accum_steps", accum))}
-            if "batch_size" in stage.train
-            else {}
-        )
-        stages.append(replace(stage, train=own))
-    made = replace(job, train=replace(job.train, batch_size=scaled(job.train.batch_size, accum)), stages=stages)
+        sizes = {key: stage.train[key] for key in ("batch_size", "rows_per_step") if type(stage.train.get(key)) is int}
+        scaled_sizes = {key: scaled(size, stage.train.get("grad_accum_steps", accum)) for key, size in sizes.items()}
+        stages.append(replace(stage, train=stage.train | scaled_sizes))
+    key = "rows_per_step" if job.train.batch_size == AUTO else "batch_size"
+    made = replace(job, train=replace(job.train, **{key: scaled(job.train.step_rows, accum)}), stages=stages)
     made.validate()
     return made
 

@@ -23,6 +23,7 @@ from kempnerforge.checkpoint.lock import holder
 from kempnerforge.config import JobConfig, diff
 from kempnerforge.study.cells import Cell, write_config
 from kempnerforge.study.config import StudyConfig
+from kempnerforge.training.batch_size import remembered
 from kempnerforge.training.complete import NAME as COMPLETE
 from kempnerforge.training.complete import WITHOUT_EFFECT
 from kempnerforge.util.errors import InputError
@@ -93,7 +94,9 @@ def is_finished(cell: Cell) -> bool:
     except (OSError, InputError):
         return False
     config = record.get("config")
-    return isinstance(config, dict) and not [line for line in diff(config, cell.job) if not line.startswith(WITHOUT_EFFECT)]
+    if not isinstance(config, dict):
+        return False
+    return not [line for line in diff(config, remembered(cell.job, config)) if not line.startswith(WITHOUT_EFFECT)]
 
 
 class Process(Protocol):

@@ -32,7 +32,7 @@ def _planned(one: Planned) -> dict[str, Any]:
         "row": one.row.name,
         "asked": one.asked,
         "steps": budget.steps,
-        "batch_size": job.train.batch_size,
+        "batch_size": job.train.step_rows,
         "samples": budget.samples,
         "trained_tokens": budget.trained_tokens,
         "train_flops": budget.train_flops,

@@ -80,7 +80,7 @@ def span(config: dict[str, Any], plugins: Sequence[str], data: JobData, world: W
             name=stage.name,
             start=stage.start,
             end=stage.end,
-            samples=stage.train.batch_size,
+            samples=stage.train.step_rows,
             data=[f"`{section.source}`{_path(section)}" for section in stage.data.sections()],
         )
         for stage in data.stages

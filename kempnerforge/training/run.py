@@ -15,6 +15,7 @@ from kempnerforge.config import JobConfig
 from kempnerforge.config.dump import FlatConfig
 from kempnerforge.distributed import world as worlds
 from kempnerforge.distributed.world import World
+from kempnerforge.training.batch_size import decide, fixed, remembered
 from kempnerforge.training.complete import REPORT, is_complete
 from kempnerforge.training.history import continued, machine_changes, span
 from kempnerforge.training.hooks import default_hooks
@@ -48,14 +49,18 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), end
         TrainingFault: the run cannot go on by itself.
         KeyboardInterrupt: a second SIGINT.
     """
-    run_dir, config = place_of(job.run.dir), FlatConfig.of(job)
+    run_dir = place_of(job.run.dir)
     world = worlds.start(job.distributed)
     if not world.is_main:
         LOG.setLevel(logging.ERROR)  # rank 0 says what all ranks know
     try:
         with claimed(run_dir, fresh) as locks:
             run = None if fresh else saved_run(run_dir)
-            assembly = _assemble(job, config, world, run, run_dir, allow)
+            known = job if run is None else remembered(job, run.config())
+            if run is None or run.world_size == world.size or run.state.step >= job.total_steps():
+                job = known  # other processes take other rows each, so they choose again
+            assembly = _assemble(job, known, world, run, run_dir, allow)
+            config = FlatConfig.of(fixed(job, decide(assembly, world)))
             trainer = _make_trainer(assembly, config, world, run, run_dir, ends_process)
             if run is not None and trainer.done and from_rank0(lambda: is_complete(run_dir, run.manifest, config.table)):
                 LOG.info("%s: complete, %d steps; see %s (--fresh starts over)", run_dir, trainer.step, run_dir / REPORT)
@@ -73,13 +78,16 @@ def train(job: JobConfig, *, fresh: bool = False, allow: Sequence[str] = (), end
         worlds.stop()
 
 
-def _assemble(job: JobConfig, config: FlatConfig, world: World, run: SavedRun | None, run_dir: Path, allow: Sequence[str]) -> Assembly:
+def _assemble(job: JobConfig, known: JobConfig, world: World, run: SavedRun | None, run_dir: Path, allow: Sequence[str]) -> Assembly:
     """The job put together: checked against the ``run`` that it continues, or with initial weights, which
     rank 0 alone has until the model is sharded.
+
+    Args:
+        known: ``job`` with the batch sizes that the run remembers, to be compared with it.
     """
     check_allowed_keys(allow)
     if run is not None:
-        check_same_run(job, config, run, run_dir, allow)
+        check_same_run(known, config := FlatConfig.of(known), run, run_dir, allow)
         check_copies(config, run, run_dir, allow)
     # A new run in an old directory does not take the tokenizer there: the data may have been changed since.
     tokenizer = saved_tokenizer(run.path) if run is not None else None

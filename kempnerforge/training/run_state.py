@@ -122,6 +122,12 @@ class SavedRun:
         """Raises CheckpointError as ``RunState.of``."""
         return cls(path, manifest, RunState.of(manifest, str(path)))
 
+    @property
+    def world_size(self) -> int:
+        """Processes of the run's last steps; 0: not recorded."""
+        history = self.state.history
+        return history[-1].world_size if history else 0
+
     def config(self) -> dict[str, Any]:
         """The config of the run's last steps, as a table: plugins of the run are not imported."""
         history = self.state.history

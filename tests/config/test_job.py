@@ -124,7 +124,10 @@ def test_a_stage_with_another_source() -> None:
         ({"data": {"source": "text", "path": "x", "form": "captions"}}, '[[stages]] #1 data.form = "captions": unknown key'),
         ({"data": {"tokenizer": "gpt2"}}, "[[stages]] #1 data.tokenizer: holds for the whole run"),
         ({"data": {"tokenizer_vocab_size": 600}}, "[[stages]] #1 data.tokenizer_vocab_size: holds for the whole run"),
-        ({"train": {"seed": 3}}, "[[stages]] #1 train.seed = 3: unknown key; allowed are batch_size, grad_accum_steps, seq_len"),
+        (
+            {"train": {"seed": 3}},
+            "[[stages]] #1 train.seed = 3: unknown key; allowed are batch_size, rows_per_step, grad_accum_steps, seq_len",
+        ),
         ({"train": {"seq_len": 4096}}, "[[stages]] #1 train.seq_len = 4096: must be at most model.max_seq_len = 2048"),
         ({"train": {"seq_len": 99}}, "[vlm] max_text_len = 512: with 196 image tokens in the stream that is 708 positions, but model.max"),
         ({"train": {"batch_size": 0}}, "[[stages]] #1 train.batch_size = 0: must be >= 1"),

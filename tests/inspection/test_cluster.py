@@ -138,8 +138,8 @@ def test_time_follows_from_the_stated_model(tmp_path: Path) -> None:
 
 def _units(_: int, found: object) -> list[int]:
     """Bytes that one of two processes receives for each unit, the largest first."""
-    from kempnerforge.inspection.cluster import Shards
     from kempnerforge.inspection.plan import Plan
+    from kempnerforge.training.memory import Shards
 
     assert isinstance(found, Plan)
     shards = Shards(found.assembly.model, 2)

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -19,18 +19,21 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.training import TrainConfig
-from kempnerforge.data.batching.batch import Batch
-from kempnerforge.data.batching.pack import PackSampler
+from kempnerforge.data.batching.batch import IGNORE, Batch
+from kempnerforge.data.batching.pack import WINDOW_ROWS, Pack, PackedRow, PackSampler
 from kempnerforge.data.batching.rows import DataError, EncodedSamples, collate_rows
 from kempnerforge.data.batching.sampler import MEASURED_WINDOW, WINDOW, StepSampler
 from kempnerforge.data.source import Source
-from kempnerforge.data.text.encode import Encoder, Layout
+from kempnerforge.data.text.encode import Encoded, Encoder, Layout
+from kempnerforge.data.text.interleave import LABELS
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.process import STOPS, end_with
 
 CHARACTERS_PER_TOKEN = 4
 CLASS_POSITIONS = 16
 """Positions by which rows of one length class differ at most, about."""
+CANDIDATES = 4
+"""Of ``heavy_rows``."""
 
 
 @contextmanager
@@ -126,6 +129,40 @@ class RowClasses:
         return self._known[indices]
 
 
+def heavy_rows(source: Source, encoder: Encoder, cfg: DataConfig, layout: Layout, train_cfg: TrainConfig) -> list[Encoded | PackedRow]:
+    """The rows with most positions, most views and most trained tokens among the first of the stream. How long
+    rows are is measured; only ``CANDIDATES`` of each kind are read whole.
+
+    Args:
+        layout, train_cfg: as in ``build_loader``.
+
+    Raises:
+        ValueError: no samples; the data cannot be used.
+    """
+    order, samples = source.order(train_cfg.seed), EncodedSamples(source, encoder, train_cfg.seed)
+    if cfg.batching == "pack":
+        place = {"seed": train_cfg.seed}
+        sampler = PackSampler(order, samples.sizes, max(train_cfg.step_rows, WINDOW_ROWS), layout.seq_len, cfg.max_images_per_row, **place)
+        keys: Sequence[tuple[int, int] | Pack] = sampler.cut(0, 0, sampler.size)
+        sizes = np.stack([samples.sizes(np.array([index for index, _ in row])).sum(0) for row in sampler.cut(0, 0, sampler.size)])
+    else:
+        indices = order.indices(0, min(len(source), order.window or MEASURED_WINDOW, MEASURED_WINDOW))
+        keys, sizes = [(int(index), 0) for index in indices], samples.sizes(indices)  # (k, 2)
+    chosen = dict.fromkeys(np.argsort(-sizes, axis=0, kind="stable")[:CANDIDATES].flatten().tolist())
+    rows: list[Encoded | PackedRow] = []
+    for row in (samples[keys[k]] for k in chosen):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    weights = (lambda row: row.table.shape[1], lambda row: len(row.images), lambda row: int((row.table[LABELS] != IGNORE).sum()))
+    return list({id(row): row for row in (max(rows, key=weight) for weight in weights)}.values())
+
+
+def padded_length(cfg: DataConfig, layout: Layout) -> int | None:
+    """Positions that rows are padded to; None: to the longest of a micro-batch."""
+    return None if cfg.batching == "group" else layout.seq_len if cfg.batching == "pack" else layout.pad_to
+
+
 def build_loader(
     source: Source,
     encoder: Encoder,
@@ -151,7 +188,7 @@ def build_loader(
         ValueError: no samples, a batch size that cannot be shared out, or a stream that is shuffled in
             windows too small for it; ``DataError`` while iterating.
     """
-    group, pack, size = cfg.batching == "group", cfg.batching == "pack", train_cfg.batch_size
+    group, pack, size = cfg.batching == "group", cfg.batching == "pack", train_cfg.step_rows
     order, samples = source.order(train_cfg.seed), EncodedSamples(source, encoder, train_cfg.seed)
     place = {"rank": rank, "world": world, "accum": train_cfg.grad_accum_steps, "seed": train_cfg.seed, "start_step": start_step}
     if pack:
@@ -168,7 +205,7 @@ def build_loader(
                 f"data.shuffle_buffer = {order.window}: batching = {cfg.batching!r} rearranges {together} samples at once; "
                 f"use at least {-(-together // 2)}"
             )
-    pad_to = None if group else layout.seq_len if pack else layout.pad_to
+    pad_to = padded_length(cfg, layout)
     if cfg.num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its threads warn about the fork
     with warnings.catch_warnings():

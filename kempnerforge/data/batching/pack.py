@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 
@@ -79,21 +78,22 @@ def join(encoded: Sequence[Encoded]) -> PackedRow:
     """One row of samples, one after the other. Each keeps the positions and the numbers of texts that it has
     alone.
     """
-    lengths, views = [e.table.shape[1] for e in encoded], [len(e.images) for e in encoded]
-    placements = []
-    for number, (e, start, image) in enumerate(zip(encoded, _before(lengths), _before(views), strict=True)):
-        placed = np.empty((4, e.placements.shape[1]), dtype=np.int64)
+    lengths = [e.table.shape[1] for e in encoded]
+    table = np.empty((6, sum(lengths)), dtype=np.int64)
+    placements = np.empty((4, sum(e.placements.shape[1] for e in encoded)), dtype=np.int64)
+    start = place = image = 0
+    for number, e in enumerate(encoded):
+        end, last = start + lengths[number], place + e.placements.shape[1]
+        table[:SAMPLE_IDS, start:end], table[SAMPLE_IDS, start:end] = e.table, number
+        placed = placements[:, place:last]
         placed[:SAMPLES], placed[SAMPLES] = e.placements, number
         placed[STARTS] += start
         placed[IMAGES] += image
-        placements.append(placed)
-    table = np.empty((6, sum(lengths)), dtype=np.int64)
-    np.concatenate([e.table for e in encoded], axis=1, out=table[:SAMPLE_IDS])
-    table[SAMPLE_IDS] = np.repeat(np.arange(len(encoded)), lengths)
+        start, place, image = end, last, image + len(e.images)
     return PackedRow(
         table,
         [image for e in encoded for image in e.images],
-        np.concatenate(placements, axis=1),
+        placements,
         encoded[0].image_size,
         [e.id for e in encoded],
         [e.part for e in encoded],
@@ -103,11 +103,6 @@ def join(encoded: Sequence[Encoded]) -> PackedRow:
         [bad for e in encoded for bad in e.skipped],
         tuple(part for e in encoded for part in e.image_parts),
     )
-
-
-def _before(counts: list[int]) -> list[int]:
-    """What comes before each."""
-    return [0, *accumulate(counts)][:-1]
 
 
 def knapsack(sizes: np.ndarray, capacity: int, max_images: int = 0) -> list[list[int]]:

@@ -89,7 +89,7 @@ class Evaluation(Hook):
     def _evaluate(self, trainer: Trainer, limit: int) -> Measured | None:
         """Evaluates and records the values; None: the run is asked to stop."""
         ranks = Voting(trainer)
-        rows = max(1, trainer.stage.train.batch_size // ranks.size)
+        rows = max(1, trainer.stage.train.step_rows // (ranks.size * trainer.stage.train.grad_accum_steps))
         try:
             ranks.sum([])
             with trainer.optimizers.averaged():
