@@ -4,7 +4,6 @@ micro-batch takes at most, found by running it on the meta device.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil, prod
@@ -14,14 +13,13 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.fsdp import recompute_unit
 from kempnerforge.eval.mode import mode
 from kempnerforge.model.attention import fused_from
+from kempnerforge.training.accounting import Held
 from kempnerforge.training.optimizer import state_copies
 from kempnerforge.training.setup import Assembly
 from kempnerforge.vlm.base import VLM
@@ -148,7 +146,7 @@ class Passes:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trainable)
         hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in self.model.parameters() if p.requires_grad]
-        live = Live([*self.model.parameters(), *self.model.buffers()])
+        live = Live()
         try:
             with mode(self.model, training=True), live, _fused(live, fused_from(self.dtype) if self.on_cpu else 0):
                 self.model(batch.to(next(self.model.parameters()).device)).mean(1, 1).backward()
@@ -163,38 +161,19 @@ def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is active.
-
-    Args:
-        known: tensors that were there before; views of them take nothing.
+class Live(Held):
+    """Also knows whether something random was drawn.
 
     Attributes:
-        bytes, peak: that live, and did so at most.
-        draws: whether something random was drawn.
+        draws: whether it was.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.draws = False
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+    draws = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
         attention = "scaled_dot_product" in str(func)  # could draw, see ``_fused``
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags and not attention
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._known:
-                self._known.add(key)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return made
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @contextmanager
