@@ -47,8 +47,8 @@ def prepare(
     compile_units: bool,
     keep_products: bool = False,
 ) -> None:
-    """Installs shared layers, recomputation, compilation and sharding, in this order, unit by unit. Names do not change. The
-    model is on ``world.device`` then, and the weights are those of rank 0.
+    """Installs shared layers, recomputation, compilation and sharding, in this order, unit by unit. Names do
+    not change. The model is on ``world.device`` then, and the weights are those of rank 0.
 
     Args:
         model: on ranks other than 0 it may be on the meta device: only rank 0 needs memory for all weights.

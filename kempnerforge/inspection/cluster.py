@@ -267,7 +267,9 @@ def _one_process(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[
 
 
 def _keys_and_values(job: JobConfig, length: int, width: int) -> float:
-    """Bytes of a row's keys and values in one layer that a process receives from those that it shares the row with."""
+    """Bytes of a row's keys and values in one layer that a process receives from those that it shares the
+    row with.
+    """
     ranks = job.distributed.context_parallel
     heads = job.model.kv_heads / job.distributed.tensor_parallel
     return 2 * width * heads * job.model.head_width * length * (ranks - 1) / ranks

@@ -81,9 +81,9 @@ def cut(parts: Sequence[int], ranks: int, device: torch.device | None = None) ->
     """The places of each part of a stream that each rank has, (R, n of the part) int64; -1 is padding.
 
     Args:
-        parts: positions of each part. Of each part every rank gets equally many, two stretches: the i-th from the
-            front and the i-th from the end of 2 R, so that under a causal mask all ranks have about as many keys
-            to look at.
+        parts: positions of each part. Of each part every rank gets equally many, two stretches: the i-th from
+            the front and the i-th from the end of 2 R, so that under a causal mask all ranks have about as many
+            keys to look at.
     """
     places, before = [], 0
     for size in parts:

@@ -187,7 +187,7 @@ def decide(assembly: Assembly, world: World | None = None) -> dict[int, Choice]:
     stages and the job of ``assembly`` have numbers afterwards. With a ``world`` it says what was chosen.
 
     Args:
-        world: None: one process, on the device that training would take.
+        world: None: as few processes as the config allows, on the device that training would take.
 
     Returns:
         The choices by index of the stage; without ``world`` not even one row may fit in them.
@@ -200,9 +200,11 @@ def decide(assembly: Assembly, world: World | None = None) -> dict[int, Choice]:
         return {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if world is None else world.device
     hosts = [socket.gethostname()] if world is None else world.gather(socket.gethostname())
+    sharing = assembly.job.distributed
+    fewest = (sharing.shard_size or sharing.group) if sharing.group > 1 else 1
     weights = sum(p.nbytes for p in assembly.model.parameters() if p.device.type == "cpu")
     memory = memory_here(device, hosts.count(socket.gethostname()), weights)
-    memory, processes = (memory, 1) if world is None else (min(world.gather(memory)), world.size)
+    memory, processes = (memory, fewest) if world is None else (min(world.gather(memory)), world.size)
     chooser = Chooser(assembly, compute_dtype(assembly.job.train.mixed_precision, device), device.type == "cpu")
 
     def choose() -> dict[int, Choice]:

@@ -365,7 +365,7 @@ class VLM(ExactBuffers):
         return Output(found.loss, logits, self.extra_loss(batch), weighted_loss=found.weighted)
 
     def in_pieces(self, batch: Batch) -> bool:
-        """Whether this pass makes the logits of ``batch.targets`` piece by piece: ``logits_at_once`` in training."""
+        """Whether this pass makes the logits of ``batch.targets`` piece by piece."""
         return self.training and torch.is_grad_enabled() and 0 < self.logits_at_once < batch.num_targets
 
     def score(self, logits: Tensor, batch: Batch) -> Output:

@@ -38,8 +38,8 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
         device: where; "meta" builds shapes without memory.
 
     Raises:
-        InputError: this machine does not have the memory for it, or ``distributed.context_parallel`` does not go
-            with the arch.
+        InputError: this machine does not have the memory for it, or ``distributed.context_parallel`` does not
+            go with the arch.
     """
     cls = arch_class(job)
     if job.distributed.context_parallel > 1 and not cls.shares_rows:

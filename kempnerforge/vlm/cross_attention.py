@@ -227,8 +227,8 @@ class CrossAttention(VLM):
         return words, MediaContext(ctx.rope, ctx.mask, cache, media.flatten(1, 2), here, share=ctx.share)
 
     def sight(self, batch: Batch, tokens: int, dtype: torch.dtype, last: int = 0, share: RowShare | None = None) -> Sight:
-        """What the last so many words of ``batch`` see (0: all words, or those of ``share``), with images of ``tokens``
-        tokens each.
+        """What the last so many words of ``batch`` see (0: all words, or those of ``share``), with images of
+        ``tokens`` tokens each.
         """
         cfg = self.config
         seen = visible_images(batch, cfg.cross_attention_media != "all", cfg.cross_attention_media == "latest_group")
