@@ -37,6 +37,7 @@ TILES = (
     "--train.seq_len=512",
 )
 TEXT = ("configs/text.toml", "--model.dim=256", "--model.n_layers=6", "--model.n_heads=8", "--model.n_kv_heads=8", "--train.batch_size=16")
+PACKED = ("--train.batch_size=4", "--train.seq_len=512", "--model.max_seq_len=512")
 Facts = dict[str, Any]
 
 
@@ -90,6 +91,15 @@ def written(out: Path, rows: int, longest: int) -> list[str]:
 def bench_captions(cell: Sequence[str], args: argparse.Namespace) -> Facts:
     """What ``kempnerforge bench`` says of texts of very different lengths."""
     return bench([*TEXT, *written(args.out, 4000, 200), *cell], args)
+
+
+def against_trainer(cell: Sequence[str], args: argparse.Namespace) -> Facts:
+    """As ``bench_captions``, beside ``benchmarks/hf_trainer.py`` on the same texts."""
+    words, script = [*TEXT, *written(args.out, 4000, 200), *cell], Path(__file__).with_name("hf_trainer.py")
+    ours, theirs = bench(words, args), [sys.executable, str(script), *TEXT, *written(args.out, 4000, 200), f"--steps={args.steps}"]
+    said = subprocess.run(theirs, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    peer = json.loads(said)
+    return {**ours, "peer": {**peer, "tokens_ratio": ours["tokens_per_s"] / peer["tokens_per_s"]}}
 
 
 def head_and_loss(cell: Sequence[str], args: argparse.Namespace) -> Facts:
@@ -165,11 +175,17 @@ MEASUREMENTS = {
         "a plain loop around the same model as a class of transformers makes fewer useful tokens a second",
         {
             f"{batching}, the peer {theirs}": (f"--data.batching={batching}", *more, "--against=transformers", *peer)
-            for batching, more in (("group", ()), ("pack", ("--train.batch_size=4", "--train.seq_len=512", "--model.max_seq_len=512")))
+            for batching, more in (("group", ()), ("pack", PACKED))
             for theirs, peer in (("pads to the longest", ()), ("pads to 256", ("--pad-to=256",)))
         },
         PEER,
         bench_captions,
+    ),
+    "trainer": Measurement(
+        "transformers.Trainer with the same model, samples and batch size makes fewer useful tokens a second",
+        {"group": ("--data.batching=group",), "pack": ("--data.batching=pack", *PACKED)},
+        PEER,
+        against_trainer,
     ),
     "archs": Measurement(
         "mot takes at most 1.15 times joint_decoder's step at equal FLOPs; cross_attention's time follows its FLOPs within 10 %",

@@ -95,14 +95,11 @@ def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int)
             yield f"{where}warmup_steps = {warmup}: with {decay} that is more than the {steps} there are"
 
 
-@_reads("model", "train", "eval")
+@_reads("model", "train")
 def rows_fit(job: Job) -> Found:
-    """Rows and answers are not longer than the model reads."""
+    """A row is not longer than the model reads."""
     if job.train.seq_len > job.model.max_seq_len:
         yield ("train",), f"seq_len = {job.train.seq_len}: must be at most model.max_seq_len = {job.model.max_seq_len}"
-    if job.eval.max_new_tokens > job.model.max_seq_len:
-        tokens = f"max_new_tokens = {job.eval.max_new_tokens}"
-        yield ("eval",), f"{tokens}: must be at most model.max_seq_len = {job.model.max_seq_len}"
     if job.eval.text_path and job.eval.text_window > job.model.max_seq_len:
         yield ("eval",), f"text_window = {job.eval.text_window}: must be at most model.max_seq_len = {job.model.max_seq_len}"
 

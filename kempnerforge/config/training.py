@@ -13,6 +13,8 @@ from kempnerforge.util.paths import PathText
 
 MOST_ROWS = 1 << 20
 """At once."""
+MOST_NEW_TOKENS = 1 << 16
+"""Of one answer."""
 AUTO: Final = "auto"
 """``train.batch_size`` that the memory decides."""
 MOST_LENGTH_PENALTY = 10
@@ -64,10 +66,10 @@ class TrainConfig:
         total_samples: instead of ``max_steps``, without stages: as many steps as these samples make whole
             batches (VLA Foundry's ``total_train_samples``).
         batch_size: samples of one optimizer step, over all ranks and micro-batches; the same on any number of
-            ranks. "auto": as many as ``rows_per_step`` says, in the largest micro-batches that fit into the memory
-            of each rank. The run's config.toml keeps the numbers that were chosen.
-        rows_per_step: of ``batch_size = "auto"``: what ``batch_size`` is otherwise, so that the machine decides
-            how a step is cut, and not what is computed.
+            ranks. "auto": as many as ``rows_per_step`` says, in the largest micro-batches that fit into the
+            memory of each rank. The run's config.toml keeps the numbers that were chosen.
+        rows_per_step: of ``batch_size = "auto"``: what ``batch_size`` is otherwise, so that the machine
+            decides how a step is cut, and not what is computed.
         grad_accum_steps: micro-batches that one step is made of, on each rank; "auto" chooses it.
         seq_len: positions of one row at most, image tokens included; windows of plain text are this long.
         seed: of weights, order and sampling.
@@ -384,6 +386,7 @@ class EvalConfig:
         at_least(self, -MOST_LENGTH_PENALTY, "length_penalty")
         at_most(self, MOST_LENGTH_PENALTY, "length_penalty")
         at_most(self, MOST_ROWS, "batch_size", "beams")
+        at_most(self, MOST_NEW_TOKENS, "max_new_tokens")
         only_if(self, bool(self.text_path), "text_path", "text_window")
         if twice := [name for at, name in enumerate(self.tasks) if name in (*self.BUILT_IN, *self.tasks[:at])]:
             raise InputError(f"tasks = {self.tasks}: {twice[0]!r} is there already; name each task but {', '.join(self.BUILT_IN)} once")
