@@ -178,7 +178,7 @@ CHOSEN = {
         TextConfig(path="a.txt", prompt_template="{prompt}"),
     ],
 }
-NEEDED = ("missing", "needs one", "path", "parts = []")
+NEEDED = ("missing", "needs one", "path", "parts = []", "parts: has 0 encoders")
 
 
 @pytest.mark.parametrize("data", CHOSEN["data"], ids=lambda data: f"{data.source}-{data.template}-{data.batching}")

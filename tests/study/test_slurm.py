@@ -241,7 +241,8 @@ def same_results(path: Path, other: Path) -> None:
 
 
 def read(cell: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if "memory" not in key} for row in metrics(cell)]
+    """Without memory and times."""
+    return [{key: value for key, value in row.items() if "memory" not in key and "latency" not in key} for row in metrics(cell)]
 
 
 @pytest.fixture(scope="module")
