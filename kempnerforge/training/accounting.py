@@ -126,6 +126,7 @@ class Meter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._parts = {module: part_of(f"{name}.weight") for name, module in model.named_modules() if name}
         self._counter = _counter()
         self._flops: defaultdict[str, int] = defaultdict(int)
         self._running = [REST]
@@ -135,10 +136,9 @@ class Meter:
     def forward(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, dict[str, int]]:
         """One pass: what it would send backward, and FLOPs by part."""
         handles = []
-        for name, module in self.model.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(partial(self._enter, part_of(f"{name}.weight"))))
-                handles.append(module.register_forward_hook(self._leave))
+        for module, part in self._parts.items():
+            handles.append(module.register_forward_pre_hook(partial(self._enter, part)))
+            handles.append(module.register_forward_hook(self._leave))
         try:
             with self._counter:
                 total = self.model(batch, cache).mean(1, 1)

@@ -43,7 +43,7 @@ class Choice:
         step_rows: rows of a step, over all processes.
         rows: of a micro-batch; 0: not even one fits.
         needed: bytes of a process with ``rows``, or with one row.
-        too_many, too_much: the next larger micro-batch and its bytes, at least; 0: there is none.
+        too_many, too_much: the next larger micro-batch and its bytes; 0: there is none.
         room: bytes that may be planned for.
         memory: bytes that there are.
     """
@@ -64,14 +64,14 @@ class Choice:
         return self.step_rows // (self.processes * (self.rows or 1))
 
     def __str__(self) -> str:
-        gib = lambda size: f"{size / GIB:,.2f} GiB"
+        gib = lambda size: f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
         rows = lambda count: f"{count} row{'s' if count != 1 else ''}"
         start = f'train.batch_size = "auto", stage {self.stage!r}: '
         there = f"{gib(self.room)} of {gib(self.memory)} may be planned for"
         if not self.rows:
             return f"{start}not even one row fits: a process needs {gib(self.needed)}, and {there}"
         steps = f"{self.step_rows} a step = {self.processes} x {self.accumulated} x {self.rows}"
-        larger = f", {rows(self.too_many)} at least {gib(self.too_much)}" if self.too_many else ""
+        larger = f", {rows(self.too_many)} {gib(self.too_much)}" if self.too_many else ""
         return f"{start}micro-batches of {rows(self.rows)} ({steps}); they need {gib(self.needed)}{larger}; {there}"
 
     def require(self) -> None:
@@ -134,16 +134,17 @@ class Chooser:
             raise InputError(f"train.rows_per_step = {step_rows}: must be a multiple of {counted}")
         whole, room = step_rows // shares, int(memory * SHARE["cpu" if self.on_cpu else "cuda"])
         count = self._counter(stage, processes, whole)
-        one, two = count.peak(1), count.peak(2)
-        too_many = too_much = 0
-        for rows in sorted((rows for rows in range(1, whole + 1) if whole % rows == 0), reverse=True):
-            least = one + (rows - 1) * (two - one)  # the peak is a maximum of linear functions: it never grows by less than here
-            size = count.needed(rows, least)
-            size = count.needed(rows, count.peak(rows)) if size <= room else size
+        best = 0, count.needed(1, count.peak(1))
+        larger = 0, 0  # the first one after it, which does not fit
+        for rows in (rows for rows in range(1, whole + 1) if whole % rows == 0):
+            size = count.needed(rows, peak := count.peak(rows))
             if size <= room:
-                return Choice(stage.name, shares, step_rows, rows, size, too_many, too_much, room, memory)
-            too_many, too_much = rows, size
-        return Choice(stage.name, shares, step_rows, 0, too_much, 0, 0, room, memory)
+                best, larger = (rows, size), (0, 0)
+            elif best[0] and not larger[0]:
+                larger = rows, size
+            if count.needed(whole, peak) > room:  # a step of one micro-batch adds no gradients up: nothing larger takes less
+                break
+        return Choice(stage.name, shares, step_rows, *best, *larger, room, memory)
 
     def _counter(self, stage: Stage, processes: int, whole: int) -> _Counter:
         assembly, data = self.assembly, self.assembly.data
@@ -156,9 +157,8 @@ class Chooser:
         run = lambda row, rows: self.passes.run(collate([row] * rows, pad_id, pad_to), trainable)
         alone = [run(row, 1) for row in heavy]
         self._check_independent(any(live.draws for live in alone))
-        heaviest = heavy[max(range(len(heavy)), key=lambda k: alone[k].peak)]
         beside = self._beside(stage, state) if self.on_cpu else 0
-        return _Counter(state, whole, beside, peak=lambda rows: run(heaviest, rows).peak)
+        return _Counter(state, whole, beside, peak=lambda rows: max(run(row, rows).peak for row in heavy))
 
     def _beside(self, stage: Stage, state: State) -> int:
         """Bytes in the machine's memory that no device has: decoded images, a checkpoint in the making."""

@@ -21,7 +21,7 @@ from kempnerforge.training.accounting import Cost, GenerationCost, _counter, cos
 from kempnerforge.training.setup import assemble
 from kempnerforge.vlm.base import Output
 from kempnerforge.vlm.joint_decoder import JointDecoder
-from kempnerforge.vlm.parts import part_of, parts
+from kempnerforge.vlm.parts import _own_children, part_of, parts
 from tests.training.tiny import CONFIG, call, make_job
 from tests.vlm.tiny import FOREIGN, LATE, ONE, THREE, Tiny, picture, tiny
 
@@ -87,6 +87,13 @@ def test_bytes_of_state(tied: bool, optimizer: str, job_path: Path):
         slots = 1 if optimizer == "muon" and name in linears else 2
         expected += p.numel() * (4 + 4 + 4 * slots)
     assert plan(job).stages[0].cost.state_bytes == expected
+
+
+def test_the_first_plan_of_a_process_counts_what_all_others_do(job_path: Path):
+    """Nothing that is made once, the layer that names are compared with, is taken for an activation."""
+    _own_children.cache_clear()
+    first, second = (plan(load_config(job_path)).stages[0].cost.activation_bytes for _ in range(2))
+    assert first == second > 0
 
 
 def test_rows_and_their_useful_share(job_path: Path):

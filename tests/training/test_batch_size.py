@@ -14,6 +14,8 @@ import torch
 
 from kempnerforge.config import load_config
 from kempnerforge.config.files import read_toml
+from kempnerforge.data.batching.collate import collate
+from kempnerforge.data.batching.loader import heavy_rows, padded_length
 from kempnerforge.inspection.cluster import Gpu, on_cluster
 from kempnerforge.inspection.plan import plan
 from kempnerforge.study.budget import _with_batches
@@ -70,10 +72,12 @@ def stub(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 # ---- what is chosen ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_largest_divisor_that_fits(config: Path, processes: int) -> None:
-    """At limits around what each of them needs."""
-    assembly = assembled(config, "--data.batching=pad")
+@pytest.mark.parametrize(
+    ("processes", "words"), [(1, ()), (2, ()), (1, ("--train.logits_at_once=5", "--model.vocab_size=20000", "--model.dim=8"))]
+)
+def test_the_largest_divisor_that_fits(config: Path, processes: int, words: tuple[str, ...]) -> None:
+    """At limits around what each of them needs; with logits in pieces more rows take less than in proportion."""
+    assembly = assembled(config, "--data.batching=pad", *words)
     divisors = [d for d in (12, 6, 4, 3, 2, 1) if ROWS // processes % d == 0]
     found = chooser(assembly)
     count = found._counter(assembly.stages[0], processes, ROWS // processes)
@@ -91,9 +95,9 @@ def test_the_largest_divisor_that_fits(config: Path, processes: int) -> None:
 def test_what_a_choice_says(config: Path) -> None:
     assembly = assembled(config)
     said = str(chooser(assembly).choose(assembly.stages[0], 1, room_for(assembly, 6) + 2))
-    assert re.search(r"stage 'train': micro-batches of 6 rows \(12 a step = 1 x 2 x 6\); they need [\d.]+ GiB, 12 rows at least", said)
+    assert re.search(r"stage 'train': micro-batches of 6 rows \(12 a step = 1 x 2 x 6\); they need [\d.]+ MiB, 12 rows [\d.]+ MiB; ", said)
     none = chooser(assembly).choose(assembly.stages[0], 1, 1000)
-    with pytest.raises(InputError, match=r"not even one row fits: a process needs [\d.]+ GiB, and 0.00 GiB of 0.00 GiB may be planned for"):
+    with pytest.raises(InputError, match=r"not even one row fits: a process needs [\d.]+ MiB, and 0.00 MiB of 0.00 MiB may be planned for"):
         none.require()
 
 
@@ -107,6 +111,24 @@ def test_the_longest_row_of_the_data_counts(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n")
     assembly = assembled(config)
     assert chooser(assembly).choose(assembly.stages[0], 1, LARGE).needed > 1.2 * short
+
+
+def test_at_every_size_the_row_that_takes_most_counts(tmp_path: Path) -> None:
+    """Of one row the gradient of a large head is the peak, whichever row it is; of many, rows with many trained tokens take most."""
+    config = make_job(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    texts = [("q", "".join(map(chr, range(40, 60)))), ("".join(map(chr, range(60, 96))), "a")]
+    lines = [json.dumps({**row, "prompt": prompt, "answer": answer}) for row in rows[:8] for prompt, answer in texts]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    assembly = assembled(config, "--data.batching=pad", "--model.vocab_size=6000")
+    stage, data = assembly.stages[0], assembly.data
+    heavy = heavy_rows(data.sources[0], data.encoder(stage), stage.data, data.layouts[0], stage.train)
+    found, names = chooser(assembly), assembly.freeze.trainable(0)
+    pad_to = padded_length(stage.data, data.layouts[0])
+    takes = lambda row, rows: found.passes.run(collate([row] * rows, data.tokenizer.pad_id, pad_to), names).peak
+    each = [takes(row, 12) for row in heavy]
+    assert len(each) > 1 and len({takes(row, 1) for row in heavy}) == 1 and max(each) > 1.4 * min(each)
+    assert found._counter(stage, 1, ROWS).peak(12) == max(each)
 
 
 @pytest.mark.parametrize("words", [(), ("--train.activation_checkpointing=true",), ("--data.batching=pack",), ("--data.batching=pad",)])
