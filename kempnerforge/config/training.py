@@ -114,11 +114,12 @@ class TrainConfig:
     feature_cache: PathText = ""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, *(["batch_size"] if self.batch_size != AUTO else []), "grad_accum_steps", "seq_len")
+        rows = ["rows_per_step"] if self.batch_size == AUTO else ["batch_size", "rows_per_step"]  # the word has no size
+        at_least(self, 1, *rows[:-1], "grad_accum_steps", "seq_len")
         at_least(self, 0, "rows_per_step", "max_steps", "total_samples", "seed", "logits_at_once", "grad_clip_norm", "max_skipped_steps")
         one_of(self, "activation_checkpointing_keeps", ("inputs", "products"))
         only_if(self, self.activation_checkpointing, "activation_checkpointing = true", "activation_checkpointing_keeps")
-        at_most(self, MOST_ROWS, *(["batch_size"] if self.batch_size != AUTO else []), "rows_per_step")
+        at_most(self, MOST_ROWS, *rows)
         self._check_auto()
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))
         one_of(self, "on_nonfinite", ("skip", "stop"))

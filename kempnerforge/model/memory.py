@@ -35,7 +35,8 @@ def group_limits(groups: str, root: Path) -> list[int]:
 
     Args:
         groups: as in ``/proc/self/cgroup``: "0::/path" (version 2), "4:memory:/path" (version 1).
-        root: where they are; in a container its own group is there, whatever its path says.
+        root: the folder that the groups are in. In a container it is the folder of the container's own group,
+            whose path in ``groups`` is one outside the container.
     """
     found = []
     for line in ["0::/", *groups.splitlines()]:

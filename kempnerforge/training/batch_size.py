@@ -116,8 +116,10 @@ class Chooser:
         return Passes(self.assembly.job, self.dtype, self.on_cpu)
 
     def choose(self, stage: Stage, processes: int, memory: int) -> Choice:
-        """The micro-batch of ``stage``, whatever its ``train.batch_size`` is now. Where processes share layers
-        or rows it may be smaller than need be: a micro-batch is counted whole.
+        """The micro-batch of ``stage``, from its rows a step; its ``train.grad_accum_steps`` is not read.
+
+        NOTE: for processes that share layers or rows, bytes are counted as if each had all of them. So the
+        choice may be smaller than the largest that fits.
 
         Args:
             memory: bytes that a process may use.
