@@ -81,6 +81,8 @@ def resolve_image(value: str, root: str, follow_links: bool = False) -> Path:
         raise SampleError(f"image path {show(value)}: empty or with a NUL character")
     if URL.match(value):
         raise SampleError(f"image {show(value)}: URLs are not fetched; name a file below data.root")
+    if path := _without_links(value, root):
+        return Path(path)
     try:
         path = os.path.realpath(os.path.join(root, value))
     except (OSError, ValueError) as error:
@@ -96,6 +98,16 @@ def resolve_image(value: str, root: str, follow_links: bool = False) -> Path:
         f"image path {show(value)} leaves the data root {root}: {show(link)} is a link to {os.path.realpath(link)};"
         " set data.root to where the images are, or data.follow_links = true"
     )
+
+
+def _without_links(value: str, root: str) -> str | None:
+    """The path of ``value`` below ``root``, if nothing on the way is a link or leads upwards: a look at each part, and none at ``root``."""
+    path = root
+    for part in value.split("/"):
+        path = f"{path}/{part}"
+        if part in ("", ".", "..") or os.path.islink(path):
+            return None
+    return path
 
 
 def _link(value: str, root: str) -> str:

@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from kempnerforge.data.fingerprint import file_fingerprint
@@ -178,14 +177,16 @@ class IndexedRows(Rows):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         try:
-            with open(self.path, "rb") as file:  # opened anew: an offset shared with forked workers would move under them
-                file.seek(self._begins[index])
-                return self._parse(file.read(self._sizes[index]))
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                return self._parse(os.pread(file, self._sizes[index], self._begins[index]))
+            finally:
+                os.close(file)
         except (OSError, ValueError) as error:
             raise SampleError(f"cannot be read: {error}") from None
 
     def name(self, index: int) -> str:
-        return f"{Path(self.path).name}:{self._numbers[index]}"
+        return f"{os.path.basename(self.path)}:{self._numbers[index]}"
 
     def length(self, index: int) -> int:
         return self._lengths[index]
