@@ -170,6 +170,10 @@ def grown(key: str, values: Sequence[int], *more: str) -> dict[str, Sequence[str
     return {f"{key} = {value}": (PROBE, *ONE_KIND, f"--{key}={value}", *more) for value in values}
 
 
+def archs(*more: str) -> dict[str, Sequence[str]]:
+    return {arch: (PROBE, *ONE_KIND, f"--vlm.arch={arch}", *more) for arch in ("joint_decoder", "mot", "cross_attention", "moma")}
+
+
 MEASUREMENTS = {
     "peers": Measurement(
         "a plain loop around the same model as a class of transformers makes fewer useful tokens a second",
@@ -187,15 +191,45 @@ MEASUREMENTS = {
         PEER,
         against_trainer,
     ),
+    "workers": Measurement(
+        "with a worker, a step waits for less than 3 % of its time for data",
+        {
+            f"{batching}, {workers} workers": (f"--data.batching={batching}", *more, f"--data.num_workers={workers}")
+            for batching, more in (("group", ()), ("pack", PACKED))
+            for workers in (0, 1)
+        },
+        {name: PEER[name] for name in ("useful tokens/s", "data wait", "MFU")},
+        bench_captions,
+    ),
     "archs": Measurement(
         "mot takes at most 1.15 times joint_decoder's step at equal FLOPs; cross_attention's time follows its FLOPs within 10 %",
-        {arch: (PROBE, *ONE_KIND, f"--vlm.arch={arch}") for arch in ("joint_decoder", "mot", "cross_attention", "moma")},
+        archs(),
+        STEP,
+        bench,
+    ),
+    "wide-archs": Measurement(
+        "the same of models in which matrix products are most of a step",
+        archs("--model.dim=512", "--model.n_layers=8", "--model.n_heads=8"),
         STEP,
         bench,
     ),
     "layers": Measurement("time grows with FLOPs", grown("model.n_layers", (2, 4, 8, 16)), GROWTH, bench),
     "width": Measurement("wider models use the machine better", grown("model.dim", (64, 128, 256, 512)), GROWTH, bench),
     "batch": Measurement("time grows with samples", grown("train.batch_size", (4, 8, 16, 32)), GROWTH, bench),
+    "positions": Measurement(
+        "time grows with the positions of a row",
+        {
+            f"train.seq_len = {length}": (
+                "--data.batching=pack",
+                "--train.batch_size=1",
+                f"--train.seq_len={length}",
+                f"--model.max_seq_len={length}",
+            )
+            for length in (256, 512, 1024, 2048, 4096)
+        },
+        GROWTH,
+        bench_captions,
+    ),
     "tiles": Measurement(
         "time grows with images a sample",
         grown("data.images.max_tiles", (1, 4, 9), *TILES),
@@ -204,7 +238,7 @@ MEASUREMENTS = {
     ),
     "rows": Measurement(
         "a file is read once at the start; memory is a few dozen bytes a row",
-        {f"{rows:,} rows": (str(rows),) for rows in (10_000, 100_000, 1_000_000)},
+        {f"{rows:,} rows": (str(rows),) for rows in (10_000, 100_000, 1_000_000, 10_000_000)},
         {"until the first batch": seconds, "times the first": ratio("step_s"), "peak memory": memory},
         first_step,
     ),

@@ -46,6 +46,7 @@ def prepare(
     recompute: bool,
     compile_units: bool,
     keep_products: bool = False,
+    blank: bool = False,
 ) -> None:
     """Installs shared layers, recomputation, compilation and sharding, in this order, unit by unit. Names do
     not change. The model is on ``world.device`` then, and the weights are those of rank 0.
@@ -57,6 +58,7 @@ def prepare(
         reshard: free gathered weights after the forward pass.
         recompute: activation checkpointing; ``keep_products`` as of ``recompute_unit``.
         compile_units: ``torch.compile`` each unit.
+        blank: the parameters are loaded afterwards; rank 0's are not sent.
 
     NOTE: in a world of one only the root is wrapped, and stays unsharded: a wrapped unit costs 1.5 ms a step
     and saves nothing. Gradients are
@@ -91,7 +93,7 @@ def prepare(
             restore_losses(unit, aux_losses)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     if world.size > 1:
-        spread(model, whole, world.device)
+        spread(model, whole, world.device, blank=blank)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one

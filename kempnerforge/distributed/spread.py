@@ -23,17 +23,20 @@ def take_away(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def spread(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+def spread(model: nn.Module, whole: dict[str, Tensor], device: torch.device, *, blank: bool = False) -> None:
     """Gives every rank its part of the tensors of rank 0. Call it on all ranks.
 
     Args:
         model: sharded, on the meta device.
         whole: of ``take_away``; only rank 0's is read, and each tensor is let go once it is sent.
         device: where the model is afterwards.
+        blank: parameters get memory and no values.
     """
 
     def receive(name: str, tensor: Tensor) -> Tensor:
         mine = whole.pop(name, None)
+        if blank and isinstance(tensor, nn.Parameter):
+            return torch.empty_like(tensor, device=device)
         if dist.get_rank() == 0 and mine is not None:
             value = mine.to(device).contiguous()
         else:

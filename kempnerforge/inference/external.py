@@ -43,7 +43,7 @@ def load_external(
     ``import_model`` (convert/commands.py).
     """
     external = open_external(source)
-    assembly = assemble(external.job, tokenizer_of(external, tokenizer), data=False)
+    assembly = assemble(external.job, tokenizer_of(external, tokenizer), data=False, blank=True)
     assembly.model.load_state_dict(external.read(progress), strict=True, assign=True)
     assembly.model.eval()
     agreed, compared = None, "verify = False"

@@ -317,7 +317,7 @@ def _restored(path: Path, overrides: Sequence[str]) -> TrainedModel:
     """A checkpoint directory."""
     job = load_config(path / JOB_FILE, overrides)
     encoder = job.vision_encoder
-    assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False)
+    assembly = assemble(replace(job, vision_encoder=encoder.without_weights()), saved_tokenizer(path), data=False, blank=True)
     assembly.job = replace(assembly.job, vision_encoder=encoder)
     manifest = load_weights(path, assembly.model)
     state = RunState.of(manifest, str(path))
@@ -345,7 +345,8 @@ def _external(path: Path, verify: bool) -> TrainedModel:
 
 def _exported(path: Path, overrides: Sequence[str]) -> TrainedModel:
     """What ``kempnerforge export --format kempnerforge`` has written."""
-    assembly = assemble(load_config(path / JOB_FILE, overrides), Tokenizer.from_pretrained((path / TOKENIZER).resolve()), data=False)
+    tokenizer = Tokenizer.from_pretrained((path / TOKENIZER).resolve())
+    assembly = assemble(load_config(path / JOB_FILE, overrides), tokenizer, data=False, blank=True)
     files = tensor_files(path)
     tensors = dict(read_tensors(files, files))
     parameters = dict(assembly.model.named_parameters())

@@ -91,7 +91,7 @@ def _assemble(job: JobConfig, known: JobConfig, world: World, run: SavedRun | No
         check_copies(config, run, run_dir, allow)
     # A new run in an old directory does not take the tokenizer there: the data may have been changed since.
     tokenizer = saved_tokenizer(run.path) if run is not None else None
-    assembly = world.together(lambda: assemble(job, tokenizer, device=None if world.is_main else "meta"))
+    assembly = world.together(lambda: assemble(job, tokenizer, device=None if world.is_main else "meta", blank=run is not None))
     assembly.data.check_held_out()
     if run is not None:
         check_same_data(assembly.data.fingerprints, run, run_dir, allow)

@@ -27,6 +27,7 @@ class Assembly:
     Attributes:
         job: with ``model.vocab_size`` and ``model.new_tokens`` resolved.
         freeze: what trains at which step.
+        blank: the model's weights are those of a checkpoint, once they are loaded.
     """
 
     job: JobConfig
@@ -34,6 +35,7 @@ class Assembly:
     model: VLM
     freeze: FreezePlan
     data: JobData
+    blank: bool = False
 
     @property
     def stages(self) -> list[Stage]:
@@ -65,7 +67,7 @@ class Assembly:
 
 
 def assemble(
-    job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torch.device | str | None = None, data: bool = True
+    job: JobConfig, tokenizer: Tokenizer | None = None, *, device: torch.device | str | None = None, data: bool = True, blank: bool = False
 ) -> Assembly:
     """Puts ``job`` together.
 
@@ -74,6 +76,7 @@ def assemble(
             resolves ``data.tokenizer``.
         device: where the model is built; "meta" for shapes alone.
         data: False builds no sources (generation from a checkpoint).
+        blank: all weights are loaded afterwards, see ``build_model``.
 
     Raises:
         ValueError: data, tokenizer and model do not fit together.
@@ -99,7 +102,7 @@ def assemble(
         image_tokens += [name for name in tokenizer.appended if is_picture_token(name)]
     job = replace(job, model=fit_vocabulary(job.model, tokenizer, image_tokens))
 
-    model = build_model(job, device)
+    model = build_model(job, device, blank=blank)
     if model.has_images:
         for section in sections:
             section.images.check(model.image_size, model.token_side if job.vlm and job.vlm.residual_stream_image_tokens(1) else 0)
@@ -113,4 +116,4 @@ def assemble(
     if data:
         found.read_held_out()
     refuse_unused(chain.from_iterable(source.ignoring() for source in [*sources, found.held_out] if source is not None))
-    return Assembly(job, tokenizer, model, freeze, found)
+    return Assembly(job, tokenizer, model, freeze, found, blank)

@@ -161,6 +161,7 @@ class Trainer:
             recompute=job.train.activation_checkpointing,
             compile_units=job.train.compile_model,
             keep_products=job.train.activation_checkpointing_keeps == "products",
+            blank=assembly.blank,
         )
         self.model.row_ranks = world.context
         self.history: list[Span] = []

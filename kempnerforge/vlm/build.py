@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge.config import JobConfig, registry
 from kempnerforge.model.lora import adapt
@@ -30,12 +34,23 @@ def arch_class(job: JobConfig) -> type[VLM]:
     return registry.archs.get(job.vlm.arch)
 
 
-def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM:
+class Undrawn(TorchDispatchMode):
+    """Random initial values of parameters are not drawn: the memory that they would fill stays untouched. All
+    that a module computes, its buffers among it, is there.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fills = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
+        return args[0] if fills and isinstance(args[0], nn.Parameter) else func(*args, **(kwargs or {}))
+
+
+def build_model(job: JobConfig, device: torch.device | str | None = None, *, blank: bool = False) -> VLM:
     """Builds the model with fresh weights that depend on ``train.seed`` alone.
 
     Args:
         job: ``model.vocab_size`` is set.
         device: where; "meta" builds shapes without memory.
+        blank: its weights are loaded afterwards, all of them: what they are now does not matter.
 
     Raises:
         InputError: this machine does not have the memory for it, or ``distributed.context_parallel`` does not
@@ -59,6 +74,6 @@ def build_model(job: JobConfig, device: torch.device | str | None = None) -> VLM
     if torch.device(device or "cpu").type != "meta":  # filling memory until there is no more takes minutes
         with torch.random.fork_rng(devices=[]), torch.device("meta"), within_memory(sizes, meta=True, most=memory_bytes()):
             built()
-    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes):
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"), within_memory(sizes), Undrawn() if blank else nullcontext():
         torch.manual_seed(job.train.seed)
         return built()

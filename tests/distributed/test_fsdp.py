@@ -40,6 +40,12 @@ def test_all_ranks_have_the_weights_of_rank_0(ranks: int, shard_sizes: list[int]
         assert ended.returncode == 0, ended.stderr[-2000:]
 
 
+@pytest.mark.dist
+def test_weights_that_are_loaded_afterwards_are_not_sent() -> None:
+    for ended in run_ranks("tests.distributed.workers:blank_weights", 2, timeout=60):
+        assert ended.returncode == 0, ended.stderr
+
+
 def test_a_world_of_one_is_one_unit_that_computes_the_same(world: World) -> None:
     plain, model = Stack(), Stack()
     install(model, world)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -140,6 +141,28 @@ def weights_of_rank_0(*shard_sizes: str) -> None:
                     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                     theirs = want.get_parameter(name) if isinstance(tensor, nn.Parameter) else want.get_buffer(name)
                     assert torch.equal(whole, theirs) and tensor.requires_grad == theirs.requires_grad, name
+
+    in_world(body)
+
+
+def blank_weights() -> None:
+    """Weights that are loaded afterwards get memory and are not sent; all else is."""
+
+    def body(world: World) -> None:
+        sent: list[int] = []
+        broadcast = dist.broadcast
+        dist.broadcast = lambda tensor, src: (sent.append(tensor.numel()), broadcast(tensor, src=src))
+        with torch.device("cpu" if world.is_main else "meta"):
+            model = Odd(seed=world.rank)
+        prepare(model, model.layers, world, torch.float32, reshard=True, recompute=False, compile_units=False, blank=True)
+        want = Odd(seed=0)
+        assert sum(sent) == sum(t.numel() * t.element_size() for t in (want.bits, want.scratch, want.angles, want.scale))
+        assert torch.equal(model.scratch, want.scratch) and torch.equal(model.angles, want.angles)
+        assert model.head.weight is model.embed.weight and not model.frozen.requires_grad
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor) and parameter.device.type == "cpu", name
+            parameter.detach().to_local().fill_(world.rank)
+        assert model.embed.weight.full_tensor().sum() == 3 * 4, "seven rows: four of rank 0, three of rank 1"
 
     in_world(body)
 
