@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,8 +95,27 @@ def prepare(
     if world.size > 1:
         spread(model, whole, world.device, blank=blank)
     for module in fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
+        if world.parts == 1:
+            module.set_custom_reduce_scatter(Unreduced())  # pyright: ignore[reportArgumentType]
+        else:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
+
+
+class Unreduced:
+    """In place of a reduce-scatter where no other process has gradients: what it is given is its result. FSDP
+    asks for two buffers, and copies from one to the other if they are two.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Twice the same memory, one call after the other."""
+        given, self._buffer = self._buffer, None
+        if given is None:
+            given = self._buffer = torch.empty(size, dtype=dtype, device=device)
+        return given
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kempnerforge.distributed.fsdp import fsdp_modules
+from kempnerforge.distributed.fsdp import Unreduced, fsdp_modules
 from kempnerforge.distributed.world import World
 from tests.dist import run_ranks
 from tests.distributed.workers import Stack, data, gradients, install
@@ -57,6 +57,19 @@ def test_a_world_of_one_is_one_unit_that_computes_the_same(world: World) -> None
             loss.backward()
         assert all(torch.equal(a, b) for a, b in zip(gradients(plain).values(), gradients(model).values(), strict=True))
     assert list(gradients(model)) == [name for name, _ in Stack().named_parameters()]
+
+
+def test_a_world_of_one_has_no_second_copy_of_its_gradients(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    allocate = Unreduced.allocate
+    monkeypatch.setattr(Unreduced, "allocate", lambda *args, **how: given.append(allocate(*args, **how)) or given[-1])
+    model = Stack()
+    install(model, world, torch.bfloat16)
+    for _ in range(2):
+        model(data(0)).backward()
+        assert {g.untyped_storage().data_ptr() for g in gradients(model).values()} == {given[-1].untyped_storage().data_ptr()}
+        model.zero_grad()
+    assert given[0] is given[1] and given[2] is given[3] and given[0] is not given[2]
 
 
 def test_compute_and_master_dtype(world: World) -> None:
