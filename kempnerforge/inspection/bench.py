@@ -35,7 +35,7 @@ from kempnerforge.util.errors import InputError
 if TYPE_CHECKING:
     from kempnerforge.convert.peer import TransformersLoop
 
-PHASES = ("data", "vision encoder", "adapter", "embedding", "layers", "head and loss", "backward", "optimizer", "other")
+PHASES = ("data", "weights", "vision encoder", "adapter", "embedding", "layers", "head and loss", "backward", "optimizer", "other")
 PROFILED = 2
 """Steps under the profiler, and steps whose matrix products are run alone."""
 KINDS = {
@@ -171,6 +171,8 @@ class _Phases:
     def __enter__(self) -> _Phases:
         model, optimizers = self.trainer.model, self.trainer.optimizers.all
         children = dict(model.named_children())
+        # in front of FSDP's own hook, which casts the weights and gathers them: no step waits for data then
+        self._handles.append(model.register_forward_pre_hook(lambda *_: self.watch.start("weights"), prepend=True))
         self._at(model, "embedding", "backward")
         if model.hf_model is None:
             for part, name in (("vision_encoder", "vision encoder"), ("adapter", "adapter")):

@@ -45,6 +45,7 @@ def test_figures(arch: str, tmp_path: Path) -> None:
     assert found["share_of_products"] == pytest.approx(found["flops_per_s"] / found["products_flops_per_s"])
     assert set(found["phases_s"]) == {
         "data",
+        "weights",
         "vision encoder",
         "adapter",
         "embedding",

@@ -59,7 +59,8 @@ class Diagnosis(Hook):
         self._shares, self._watched = AttentionShare(trainer.model), -1
         model, first, last = trainer.model, trainer.optimizers.all[0], trainer.optimizers.all[-1]
         self._handles = [
-            model.register_forward_pre_hook(lambda _, inputs: self._forward_begins(*inputs)),
+            # in front of FSDP's hook: that casts the weights and gathers them, and no step waits for data then
+            model.register_forward_pre_hook(lambda _, inputs: self._forward_begins(*inputs), prepend=True),
             model.register_forward_hook(lambda *_: self._forward_ends()),
             first.register_step_pre_hook(lambda *_: self._update_begins()),
             last.register_step_post_hook(lambda *_: self._update_ends()),
