@@ -39,18 +39,20 @@ class Products(torch.autograd.Function):
 
 
 class Each(nn.Module):
-    """Layer e for the vectors e: (E, ..., I) -> (E, ..., O). Plain linear layers of one shape are one batched product,
-    others (a norm, a layer with LoRA or one that ranks share) are computed one by one.
+    """The layer ``name`` of each owner e for the vectors e: (E, ..., I) -> (E, ..., O). Plain linear layers of
+    one shape are one batched product; others (norms, with LoRA, in float8, shared by ranks) are computed one by
+    one.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, owners: Sequence[nn.Module], name: str) -> None:
         super().__init__()
-        self.layers = tuple(layers)  # a tuple hides the modules from registration
+        self.owners, self.name = tuple(owners), name  # a tuple hides the modules from registration
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = [layer for layer in self.layers if type(layer) is nn.Linear]
-        if len(linear) < len(self.layers):
-            return torch.stack([layer(part) for layer, part in zip(self.layers, x, strict=True)])
+        layers = [owner.get_submodule(self.name) for owner in self.owners]  # they may have been replaced since
+        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        if len(linear) < len(layers):
+            return torch.stack([layer(part) for layer, part in zip(layers, x, strict=True)])
         y: Tensor = Products.apply(x.flatten(1, -2), *(layer.weight for layer in linear))  # (E, N, O)
         biases: list[Tensor] = [layer.bias for layer in linear if layer.bias is not None]
         y = y + torch.stack(biases)[:, None] if biases else y
@@ -66,6 +68,6 @@ class BatchedMLP(MLP):
         nn.Module.__init__(self)
         first = mlps[0]
         self.activation, self.enter, self.dropout = first.activation, nn.Identity(), first.dropout
-        self.gate_proj = None if first.gate_proj is None else Each([mlp.get_submodule("gate_proj") for mlp in mlps])
-        self.up_proj, self.down_proj = (Each([mlp.get_submodule(name) for mlp in mlps]) for name in ("up_proj", "down_proj"))
-        self.post_norm = nn.Identity() if isinstance(first.post_norm, nn.Identity) else Each([mlp.post_norm for mlp in mlps])
+        self.gate_proj = None if first.gate_proj is None else Each(mlps, "gate_proj")
+        self.up_proj, self.down_proj = Each(mlps, "up_proj"), Each(mlps, "down_proj")
+        self.post_norm = nn.Identity() if isinstance(first.post_norm, nn.Identity) else Each(mlps, "post_norm")

@@ -90,4 +90,5 @@ def test_layers_that_are_not_linear_are_computed_one_by_one() -> None:
     x = torch.randn(2, 4, D)
     norms = [nn.LayerNorm(D), nn.LayerNorm(D)]
     nn.init.normal_(norms[1].weight)
-    torch.testing.assert_close(Each(norms)(x), torch.stack([norms[0](x[0]), norms[1](x[1])]), rtol=0, atol=0)
+    owners = [nn.ModuleDict({"norm": norm}) for norm in norms]
+    torch.testing.assert_close(Each(owners, "norm")(x), torch.stack([norms[0](x[0]), norms[1](x[1])]), rtol=0, atol=0)
