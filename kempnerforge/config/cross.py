@@ -15,7 +15,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
 from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
-from kempnerforge.config.training import CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
+from kempnerforge.config.training import AUTO, CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
 from kempnerforge.util.errors import InputError, Key, Problems
 
@@ -157,6 +157,22 @@ def layers_can_be_shared(job: Job) -> Found:
             job.distributed.check_shared({"n_heads": job.model.n_heads, "n_kv_heads": job.model.kv_heads, "ffn_dim": job.model.ffn_width})
         except ValueError as error:
             yield ("model",), str(error)
+
+
+@_reads("train", "distributed", "vlm")
+def float8_fits(job: Job) -> Found:
+    """Products in float8 are of whole layers of our text backbone, which compute in bf16; their memory is not counted."""
+    if job.train.float8 == "off":
+        return
+    key = f"float8 = {job.train.float8!r}"
+    if job.train.mixed_precision == "fp32":
+        yield ("train",), f"{key}: not with mixed_precision = 'fp32'"
+    if job.train.batch_size == AUTO:
+        yield ("train",), f"{key}: not with batch_size = 'auto', which does not count what it needs; give a number"
+    if job.distributed.tensor_parallel > 1:
+        yield ("train",), f"{key}: not with distributed.tensor_parallel = {job.distributed.tensor_parallel}"
+    if job.vlm is not None and job.vlm.files:
+        yield ("train",), f"{key}: vlm.arch = {job.vlm.arch!r} has the layers of transformers, not those of our text backbone"
 
 
 @_reads("model", "vlm", "vision_encoder")

@@ -81,6 +81,8 @@ class TrainConfig:
         activation_checkpointing_keeps: "inputs": of each layer its inputs alone; "products": also what its
             matrix products and its attention give, so that no product is computed twice. It needs more memory
             and less time.
+        float8: products of linear layers in the layers of the text backbone, in training (extra ``float8``;
+            docs/runs.md): "off"; "tensorwise" is the fastest, "rowwise" and "rowwise_with_gw_hp" more accurate.
         logits_at_once: trained tokens whose logits are in memory at once, on each process; 0: those of the
             whole micro-batch. It saves memory where the vocabulary is large, and changes results by rounding
             alone. The smaller, the slower: 1,000 cost the head up to a fifth of its time, 256 half.
@@ -106,6 +108,7 @@ class TrainConfig:
     compile_model: bool = False
     activation_checkpointing: bool = False
     activation_checkpointing_keeps: str = "inputs"
+    float8: str = "off"
     logits_at_once: int = 0
     grad_clip_norm: float = 1.0
     on_nonfinite: str = "skip"
@@ -119,6 +122,7 @@ class TrainConfig:
         at_least(self, 0, "rows_per_step", "max_steps", "total_samples", "seed", "logits_at_once", "grad_clip_norm", "max_skipped_steps")
         one_of(self, "activation_checkpointing_keeps", ("inputs", "products"))
         only_if(self, self.activation_checkpointing, "activation_checkpointing = true", "activation_checkpointing_keeps")
+        one_of(self, "float8", ("off", "tensorwise", "rowwise", "rowwise_with_gw_hp"))
         at_most(self, MOST_ROWS, *rows)
         self._check_auto()
         one_of(self, "mixed_precision", ("auto", "bf16", "fp32"))

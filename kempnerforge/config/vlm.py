@@ -369,13 +369,12 @@ class MoMaConfig(VLMConfig):
     """Groups of experts per modality; an expert chooses its tokens (MoMa: Lin et al. 2024).
 
     Attributes:
-        image_experts, text_experts: in each layer. The first text expert is the feed-forward layer of the
-            text backbone.
-        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of the tokens that a row
-            has of its modality. At 1 the feed-forward layers cost what one dense layer costs; at the number
-            of experts every expert takes every token.
-        router_loss_weight: of the loss that trains the auxiliary routers. The rest of the model gets no
-            gradient from it; the weight only says how much these routers count in the gradient's norm.
+        image_experts, text_experts: in each layer. The first text expert is the text backbone's feed-forward layer.
+        capacity_factor: an expert takes ``ceil(capacity_factor * tokens / experts)`` of a row's tokens of its
+            modality. At 1 they cost what one dense layer costs; at the number of experts each takes every token.
+        router_loss_weight: of the loss that trains the auxiliary routers and nothing else; it only says how much
+            these routers count in the gradient's norm.
+        batched_experts: a modality's experts in batched products: fewer kernels, copies of weights (docs/runs.md).
     """
 
     arch: str = "moma"
@@ -389,6 +388,7 @@ class MoMaConfig(VLMConfig):
     text_experts: int = 2
     capacity_factor: float = 1.0
     router_loss_weight: float = 0.01
+    batched_experts: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

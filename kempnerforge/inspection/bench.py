@@ -259,7 +259,7 @@ def bench(
             processes=world.size,
             memory_gib=max(world.gather(peak_memory_gib(world.device))),
             device=_device(world),
-            dtype=str(trainer.dtype).removeprefix("torch."),
+            dtype=str(trainer.dtype).removeprefix("torch.") + (f" and float8 ({job.train.float8})" if job.train.float8 != "off" else ""),
             peer=beside,
         )
     finally:

@@ -14,6 +14,7 @@ from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
+from kempnerforge.model.float8 import float8_layers
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.batch_size import Choice, decide
 from kempnerforge.training.optimizer import rules_of, settings, state_copies
@@ -64,6 +65,8 @@ def plan(job: JobConfig) -> Plan:
     assembly = assemble(job, device="meta")
     assembly.data.check_held_out()
     check_patterns(assembly)
+    if job.train.float8 != "off":
+        float8_layers(assembly.model, job.train.float8)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     choices = decide(assembly)
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages], choices)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", "convolution_backward")
 """Operators that are matrix products, or made of them; attention's own kernels are ``ATTENTION``."""
 ATTENTION = "_scaled_dot_product"
 REPEATS = 5
@@ -76,8 +76,8 @@ def _call(func: Any, like: list[Any], spec: Any) -> Callable[[], object]:
 def _new(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random floats, or zeros; a stride may be 0, as in an expanded tensor."""
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-    values = torch.zeros(size, dtype=dtype, device=device)
-    return (values.normal_() if dtype.is_floating_point else values).as_strided(shape, stride)
+    values = torch.randn(size, device=device) if dtype.is_floating_point else torch.zeros(size, device=device)
+    return values.to(dtype).as_strided(shape, stride)
 
 
 def _median(prepare: Callable[[], Any], device: torch.device) -> float:

@@ -19,6 +19,7 @@ from kempnerforge.config import Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.distributed.fsdp import prepare, sync_gradients
 from kempnerforge.distributed.world import World, compute_dtype
+from kempnerforge.model.float8 import to_float8
 from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze
 from kempnerforge.training.history import Span
@@ -152,6 +153,8 @@ class Trainer:
         self.freeze.check()
         self.names, self.patterns = self.freeze.names, self.freeze.patterns
         self.dtype = compute_dtype(job.train.mixed_precision, world.device)
+        if job.train.float8 != "off":
+            to_float8(self.model, job.train.float8, self.dtype, world.device)
         prepare(
             self.model,
             self.model.shard_units(),

@@ -7,8 +7,9 @@ Shapes: B rows, S positions, D ``model.dim``, E experts of a modality, C tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config import ModelConfig, MoMaConfig, registry
 from kempnerforge.data.batching.batch import Batch, Kind
+from kempnerforge.model.batched import BatchedMLP
 from kempnerforge.model.transformer import MLP, Block, Cache, Context, init_weights, separate_draws
 from kempnerforge.vlm.base import VLM
 
@@ -110,6 +112,9 @@ class MoMaBlock(Block):
             self.routers = nn.ModuleDict({modality: Router(cfg.dim, count, bias=False) for modality, count in experts.items()})
             self.auxiliary_routers = nn.ModuleDict({modality: AuxiliaryRouter(cfg.dim, experts[modality]) for modality in chosen})
             init_weights(self.experts, cfg)
+        # NOTE: a plain dict hides the modules from registration, as their parts are registered already.
+        batched = [modality for modality, count in experts.items() if moma.batched_experts and count > 1]
+        self.batched = {modality: BatchedMLP(self.group(modality)) for modality in batched}
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         assert isinstance(ctx, MoMaContext), "MoMaBlock reads the context of MoMa"
@@ -119,18 +124,33 @@ class MoMaBlock(Block):
         for modality, tokens in ctx.tokens.items():
             weights, index, loss = self.route(modality, h, tokens)
             losses += [] if loss is None else [loss]
-            for number, expert in enumerate(self.group(modality)):
-                at = index[:, number, :, None].expand(-1, -1, h.shape[-1])  # (B, C, D)
-                answers = None if ctx.answers is None else ctx.answers.gather(1, index[:, number])
-                taken = expert(h.gather(1, at), answers) * weights[:, number, :, None].to(h.dtype)
-                mixed.scatter_add_(1, at, taken)
+            places = [at.expand(-1, -1, h.shape[-1]) for at in index[..., None].unbind(1)]  # E of (B, C, D)
+            outputs = self.outputs(modality, [h.gather(1, at) for at in places], index, ctx.answers)
+            for at, output, weight in zip(places, outputs, weights[..., None].to(h.dtype).unbind(1), strict=True):
+                mixed.scatter_add_(1, at, output * weight)  # of one expert at a time: a place is there once, so the sum is in order
         self.aux_loss = self.router_loss_weight * torch.stack(losses).sum() if losses else None
         return x + mixed
 
-    def group(self, modality: str) -> list[nn.Module]:
+    def group(self, modality: str) -> list[MLP]:
         """The experts of ``modality``."""
-        added = list(self.experts[modality].children())
+        added = [cast(MLP, expert) for expert in self.experts[modality].children()]
         return [self.mlp, *added] if modality == "text" else added
+
+    def outputs(self, modality: str, taken: Sequence[Tensor], index: Tensor, answers: Tensor | None) -> Iterable[Tensor]:
+        """What the experts of ``modality`` make of their tokens: E of (B, C, D) each.
+
+        Args:
+            taken: E of (B, C, D).
+            index: (B, E, C), where they are in the row.
+            answers: as of ``Context``.
+        """
+        count = len(taken)
+        told = None if answers is None else answers[:, None].expand(-1, count, -1).gather(2, index).transpose(0, 1)  # (E, B, C)
+        if modality in self.batched:
+            return self.batched[modality](torch.stack([*taken]), told)
+        return [
+            expert(*of_one) for expert, *of_one in zip(self.group(modality), taken, [None] * count if told is None else told, strict=True)
+        ]
 
     def route(self, modality: str, h: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which tokens each expert of ``modality`` takes.

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.config import DistributedConfig
+from kempnerforge.config import DistributedConfig, MoMaConfig
 from kempnerforge.contract.cases import install as contract_install
 from kempnerforge.contract.cases import tiny
-from kempnerforge.contract.ranks import SHARES
+from kempnerforge.contract.ranks import SHARES, shares
 from kempnerforge.distributed.fsdp import fsdp_modules, prepare, sync_gradients
 from kempnerforge.distributed.world import World, meshes, start, stop
 
@@ -187,5 +187,26 @@ def balanced_images(out: str, *archs: str) -> None:
                 if world.is_main:
                     torch.save(grads, f"{out}/{arch}-{when}.pt")
                     Path(f"{out}/{arch}-{when}.json").write_text(json.dumps(counts))
+
+    in_world(body)
+
+
+def batched_experts(out: str) -> None:
+    """Whole gradients of all but auxiliary routers, with experts in batched products: each rank with a batch of its own, then both with
+    all batches and some of each layer. Rank 0 writes them.
+    """
+
+    def body(world: World) -> None:
+        mesh, tensor, _ = meshes("cpu", world.size, DistributedConfig(tensor_parallel=world.size))
+        for name, here in (("data", world), ("layers", replace(world, mesh=mesh, tensor=tensor))):
+            it = tiny("moma", device="meta" if world.rank else None, vlm=MoMaConfig(max_text_len=64, freeze=[], batched_experts=True))
+            contract_install(it, here)
+            batches = shares(it) if here.tensor is not None else [it.batch(*SHARES[world.rank])]
+            targets = sum(batch.num_targets for batch in shares(it))
+            for batch in batches:
+                it.model(batch).mean(targets, 1).backward()
+            grads = gradients(it.model)
+            if world.is_main:
+                torch.save({name: grad for name, grad in grads.items() if "auxiliary" not in name}, f"{out}/{name}.pt")
 
     in_world(body)

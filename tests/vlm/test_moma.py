@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge.config import VLMConfig
+from kempnerforge.contract.ranks import shares
 from kempnerforge.data.batching.batch import Kind
 from kempnerforge.eval.generate import generate
+from kempnerforge.model.transformer import StreamDropout
 from kempnerforge.vlm.moma import MoMaBlock, MoMaConfig, MoMaContext, Tokens
+from tests.dist import run_ranks
 from tests.vlm.tiny import INTERLEAVED, MODEL, NO_IMAGE, ONE, SAMPLES, TWO_IMAGES, Tiny, all_logits, gradients, tiny, tiny_job
 
 IMAGE, WORD, PAD = Kind.IMAGE, Kind.PROMPT, Kind.PAD
@@ -67,9 +71,10 @@ def test_each_expert_takes_its_best_tokens_by_hand() -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.7, 2.0, 5.0])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_layer_is_what_loops_compute(factor: float, training: bool) -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_layer_is_what_loops_compute(factor: float, training: bool, batched: bool) -> None:
     """Token by token: the sum over the experts that take it of score times feed-forward layer; a token that none takes stays as it is."""
-    it = moma(capacity_factor=factor, image_experts=3)
+    it = moma(capacity_factor=factor, image_experts=3, batched_experts=batched)
     it.model.train(training)
     block, tokens = block_of(it), tokens_of(it, *SAMPLES, pad_to=50)
     h, got = hidden(tokens), torch.zeros(len(SAMPLES), 50, MODEL.dim)
@@ -244,6 +249,50 @@ def test_auxiliary_routers_learn_and_answers_are_generated_with_them() -> None:
     prompts = it.prompts([(ONE.texts[0].prompt, [0]), (TWO_IMAGES.texts[0].prompt, [1, 2])], [*ONE.images, *TWO_IMAGES.images])
     made = [it.encoder.tokenizer.decode(ids).strip() for ids in generate(it.model, prompts, max_new_tokens=8, eos_id=eos)]
     assert made == [ONE.texts[0].answer, TWO_IMAGES.texts[0].answer]
+
+
+@pytest.mark.parametrize("frozen", [(), ("mlp",), ("experts.image",)])
+def test_batched_experts_are_the_experts(frozen: tuple[str, ...]) -> None:
+    """Names, loss and gradients; where some are frozen, too."""
+    found = []
+    for batched in (False, True):
+        it = moma(batched_experts=batched, image_experts=3)
+        for name, parameter in it.model.named_parameters():
+            parameter.requires_grad_(not any(f".{part}." in name for part in frozen))
+        found.append((gradients(it.model, it.batch(*SAMPLES)), [name for name, _ in it.model.named_parameters()]))
+    ((want, want_gradients), names), ((got, got_gradients), names_batched) = found
+    assert names == names_batched and want_gradients.keys() == got_gradients.keys()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got_gradients, want_gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_two_ranks_with_batched_experts_equal_one_process(tmp_path: Path) -> None:
+    """With weights that are freed between the passes, and with layers that the ranks share."""
+    for ended in run_ranks("tests.distributed.workers:batched_experts", 2, tmp_path, timeout=120):
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    it = tiny("moma", vlm=MoMaConfig(max_text_len=64, freeze=[]))
+    _, want = gradients(it.model, *shares(it))
+    for how in ("data", "layers"):
+        got = torch.load(tmp_path / f"{how}.pt", weights_only=True)
+        assert got.keys() == {name for name in want if "auxiliary" not in name}
+        torch.testing.assert_close(got, {name: want[name] for name in got}, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_experts_are_told_which_of_their_tokens_are_answers(batched: bool) -> None:
+    """All that an expert adds at an answer is dropped, and nothing elsewhere."""
+    it = tiny("moma", model=replace(MODEL, answer_dropout=0.5), vlm=MoMaConfig(max_text_len=64, batched_experts=batched))
+    block, tokens = block_of(it), tokens_of(it, *SAMPLES, pad_to=50)
+    for module in block.modules():
+        if isinstance(module, StreamDropout):
+            module.register_forward_hook(lambda _, given, x: torch.where(given[1][..., None], 0, given[0]))
+    block.attention.o_proj.weight.data.zero_()
+    answers = torch.rand(len(SAMPLES), 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    h, context = hidden(tokens), context_for(it, tokens)
+    moved = (block(h, replace(context, answers=answers)) != h).any(-1)
+    taken = (block(h, replace(context, answers=torch.zeros_like(answers))) != h).any(-1)
+    assert torch.equal(moved, taken & ~answers) and (taken & answers).any()
 
 
 @pytest.mark.parametrize("field", ["image_experts", "text_experts", "capacity_factor", "router_loss_weight"])
