@@ -309,8 +309,9 @@ def _convert_union(options: list[Any], value: Any, key: Key, problems: Problems)
         result = convert(option, value, key, trial := Problems())
         if not trial.lines:
             return result
-    if isinstance(value, float) and float in options:
-        return convert(float, value, key, problems)  # of the right type: what is wrong is the number itself
+    for option in options:
+        if (typing.get_origin(option) or option) is type(value):  # of the right type: what is wrong is the value itself
+            return convert(option, value, key, problems)
     problems.add(key, f" = {show(value)}: must be {' or '.join(type_name(option) for option in options)}, not {kind(value)}")
     return INVALID
 

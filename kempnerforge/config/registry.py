@@ -28,6 +28,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 from kempnerforge.util.errors import InputError
@@ -44,7 +45,7 @@ class Registry:
             no torch.
     """
 
-    def __init__(self, kind: str, key: str, *packages: str, base: str = "") -> None:
+    def __init__(self, kind: str, key: str, *packages: str, base: str) -> None:
         self.kind, self.key, self.packages, self.base = kind, key, packages, base
         self._entries: dict[str, type] = {}
 
@@ -62,8 +63,10 @@ class Registry:
         known = self._entries.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputError(f"{self.kind} {name!r} is already registered by {_full_name(known)}")
-        if self.base and self.base not in map(_full_name, cls.__mro__):
+        if self.base not in map(_full_name, cls.__mro__):
             raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must be a subclass of {self.base}")
+        if lost := _lost_fields(cls):
+            raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must be a @dataclass, or its key {lost[0]!r} is none")
         if missing := sorted(getattr(cls, "__abstractmethods__", ())):
             raise InputError(f"{self.kind} {name!r}: the class {_full_name(cls)} must have the method {' and '.join(missing)}")
         self._entries[name] = cls
@@ -120,34 +123,45 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _lost_fields(cls: type) -> list[str]:
+    """Fields that ``cls`` adds to those of a dataclass without being one itself."""
+    if not is_dataclass(cls) or "__dataclass_fields__" in vars(cls):
+        return []
+    return [name for name, wanted in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(wanted)]
+
+
 _SOURCES = ("kempnerforge.data.sources", "kempnerforge.data.collections")
 
-vlm_configs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
-vision_configs = Registry("vision encoder", "vision_encoder.type", "kempnerforge.model")
-adapter_configs = Registry("adapter", "adapter.type", "kempnerforge.model")
-data_configs = Registry("data source", "data.source", *_SOURCES)
+vlm_configs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm", base="kempnerforge.config.vlm.VLMConfig")
+vision_configs = Registry(
+    "vision encoder", "vision_encoder.type", "kempnerforge.model", base="kempnerforge.config.vision.VisionEncoderConfig"
+)
+adapter_configs = Registry("adapter", "adapter.type", "kempnerforge.model", base="kempnerforge.config.adapter.AdapterConfig")
+data_configs = Registry("data source", "data.source", *_SOURCES, base="kempnerforge.config.data.DataConfig")
 
-optimizer_configs = Registry("optimizer", "optimizer.name")
+optimizer_configs = Registry("optimizer", "optimizer.name", base="kempnerforge.config.optimizer.OptimizerConfig")
 
-archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm")
-vision_encoders = Registry("vision encoder", "vision_encoder.type", "kempnerforge.model")
-adapters = Registry("adapter", "adapter.type", "kempnerforge.model")
-sources = Registry("data source", "data.source", *_SOURCES)
+archs = Registry("vlm arch", "vlm.arch", "kempnerforge.vlm", base="kempnerforge.vlm.base.VLM")
+vision_encoders = Registry("vision encoder", "vision_encoder.type", "kempnerforge.model", base="kempnerforge.model.vision.VisionEncoder")
+adapters = Registry("adapter", "adapter.type", "kempnerforge.model", base="kempnerforge.model.adapters.Adapter")
+sources = Registry("data source", "data.source", *_SOURCES, base="kempnerforge.data.source.Source")
 optimizers = Registry(
     "optimizer", "optimizer.name", "kempnerforge.training.optimizers", base="kempnerforge.training.optimizers.rule.UpdateRule"
 )
 
-templates = Registry("template", "data.template", "kempnerforge.data.text")
+templates = Registry("template", "data.template", "kempnerforge.data.text", base="kempnerforge.data.text.template.Template")
 tasks = Registry("task", "eval.tasks", "kempnerforge.eval.tasks", base="kempnerforge.eval.task.Task")
 
 schedules = Registry("schedule", "scheduler.name", "kempnerforge.training.schedules", base="kempnerforge.config.schedule.SchedulerConfig")
 """Both at once: a schedule is a config that computes."""
 
-tracker_configs = Registry("tracker", "metrics.trackers.type", "kempnerforge.training.trackers")
+tracker_configs = Registry(
+    "tracker", "metrics.trackers.type", "kempnerforge.training.trackers", base="kempnerforge.config.training.TrackerConfig"
+)
 trackers = Registry(
     "tracker", "metrics.trackers.type", "kempnerforge.training.trackers", base="kempnerforge.training.trackers.tracker.Tracker"
 )
-hook_configs = Registry("hook", "hooks.type", "kempnerforge.training.hooks")
+hook_configs = Registry("hook", "hooks.type", "kempnerforge.training.hooks", base="kempnerforge.config.training.HookConfig")
 hooks = Registry("hook", "hooks.type", "kempnerforge.training.hooks", base="kempnerforge.training.trainer.Hook")
 
 ALL = tuple(each for each in list(globals().values()) if isinstance(each, Registry))

@@ -61,7 +61,7 @@ def one_field(section: Any, key: str, name: str) -> None:
 def check_template(section: Any) -> None:
     """The keys of ``[data]`` that say how texts are written: each is one that ``section.template`` reads."""
     if section.template not in TEMPLATES and section.template not in registry.templates:  # of a plugin
-        one_of(section, "template", (*TEMPLATES, *registry.templates))
+        one_of(section, "template", dict.fromkeys((*TEMPLATES, *registry.templates)))
     for key, name in (("prompt_template", "prompt"), ("answer_template", "answer")):
         one_field(section, key, name)
         only_if(section, section.template == "prompt", "template = 'prompt'", key)

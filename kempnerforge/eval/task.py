@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -113,7 +114,7 @@ def percent(share: float) -> str:
 
 
 @dataclass
-class Task:
+class Task(ABC):
     """A metric. The fields of a subclass are its keys in a TOML file, under ``[eval.options.NAME]``.
 
     Attributes:
@@ -134,9 +135,9 @@ class Task:
         """That it is registered under."""
         return registry.tasks.name_of(type(self)) or type(self).__name__
 
+    @abstractmethod
     def measure(self, exam: Exam) -> Found | None:
         """What is found, the same on all ranks; None: there is nothing to measure."""
-        raise NotImplementedError
 
     def question(self, question: Question) -> Question | None:
         """A held-out question as this task asks it; None: it does not."""
@@ -173,9 +174,14 @@ class QuestionTask(Task):
 
     max_new_tokens: int = 0
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.points is QuestionTask.points and (cls.all_points, cls.measure) != (QuestionTask.all_points, QuestionTask.measure):
+            cls.points = _not_called  # so that it need not be there
+
+    @abstractmethod
     def points(self, answer: Answer) -> float:
-        """What one answer is worth."""
-        raise NotImplementedError
+        """What one answer is worth. A class with ``all_points`` of its own can leave it out."""
 
     def all_points(self, answers: Sequence[Answer]) -> Sequence[float]:
         """What each of all answers is worth, for metrics that compare them with each other."""
@@ -260,6 +266,10 @@ class QuestionTask(Task):
     def _score(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Score:
         found = self.answers(exam, asked, blind)
         return Score(found.asked, found.answers, found.unreadable, self.all_points(found.answers))
+
+
+def _not_called(self: QuestionTask, answer: Answer) -> float:
+    raise NotImplementedError(f"{type(self).__name__} has no points of one answer")
 
 
 def with_other_images(asked: Mapping[int, Question]) -> dict[int, Question]:

@@ -7,6 +7,7 @@ heads, E head width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,7 @@ def projection(in_dim: int, hidden_dim: int, out_dim: int, bias: bool) -> nn.Mod
     return TwoLayerMLP(in_dim, hidden_dim, out_dim, bias) if hidden_dim else nn.Linear(in_dim, out_dim, bias=bias)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The contract of adapters: ``num_tokens`` for each image, and a ``forward``.
 
     Subclasses register with ``@registry.register_adapter(type)``.
@@ -66,9 +67,9 @@ class Adapter(nn.Module):
         self.num_tokens, self.out_dim = cfg.num_tokens(num_features), out_dim
         self.deepstack = nn.ModuleList()
 
+    @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """(N, F, Di) -> (N, T, Do)."""
-        raise NotImplementedError
 
 
 class ProjectingAdapter(Adapter):
@@ -286,3 +287,16 @@ def add_deepstack(adapter: Adapter, job: JobConfig, encoder: VisionEncoder) -> N
     with separate_draws("deepstack"):
         for _ in layers:
             adapter.deepstack.append(build_adapter(job.adapter.of_layers, encoder.layer_dim, job.model.dim, encoder.num_tokens))
+
+
+def check_size(module: VisionEncoder | Adapter, given: Tensor, width: int) -> Tensor:
+    """``given``, which ``module`` has returned: (N, its ``num_tokens``, ``width``). More tokens than that would
+    lie on words, fewer would leave places of an image empty.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    if given.shape[1:] != (module.num_tokens, width):
+        name, said = type(module).__name__.removeprefix("FSDP"), f"(N, {module.num_tokens}, {width})"
+        raise InputError(f"{name}.forward: gives the shape {tuple(given.shape)}; by its num_tokens and width it must be {said}")
+    return given

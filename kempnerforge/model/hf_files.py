@@ -19,7 +19,7 @@ from torch import Tensor
 from kempnerforge.model.hf_checks import check_config
 from kempnerforge.model.quiet import quiet
 from kempnerforge.util.errors import InputError, library_call
-from kempnerforge.util.paths import start_of
+from kempnerforge.util.paths import is_no_hub_id, start_of
 from kempnerforge.util.reading import check_files, read_object, regular
 
 log = logging.getLogger("kempnerforge")
@@ -51,8 +51,7 @@ def read_named_config(path: str) -> dict[str, Any]:
     Raises:
         InputError: as of ``read_config``; or there is no such directory, or no such model that can be read.
     """
-    looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
+    if is_no_hub_id(path) and not Path(path).is_dir():
         raise InputError(f"path = {path!r}: no such directory{start_of(path)}")
     if Path(path).is_dir():
         if not (file := Path(path) / CONFIG).is_file():
@@ -62,7 +61,7 @@ def read_named_config(path: str) -> dict[str, Any]:
     else:
         from transformers import PretrainedConfig
 
-        with library_call(f"path = {path!r}", "neither a directory nor a hub model that can be read"):
+        with library_call(f"path = {path!r}", f"neither a directory{start_of(path)} nor a hub model that can be read"):
             config = PretrainedConfig.get_config_dict(path)[0]
     check_config(f"path = {path!r}: {CONFIG}", config)
     return config

@@ -64,7 +64,7 @@ class HFTower(VisionEncoder):
             setattr(tower, self.final_norm, nn.Identity())
         # NOTE: the tower itself stays outside the module tree and its children are adopted: its own forward
         # runs, with its own names.
-        self.__dict__["tower"] = tower
+        vars(self)["tower"] = tower
         for name, child in tower.named_children():
             self.add_module(name, child)
         assert {id(p) for p in self.parameters()} == {id(p) for p in tower.parameters()}, "a parameter belongs to no child"

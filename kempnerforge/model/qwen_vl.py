@@ -140,7 +140,7 @@ class QwenTower(VisionEncoder):
             layer_dim=dim if hasattr(config, "deepstack_visual_indexes") else 0,
             side=side,
         )
-        self.__dict__["tower"] = tower  # its children are adopted, as those of ``HFTower``
+        vars(self)["tower"] = tower  # its children are adopted, as those of ``HFTower``
         for name, child in tower.named_children():
             self.add_module(name, child)
         assert {id(p) for p in self.parameters()} == {id(p) for p in tower.parameters()}, "a parameter belongs to no child"

@@ -6,6 +6,7 @@ Shapes: N images, H x H pixels, F features (tokens) of one image, D ``dim``.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from kempnerforge.model.transfer import told
 from kempnerforge.util.errors import NotBuiltError
 
 
-class VisionEncoder(ExactBuffers):
+class VisionEncoder(ExactBuffers, ABC):
     """The contract of vision encoders: uint8 pixels in, one sequence of features per image out.
 
     Subclasses register with ``@registry.register_vision_encoder(type)``, take the section's config as their
@@ -66,11 +67,11 @@ class VisionEncoder(ExactBuffers):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     @property
+    @abstractmethod
     def units(self) -> list[nn.Module]:
         """Modules, disjoint and called one after the other, that may each be sharded, compiled or recomputed
         on its own.
         """
-        raise NotImplementedError
 
     @property
     def signature(self) -> str:
@@ -87,6 +88,7 @@ class VisionEncoder(ExactBuffers):
         """Names of the parameters whose weights were read when it was built from ``cfg``."""
         return [name for name, _ in self.named_parameters()] if cfg.has_weights else []
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images``.
 
@@ -96,7 +98,6 @@ class VisionEncoder(ExactBuffers):
         Returns:
             (N, F, D) in the dtype of the weights.
         """
-        raise NotImplementedError
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, H) uint8 -> ``(images / 255 - mean) / std`` of the same shape, computed in fp32, in the

@@ -62,7 +62,7 @@ def _make(run_dir: Path) -> tuple[list[Path], str]:
         missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = f"it is a link to {os.readlink(run_dir)!r}, which is not there" if run_dir.is_symlink() else error.strerror or error
+        why = f"it is a link to {os.readlink(run_dir)!r}, which is not there" if os.path.islink(run_dir) else error.strerror or error
         return [], f"cannot be made: {why}"
     return missing, ""
 

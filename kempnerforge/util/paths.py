@@ -37,6 +37,11 @@ def place_of(path: str | Path) -> Path:
     return Path(expand(os.fspath(path)))
 
 
+def is_no_hub_id(path: str) -> bool:
+    """Whether ``path`` can only be a path: no name of the Hugging Face hub looks like that."""
+    return os.path.isabs(path) or not path or path.startswith((".", "~")) or path.count("/") > 1
+
+
 def start_of(path: str | Path) -> str:
     """What a message says after a path that is not there: where a relative one was looked for; nothing of an
     absolute one.

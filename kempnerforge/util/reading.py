@@ -138,7 +138,8 @@ def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
     except RecursionError:
         found = None
     except json.JSONDecodeError as error:
-        raise InputError(f"{start}not JSON: {error.msg} at {f'line {error.lineno}, ' * (error.lineno > 1)}column {error.colno}") from None
+        what, line = error.msg.removesuffix(" at"), f"line {error.lineno}, " * (error.lineno > 1)
+        raise InputError(f"{start}not JSON: {what} at {line}column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{start}not UTF-8 at byte {error.start}") from None
     except InputError as error:  # of a hook

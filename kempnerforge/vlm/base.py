@@ -28,7 +28,7 @@ from kempnerforge.data.batching.batch import Batch, Kind
 from kempnerforge.data.batching.known_features import KnownFeatures
 from kempnerforge.distributed.balance import balanced
 from kempnerforge.eval.generate import Prompts, Sampling, generate
-from kempnerforge.model.adapters import Adapter, add_deepstack, build_adapter
+from kempnerforge.model.adapters import Adapter, add_deepstack, build_adapter, check_size
 from kempnerforge.model.attention import ByWindow, Mask, Segments
 from kempnerforge.model.aux_loss import HasAuxLoss, take_losses, with_aux_loss
 from kempnerforge.model.buffers import ExactBuffers
@@ -297,8 +297,9 @@ class VLM(ExactBuffers):
 
     def adapt(self, features: Tensor, **told: Any) -> Tensor:
         """All features of the encoder, (N, F, E), through their adapters -> as of ``encode``."""
+        check_size(self.vision_encoder, features, self.vision_encoder.dim)
         if not self.adapter.deepstack:
-            return self.adapter(features, **told)
+            return check_size(self.adapter, self.adapter(features, **told), self.adapter.out_dim)
         width, count = self.vision_encoder.layer_dim, len(self.adapter.deepstack)
         own, *deeper = features.split([features.shape[-1] - width * count, *[width] * count], dim=-1)
         return torch.cat(

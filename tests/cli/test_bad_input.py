@@ -134,6 +134,8 @@ TABLE = [
     Bad("run directory is a file", ("train.jsonl", "File exists"), argv=("--run.dir={folder}/train.jsonl",)),
     Bad("run directory below a file", ("train.jsonl", "Not a directory"), argv=("--run.dir={folder}/train.jsonl/run",)),
     Bad("run directory that cannot be made", ("/proc/run", "cannot be made"), argv=("--run.dir=/proc/run",)),
+    Bad("run directory with a name too long", ("run.dir = ", "cannot be made: File name too long"), argv=(f"--run.dir={'a' * 300}",)),
+    Bad("tokenizer that can be no hub id", ("data.tokenizer = 'a/b/c': no such directory",), argv=("--data.tokenizer=a/b/c",)),
     Bad("inspect into a file", ("train.jsonl", "File exists"), argv=("--out={folder}/train.jsonl",), command="inspect"),
 ]
 

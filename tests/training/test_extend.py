@@ -31,7 +31,7 @@ def example(kind: str, folder: Path) -> Path:
     )
     job = make_job(folder)
     (folder / "plugin.py").write_text(python[0])
-    (folder / "page.toml").write_text(toml[0])
+    (folder / "page.toml").write_text(toml[0].replace("token_f1.py", "plugin.py"))
     below, page = read_toml(job), read_toml(folder / "page.toml")
     if section := REPLACED.get(kind):
         below[section] = {"tokenizer_vocab_size": 300} if section == "data" else {}
@@ -132,9 +132,21 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
             "[metrics] trackers[1].type = 'csv': CsvConfig configures no tracker; put",
         ),
         ("tracker", "def log(", "def logs(", "Csv must have the method log"),
+        ("arch", "class MyArch(JointDecoder):", "class MyArch:", "MyArch must be a subclass of kempnerforge.vlm.base.VLM"),
+        ("arch", "class MyConfig(VLMConfig):", "class MyConfig:", "MyConfig must be a subclass of kempnerforge.config.vlm.VLMConfig"),
+        ("arch", "@dataclass\n", "", "MyConfig must be a @dataclass, or its key 'arch' is none"),
+        ("vision_encoder", "def forward(", "def forwards(", "Patches must have the method forward"),
+        ("vision_encoder", "def units(", "def unit(", "Patches must have the method units"),
+        ("adapter", "def forward(", "def forwards(", "EveryNth must have the method forward"),
+        ("source", "(Source)", "", "Squares must be a subclass of kempnerforge.data.source.Source"),
+        ("template", "(Template)", "", "Brackets must be a subclass of kempnerforge.data.text.template.Template"),
+        ("optimizer", "def make(", "def makes(", "SGDRule must have the method make"),
+        ("task", "def points(", "def point(", "TokenF1 must have the method points"),
+        ("task", "import QuestionTask", "import Task as QuestionTask", "TokenF1 must have the method measure"),
+        ("task", "@dataclass\n", "", "TokenF1 must be a @dataclass, or its key 'beta' is none"),
     ],
 )
-def test_a_hook_or_tracker_that_is_missing_or_wrong_is_reported_when_the_config_is_read(
+def test_what_is_missing_or_wrong_in_a_plugin_is_reported_when_the_config_is_read(
     kind: str, before: str, after: str, message: str, tmp_path: Path
 ) -> None:
     path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
@@ -144,6 +156,34 @@ def test_a_hook_or_tracker_that_is_missing_or_wrong_is_reported_when_the_config_
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        ("adapter", "features[:, :: self.every]", "features", "EveryNth.forward: gives the shape (4, 4, 32); by its num_tokens and width"),
+        (
+            "adapter",
+            "self.proj(features[:, :: self.every])",
+            "features[:, :: self.every, :8]",
+            "EveryNth.forward: gives the shape (4, 2, 8); by its num_tokens and width it must be (N, 2, 32)",
+        ),
+        (
+            "vision_encoder",
+            "features.flatten(2).transpose(1, 2)",
+            "features.flatten(2).transpose(1, 2)[:, 1:]",
+            "Patches.forward: gives the shape (4, 3, 32); by its num_tokens and width it must be (N, 4, 32)",
+        ),
+    ],
+)
+def test_another_number_of_tokens_than_was_said_is_refused(kind: str, before: str, after: str, message: str, tmp_path: Path) -> None:
+    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
+    text = plugin.read_text()
+    assert before in text
+    plugin.write_text(text.replace(before, after))
+    for command in ("check", "train"):
+        ended = call(command, path)
+        assert ended.code == 2 and message in ended.err, ended
 
 
 def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:

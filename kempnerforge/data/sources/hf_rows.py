@@ -18,7 +18,7 @@ from kempnerforge.data.sources.table import FileSource
 from kempnerforge.data.stream import first_line
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
-from kempnerforge.util.paths import start_of
+from kempnerforge.util.paths import is_no_hub_id, start_of
 from kempnerforge.util.reading import check_files
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
@@ -136,8 +136,8 @@ def load_rows(path: str, split: str) -> Any:
 
             example(pyarrow.parquet.read_schema(path), path)
             table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
-        elif path.lower().endswith(ENDINGS):
-            raise InputError(f"no such file{start_of(path)}")
+        elif path.lower().endswith(ENDINGS) or is_no_hub_id(path):
+            raise InputError(f"no such file or directory{start_of(path)}")
         else:
             table = datasets.load_dataset(path)
     except Exception as error:

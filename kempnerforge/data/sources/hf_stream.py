@@ -28,7 +28,7 @@ from kempnerforge.data.sources.table import FileSource, TableSource
 from kempnerforge.data.stream import BLOCK, RowStream, first_line
 from kempnerforge.util.digest import digest
 from kempnerforge.util.errors import InputError
-from kempnerforge.util.paths import start_of
+from kempnerforge.util.paths import is_no_hub_id, start_of
 from kempnerforge.util.reading import regular
 
 KEPT_WINDOWS = 4
@@ -267,7 +267,7 @@ def _find(path: str, split: str) -> Tables:
         return kinds[found[0]](sorted(str(regular(file)) for file in files))
     if files or os.path.exists(path):
         raise InputError(f"files end in {', '.join(found)}; a stream is of files that all end in one of {', '.join(kinds)}")
-    if os.path.isabs(path) or path.startswith(".") or has_magic(path) or suffix(path) in kinds:
+    if is_no_hub_id(path) or has_magic(path) or suffix(path) in kinds:
         raise InputError(f"no such files{start_of(path)}")
     return Hub(path, split)
 

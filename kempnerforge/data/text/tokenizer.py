@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from kempnerforge.model.hf_checks import check_config, class_call
 from kempnerforge.model.hf_files import CONFIG, stop_ids
 from kempnerforge.util.errors import InputError
-from kempnerforge.util.paths import expand, start_of
+from kempnerforge.util.paths import expand, is_no_hub_id, start_of
 from kempnerforge.util.reading import check_files, read_object, read_text
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -285,20 +285,21 @@ class Tokenizer:
             ValueError: it cannot be read, has no fast implementation, or has no EOS.
         """
         path_or_id = expand(str(path_or_id))
+        is_there = bool(path_or_id) and Path(path_or_id).is_dir()
+        where = f"data.tokenizer = {path_or_id!r}"
+        if is_no_hub_id(path_or_id) and not is_there:
+            raise InputError(f"{where}: no such directory{start_of(path_or_id)}")
         check_files(path_or_id, "additional_chat_templates/*")
         plain = _read_plain(Path(path_or_id))
         if plain is not None:
             return plain
-        where = f"data.tokenizer = {str(path_or_id)!r}"
-        names_a_path = Path(path_or_id).is_absolute() or str(path_or_id).startswith(".")
-        if names_a_path and not Path(path_or_id).is_dir():
-            raise InputError(f"{where}: no such directory{start_of(path_or_id)}")
         from transformers import AutoTokenizer
 
         config = Path(path_or_id) / CONFIG
         settings = read_object(config) if config.is_file() else {}
         check_config(f"{where}: {CONFIG}", settings)
-        with class_call(where, "cannot be loaded", settings):
+        what = "cannot be loaded" if is_there else f"neither a directory{start_of(path_or_id)} nor a hub tokenizer that can be loaded"
+        with class_call(where, what, settings):
             loaded: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
             backend = getattr(loaded, "backend_tokenizer", None)
             copied = tokenizers.Tokenizer.from_str(backend.to_str()) if backend is not None else None  # transformers keeps its own

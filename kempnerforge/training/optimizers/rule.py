@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -32,7 +33,7 @@ class Settings:
     warmup_steps: int | None = None
 
 
-class UpdateRule(Generic[Config]):
+class UpdateRule(ABC, Generic[Config]):
     """Makes the optimizer that ``optimizer.name`` selects. Subclasses register with
     ``@registry.register_optimizer("name")``.
 
@@ -50,12 +51,12 @@ class UpdateRule(Generic[Config]):
         """Names of the parameters that it updates."""
         return frozenset(name for name, _ in model.named_parameters())
 
+    @abstractmethod
     def make(self, groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
         """The optimizer of ``groups``, each with "params", "settings" (``Settings`` of each stage) and what
         ``values`` returns. A parameter without a gradient must stay as it is, and all state must be tensors
         in ``optimizer.state``.
         """
-        raise NotImplementedError
 
     def values(self, cfg: Config, settings: Settings) -> dict[str, Any]:
         """The values to write into a group before each step, in addition to "lr" and "weight_decay".

@@ -514,6 +514,7 @@ def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError) as error:
         DataConfig(**keys)
     assert message in str(error.value)
+    assert str(error.value).count("'paligemma'") <= 1, "each template is named once"
 
 
 @pytest.mark.parametrize(

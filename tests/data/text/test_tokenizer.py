@@ -113,8 +113,9 @@ def test_missing_eos_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_unreadable_directories_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such directory"):
-        Tokenizer.from_pretrained(tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "data/of/mine", "./here", ""):
+        with pytest.raises(ValueError, match=rf"data\.tokenizer = '{nowhere}': no such directory"):
+            Tokenizer.from_pretrained(nowhere)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}')
     with pytest.raises(ValueError, match="cannot be loaded"):
