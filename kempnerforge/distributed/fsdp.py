@@ -57,8 +57,8 @@ def prepare(
         compile_units: ``torch.compile`` each unit.
 
     NOTE: in a world of one only the root is wrapped, and stays unsharded: a wrapped unit costs 1.5 ms a step
-    and saves nothing. Gradients are
-    summed, not averaged: the loss is already divided by the number of targets over all ranks.
+    and saves nothing. Gradients are summed, not averaged: the loss is already divided by the number of targets
+    over all ranks.
     """
     if compile_units:  # a graph for each set of frozen parts; beyond the limit units run uncompiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
