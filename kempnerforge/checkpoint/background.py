@@ -7,6 +7,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from kempnerforge.checkpoint.manifest import CheckpointError
 from kempnerforge.checkpoint.ranks import in_group, talking_in
 from kempnerforge.checkpoint.store import save
 
@@ -48,8 +50,26 @@ class BackgroundSave:
         self._writing = self._thread.submit(self._write, root, step, copies, *others)
 
     def _write(self, *args: Any) -> None:
-        with talking_in(self._group):
-            save(*args)
+        try:
+            with talking_in(self._group):
+                save(*args)
+        except CheckpointError:  # on all ranks
+            raise
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Closes the connections of this rank's threads: others may wait for it in a collective that it has
+        left by ``error``, and it for them in training.
+        """
+        link: BaseException | None = error
+        while link is not None:  # frames refer to the group, which is closed when nothing refers to it
+            clear_frames(link.__traceback__)
+            link = link.__context__
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def wait(self) -> None:
         """Returns when nothing is being written.

@@ -124,7 +124,7 @@ def _run(argv: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) and _output_is_closed():  # who did has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        if isinstance(error, RuntimeError) and (lost := lost_worker(error)):
+        if isinstance(error, RuntimeError) and (lost := lost_worker(error) or _lost_rank(error)):
             print(f"stopped: {lost}", file=sys.stderr)
             return 3
         code = _exit_code(error, args.command)
@@ -132,6 +132,17 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"{'error' if code == 2 else f'stopped: {type(error).__name__}'}: {error}", file=sys.stderr)
         return code
+
+
+def _lost_rank(error: RuntimeError) -> str:
+    """What to say where ``error`` is of a collective that another process did not come to; empty if it is
+    another one.
+    """
+    known = any(word in str(error) for word in ("Connection reset", "Connection closed", "Timed out", "gloo"))
+    if type(error) is not RuntimeError or not known or _caller(error) not in (PACKAGE, "torch"):
+        return ""
+    first = str(error).partition("This is typically")[0].strip()  # general advice follows
+    return f"the connection to another process of this job is lost, which has ended or does not answer; its output says why: {first}"
 
 
 def _output_is_closed() -> bool:
@@ -165,8 +176,7 @@ def _exit_code(error: RuntimeError | OSError, name: str) -> int | None:
         return _of_system(error)
     if isinstance(error, CheckpointError):
         return 3 if name in ("train", "study") else 2
-    lost_peer = any(word in str(error) for word in ("Connection reset", "Connection closed", "Timed out", "gloo"))
-    return 3 if isinstance(error, (TrainingFault, DistError)) or (lost_peer and _caller(error) in (PACKAGE, "torch")) else None
+    return 3 if isinstance(error, (TrainingFault, DistError)) else None
 
 
 def _of_system(error: OSError) -> int | None:

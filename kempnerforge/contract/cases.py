@@ -299,6 +299,7 @@ def install(
 ) -> None:
     """Shards as the trainer does; ``options`` as of ``prepare``."""
     prepare(it.model, it.model.shard_units(), world, dtype, reshard=True, recompute=recompute, compile_units=compile_units, **options)
+    it.model.row_ranks, it.model.pair_ranks = world.context, world.across_parts()
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:

@@ -77,8 +77,8 @@ def two_steps(case: str, world: World, out: Path) -> None:
         mesh, tensor, _ = meshes(world.device.type, world.size, DistributedConfig(tensor_parallel=world.size))
         world, batches = replace(world, mesh=mesh, tensor=tensor), shares(it, how)
     if ROWS in how:
-        *_, it.model.row_ranks = meshes(world.device.type, world.size, DistributedConfig(context_parallel=world.size))
-        world, batches = replace(world, context=it.model.row_ranks), shares(it, how)
+        *_, context = meshes(world.device.type, world.size, DistributedConfig(context_parallel=world.size))
+        world, batches = replace(world, context=context), shares(it, how)
     if TRACED in how:
         torch._dynamo.reset()
         it.model.apply(lambda module: setattr(module, "compile", partial(module.compile, backend="aot_eager")))

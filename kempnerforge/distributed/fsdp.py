@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kempnerforge.distributed.rows import gather_among
 from kempnerforge.distributed.spread import spread, take_away
 from kempnerforge.distributed.tensor import share_layers
 from kempnerforge.distributed.world import World
@@ -62,8 +60,8 @@ def prepare(
         blank: the parameters are loaded afterwards; rank 0's are not sent.
 
     NOTE: in a world of one only the root is wrapped, and stays unsharded: a wrapped unit costs 1.5 ms a step
-    and saves nothing. Gradients are
-    summed, not averaged: the loss is already divided by the number of targets over all ranks.
+    and saves nothing. Gradients are summed, not averaged: the loss is already divided by the number of targets
+    over all ranks.
     """
     if compile_units:  # a graph for each set of frozen parts; beyond the limit units run uncompiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
@@ -76,11 +74,8 @@ def prepare(
     whole = take_away(model) if world.size > 1 else {}
     if world.size == 1:
         model.to(world.device)
-    gather_among(None)
     if world.tensor is not None:
         share_layers(model, world.tensor)
-        by_part = init_device_mesh(world.device.type, (world.parts, world.tensor.size()), mesh_dim_names=("part", "layer"))
-        gather_among(by_part["part"].get_group())
     for unit in units:
         if aux_losses := with_aux_loss(unit):
             return_losses(unit, aux_losses)

@@ -69,6 +69,12 @@ class World:
         """The share of this rank, from 0."""
         return self.part // _size(self.context)
 
+    def across_parts(self) -> DeviceMesh | None:
+        """One rank of each of ``parts``, this one among them; None: all ranks. A collective."""
+        if self.tensor is None:
+            return None
+        return init_device_mesh(self.device.type, (self.parts, self.tensor.size()), mesh_dim_names=("part", "layer"))["part"]
+
     def once(self, values: Sequence[float], *, of_batch: bool = False) -> list[float]:
         """``values`` that all ranks of ``tensor`` have alike, for a sum over all ranks that counts them once.
 

@@ -23,7 +23,6 @@ from kempnerforge.model.tensor_plan import Share
 from kempnerforge.training.accounting import Cost, cost
 from kempnerforge.training.batch_size import Chooser, numbers
 from kempnerforge.training.memory import REDUCED, State
-from kempnerforge.training.optimizer import state_copies
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.build import build_model
@@ -157,22 +156,38 @@ class Exchanged:
 
 
 class OneProcess(NamedTuple):
-    """What one process has and computes of a micro-batch that is not divided.
+    """What one process computes of the micro-batch that was counted, which is not divided.
 
     Attributes:
-        model: on the meta device.
         again: FLOPs of one sample that activation checkpointing repeats.
         growing, fixed: bytes, in proportion to the rows and not. With activation checkpointing: what enters
             each unit, the outputs that are kept in it, and the rest of one unit while it is recomputed.
         exchanged: numbers.
     """
 
-    model: VLM
     cost: Cost
     again: float
     growing: float
     fixed: int
     exchanged: int
+
+
+class Traffic(NamedTuple):
+    """Bytes of weights and gradients that one process receives in a step.
+
+    Attributes:
+        one_unit: of the largest unit's weights, once.
+        forth, back: of the units' weights, in all forward and in all backward passes.
+        root: of the other weights.
+        reduced, copied: as of ``ClusterStage``.
+    """
+
+    one_unit: int
+    forth: int
+    back: int
+    root: int
+    reduced: int
+    copied: int
 
 
 def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
@@ -190,80 +205,88 @@ def _rows(job: JobConfig, stage: Stage, processes: int) -> int:
 
 def _stage(found: Plan, planned: StagePlan, stage: Stage, processes: int, gpu: Gpu) -> ClusterStage:
     """``stage`` is the one of ``planned``, with the micro-batches that these devices take."""
-    job, assembly = found.assembly.job, found.assembly
-    accumulated, batch, by_row = stage.train.grad_accum_steps, stage.train.step_rows, job.distributed.context_parallel
-    rows, together = _rows(job, stage, processes), job.distributed.tensor_parallel
-    trainable = assembly.freeze.trainable(stage.start)
-    slots = state_copies(assembly.model, stage.optimizer, job.train.ema_decay > 0)
-    one = _one_process(found, planned.stage, planned.cost, trainable, slots)
-    state = State(assembly, stage, trainable, found.dtype, processes, one.model)
-    parts, shared, copies, shards, trained = state.parts, state.shared, state.copies, state.shards, state.trained
-    width, reshard = state.width, state.reshard
-    reductions = accumulated if state.at_once else 1
+    job, accumulated, batch = found.assembly.job, stage.train.grad_accum_steps, stage.train.step_rows
+    together, by_row = job.distributed.tensor_parallel, job.distributed.context_parallel
+    rows, again = _rows(job, stage, processes), job.train.activation_checkpointing
+    model = found.assembly.model if together == 1 else build_model(job, "meta")
+    exchanged = Exchanged(model, together)
+    state = State(found.assembly, stage, found.assembly.freeze.trainable(stage.start), found.dtype, processes, model)
+    one = _one_process(found, planned, model, exchanged, state)
 
-    again, others = job.train.activation_checkpointing, _keys_and_values(job, planned.row_length, width)
     per_row = 1 / max(1, planned.stage.train.step_rows // planned.stage.train.grad_accum_steps)  # of the batch that was counted
+    others = _keys_and_values(job, planned.row_length, state.width)
     in_row = one.growing * per_row / by_row + others * (1 if again else job.model.n_layers)  # bytes of one row
     memory = state.bytes(accumulated) | {"activations": round(in_row * rows) + one.fixed}
     free = gpu.memory - (sum(memory.values()) - round(in_row * rows))
     largest = max(0, int(free / in_row)) if in_row else rows
 
-    sizes = [shards.received(unit) for unit in shards.units]
-    learns = {module.name for module in one.cost.modules if module.backward_flops}  # parts that a backward pass goes through
-    first = next((k for k, unit in enumerate(shards.units) if part_of(unit[0]) in learns), len(sizes))
-    forth, back = sum(sizes), sum(sizes[max(0, first - 1) :]) if reshard else 0  # the unit before them is fetched ahead, and not used
-    gathered = accumulated * width * (forth + back + shards.received(shards.root))
-    reduced = reductions * REDUCED * sum(shards.received([name]) for name in trained)
-    copied = round(reductions * REDUCED * 2 * shards.part(trained) * (copies - 1) / copies)
-    summed = 2 * (together - 1) / together * width * one.exchanged * per_row / by_row * rows * accumulated
-    gathered_rows = accumulated * rows * others * job.model.n_layers * (3 if again else 2)
+    weights = _traffic(state, one.cost, accumulated)
+    sums = 2 * (together - 1) / together * state.width * one.exchanged * per_row / by_row * rows * accumulated
+    keys_and_values = accumulated * rows * others * job.model.n_layers * (3 if again else 2)
 
-    speed, work = EFFICIENCY * gpu.flops * parts / batch, one.cost
-    forward, backward = work.forward_flops / speed, (work.backward_flops + one.again) / speed
+    speed = EFFICIENCY * gpu.flops * state.parts / batch
+    forward, backward = one.cost.forward_flops / speed, (one.cost.backward_flops + one.again) / speed
     inside, around, link, between = (
-        gpu.link if size <= gpu.per_node else gpu.network for size in (together, together * by_row, together * shared, processes)
+        gpu.link if size <= gpu.per_node else gpu.network for size in (together, together * by_row, together * state.shared, processes)
     )
-    exposed = width * max(sizes, default=0) / link + max(0.0, accumulated * width * forth / link - forward)
-    exposed += max(0.0, (accumulated * width * back + reduced) / link + copied / between - backward)
-    exposed += summed / inside + gathered_rows / around
-    computed = forward + backward
+    exposed = weights.one_unit / link + max(0.0, weights.forth / link - forward)
+    exposed += max(0.0, (weights.back + weights.reduced) / link + weights.copied / between - backward)
+    exposed += sums / inside + keys_and_values / around
+    step = forward + backward + exposed
     return ClusterStage(
         stage=stage,
         processes=processes,
         memory=memory,
         rows=rows,
         largest_rows=largest,
-        gathered=gathered,
-        reduced=reduced,
-        copied=copied,
-        exchanged=round(summed + gathered_rows),
-        compute_s=computed,
+        gathered=weights.forth + weights.back + weights.root,
+        reduced=weights.reduced,
+        copied=weights.copied,
+        exchanged=round(sums + keys_and_values),
+        compute_s=forward + backward,
         exposed_s=exposed,
         tokens=planned.useful * planned.row_length * batch,
-        mfu=planned.cost.flops * batch / (gpu.flops * processes * (computed + exposed)),
-        warnings=_warnings(job, memory, largest, rows, gpu, exposed / (computed + exposed)),
+        mfu=planned.cost.flops * batch / (gpu.flops * processes * step),
+        warnings=_warnings(job, memory, largest, rows, gpu, exposed / step),
     )
 
 
-def _one_process(found: Plan, stage: Stage, counted: Cost, trainable: frozenset[str], slots: dict[str, int]) -> OneProcess:
-    """What a process has of a micro-batch; of what activation checkpointing recomputes one unit at a time."""
-    job, batch = found.assembly.job, next(found.assembly.data.batches(stage, stage.start))
-    model, sums, count = found.assembly.model, 0, job.distributed.tensor_parallel
-    if count > 1:
-        model = build_model(job, "meta")
-        exchanged = Exchanged(model, count)
-        counted, sums = cost(model, batch, trainable, slots, found.dtype), exchanged.numbers
+def _one_process(found: Plan, planned: StagePlan, model: VLM, exchanged: Exchanged, state: State) -> OneProcess:
+    """What a process computes with ``model``, what it has of it; of what activation checkpointing recomputes
+    one unit at a time.
+    """
+    job, batch = found.assembly.job, next(found.assembly.data.batches(planned.stage, planned.stage.start))
+    count = lambda it: cost(it, batch, frozenset(state.trained), state.slots, found.dtype)
+    counted = planned.cost if model is found.assembly.model else count(model)
     growing = counted.activation_bytes - counted.fixed_bytes
     if not job.train.activation_checkpointing:
-        return OneProcess(model, counted, 0.0, growing, counted.fixed_bytes, sums)
+        return OneProcess(counted, 0.0, growing, counted.fixed_bytes, exchanged.numbers)
     again = build_model(job, "meta")
-    exchanged, units = Exchanged(again, count), [*again.shard_units()]
+    exchanged, units = Exchanged(again, job.distributed.tensor_parallel), [*again.shard_units()]
     for unit in units:
         recompute_unit(unit, job.train.activation_checkpointing_keeps == "products")
-    recomputed = cost(again, batch, trainable, slots, found.dtype)
+    recomputed = count(again)
     kept = recomputed.activation_bytes - recomputed.fixed_bytes
     growing = kept + max(0, growing - kept) / len(units)
-    return OneProcess(model, counted, recomputed.flops - counted.flops, growing, recomputed.fixed_bytes, exchanged.numbers)
+    return OneProcess(counted, recomputed.flops - counted.flops, growing, recomputed.fixed_bytes, exchanged.numbers)
+
+
+def _traffic(state: State, counted: Cost, accumulated: int) -> Traffic:
+    """Of a step of ``accumulated`` micro-batches."""
+    shards, passes = state.shards, accumulated * state.width
+    units = [shards.received(unit) for unit in shards.units]
+    learns = {module.name for module in counted.modules if module.backward_flops}  # parts that a backward pass goes through
+    lowest = next((k for k, unit in enumerate(shards.units) if part_of(unit[0]) in learns), len(units))
+    fetched = units[max(0, lowest - 1) :] if state.reshard else []  # in the backward pass; the unit before is fetched ahead, and not used
+    reductions = REDUCED * (accumulated if state.at_once else 1)
+    return Traffic(
+        one_unit=state.width * max(units, default=0),
+        forth=passes * sum(units),
+        back=passes * sum(fetched),
+        root=passes * shards.received(shards.root),
+        reduced=reductions * sum(shards.received([name]) for name in state.trained),
+        copied=round(reductions * 2 * shards.part(state.trained) * (state.copies - 1) / state.copies),
+    )
 
 
 def _keys_and_values(job: JobConfig, length: int, width: int) -> float:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from kempnerforge.distributed.rows import gather_alike
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RowShare:
         """Keys and values (B, G, n, E) of this rank -> those of all ranks, (B, G, R * n, E), in the order of
         ``index``. A gradient is the sum over the ranks, each of which has differentiated its own queries.
         """
-        both: Tensor = _Gather.apply(torch.stack([k, v]), self.group)  # (R, 2, B, G, n, E)
+        both = gather_alike(torch.stack([k, v]), self.group)  # (R, 2, B, G, n, E)
         k, v = both.movedim(0, 3).flatten(3, 4)
         return k, v
 
@@ -93,26 +94,3 @@ def cut(parts: Sequence[int], ranks: int, device: torch.device | None = None) ->
         places.append(torch.cat([steps[:ranks], steps[ranks:].flip(0)], dim=1))
         before += size
     return places
-
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""The second names are those of torch 2.11, which warn in later versions."""
-
-
-class _Gather(torch.autograd.Function):
-    """(...) of each rank -> (R, ...), the shape is the same on all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        found = x.new_empty(group.size(), *x.shape)
-        _all_gather(found.flatten(0, 1), x.contiguous(), group)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        own = gradient.new_empty(gradient.shape[1:])
-        _reduce_scatter(own, gradient.contiguous().flatten(0, 1), group=ctx.group)
-        return own, None

@@ -166,7 +166,7 @@ class Trainer:
             keep_products=job.train.activation_checkpointing_keeps == "products",
             blank=assembly.blank,
         )
-        self.model.row_ranks = world.context
+        self.model.row_ranks, self.model.pair_ranks = world.context, world.across_parts()
         self.history: list[Span] = []
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         caches = job.train.feature_cache and self.model.has_images

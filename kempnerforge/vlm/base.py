@@ -69,6 +69,8 @@ class VLM(ExactBuffers):
 
     row_ranks: DeviceMesh | None = None
     """The ranks that share the rows of a batch in training; None: this one has them alone."""
+    pair_ranks: DeviceMesh | None = None
+    """The ranks whose pairs are compared in training, each with samples of its own; None: all ranks."""
 
     token_side = 0
     """Tokens along a side of an image, if they are a grid that ``insert`` may take parts of; else 0."""
@@ -175,9 +177,8 @@ class VLM(ExactBuffers):
         rows, tokens = batch.image_rows[:, None].expand_as(columns), features[batch.image_index].to(words.dtype)
         if not batch.image_parts:
             return words.index_put((rows, columns), tokens)
-        return (
-            F.pad(words, (0, 0, 0, 1)).index_put((rows, columns), tokens).narrow_copy(1, 0, length)
-        )  # a view would be one graph more to compile
+        # a view would be one graph more to compile
+        return F.pad(words, (0, 0, 0, 1)).index_put((rows, columns), tokens).narrow_copy(1, 0, length)
 
     def read_positions(self, batch: Batch) -> int:
         """Positions of images that are read, in the row that has most."""

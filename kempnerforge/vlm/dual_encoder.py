@@ -155,7 +155,7 @@ class DualEncoder(CrossAttention):
         Raises:
             InputError: see ``forward``.
         """
-        every, before = gather_rows(embeddings.flatten(1)) if self.training else (embeddings.flatten(1), 0)  # (A, 2 * E)
+        every, before = gather_rows(embeddings.flatten(1), self.pair_ranks) if self.training else (embeddings.flatten(1), 0)  # (A, 2 * E)
         if self.training and not self.dual.caption_weight and len(every) < 2 and not every.is_meta:
             raise InputError(
                 f"vlm.arch = {self.dual.arch!r}: texts with exactly one image in a micro-batch of all ranks together: {len(every)}; two are"

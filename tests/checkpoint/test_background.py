@@ -10,6 +10,7 @@ import torch
 
 from kempnerforge.checkpoint import BackgroundSave, CheckpointError, find, load, store
 from tests.checkpoint.helpers import blank, differing, snapshot, some_tensors
+from tests.dist import run_ranks
 
 
 @pytest.fixture
@@ -62,3 +63,10 @@ def test_a_failure_is_raised_once(tmp_path: Path) -> None:
     writer.save(tmp_path, 3, {"w": torch.zeros(1)}, {}, {}, 1)
     writer.wait()
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000003"]
+
+
+@pytest.mark.dist
+def test_ranks_that_wait_for_one_that_has_lost_another_learn_of_it(tmp_path: Path) -> None:
+    ended = run_ranks("tests.checkpoint.workers:lost_in_background", 4, tmp_path / "run", tmp_path / "told")
+    assert [one.returncode for one in ended] == [0, 0, 0, 9], ended
+    assert find(tmp_path / "run") is None

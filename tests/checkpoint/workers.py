@@ -16,7 +16,19 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import CheckpointError, RunLock, find, load, load_training, resolve, save, save_training, tensor_info
+from kempnerforge.checkpoint import (
+    BackgroundSave,
+    CheckpointError,
+    RunLock,
+    find,
+    load,
+    load_training,
+    resolve,
+    save,
+    save_training,
+    store,
+    tensor_info,
+)
 from kempnerforge.checkpoint.state import model_tensors, optimizer_tensors
 from tests.checkpoint.helpers import Tiny, make_optimizers, snapshot, train
 
@@ -110,6 +122,33 @@ def one_rank_in_trouble(root: str) -> None:
         dist.barrier()
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000002"], list(folder.iterdir())
         assert isinstance(sharded(), FSDPModule)
+
+    _in_group(body)
+
+
+def lost_in_background(root: str, told: str) -> None:
+    """Rank 3 dies in a save in the background. Rank 1 waits for it in vain, and the others wait for rank 1."""
+
+    def die(*_: object) -> None:
+        if dist.get_rank() == 3:
+            os._exit(9)
+
+    def body() -> None:
+        write = store._Writer.write_data
+        store._Writer.write_data = lambda *args: (die(), write(*args))[1]  # type: ignore[method-assign]
+        writer, deadline = BackgroundSave(100), time.monotonic() + 60
+        writer.save(Path(root), 1, {"w": fully_shard(torch.nn.Linear(8, 8)).weight}, {}, {}, 1)
+        while dist.get_rank() != 1 and not Path(told).exists():
+            assert time.monotonic() < deadline, "rank 1 still waits"
+            time.sleep(0.02)
+        try:
+            writer.wait()
+        except RuntimeError as error:
+            Path(told).touch()
+            assert "Connection" in str(error), error
+        else:
+            raise AssertionError("it was saved")
+        os._exit(0)
 
     _in_group(body)
 

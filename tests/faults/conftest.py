@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ranks import STEPS, Ranks, codes, newest, staged_job
+from tests.faults.ranks import STEPS, Faults, Ranks, codes, newest, staged_job
 from tests.training.test_resume import assert_same_run
 
 HEAD = "| fault | observed | weights, optimizer and metrics at the end |\n|---|---|---|\n"
@@ -75,20 +75,25 @@ def observe(request: pytest.FixtureRequest) -> Observe:
 
 @dataclass(frozen=True)
 class Job:
-    """The staged job in a folder, and the run of it by two ranks that nothing happened to.
+    """The staged job in a folder, and a run of it that nothing happened to.
 
     Attributes:
         path: the TOML.
         reference: a run directory.
+        world: number of ranks.
+        argv: options of every run.
     """
 
     folder: Path
     path: Path
     reference: Path
+    world: int = 2
+    argv: tuple[str, ...] = ()
 
-    def ranks(self, run: Path, *argv: object, **kwargs: object) -> Ranks:
+    def ranks(self, run: Path, *argv: object, faults: Faults | None = None) -> Ranks:
         """Starts or continues ``run``."""
-        return Ranks(run.with_name(f"{run.name}.logs"), "train", self.path, f"--run.dir={run}", *argv, **kwargs)  # type: ignore[arg-type]
+        words = "train", self.path, f"--run.dir={run}", *self.argv, *argv
+        return Ranks(run.with_name(f"{run.name}.logs"), *words, faults=faults, world=self.world)
 
     def until(self, step: int, run: Path) -> Path:
         """``run`` as it would be had it been killed between ``step`` and the next checkpoint, every checkpoint kept."""
@@ -104,17 +109,27 @@ class Job:
         """Continues ``run`` to its end by the same command. Asserts that it is the reference, bitwise."""
         with self.ranks(run, *argv) as ranks:
             ended = ranks.wait()
-        assert codes(ended) == [0, 0], ranks.err()
+        assert codes(ended) == [0] * self.world, ranks.err()
         assert newest(run) == STEPS
         assert_same_run(run, self.reference)
         return True
 
 
-@pytest.fixture(scope="session")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("faults")
-    made = Job(folder, staged_job(folder), folder / "reference")
+def run_once(folder: Path, world: int = 2, argv: tuple[str, ...] = ()) -> Job:
+    made = Job(folder, staged_job(folder), folder / "reference", world, argv)
     with made.ranks(made.reference) as ranks:
         ended = ranks.wait()
-    assert codes(ended) == [0, 0], ranks.err()
+    assert codes(ended) == [0] * world, ranks.err()
     return made
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """By two ranks."""
+    return run_once(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def shared_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """By two groups of two ranks: the groups share each row, the ranks of a group each layer."""
+    return run_once(tmp_path_factory.mktemp("shared"), 4, ("--distributed.tensor_parallel=2", "--distributed.context_parallel=2"))

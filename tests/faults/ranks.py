@@ -1,4 +1,4 @@
-"""A staged job on two gloo ranks, started many times."""
+"""A staged job on a few gloo ranks, started many times."""
 
 from __future__ import annotations
 

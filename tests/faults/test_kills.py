@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from kempnerforge.checkpoint.manifest import METADATA, NAME
 from tests.faults.conftest import Job, Observe
 from tests.faults.ranks import STEPS, Faults, Ranks, codes, lines, newest
 from tests.interop.tiny_vlms import save
-from tests.training.tiny import call, make_job
+from tests.training.tiny import Ended, call, make_job
 
 pytestmark = pytest.mark.dist
 
 KILLED, FAULT = -signal.SIGKILL, 3
+LOST = "stopped: the connection to another process of this job is lost"
 
 IN_A_SAVE: list[tuple[tuple[int, ...], str, bool]] = [
     ((0,), "before the tensors", False),
@@ -37,31 +39,67 @@ IN_A_SAVE: list[tuple[tuple[int, ...], str, bool]] = [
 """Which ranks die, where, and whether the step is saved by then."""
 
 
+IN_A_SAVE_OF_FOUR = [
+    ((3,), "before the tensors", False),
+    ((1,), "after the tensors", False),
+    ((2,), "after the tensors", False),
+    ((0,), "before the rename", False),
+    ((0,), "after the rename", True),
+]
+
+
 def killed(job: Job, run: Path, faults: Faults, *argv: str) -> None:
-    """A part of a run in which the ranks of ``faults`` are killed. The other one ends by itself, for a restart."""
+    """A part of a run in which the ranks of ``faults`` are killed. The others end by themselves, for a restart, and say why."""
     with job.ranks(run, "--checkpoint.keep_last_n=3", *argv, faults=faults) as ranks:
+        for rank in faults:
+            ranks.processes[rank].join(60)
         ended = ranks.wait(30)
-    assert codes(ended) == [KILLED if rank in faults else FAULT for rank in (0, 1)], ranks.err()
+    assert codes(ended) == [KILLED if rank in faults else FAULT for rank in range(job.world)], ranks.err()
+    others_say_why(ended)
+
+
+def others_say_why(ended: Sequence[Ended]) -> None:
+    """Those that end with 3."""
+    for one in ended:
+        if one.code == FAULT:
+            assert one.err.splitlines()[-1].startswith(LOST) and "Traceback" not in one.err, one.err
+
+
+def killed_in_saves(job: Job, run: Path, points: Sequence[tuple[tuple[int, ...], str, bool]], *argv: str) -> bool:
+    """A run that is killed at each of ``points``; what is found afterwards is the step that was complete."""
+    for ranks, where, saved in points:
+        before = newest(run)
+        step = 8 if where == "while pruning" else before + 2
+        killed(job, run, {rank: [("kill_in_save", step, where)] for rank in ranks}, *argv)
+        assert newest(run) == (step if saved else step - 2), where
+    exact = job.finish(run, "--checkpoint.keep_last_n=3", *argv)
+    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith((".", "step-00000002"))]
+    return exact
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
 def test_at_every_point_of_a_save(in_background: bool, job: Job, tmp_path: Path, observe: Observe):
-    """One run, killed ten times; what is found afterwards is the step that was complete."""
-    run, background = tmp_path / "run", f"--checkpoint.in_background={str(in_background).lower()}"
-    for ranks, where, saved in IN_A_SAVE:
-        before = newest(run)
-        step = 8 if where == "while pruning" else before + 2
-        killed(job, run, {rank: [("kill_in_save", step, where)] for rank in ranks}, background)
-        assert newest(run) == (step if saved else step - 2), where
-    exact = job.finish(run, "--checkpoint.keep_last_n=3", background)
-    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith((".", "step-00000002"))]
+    exact = killed_in_saves(job, tmp_path / "run", IN_A_SAVE, f"--checkpoint.in_background={str(in_background).lower()}")
     points = ", ".join(sorted({where for _, where, _ in IN_A_SAVE}))
     observe(
         f"kill -9 in a save{' in the background' * in_background}: rank 0, rank 1 or both; {points}",
         f"{len(IN_A_SAVE)} of {len(IN_A_SAVE)} continue at the newest complete step, nothing half is left; the other rank ends with 3",
         exact,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_background", [False, True])
+def test_one_of_four_that_share_layers_and_rows(in_background: bool, shared_job: Job, tmp_path: Path, observe: Observe):
+    """In a step, each rank once, then in saves."""
+    run, background = tmp_path / "run", f"--checkpoint.in_background={str(in_background).lower()}"
+    for rank in range(4):
+        killed(shared_job, run, {rank: [("die", rank + 3)]}, background)
+    assert newest(run) in (4, 6) if in_background else newest(run) == 6
+    exact = killed_in_saves(shared_job, run, IN_A_SAVE_OF_FOUR, background)
+    fault = f"kill -9 of one of four ranks that share layers and rows, in a step and in a save{' in the background' * in_background}"
+    observe(fault, "the others end with 3 and say that they have lost a process; continues at the newest complete step", exact)
 
 
 @pytest.mark.slow
@@ -90,7 +128,7 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: s
     """
     notes = []
     for kill in range(kills):
-        victims = rng.choice([(0,), (1,), (0, 1)])
+        victims = rng.choice([(0,), (1,), (0, 1)] if job.world == 2 else [(rank,) for rank in range(job.world)])
         left = STEPS - newest(run)
         moment = lines(run) + rng.randint(0, max(1, left // (kills - kill)))  # in lines; a few of them are evaluations
         anew = ["--fresh"] if rng.random() < fresh else []
@@ -100,8 +138,8 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: s
             for rank in victims:
                 ranks.send(rank, signal.SIGKILL)
             ended = ranks.wait(60)
-        # the other rank: 3, at once or, where the ranks had not met, after timeout_s; 0 at the very end
-        allowed = [{KILLED} if rank in victims else {FAULT, 0} for rank in (0, 1)]
+        # the others: 3, at once or, where the ranks had not met, after timeout_s; 0 at the very end
+        allowed = [{KILLED} if rank in victims else {FAULT, 0} for rank in range(job.world)]
         over = (run / "report.html").exists()
         assert over or all(code in those for code, those in zip(codes(ended), allowed, strict=True)), ranks.err()
         notes.append(f"{victims} at line {lines(run)}, checkpoint {newest(run)}{', too late' if over else ''}")
@@ -110,11 +148,13 @@ def kill_at_random(job: Job, run: Path, kills: int, rng: random.Random, *argv: s
 
 
 @pytest.mark.slow
-def test_at_random(job: Job, tmp_path: Path, observe: Observe):
+@pytest.mark.parametrize("which", ["job", "shared_job"])
+def test_at_random(which: str, tmp_path: Path, observe: Observe, request: pytest.FixtureRequest):
+    job: Job = request.getfixturevalue(which)
     notes = kill_at_random(job, tmp_path / "run", 4, random.Random(0))
     hit = sum("too late" not in note for note in notes)
     assert hit >= 3, notes
-    observe("kill -9 at random moments, 1 run", f"{hit} kills", True)
+    observe(f"kill -9 at random moments, 1 run by {job.world} ranks {' '.join(job.argv)}", f"{hit} kills", True)
 
 
 @pytest.mark.slow

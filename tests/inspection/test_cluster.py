@@ -20,8 +20,7 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as sends
 from torch.utils._python_dispatch import TorchDispatchMode
 from kempnerforge.config import load_config
-from kempnerforge.distributed import world as worlds
-from kempnerforge.model import row_share
+from kempnerforge.distributed import rows, world as worlds
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import assemble
 from kempnerforge.training.trainer import Trainer
@@ -56,8 +55,8 @@ class Sums(TorchDispatchMode):  # of DTensor
             got["exchanged"] += 2 * args[0].nbytes * (world.tensor.size() - 1) // world.tensor.size()
         return func(*args, **(kwargs or {}))
 
-for name in ("_all_gather", "_reduce_scatter"):
-    counted(row_share, name, "exchanged", lambda sizes, group: max(sizes) - min(sizes))
+for name in ("all_gather", "reduce_scatter"):
+    counted(rows, name, "exchanged", lambda sizes, group: max(sizes) - min(sizes))
 with Sums():
     trainer.train_step()
 size = lambda tensors: sum(local(t).nbytes for t in tensors)

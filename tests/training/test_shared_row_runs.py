@@ -123,6 +123,18 @@ def test_checkpoints_change_hands(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_checkpoints_of_four_ranks_that_share_layers_and_rows_change_hands(runs: Path, tmp_path: Path) -> None:
+    """To two ranks that share layers, back, to one process, back."""
+    layers = "--distributed.tensor_parallel=2"
+    splits = {4: (*SHARED, layers), 2: (layers,), 1: ()}
+    for ranks, step in ((4, 1), (2, 2), (4, 3), (1, 4), (4, STEPS)):
+        end = (f"--train.max_steps={step}", f"--eval.at_end={str(step == STEPS).lower()}")
+        ended = on(ranks, "train", runs / "job.toml", *ARGV, *splits[ranks], f"--run.dir={tmp_path}/run", *end)
+        assert ended.code == 0, ended
+    same_curve(tmp_path / "run", runs / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", [(), ("--distributed.shard_size=2",), ("--train.grad_accum_steps=2", "--distributed.accumulate_sharded=true")]
 )

@@ -79,6 +79,15 @@ def test_edited_metrics_are_noticed(cut: Path, tmp_path: Path, caplog: pytest.Lo
         assert (said in goes_on(cut, run, caplog)) == (edit != "as it was")
 
 
+def test_an_evaluation_after_the_last_save_is_no_edit(cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that was cut short is evaluated after its last save, and goes on without a warning."""
+    run = tmp_path / "run"
+    assert call(*COMMAND, cut / "job.toml", f"--run.dir={run}", "--train.max_steps=2").code == 0
+    assert "eval/exact_match" in metrics(run)[-1]
+    caplog.clear()
+    assert not goes_on(cut, run, caplog)
+
+
 def test_a_line_that_a_kill_cut_off_is_none(cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(cut / "cut", run := tmp_path / "run")
     for name in NAMES:

@@ -119,8 +119,7 @@ def built(arch: str, sections: Mapping[str, Any]) -> Tiny:
 
 def share(it: Tiny, world: World, **how: bool) -> None:
     """Shards ``it`` and has all ranks share its rows."""
-    install(it, world, **how)
-    it.model.row_ranks = all_ranks(world)
+    install(it, replace(world, context=all_ranks(world)), **how)
 
 
 @cache

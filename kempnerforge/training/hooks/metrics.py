@@ -12,6 +12,7 @@ from kempnerforge.config import MetricsConfig
 from kempnerforge.training.trainer import Hook, StepResult, Trainer
 from kempnerforge.util.digest import content_digest
 from kempnerforge.util.files import mend_objects
+from kempnerforge.util.reading import parse_json
 
 LOG = logging.getLogger("kempnerforge")
 NAME = "metrics.jsonl"
@@ -32,7 +33,7 @@ class Metrics(Hook):
         if trainer.world.is_main:
             again = trainer.unevaluated or (trainer.done and trainer.job.eval.at_end)
             keep_until(self.path, trainer.step, evaluates_again=again)
-            if trainer.recorded and not again and metrics_digest(self.path.parent) != trainer.recorded:
+            if trainer.recorded and not again and not was_written(self.path, trainer.recorded, trainer.step):
                 LOG.warning("%s: is not what this run had written by step %d; the report shows it as it is", self.path, trainer.step)
             self._file = self.path.open("a", encoding="utf-8")
 
@@ -78,6 +79,15 @@ def metrics_digest(run_dir: Path) -> str:
     """A digest of all lines that a run has written so far; empty if there are none."""
     path = run_dir / NAME
     return content_digest(path.read_bytes()).hex() if path.is_file() else ""
+
+
+def was_written(path: Path, digest: str, step: int) -> bool:
+    """Whether ``path`` is what had the ``digest`` when ``step`` was saved, or this and a later evaluation of the
+    step: the final one of a run that was cut short comes after its last save.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    later = bool(lines) and (row := parse_json(lines[-1], str(path)))["step"] == step and any(key.startswith("eval/") for key in row)
+    return digest in {content_digest(b"".join(lines[: len(lines) - cut])).hex() for cut in range(1 + later)}
 
 
 def keep_until(path: Path, step: int, *, evaluates_again: bool = False) -> None:
