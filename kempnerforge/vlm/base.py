@@ -71,7 +71,6 @@ class VLM(ExactBuffers):
     """The ranks that share the rows of a batch in training; None: this one has them alone."""
     pair_ranks: DeviceMesh | None = None
     """The ranks whose pairs are compared in training, each with samples of its own; None: all ranks."""
-
     token_side = 0
     """Tokens along a side of an image, if they are a grid that ``insert`` may take parts of; else 0."""
 
