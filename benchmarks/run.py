@@ -181,8 +181,8 @@ MEASUREMENTS = {
         "a plain loop around the same model as a class of transformers makes fewer useful tokens a second",
         {
             f"{batching}, the peer {theirs}": (f"--data.batching={batching}", *more, "--against=transformers", *peer)
-            for batching, more in (("group", ()), ("pack", PACKED))
-            for theirs, peer in (("pads to the longest", ()), ("pads to 256", ("--pad-to=256",)))
+            for batching, more, length in (("group", (), 256), ("pack", PACKED, 512))
+            for theirs, peer in (("pads to the longest", ()), (f"pads to {length}", (f"--pad-to={length}",)))
         },
         PEER,
         bench_captions,
