@@ -17,7 +17,10 @@ from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
 from kempnerforge.config.training import AUTO, CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.util.errors import InputError, Key, Problems
+from kempnerforge.util.errors import InputError, Key, PluginError, Problems
+
+TRIED_STEPS = 100
+"""Steps of a stage, evenly spread, at which its schedule is tried."""
 
 Found = Iterator[tuple[Key, str]]
 
@@ -80,14 +83,21 @@ def stage_names(job: Job) -> Found:
 
 @_reads("train", "scheduler", "optimizer", "stages")
 def warmup_and_decay_fit(job: Job) -> Found:
-    """A run without stages has room for both. (Of stages ``stage_fits`` says it.)"""
+    """A run without stages has room for both, and a rate at its steps. (Of stages ``stage_fits`` says it.)"""
     if not job.stages and job.train.max_steps:
-        for message in _overlap(job.scheduler, job.optimizer, job.train.max_steps):
+        for message in _no_rates(job.scheduler, job.optimizer, job.train.max_steps):
             yield ("scheduler",), message
 
 
-def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
-    """Why warm-up and decay do not fit into ``steps``."""
+def _no_rates(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
+    """Why ``steps`` have no rates: the schedule gives none, or warm-up and decay do not fit."""
+    tried = min(steps, TRIED_STEPS)
+    try:
+        for step in [k * (steps - 1) // max(1, tried - 1) for k in range(tried)]:
+            scheduler.factor(step, steps)
+    except PluginError as error:
+        yield f"name = {scheduler.name!r}: {error}"
+        return
     groups = [(f"optimizer.groups of {group.module!r}: ", group.warmup_steps) for group in optimizer.groups]
     for where, warmup in [("", scheduler.warmup_steps), *groups]:
         if warmup is not None and warmup > (start := scheduler.decay_start(steps, warmup)):
@@ -325,7 +335,7 @@ def stage_fits(job: Job, index: int, sections: Mapping[str, Any], text_only: boo
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
     if scheduler is not None and optimizer is not None and scheduler.warmup_steps <= steps:
-        for message in _overlap(scheduler, optimizer, steps):
+        for message in _no_rates(scheduler, optimizer, steps):
             yield ("stages", index, "scheduler"), message
     train = sections.get("train")
     if train is not None and "seq_len" in job.stages[index].train and train.seq_len > job.model.max_seq_len:

@@ -39,6 +39,15 @@ def example(kind: str, folder: Path) -> Path:
     return job
 
 
+def altered(kind: str, before: str, after: str, folder: Path) -> Path:
+    """As ``example``, with ``after`` in place of ``before`` in the plugin."""
+    job, plugin = example(kind, folder), folder / "plugin.py"
+    text = plugin.read_text()
+    assert before in text
+    plugin.write_text(text.replace(before, after))
+    return job
+
+
 REPLACED = {"vision_encoder": "vision_encoder", "source": "data"}
 """Kinds whose page brings a whole section: it has the keys of the page, and what every form of the section has."""
 
@@ -69,6 +78,49 @@ def test_a_schedule_of_a_plugin_has_its_keys_and_its_rates(tmp_path: Path) -> No
     assert second.scheduler.warmup_steps == 1, "keys that both have stay"
     with pytest.raises(ConfigError, match="name = 'powr'.*registered: constant, cosine, linear, power, wsd.*did you mean 'power'"):
         load_config(path, ["--scheduler.name=powr"])
+
+
+@pytest.mark.parametrize(
+    ("result", "given"),
+    [
+        ("float('nan')", "nan (float)"),
+        ("-5", "-5 (int)"),
+        ("5.0", "5.0 (float)"),
+        ("None", "None"),
+        ("'half'", "'half' (str)"),
+        ("1j", "1j (complex)"),
+    ],
+)
+def test_a_decay_that_is_no_factor_is_refused_when_the_config_is_read(result: str, given: str, tmp_path: Path) -> None:
+    path = altered("schedule", "(1 - progress) ** self.power", f"1.0 if progress < 0.5 else {result}", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--train.max_steps=5"])
+    assert f"[scheduler] name = 'power': Power.decay(0.5) at step 2 of 5, counted from 0: gives {given}; must be" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--stages=[{name='a', steps=1}, {name='b', steps=9}]"])
+    assert "[[stages]] #2 scheduler.name = 'power': Power.decay(0.5) at step 4 of 9" in str(caught.value)
+
+
+def test_a_factor_that_is_none_is_refused(tmp_path: Path) -> None:
+    curve = (
+        "def factor(self, step: int, steps: int, warmup_steps: int | None = None) -> float:\n        return 2.0 - step\n\n    def decay("
+    )
+    path = altered("schedule", "def decay(", curve, tmp_path)
+    ended = call("train", path)
+    assert ended.code == 2 and "name = 'power': Power.factor(0, 6): gives 2.0 (float); must be a number from 0 to 1" in ended.err, ended
+    plugin = tmp_path / "plugin.py"
+    text = plugin.read_text().replace("def factor(", "def not_factor(")
+    plugin.write_text(text.replace("    def decay(", "    def decay_start(self, *_):\n        return None\n\n    def decay("))
+    ended = call("train", path)
+    assert ended.code == 2 and "Power.decay_start(6, 1): gives None; must be a finite number" in ended.err, ended
+
+
+def test_a_step_that_was_not_tried_ends_the_run_with_the_same_words(tmp_path: Path) -> None:
+    result = "float('nan') if 0.0142 < progress < 0.0143 else 1.0"  # step 3 of 211, and the tried ones are 2, 4, 6, ...
+    path = altered("schedule", "(1 - progress) ** self.power", result, tmp_path)
+    ended = call("train", path, "--stages=[{name='all', steps=211}]", "--eval.at_end=false")
+    assert ended.code == 2 and "Power.decay(0.0142857) at step 3 of 211, counted from 0: gives nan (float)" in ended.err, ended
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2, 3]
 
 
 def test_an_optimizer_of_a_plugin_has_its_keys_and_its_state(tmp_path: Path) -> None:
@@ -149,10 +201,7 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
 def test_what_is_missing_or_wrong_in_a_plugin_is_reported_when_the_config_is_read(
     kind: str, before: str, after: str, message: str, tmp_path: Path
 ) -> None:
-    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
-    text = plugin.read_text()
-    assert before in text
-    plugin.write_text(text.replace(before, after))
+    path = altered(kind, before, after, tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert message in str(caught.value)
@@ -177,10 +226,7 @@ def test_what_is_missing_or_wrong_in_a_plugin_is_reported_when_the_config_is_rea
     ],
 )
 def test_another_number_of_tokens_than_was_said_is_refused(kind: str, before: str, after: str, message: str, tmp_path: Path) -> None:
-    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
-    text = plugin.read_text()
-    assert before in text
-    plugin.write_text(text.replace(before, after))
+    path = altered(kind, before, after, tmp_path)
     for command in ("check", "train"):
         ended = call(command, path)
         assert ended.code == 2 and message in ended.err, ended
