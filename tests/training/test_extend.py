@@ -232,6 +232,62 @@ def test_another_number_of_tokens_than_was_said_is_refused(kind: str, before: st
         assert ended.code == 2 and message in ended.err, ended
 
 
+SAMPLE = 'return Sample(f"squares/{self.split}/{index}", (buffer.getvalue(),), (Text("what colour?", name),))'
+PIECES = "return found"
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        ("source", SAMPLE, "pass", "Squares.__getitem__(0): gives None; must be a Sample"),
+        ("source", SAMPLE, "return buffer.getvalue()", "(bytes); must be a Sample"),
+        (
+            "source",
+            '("what colour?", name)',
+            '("what colour?", index)',
+            "gives texts[0].answer = 0 (int); must be a string, or a tuple of token ids",
+        ),
+        ("source", '("what colour?", name)', "(None, name)", "Squares.__getitem__(0): gives texts[0].prompt = None; must be a string"),
+        (
+            "source",
+            '("what colour?", name)',
+            '("what colour?", name, [("and?", "no")])',
+            "texts[0].more = [('and?', 'no')] (list); must be",
+        ),
+        ("source", '(Text("what colour?", name),)', 'Text("what colour?", name)', "(Text); must be a tuple of Text"),
+        (
+            "source",
+            "(buffer.getvalue(),)",
+            '(Image.new("RGB", (8, 8)),)',
+            "(Image); must be a Path, or the bytes of a file (PNG, JPEG, ...)",
+        ),
+        ("source", "(buffer.getvalue(),)", "buffer.getvalue()", "(bytes); must be a tuple of images"),
+        ("source", "return self.cfg.count", "return self.cfg.count / 2", "Squares.__len__(): gives 6.0 (float); must be a whole number"),
+        ("template", PIECES, "pass", "Brackets.pieces(..., ...): gives None; must be a list of Piece"),
+        ("template", "Piece(answer, True,", "Piece(answer, False,", "for the answer of each turn, and the last of them is trained"),
+        ("template", 'Piece(answer, True, "answer"), EOS_PIECE', 'Piece("", True, "answer")', "and the last of them is trained"),
+        ("template", 'True, "answer")', "True)", "for the answer of each turn, and the last of them is trained"),
+        ("template", 'Piece("[", False)', '("[", False)', "Brackets.pieces(..., ...): gives [0] = ('[', False) (tuple); must be a Piece"),
+        ("template", "Piece(answer, True", "Piece(text, True", "(Text); must be a string"),
+        ("template", '"prompt")', '"question")', "gives [1].field = 'question' (str); must be one of 'system', 'prompt', 'answer', ''"),
+    ],
+)
+def test_a_sample_or_a_text_that_is_none_is_an_error_with_the_class(
+    kind: str, before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1", "--eval.at_end=false")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err, ended
+
+
+def test_what_a_worker_is_given_is_an_error_with_the_class_too(tmp_path: Path) -> None:
+    path = altered(
+        "source", SAMPLE, f"import multiprocessing\n        if not multiprocessing.parent_process():\n            {SAMPLE}", tmp_path
+    )
+    ended = call("train", path, "--train.max_steps=1", "--data.num_workers=1", "--eval.at_end=false")
+    assert ended.code == 2 and "Squares.__getitem__(" in ended.err and "): gives None; must be a Sample" in ended.err, ended
+    assert "Traceback" not in ended.err, ended
+
+
 def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:
     path = example("tracker", tmp_path)
     for steps in (2, 4):
