@@ -8,7 +8,7 @@ from typing import Any
 
 from kempnerforge.config.checks import at_least, fraction
 from kempnerforge.util.errors import PluginError
-from kempnerforge.util.plugin_returns import check_returns, gives, number
+from kempnerforge.util.plugin_returns import check_returns, finite_number, gives
 
 ROUNDING = 1e-6
 """By so much a factor may be outside [0, 1]."""
@@ -44,7 +44,7 @@ class SchedulerConfig(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        check_returns(cls, factor=_not_a_factor, decay_start=number)
+        check_returns(cls, factor=_not_a_factor, decay_start=finite_number)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "warmup_steps")

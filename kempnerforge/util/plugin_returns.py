@@ -35,6 +35,8 @@ def check_returns(cls: type, **rules: Rule) -> None:
         own, where = vars(cls).get(name), f"{cls.__name__}.{name}"
         if isinstance(own, property) and own.fget is not None:
             setattr(cls, name, property(_checked(where, own.fget, rule, called=False), own.fset, own.fdel))
+        elif isinstance(own, classmethod):
+            setattr(cls, name, classmethod(_checked(where, own.__func__, rule)))
         elif callable(own):
             setattr(cls, name, _checked(where, own, rule))
 
@@ -82,7 +84,7 @@ def sequence_of(kinds: type | UnionType, allowed: str) -> Rule:
     return rule
 
 
-def not_numbers(value: Any, what: str = "") -> str:
+def not_numbers(value: Any, *_: Any, what: str = "", **__: Any) -> str:
     """What is wrong with ``value`` as numbers by name, those that are recorded; they may be NaN."""
     if not isinstance(value, Mapping):
         return gives(value, "a mapping of names to numbers", what)
@@ -93,6 +95,6 @@ def not_numbers(value: Any, what: str = "") -> str:
 whole_number = instance(Integral, "a whole number")  # type: ignore[type-abstract]
 
 
-def number(value: Any, *_: Any, **__: Any) -> str:
+def finite_number(value: Any, *_: Any, **__: Any) -> str:
     """The result is a finite number."""
     return "" if isinstance(value, float | int) and math.isfinite(value) else gives(value, "a finite number, int or float")

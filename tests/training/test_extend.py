@@ -266,6 +266,12 @@ PIECES = "return found"
         ("template", PIECES, "pass", "Brackets.pieces(..., ...): gives None; must be a list of Piece"),
         ("template", "Piece(answer, True,", "Piece(answer, False,", "for the answer of each turn, and the last of them is trained"),
         ("template", 'Piece(answer, True, "answer"), EOS_PIECE', 'Piece("", True, "answer")', "and the last of them is trained"),
+        (
+            "template",
+            "    def pieces(",
+            "    @classmethod\n    def answer_template(cls, cfg):\n        return 'the answer'\n\n    def pieces(",
+            "Brackets.answer_template(...): gives 'the answer' (str); must be a string with \"{answer}\" once",
+        ),
         ("template", 'True, "answer")', "True)", "for the answer of each turn, and the last of them is trained"),
         ("template", 'Piece("[", False)', '("[", False)', "Brackets.pieces(..., ...): gives [0] = ('[', False) (tuple); must be a Piece"),
         ("template", "Piece(answer, True", "Piece(text, True", "(Text); must be a string"),
@@ -275,7 +281,7 @@ PIECES = "return found"
 def test_a_sample_or_a_text_that_is_none_is_an_error_with_the_class(
     kind: str, before: str, after: str, message: str, tmp_path: Path
 ) -> None:
-    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1", "--eval.at_end=false")
+    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1")
     assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err, ended
 
 
@@ -286,6 +292,103 @@ def test_what_a_worker_is_given_is_an_error_with_the_class_too(tmp_path: Path) -
     ended = call("train", path, "--train.max_steps=1", "--data.num_workers=1", "--eval.at_end=false")
     assert ended.code == 2 and "Squares.__getitem__(" in ended.err and "): gives None; must be a Sample" in ended.err, ended
     assert "Traceback" not in ended.err, ended
+
+
+MAX_POINTS = "return max(self.score(answer.text.lower().split(), given.lower().split()) for given in answer.question.given)"
+RECORD = 'trainer.record({f"weights/{self.cfg.module}": squared**0.5})'
+SGD = "return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)"
+ARCH = '    """Overrides ``block`` (makes layer i) and ``place`` (what enters the stream, what else a block reads)."""'
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        ("task", MAX_POINTS, "pass", "TokenF1.points(...): gives None; must be a finite number, int or float"),
+        ("task", MAX_POINTS, "return answer.text or '-'", "(str); must be a finite number"),
+        ("task", MAX_POINTS, "return float('nan')", "TokenF1.points(...): gives nan (float); must be a finite number"),
+        (
+            "task",
+            "def points(",
+            "def all_points(self, answers):\n        return [1.0]\n\n    def points(",
+            "TokenF1.all_points(...): gives [1.0] (list);",
+        ),
+        (
+            "task",
+            "def points(",
+            "def value(self, score):\n        pass\n\n    def points(",
+            "TokenF1.value(...): gives None; must be a number",
+        ),
+        (
+            "task",
+            "def points(",
+            "def further(self, score):\n        return {'_x': 'a'}\n\n    def points(",
+            "further(...): gives ['_x'] = 'a' (str); must",
+        ),
+        (
+            "task",
+            "def points(",
+            "def question(self, question):\n        return question.prompt\n\n    def points(",
+            "(str); must be a Question, or None",
+        ),
+        (
+            "task",
+            "def points(",
+            "def measure(self, exam):\n        return {'eval/x': 1.0}\n\n    def points(",
+            "(dict); must be Found, or None",
+        ),
+        ("task", "def points(", "def rows(self, facts):\n        return ['F1']\n\n    def points(", "(list); must be a list of ReportRow"),
+        ("hook", RECORD, "trainer.record({'weights': str(squared)})", "WeightNorm: trainer.record at step 1: gives ['weights'] = '"),
+        ("hook", RECORD, "trainer.record({'weights': shards[0].sum()})", "(Tensor); must be a number, int or float, by a name"),
+        ("hook", RECORD, "trainer.record([squared])", "(list); must be a mapping of names to numbers"),
+        ("optimizer", SGD, "torch.optim.SGD(groups, lr=cfg.lr)", "SGDRule.make(..., ...): gives None; must be a torch.optim.Optimizer"),
+        (
+            "optimizer",
+            SGD,
+            "return torch.optim.SGD([p for group in groups for p in group['params']], lr=cfg.lr)",
+            "SGDRule.make(..., ...): gives <class 'torch.optim.sgd.SGD'> (type); must be an optimizer of all ",
+        ),
+        ("optimizer", SGD, "return torch.optim.SGD(groups[1:], lr=cfg.lr)", "must be an optimizer of all "),
+        ("optimizer", 'return {"momentum": cfg.momentum}', "pass", "SGDRule.values(..., ...): gives None; must be a dict"),
+        ("optimizer", "cfg.momentum}", "float('inf')}", "SGDRule.values(..., ...): gives ['momentum'] = inf (float); must be finite"),
+        ("arch", ARCH, "    def block(self, cfg, layer):\n        pass", "MyArch.block(..., 0): gives None; must be a Block"),
+        (
+            "arch",
+            ARCH,
+            "    def place(self, *given):\n        return super().place(*given)[0]",
+            "must be a tuple: the stream and a Context",
+        ),
+        ("arch", ARCH, "    def place(self, *given):\n        return super().place(*given)[0][0], None", "gives stream = ("),
+        (
+            "arch",
+            ARCH,
+            "    def place(self, *given):\n        return super().place(*given)[0], None",
+            "MyArch.place(..., ..., ..., None): gives context = None",
+        ),
+        ("arch", ARCH, "    def forward(self, *given):\n        return super().forward(*given).loss", "(Tensor); must be an Output"),
+        (
+            "vision_encoder",
+            "return (self.size // self.patch) ** 2",
+            "return (self.size / self.patch) ** 2",
+            "PatchesConfig.num_tokens(): gives 4.0 (float);",
+        ),
+        ("vision_encoder", "return [self.proj]", "return self.proj", "Patches.units: gives Conv2d("),
+        (
+            "vision_encoder",
+            "return features.flatten(2).transpose(1, 2)",
+            "features.flatten(2)",
+            "Patches.forward(...): gives None; must be a Tensor (N, F, D)",
+        ),
+        (
+            "adapter",
+            "return self.proj(features[:, :: self.every])",
+            "pass",
+            "EveryNth.forward(...): gives None; must be a Tensor (N, T, Do)",
+        ),
+    ],
+)
+def test_what_a_method_may_not_return_is_an_error_with_the_class(kind: str, before: str, after: str, message: str, tmp_path: Path) -> None:
+    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err, ended
 
 
 def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Template(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        check_returns(cls, pieces=_no_pieces)
+        check_returns(cls, pieces=_no_pieces, answer_template=_no_answer)
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
         self.cfg = cfg
@@ -99,6 +99,10 @@ class Template(ABC):
         """What is written of ``text``, which is of strings; raises ValueError where the template cannot. Each
         answer of its turns is a piece with the field "answer", and the last of them is trained.
         """
+
+
+def _no_answer(value: Any, *_: Any, **__: Any) -> str:
+    return "" if isinstance(value, str) and value.count("{answer}") == 1 else gives(value, 'a string with "{answer}" once')
 
 
 def _no_pieces(value: Any, template: Template, text: Text, *_: Any, **__: Any) -> str:
