@@ -4,6 +4,7 @@ runs when a job is loaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -276,16 +277,27 @@ def questions_are_asked(job: Job) -> Found:
 @_reads("optimizer", "metrics", "hooks")
 def extensions_are_whole(job: Job) -> Found:
     """A plugin's config class alone does nothing: the class that it configures is registered under the same
-    name.
+    name, and can be made as it will be.
     """
-    named: list[tuple[Key, str, Any, registry.Registry]] = [(("optimizer",), "name", job.optimizer, registry.optimizers)]
-    named += [(("metrics", "trackers", index), "type", each, registry.trackers) for index, each in enumerate(job.metrics.trackers)]
-    named += [(("hooks", index), "type", each, registry.hooks) for index, each in enumerate(job.hooks)]
-    for key, discriminator, cfg, classes in named:
+    named: list[tuple[Key, str, Any, registry.Registry, str]] = [(("optimizer",), "name", job.optimizer, registry.optimizers, "")]
+    named += [(("metrics", "trackers", index), "type", each, registry.trackers, "cfg") for index, each in enumerate(job.metrics.trackers)]
+    named += [(("hooks", index), "type", each, registry.hooks, "cfg, run_dir") for index, each in enumerate(job.hooks)]
+    for key, discriminator, cfg, classes, given in named:
         name, cls = getattr(cfg, discriminator), type(cfg)
-        if not cls.__module__.startswith("kempnerforge.") and name not in classes:
+        if cls.__module__.startswith("kempnerforge."):
+            continue
+        if name not in classes:
             advice = f"put @registry.register_{classes.kind}({name!r}) before the class of the {classes.kind}"
             yield key, f"{discriminator} = {name!r}: {cls.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
+            continue
+        made = classes.get(name)
+        try:
+            inspect.signature(made).bind(*given.split(", ") if given else ())
+        except TypeError as error:
+            yield (
+                key,
+                f"{discriminator} = {name!r}: {made.__name__} is made as {made.__name__}({given}), and its __init__ takes others: {error}",
+            )
 
 
 @_reads("checkpoint", "eval")

@@ -178,6 +178,24 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
         ),
         ("hook", "class WeightNorm(Hook):", "class WeightNorm:", "WeightNorm must be a subclass of kempnerforge.training.trainer.Hook"),
         (
+            "hook",
+            "    def __init__(self, cfg: WeightNormConfig, run_dir: Path) -> None:\n        self.cfg = cfg\n",
+            "",
+            "[hooks][0].type = 'weight_norm': WeightNorm is made as WeightNorm(cfg, run_dir), and its __init__ takes others: too many",
+        ),
+        (
+            "tracker",
+            "class Csv(Tracker):\n",
+            "class Csv(Tracker):\n    def __init__(self): ...\n\n",
+            "Csv is made as Csv(cfg), and its __init__",
+        ),
+        (
+            "optimizer",
+            "state_copies = 1",
+            "def __init__(self, cfg): ...",
+            "SGDRule is made as SGDRule(), and its __init__ takes others: missing",
+        ),
+        (
             "tracker",
             'register_tracker("csv")',
             'register_tracker("tsv")',
