@@ -19,7 +19,7 @@ from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from kempnerforge.config.plugins import trusting
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, PluginError
 from kempnerforge.util.paths import place_of
 from kempnerforge.util.process import INTERRUPTED, die_of_interrupt, end_with_launcher, open_output, tune_memory
 
@@ -115,7 +115,7 @@ def _run(argv: Sequence[str]) -> int:
         _expand_paths(args)
         with trusting(TRUST in argv):
             return command(args.command).run(args)
-    except InputError as error:
+    except (InputError, PluginError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:

@@ -10,6 +10,7 @@ from kempnerforge.config import registry
 from kempnerforge.config.checks import at_least, at_most, only_if
 from kempnerforge.config.model import MAX_LAYERS
 from kempnerforge.util.errors import InputError
+from kempnerforge.util.plugin_returns import check_returns, whole_number
 
 
 @dataclass
@@ -29,6 +30,10 @@ class AdapterConfig:
     type: str = "mlp_2layer"
     hidden_dim: int = 0
     bias: bool = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, num_tokens=whole_number)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "hidden_dim")

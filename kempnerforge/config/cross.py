@@ -4,6 +4,7 @@ runs when a job is loaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +18,10 @@ from kempnerforge.config.sections import JobSections
 from kempnerforge.config.stages import StageConfig
 from kempnerforge.config.training import AUTO, CheckpointConfig, EvalConfig, HookConfig, MetricsConfig
 from kempnerforge.config.vlm import VLMConfig
-from kempnerforge.util.errors import InputError, Key, Problems
+from kempnerforge.util.errors import InputError, Key, PluginError, Problems
+
+TRIED_STEPS = 100
+"""Steps of a stage, evenly spread, at which its schedule is tried."""
 
 Found = Iterator[tuple[Key, str]]
 
@@ -80,14 +84,21 @@ def stage_names(job: Job) -> Found:
 
 @_reads("train", "scheduler", "optimizer", "stages")
 def warmup_and_decay_fit(job: Job) -> Found:
-    """A run without stages has room for both. (Of stages ``stage_fits`` says it.)"""
+    """A run without stages has room for both, and a rate at its steps. (Of stages ``stage_fits`` says it.)"""
     if not job.stages and job.train.max_steps:
-        for message in _overlap(job.scheduler, job.optimizer, job.train.max_steps):
+        for message in _no_rates(job.scheduler, job.optimizer, job.train.max_steps):
             yield ("scheduler",), message
 
 
-def _overlap(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
-    """Why warm-up and decay do not fit into ``steps``."""
+def _no_rates(scheduler: SchedulerConfig, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
+    """Why ``steps`` have no rates: the schedule gives none, or warm-up and decay do not fit."""
+    tried = min(steps, TRIED_STEPS)
+    try:
+        for step in [k * (steps - 1) // max(1, tried - 1) for k in range(tried)]:
+            scheduler.factor(step, steps)
+    except PluginError as error:
+        yield f"name = {scheduler.name!r}: {error}"
+        return
     groups = [(f"optimizer.groups of {group.module!r}: ", group.warmup_steps) for group in optimizer.groups]
     for where, warmup in [("", scheduler.warmup_steps), *groups]:
         if warmup is not None and warmup > (start := scheduler.decay_start(steps, warmup)):
@@ -266,16 +277,27 @@ def questions_are_asked(job: Job) -> Found:
 @_reads("optimizer", "metrics", "hooks")
 def extensions_are_whole(job: Job) -> Found:
     """A plugin's config class alone does nothing: the class that it configures is registered under the same
-    name.
+    name, and can be made as it will be.
     """
-    named: list[tuple[Key, str, Any, registry.Registry]] = [(("optimizer",), "name", job.optimizer, registry.optimizers)]
-    named += [(("metrics", "trackers", index), "type", each, registry.trackers) for index, each in enumerate(job.metrics.trackers)]
-    named += [(("hooks", index), "type", each, registry.hooks) for index, each in enumerate(job.hooks)]
-    for key, discriminator, cfg, classes in named:
+    named: list[tuple[Key, str, Any, registry.Registry, str]] = [(("optimizer",), "name", job.optimizer, registry.optimizers, "")]
+    named += [(("metrics", "trackers", index), "type", each, registry.trackers, "cfg") for index, each in enumerate(job.metrics.trackers)]
+    named += [(("hooks", index), "type", each, registry.hooks, "cfg, run_dir") for index, each in enumerate(job.hooks)]
+    for key, discriminator, cfg, classes, given in named:
         name, cls = getattr(cfg, discriminator), type(cfg)
-        if not cls.__module__.startswith("kempnerforge.") and name not in classes:
+        if cls.__module__.startswith("kempnerforge."):
+            continue
+        if name not in classes:
             advice = f"put @registry.register_{classes.kind}({name!r}) before the class of the {classes.kind}"
             yield key, f"{discriminator} = {name!r}: {cls.__name__} configures no {classes.kind}; {advice}; {classes.known(name)}"
+            continue
+        made = classes.get(name)
+        try:
+            inspect.signature(made).bind(*given.split(", ") if given else ())
+        except TypeError as error:
+            yield (
+                key,
+                f"{discriminator} = {name!r}: {made.__name__} is made as {made.__name__}({given}), and its __init__ takes others: {error}",
+            )
 
 
 @_reads("checkpoint", "eval")
@@ -325,7 +347,7 @@ def stage_fits(job: Job, index: int, sections: Mapping[str, Any], text_only: boo
     if scheduler is not None and scheduler.warmup_steps > steps:
         yield ("stages", index, "scheduler"), f"warmup_steps = {scheduler.warmup_steps}: the stage has only {steps} steps"
     if scheduler is not None and optimizer is not None and scheduler.warmup_steps <= steps:
-        for message in _overlap(scheduler, optimizer, steps):
+        for message in _no_rates(scheduler, optimizer, steps):
             yield ("stages", index, "scheduler"), message
     train = sections.get("train")
     if train is not None and "seq_len" in job.stages[index].train and train.seq_len > job.model.max_seq_len:

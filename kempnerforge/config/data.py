@@ -15,6 +15,7 @@ from kempnerforge.config.images import ImagesConfig
 from kempnerforge.config.template import TurnsConfig, check_template
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.paths import PathText
+from kempnerforge.util.plugin_returns import check_returns, sequence_of
 
 JOB_KEYS = (
     "tokenizer",
@@ -96,6 +97,10 @@ class DataConfig:
     image_cache_mib: int = 256
     validation: float = 0.0
     images: ImagesConfig = field(default_factory=ImagesConfig)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, tokens=sequence_of(str, "a list of strings"))
 
     def sections(self) -> list[DataConfig]:
         """The sections whose samples this one mixes, ``Sample.part`` counts them; a section that mixes

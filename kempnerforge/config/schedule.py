@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from kempnerforge.config.checks import at_least, fraction
+from kempnerforge.util.errors import PluginError
+from kempnerforge.util.plugin_returns import check_returns, finite_number, gives
+
+ROUNDING = 1e-6
+"""By so much a factor may be outside [0, 1]."""
 
 
 @dataclass
@@ -36,13 +42,17 @@ class SchedulerConfig(ABC):
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, factor=_not_a_factor, decay_start=finite_number)
+
     def __post_init__(self) -> None:
         at_least(self, 0, "warmup_steps")
         fraction(self, "min_lr_ratio", "decay_fraction")
 
     @abstractmethod
     def decay(self, progress: float) -> float:
-        """From 1 at ``progress`` 0 to 0 at 1."""
+        """From 1 at ``progress`` 0 to 0 at 1; never outside of that."""
 
     def decay_start(self, steps: int, warmup: int) -> int:
         """B: how many of ``steps`` are done when the decay begins."""
@@ -53,6 +63,9 @@ class SchedulerConfig(ABC):
 
         Args:
             warmup_steps: in place of the section's.
+
+        Raises:
+            PluginError: ``decay`` gives no number in [0, 1].
         """
         warmup = max(1, self.warmup_steps if warmup_steps is None else warmup_steps)
         done = step + 1
@@ -60,4 +73,12 @@ class SchedulerConfig(ABC):
             return done / warmup
         start = self.decay_start(steps, warmup)
         progress = min(1.0, max(0.0, (done - start) / max(1, steps - start)))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * self.decay(progress)
+        decay = self.decay(progress)
+        if wrong := _not_a_factor(decay):
+            raise PluginError(f"{type(self).__name__}.decay({progress:.6g}) at step {step} of {steps}, counted from 0: {wrong}")
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * decay
+
+
+def _not_a_factor(value: Any, *_: Any, **__: Any) -> str:
+    right = isinstance(value, float | int) and -ROUNDING <= value <= 1 + ROUNDING
+    return "" if right else gives(value, "a number from 0 to 1")

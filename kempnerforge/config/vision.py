@@ -5,6 +5,7 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from kempnerforge.config import registry
@@ -12,6 +13,7 @@ from kempnerforge.config.checks import at_least, at_most, divides, more_than
 from kempnerforge.config.model import MAX_LAYERS
 from kempnerforge.util.errors import InputError, show
 from kempnerforge.util.paths import PathText
+from kempnerforge.util.plugin_returns import check_returns, instance
 
 LARGEST_SIDE = 1 << 14
 """Of an image or a patch in a model's files, in pixels."""
@@ -35,6 +37,10 @@ class VisionEncoderConfig:
     type: str = "vit"
     feature_layer: int | list[int] = -1
     deepstack_layers: list[int] = field(default_factory=list, kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, num_tokens=instance(Integral | None, "a whole number, or None"))
 
     def __post_init__(self) -> None:
         main = [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from kempnerforge.util.errors import InputError, cut
+from kempnerforge.util.plugin_returns import gives
 
 ImageSource = Path | bytes
 """A file, or its encoded content (PNG, JPEG, ...)."""
@@ -94,3 +96,55 @@ class Sample:
 def text_size(texts: tuple[Text, ...]) -> int:
     """Characters (of strings) and tokens (of windows) in ``texts``."""
     return sum(sum(map(len, text.strings)) if text.turns else len(text.prompt) + len(text.answer) for text in texts)
+
+
+# ---- what a plugin's source returns --------------------------------------------------------------
+
+
+def not_a_sample(value: Any, *_: Any, **__: Any) -> str:
+    """What is wrong with ``value`` as a sample; empty: nothing. Some microseconds for each."""
+    if not isinstance(value, Sample):
+        return gives(value, "a Sample")
+    if not isinstance(value.id, str):
+        return gives(value.id, "a string", "id")
+    for name in ("images", "shows"):
+        images = getattr(value, name)
+        if not isinstance(images, tuple):
+            return gives(images, "a tuple of images", name)
+        for number, image in enumerate(images):
+            if not isinstance(image, Path | bytes):
+                return gives(image, "a Path, or the bytes of a file (PNG, JPEG, ...)", f"{name}[{number}]")
+    return no_texts(value.texts)
+
+
+def no_texts(value: Any, *_: Any, **__: Any) -> str:
+    """What is wrong with ``value`` as the texts of a sample; empty: nothing."""
+    if not isinstance(value, tuple):
+        return gives(value, "a tuple of Text", "texts")
+    for number, text in enumerate(value):
+        if not isinstance(text, Text):
+            return gives(text, "a Text", f"texts[{number}]")
+        for name, right, allowed in (
+            ("prompt", isinstance(text.prompt, str), "a string"),
+            ("answer", _is_answer(text.answer), "a string, or a tuple of token ids"),
+            ("more", isinstance(text.more, tuple) and all(map(_is_turn, text.more)), "a tuple of (prompt, answer), of strings"),
+            ("system", isinstance(text.system, str), "a string"),
+            ("leading", text.leading is None or isinstance(text.leading, int), "None, or a number of images"),
+            ("kind", isinstance(text.kind, str), "a string"),
+            (
+                "references",
+                isinstance(text.references, tuple) and all(isinstance(each, str) for each in text.references),
+                "a tuple of strings",
+            ),
+        ):
+            if not right:
+                return gives(getattr(text, name), allowed, f"texts[{number}].{name}")
+    return ""
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(each, int) for each in value[:1]))
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.batching.order import Order, Shuffled
-from kempnerforge.data.sample import Sample, SampleError, Text, text_size
+from kempnerforge.data.sample import Sample, SampleError, Text, no_texts, not_a_sample, text_size
 from kempnerforge.data.text.template import stretches
 from kempnerforge.util.digest import digest
+from kempnerforge.util.plugin_returns import check_returns, instance, whole_number
 
 if TYPE_CHECKING:
     from kempnerforge.data.sources.keys import Ignoring
@@ -42,6 +43,22 @@ class Source(ABC):
 
     captions: ClassVar[bool] = False
     from_files: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(
+            cls,
+            __len__=whole_number,
+            __getitem__=not_a_sample,
+            texts=no_texts,
+            length=whole_number,
+            num_images=whole_number,
+            order=instance(Order, "an Order"),
+            peers=instance(range, "a range"),
+            part=whole_number,
+            tokenised=instance(Source, "a Source"),
+            fingerprint=instance(str, "a string"),
+        )
 
     def __init__(self, cfg: DataConfig, split: str) -> None:
         assert split in ("train", "test"), split

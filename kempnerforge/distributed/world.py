@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.manifest import CheckpointError
 from kempnerforge.checkpoint.ranks import gather
 from kempnerforge.config import DistributedConfig
 from kempnerforge.distributed.watchdog import Watchdog
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, PluginError
 
 T = TypeVar("T")
 _watchdog: Watchdog | None = None
@@ -113,13 +113,13 @@ class World:
         """The result of ``act`` on this rank. All ranks call it.
 
         Raises:
-            InputError, CheckpointError: on all ranks: ``act`` has raised it on one of them.
+            InputError, PluginError, CheckpointError: on all ranks: ``act`` has raised it on one of them.
         """
-        error: InputError | CheckpointError | None = None
+        error: InputError | PluginError | CheckpointError | None = None
         result: list[T] = []
         try:
             result.append(act())
-        except (InputError, CheckpointError) as caught:
+        except (InputError, PluginError, CheckpointError) as caught:
             error = caught
         for raised in self.gather(error):
             if raised is not None:

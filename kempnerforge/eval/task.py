@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.data.sample import ImageSource
@@ -15,6 +15,7 @@ from kempnerforge.eval.answers import Answer, Answers, ask
 from kempnerforge.eval.exam import Exam
 from kempnerforge.eval.questions import Question
 from kempnerforge.report.facts import Facts
+from kempnerforge.util.plugin_returns import check_returns, finite_number, gives, instance, not_numbers, sequence_of
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ def percent(share: float) -> str:
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
+def _not_found(value: Any, *_: Any, **__: Any) -> str:
+    return not_numbers(value.values, what="values") if isinstance(value, Found) else "" if value is None else gives(value, "Found, or None")
+
+
 @dataclass
 class Task(ABC):
     """A metric. The fields of a subclass are its keys in a TOML file, under ``[eval.options.NAME]``.
@@ -129,6 +134,16 @@ class Task(ABC):
     reads_held_out: ClassVar[bool] = True
     needs: ClassVar[str] = "words"
     takes_examples: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(
+            cls,
+            measure=_not_found,
+            question=instance(Question | None, "a Question, or None"),
+            rows=sequence_of(ReportRow, "a list of ReportRow"),
+            curves=sequence_of(ReportCurve, "a list of ReportCurve"),
+        )
 
     @property
     def name(self) -> str:
@@ -176,6 +191,14 @@ class QuestionTask(Task):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        check_returns(
+            cls,
+            points=finite_number,
+            all_points=_no_points,
+            value=instance(float | int, "a number, int or float"),
+            further=not_numbers,
+            answers=instance(Answers, "Answers"),
+        )
         if cls.points is QuestionTask.points and (cls.all_points, cls.measure) != (QuestionTask.all_points, QuestionTask.measure):
             cls.points = _not_called  # so that it need not be there
 
@@ -266,6 +289,12 @@ class QuestionTask(Task):
     def _score(self, exam: Exam, asked: Mapping[int, Question], blind: bool) -> Score:
         found = self.answers(exam, asked, blind)
         return Score(found.asked, found.answers, found.unreadable, self.all_points(found.answers))
+
+
+def _no_points(value: Any, task: QuestionTask, answers: Sequence[Answer]) -> str:
+    if not isinstance(value, Sequence) or len(value) != len(answers):
+        return gives(value, f"a list of {len(answers)} numbers, one for each answer")
+    return next(filter(None, map(finite_number, value)), "")
 
 
 def _not_called(self: QuestionTask, answer: Answer) -> float:

@@ -20,6 +20,7 @@ from kempnerforge.model.transfer import told
 from kempnerforge.model.transformer import separate_draws
 from kempnerforge.model.vision import VisionEncoder
 from kempnerforge.util.errors import InputError, NotBuiltError
+from kempnerforge.util.plugin_returns import check_returns, instance
 
 
 class TwoLayerMLP(nn.Module):
@@ -61,6 +62,10 @@ class Adapter(nn.Module, ABC):
     Raises:
         ValueError: the adapter cannot take ``num_features``.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, forward=instance(Tensor, "a Tensor (N, T, Do)"))
 
     def __init__(self, cfg: AdapterConfig, in_dim: int, out_dim: int, num_features: int) -> None:
         super().__init__()

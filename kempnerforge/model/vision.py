@@ -18,6 +18,7 @@ from kempnerforge.config.vision import VisionEncoderConfig
 from kempnerforge.model.buffers import ExactBuffers
 from kempnerforge.model.transfer import told
 from kempnerforge.util.errors import NotBuiltError
+from kempnerforge.util.plugin_returns import check_returns, instance, sequence_of
 
 
 class VisionEncoder(ExactBuffers, ABC):
@@ -46,6 +47,10 @@ class VisionEncoder(ExactBuffers, ABC):
 
     mean: Tensor
     std: Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, forward=instance(Tensor, "a Tensor (N, F, D)"), units=sequence_of(nn.Module, "a list of modules"))
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ from kempnerforge.training.history import Span
 from kempnerforge.training.optimizer import Optimizers, clip, holders, local_gradients, squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import Assembly
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, PluginError
+from kempnerforge.util.plugin_returns import not_numbers
 
 
 class TrainingFault(RuntimeError):
@@ -173,12 +174,12 @@ class Trainer:
         self.features = FeatureCache(Path(job.train.feature_cache), self.model, world, self.dtype) if caches else None
         self.step = 0
         self.seconds = 0.0
-        self.samples_seen = self.samples_bad = 0
+        self.samples_seen = self.samples_bad = self.skipped_in_a_row = 0
         self.samples_of: Counter[str] = Counter()
-        self.skipped_in_a_row = 0
         self.stop_requested = self.stopping = self.unevaluated = False
         self.recorded = ""
         self.bad_samples: list[tuple[str, str]] = []
+        self._calls: Hook | None = None
         self._batches: Iterator[Batch] | None = None
         self._batches_of: Stage | None = None
         self._ahead: StepData | None = None
@@ -201,7 +202,7 @@ class Trainer:
         """Trains from the current step to the end, or until a signal asks to stop."""
         try:
             self.apply_freeze()
-            for hook in self.hooks:
+            for hook in self._each_hook():
                 hook.start(self)
             while not self.done and not self.stopping:
                 if self.step in self.freeze.boundaries:
@@ -210,10 +211,10 @@ class Trainer:
                     self.optimizers.reset()
                 result = self.train_step()
                 self.step += 1
-                for hook in self.hooks:
+                for hook in self._each_hook():
                     hook.step(self, result)
             self.sum([])  # a signal may have come while the last step was saved
-            for hook in self.hooks:
+            for hook in self._each_hook():
                 if not self.stopping:
                     hook.finish(self)
         finally:
@@ -374,9 +375,17 @@ class Trainer:
         return totals
 
     def record(self, values: dict[str, float]) -> None:
-        """Hands numbers of the current step to all hooks."""
+        """Hands numbers of the current step to all hooks; other values are an error of the hook that is called."""
+        if wrong := not_numbers(values):
+            raise PluginError(f"{type(self._calls).__name__}: trainer.record at step {self.step}: {wrong}")
         for hook in self.hooks:
             hook.record(self, values)
+
+    def _each_hook(self) -> Iterator[Hook]:
+        """All hooks in their order, with each as the one that is called."""
+        for hook in self.hooks:
+            self._calls = hook
+            yield hook
 
     @property
     def frozen(self) -> list[str]:

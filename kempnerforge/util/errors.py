@@ -35,6 +35,15 @@ class InputError(ValueError):
         super().__init__(QUOTED.sub(lambda found: cut(found[0], MOST_QUOTED), message))
 
 
+class PluginError(Exception):
+    """A method of a plugin's class returns what its base class does not allow. Commands print it and end with
+    exit code 2.
+
+    NOTE: no ``InputError``: what leaves out a sample or a question that cannot be used must not take this for
+    one.
+    """
+
+
 class UnreadError(InputError):
     """A key that is set, and that nothing reads beside the other keys of its section.
 

@@ -38,12 +38,12 @@ from kempnerforge.model.transformer import Block, Cache, Context, Transformer
 from kempnerforge.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.masks import mask_structure
-from kempnerforge.vlm.output import Output
+from kempnerforge.vlm.output import ArchReturns, Output
 from kempnerforge.vlm.placements import grid_positions, image_columns, own_targets, told_views, with_answers
 from kempnerforge.vlm.word_loss import loss_in_pieces, word_loss
 
 
-class VLM(ExactBuffers):
+class VLM(ExactBuffers, ArchReturns):
     """A vision-language model around one text backbone. Children: ``transformer``, ``vision_encoder``,
     ``adapter``.
 

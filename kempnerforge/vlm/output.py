@@ -5,9 +5,12 @@ Shapes: B rows, T trained positions, V vocabulary, P pairs of a text and its ima
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from kempnerforge.model.transformer import Block, Context
+from kempnerforge.util.plugin_returns import check_returns, gives, instance
 
 
 class Output(NamedTuple):
@@ -48,3 +51,20 @@ class Output(NamedTuple):
         """What is sent backward: the losses over so many targets (the sum of their weights) and pairs."""
         mean = self.total / (targets or 1)
         return mean if self.pair_loss is None else mean + self.pair_loss / max(1, pairs)
+
+
+class ArchReturns:
+    """Archs of plugins are told by name what they may not return."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, block=instance(Block, "a Block"), place=_not_a_stream, forward=instance(Output, "an Output"))
+
+
+def _not_a_stream(value: Any, *_: Any, **__: Any) -> str:
+    if not isinstance(value, tuple) or len(value) != 2:
+        return gives(type(value), "a tuple: the stream and a Context")
+    stream, context = value
+    if not isinstance(stream, Tensor) or stream.ndim != 3:
+        return gives(tuple(stream.shape) if isinstance(stream, Tensor) else stream, "a Tensor (B, S, D)", "stream")
+    return "" if isinstance(context, Context) else gives(context, "a Context", "context")

@@ -100,7 +100,10 @@ def test_installed_plugins_count(tmp_path: Path, forget: Callable[[], None], mon
 
 
 def test_a_plugin_that_was_edited_takes_the_place_of_what_it_was(tmp_path: Path, forget: Callable[[], None]) -> None:
-    text = "from kempnerforge.config import registry\n@registry.register_adapter('edited')\nclass A:\n    sign = +1\n"
+    text = (
+        "from kempnerforge.config import registry\nfrom kempnerforge.model.adapters import Adapter\n@registry.register_adapter('edited')\n"
+    )
+    text += "class A(Adapter):\n    sign = +1\n    def forward(self, features): ...\n"
     try:
         for sign in ("+1", "-1", "+1"):
             write(tmp_path / "edited.py", text.replace("+1", sign))

@@ -39,6 +39,15 @@ def example(kind: str, folder: Path) -> Path:
     return job
 
 
+def altered(kind: str, before: str, after: str, folder: Path) -> Path:
+    """As ``example``, with ``after`` in place of ``before`` in the plugin."""
+    job, plugin = example(kind, folder), folder / "plugin.py"
+    text = plugin.read_text()
+    assert before in text
+    plugin.write_text(text.replace(before, after))
+    return job
+
+
 REPLACED = {"vision_encoder": "vision_encoder", "source": "data"}
 """Kinds whose page brings a whole section: it has the keys of the page, and what every form of the section has."""
 
@@ -69,6 +78,49 @@ def test_a_schedule_of_a_plugin_has_its_keys_and_its_rates(tmp_path: Path) -> No
     assert second.scheduler.warmup_steps == 1, "keys that both have stay"
     with pytest.raises(ConfigError, match="name = 'powr'.*registered: constant, cosine, linear, power, wsd.*did you mean 'power'"):
         load_config(path, ["--scheduler.name=powr"])
+
+
+@pytest.mark.parametrize(
+    ("result", "given"),
+    [
+        ("float('nan')", "nan (float)"),
+        ("-5", "-5 (int)"),
+        ("5.0", "5.0 (float)"),
+        ("None", "None"),
+        ("'half'", "'half' (str)"),
+        ("1j", "1j (complex)"),
+    ],
+)
+def test_a_decay_that_is_no_factor_is_refused_when_the_config_is_read(result: str, given: str, tmp_path: Path) -> None:
+    path = altered("schedule", "(1 - progress) ** self.power", f"1.0 if progress < 0.5 else {result}", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--train.max_steps=5"])
+    assert f"[scheduler] name = 'power': Power.decay(0.5) at step 2 of 5, counted from 0: gives {given}; must be" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--stages=[{name='a', steps=1}, {name='b', steps=9}]"])
+    assert "[[stages]] #2 scheduler.name = 'power': Power.decay(0.5) at step 4 of 9" in str(caught.value)
+
+
+def test_a_factor_that_is_none_is_refused(tmp_path: Path) -> None:
+    curve = (
+        "def factor(self, step: int, steps: int, warmup_steps: int | None = None) -> float:\n        return 2.0 - step\n\n    def decay("
+    )
+    path = altered("schedule", "def decay(", curve, tmp_path)
+    ended = call("train", path)
+    assert ended.code == 2 and "name = 'power': Power.factor(0, 6): gives 2.0 (float); must be a number from 0 to 1" in ended.err, ended
+    plugin = tmp_path / "plugin.py"
+    text = plugin.read_text().replace("def factor(", "def not_factor(")
+    plugin.write_text(text.replace("    def decay(", "    def decay_start(self, *_):\n        return None\n\n    def decay("))
+    ended = call("train", path)
+    assert ended.code == 2 and "Power.decay_start(6, 1): gives None; must be a finite number" in ended.err, ended
+
+
+def test_a_step_that_was_not_tried_ends_the_run_with_the_same_words(tmp_path: Path) -> None:
+    result = "float('nan') if 0.0142 < progress < 0.0143 else 1.0"  # step 3 of 211, and the tried ones are 2, 4, 6, ...
+    path = altered("schedule", "(1 - progress) ** self.power", result, tmp_path)
+    ended = call("train", path, "--stages=[{name='all', steps=211}]", "--eval.at_end=false")
+    assert ended.code == 2 and "Power.decay(0.0142857) at step 3 of 211, counted from 0: gives nan (float)" in ended.err, ended
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2, 3]
 
 
 def test_an_optimizer_of_a_plugin_has_its_keys_and_its_state(tmp_path: Path) -> None:
@@ -126,6 +178,24 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
         ),
         ("hook", "class WeightNorm(Hook):", "class WeightNorm:", "WeightNorm must be a subclass of kempnerforge.training.trainer.Hook"),
         (
+            "hook",
+            "    def __init__(self, cfg: WeightNormConfig, run_dir: Path) -> None:\n        self.cfg = cfg\n",
+            "",
+            "[hooks][0].type = 'weight_norm': WeightNorm is made as WeightNorm(cfg, run_dir), and its __init__ takes others: too many",
+        ),
+        (
+            "tracker",
+            "class Csv(Tracker):\n",
+            "class Csv(Tracker):\n    def __init__(self): ...\n\n",
+            "Csv is made as Csv(cfg), and its __init__",
+        ),
+        (
+            "optimizer",
+            "state_copies = 1",
+            "def __init__(self, cfg): ...",
+            "SGDRule is made as SGDRule(), and its __init__ takes others: missing",
+        ),
+        (
             "tracker",
             'register_tracker("csv")',
             'register_tracker("tsv")',
@@ -149,10 +219,7 @@ def test_a_config_without_a_rule_is_named(tmp_path: Path) -> None:
 def test_what_is_missing_or_wrong_in_a_plugin_is_reported_when_the_config_is_read(
     kind: str, before: str, after: str, message: str, tmp_path: Path
 ) -> None:
-    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
-    text = plugin.read_text()
-    assert before in text
-    plugin.write_text(text.replace(before, after))
+    path = altered(kind, before, after, tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert message in str(caught.value)
@@ -177,13 +244,169 @@ def test_what_is_missing_or_wrong_in_a_plugin_is_reported_when_the_config_is_rea
     ],
 )
 def test_another_number_of_tokens_than_was_said_is_refused(kind: str, before: str, after: str, message: str, tmp_path: Path) -> None:
-    path, plugin = example(kind, tmp_path), tmp_path / "plugin.py"
-    text = plugin.read_text()
-    assert before in text
-    plugin.write_text(text.replace(before, after))
+    path = altered(kind, before, after, tmp_path)
     for command in ("check", "train"):
         ended = call(command, path)
         assert ended.code == 2 and message in ended.err, ended
+
+
+SAMPLE = 'return Sample(f"squares/{self.split}/{index}", (buffer.getvalue(),), (Text("what colour?", name),))'
+PIECES = "return found"
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        ("source", SAMPLE, "pass", "Squares.__getitem__(0): gives None; must be a Sample"),
+        ("source", SAMPLE, "return buffer.getvalue()", "(bytes); must be a Sample"),
+        (
+            "source",
+            '("what colour?", name)',
+            '("what colour?", index)',
+            "gives texts[0].answer = 0 (int); must be a string, or a tuple of token ids",
+        ),
+        ("source", '("what colour?", name)', "(None, name)", "Squares.__getitem__(0): gives texts[0].prompt = None; must be a string"),
+        (
+            "source",
+            '("what colour?", name)',
+            '("what colour?", name, [("and?", "no")])',
+            "texts[0].more = [('and?', 'no')] (list); must be",
+        ),
+        ("source", '(Text("what colour?", name),)', 'Text("what colour?", name)', "(Text); must be a tuple of Text"),
+        (
+            "source",
+            "(buffer.getvalue(),)",
+            '(Image.new("RGB", (8, 8)),)',
+            "(Image); must be a Path, or the bytes of a file (PNG, JPEG, ...)",
+        ),
+        ("source", "(buffer.getvalue(),)", "buffer.getvalue()", "(bytes); must be a tuple of images"),
+        ("source", "return self.cfg.count", "return self.cfg.count / 2", "Squares.__len__(): gives 6.0 (float); must be a whole number"),
+        ("template", PIECES, "pass", "Brackets.pieces(..., ...): gives None; must be a list of Piece"),
+        ("template", "Piece(answer, True,", "Piece(answer, False,", "for the answer of each turn, and the last of them is trained"),
+        ("template", 'Piece(answer, True, "answer"), EOS_PIECE', 'Piece("", True, "answer")', "and the last of them is trained"),
+        (
+            "template",
+            "    def pieces(",
+            "    @classmethod\n    def answer_template(cls, cfg):\n        return 'the answer'\n\n    def pieces(",
+            "Brackets.answer_template(...): gives 'the answer' (str); must be a string with \"{answer}\" once",
+        ),
+        ("template", 'True, "answer")', "True)", "for the answer of each turn, and the last of them is trained"),
+        ("template", 'Piece("[", False)', '("[", False)', "Brackets.pieces(..., ...): gives [0] = ('[', False) (tuple); must be a Piece"),
+        ("template", "Piece(answer, True", "Piece(text, True", "(Text); must be a string"),
+        ("template", '"prompt")', '"question")', "gives [1].field = 'question' (str); must be one of 'system', 'prompt', 'answer', ''"),
+    ],
+)
+def test_a_sample_or_a_text_that_is_none_is_an_error_with_the_class(
+    kind: str, before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err, ended
+
+
+def test_what_a_worker_is_given_is_an_error_with_the_class_too(tmp_path: Path) -> None:
+    path = altered(
+        "source", SAMPLE, f"import multiprocessing\n        if not multiprocessing.parent_process():\n            {SAMPLE}", tmp_path
+    )
+    ended = call("train", path, "--train.max_steps=1", "--data.num_workers=1", "--eval.at_end=false")
+    assert ended.code == 2 and "Squares.__getitem__(" in ended.err and "): gives None; must be a Sample" in ended.err, ended
+    assert "Traceback" not in ended.err, ended
+
+
+MAX_POINTS = "return max(self.score(answer.text.lower().split(), given.lower().split()) for given in answer.question.given)"
+RECORD = 'trainer.record({f"weights/{self.cfg.module}": squared**0.5})'
+SGD = "return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)"
+ARCH = '    """Overrides ``block`` (makes layer i) and ``place`` (what enters the stream, what else a block reads)."""'
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "message"),
+    [
+        ("task", MAX_POINTS, "pass", "TokenF1.points(...): gives None; must be a finite number, int or float"),
+        ("task", MAX_POINTS, "return answer.text or '-'", "(str); must be a finite number"),
+        ("task", MAX_POINTS, "return float('nan')", "TokenF1.points(...): gives nan (float); must be a finite number"),
+        (
+            "task",
+            "def points(",
+            "def all_points(self, answers):\n        return [1.0]\n\n    def points(",
+            "TokenF1.all_points(...): gives [1.0] (list);",
+        ),
+        (
+            "task",
+            "def points(",
+            "def value(self, score):\n        pass\n\n    def points(",
+            "TokenF1.value(...): gives None; must be a number",
+        ),
+        (
+            "task",
+            "def points(",
+            "def further(self, score):\n        return {'_x': 'a'}\n\n    def points(",
+            "further(...): gives ['_x'] = 'a' (str); must",
+        ),
+        (
+            "task",
+            "def points(",
+            "def question(self, question):\n        return question.prompt\n\n    def points(",
+            "(str); must be a Question, or None",
+        ),
+        (
+            "task",
+            "def points(",
+            "def measure(self, exam):\n        return {'eval/x': 1.0}\n\n    def points(",
+            "(dict); must be Found, or None",
+        ),
+        ("task", "def points(", "def rows(self, facts):\n        return ['F1']\n\n    def points(", "(list); must be a list of ReportRow"),
+        ("hook", RECORD, "trainer.record({'weights': str(squared)})", "WeightNorm: trainer.record at step 1: gives ['weights'] = '"),
+        ("hook", RECORD, "trainer.record({'weights': shards[0].sum()})", "(Tensor); must be a number, int or float, by a name"),
+        ("hook", RECORD, "trainer.record([squared])", "(list); must be a mapping of names to numbers"),
+        ("optimizer", SGD, "torch.optim.SGD(groups, lr=cfg.lr)", "SGDRule.make(..., ...): gives None; must be a torch.optim.Optimizer"),
+        (
+            "optimizer",
+            SGD,
+            "return torch.optim.SGD([p for group in groups for p in group['params']], lr=cfg.lr)",
+            "SGDRule.make(..., ...): gives <class 'torch.optim.sgd.SGD'> (type); must be an optimizer of all ",
+        ),
+        ("optimizer", SGD, "return torch.optim.SGD(groups[1:], lr=cfg.lr)", "must be an optimizer of all "),
+        ("optimizer", 'return {"momentum": cfg.momentum}', "pass", "SGDRule.values(..., ...): gives None; must be a dict"),
+        ("optimizer", "cfg.momentum}", "float('inf')}", "SGDRule.values(..., ...): gives ['momentum'] = inf (float); must be finite"),
+        ("arch", ARCH, "    def block(self, cfg, layer):\n        pass", "MyArch.block(..., 0): gives None; must be a Block"),
+        (
+            "arch",
+            ARCH,
+            "    def place(self, *given):\n        return super().place(*given)[0]",
+            "must be a tuple: the stream and a Context",
+        ),
+        ("arch", ARCH, "    def place(self, *given):\n        return super().place(*given)[0][0], None", "gives stream = ("),
+        (
+            "arch",
+            ARCH,
+            "    def place(self, *given):\n        return super().place(*given)[0], None",
+            "MyArch.place(..., ..., ..., None): gives context = None",
+        ),
+        ("arch", ARCH, "    def forward(self, *given):\n        return super().forward(*given).loss", "(Tensor); must be an Output"),
+        (
+            "vision_encoder",
+            "return (self.size // self.patch) ** 2",
+            "return (self.size / self.patch) ** 2",
+            "PatchesConfig.num_tokens(): gives 4.0 (float);",
+        ),
+        ("vision_encoder", "return [self.proj]", "return self.proj", "Patches.units: gives Conv2d("),
+        (
+            "vision_encoder",
+            "return features.flatten(2).transpose(1, 2)",
+            "features.flatten(2)",
+            "Patches.forward(...): gives None; must be a Tensor (N, F, D)",
+        ),
+        (
+            "adapter",
+            "return self.proj(features[:, :: self.every])",
+            "pass",
+            "EveryNth.forward(...): gives None; must be a Tensor (N, T, Do)",
+        ),
+    ],
+)
+def test_what_a_method_may_not_return_is_an_error_with_the_class(kind: str, before: str, after: str, message: str, tmp_path: Path) -> None:
+    ended = call("train", altered(kind, before, after, tmp_path), "--train.max_steps=1")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err, ended
 
 
 def test_a_tracker_of_a_plugin_gets_every_number(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kempnerforge.data.batching.pack import Pack, PackedRow, Sizes, join
 from kempnerforge.data.sample import SampleError
 from kempnerforge.data.source import Source
 from kempnerforge.data.text.encode import Encoded, Encoder
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, PluginError
 
 MAX_TRIES = 20
 """Candidates in place of one unusable sample before the data are judged unusable."""
@@ -44,9 +44,13 @@ class EncodedSamples(Dataset["Encoded | PackedRow | DataError"]):
 
     def __getitem__(self, key: tuple[int, int] | Pack) -> Encoded | PackedRow | DataError:
         """The row for ``key``, or what is wrong when ``MAX_TRIES`` candidates in place of a sample were
-        unusable, too. The error is returned: raised in a worker, it would reach the user inside a traceback.
+        unusable, too, or a plugin's class gives no sample. The error is returned: raised in a worker, it would
+        reach the user inside a traceback.
         """
-        return self._row(cast(Pack, key)) if isinstance(key[0], tuple) else self._one(*cast(tuple[int, int], key))
+        try:
+            return self._row(cast(Pack, key)) if isinstance(key[0], tuple) else self._one(*cast(tuple[int, int], key))
+        except PluginError as error:
+            return DataError(str(error))
 
     def _one(self, index: int, step: int) -> Encoded | DataError:
         skipped: list[tuple[str, str]] = []

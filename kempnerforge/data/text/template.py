@@ -11,11 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kempnerforge.config import registry
 from kempnerforge.config.template import around_field
 from kempnerforge.util.errors import InputError
+from kempnerforge.util.plugin_returns import check_returns, gives
 
 if TYPE_CHECKING:
     from kempnerforge.config.data import DataConfig
@@ -38,6 +39,7 @@ class Piece(NamedTuple):
 
 
 EOS_PIECE = Piece("", True, eos=True)
+FIELDS = ("system", "prompt", "answer", "")
 
 
 class Template(ABC):
@@ -70,6 +72,10 @@ class Template(ABC):
     bare = False
     fills = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(cls, pieces=_no_pieces, answer_template=_no_answer)
+
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None) -> None:
         self.cfg = cfg
 
@@ -90,7 +96,32 @@ class Template(ABC):
 
     @abstractmethod
     def pieces(self, text: Text, system: str) -> list[Piece]:
-        """What is written of ``text``, which is of strings; raises ValueError where the template cannot."""
+        """What is written of ``text``, which is of strings; raises ValueError where the template cannot. Each
+        answer of its turns is a piece with the field "answer", and the last of them is trained.
+        """
+
+
+def _no_answer(value: Any, *_: Any, **__: Any) -> str:
+    return "" if isinstance(value, str) and value.count("{answer}") == 1 else gives(value, 'a string with "{answer}" once')
+
+
+def _no_pieces(value: Any, template: Template, text: Text, *_: Any, **__: Any) -> str:
+    if not isinstance(value, list):
+        return gives(value, "a list of Piece")
+    for number, piece in enumerate(value):
+        if not isinstance(piece, Piece):
+            return gives(piece, "a Piece", f"[{number}]")
+        if not isinstance(piece.text, str):
+            return gives(piece.text, "a string", f"[{number}].text")
+        if piece.field not in FIELDS:
+            return gives(piece.field, f"one of {', '.join(map(repr, FIELDS))}", f"[{number}].field")
+    answers = [piece for piece in value if piece.field == "answer"]
+    written = any(piece.trained and (piece.text or piece.eos) for piece in value) or not text.turns[-1][1]
+    if len(answers) < len(text.turns) or not (answers[-1].trained and written):
+        return gives(value, 'Piece(answer, True, "answer") for the answer of each turn, and the last of them is trained')
+    if text.leading and all(piece.field != "prompt" for piece in value):
+        return gives(value, 'Piece(prompt, False, "prompt") for the images, which are at the head of the prompt')
+    return ""
 
 
 @registry.register_template("prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 
 from kempnerforge.config import OptimizerConfig
 from kempnerforge.training.ema import Averaging
+from kempnerforge.util.plugin_returns import check_returns, gives, instance
 
 Config = TypeVar("Config", bound=OptimizerConfig)
 
@@ -47,6 +49,16 @@ class UpdateRule(ABC, Generic[Config]):
     state_copies: ClassVar[int] = 2
     rest: ClassVar[type[UpdateRule[Any]] | None] = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_returns(
+            cls,
+            takes=instance(set | frozenset, "a set of names"),
+            make=_not_an_optimizer,
+            values=_no_values,
+            averaging=instance(Averaging | None, "Averaging, or None"),
+        )
+
     def takes(self, model: nn.Module) -> frozenset[str]:
         """Names of the parameters that it updates."""
         return frozenset(name for name, _ in model.named_parameters())
@@ -70,3 +82,19 @@ class UpdateRule(ABC, Generic[Config]):
     def averaging(self, optimizer: torch.optim.Optimizer) -> Averaging | None:
         """The averages for evaluation, if ``optimizer`` makes them (``keeps_average`` of the config)."""
         return None
+
+
+def _not_an_optimizer(value: Any, rule: UpdateRule[Any], groups: list[dict[str, Any]], *_: Any, **__: Any) -> str:
+    if not isinstance(value, torch.optim.Optimizer):
+        return gives(value, "a torch.optim.Optimizer")
+    made = [{id(parameter) for parameter in group["params"]} for group in value.param_groups if "settings" in group]
+    if made != [{id(parameter) for parameter in group["params"]} for group in groups]:
+        return gives(type(value), f"an optimizer of all {len(groups)} groups that it is given, with their keys")
+    return ""
+
+
+def _no_values(value: Any, *_: Any, **__: Any) -> str:
+    if not isinstance(value, dict):
+        return gives(value, "a dict, empty if there are none")
+    wrong = next(((name, each) for name, each in value.items() if isinstance(each, float) and not math.isfinite(each)), None)
+    return "" if wrong is None else gives(wrong[1], "finite", f"[{wrong[0]!r}]")
