@@ -131,11 +131,6 @@ class VLMConfig:
         """Directory or hub id of the model's processor, whose tokenizer is the default; empty without one."""
         return ""
 
-    @property
-    def names_weights(self) -> bool:
-        """Whether this section names files with weights that a fresh run begins with."""
-        return False
-
     def check(self, job: JobSections) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
@@ -328,10 +323,6 @@ class MoTConfig(VLMConfig):
         made = cls(**kwargs)
         made.mot_warm_start_from_text = mot_warm_start_from_text
         return made
-
-    @property
-    def names_weights(self) -> bool:
-        return self.mot_warm_start_from_text and bool(self.mot_warm_start_path)
 
     def resolved_image_heads(self, model_n_heads: int, model_n_kv_heads: int = 0) -> tuple[int, int]:
         """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's.

@@ -143,7 +143,7 @@ def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.magnitude.detach().clone()) for layer in adapted_layers(model) if layer.magnitude is not None]
     yield
     for layer, magnitude in before:
-        if layer.magnitude is not None and torch.equal(layer.magnitude, magnitude):
+        if layer.magnitude is not None and not magnitude.is_meta and torch.equal(layer.magnitude, magnitude):
             layer.fit_magnitude()
 
 
