@@ -19,7 +19,7 @@ from kempnerforge.model.vision import VisionEncoder
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.batch_size import Choice, decide
 from kempnerforge.training.initial_weights import initialise
-from kempnerforge.training.optimizer import rules_of, settings, state_copies
+from kempnerforge.training.optimizer import check_groups, rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.files import why_not_writable
@@ -96,8 +96,7 @@ def check_start(assembly: Assembly) -> None:
     """
     job, freeze, model = assembly.job, assembly.freeze, assembly.model
     freeze.check()
-    for stage in assembly.stages:
-        settings(freeze.names, stage.optimizer, freeze.patterns)
+    check_groups(job, assembly.stages, freeze.names, freeze.patterns)
     encoder = dict(model.named_children()).get("vision_encoder")
     if isinstance(encoder, VisionEncoder):
         encoder.check_files(job.vision_encoder)

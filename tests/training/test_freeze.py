@@ -15,7 +15,7 @@ from kempnerforge.config import FreezeSpec, FreezeStage, JobConfig, TrainConfig,
 from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS
 from kempnerforge.training.freeze import FreezePlan, apply_freeze, apply_freeze_specs, effective_freeze, match_names, trainable_names
 from tests.dist import run_ranks
-from tests.training.tiny import make_job
+from tests.training.tiny import call, make_job
 
 NAMES = [
     "transformer.token_embedding.weight",
@@ -244,3 +244,47 @@ def test_a_pending_gradient_of_a_frozen_parameter_is_dropped():
     assert sorted(changed) == ["first.bias", "first.weight", "second.bias", "second.weight"]
     assert model.first.weight.grad is None and model.head.weight.grad is not None
     assert apply_freeze(model, frozenset({"head.weight", "head.bias"})) == []
+
+
+PLACES = """
+[[stages]]
+name = "align"
+steps = 3
+freeze = [{ module = "vision_encoder", frozen = false }]
+[[stages]]
+name = "rest"
+steps = 3
+optimizer.lr_scale = { adapter = 2 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"vision_encoder", frozen = false', '"zzz"', '{job}: [[stages]] "align": freeze[0].module = \'zzz\': matches no parameter; aliases: '),
+        ('"vision_encoder", frozen = false', '"*"', '{job}: [[stages]] "align": freeze[0].module = \'*\': with it everything is frozen, nothing'),
+        ("freeze = []", 'freeze = [{ module = "zzz" }]', "{job}: [vlm] freeze[0].module = 'zzz': matches no parameter"),
+        ("{ adapter = 2 }", "{ zzz = 2 }", '{job}: [[stages]] "rest": optimizer.lr_scale = \'zzz\': matches no parameter'),
+        ('[optimizer]\n', '[optimizer]\ngroups = [{ module = "zzz" , lr = 1.0 }]\n', "{job}: [optimizer] groups[0].module = 'zzz': matches"),
+        ("[optimizer]\n", '[[lora]]\nmodule = "zzz"\n[optimizer]\n', "{job}: [lora][0].module = 'zzz': matches no linear layer"),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_named_with_file_and_stage(old: str, new: str, said: str, tmp_path: Path):
+    job = make_job(tmp_path, extra=PLACES)
+    text = job.read_text()
+    assert text.count(old) == 1
+    job.write_text(text.replace(old, new))
+    above = tmp_path / "above.toml"
+    above.write_text('extends = "job.toml"\n')
+    for command in ("check", "train"):
+        ended = call(command, above, "--eval.at_end=false")
+        assert ended.code == 2 and said.format(job=job) in ended.err, (command, ended)
+
+
+def test_a_freeze_of_the_command_line_or_of_the_schedule(tmp_path: Path):
+    job = make_job(tmp_path, extra=PLACES)
+    ended = call("check", job, '--stages.0.freeze=[{ module = "adapter" }, { module = "zzz" }]')
+    assert ended.code == 2 and "command line: [[stages]] \"align\": freeze[1].module = 'zzz'" in ended.err, ended
+    job = make_job(tmp_path, extra='[[vlm.freeze_schedule]]\nstart_step = 2\nspecs = [{ module = "*" }]\n')
+    ended = call("check", job)
+    assert ended.code == 2 and f"{job}: [vlm] freeze_schedule[0].specs[0].module = '*': with it everything is frozen" in ended.err, ended
