@@ -10,7 +10,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.build import SECTIONS, fields_of
-from kempnerforge.config.checks import NO_KEY
+from kempnerforge.config.checks import NO_KEY, defaults
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
@@ -185,7 +185,15 @@ class JobConfig:
                 lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {warmup} warm-up steps, {cap}")
             changed = self.stages[stage.index].optimizer if self.stages else {}
             lines += [f"stage {stage.name!r}: {line}" for line in stage.optimizer.warnings(stage.scheduler.name, changed)]
-        lines += self.vlm.warnings(self) if self.vlm else []
+        if self.vlm is not None:
+            known = {**(LORA_ALIAS if self.lora else {}), **defaults(type(self.vlm))["module_patterns"]}
+            lines += [
+                f"vlm.module_patterns: {name} = {show(patterns)} takes the place of {show(known[name])}: all that names"
+                f" {name!r} means these parameters"
+                for name, patterns in self.vlm.own_patterns().items()
+                if name in known
+            ]
+            lines += self.vlm.warnings(self)
         for change in self.vlm.freeze_schedule if self.vlm else ():
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")

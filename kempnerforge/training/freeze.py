@@ -16,8 +16,8 @@ import torch.nn as nn
 from kempnerforge.config import FreezeSpec, JobConfig, VLMConfig
 from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
-from kempnerforge.util.errors import InputError
-from kempnerforge.util.name_rules import Aliases, match_names
+from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.name_rules import Aliases, match_names, matches_any, near_names
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.parts import part_of
 
@@ -96,8 +96,9 @@ class FreezePlan:
 
     def __init__(self, job: JobConfig, names: Iterable[str]) -> None:
         self.names, self.patterns, self.has_adapters = list(names), job.module_patterns(), bool(job.lora)
-        self.specs_at = job.freeze_at
-        self.places_at = lambda step: [job.place(key) for key in job.freeze_keys(step)]
+        self.own_patterns = job.vlm.own_patterns() if job.vlm is not None else {}
+        self.place, self.specs_at = job.place, job.freeze_at
+        self.places_at = lambda step: [self.place(key) for key in job.freeze_keys(step)]
         self.starts = {stage.name: stage.start for stage in job.resolved_stages()}
         changes = {change.start_step for change in job.vlm.freeze_schedule} if job.vlm is not None else set()
         self.boundaries = frozenset(changes.union(self.starts.values()))
@@ -105,13 +106,20 @@ class FreezePlan:
         self.planned = self.boundaries.union(stage.start for stage in whole.resolved_stages())
 
     def check(self) -> None:
-        """Resolves all patterns, so that one that matches nothing fails at the start.
+        """Resolves all patterns, also of aliases that nothing uses, so that one that matches nothing fails at the start.
 
         Raises:
             ValueError: as ``trainable_names``.
         """
         for step in sorted(self.boundaries):
             self.trainable(step)
+        layers = {name.rpartition(".")[0] for name in self.names} if self.has_adapters else set()  # [[lora]] names layers
+        for alias, patterns in self.own_patterns.items():
+            if not any(matches_any(name, patterns) for name in layers.union(self.names)):
+                raise InputError(
+                    f"{self.place(('vlm', 'module_patterns', alias))} = {show(patterns)}: matches no parameter; near names:"
+                    f' {near_names(self.names, patterns)} (a pattern matches full parameter names, for example "transformer.layers.0.*")'
+                )
 
     def trainable(self, step: int) -> frozenset[str]:
         """Names of the parameters that train at ``step``."""

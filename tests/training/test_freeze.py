@@ -84,7 +84,7 @@ def test_equals_one_decision_per_name(directives: list[tuple[str, bool]]):
 def test_boundaries_resolve_every_change_at_the_start(tmp_path: Path):
     path = make_job(tmp_path, extra='\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "adapter" }]\n')
     assert FreezePlan(load_config(path), NAMES).boundaries == {0, 4}
-    with pytest.raises(ValueError, match="'adapter': matches no parameter"):
+    with pytest.raises(ValueError, match="'adapter' .*: matches no parameter"):
         FreezePlan(load_config(path), NAMES[:5]).check()
 
 
@@ -288,3 +288,41 @@ def test_a_freeze_of_the_command_line_or_of_the_schedule(tmp_path: Path):
     job = make_job(tmp_path, extra='[[vlm.freeze_schedule]]\nstart_step = 2\nspecs = [{ module = "*" }]\n')
     ended = call("check", job)
     assert ended.code == 2 and f"{job}: [vlm] freeze_schedule[0].specs[0].module = '*': with it everything is frozen" in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ('{ x = ["zzz", "yyy"] }', '{job}: [vlm] module_patterns.x = ["zzz", "yyy"]: matches no parameter; near names: '),
+        ("{ x = [] }", "{job}: [vlm] module_patterns: x = []: an alias needs one pattern or more"),
+        (
+            '{ adapter = ["transformer"] }',
+            '{job}: [vlm] module_patterns.adapter = ["transformer"]: matches no parameter; near names: transformer',
+        ),
+    ],
+)
+def test_an_alias_that_nothing_uses(patterns: str, said: str, tmp_path: Path):
+    job = make_job(tmp_path)
+    job.write_text(job.read_text().replace("freeze = []", f"freeze = []\nmodule_patterns = {patterns}"))
+    for command in ("check", "train"):
+        ended = call(command, job, "--eval.at_end=false")
+        assert ended.code == 2 and said.format(job=job) in ended.err, (command, ended)
+
+
+def test_an_alias_of_the_arch_with_other_patterns_is_a_warning(tmp_path: Path):
+    line = 'vlm.module_patterns: adapter = ["transformer.*"] takes the place of ["adapter", "adapter.*"]'
+    ended = call("check", make_job(tmp_path), '--vlm.module_patterns={ adapter = ["transformer.*"], x = ["adapter.*"] }')
+    assert ended.code == 0 and f"warning: {line}" in ended.err and "module_patterns: x" not in ended.err, ended
+
+
+def test_an_alias_for_layers_with_adapters(tmp_path: Path):
+    """It matches no parameter, but what [[lora]] looks at."""
+    lora = '[[lora]]\nmodule = "queries"\n'
+    given = ('--vlm.module_patterns.queries=["*.q_proj"]', '--vlm.freeze=[{ module = "*", frozen = false }]')
+    ended = call("check", make_job(tmp_path, extra=lora), *given)
+    assert ended.code == 0, ended
+
+
+def test_the_patterns_of_an_alias_are_shown():
+    with pytest.raises(ValueError, match=r"freeze.module = 'x' \(the alias of \[\"zzz\"\]\): matches no parameter; aliases: x"):
+        trainable_names(NAMES, [FreezeSpec("x")], {"x": ["zzz"]})
