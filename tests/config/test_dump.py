@@ -39,7 +39,7 @@ number = st.floats(0, 1e12)
 paths = text.filter(lambda path: "$" not in path and not path.startswith("~"))
 """As they are once loaded, with nothing left to expand."""
 specs = st.builds(FreezeSpec, text, st.booleans())
-patterns = st.dictionaries(text, st.lists(text, max_size=2), max_size=2)
+patterns = st.dictionaries(text, st.lists(text, min_size=1, max_size=2), max_size=2)
 
 
 @st.composite
