@@ -252,15 +252,15 @@ def find(root: Path) -> tuple[Path, Manifest] | None:
     return from_rank0(lambda: _find(Path(root)))
 
 
-def _find(root: Path) -> tuple[Path, Manifest] | None:
+def _find(root: Path, content: bool = True) -> tuple[Path, Manifest] | None:
     candidates = _candidates(root) if root.is_dir() else []
     errors = []
     for _, path in candidates:
         try:
-            return path, verify(path)
+            return path, verify(path, content=content)
         except CheckpointError as error:
             if not path.exists():  # removed meanwhile by the job that writes here, which keeps newer ones
-                return _find(root)
+                return _find(root, content)
             errors.append(str(error))
             log.warning("skipping a broken checkpoint: %s", error)
     if errors:
@@ -268,22 +268,25 @@ def _find(root: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Path, *, content: bool = True) -> Path:
     """``path`` if it is a checkpoint, the step that a file ``best`` or ``latest`` names, or the newest valid
     one in a folder of checkpoints or a run directory.
+
+    Args:
+        content: as of ``verify``.
 
     Raises:
         CheckpointError: on all ranks, when there is none, or when ``path`` is a broken checkpoint.
     """
-    return from_rank0(lambda: _resolve(Path(path)))
+    return from_rank0(lambda: _resolve(Path(path), content))
 
 
-def reading(path: Path, read: Callable[[Path], T]) -> T:
+def reading(path: Path, read: Callable[[Path], T], *, content: bool = True) -> T:
     """The result of ``read`` on the checkpoint at ``path`` (see ``resolve``). If a job that trains there
     removes the checkpoint meanwhile, the newest one is read instead.
     """
     while True:
-        found = resolve(path)
+        found = resolve(path, content=content)
         try:
             return read(found)
         except Exception:
@@ -292,7 +295,7 @@ def reading(path: Path, read: Callable[[Path], T]) -> T:
             log.info("%s was removed while it was read, as newer ones are there: reading the newest", found)
 
 
-def _resolve(path: Path) -> Path:
+def _resolve(path: Path, content: bool) -> Path:
     if path.name in ("best", "latest") and path.is_file():
         named = path.read_text(encoding="utf-8", errors="replace").strip()[:80]
         if not _STEP.fullmatch(named):
@@ -303,9 +306,9 @@ def _resolve(path: Path) -> Path:
             f"{path}: {'not a directory' if path.exists() else f'no such directory{start_of(path)}'}; a checkpoint is a directory"
         )
     if is_checkpoint(path):
-        verify(path)
+        verify(path, content=content)
         return path
     for root in (path, path / "checkpoints"):
-        if (found := _find(root)) is not None:
+        if (found := _find(root, content)) is not None:
             return found[0]
     raise CheckpointError(f"{path}: no checkpoint here; give a step-* directory, a folder of them, or a run directory")

@@ -16,7 +16,7 @@ from typing import Any
 
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig
-from kempnerforge.config.checks import defaults
+from kempnerforge.config.checks import defaults, is_key
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.schedule import SchedulerConfig
@@ -81,7 +81,7 @@ class Argument:
 def fields_of(cls: type) -> dict[str, Any]:
     """The keys of a section: name -> type."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if is_key(f)}
 
 
 def required(cls: type) -> list[str]:

@@ -5,10 +5,18 @@ allowed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from kempnerforge.util.errors import InputError, UnreadError
+
+NO_KEY = {"key": False}
+"""Metadata of a field that is no key of a config."""
+
+
+def is_key(field: Field[Any]) -> bool:
+    """Whether a field of a section can be set in a config."""
+    return field.init and field.metadata.get("key", True)
 
 
 def one_of(section: Any, key: str, allowed: Iterable[Any]) -> None:

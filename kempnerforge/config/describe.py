@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import tomli_w
 
 from kempnerforge.config.build import SECTIONS, UNIONS, fields_of, type_name
+from kempnerforge.config.checks import is_key
 from kempnerforge.config.lora import LoRAConfig
 from kempnerforge.config.stages import StageConfig
 from kempnerforge.config.training import HookConfig
@@ -70,7 +71,7 @@ def _about(cls: type) -> list[str]:
 def _keys(cls: type) -> dict[str, str]:
     """Key -> the line about it."""
     meanings, types = meanings_of(cls), fields_of(cls)
-    known = (f for f in dataclasses.fields(cls) if f.init)
+    known = (f for f in dataclasses.fields(cls) if is_key(f))
     return {f.name: f"* `{f.name}`{_default(f)} ({type_name(types[f.name])}): {_plain(meanings.get(f.name, ''))}" for f in known}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from kempnerforge.config.build import Argument, Discriminator, fields_of
-from kempnerforge.config.checks import defaults, not_default
+from kempnerforge.config.checks import defaults, is_key, not_default
 from kempnerforge.util.errors import ConfigError, InputError, Key, Problems, show
 from kempnerforge.util.paths import expand, start_of
 from kempnerforge.util.reading import MAX_BYTES, deeper_than, irregular
@@ -182,7 +182,7 @@ def as_toml(value: Any, complete: bool = True) -> Any:
     """
     if is_dataclass(value) and not isinstance(value, type):
         shown = value.__dict__ if complete else not_default(value)
-        value = {f.name: shown[f.name] for f in fields(value) if f.init and f.name in shown}
+        value = {f.name: shown[f.name] for f in fields(value) if is_key(f) and f.name in shown}
     if isinstance(value, dict):
         return {name: as_toml(entry, complete) for name, entry in value.items() if entry is not None}
     return [as_toml(entry, complete) for entry in value] if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ from typing import Any
 from kempnerforge.config import registry
 from kempnerforge.config.adapter import AdapterConfig, MLPAdapterConfig
 from kempnerforge.config.build import SECTIONS, fields_of
+from kempnerforge.config.checks import NO_KEY, defaults
 from kempnerforge.config.cross import CROSS_CHECKS, stage_fits
 from kempnerforge.config.data import DataConfig, EasyVQAConfig
 from kempnerforge.config.lora import LORA_ALIAS, LoRAConfig
@@ -28,14 +29,14 @@ from kempnerforge.config.training import (
 )
 from kempnerforge.config.vision import VisionEncoderConfig, ViTConfig
 from kempnerforge.config.vlm import FreezeSpec, VLMConfig
-from kempnerforge.util.errors import InputError, Problems
+from kempnerforge.util.errors import InputError, Key, Problems, is_stage, key_path, show
 from kempnerforge.util.paths import PathText
 
 
 @dataclass
 class JobConfig:
     """A resolved job. ``vision_encoder`` and ``adapter`` are read only when ``vlm`` is there; without it this
-    is a pure text run.
+    is a pure text run. ``origins`` is no section: where the keys come from, see ``place``.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -55,6 +56,14 @@ class JobConfig:
     lora: list[LoRAConfig] = field(default_factory=list)
     hooks: list[HookConfig] = field(default_factory=list)
     plugins: list[PathText] = field(default_factory=list)
+    origins: Problems = field(default_factory=Problems, compare=False, repr=False, metadata=NO_KEY)
+
+    def place(self, key: Key) -> str:
+        """``key`` for a message about its value: the file that sets it, if one is known, and a stage's name."""
+        path, origin = key_path(key), self.origins.origin_of(key)
+        if is_stage(key):
+            path = f"[[stages]] {show(self.stages[int(key[1])].name)}: {key_path(('', *key[2:])).removeprefix('[] ')}"
+        return f"{origin}: {path}" if origin else path
 
     def total_steps(self) -> int:
         """Optimizer steps of the run: the sum over the stages, capped by ``train.max_steps``."""
@@ -93,15 +102,35 @@ class JobConfig:
         The ``freeze`` of a stage replaces ``[vlm].freeze``; ``[vlm].freeze_schedule`` adds to it (see
         ``VLMConfig.freeze_at``). Past the end of the run the last stage goes on.
         """
-        freeze, end = None, 0
-        for stage in self.stages:
-            if step < end:
-                break
-            freeze = stage.freeze
-            end += stage.steps
-        if freeze is not None:
+        index = self._stage_at(step)
+        if index is not None and (freeze := self.stages[index].freeze) is not None:
             return tuple(freeze)
         return tuple(self.vlm.freeze_at(step)) if self.vlm else ()
+
+    def freeze_keys(self, step: int) -> list[Key]:
+        """The key of each spec of ``freeze_at(step)``."""
+        index = self._stage_at(step)
+        if index is not None and (freeze := self.stages[index].freeze) is not None:
+            return [("stages", index, "freeze", number) for number in range(len(freeze))]
+        if self.vlm is None:
+            return []
+        added = [
+            ("vlm", "freeze_schedule", change, "specs", number)
+            for change, entry in enumerate(self.vlm.freeze_schedule)
+            if entry.start_step <= step
+            for number in range(len(entry.specs))
+        ]
+        return [*(("vlm", "freeze", number) for number in range(len(self.vlm.freeze))), *added]
+
+    def _stage_at(self, step: int) -> int | None:
+        """The index of the stage that has ``step``; past the end the last one, None: there are no stages."""
+        found, end = None, 0
+        for index, stage in enumerate(self.stages):
+            if step < end:
+                break
+            found = index
+            end += stage.steps
+        return found
 
     def image_tokens(self) -> int | None:
         """Tokens of one image after the adapter: 0 without ``[vlm]``, None when only the built encoder knows.
@@ -156,7 +185,15 @@ class JobConfig:
                 lines.append(f"stage {stage.name!r} ends after {stage.steps} of its {warmup} warm-up steps, {cap}")
             changed = self.stages[stage.index].optimizer if self.stages else {}
             lines += [f"stage {stage.name!r}: {line}" for line in stage.optimizer.warnings(stage.scheduler.name, changed)]
-        lines += self.vlm.warnings(self) if self.vlm else []
+        if self.vlm is not None:
+            known = {**(LORA_ALIAS if self.lora else {}), **defaults(type(self.vlm))["module_patterns"]}
+            lines += [
+                f"vlm.module_patterns: {name} = {show(patterns)} takes the place of {show(known[name])}: all that names"
+                f" {name!r} means these parameters"
+                for name, patterns in self.vlm.own_patterns().items()
+                if name in known
+            ]
+            lines += self.vlm.warnings(self)
         for change in self.vlm.freeze_schedule if self.vlm else ():
             if change.start_step >= total:
                 lines.append(f"the freeze schedule's start_step = {change.start_step} is never reached, {cap}")

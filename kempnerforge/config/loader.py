@@ -66,7 +66,7 @@ def load_layers(layers: Sequence[Layer], origin: str, overrides: Sequence[str] =
     problems.lines = arguments.lines
     sections = convert_fields(JobConfig, table | {"plugins": plugins}, (), problems)
     broken = {name for name, section in sections.items() if section is INVALID}
-    job = JobConfig(**{name: section for name, section in sections.items() if name not in broken})
+    job = JobConfig(**{name: section for name, section in sections.items() if name not in broken}, origins=Problems(origin, origins))
     if "stages" in broken:
         job.stages = _overrides_alone(table["stages"])
     job.check(problems, broken)

@@ -51,7 +51,8 @@ class VLMConfig:
             to train one from scratch, say ``freeze = []``.
         freeze_schedule: what is added to it at optimizer steps; ``start_step`` strictly increasing. See
             ``freeze_at``.
-        module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there.
+        module_patterns: alias -> fnmatch patterns over parameter names. The arch's are always there; one of
+            them may be given other patterns, with a warning. An alias needs patterns, and has to match.
         attention_mask: "causal"; "image_bidirectional" (the tokens of an image see each other); "prefix"
             (image and prompt see each other: PaliGemma, Beyer et al. 2024); "image_sees_prompt" (causal, an
             image sees all of the prompt: Wang et al. 2025, arXiv 2503.02597). One of several texts sees none.
@@ -77,6 +78,8 @@ class VLMConfig:
         if not isinstance(self, cls) and not (type(self) is VLMConfig and self.arch == VLMConfig.arch):
             raise InputError(f"arch = {self.arch!r}: has its own class; use VLMConfig.for_arch({self.arch!r}, ...) or {cls.__name__}")
         self.module_patterns = {**defaults(type(self))["module_patterns"], **self.module_patterns}
+        if empty := [name for name, patterns in self.module_patterns.items() if not patterns]:
+            raise InputError(f"module_patterns: {empty[0]} = []: an alias needs one pattern or more over parameter names")
         if self.max_text_len < 2:
             raise InputError(f"max_text_len = {self.max_text_len}: must be >= 2, room for a token and the one that ends the text")
         one_of(self, "attention_mask", self.masks)
@@ -131,11 +134,6 @@ class VLMConfig:
         """Directory or hub id of the model's processor, whose tokenizer is the default; empty without one."""
         return ""
 
-    @property
-    def names_weights(self) -> bool:
-        """Whether this section names files with weights that a fresh run begins with."""
-        return False
-
     def check(self, job: JobSections) -> None:
         """What must hold between this section and the others; called when a job is loaded.
 
@@ -152,6 +150,11 @@ class VLMConfig:
         of ``freeze_schedule`` that has begun, in order. Of those that match a parameter the last one counts.
         """
         return [*self.freeze, *(spec for stage in self.freeze_schedule if stage.start_step <= step for spec in stage.specs)]
+
+    def own_patterns(self) -> dict[str, list[str]]:
+        """The aliases that the arch does not have, or for which it has other patterns."""
+        known = defaults(type(self))["module_patterns"]
+        return {name: patterns for name, patterns in self.module_patterns.items() if known.get(name) != patterns}
 
     def frozen(self, name: str, specs: Iterable[FreezeSpec]) -> bool:
         """Whether a parameter called ``name`` is frozen under ``specs``."""
@@ -328,10 +331,6 @@ class MoTConfig(VLMConfig):
         made = cls(**kwargs)
         made.mot_warm_start_from_text = mot_warm_start_from_text
         return made
-
-    @property
-    def names_weights(self) -> bool:
-        return self.mot_warm_start_from_text and bool(self.mot_warm_start_path)
 
     def resolved_image_heads(self, model_n_heads: int, model_n_kv_heads: int = 0) -> tuple[int, int]:
         """``(n_heads, n_kv_heads)`` of the image tower, zeros resolved against the text backbone's.

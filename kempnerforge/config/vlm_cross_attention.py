@@ -26,10 +26,6 @@ class CrossAttentionBlockConfig:
     cross_attention_head_dim: int = field(default=0, kw_only=True)
     openflamingo_path: PathText = field(default="", kw_only=True)
 
-    @property
-    def names_weights(self) -> bool:
-        return bool(self.openflamingo_path)
-
     def check_block(self) -> None:
         """Raises ValueError if the keys do not go together."""
         one_of(self, "cross_attention_block", ("backbone", "openflamingo"))

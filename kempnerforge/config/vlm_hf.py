@@ -76,10 +76,6 @@ class HFConfig(VLMConfig):
     def files(self) -> str:
         return self.path
 
-    @property
-    def names_weights(self) -> bool:
-        return self.pretrained
-
     def check(self, job: JobSections) -> None:
         if not self.path:
             raise InputError(f"path = '': arch {self.arch!r} needs a directory or a hub id")

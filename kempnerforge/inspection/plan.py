@@ -5,21 +5,25 @@ one batch through the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from kempnerforge.checkpoint.store import newest_step
 from kempnerforge.config import JobConfig, Stage
 from kempnerforge.data.batching.batch import Batch
 from kempnerforge.data.batching.collate import prompt_batch
 from kempnerforge.data.text.interleave import Prompt
 from kempnerforge.distributed.world import compute_dtype
 from kempnerforge.model.float8 import float8_layers
+from kempnerforge.model.vision import VisionEncoder
 from kempnerforge.training.accounting import Cost, GenerationCost, cost, generation_cost
 from kempnerforge.training.batch_size import Choice, decide
-from kempnerforge.training.optimizer import rules_of, settings, state_copies
+from kempnerforge.training.initial_weights import initialise
+from kempnerforge.training.optimizer import check_groups, rules_of, settings, state_copies
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
+from kempnerforge.util.files import why_not_writable
+from kempnerforge.util.paths import place_of
 from kempnerforge.vlm.parts import part_of
 
 
@@ -62,9 +66,10 @@ def plan(job: JobConfig) -> Plan:
     Raises:
         ValueError: something does not fit; as training would say.
     """
+    _check_places(job)
     assembly = assemble(job, device="meta")
     assembly.data.check_held_out()
-    check_patterns(assembly)
+    check_start(assembly)
     if job.train.float8 != "off":
         float8_layers(assembly.model, job.train.float8)
     dtype = compute_dtype(job.train.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -72,18 +77,32 @@ def plan(job: JobConfig) -> Plan:
     return Plan(assembly, dtype, [_plan_stage(assembly, stage, dtype) for stage in assembly.stages], choices)
 
 
-def check_patterns(assembly: Assembly) -> None:
-    """Raises ValueError for a pattern that matches nothing, where nothing would train, or where random
-    weights would stay frozen. Where a run reads weights or is continued, its initial weights are known only
-    when it reads them.
+def _check_places(job: JobConfig) -> None:
+    """Raises InputError for a directory in which the run could not write."""
+    for key, path in {"run.dir": job.run.dir, "train.feature_cache": job.train.feature_cache}.items():
+        if path and (why := why_not_writable(place_of(path))):
+            raise InputError(f"{key} = {path!r}: {why}")
+
+
+def check_start(assembly: Assembly) -> None:
+    """Refuses what training would refuse before its first step: patterns that match nothing, a stage in which
+    nothing would train, weights to begin with that do not fit, and random ones that would stay frozen.
+
+    Of a model on the meta device only names and shapes of weights are compared. A run that would be continued
+    takes the weights of its checkpoint, and no others are looked for.
+
+    Raises:
+        ValueError: as training would say.
     """
-    job, freeze = assembly.job, assembly.freeze
+    job, freeze, model = assembly.job, assembly.freeze, assembly.model
     freeze.check()
-    reads = job.run.begins_with_weights or (job.vlm is not None and job.vlm.names_weights) or (Path(job.run.dir) / "checkpoints").is_dir()
-    if not reads:
-        freeze.refuse_random(assembly.model)
-    for stage in assembly.stages:
-        settings(freeze.names, stage.optimizer, freeze.patterns)
+    check_groups(job, assembly.stages, freeze.names, freeze.patterns)
+    encoder = dict(model.named_children()).get("vision_encoder")
+    if isinstance(encoder, VisionEncoder):
+        encoder.check_files(job.vision_encoder)
+    if newest_step(place_of(job.run.dir) / "checkpoints") is None:
+        initialise(model, assembly.tokenizer)
+        freeze.refuse_random(model)
 
 
 def _plan_stage(assembly: Assembly, stage: Stage, dtype: torch.dtype) -> StagePlan:
@@ -141,11 +160,13 @@ def dry_run(job: JobConfig) -> list[str]:
     """Builds everything for real and takes the first batch of every stage through model and loss, writing
     nothing. Returns lines.
     """
+    _check_places(job)
     assembly = assemble(job)
     for section in (section for stage in assembly.stages for section in stage.data.sections()):
         section.images.cache_dir = ""  # nor into a cache
     assembly.data.check_held_out()
-    check_patterns(assembly)
+    check_start(assembly)
+    weights = "initial weights" if assembly.model.loaded else "fresh weights"
     lines = [f"warning: {line}" for line in assembly.warnings()]
     for choice in decide(assembly).values():
         choice.require()
@@ -156,6 +177,6 @@ def dry_run(job: JobConfig) -> list[str]:
             loss = float(assembly.model(batch)._replace(aux_loss=None).mean(batch.num_targets, batch.num_pairs))
         rows, length = batch.input_ids.shape
         lines.append(
-            f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, fresh weights)"
+            f"stage {stage.name}: first batch {rows} x {length}, {batch.num_targets} trained tokens, loss {loss:.4f} (fp32, {weights})"
         )
     return [*lines, "nothing was written"]

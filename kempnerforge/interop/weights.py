@@ -22,6 +22,7 @@ from kempnerforge.interop.external import (
     backbone_parameters,
     check_tensor,
     check_tied,
+    differ,
     match_tensors,
     text_prefix,
 )
@@ -37,7 +38,8 @@ log = logging.getLogger("kempnerforge")
 
 def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     """All model tensors at ``path``, by our parameter names. Call it on all ranks; each has all of them, on
-    the CPU.
+    the CPU. Where the default device is "meta", shapes and dtypes alone are read, and what their values would
+    tell is not checked.
 
     Args:
         path: a checkpoint, a folder of them (the newest is taken), a run directory, or a Hugging Face
@@ -51,7 +53,7 @@ def read_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     if (path / CONFIG).is_file():
         return read_text_weights(path, cfg)
     try:
-        return reading(path, lambda checkpoint: _of_checkpoint(checkpoint, cfg))
+        return reading(path, lambda checkpoint: _of_checkpoint(checkpoint, cfg), content=not _shapes_alone())
     except CheckpointError as error:
         raise InputError(f"{error}; weights are read from checkpoints, run directories and directories with a {CONFIG}") from None
 
@@ -99,7 +101,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
     tensors = dict(read_tensors(files, names.values()))
     if head is not None and tied and not cfg.tie_embeddings:
         check_tied(path, files, TiedHead(head, embedding))
-    if head is not None and cfg.tie_embeddings and not torch.equal(dict(read_tensors(files, [head]))[head], tensors[embedding]):
+    if head is not None and cfg.tie_embeddings and differ(dict(read_tensors(files, [head]))[head], tensors[embedding]):
         raise InputError(f"{path}: {head} is not the embedding; set model.tie_embeddings = false")
     for name, source in names.items():
         check_tensor(path, f"{source} ({name})", tensors[source], wanted[name])
@@ -111,7 +113,7 @@ def read_text_weights(path: Path | str, cfg: ModelConfig) -> dict[str, Tensor]:
 
 def read_part(path: Path | str, part: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of the module ``part`` of a model of ours. Call it on all ranks; each has all of them, on
-    the CPU.
+    the CPU, or where the default device is "meta" their shapes alone.
 
     Args:
         path: a checkpoint, a folder of them (the newest is taken) or a run directory.
@@ -124,7 +126,7 @@ def read_part(path: Path | str, part: str) -> tuple[dict[str, Tensor], dict[str,
         InputError: nothing usable is there, or the model there has no such part.
     """
     try:
-        return reading(Path(path), lambda checkpoint: _part_of_checkpoint(checkpoint, part))
+        return reading(Path(path), lambda checkpoint: _part_of_checkpoint(checkpoint, part), content=not _shapes_alone())
     except CheckpointError as error:
         raise InputError(f"{error}; parts are read from checkpoints and run directories") from None
 
@@ -148,10 +150,14 @@ def _tensors(checkpoint: Path, begin: str) -> dict[str, Tensor]:
     for kind in (MODEL, AVERAGED):
         prefix, info = kind + begin, tensor_info(checkpoint)
         wanted = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)}
-        if wanted:
+        if wanted and not _shapes_alone():
             load(checkpoint, wanted, prefix=prefix)
         found |= {name.removeprefix(kind): tensor for name, tensor in wanted.items()}
     return found
+
+
+def _shapes_alone() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -161,7 +167,7 @@ def _with_head(tensors: dict[str, Tensor], checkpoint: Path, cfg: ModelConfig) -
     embedding, head = (tensors.get(f"transformer.{name}") for name in (EMBEDDING, HEAD))
     if not cfg.tie_embeddings and head is None and embedding is not None:
         return tensors | {f"transformer.{HEAD}": embedding}
-    if cfg.tie_embeddings and head is not None and not (embedding is not None and torch.equal(head, embedding)):
+    if cfg.tie_embeddings and head is not None and (embedding is None or differ(head, embedding)):
         raise InputError(f"{checkpoint}: transformer.{HEAD} is not the embedding; set model.tie_embeddings = false")
     return tensors
 

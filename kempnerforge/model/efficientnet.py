@@ -88,6 +88,10 @@ class EfficientNetLite0(VisionEncoder):
         if cfg.pretrained and torch.get_default_device().type != "meta":
             self.load_state_dict(_read(Path(cfg.path), self.state_dict()))
 
+    def check_files(self, cfg: EfficientNetLite0Config) -> None:
+        if cfg.pretrained:
+            _read(Path(cfg.path), self.state_dict())
+
     @property
     def units(self) -> list[nn.Module]:
         return list(self.blocks)

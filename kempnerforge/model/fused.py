@@ -102,6 +102,10 @@ class Fused(VisionEncoder):
         for name, part, each in zip(cfg.names, self.parts, cfg.parts, strict=True):
             yield from (f"{name}.{inner}" for inner in part.pretrained(each))
 
+    def check_files(self, cfg: Any) -> None:
+        for part, each in zip(self.parts, cfg.parts, strict=True):
+            part.check_files(each)
+
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, H) uint8 -> (N, F, D)."""
         return torch.cat([part(images) for part in self.parts], dim=-1)

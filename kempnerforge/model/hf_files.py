@@ -8,6 +8,7 @@ processor's files.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,20 +156,38 @@ def _tensor_names(file: Path) -> set[str]:
 
 
 def read_tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each of ``names``, file by file, on the CPU and in the dtype of the file."""
+    """(name, tensor) of each of ``names``, file by file, on the CPU and in the dtype of the file; where the
+    default device is "meta", shapes and dtypes alone.
+    """
+    shapes = torch.get_default_device().type == "meta"
     by_file: dict[Path, list[str]] = {}
     for name in dict.fromkeys(names):
         by_file.setdefault(files[name], []).append(name)
     for file, inside in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in inside:
-                yield name, opened.get_tensor(name)
+                tensor = opened.get_tensor(name)  # a view of the file: values are read when they are used
+                yield name, tensor.to("meta") if shapes else tensor
 
 
 def num_rows(files: Mapping[str, Path], name: str) -> int:
     """The first dimension of a tensor, which is not read."""
     with safe_open(files[name], framework="pt") as opened:
         return opened.get_slice(name).get_shape()[0]
+
+
+def find_weights(path: str, where: str) -> None:
+    """Looks for weights that ``load_whole`` may load, and reads the headers of safetensors; what is on the hub is
+    not looked for.
+
+    Raises:
+        InputError: the directory ``path`` has none, or a file is damaged; the message begins with ``where``.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(folder)):
+        raise InputError(f"{where}; this directory has neither {WEIGHTS} nor {INDEX}")
+    for file in sorted(folder.glob("*.safetensors")):
+        _tensor_names(file)
 
 
 def load_whole(model_class: Any, path: Path | str, where: str, what: str, *, more: bool = False, **named: Any) -> Any:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from kempnerforge.config import registry
 from kempnerforge.config.vision import HFTowerConfig, square_side
 from kempnerforge.model.hf_checks import check_config, check_room, class_call
-from kempnerforge.model.hf_files import load_whole, read_named_config
+from kempnerforge.model.hf_files import find_weights, load_whole, read_named_config
 from kempnerforge.model.image_processor import Normalisation, read_image_settings
 from kempnerforge.model.vision import VisionEncoder, patch_order
 from kempnerforge.util.errors import InputError, cut
+
+UNLOADED = "its weights cannot be loaded"
 
 
 class HFTower(VisionEncoder):
@@ -73,6 +75,10 @@ class HFTower(VisionEncoder):
     @property
     def signature(self) -> str:
         return self.tower.config.to_json_string()
+
+    def check_files(self, cfg: HFTowerConfig) -> None:
+        if cfg.has_weights:
+            find_weights(cfg.path, f"{where(cfg)}: {UNLOADED}")
 
     def standing_alone(self, cfg: HFTowerConfig) -> HFTowerConfig:
         return with_settings(cfg, self.tower.config, self.normalisation)
@@ -240,7 +246,7 @@ def build_tower(model_class: Any, config: Any, cfg: HFTowerConfig) -> Any:
     if cfg.settings or not cfg.pretrained or torch.get_default_device().type == "meta":
         with class_call(where(cfg), what, given):
             return model_class(config)
-    return load_whole(model_class, cfg.path, where(cfg), "its weights cannot be loaded", more=True, config=config)
+    return load_whole(model_class, cfg.path, where(cfg), UNLOADED, more=True, config=config)
 
 
 def chosen_normalisation(cfg: HFTowerConfig, family: Normalisation) -> Normalisation:

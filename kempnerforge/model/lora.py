@@ -106,24 +106,26 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, rank={len(self.lora_a)}, scale={self.scale}, dora={self.magnitude is not None}"
 
 
-def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str, Sequence[str]]) -> None:
+def adapt(model: nn.Module, tables: Sequence[LoRAConfig], patterns: Mapping[str, Sequence[str]], places: Sequence[str] = ()) -> None:
     """Gives linear layers of ``model``, which is not sharded yet, their adapters. What is drawn for a layer
     depends on its name alone.
 
     Args:
         tables: of those that match a layer the last one counts.
         patterns: aliases.
+        places: of each table, for messages.
 
     Raises:
         ValueError: a table matches no linear layer; the message lists near names.
     """
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen: dict[str, LoRAConfig] = {}
-    for table in tables:
+    for number, table in enumerate(tables):
         wanted = patterns_of(table.module, patterns)
         found = [name for name in layers if matches_any(name, wanted) or matches_any(f"{name}.weight", wanted)]
         if not found:
-            raise no_match(layers, table.module, patterns, "lora.module", "linear layer", "transformer.layers.*.q_proj")
+            key = f"{places[number]}.module" if places else "lora.module"
+            raise no_match(layers, table.module, patterns, key, "linear layer", "transformer.layers.*.q_proj")
         chosen.update(dict.fromkeys(found, table))
     for name, table in chosen.items():
         with separate_draws(f"lora {name}"):
@@ -143,7 +145,7 @@ def fitting_magnitudes(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.magnitude.detach().clone()) for layer in adapted_layers(model) if layer.magnitude is not None]
     yield
     for layer, magnitude in before:
-        if layer.magnitude is not None and torch.equal(layer.magnitude, magnitude):
+        if layer.magnitude is not None and not magnitude.is_meta and torch.equal(layer.magnitude, magnitude):
             layer.fit_magnitude()
 
 

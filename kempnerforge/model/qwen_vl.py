@@ -181,6 +181,11 @@ class QwenTower(VisionEncoder):
     def signature(self) -> str:
         return self.tower.config.to_json_string()
 
+    def check_files(self, cfg: QwenTowerConfig) -> None:
+        if cfg.has_weights:
+            with torch.device("meta"):
+                _read(self.tower, Path(cfg.path))
+
     def standing_alone(self, cfg: QwenTowerConfig) -> QwenTowerConfig:
         mean, std = self.normalisation
         windows = list(getattr(self.tower.config, "fullatt_block_indexes", ()))

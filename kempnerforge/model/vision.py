@@ -93,6 +93,11 @@ class VisionEncoder(ExactBuffers, ABC):
         """Names of the parameters whose weights were read when it was built from ``cfg``."""
         return [name for name, _ in self.named_parameters()] if cfg.has_weights else []
 
+    def check_files(self, cfg: Any) -> None:
+        """Refuses weights that ``cfg`` names and that cannot be loaded, as far as names and shapes tell it; called
+        when this was built on the meta device, which reads none.
+        """
+
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images``.

@@ -12,7 +12,7 @@ from kempnerforge.config import JobConfig, to_toml
 from kempnerforge.config.build import MAX_INT, build_record, known_key
 from kempnerforge.config.training import AUTO, CheckpointConfig, EvalConfig, MetricsConfig, RunConfig
 from kempnerforge.data.batching.sampler import check_cut
-from kempnerforge.inspection.plan import check_patterns
+from kempnerforge.inspection.plan import check_start
 from kempnerforge.study.cells import Row, job_of, override
 from kempnerforge.study.config import MatchConfig, Study
 from kempnerforge.study.timing import step_seconds
@@ -127,7 +127,7 @@ def measure(job: JobConfig, steps: int = MEASURED_STEPS) -> Budget:
     """
     assembly = assemble(job, device="meta")
     assembly.data.check_held_out()
-    check_patterns(assembly)
+    check_start(assembly)
     sizes = {name: parameter.numel() for name, parameter in assembly.model.named_parameters()}
     trains = {stage.index: assembly.freeze.trainable(stage.start) for stage in assembly.stages}
     flops = TrainingFlops(assembly.job)

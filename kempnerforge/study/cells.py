@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,8 @@ from kempnerforge.config import JobConfig, diff, registry, to_toml
 from kempnerforge.config.files import Layer, dotted, read_toml
 from kempnerforge.config.loader import load_layers
 from kempnerforge.study.config import OWN_KEYS, TABLE, Study, check_free
+from kempnerforge.training.batch_size import remembered
+from kempnerforge.training.complete import WITHOUT_EFFECT
 from kempnerforge.util.errors import ConfigError, InputError, show
 from kempnerforge.util.files import write_text
 
@@ -193,8 +195,25 @@ def write_config(cell: Cell) -> None:
     if cell.config.read_text(encoding="utf-8") == text:
         return
     if changed := diff(read_toml(cell.config), cell.job):
-        listed = "\n  ".join(changed[:8])
-        raise InputError(
-            f"{cell.dir}: is there already, of another study:\n  {listed}\nchange the study back, give it another dir, or move that directory"
-            " away"
-        )
+        raise _of_another_study(cell, changed)
+
+
+def refuse_changed(cells: Iterable[Cell]) -> None:
+    """Refuses cells whose directory has the config of another study; keys without effect on results may differ.
+
+    Raises:
+        InputError: with what differs in the first such cell.
+    """
+    for cell in cells:
+        if cell.config.exists():
+            before = read_toml(cell.config)
+            changed = [line for line in diff(before, remembered(cell.job, before)) if not line.startswith(WITHOUT_EFFECT)]
+            if changed:
+                raise _of_another_study(cell, changed)
+
+
+def _of_another_study(cell: Cell, changed: Sequence[str]) -> InputError:
+    listed = "\n  ".join(changed[:8])
+    return InputError(
+        f"{cell.dir}: is there already, of another study:\n  {listed}\nchange the study back, give it another dir, or move that directory away"
+    )

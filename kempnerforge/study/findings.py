@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from kempnerforge.study.budget import TOLERANCE, Planned
+from kempnerforge.study.cells import refuse_changed
 from kempnerforge.study.config import ScoreConfig, Study
 from kempnerforge.study.progress import Progress, asked_first, look
 from kempnerforge.study.results import Result, SameSamples, read_result, same_samples, same_weights
@@ -252,8 +253,13 @@ def late_gain(cells: Sequence[Result], key: str) -> float:
 
 
 def find(study: Study) -> Findings:
-    """Reads all cells of ``study``."""
+    """Reads all cells of ``study``.
+
+    Raises:
+        InputError: one of them, or a trial, was run before the study was changed.
+    """
     progress = look(study)
+    refuse_changed([*progress.trials, *progress.cells])
     return Findings(study, progress, [read_result(cell) for cell in progress.cells])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kempnerforge.study.budget import TOLERANCE, Planned
+from kempnerforge.study.cells import refuse_changed
 from kempnerforge.study.config import Study
 from kempnerforge.study.progress import look
 from kempnerforge.study.run import state_of
@@ -70,8 +71,9 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def status_table(study: Study) -> dict[str, Any]:
-    """Where all trials and cells are, as plain values."""
+    """Where all trials and cells are, as plain values; errors as of ``find``."""
     progress = look(study)
+    refuse_changed([*progress.trials, *progress.cells])
     states = {cell.name: state_of(cell) for cell in progress.cells}
     trials = {trial.cell.name: trial.state for tuned in progress.tuned for trial in tuned.trials}
     unknown = len(progress.planned) * len(study.cfg.seeds) - len(states)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch.nn as nn
@@ -16,8 +16,8 @@ import torch.nn as nn
 from kempnerforge.config import FreezeSpec, JobConfig, VLMConfig
 from kempnerforge.config.lora import is_adapter, lora_frozen
 from kempnerforge.distributed.fsdp import fsdp_modules
-from kempnerforge.util.errors import InputError
-from kempnerforge.util.name_rules import Aliases, match_names
+from kempnerforge.util.errors import InputError, show
+from kempnerforge.util.name_rules import Aliases, match_names, matches_any, near_names
 from kempnerforge.vlm.base import VLM
 from kempnerforge.vlm.parts import part_of
 
@@ -33,20 +33,28 @@ def effective_freeze(cfg: JobConfig | VLMConfig, step: int) -> list[FreezeSpec]:
     return list(cfg.freeze_at(step))
 
 
-def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns: Aliases) -> frozenset[str]:
+def trainable_names(names: Iterable[str], specs: Iterable[FreezeSpec], patterns: Aliases, places: Sequence[str] = ()) -> frozenset[str]:
     """The names that train under ``specs``: all but the frozen ones. Of the specs that match a name the last
     one counts. The weight and bias under a LoRA adapter are frozen before the first spec.
+
+    Args:
+        places: of each spec, for messages.
 
     Raises:
         ValueError: a spec matches nothing, or nothing is left to train.
     """
     all_names = list(names)
-    frozen = lora_frozen(all_names)
-    for spec in specs:
-        hit = match_names(all_names, spec.module, patterns, "freeze.module")
-        frozen = frozen | set(hit) if spec.frozen else frozen - set(hit)
+    frozen, last = lora_frozen(all_names), "freeze"
+    for number, spec in enumerate(specs):
+        place = places[number] if places else "freeze"
+        hit = match_names(all_names, spec.module, patterns, f"{place}.module")
+        before, frozen = len(frozen), frozen | set(hit) if spec.frozen else frozen - set(hit)
+        last = f"{place}.module = {spec.module!r}" if before < len(frozen) else last
     if len(frozen) == len(all_names):
-        raise InputError("freeze: everything is frozen, nothing would train")
+        raise InputError(
+            f"{last}: with it everything is frozen, nothing would train; freeze less, or thaw a part after it, as with"
+            ' { module = "adapter", frozen = false }'
+        )
     return frozenset(all_names) - frozen
 
 
@@ -88,7 +96,9 @@ class FreezePlan:
 
     def __init__(self, job: JobConfig, names: Iterable[str]) -> None:
         self.names, self.patterns, self.has_adapters = list(names), job.module_patterns(), bool(job.lora)
-        self.specs_at = job.freeze_at
+        self.own_patterns = job.vlm.own_patterns() if job.vlm is not None else {}
+        self.place, self.specs_at = job.place, job.freeze_at
+        self.places_at = lambda step: [self.place(key) for key in job.freeze_keys(step)]
         self.starts = {stage.name: stage.start for stage in job.resolved_stages()}
         changes = {change.start_step for change in job.vlm.freeze_schedule} if job.vlm is not None else set()
         self.boundaries = frozenset(changes.union(self.starts.values()))
@@ -96,17 +106,24 @@ class FreezePlan:
         self.planned = self.boundaries.union(stage.start for stage in whole.resolved_stages())
 
     def check(self) -> None:
-        """Resolves all patterns, so that one that matches nothing fails at the start.
+        """Resolves all patterns, also of aliases that nothing uses, so that one that matches nothing fails at the start.
 
         Raises:
             ValueError: as ``trainable_names``.
         """
         for step in sorted(self.boundaries):
             self.trainable(step)
+        layers = {name.rpartition(".")[0] for name in self.names} if self.has_adapters else set()  # [[lora]] names layers
+        for alias, patterns in self.own_patterns.items():
+            if not any(matches_any(name, patterns) for name in layers.union(self.names)):
+                raise InputError(
+                    f"{self.place(('vlm', 'module_patterns', alias))} = {show(patterns)}: matches no parameter; near names:"
+                    f' {near_names(self.names, patterns)} (a pattern matches full parameter names, for example "transformer.layers.0.*")'
+                )
 
     def trainable(self, step: int) -> frozenset[str]:
         """Names of the parameters that train at ``step``."""
-        return trainable_names(self.names, self.specs_at(step), self.patterns)
+        return trainable_names(self.names, self.specs_at(step), self.patterns, self.places_at(step))
 
     def refuse_random(self, model: VLM) -> None:
         """Refuses a run in which random weights would never train; says which train later. Vectors are no

@@ -30,7 +30,8 @@ TABLES = ((f"transformer.{EMBEDDING}", f"transformer.{NEW_EMBEDDING}"), (f"trans
 
 def initialise(model: VLM, tokenizer: Tokenizer | None = None) -> None:
     """Loads ``run.init_from`` and ``run.init_parts`` of the model's job into ``model``, then what the
-    architecture derives from them. Call it before the model is sharded, on all ranks.
+    architecture derives from them. Call it before the model is sharded, on all ranks. Of a model on the meta
+    device names and shapes are compared, and no weights are read.
 
     Args:
         tokenizer: of the model: rows of embedding and head are taken token by token.
@@ -40,7 +41,7 @@ def initialise(model: VLM, tokenizer: Tokenizer | None = None) -> None:
             or a part of ``run.init_parts`` is another one there.
     """
     run = model.job.run
-    with fitting_magnitudes(model):
+    with fitting_magnitudes(model), torch.device(next(model.parameters()).device):
         if run.init_from:
             weights = read_weights(run.init_from, model.job.model)
             if tokenizer is not None:

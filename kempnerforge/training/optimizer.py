@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from kempnerforge.config import OptimizerConfig, Stage, registry
+from kempnerforge.config import JobConfig, OptimizerConfig, Stage, registry
 from kempnerforge.training.ema import Averaging, Ema, swapped, write
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.optimizers.rule import Settings, UpdateRule
 from kempnerforge.util.errors import InputError
 from kempnerforge.util.name_rules import Aliases, match_names
+
+PATTERNED = ("groups", "lr_scale")
+"""Keys of ``[optimizer]`` that name parameters."""
 
 
 def rules_of(model: nn.Module, cfg: OptimizerConfig) -> dict[str, UpdateRule[Any]]:
@@ -50,22 +53,38 @@ def state_copies(model: nn.Module, cfg: OptimizerConfig, ema: bool) -> dict[str,
     return {name: rule.state_copies + ema for name, rule in rules_of(model, cfg).items()}
 
 
-def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Aliases) -> dict[str, Settings]:
+def check_groups(job: JobConfig, stages: Sequence[Stage], names: Sequence[str], patterns: Aliases) -> None:
+    """Resolves the patterns of all stages.
+
+    Raises:
+        ValueError: one of them matches nothing; with the file and the stage.
+    """
+    for stage in stages:
+        changed = job.stages[stage.index].optimizer if job.stages else {}
+        places = {key: job.place(("stages", stage.index, "optimizer", key) if key in changed else ("optimizer", key)) for key in PATTERNED}
+        settings(names, stage.optimizer, patterns, places)
+
+
+def settings(names: Sequence[str], cfg: OptimizerConfig, patterns: Aliases, places: Mapping[str, str] | None = None) -> dict[str, Settings]:
     """Name -> its settings: the section, then key by key each group that matches the name, then ``lr_scale``.
 
     Of the patterns of ``lr_scale`` that match a name the last one counts.
 
+    Args:
+        places: of the keys ``PATTERNED``, for messages.
+
     Raises:
         ValueError: a pattern matches nothing.
     """
+    places = places or {key: f"optimizer.{key}" for key in PATTERNED}
     section = {key: value for key, value in vars(cfg).items() if key in Settings.__dataclass_fields__}
     found = dict.fromkeys(names, Settings(**section))
     for index, group in enumerate(cfg.groups):
-        for name in match_names(names, group.module, patterns, f"optimizer.groups[{index}].module"):
+        for name in match_names(names, group.module, patterns, f"{places['groups']}[{index}].module"):
             found[name] = replace(found[name], **group.given())
     scales = dict.fromkeys(names, 1.0)
     for module, scale in cfg.lr_scale.items():
-        scales.update(dict.fromkeys(match_names(names, module, patterns, "optimizer.lr_scale"), scale))
+        scales.update(dict.fromkeys(match_names(names, module, patterns, places["lr_scale"]), scale))
     return {name: replace(s, lr=s.lr * scales[name], muon_lr=s.muon_lr * scales[name]) for name, s in found.items()}
 
 

@@ -23,7 +23,7 @@ from kempnerforge.model.float8 import to_float8
 from kempnerforge.training.feature_cache import FeatureCache
 from kempnerforge.training.freeze import apply_freeze
 from kempnerforge.training.history import Span
-from kempnerforge.training.optimizer import Optimizers, clip, holders, local_gradients, squared_norm
+from kempnerforge.training.optimizer import Optimizers, check_groups, clip, holders, local_gradients, squared_norm
 from kempnerforge.training.optimizers.foreach import local
 from kempnerforge.training.setup import Assembly
 from kempnerforge.util.errors import InputError, PluginError
@@ -153,6 +153,7 @@ class Trainer:
         self.freeze = assembly.freeze
         self.freeze.check()
         self.names, self.patterns = self.freeze.names, self.freeze.patterns
+        check_groups(job, self.stages, self.names, self.patterns)
         self.dtype = compute_dtype(job.train.mixed_precision, world.device)
         if job.train.float8 != "off":
             to_float8(self.model, job.train.float8, self.dtype, world.device)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from kempnerforge.util.errors import InputError
+from kempnerforge.util.errors import InputError, show
 
 Aliases = Mapping[str, Sequence[str]]
 """Alias -> patterns."""
@@ -47,10 +47,17 @@ def no_match(
         kind: of thing that has the names.
         example: of a pattern.
     """
-    parts = (name.split(".") for name in names)
-    known = sorted({".".join(words[:depth]) for words in parts for depth in range(1, len(words) + 1)})
-    near = difflib.get_close_matches(rule, [*aliases, *known], n=4, cutoff=0.4)
+    meant = f" (the alias of {show(aliases[rule])})" if rule in aliases else ""
+    near = near_names([*names, *(alias for alias in aliases if alias != rule)], patterns_of(rule, aliases))
     return InputError(
-        f"{key} = {rule!r}: matches no {kind}; aliases: {', '.join(aliases) or 'none'}; near names: {', '.join(near) or 'none'}"
+        f"{key} = {rule!r}{meant}: matches no {kind}; aliases: {', '.join(aliases) or 'none'}; near names: {near}"
         f' (a raw pattern matches full {kind} names, for example "{example}")'
     )
+
+
+def near_names(names: Iterable[str], patterns: Iterable[str]) -> str:
+    """The names, and beginnings of names, that are like one of ``patterns``, as a list for messages."""
+    parts = (name.split(".") for name in names)
+    known = sorted({".".join(words[:depth]) for words in parts for depth in range(1, len(words) + 1)})
+    near = dict.fromkeys(name for pattern in patterns for name in difflib.get_close_matches(pattern, known, n=4, cutoff=0.4))
+    return ", ".join([*near][:4]) or "none"

@@ -68,7 +68,7 @@ def build_model(job: JobConfig, device: torch.device | str | None = None, *, bla
 
     def built() -> VLM:
         model = cls(job)
-        adapt(model, job.lora, job.module_patterns())
+        adapt(model, job.lora, job.module_patterns(), [job.place(("lora", number)) for number in range(len(job.lora))])
         return model
 
     if torch.device(device or "cpu").type != "meta":  # filling memory until there is no more takes minutes

@@ -30,7 +30,7 @@ from kempnerforge.interop.families import FAMILIES
 from kempnerforge.interop.vlms import VLM_FAMILIES
 from kempnerforge.model.attention import Segments, additive
 from kempnerforge.model.hf_checks import check_room, class_call
-from kempnerforge.model.hf_files import load_whole, read_named_config
+from kempnerforge.model.hf_files import find_weights, load_whole, read_named_config
 from kempnerforge.model.hf_towers import Clip, Dinov2, Siglip2
 from kempnerforge.model.image_processor import read_image_settings
 from kempnerforge.model.transfer import told
@@ -217,14 +217,17 @@ class HF(VLM):
         if not cfg.pretrained or self.job.run.init_from:
             return
         parameters = {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in LORA_PARAMETERS}
+        what = "its weights cannot be loaded (pretrained = false begins without)"
+        self.loaded |= parameters.keys()
+        if torch.get_default_device().type == "meta":
+            find_weights(cfg.path, f"path = {cfg.path!r}: {what}")
+            return
         for parameter in parameters.values():
             parameter.data = parameter.data.new_empty(0)  # room for those that are read
-        what = "its weights cannot be loaded (pretrained = false begins without)"
         loaded = dict(load_whole(type(self.hf_model), cfg.path, f"path = {cfg.path!r}", what).named_parameters())
         assert loaded.keys() == parameters.keys(), "one class, one config, one set of names"
         for name, parameter in parameters.items():
             parameter.data = loaded[name].data
-        self.loaded |= parameters.keys()
 
     def shard_units(self) -> Iterator[nn.Module]:
         """The layers of the language model and of the vision encoder: whatever transformers itself would

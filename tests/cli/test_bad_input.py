@@ -87,10 +87,14 @@ TABLE = [
     Bad("vocabulary too small", ("model.vocab_size = 10", "tokenizer has"), argv=("--model.vocab_size=10",)),
     Bad(
         "freeze pattern without a hit",
-        ("freeze.module = 'vision_encodr'", "matches no parameter", "vision_encoder"),
+        ("job.toml: [vlm] freeze[0].module = 'vision_encodr'", "matches no parameter", "vision_encoder"),
         edit=((FREEZE[0], FREEZE[1] % "vision_encodr"),),
     ),
-    Bad("lr_scale pattern without a hit", ("optimizer.lr_scale = 'adaptor'", "adapter"), argv=("--optimizer.lr_scale.adaptor=0.1",)),
+    Bad(
+        "lr_scale pattern without a hit",
+        ("command line: [optimizer] lr_scale = 'adaptor'", "adapter"),
+        argv=("--optimizer.lr_scale.adaptor=0.1",),
+    ),
     Bad("everything frozen", ("everything is frozen",), edit=((FREEZE[0], FREEZE[1] % "*"),)),
     Bad("missing data file", ("data.path", "none.jsonl", "No such file"), argv=("--data.path=none.jsonl",)),
     Bad("missing held-out file", ("data.eval_path", "none.jsonl", "No such file"), argv=("--data.eval_path=none.jsonl",)),

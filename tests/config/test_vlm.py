@@ -255,10 +255,10 @@ def test_a_warm_start_that_stands_alone_names_its_weights(tmp_path: Path) -> Non
     """A job can have them from elsewhere, so its section is made without a path."""
     with pytest.raises(InputError, match="needs mot_warm_start_path"):
         MoTConfig(mot_warm_start_from_text=True)
-    assert MoTConfig(mot_warm_start_from_text=True, mot_warm_start_path="x").names_weights
+    assert MoTConfig(mot_warm_start_from_text=True, mot_warm_start_path="x").mot_warm_start_from_text
     (tmp_path / "job.toml").write_text('[vlm]\narch = "mot"\nmot_warm_start_from_text = true\n[train]\nmax_steps = 1\n')
     for made in (load_config(tmp_path / "job.toml").vlm, VLMConfig.for_arch("mot", mot_warm_start_from_text=True)):
-        assert isinstance(made, MoTConfig) and made.mot_warm_start_from_text and not made.names_weights
+        assert isinstance(made, MoTConfig) and made.mot_warm_start_from_text and not made.mot_warm_start_path
 
 
 def test_registry_refuses_a_second_class_of_a_name() -> None:

@@ -14,13 +14,17 @@ from PIL import Image
 
 from kempnerforge.config.data import JsonlConfig
 from kempnerforge.study import results
-from kempnerforge.study.config import ScoreConfig
+from kempnerforge.study.cells import write_config
+from kempnerforge.study.config import ScoreConfig, load_study
 from kempnerforge.study.disputes import disputes
 from kempnerforge.study.findings import Findings, late_gain
+from kempnerforge.study.progress import look
 from kempnerforge.study.results import Result, Spent, question_error, read_result, same_samples, same_weights
 from kempnerforge.study.run import State
 from kempnerforge.study.tune import score_of
 from kempnerforge.util.errors import InputError
+from tests.study.tiny import STUDY, make_study
+from tests.training.tiny import call
 
 
 def result(row: str = "a", directory: Path = Path(), **fields: Any) -> Result:
@@ -178,3 +182,34 @@ def test_the_questions_on_which_rows_disagree_most(tmp_path: Path):
     assert [(one.prompt, one.truth, round(one.spread, 3)) for one in found] == [("p", "yes", 1.0), ("p", "yes", 0.333)]
     assert found[0].answers == [("a", "yes", 1.0), ("b", "no", 0.0)] and found[1].answers[1] == ("b", "yes", 2 / 3)
     assert ["<img" in str(one.pictures) for one in found] == [True, False]
+
+
+TUNE = """
+[study.tune]
+trials = 1
+validation = 0.25
+keys = { "optimizer.lr" = { low = 1e-3, high = 1e-1, log = true } }
+"""
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["cells", "trials"])
+def test_a_study_that_was_changed_has_no_report(tuned: bool, tmp_path: Path):
+    """``report`` and ``status`` judge it as ``run`` does, and the page that is there stays."""
+    path = make_study(tmp_path, STUDY + TUNE * tuned)
+    progress = look(load_study(path))
+    first, *_ = begun = progress.trials if tuned else progress.cells
+    assert begun
+    for cell in begun:
+        write_config(cell)
+    for argv in (["report"], ["status"]):
+        assert call("study", *argv, path).code == 0
+    page = tmp_path / "study" / "report.html"
+    before = page.read_bytes()
+    page.write_bytes(before + b"as it was")
+    said = f"{first.dir}: is there already, of another study:\n  model.dim: 32 -> 48\nchange the study back"
+    for action in ("report", "status", "run"):
+        ended = call("study", action, path, "--model.dim=48")
+        assert ended.code == 2 and said in ended.err, (action, ended)
+    assert page.read_bytes() == before + b"as it was"
+    for harmless in ("--data.num_workers=1", "--study.seeds=[0, 1, 2]"):
+        assert call("study", "report", path, harmless).code == 0

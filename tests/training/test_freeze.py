@@ -15,7 +15,7 @@ from kempnerforge.config import FreezeSpec, FreezeStage, JobConfig, TrainConfig,
 from kempnerforge.config.vlm import DEFAULT_MODULE_PATTERNS
 from kempnerforge.training.freeze import FreezePlan, apply_freeze, apply_freeze_specs, effective_freeze, match_names, trainable_names
 from tests.dist import run_ranks
-from tests.training.tiny import make_job
+from tests.training.tiny import call, make_job
 
 NAMES = [
     "transformer.token_embedding.weight",
@@ -84,7 +84,7 @@ def test_equals_one_decision_per_name(directives: list[tuple[str, bool]]):
 def test_boundaries_resolve_every_change_at_the_start(tmp_path: Path):
     path = make_job(tmp_path, extra='\n[[vlm.freeze_schedule]]\nstart_step = 4\nspecs = [{ module = "adapter" }]\n')
     assert FreezePlan(load_config(path), NAMES).boundaries == {0, 4}
-    with pytest.raises(ValueError, match="'adapter': matches no parameter"):
+    with pytest.raises(ValueError, match="'adapter' .*: matches no parameter"):
         FreezePlan(load_config(path), NAMES[:5]).check()
 
 
@@ -244,3 +244,85 @@ def test_a_pending_gradient_of_a_frozen_parameter_is_dropped():
     assert sorted(changed) == ["first.bias", "first.weight", "second.bias", "second.weight"]
     assert model.first.weight.grad is None and model.head.weight.grad is not None
     assert apply_freeze(model, frozenset({"head.weight", "head.bias"})) == []
+
+
+PLACES = """
+[[stages]]
+name = "align"
+steps = 3
+freeze = [{ module = "vision_encoder", frozen = false }]
+[[stages]]
+name = "rest"
+steps = 3
+optimizer.lr_scale = { adapter = 2 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"vision_encoder", frozen = false', '"zzz"', '{job}: [[stages]] "align": freeze[0].module = \'zzz\': matches no parameter; aliases: '),
+        ('"vision_encoder", frozen = false', '"*"', '{job}: [[stages]] "align": freeze[0].module = \'*\': with it everything is frozen, nothing'),
+        ("freeze = []", 'freeze = [{ module = "zzz" }]', "{job}: [vlm] freeze[0].module = 'zzz': matches no parameter"),
+        ("{ adapter = 2 }", "{ zzz = 2 }", '{job}: [[stages]] "rest": optimizer.lr_scale = \'zzz\': matches no parameter'),
+        ('[optimizer]\n', '[optimizer]\ngroups = [{ module = "zzz" , lr = 1.0 }]\n', "{job}: [optimizer] groups[0].module = 'zzz': matches"),
+        ("[optimizer]\n", '[[lora]]\nmodule = "zzz"\n[optimizer]\n', "{job}: [lora][0].module = 'zzz': matches no linear layer"),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_named_with_file_and_stage(old: str, new: str, said: str, tmp_path: Path):
+    job = make_job(tmp_path, extra=PLACES)
+    text = job.read_text()
+    assert text.count(old) == 1
+    job.write_text(text.replace(old, new))
+    above = tmp_path / "above.toml"
+    above.write_text('extends = "job.toml"\n')
+    for command in ("check", "train"):
+        ended = call(command, above, "--eval.at_end=false")
+        assert ended.code == 2 and said.format(job=job) in ended.err, (command, ended)
+
+
+def test_a_freeze_of_the_command_line_or_of_the_schedule(tmp_path: Path):
+    job = make_job(tmp_path, extra=PLACES)
+    ended = call("check", job, '--stages.0.freeze=[{ module = "adapter" }, { module = "zzz" }]')
+    assert ended.code == 2 and "command line: [[stages]] \"align\": freeze[1].module = 'zzz'" in ended.err, ended
+    job = make_job(tmp_path, extra='[[vlm.freeze_schedule]]\nstart_step = 2\nspecs = [{ module = "*" }]\n')
+    ended = call("check", job)
+    assert ended.code == 2 and f"{job}: [vlm] freeze_schedule[0].specs[0].module = '*': with it everything is frozen" in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ('{ x = ["zzz", "yyy"] }', '{job}: [vlm] module_patterns.x = ["zzz", "yyy"]: matches no parameter; near names: '),
+        ("{ x = [] }", "{job}: [vlm] module_patterns: x = []: an alias needs one pattern or more"),
+        (
+            '{ adapter = ["transformer"] }',
+            '{job}: [vlm] module_patterns.adapter = ["transformer"]: matches no parameter; near names: transformer',
+        ),
+    ],
+)
+def test_an_alias_that_nothing_uses(patterns: str, said: str, tmp_path: Path):
+    job = make_job(tmp_path)
+    job.write_text(job.read_text().replace("freeze = []", f"freeze = []\nmodule_patterns = {patterns}"))
+    for command in ("check", "train"):
+        ended = call(command, job, "--eval.at_end=false")
+        assert ended.code == 2 and said.format(job=job) in ended.err, (command, ended)
+
+
+def test_an_alias_of_the_arch_with_other_patterns_is_a_warning(tmp_path: Path):
+    line = 'vlm.module_patterns: adapter = ["transformer.*"] takes the place of ["adapter", "adapter.*"]'
+    ended = call("check", make_job(tmp_path), '--vlm.module_patterns={ adapter = ["transformer.*"], x = ["adapter.*"] }')
+    assert ended.code == 0 and f"warning: {line}" in ended.err and "module_patterns: x" not in ended.err, ended
+
+
+def test_an_alias_for_layers_with_adapters(tmp_path: Path):
+    """It matches no parameter, but what [[lora]] looks at."""
+    lora = '[[lora]]\nmodule = "queries"\n'
+    given = ('--vlm.module_patterns.queries=["*.q_proj"]', '--vlm.freeze=[{ module = "*", frozen = false }]')
+    ended = call("check", make_job(tmp_path, extra=lora), *given)
+    assert ended.code == 0, ended
+
+
+def test_the_patterns_of_an_alias_are_shown():
+    with pytest.raises(ValueError, match=r"freeze.module = 'x' \(the alias of \[\"zzz\"\]\): matches no parameter; aliases: x"):
+        trainable_names(NAMES, [FreezeSpec("x")], {"x": ["zzz"]})

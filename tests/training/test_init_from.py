@@ -105,6 +105,13 @@ def test_two_stages_equal_two_runs(arch: str, tmp_path: Path) -> None:
         assert moved >= {name for name in fresh if name.startswith(("adapter.", "transformer.layers.0.mlp."))}
 
 
+def assert_refused(_: str, config: Path, *overrides: str, said: str) -> None:
+    """``check``, ``train`` and ``train --dry-run`` say the same, and end alike."""
+    for command in (["check"], ["train", "--dry-run"], ["train"]):
+        ended = call(*command, config, *overrides)
+        assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, (command, overrides, ended)
+
+
 def test_names_that_differ_are_listed_and_can_be_allowed(tmp_path: Path) -> None:
     _, one, two_ = two_configs(tmp_path)
     assert call("train", one, "--train.max_steps=2", "--eval.at_end=false", f"--run.dir={tmp_path}/first").code == 0
@@ -133,16 +140,16 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         (("--model.activation=swiglu",), "activation = 'gelu' there, model.activation = 'swiglu' here"),
         ((f"--run.init_from={tmp_path}/nowhere",), "nowhere: no such directory"),
     ):
-        ended = call(*argv, *extra)
-        assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, (extra, ended)
+        assert_refused(*argv, *extra, said=said)
     for number, extra in enumerate(
         (
             ("--vlm.arch=mot", '--run.init_allow=["transformer.layers.*.image.*"]'),
             ("--vision_encoder.dim=64", '--run.init_allow=["vision_encoder.*", "adapter.*"]'),
         )
     ):
-        ended = call(*argv, *extra, "--eval.at_end=false", f"--run.dir={tmp_path}/allowed-{number}")
-        assert ended.code == 0, ended
+        for command in ("check", "train"):
+            ended = call(command, *argv[1:], *extra, "--eval.at_end=false", f"--run.dir={tmp_path}/allowed-{number}")
+            assert ended.code == 0, ended
 
 
 def test_a_run_that_has_begun_needs_its_origin_no_more(tmp_path: Path) -> None:
@@ -153,8 +160,9 @@ def test_a_run_that_has_begun_needs_its_origin_no_more(tmp_path: Path) -> None:
     assert call(*argv, f"--run.dir={tmp_path}/reference").code == 0
     assert call(*argv, "--train.max_steps=2", f"--run.dir={tmp_path}/cut").code == 0
     shutil.rmtree(tmp_path / "first")
-    ended = call(*argv, f"--run.dir={tmp_path}/cut")
-    assert ended.code == 0, ended
+    for command in ("check", "train"):
+        ended = call(command, *argv[1:], f"--run.dir={tmp_path}/cut")
+        assert ended.code == 0, ended
     assert_same_tensors(tensors(tmp_path / "cut"), tensors(tmp_path / "reference"))
 
 
@@ -174,7 +182,8 @@ def test_a_part_comes_from_another_model(tmp_path: Path) -> None:
         f"--run.init_from={tmp_path}/text",
         part,
     )
-    assert call(*argv, f"--run.dir={tmp_path}/both").code == 0  # its encoder is frozen
+    for command in (["check"], ["train", "--dry-run"], ["train"]):
+        assert call(*command, *argv[1:], f"--run.dir={tmp_path}/both").code == 0  # its encoder is frozen
     seeing, text, both = (hashes(tensors(tmp_path / name)) for name in ("seeing", "text", "both"))
     encoder = [name for name in both if name.startswith("vision_encoder.")]
     assert len(encoder) > 20 and all(both[name] == seeing[name] for name in encoder)
@@ -198,8 +207,7 @@ def test_a_part_comes_from_another_model(tmp_path: Path) -> None:
         ((f'--run.init_parts={{ transformer = "{tmp_path}/seeing" }}',), "transformer: the text model comes from init_from"),
         ((f'--run.init_parts={{ vision_encoder = "{tmp_path}/nowhere" }}',), "nowhere: no such directory"),
     ):
-        ended = call(*argv, *extra, f"--run.dir={tmp_path}/other")
-        assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, (extra, ended)
+        assert_refused(*argv, *extra, f"--run.dir={tmp_path}/other", said=said)
 
 
 def test_a_second_run_sees_larger_images(tmp_path: Path) -> None:

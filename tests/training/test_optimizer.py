@@ -94,7 +94,7 @@ def test_lr_scales_by_alias_and_pattern():
         "adapter.proj.bias": 2.0,
         "transformer.norm.weight": 1.0,
     }
-    with pytest.raises(ValueError, match=r"optimizer.lr_scale = 'adapter': matches no parameter"):
+    with pytest.raises(ValueError, match=r"optimizer.lr_scale = 'adapter' \(the alias of .*\): matches no parameter"):
         settings(names[2:], cfg, {"adapter": ["adapter.*"]})
 
 

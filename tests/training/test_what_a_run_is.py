@@ -159,7 +159,7 @@ def test_aliases_without_the_own_name_of_a_module_are_no_change(tmp_path: Path) 
 
 def test_an_alias_for_what_is_in_a_module_is_no_edit(tmp_path: Path) -> None:
     """The copy of the config beside the checkpoints is read as it is."""
-    job = make_job(tmp_path, extra='\n[vlm.module_patterns]\nhead = ["transformer.output_head.*"]\n')
+    job = make_job(tmp_path, extra='\n[vlm.module_patterns]\nlast = ["transformer.norm.*"]\n')
     argv = ("train", job, "--scheduler.name=constant", "--eval.at_end=false")
     assert call(*argv, "--train.max_steps=1").code == 0
     ended = call(*argv, "--train.max_steps=2")
