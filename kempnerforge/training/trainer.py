@@ -173,9 +173,8 @@ class Trainer:
         self.optimizers = Optimizers(self.model, self.stages, self.patterns, job.train.ema_decay)
         caches = job.train.feature_cache and self.model.has_images
         self.features = FeatureCache(Path(job.train.feature_cache), self.model, world, self.dtype) if caches else None
-        self.step = 0
+        self.step = self.samples_seen = self.samples_bad = self.skipped_in_a_row = 0
         self.seconds = 0.0
-        self.samples_seen = self.samples_bad = self.skipped_in_a_row = 0
         self.samples_of: Counter[str] = Counter()
         self.stop_requested = self.stopping = self.unevaluated = False
         self.recorded = ""
