@@ -67,6 +67,13 @@ def run_ranks(target: str, world: int, *args: object, timeout: float = 120) -> l
     return results
 
 
+def ranks_pass(target: str, world: int, *args: object, timeout: float = 120) -> None:
+    """As ``run_ranks``, and fails with what each rank has said that did not end well: the first is seldom the one with the cause."""
+    ended = run_ranks(target, world, *args, timeout=timeout)
+    said = [f"rank {rank} ended with {one.returncode}:\n{one.stderr[-3000:]}" for rank, one in enumerate(ended) if one.returncode]
+    assert not said, "\n\n".join(said)
+
+
 def _run_rank(target: str, words: list[str]) -> None:
     sys.argv = ["-c", *words]
     if re.fullmatch(r"[\w.]+:\w+", target):

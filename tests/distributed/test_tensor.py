@@ -15,13 +15,12 @@ from kempnerforge.contract.cases import MODEL
 from kempnerforge.distributed.tensor import shared_parts
 from kempnerforge.model.transformer import MLP, Transformer
 from kempnerforge.util.errors import InputError
-from tests.dist import run_ranks
+from tests.dist import ranks_pass
 from tests.distributed.tensor_workers import CASES, batches_of, made, steps
 
 
 def same_as_one_process(folder: Path, ranks: int, layout: str, *names: str) -> None:
-    for ended in run_ranks("tests.distributed.tensor_workers:share", ranks, folder, layout, *names, timeout=400):
-        assert ended.returncode == 0, ended.stderr[-4000:]
+    ranks_pass("tests.distributed.tensor_workers:share", ranks, folder, layout, *names, timeout=400)
     for name in names:
         it = made(CASES[name])
         for got, want in zip(torch.load(folder / f"{name}.pt"), steps(it, CASES[name], batches_of(it, CASES[name])), strict=True):

@@ -60,7 +60,7 @@ def in_world(body: Callable[[World], None]) -> None:
     """Runs ``body`` and leaves at once: gloo may abort at interpreter exit."""
     code = 0
     try:
-        body(start(DistributedConfig(timeout_s=60)))
+        body(start(DistributedConfig(timeout_s=120)))
         stop()
     except BaseException:
         traceback.print_exc()

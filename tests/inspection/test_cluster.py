@@ -11,7 +11,7 @@ from kempnerforge.config import load_config
 from kempnerforge.inspection.cluster import EFFICIENCY, GPUS, Gpu, on_cluster
 from kempnerforge.inspection.plan import plan
 from kempnerforge.util.errors import InputError
-from tests.dist import run_ranks
+from tests.dist import ranks_pass
 from tests.training.tiny import call, make_job
 
 MEASURE = """
@@ -83,8 +83,7 @@ steps = 5
 
 def measured(config: Path, ranks: int, *words: str) -> dict[str, int]:
     out = config.parent / f"measured-{ranks}.json"
-    for ended in run_ranks(MEASURE, ranks, config, out, *words, timeout=200):
-        assert ended.returncode == 0, ended
+    ranks_pass(MEASURE, ranks, config, out, *words, timeout=200)
     return json.loads(out.read_text())
 
 

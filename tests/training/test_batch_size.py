@@ -26,7 +26,7 @@ from kempnerforge.training.run import train
 from kempnerforge.training.setup import Assembly, assemble
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.build import build_model
-from tests.dist import run_ranks
+from tests.dist import ranks_pass, run_ranks
 from tests.training.tiny import assert_same_tensors, call, losses, make_job, tensors
 
 ROWS = 12
@@ -335,8 +335,7 @@ def test_ranks_agree_and_follow_one_process(
     found = chooser(assembly)
     small = next(size for size in range(2**20, LARGE, 2**16) if found.choose(assembly.stages[0], 2, size).rows == 3)
     words = (*AUTO, *NO_EVAL, "--train.grad_clip_norm=0")
-    for ended in run_ranks(RANKS, 2, f"{LARGE},{small}", "train", config, *words, "--train.max_steps=4", f"--run.dir={tmp_path / 'two'}"):
-        assert ended.returncode == 0, ended
+    ranks_pass(RANKS, 2, f"{LARGE},{small}", "train", config, *words, "--train.max_steps=4", f"--run.dir={tmp_path / 'two'}")
     assert read_toml(tmp_path / "two" / "config.toml")["train"]["grad_accum_steps"] == 2
     stub(monkeypatch, LARGE)
     assert call("train", config, *words, "--train.max_steps=4", f"--run.dir={tmp_path / 'one'}").code == 0

@@ -15,7 +15,7 @@ import pytest
 
 from kempnerforge.config import load_config
 from kempnerforge.data.batching.sampler import StepSampler
-from tests.dist import free_port, run_ranks
+from tests.dist import free_port, ranks_pass, run_ranks
 from tests.params import quick
 from tests.processes import Forked
 from tests.training.tiny import (
@@ -205,8 +205,7 @@ def test_two_copies_of_two_shards(runs: Path, optimizer: str, tmp_path: Path):
             "--metrics.interval=1")  # fmt: skip
     assert call(*argv, f"--run.dir={tmp_path}/one", "--train.max_steps=0").code == 0
     hybrid = (*argv, f"--run.dir={tmp_path}/hybrid", "--distributed.shard_size=2")
-    for ended in run_ranks(main, 4, *hybrid, "--train.max_steps=6", timeout=300):
-        assert ended.returncode == 0, ended
+    ranks_pass(main, 4, *hybrid, "--train.max_steps=6", timeout=300)
     parts = sorted(path.stat().st_size for path in (tmp_path / "hybrid" / "checkpoints" / "step-00000006").glob("*.distcp"))
     assert len(parts) >= 2 and parts[-1] < 0.8 * sum(parts), "a copy is written once, by the ranks that share it"
     assert two_ranks(*hybrid, "--train.max_steps=9").code == 0
@@ -235,8 +234,7 @@ main()
 """
     argv = ("train", runs / "job.toml", *COMMON, "--eval.at_end=false", f"--run.dir={tmp_path}/run", "--train.max_steps=1")
     began = f"--run.init_from={runs}/one"
-    for ended in run_ranks(main, 2, *argv, began):
-        assert ended.returncode == 0, ended
+    ranks_pass(main, 2, *argv, began)
     assert losses(tmp_path / "run")[0] < 0.9 * losses(runs / "one")[0]
     for wrong, says in (
         (f"--run.init_from={tmp_path}/none", "none: no such directory"),

@@ -41,6 +41,7 @@ def test_the_stream_stays_as_it_entered_at_answers_alone(arch: str | None, monke
 
     monkeypatch.setattr(it.model, "place", placed)
     monkeypatch.setattr(it.model, "read", reading)
+    torch.manual_seed(0)  # of some seeds one value is kept
     it.model(everywhere(batch))
     moved = (entered[0] != left[0]).any(-1).view(batch.labels.shape)
     used = batch.sample_ids >= 0

@@ -9,7 +9,7 @@ import pytest
 from kempnerforge.config import DistributedConfig
 from kempnerforge.util.errors import InputError
 from kempnerforge.vlm.build import arch_class, build_model
-from tests.dist import run_ranks
+from tests.dist import ranks_pass
 from tests.vlm.sharing import ARCHS, cases
 from tests.vlm.tiny import tiny_job, tokenizer
 
@@ -18,8 +18,7 @@ WORKERS = "tests.vlm.sharing"
 
 
 def passes(worker: str, ranks: int, *argv: str, timeout: float = 200) -> None:
-    for ended in run_ranks(f"{WORKERS}:{worker}", ranks, *argv, timeout=timeout):
-        assert ended.returncode == 0, ended.stderr[-3000:]
+    ranks_pass(f"{WORKERS}:{worker}", ranks, *argv, timeout=timeout)
 
 
 @pytest.mark.dist
