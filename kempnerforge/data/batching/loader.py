@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import re
@@ -44,11 +45,15 @@ def _workers_starting() -> Iterator[None]:
 
     NOTE: Python ends the processes that are left at its exit with SIGTERM, which these do not see, and waits
     for them. So they are killed first.
+    NOTE: what is there already is frozen, so that a child never collects it as garbage: the end of an object
+    with threads or children of this process (groups of ranks, loaders of earlier stages) can crash a child.
     """
     before, others = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), multiprocessing.active_children()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for worker in multiprocessing.active_children():
             if worker not in others:

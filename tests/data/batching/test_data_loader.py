@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -168,6 +169,34 @@ def test_workers_leave_signals_to_the_main_process(list_source: Any, make_encode
     for _ in range(6):  # more than was ready before
         next(batches)
     assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+class EndsWithANote:
+    """Garbage that only the collector finds; it notes the process that has collected it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.itself = folder, self
+
+    def __del__(self) -> None:
+        (self.folder / f"{os.getpid()}").touch()
+
+
+def test_workers_do_not_end_objects_of_the_main_process(
+    list_source: Any, make_encoder: MakeEncoder, pictures: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with threads or children of their own, such as loaders of earlier stages, would crash there."""
+    source = list_source(pictures)
+    read = type(source).__getitem__
+    monkeypatch.setattr(type(source), "__getitem__", lambda self, index: (gc.collect(), read(self, index))[1])
+    gc.disable()
+    try:
+        EndsWithANote(tmp_path)
+        next(iter(loader(source, make_encoder(num_workers=1))))
+        assert not [*tmp_path.iterdir()]
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())] and not gc.get_freeze_count()
 
 
 def test_a_program_with_workers_ends(tmp_path: Path) -> None:
