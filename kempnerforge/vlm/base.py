@@ -300,11 +300,10 @@ class VLM(ExactBuffers, ArchReturns):
         check_size(self.vision_encoder, features, self.vision_encoder.dim)
         if not self.adapter.deepstack:
             return check_size(self.adapter, self.adapter(features, **told), self.adapter.out_dim)
-        width, count = self.vision_encoder.layer_dim, len(self.adapter.deepstack)
-        own, *deeper = features.split([features.shape[-1] - width * count, *[width] * count], dim=-1)
-        return torch.cat(
-            [self.adapter(own), *(adapter(part) for adapter, part in zip(self.adapter.deepstack, deeper, strict=True))], dim=-1
-        )
+        adapters, width = [self.adapter, *self.adapter.deepstack], self.vision_encoder.layer_dim
+        deeper = [width] * len(self.adapter.deepstack)
+        parts = features.split([features.shape[-1] - sum(deeper), *deeper], dim=-1)
+        return torch.cat([check_size(each, each(part), each.out_dim) for each, part in zip(adapters, parts, strict=True)], dim=-1)
 
     def features(self, batch: Batch) -> Tensor | None:
         """The adapted images of ``batch``, as of ``encode``; the first D channels are for ``place``.
